@@ -1,0 +1,246 @@
+"""Layer-wise relevance propagation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor, nn
+
+from tdhook.attribution.lrp_helpers.rule import Convention, Rule
+from tdhook.composites import Composite, Pairs, preset
+from tdhook.contexts import Attribution, Model, Record
+from tdhook.plans import Merge, Plan, make_plan
+from tdhook.targets import Seeds, TargetLike, as_seeder
+from tdhook.tracing import registered, traced
+
+__all__ = ["LRP"]
+
+Init = Callable[[TensorDictBase, TensorDictBase], TensorDictBase]
+
+
+@dataclass
+class _State:
+    """What LRP knows about one model: which rule each module gets, and whether that was seen in execution."""
+
+    plan: Plan
+    executed: bool
+
+
+class LRP(Attribution):
+    """Layer-wise relevance propagation (Bach et al. 2015).
+
+    Args:
+        composite: what happens where: a :class:`~tdhook.composites.Composite`, a list of ``(selector, rule)``, or the name
+            of a preset.
+        target: what is explained (:mod:`tdhook.targets`); by default the only output there is.
+        attribute: keys to give relevance for: those that the model reads (the default), keys that a
+            ``TensorDictModule`` inside it writes, or ``"all"`` of these.
+        attribution_key: where relevance is written: that of ``key`` under ``(attribution_key, key)``.
+        input_modules: paths of modules whose outputs get relevance, under ``(attribution_key, path)``.
+        flow: the convention in which the backward pass runs; by default ``"gradient"`` if all rules are in that
+            convention, else ``"relevance"``. Rules of the other one are converted.
+        merge_batch_norm: whether a batch norm right behind a linear layer is merged into it; or pairs
+            ``(path of the linear layer, or several, path of the batch norm)`` to merge where something lies between.
+        rule_mapper: ``(name, module) -> Rule or None`` instead of a composite.
+        init_attr_targets: ``(outputs, extra) -> targets``, the tensors to explain, instead of ``target``.
+        init_attr_inputs: ``(inputs, extra) -> inputs``, those to attribute.
+        init_attr_grads: ``(targets, extra) -> relevance`` to start from; ones by default.
+        additional_init_keys: the keys that make up ``extra``.
+        use_inputs: whether inputs get relevance.
+        use_outputs: whether the outputs are offered to ``init_attr_targets`` (``target_modules`` always are).
+        target_modules: paths of modules whose outputs are offered as targets.
+        clean_intermediate_keys: whether to leave out the copies of inputs and outputs under ``_mod_in``, ``_mod_out``.
+        warn_on_missing_rule: whether to warn of modules without rule; by default, with a composite, of layers alone.
+        skip_modules: ``(name, module) -> bool``, modules that get no rule and no warning.
+
+    With a composite, modules that it leaves open get the obvious rule if there is one (pass for activations, and so on;
+    see :mod:`tdhook.plans`); with a ``rule_mapper``, they get none.
+    """
+
+    def __init__(
+        self,
+        composite: Composite | Pairs | str | None = None,
+        *,
+        target: TargetLike = None,
+        attribute: Sequence[NestedKey] | str | None = None,
+        attribution_key: NestedKey = "attr",
+        input_modules: Sequence[str] | None = None,
+        flow: Convention | None = None,
+        merge_batch_norm: bool | Sequence[Merge] = True,
+        rule_mapper: Callable[[str, nn.Module], Rule | None] | None = None,
+        init_attr_targets: Init | None = None,
+        init_attr_inputs: Init | None = None,
+        init_attr_grads: Init | None = None,
+        additional_init_keys: Sequence[NestedKey] | None = None,
+        use_inputs: bool = True,
+        use_outputs: bool = True,
+        target_modules: Sequence[str] | None = None,
+        clean_intermediate_keys: bool = True,
+        warn_on_missing_rule: bool | None = None,
+        skip_modules: Callable[[str, nn.Module], bool] | None = None,
+    ) -> None:
+        super().__init__(
+            attribute=attribute,
+            attribution_key=attribution_key,
+            use_inputs=use_inputs,
+            input_modules=input_modules,
+            target_modules=target_modules,
+        )
+        if composite is not None and rule_mapper is not None:
+            raise TypeError("give LRP a composite or a rule_mapper, not both")
+        if target is not None and init_attr_targets is not None:
+            raise TypeError("give LRP a target or init_attr_targets, not both")
+        if flow not in (None, "relevance", "gradient"):
+            raise ValueError(f"flow is 'relevance' or 'gradient', got {flow!r}")
+        self.composite = None if composite is None else _as_composite(composite)
+        self.rule_mapper = rule_mapper
+        self.target = target
+        self.flow: Convention | None = flow
+        self.merge_batch_norm = merge_batch_norm
+        self.init_attr_targets = init_attr_targets
+        self.init_attr_inputs = init_attr_inputs
+        self.init_attr_grads = init_attr_grads
+        self.additional_init_keys = tuple(map(unravel_key, additional_init_keys or ()))
+        self.use_outputs = use_outputs
+        self.clean_intermediate_keys = clean_intermediate_keys
+        self.warn_on_missing_rule = warn_on_missing_rule
+        self.skip_modules = skip_modules
+        # Without a composite and without a target, the backward pass starts from ones.
+        self._from_ones = target is None and composite is None
+        self._seeder = as_seeder(target)
+
+    @staticmethod
+    def default_skip(name: str, module: nn.Module) -> bool:
+        """What merely contains other modules: a ``skip_modules``."""
+        containers = (nn.ModuleList, nn.ModuleDict, nn.Sequential, TensorDictModule)
+        return name in ("", "td_module", "module") or isinstance(module, containers)
+
+    def plan(self, module: nn.Module, td: TensorDictBase | None = None) -> Plan:
+        """Which rule each module gets. Without ``td``, registration order stands in for execution order."""
+        model = Model.of(module)
+        return self._plan(model, td)
+
+    def extra_in_keys(self) -> tuple[NestedKey, ...]:
+        """Keys that the initialisers read."""
+        return self.additional_init_keys
+
+    def start(self, model: Model) -> _State:
+        """Find the rules."""
+        known = {unravel_key(key) for key in (*model.runner.in_keys, *model.runner.out_keys)}
+        if known & set(self.additional_init_keys):
+            raise ValueError("Additional init keys must not be in the in_keys or out_keys")
+        needs_execution = isinstance(self._mapper, Composite) and self._mapper.needs_execution
+        plan = self._plan(model, None)
+        if not needs_execution:
+            self._complain(plan)
+        return _State(plan, executed=not needs_execution)
+
+    @property
+    def _mapper(self) -> Callable[[str, nn.Module], Rule | None] | None:
+        return self.composite if self.composite is not None else self.rule_mapper
+
+    def _plan(self, model: Model, td: TensorDictBase | None) -> Plan:
+        if td is None:
+            execution = registered(model.root, model.runner)
+        else:
+            execution = traced(model.root, model.runner, lambda: model.runner(td.copy()))
+        return make_plan(
+            execution,
+            self._mapper,
+            defaults=self.composite is not None,
+            skip=self.skip_modules,
+            flow=self.flow,
+            merge_batch_norm=self.merge_batch_norm,
+        )
+
+    def _complain(self, plan: Plan) -> None:
+        if self.composite is not None and not any(row.selector is not None for row in plan):
+            classes = ", ".join(sorted({type(row.module).__name__ for row in plan}))
+            raise ValueError(f"the composite matches no module of this model:\n{self.composite!r}\nIt has {classes}.")
+        warn = self.warn_on_missing_rule
+        if warn is False:
+            return
+        for row in plan:
+            if row.rule is None and (warn or self.composite is None or (row.open and plan.flow == "relevance")):
+                warnings.warn(f"No rule found for module `{row.path}` ({type(row.module).__name__})", stacklevel=2)
+
+    @contextmanager
+    def active(self, state: _State, model: Model, td: TensorDictBase) -> Iterator[Convention]:
+        """Run the model under its rules."""
+        if not state.executed:
+            state.plan = self._plan(model, td)
+            state.executed = True
+            self._complain(state.plan)
+        with ExitStack() as stack:
+            state.plan.attach(stack)
+            yield state.plan.flow
+
+    def differentiable(self, inputs: TensorDictBase, td: TensorDictBase) -> TensorDictBase:
+        """Let ``init_attr_inputs`` choose among the inputs."""
+        if self.init_attr_inputs is None:
+            return inputs
+        return _tensordict(self.init_attr_inputs(inputs, self._extra(td)), "init_attr_inputs")
+
+    def seeds(self, record: Record, td: TensorDictBase, flow: Convention) -> Seeds:
+        """Start from the target, or from what the initialisers say."""
+        outputs = record.outputs
+        if self.target_modules or not self.use_outputs:
+            outputs = outputs.copy() if self.use_outputs else TensorDict(batch_size=outputs.batch_size)
+            for path in self.target_modules:
+                outputs.set((path,), record.modules[path])
+        if self.init_attr_targets is None and self.init_attr_grads is None and not self._from_ones:
+            return self._seeder(outputs, td, flow)
+        if self.init_attr_targets is not None:
+            outputs = _tensordict(self.init_attr_targets(outputs, self._extra(td)), "init_attr_targets")
+        elif self.target is not None:
+            selected = self._seeder(outputs, td, flow)
+            outputs = outputs.select(*selected.keys)
+        if self.init_attr_grads is None:
+            grads: TensorDictBase = cast(TensorDictBase, torch.ones_like(outputs))
+        else:
+            grads = _tensordict(self.init_attr_grads(outputs, self._extra(td)), "init_attr_grads")
+        keys = list(outputs.keys(True, True))
+        if grads.batch_size != outputs.batch_size:
+            raise ValueError("init_grads should have the same batch size as targets")
+        if set(keys) != set(grads.keys(True, True)):
+            raise ValueError("Targets and init_grads must have the same keys")
+        return Seeds(keys, [outputs.get(key) for key in keys], [grads.get(key) for key in keys])
+
+    def relevance(self, state: _State, value: Tensor, grad: Tensor, flow: Convention) -> Tensor:
+        """In the gradient flow, relevance is value times gradient; a modified gradient is given as it is."""
+        return value * grad if flow == "gradient" and not state.plan.sensitivity else grad
+
+    def extras(self, record: Record) -> dict[NestedKey, Any]:
+        """The intermediate keys, where they are not cleaned."""
+        if self.clean_intermediate_keys:
+            return {}
+        inputs = {key: value.detach() for key, value in record.inputs.items()}
+        groups = {"_register_in": inputs, "_mod_in": inputs, "_mod_out": dict(record.outputs.detach().items(True, True))}
+        return {
+            (group, *((key,) if isinstance(key, str) else key)): value
+            for group, entries in groups.items()
+            for key, value in entries.items()
+        }
+
+    def _extra(self, td: TensorDictBase) -> TensorDictBase:
+        return td.select(*self.additional_init_keys)
+
+
+def _as_composite(composite: Composite | Pairs | str) -> Composite:
+    if isinstance(composite, Composite):
+        return composite
+    return preset(composite) if isinstance(composite, str) else Composite(composite)
+
+
+def _tensordict(value: Any, name: str) -> TensorDictBase:
+    if not isinstance(value, TensorDictBase):
+        raise ValueError(f"{name} function must return a TensorDict")
+    return value

@@ -1,0 +1,65 @@
+"""Batch normalisation, merged into the linear layer before it for the rules; the model is not touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdhook.attribution.lrp_helpers.propagation import Call
+from tdhook.attribution.lrp_helpers.rules.simple import PassRule
+
+__all__ = ["MergedBatchNormRule", "affine"]
+
+
+def affine(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Batch norm in evaluation as ``scale * x + shift``, both of shape ``[channels]``."""
+    norm: Any = module
+    with torch.no_grad():
+        scale = torch.rsqrt(norm.running_var + norm.eps)
+        if norm.weight is not None:
+            scale = scale * norm.weight
+        shift = -norm.running_mean * scale
+        return scale, shift if norm.bias is None else shift + norm.bias
+
+
+class MergedBatchNormRule(PassRule):
+    """Pass, and tell the linear layer before that its weights are those times the scale of the batch norm.
+
+    The layer is found on the tape: the one whose output came in. In training, where the statistics are those of the
+    batch and no fixed map exists, this is the pass rule alone.
+
+    Args:
+        linears: the layers to merge into, if something else lies between them and the batch norm.
+    """
+
+    def __init__(self, linears: Sequence[nn.Module] = ()) -> None:
+        super().__init__()
+        self.linears = tuple(linears)
+
+    def run(self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the batch norm."""
+        if args and isinstance(args[0], Tensor) and not module.training and module.running_mean is not None:
+            for call in self._producers(args[0].grad_fn):
+                call.affine = lambda: affine(module)
+        return super().run(module, original, args, kwargs)
+
+    def _producers(self, node: Any) -> list[Call]:
+        if not self.linears:
+            call = getattr(node, "call", None)
+            return [call] if isinstance(call, Call) and call.form is not None else []
+        found, seen, front = [], set(), [node]
+        while front:
+            node = front.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            call = getattr(node, "call", None)
+            if isinstance(call, Call):
+                if call.module in self.linears and call.form is not None:
+                    found.append(call)
+                continue  # other layers end the search
+            front.extend(parent for parent, _ in node.next_functions)
+        return found

@@ -1,0 +1,155 @@
+"""A rule on one module: the object that stands in for the module's ``forward`` while the rule is on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from tdhook.attribution.lrp_helpers.rule import Convention, Rule
+
+__all__ = ["Binding"]
+
+_ABSENT: Any = object()
+
+
+class Binding:
+    """Runs one module under one rule.
+
+    While attached it is the module's ``forward``. Attaching nests: what was there before comes back on detaching.
+
+    Args:
+        module: the module; a ``TensorDictModule`` is seen as a function of the keys it reads, returning those it writes.
+        rule: the rule.
+        flow: the convention of the values that arrive from outside; the rule's own by default. Where the two differ
+            they are converted: ``g = R / z`` at the outputs and ``R = x * g`` at the inputs, or the other way round.
+    """
+
+    def __init__(self, module: nn.Module, rule: Rule, flow: Convention | None = None) -> None:
+        self.module = module
+        self.rule = rule
+        self.flow = flow or rule.convention
+        self.original: Any = None
+        self._replaced: dict[str, Any] = {}
+
+    @staticmethod
+    def of(module: nn.Module) -> Binding | None:
+        """The binding that ``module`` runs under, if any."""
+        current = module.__dict__.get("forward")
+        return current if isinstance(current, Binding) else None
+
+    def attach(self) -> None:
+        """Take the place of the module's ``forward``."""
+        attributes = self.module.__dict__
+        current = Binding.of(self.module)
+        self.original = self.module.forward if current is None else current.original
+        self._replaced = {name: attributes.get(name, _ABSENT) for name in ("forward", "_prev_forward")}
+        attributes["_prev_forward"] = self.original
+        attributes["forward"] = self
+
+    def detach(self) -> None:
+        """Put back what :meth:`attach` replaced."""
+        attributes = self.module.__dict__
+        for name, value in self._replaced.items():
+            if value is _ABSENT:
+                attributes.pop(name, None)
+            else:
+                attributes[name] = value
+        self._replaced = {}
+        self.original = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module."""
+        if isinstance(self.module, TensorDictModuleBase):
+            return self._call_on_tensordict(self.module, *args, **kwargs)
+        return self._call(self.original, args, kwargs)
+
+    def _call(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        if self.flow == self.rule.convention:
+            return self.rule.run(self.module, original, args, kwargs)
+        to_relevance = self.rule.convention == "gradient"
+        enter, leave = (_TimesValue, _PerValue) if to_relevance else (_PerValue, _TimesValue)
+        args, kwargs = tree_map_only(Tensor, _differentiable(enter.apply), (args, kwargs))
+        output = self.rule.run(self.module, original, args, kwargs)
+        return tree_map_only(Tensor, _differentiable(leave.apply), output)
+
+    def _call_on_tensordict(self, module: TensorDictModuleBase, *args: Any, **kwargs: Any) -> Any:
+        """Run a TensorDictModule as the function from the tensors it reads to those it writes."""
+        if not args or not isinstance(args[0], TensorDictBase):
+            # Called with tensors, as TensorDictModules may be: the keys name them in order.
+            named = dict(zip(module.in_keys, args, strict=False)) | kwargs
+            written = self(type(self)._tensordict(named))
+            values = tuple(written.get(key) for key in module.out_keys)
+            return values[0] if len(values) == 1 else values
+        td, *rest = args
+        reads = [key for key in module.in_keys if isinstance(td.get(key, None), Tensor)]
+        original, result = self.original, td
+
+        def on_tensors(*tensors: Tensor) -> tuple[Any, ...]:
+            nonlocal result
+            inner = td.copy()
+            for key, value in zip(reads, tensors, strict=True):
+                inner.set(key, value)
+            result = original(inner, *rest, **kwargs)
+            return tuple(result.get(key) for key in module.out_keys if isinstance(result.get(key, None), Tensor))
+
+        attributes = self.module.__dict__
+        attributes["_prev_forward"] = on_tensors
+        try:
+            outputs = self._call(on_tensors, tuple(td.get(key) for key in reads), {})
+        finally:
+            attributes["_prev_forward"] = original
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        writes = [key for key in module.out_keys if isinstance(result.get(key, None), Tensor)]
+        td.update(result.select(*module.out_keys, strict=False))
+        for key, value in zip(writes, outputs, strict=True):
+            td.set(key, value)
+        return td
+
+    @staticmethod
+    def _tensordict(named: dict[Any, Tensor]) -> TensorDictBase:
+        from tensordict import TensorDict
+
+        td = TensorDict()
+        for key, value in named.items():
+            td.set(key, value)
+        return td
+
+
+def _differentiable(function: Any) -> Any:
+    return lambda tensor: function(tensor) if tensor.requires_grad else tensor
+
+
+class _TimesValue(torch.autograd.Function):
+    """Identity at whose input relevance per unit of activation becomes relevance: ``R = x * g``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return x * grad
+
+
+class _PerValue(_TimesValue):
+    """Identity at whose input relevance becomes relevance per unit of activation: ``g = R / x``, zero where x is."""
+
+    @staticmethod
+    def backward(ctx: Any, relevance: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        zero = x == 0
+        return torch.where(zero, 0.0, relevance / torch.where(zero, 1.0, x))

@@ -1,0 +1,180 @@
+"""Rules that are a formula: what the built-in ones have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from tdhook.attribution.lrp_helpers.rule import Rule
+from tdhook.attribution.lrp_helpers.steps import ClosedForm, Grads, LinearStep, ModuleStep, Step, closed_form
+
+__all__ = ["Call", "PropagationRule", "inplace_modules"]
+
+
+class PropagationRule(Rule):
+    """A rule given by :meth:`propagate`, which sees a :class:`Step` and the relevance of its outputs.
+
+    Class attributes say what the rule reads, so that nothing else is kept from the forward pass.
+    """
+
+    needs_inputs: ClassVar[bool] = True
+    needs_outputs: ClassVar[bool] = False
+    needs_vjp: ClassVar[bool] = False
+
+    @abstractmethod
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        """The relevance of each input, given that of each output (same shapes); ``None`` for no relevance."""
+
+    def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Raise where the rule does not fit the module that it is bound to."""
+
+    def run(self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call ``module`` under this rule; ``original`` is its forward without the rule."""
+        return Call(self, module, original, args, kwargs).run()
+
+    # An instance is applied through a Call, hence another signature than the one user rules are written in.
+    @staticmethod
+    def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Run the module."""
+        return call.execute(tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep what the rule reads."""
+        call, *tensors = inputs
+        ctx.call = call
+        ctx.save_for_backward(*call.kept(tensors, output))
+
+    @staticmethod
+    def backward(ctx: Any, *out_relevance: Tensor) -> Any:
+        """Turn the relevance of the outputs into that of the inputs."""
+        call: Call = ctx.call
+        relevances = call.rule.propagate(call.step(ctx.saved_tensors), out_relevance)
+        return None, *relevances, *(None,) * call.n_params
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in cls.__dict__ and "setup_context" not in cls.__dict__:
+            # A user's rule that derives from a built-in one and is written against the contract of Rule.
+            cls.setup_context = torch.autograd.Function.setup_context
+            cls.run = Rule.run  # type: ignore[method-assign]
+
+
+class Call:
+    """One call of a module under a rule: which leaves of its arguments are tensors, and how to run it on them."""
+
+    def __init__(
+        self,
+        rule: PropagationRule,
+        module: nn.Module,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.rule, self.module, self.original = rule, module, original
+        self.leaves, self.spec = tree_flatten((args, kwargs))
+        self.at = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        self.inputs: tuple[Tensor, ...] = tuple(self.leaves[i] for i in self.at)
+        only_tensor = len(self.leaves) == 1 and len(self.at) == 1
+        self.form: ClosedForm | None = closed_form(module) if only_tensor else None
+        self.params: tuple[Tensor, ...] = ()
+        if self.form is not None:
+            self.params = (module.weight,) if module.bias is None else (module.weight, module.bias)  # type: ignore
+        self.n_params = len(self.params)
+        self.affine: Callable[[], tuple[Tensor, Tensor]] | None = None
+        self.graph: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+        self.out_spec: TreeSpec | None = None
+        self.out_leaves: list[Any] = []
+
+    def run(self) -> Any:
+        """Run the module, with the rule on the tape if any input is on it."""
+        rule = self.rule
+        if not any(x.requires_grad for x in self.inputs):
+            args, kwargs = tree_unflatten(self.leaves, self.spec)
+            result = self.original(*args, **kwargs)
+            rule.check(self.module, self.inputs, [z for z in tree_flatten(result)[0] if isinstance(z, Tensor)])
+            return result
+        outputs = type(rule).apply(self, *self.inputs, *self.params)
+        rule.check(self.module, self.inputs, outputs)
+        # The call outlives the forward pass; the arguments and the result need not.
+        self.inputs = self.params = ()
+        for i in self.at:
+            self.leaves[i] = None
+        leaves, self.out_leaves = self.out_leaves, []
+        assert self.out_spec is not None
+        tensors = iter(outputs)
+        return tree_unflatten([next(tensors) if isinstance(z, Tensor) else z for z in leaves], self.out_spec)
+
+    def execute(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run the module itself; where the rule differentiates it, on a tape of its own."""
+        inputs = tuple(tensors[: len(self.at)])
+        if not (self.rule.needs_vjp and self.form is None):
+            return self._outputs(inputs)
+        with torch.enable_grad():
+            leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in inputs)
+            outputs = self._outputs(leaves)
+        self.graph = (leaves, outputs)
+        self.out_leaves = [z.detach() if isinstance(z, Tensor) else z for z in self.out_leaves]
+        return tuple(z.detach() for z in outputs)
+
+    def _outputs(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        self.out_leaves, self.out_spec = tree_flatten(self._invoke(inputs))
+        return tuple(z for z in self.out_leaves if isinstance(z, Tensor))
+
+    def _invoke(self, inputs: Sequence[Tensor]) -> Any:
+        leaves = list(self.leaves)
+        for i, x in zip(self.at, inputs, strict=True):
+            leaves[i] = x
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        with out_of_place(self.module):
+            return self.original(*args, **kwargs)
+
+    def _tensors(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(z for z in tree_flatten(self._invoke(inputs))[0] if isinstance(z, Tensor))
+
+    def kept(self, tensors: Sequence[Tensor], outputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """What the backward pass reads: inputs, outputs, parameters of the closed form."""
+        n = len(self.at)
+        self.n_in = n if self.rule.needs_inputs else 0
+        self.n_out = len(outputs) if self.rule.needs_outputs else 0
+        return [*tensors[: self.n_in], *outputs[: self.n_out], *tensors[n:]]
+
+    def step(self, saved: Sequence[Tensor]) -> Step:
+        """The call as the rule sees it in the backward pass."""
+        inputs = tuple(saved[: self.n_in])
+        outputs = tuple(saved[self.n_in : self.n_in + self.n_out])
+        if self.form is None or not inputs:
+            return ModuleStep(self.module, self._tensors, inputs, outputs, self.graph)
+        weight, *bias = saved[self.n_in + self.n_out :]
+        affine = None if self.affine is None else self.affine()
+        return LinearStep(self.module, self.form, inputs[0], outputs, weight, bias[0] if bias else None, affine)
+
+
+def inplace_modules(module: nn.Module) -> list[nn.Module]:
+    """The modules in ``module``, itself included, that overwrite their input."""
+    return [
+        m
+        for m in module.modules()
+        # The `inplace` of a TensorDictModule is about its TensorDict.
+        if m.__dict__.get("inplace") is True and not isinstance(m, TensorDictModuleBase)
+    ]
+
+
+@contextmanager
+def out_of_place(module: nn.Module) -> Iterator[None]:
+    """Make what works in place return a new tensor instead, so that values saved for the backward pass stay."""
+    modules = inplace_modules(module)
+    try:
+        for each in modules:
+            each.__dict__["inplace"] = False
+        yield
+    finally:
+        for each in modules:
+            each.__dict__["inplace"] = True

@@ -1,0 +1,211 @@
+"""What a rule is, and how it binds to a module.
+
+A rule says how the relevance of a module's outputs becomes that of its inputs. It is a ``torch.autograd.Function``, so
+binding one changes what the backward pass computes and nothing else: the forward value stays the module's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from abc import ABCMeta, abstractmethod
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import Function, FunctionMeta
+
+__all__ = ["AbstractFunctionMeta", "Convention", "RemovableRuleHandle", "Rule", "rule_from_dict"]
+
+Convention: TypeAlias = Literal["relevance", "gradient"]
+
+
+class AbstractFunctionMeta(ABCMeta, FunctionMeta):
+    """Metaclass of abstract classes that are autograd functions."""
+
+
+def _rebuild(cls: type[Rule], state: dict[str, Any]) -> Rule:
+    rule: Rule = cls.__new__(cls)
+    rule.__dict__.update(state)
+    return rule
+
+
+class Rule(Function, metaclass=AbstractFunctionMeta):
+    """Base class of all rules.
+
+    To write one, override the two static methods. ``forward(ctx, apply_kwargs, module, model_kwargs, *inputs)`` runs the
+    module (its original forward is ``module._prev_forward``) and saves what the backward pass needs;
+    ``backward(ctx, *out_relevance)`` returns three ``None`` and then the relevance of each input. ``apply_kwargs`` is
+    the dictionary ``self._apply_kwargs``, filled in ``__init__``.
+
+    Attributes:
+        convention: what travels backwards through the rule, ``"relevance"`` (the relevance itself) or ``"gradient"``
+            (relevance per unit of activation). A context converts where two conventions meet.
+        yields: ``"relevance"``, or ``"sensitivity"`` for rules that make the result a modified gradient, which is
+            explained as it is and not multiplied by the input.
+    """
+
+    convention: ClassVar[Convention] = "relevance"
+    yields: ClassVar[Literal["relevance", "sensitivity"]] = "relevance"
+    _registry: ClassVar[weakref.WeakValueDictionary[str, type[Rule]]] = weakref.WeakValueDictionary()
+
+    # Function.__init__ warns that instances are deprecated, and a rule is an instance: it is not called.
+    def __init__(self) -> None:
+        self._apply_kwargs: dict[str, Any] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Rule._registry[cls.__name__] = cls
+
+    @staticmethod
+    @abstractmethod
+    def forward(ctx: Any, apply_kwargs: dict[str, Any], module: nn.Module, model_kwargs: dict[str, Any], *inputs: Any) -> Any:
+        """Run the module and save what :meth:`backward` needs."""
+
+    @staticmethod
+    @abstractmethod
+    def backward(ctx: Any, *out_relevance: Any) -> Any:
+        """Turn the relevance of the outputs into that of the inputs."""
+
+    def run(self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call ``module`` under this rule; ``original`` is its forward without the rule."""
+        return self.apply(self._apply_kwargs, module, kwargs, *args)
+
+    def register(self, module: nn.Module) -> RemovableRuleHandle:
+        """Make ``module`` run under this rule until the returned handle is removed.
+
+        Raises:
+            RuntimeError: the module already runs under a rule.
+        """
+        from tdhook.attribution.lrp_helpers.binding import Binding
+
+        current = Binding.of(module)
+        if current is not None:
+            raise RuntimeError(
+                f"{type(module).__name__} already runs under {current.rule!r}; remove that rule's handle before "
+                f"registering {self!r}"
+            )
+        Binding(module, self).attach()
+        return RemovableRuleHandle(self, module)
+
+    def unregister(self, module: nn.Module) -> None:
+        """Give ``module`` its own forward back.
+
+        Raises:
+            RuntimeError: this rule is not registered on the module.
+        """
+        from tdhook.attribution.lrp_helpers.binding import Binding
+
+        current = Binding.of(module)
+        if current is None or current.rule is not self:
+            raise RuntimeError(f"{self!r} is not registered on this {type(module).__name__}")
+        current.detach()
+
+    def params(self) -> dict[str, Any]:
+        """The arguments this rule was made with, by name."""
+        names = list(inspect.signature(type(self)).parameters)
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """This rule as plain data, for :func:`rule_from_dict`. Arguments at their default are left out.
+
+        Raises:
+            TypeError: an argument is a callable, which is not data.
+        """
+        defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
+        data: dict[str, Any] = {"rule": type(self).__name__}
+        for name, value in self.params().items():
+            if callable(value):
+                raise TypeError(f"{type(self).__name__}.{name} is a callable, which cannot be written as plain data")
+            if isinstance(value, Tensor):
+                value = value.tolist()
+            elif isinstance(value, tuple):
+                value = list(value)
+            default = defaults[name]
+            if value != ([] if default is None else default):
+                data[name] = value
+        return data
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        assert isinstance(other, Rule)
+        mine, theirs = self.params(), other.params()
+        return mine.keys() == theirs.keys() and all(_same(mine[name], theirs[name]) for name in mine)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __repr__(self) -> str:
+        defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
+        shown = []
+        for name, value in self.params().items():
+            if _same(value, defaults[name]) or (value == () and defaults[name] is None):
+                continue
+            if isinstance(value, Tensor):
+                value = f"tensor of shape {tuple(value.shape)}"
+            shown.append(f"{name}={value!r}" if not isinstance(value, str) else f"{name}={value}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), dict(self.__dict__))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    return bool(a == b)
+
+
+def rule_from_dict(data: dict[str, Any]) -> Rule:
+    """Make a rule from plain data: ``{"rule": "EpsilonRule", "epsilon": 1e-3}``, or just its name.
+
+    Raises:
+        ValueError: no rule has that name, or it does not take these arguments.
+    """
+    arguments = {"rule": data} if isinstance(data, str) else dict(data)
+    name = arguments.pop("rule", None)
+    # Importing the package registers the built-in rules.
+    import tdhook.attribution.lrp_helpers.rules  # noqa: F401
+
+    cls = Rule._registry.get(name) if isinstance(name, str) else None
+    if cls is None or inspect.isabstract(cls):
+        known = ", ".join(sorted(n for n, c in Rule._registry.items() if not inspect.isabstract(c)))
+        raise ValueError(f"no rule is named {name!r}; rules are {known}")
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take {arguments}: {error}") from error
+
+
+class RemovableRuleHandle:
+    """Takes a rule off its module again; also a context manager.
+
+    The module is held weakly: a handle keeps no model alive, and removing it is silent once the module is gone, or once
+    the rule is off.
+    """
+
+    def __init__(self, rule: Rule, module: nn.Module) -> None:
+        self._rule = rule
+        self._module_ref: Callable[[], nn.Module | None] = weakref.ref(module)
+
+    def remove(self) -> None:
+        """Take the rule off, if it is still on."""
+        from tdhook.attribution.lrp_helpers.binding import Binding
+
+        module = self._module_ref()
+        if module is None:
+            return
+        current = Binding.of(module)
+        if current is not None and current.rule is self._rule:
+            self._rule.unregister(module)
+
+    def __enter__(self) -> RemovableRuleHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()

@@ -1,0 +1,76 @@
+"""The rules of layer-wise relevance propagation, each from its definition.
+
+Registered alone on a module, a rule makes ``module(x).backward(R)`` leave the relevance of the input in ``x.grad``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tdhook.attribution.lrp_helpers.params import ParamModifier, stabilize
+from tdhook.attribution.lrp_helpers.rule import AbstractFunctionMeta, RemovableRuleHandle, Rule
+from tdhook.attribution.lrp_helpers.rules.checks import raise_for_unconserved_rel_factory
+from tdhook.attribution.lrp_helpers.rules.gradient import (
+    AHQKVRule,
+    LayerNormRule,
+    PseudoIdentityRule,
+    ReLUBetaSmoothRule,
+    ReLUDeconvNetRule,
+    ReLUGuidedBackpropRule,
+)
+from tdhook.attribution.lrp_helpers.rules.linear import (
+    AlphaBetaRule,
+    EpsilonRule,
+    FlatRule,
+    GammaRule,
+    NormRule,
+    SoftmaxEpsilonRule,
+    UniformEpsilonRule,
+    WSquareRule,
+    ZBoxRule,
+    ZPlusRule,
+)
+from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule, PassRule, StopRule, UniformRule
+
+if TYPE_CHECKING:
+    from tdhook.composites import BaseRuleMapper, EpsilonPlus
+
+__all__ = [
+    "AHQKVRule",
+    "AbstractFunctionMeta",
+    "AlphaBetaRule",
+    "BaseRuleMapper",
+    "EpsilonPlus",
+    "EpsilonRule",
+    "FlatRule",
+    "GammaRule",
+    "IgnoreRule",
+    "LayerNormRule",
+    "NormRule",
+    "ParamModifier",
+    "PassRule",
+    "PseudoIdentityRule",
+    "ReLUBetaSmoothRule",
+    "ReLUDeconvNetRule",
+    "ReLUGuidedBackpropRule",
+    "RemovableRuleHandle",
+    "Rule",
+    "SoftmaxEpsilonRule",
+    "StopRule",
+    "UniformEpsilonRule",
+    "UniformRule",
+    "WSquareRule",
+    "ZBoxRule",
+    "ZPlusRule",
+    "raise_for_unconserved_rel_factory",
+    "stabilize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The two mappers are composites, which are made of rules: importing them here outright would go in a circle.
+    if name in ("BaseRuleMapper", "EpsilonPlus"):
+        import tdhook.composites
+
+        return getattr(tdhook.composites, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,374 @@
+"""Rules that share relevance among the inputs by their contributions ``c_ij = x_i w_ij`` to each output.
+
+``stab`` is the stabiliser (:mod:`tdhook.attribution.lrp_helpers.params`). A bias is an input that is always one: it
+takes its share, which is thereby absorbed. ``zero_params`` names parameters to treat as zero (``"bias"``, say).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tdhook.attribution.lrp_helpers.params import Stabilizer, ZeroParams, stabilize, zero_param_names
+from tdhook.attribution.lrp_helpers.propagation import PropagationRule
+from tdhook.attribution.lrp_helpers.steps import Grads, Modify, Step
+
+__all__ = [
+    "AlphaBetaRule",
+    "EpsilonRule",
+    "FlatRule",
+    "GammaRule",
+    "NormRule",
+    "SoftmaxEpsilonRule",
+    "UniformEpsilonRule",
+    "WSquareRule",
+    "ZBoxRule",
+    "ZPlusRule",
+]
+
+
+def _modify(change: Callable[[Tensor], Tensor], zero: Sequence[str] = ()) -> Modify:
+    """``change`` as a parameter modification that treats the parameters named in ``zero`` as zero."""
+
+    def modify(name: str, param: Tensor) -> Tensor:
+        param = change(param)
+        return torch.zeros_like(param) if name.rpartition(".")[2] in zero else param
+
+    return modify
+
+
+def _positive(x: Tensor) -> Tensor:
+    return x.clamp(min=0)
+
+
+def _negative(x: Tensor) -> Tensor:
+    return x.clamp(max=0)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _per_output(relevance: Tensor, z: Tensor, epsilon: Stabilizer) -> Tensor:
+    """``R_j / stab(z_j)``: relevance per unit of output."""
+    return relevance / stabilize(z, epsilon) if z.is_floating_point() else relevance
+
+
+class EpsilonRule(PropagationRule):
+    """LRP-epsilon: ``R_i = x_i * sum_j w_ij R_j / stab(z_j)`` (Bach et al. 2015, eq. 58).
+
+    For any differentiable module, through its vector-Jacobian product: ``R_x = x * J^T (R_z / stab(z))``; with several
+    inputs each takes its share.
+
+    Args:
+        epsilon: the stabiliser of the denominator.
+        zero_params: names of parameters to treat as zero.
+    """
+
+    needs_outputs = True
+    needs_vjp = True
+
+    def __init__(self, epsilon: Stabilizer = 1e-6, zero_params: ZeroParams = None) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.zero_params = zero_param_names(zero_params)
+
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        outputs, vjp = step.outputs, step.vjp
+        if self.zero_params:
+            outputs, vjp = step.modified(step.inputs, _modify(_itself, self.zero_params))
+        grads = vjp(*(_per_output(r, z, self.epsilon) for r, z in zip(relevance, outputs, strict=True)))
+        return tuple(None if g is None else x * g for x, g in zip(step.inputs, grads, strict=True))
+
+
+class UniformEpsilonRule(EpsilonRule):
+    """Epsilon, divided by the number of inputs: for products of activations (AttnLRP, Achtibat et al. 2024, Prop. 3.3)."""
+
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        n_inputs = len(step.inputs)
+        return tuple(None if r is None else r / n_inputs for r in super().propagate(step, relevance))
+
+
+class NormRule(PropagationRule):
+    """Epsilon for layers without weights, such as sums and average pooling: shares by ``x_i J_ij / stab(z_j)``.
+
+    Args:
+        stabilizer: the stabiliser of the denominator.
+    """
+
+    needs_outputs = True
+    needs_vjp = True
+
+    def __init__(self, stabilizer: Stabilizer = 1e-6) -> None:
+        super().__init__()
+        self.stabilizer = stabilizer
+
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        grads = step.vjp(*(_per_output(r, z, self.stabilizer) for r, z in zip(relevance, step.outputs, strict=True)))
+        return tuple(None if g is None else x * g for x, g in zip(step.inputs, grads, strict=True))
+
+
+class SoftmaxEpsilonRule(EpsilonRule):
+    """Softmax over the last axis: ``R_i = x_i (R_i - s_i sum_j R_j)`` (AttnLRP, Achtibat et al. 2024, Prop. 3.1).
+
+    Args:
+        epsilon: kept for the signature; the formula has no denominator.
+    """
+
+    needs_vjp = False
+
+    def __init__(self, epsilon: Stabilizer = 1e-6) -> None:
+        super().__init__(epsilon)
+
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        (r,), (s,) = relevance, step.outputs
+        x, *others = step.inputs
+        return (r - s * r.sum(-1, keepdim=True)) * x, *(None for _ in others)
+
+
+class _Contributions:
+    """The contributions of one sign to the outputs: their sum ``z``, and the shares they take.
+
+    Positive contributions are positive inputs through positive weights and negative inputs through negative weights;
+    the bias belongs to the positive ones where it is positive. Negative contributions likewise.
+    """
+
+    def __init__(self, step: Step, same: bool, zero: tuple[str, ...], signed: bool) -> None:
+        x = step.inputs[0]
+        agree, oppose = (_positive, _negative) if same else (_negative, _positive)
+        parts = [(_positive(x) if signed else x, _modify(agree, zero))]
+        if signed:
+            # The bias is counted once, with the positive inputs, since it is an input of one.
+            parts.append((_negative(x), _modify(oppose, (*zero, "bias"))))
+        self._terms = []
+        totals = []
+        for part, modify in parts:
+            (z,), vjp = step.modified((part,), modify)
+            self._terms.append((part, vjp))
+            totals.append(z)
+        self.z = totals[0] + totals[1] if signed else totals[0]
+
+    def shares(self, per_output: Tensor) -> Tensor:
+        """``sum_j c_ij s_j`` over these contributions."""
+        shares: Tensor | None = None
+        for part, vjp in self._terms:
+            (grad,) = vjp(per_output)
+            assert grad is not None
+            shares = part * grad if shares is None else shares + part * grad
+        assert shares is not None
+        return shares
+
+
+def _has_negative(x: Tensor) -> bool:
+    """Whether terms for negative inputs are needed at all: behind a ReLU they are not."""
+    return bool((x < 0).any())
+
+
+class _SignedRule(PropagationRule):
+    """A rule that treats contributions by their sign."""
+
+    needs_inputs: ClassVar[bool] = True
+
+    def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        if len(inputs) > 1:
+            raise NotImplementedError(
+                f"{type(self).__name__} does not support multiple inputs: {type(module).__name__} was called with "
+                f"{len(inputs)}; use EpsilonRule there"
+            )
+        if len(outputs) > 1:
+            raise NotImplementedError(
+                f"{type(self).__name__} does not support multiple outputs: {type(module).__name__} returned "
+                f"{len(outputs)}; use EpsilonRule there"
+            )
+
+
+class AlphaBetaRule(_SignedRule):
+    """``R_i = sum_j (alpha c_ij+ / stab(z_j+) - beta c_ij- / stab(z_j-)) R_j`` (Bach et al. 2015, eq. 60).
+
+    Args:
+        alpha: weight of the positive contributions.
+        beta: weight of the negative ones; ``alpha - beta = 1``, both non-negative.
+        stabilizer: the stabiliser of both denominators.
+        zero_params: names of parameters to treat as zero.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 2.0,
+        beta: float = 1.0,
+        stabilizer: Stabilizer = 1e-6,
+        zero_params: ZeroParams = None,
+    ) -> None:
+        if alpha < 0 or beta < 0:
+            raise ValueError("Both alpha and beta parameters must be non-negative!")
+        if alpha - beta != 1.0:
+            raise ValueError("The difference of parameters alpha - beta must equal 1!")
+        super().__init__()
+        self.alpha, self.beta, self.stabilizer = alpha, beta, stabilizer
+        self.zero_params = zero_param_names(zero_params)
+
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        (r,) = relevance
+        signed = _has_negative(step.inputs[0])
+        result = torch.zeros_like(step.inputs[0])
+        for weight, same in ((self.alpha, True), (-self.beta, False)):
+            if weight:
+                contributions = _Contributions(step, same, self.zero_params, signed)
+                shares = contributions.shares(_per_output(r, contributions.z, self.stabilizer))
+                result = result + weight * shares
+        return (result,)
+
+
+class ZPlusRule(AlphaBetaRule):
+    """z-plus, the alpha-beta rule with ``alpha = 1, beta = 0``: positive contributions alone (Montavon et al. 2017).
+
+    Args:
+        stabilizer: the stabiliser of the denominator.
+        zero_params: names of parameters to treat as zero.
+    """
+
+    def __init__(self, stabilizer: Stabilizer = 1e-6, zero_params: ZeroParams = None) -> None:
+        super().__init__(1.0, 0.0, stabilizer, zero_params)
+
+
+class GammaRule(_SignedRule):
+    """LRP-gamma (Montavon et al. 2019), for inputs of either sign (Andeol et al. 2021).
+
+    Contributions with the sign of the output ``z_j`` count ``1 + gamma`` times, the others once; shares as in epsilon:
+    ``R_i = sum_j (c_ij + gamma c_ij [sign(c_ij) = sign(z_j)]) R_j / stab(z'_j)``, where ``z'_j`` sums those
+    contributions, the bias included, and an output of zero counts as positive.
+
+    Args:
+        gamma: by how much contributions with the sign of the output count more; non-negative.
+        stabilizer: the stabiliser of the denominator.
+        zero_params: names of parameters to treat as zero.
+    """
+
+    def __init__(self, gamma: float = 0.25, stabilizer: Stabilizer = 1e-6, zero_params: ZeroParams = None) -> None:
+        if gamma < 0:
+            raise ValueError(f"gamma must be non-negative, got {gamma}")
+        super().__init__()
+        self.gamma, self.stabilizer = gamma, stabilizer
+        self.zero_params = zero_param_names(zero_params)
+
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        (r,) = relevance
+        x = step.inputs[0]
+        signed = _has_negative(x)
+        (z,), vjp = step.modified(step.inputs, _modify(_itself, self.zero_params))
+        favoured = z >= 0
+        positive = _Contributions(step, True, self.zero_params, signed)
+        negative = _Contributions(step, False, self.zero_params, signed)
+        per_output = _per_output(r, z + self.gamma * torch.where(favoured, positive.z, negative.z), self.stabilizer)
+        (grad,) = vjp(per_output)
+        assert grad is not None
+        extra = positive.shares(torch.where(favoured, per_output, 0.0))
+        extra = extra + negative.shares(torch.where(favoured, 0.0, per_output))
+        return (x * grad + self.gamma * extra,)
+
+
+class ZBoxRule(_SignedRule):
+    """z-box, for inputs within ``[low, high]``: ``x W - low W+ - high W-`` on both sides (Montavon et al. 2017, eq. 14).
+
+    A bias is an input whose box is the point one, so it takes no share.
+
+    Args:
+        low: the least value an input can have, a float or a tensor that broadcasts against the input.
+        high: the largest one, likewise.
+        stabilizer: the stabiliser of the denominator.
+        zero_params: names of parameters to treat as zero.
+    """
+
+    def __init__(
+        self,
+        low: float | Tensor,
+        high: float | Tensor,
+        stabilizer: Stabilizer = 1e-6,
+        zero_params: ZeroParams = None,
+    ) -> None:
+        super().__init__()
+        # Plain data (a configuration file) brings bounds per channel as nested lists.
+        self.low = torch.tensor(low) if isinstance(low, list | tuple) else low
+        self.high = torch.tensor(high) if isinstance(high, list | tuple) else high
+        if bool((torch.as_tensor(self.low) > torch.as_tensor(self.high)).any()):
+            raise ValueError(f"ZBoxRule needs low <= high, got low={low} and high={high}")
+        self.stabilizer = stabilizer
+        self.zero_params = zero_param_names(zero_params)
+
+    def _bound(self, bound: float | Tensor, x: Tensor, name: str) -> Tensor:
+        bound = torch.as_tensor(bound, dtype=x.dtype, device=x.device)
+        try:
+            return bound.expand_as(x)
+        except RuntimeError:
+            raise ValueError(
+                f"ZBoxRule: {name} of shape {tuple(bound.shape)} does not broadcast against the input of shape "
+                f"{tuple(x.shape)}"
+            ) from None
+
+    def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        super().check(module, inputs, outputs)
+        for name, bound in (("low", self.low), ("high", self.high)):
+            self._bound(bound, inputs[0], name)
+
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        (r,) = relevance
+        x = step.inputs[0]
+        zero = (*self.zero_params, "bias")
+        terms = [
+            (x, 1.0, _itself),
+            (self._bound(self.low, x, "low"), -1.0, _positive),
+            (self._bound(self.high, x, "high"), -1.0, _negative),
+        ]
+        z: Tensor | float = 0.0
+        pulls = []
+        for value, sign, change in terms:
+            (part,), vjp = step.modified((value,), _modify(change, zero))
+            z = z + sign * part
+            pulls.append((sign * value, vjp))
+        assert isinstance(z, Tensor)
+        per_output = _per_output(r, z, self.stabilizer)
+        result = torch.zeros_like(x)
+        for value, vjp in pulls:
+            (grad,) = vjp(per_output)
+            assert grad is not None
+            result = result + value * grad
+        return (result,)
+
+
+class WSquareRule(PropagationRule):
+    """``R_i = sum_j w_ij^2 / stab(sum_i' w_i'j^2) R_j``: shares by squared weights (Montavon et al. 2017, eq. 12).
+
+    All parameters are squared, the bias too, and inputs count as ones.
+
+    Args:
+        stabilizer: the stabiliser of the denominator.
+        zero_params: names of parameters to treat as zero.
+    """
+
+    def __init__(self, stabilizer: Stabilizer = 1e-6, zero_params: ZeroParams = None) -> None:
+        super().__init__()
+        self.stabilizer = stabilizer
+        self.zero_params = zero_param_names(zero_params)
+
+    def _modification(self) -> Modify:
+        return _modify(torch.square, self.zero_params)
+
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        ones = [torch.ones_like(x) if x.is_floating_point() else x for x in step.inputs]
+        outputs, vjp = step.modified(ones, self._modification())
+        return vjp(*(_per_output(r, z, self.stabilizer) for r, z in zip(relevance, outputs, strict=True)))
+
+
+class FlatRule(WSquareRule):
+    """Equal shares to all inputs that are connected: weights and inputs are ones, no bias (Lapuschkin et al. 2019).
+
+    Args:
+        stabilizer: the stabiliser of the denominator.
+        zero_params: names of parameters to treat as zero.
+    """
+
+    def _modification(self) -> Modify:
+        return _modify(torch.ones_like, (*self.zero_params, "bias"))

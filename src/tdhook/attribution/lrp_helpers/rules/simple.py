@@ -1,0 +1,90 @@
+"""Rules that do not look at values: all of it, none of it, equal parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdhook.attribution.lrp_helpers.propagation import PropagationRule
+from tdhook.attribution.lrp_helpers.rule import RemovableRuleHandle, Rule
+from tdhook.attribution.lrp_helpers.steps import Grads, Step
+
+__all__ = ["IgnoreRule", "PassRule", "StopRule", "UniformRule"]
+
+
+class PassRule(PropagationRule):
+    """All relevance through unchanged, ``R_x = R_z``: for activations (Bach et al. 2015).
+
+    Raises:
+        ValueError: on the forward pass, where inputs and outputs differ in number or shape.
+    """
+
+    needs_inputs = False
+
+    def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        if len(inputs) != len(outputs):
+            raise ValueError(
+                "PassRule requires the number of inputs and outputs to be the same, "
+                f"got {len(inputs)} inputs and {len(outputs)} outputs from {type(module).__name__}"
+            )
+        for index, (x, z) in enumerate(zip(inputs, outputs, strict=True)):
+            if x.shape != z.shape:
+                raise ValueError(
+                    f"Input (shape={x.shape}) and output (shape={z.shape}) have different shapes at index {index} "
+                    f"of {type(module).__name__}, which PassRule cannot pass on"
+                )
+
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        return relevance
+
+
+class StopRule(PropagationRule):
+    """No relevance goes through: ``R_x = 0``. What arrives is absorbed."""
+
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        return tuple(torch.zeros_like(x) if x.is_floating_point() else None for x in step.inputs)
+
+
+class UniformRule(PropagationRule):
+    """Equal parts to each of ``n`` inputs: ``R_x = R_z / n`` (AttnLRP, Achtibat et al. 2024, Prop. 3.3).
+
+    Raises:
+        ValueError: on the forward pass, where an input has another shape than the output.
+    """
+
+    def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        for index, x in enumerate(inputs):
+            if x.shape != outputs[0].shape:
+                raise ValueError(
+                    f"UniformRule gives each input an equal part of the output's relevance, but input {index} of "
+                    f"{type(module).__name__} has shape {tuple(x.shape)} and its output {tuple(outputs[0].shape)}; "
+                    "use UniformEpsilonRule there"
+                )
+
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        n_inputs = len(step.inputs)
+        return tuple(relevance[0] / n_inputs for _ in step.inputs)
+
+
+class IgnoreRule(Rule):
+    """Leave the module and its gradient alone: for data movement and winner-take-all (max pooling)."""
+
+    def register(self, module: nn.Module) -> RemovableRuleHandle:
+        """Do nothing to ``module``."""
+        return RemovableRuleHandle(self, module)
+
+    def unregister(self, module: nn.Module) -> None:
+        """Do nothing to ``module``."""
+
+    @staticmethod
+    def forward(ctx: Any, apply_kwargs: Any, module: nn.Module, model_kwargs: Any, *inputs: Any) -> Any:
+        """Run the module: never called, since the rule does not bind."""
+        raise NotImplementedError("IgnoreRule does not bind to a module")
+
+    @staticmethod
+    def backward(ctx: Any, *out_relevance: Any) -> Any:
+        """Never called, since the rule does not bind."""
+        raise NotImplementedError("IgnoreRule does not bind to a module")

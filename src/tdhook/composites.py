@@ -1,0 +1,315 @@
+"""Composites: ordered lists of ``(selector, rule)``, first match wins; and the presets, which are such lists.
+
+    composite = [(Reads("pixels"), FlatRule()), (Type(nn.Conv2d), ZPlusRule())] + epsilon_plus()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from tdhook.attribution.lrp_helpers.layers import Sum
+from tdhook.attribution.lrp_helpers.params import Stabilizer, ZeroParams
+from tdhook.attribution.lrp_helpers.rule import Rule, rule_from_dict
+from tdhook.attribution.lrp_helpers.rules.gradient import ReLUBetaSmoothRule, ReLUDeconvNetRule, ReLUGuidedBackpropRule
+from tdhook.attribution.lrp_helpers.rules.linear import (
+    AlphaBetaRule,
+    EpsilonRule,
+    FlatRule,
+    GammaRule,
+    NormRule,
+    ZBoxRule,
+    ZPlusRule,
+)
+from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule, PassRule
+from tdhook.attribution.lrp_helpers.types import Activation, AvgPool, BatchNorm, Convolution, Linear, MaxPool
+from tdhook.selectors import First, Selector, SelectorLike, Site, Type, as_selector
+
+__all__ = [
+    "PRESETS",
+    "BaseRuleMapper",
+    "Composite",
+    "EpsilonPlus",
+    "beta_smooth",
+    "deconvnet",
+    "epsilon_alpha2_beta1",
+    "epsilon_alpha2_beta1_flat",
+    "epsilon_gamma_box",
+    "epsilon_plus",
+    "epsilon_plus_flat",
+    "excitation_backprop",
+    "guided_backprop",
+    "preset",
+]
+
+RuleMapper: TypeAlias = "Callable[[str, nn.Module], Rule | None]"
+Pairs: TypeAlias = "Iterable[tuple[SelectorLike, Rule]]"
+
+
+class Composite:
+    """An ordered list of ``(selector, rule)`` pairs, of which the first match wins.
+
+    It is a value: printed, compared, concatenated with ``+``, written to plain data. It is also a rule mapper,
+    ``composite(name, module) -> Rule or None``.
+
+    Args:
+        pairs: the list; what is not a selector stands for the obvious one (see
+            :func:`tdhook.selectors.as_selector`).
+
+    Raises:
+        TypeError: a pair is not one of a selector and a rule.
+    """
+
+    def __init__(self, pairs: Pairs = ()) -> None:
+        self.pairs: tuple[tuple[Selector, Rule], ...] = tuple(_as_pair(pair) for pair in pairs)
+
+    def find(self, site: Site) -> tuple[Selector, Rule] | None:
+        """The first pair whose selector matches ``site``."""
+        return next((pair for pair in self.pairs if pair[0].matches(site)), None)
+
+    def __call__(self, name: str, module: nn.Module) -> Rule | None:
+        """The rule for one module, seen without the model around it.
+
+        Raises:
+            ValueError: a selector depends on the execution order of a whole model.
+        """
+        pair = self.find(Site(name, module))
+        return None if pair is None else pair[1]
+
+    @property
+    def needs_execution(self) -> bool:
+        """Whether matching depends on the order in which the model runs its modules."""
+        return any(selector.needs_execution for selector, _ in self.pairs)
+
+    def __add__(self, other: Composite | Pairs) -> Composite:
+        return Composite((*self.pairs, *Composite(other).pairs))
+
+    def __radd__(self, other: Pairs) -> Composite:
+        return Composite(other) + self
+
+    def __iter__(self) -> Iterator[tuple[Selector, Rule]]:
+        return iter(self.pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __eq__(self, other: object) -> bool:
+        return self.pairs == other.pairs if isinstance(other, Composite) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.pairs)
+
+    def __repr__(self) -> str:
+        lines = "".join(f"\n    ({selector!r}, {rule!r})," for selector, rule in self.pairs)
+        return f"{type(self).__name__}([{lines}\n])" if lines else f"{type(self).__name__}([])"
+
+    def to_dict(self) -> dict[str, Any]:
+        """This composite as plain data, fit for TOML and JSON.
+
+        Raises:
+            TypeError: it holds a callable, which is not data.
+        """
+        return {"pairs": [{"select": selector.to_dict(), **rule.to_dict()} for selector, rule in self.pairs]}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Composite:
+        """Make a composite from plain data: ``{"pairs": [{"select": ..., "rule": ..., **arguments}]}``.
+
+        ``{"preset": name, **parameters}`` stands for a preset; with ``pairs`` beside it, these come first.
+
+        Raises:
+            ValueError: the data is not that of a composite.
+        """
+        content = dict(data)
+        pairs = content.pop("pairs", [])
+        name = content.pop("preset", None)
+        if name is None and (content or "pairs" not in data):
+            raise ValueError(f"a composite is given by 'pairs', 'preset' or both; got {sorted(map(str, data))}")
+        own = []
+        for entry in pairs:
+            if not isinstance(entry, Mapping) or "select" not in entry or "rule" not in entry:
+                raise ValueError(f"each of 'pairs' has 'select' and 'rule', got {entry!r}")
+            rule = {key: value for key, value in entry.items() if key != "select"}
+            own.append((Selector.from_dict(entry["select"]), rule_from_dict(rule)))
+        return Composite(own) if name is None else own + preset(name, **content)
+
+
+def _as_pair(pair: Any) -> tuple[Selector, Rule]:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise TypeError(f"a composite is a list of (selector, rule) pairs, got {pair!r}")
+    selector, rule = pair
+    if isinstance(rule, type) and issubclass(rule, Rule):
+        raise TypeError(f"a composite pairs selectors with rules: write {rule.__name__}(...), not the class")
+    if not isinstance(rule, Rule):
+        raise TypeError(f"a composite pairs selectors with rules, got {rule!r} of type {type(rule).__name__}")
+    return as_selector(selector), rule
+
+
+def _base(stabilizer: Stabilizer) -> list[tuple[SelectorLike, Rule]]:
+    """What needs no thought: activations, normalisation, pooling, data movement."""
+    return [
+        ((Activation, BatchNorm), PassRule()),
+        ((MaxPool, nn.Identity, nn.Dropout, nn.Flatten), IgnoreRule()),
+        ((Sum, AvgPool), NormRule(stabilizer)),
+    ]
+
+
+def _first_flat(stabilizer: Stabilizer) -> list[tuple[SelectorLike, Rule]]:
+    return [(First(Type(Linear)), FlatRule(stabilizer))]
+
+
+def epsilon_plus(
+    epsilon: Stabilizer = 1e-6, stabilizer: Stabilizer = 1e-6, zero_params: ZeroParams = None
+) -> Composite:
+    """z-plus for convolutions, epsilon for fully connected layers (Lapuschkin et al. 2017)."""
+    return Composite(
+        [
+            (Convolution, ZPlusRule(stabilizer, zero_params)),
+            (Linear, EpsilonRule(epsilon, zero_params)),
+            *_base(stabilizer),
+        ]
+    )
+
+
+def epsilon_plus_flat(
+    epsilon: Stabilizer = 1e-6, stabilizer: Stabilizer = 1e-6, zero_params: ZeroParams = None
+) -> Composite:
+    """:func:`epsilon_plus` with the flat rule for the first linear layer."""
+    return _first_flat(stabilizer) + epsilon_plus(epsilon, stabilizer, zero_params)
+
+
+def epsilon_alpha2_beta1(
+    epsilon: Stabilizer = 1e-6, stabilizer: Stabilizer = 1e-6, zero_params: ZeroParams = None
+) -> Composite:
+    """alpha-beta with ``(2, 1)`` for convolutions, epsilon for fully connected layers."""
+    return Composite(
+        [
+            (Convolution, AlphaBetaRule(2.0, 1.0, stabilizer, zero_params)),
+            (Linear, EpsilonRule(epsilon, zero_params)),
+            *_base(stabilizer),
+        ]
+    )
+
+
+def epsilon_alpha2_beta1_flat(
+    epsilon: Stabilizer = 1e-6, stabilizer: Stabilizer = 1e-6, zero_params: ZeroParams = None
+) -> Composite:
+    """:func:`epsilon_alpha2_beta1` with the flat rule for the first linear layer."""
+    return _first_flat(stabilizer) + epsilon_alpha2_beta1(epsilon, stabilizer, zero_params)
+
+
+def epsilon_gamma_box(
+    low: float | Tensor,
+    high: float | Tensor,
+    epsilon: Stabilizer = 1e-6,
+    gamma: float = 0.25,
+    stabilizer: Stabilizer = 1e-6,
+    zero_params: ZeroParams = None,
+) -> Composite:
+    """z-box for the first convolution, gamma for the others, epsilon for fully connected layers.
+
+    ``low`` and ``high`` are the least and largest value of the input, as floats or tensors that broadcast against it.
+    """
+    return Composite(
+        [
+            (First(Type(Convolution)), ZBoxRule(low, high, stabilizer, zero_params)),
+            (Convolution, GammaRule(gamma, stabilizer, zero_params)),
+            (Linear, EpsilonRule(epsilon, zero_params)),
+            *_base(stabilizer),
+        ]
+    )
+
+
+def excitation_backprop(stabilizer: Stabilizer = 1e-6, zero_params: ZeroParams = None) -> Composite:
+    """z-plus for all linear layers (Zhang et al. 2016)."""
+    return Composite([(Linear, ZPlusRule(stabilizer, zero_params)), *_base(stabilizer)])
+
+
+def guided_backprop() -> Composite:
+    """The gradient, let through ReLUs only where both it and the activation are positive (Springenberg et al. 2015)."""
+    return Composite([(nn.ReLU, ReLUGuidedBackpropRule())])
+
+
+def deconvnet() -> Composite:
+    """The gradient, let through ReLUs only where it is positive (Zeiler and Fergus 2014)."""
+    return Composite([(nn.ReLU, ReLUDeconvNetRule())])
+
+
+def beta_smooth(beta: float = 10.0) -> Composite:
+    """The gradient, with that of softplus in place of ReLU's (Dombrowski et al. 2019)."""
+    return Composite([(nn.ReLU, ReLUBetaSmoothRule(beta))])
+
+
+PRESETS: dict[str, Callable[..., Composite]] = {
+    function.__name__: function
+    for function in (
+        epsilon_plus,
+        epsilon_plus_flat,
+        epsilon_alpha2_beta1,
+        epsilon_alpha2_beta1_flat,
+        epsilon_gamma_box,
+        excitation_backprop,
+        guided_backprop,
+        deconvnet,
+        beta_smooth,
+    )
+}
+
+
+def preset(name: str, **parameters: Any) -> Composite:
+    """The preset of that name: ``preset("epsilon_gamma_box", low=0.0, high=1.0)``.
+
+    Raises:
+        ValueError: no preset has that name, or it does not take these parameters.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"no preset is named {name!r}; presets are {', '.join(PRESETS)}")
+    try:
+        return PRESETS[name](**parameters)
+    except TypeError as error:
+        raise ValueError(f"preset {name!r}: {error}") from error
+
+
+class BaseRuleMapper(Composite):
+    """What needs no thought: pass for activations and batch norm, epsilon for sums and average pooling.
+
+    Args:
+        stabilizer: the stabiliser of all rules but epsilon.
+        rule_mapper: asked first, ``(name, module) -> Rule or None``.
+    """
+
+    def __init__(self, stabilizer: Stabilizer = 1e-6, rule_mapper: RuleMapper | None = None) -> None:
+        super().__init__(self._pairs(stabilizer))
+        self.rule_mapper = rule_mapper
+
+    def _pairs(self, stabilizer: Stabilizer) -> Pairs:
+        return _base(stabilizer)
+
+    def find(self, site: Site) -> tuple[Selector, Rule] | None:
+        """The user's rule, or the first pair that matches."""
+        if self.rule_mapper is not None:
+            rule = self.rule_mapper(site.name, site.module)
+            if rule is not None:
+                return as_selector(self.rule_mapper), rule
+        return super().find(site)
+
+
+class EpsilonPlus(BaseRuleMapper):
+    """:func:`epsilon_plus` as a mapper that asks the user's mapper first.
+
+    Args:
+        epsilon: the stabiliser of the epsilon rule.
+        stabilizer: that of all others.
+        rule_mapper: asked first, ``(name, module) -> Rule or None``.
+    """
+
+    def __init__(
+        self, epsilon: Stabilizer = 1e-6, stabilizer: Stabilizer = 1e-6, rule_mapper: RuleMapper | None = None
+    ) -> None:
+        self._epsilon = epsilon
+        super().__init__(stabilizer, rule_mapper)
+
+    def _pairs(self, stabilizer: Stabilizer) -> Pairs:
+        return epsilon_plus(self._epsilon, stabilizer)

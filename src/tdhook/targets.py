@@ -1,0 +1,287 @@
+"""What is explained: one output, each of them, a difference of two, or any relevance that you compute.
+
+A target is a value. Called with the outputs and the inputs of the model it gives the seeds of the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor
+
+from tdhook.attribution.lrp_helpers.rule import Convention
+
+__all__ = ["Contrast", "Key", "Seeds", "Target", "TargetLike", "as_seeder"]
+
+
+@dataclass(frozen=True)
+class Key:
+    """Names a TensorDict entry that holds the index of a :class:`Target`: ``Target("action_value", Key("greedy"))``."""
+
+    key: NestedKey
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", unravel_key(self.key))
+
+
+@dataclass
+class Seeds:
+    """Where the backward pass starts.
+
+    Attributes:
+        keys: names of the explained tensors, for error messages.
+        tensors: the explained tensors, on the graph.
+        grads: what flows into each, in the convention of the flow; with ``several`` there is one more leading axis.
+        several: how many explanations are asked for at once, ``None`` for a single one.
+    """
+
+    keys: list[NestedKey]
+    tensors: list[Tensor]
+    grads: list[Tensor]
+    several: int | None = None
+
+
+Seeder: TypeAlias = Callable[[TensorDictBase, TensorDictBase, Convention], Seeds]
+Index: TypeAlias = "None | int | str | tuple[Any, ...] | Key | Tensor"
+
+
+def _output(outputs: TensorDictBase, key: NestedKey) -> Tensor:
+    value = outputs.get(key, None)
+    if value is None:
+        known = sorted(map(str, outputs.keys(True, True)))
+        raise KeyError(f"the target names {key!r}, which the module did not write; it has {', '.join(known)}")
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(
+            f"the target {key!r} is {getattr(value, 'dtype', type(value).__name__)}; only floating-point outputs can be "
+            "explained"
+        )
+    return value
+
+
+def _seed(z: Tensor, weight: Tensor, flow: Convention) -> Tensor:
+    """The seed of ``weight`` units of output ``z``: the weight, or the relevance ``weight * z``.
+
+    Outputs of weight zero may be infinite (masked logits) and still have no relevance.
+    """
+    return weight if flow == "gradient" else torch.where(weight == 0, 0.0, weight * z.detach())
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """An output of the model, or a part of it. The relevance put in is the value of what is selected.
+
+    Args:
+        key: the key of the output.
+        index: which of its last axis: ``None`` for the whole output as its own relevance; ``"argmax"``; an ``int``, or
+            ``ints`` for the last axes; a tensor of indices (``[*batch]`` or ``[*batch, 1]``) or one-hot (the output's
+            shape); ``"action"`` for the TensorDict entry of that name, one-hot or categorical, written by the module or
+            else given; any other entry as a tuple key or :class:`Key`; ``"all"`` for each output separately, which
+            gives relevance of shape ``[*batch, outputs, *features]``.
+
+    Raises:
+        KeyError: the module did not write the key, or the entry of the index is missing.
+        IndexError: an index is out of range.
+    """
+
+    key: NestedKey
+    index: Index = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", unravel_key(self.key))
+        index = self.index
+        if isinstance(index, str) and index not in ("argmax", "action", "all"):
+            raise ValueError(
+                f"index={index!r} is none of 'argmax', 'action', 'all'; to take the index from a TensorDict entry, "
+                f"write Key({index!r})"
+            )
+        if isinstance(index, bool) or not isinstance(index, None | int | str | tuple | Key | Tensor):
+            raise TypeError(f"index is None, an int, a string, a key or a tensor; got {type(index).__name__}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Target):
+            return NotImplemented
+        if isinstance(self.index, Tensor) or isinstance(other.index, Tensor):
+            same = isinstance(self.index, Tensor) and isinstance(other.index, Tensor)
+            return self.key == other.key and same and torch.equal(self.index, other.index)  # type: ignore[arg-type]
+        return (self.key, self.index) == (other.key, other.index)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
+        """The seeds for this target."""
+        z = _output(outputs, self.key)
+        if self.index == "all" and isinstance(self.index, str):
+            event = z.shape[outputs.batch_dims :]
+            count = event.numel()
+            eye = torch.eye(count, dtype=z.dtype, device=z.device).reshape(count, *(1,) * outputs.batch_dims, *event)
+            weight = eye.expand(count, *z.shape)
+            return Seeds([self.key], [z], [_seed(z, weight, flow)], count)
+        return Seeds([self.key], [z], [_seed(z, self.weight(z, outputs, inputs), flow)])
+
+    def weight(self, z: Tensor, outputs: TensorDictBase, inputs: TensorDictBase) -> Tensor:
+        """One where ``z`` is explained and zero elsewhere, of the shape of ``z``."""
+        if self.index is None:
+            return torch.ones_like(z)
+        if z.dim() == 0 or (z.dim() == outputs.batch_dims and outputs.batch_dims):
+            raise IndexError(
+                f"the target {self.key!r} of shape {tuple(z.shape)} has one value per batch element; use index=None"
+            )
+        if isinstance(self.index, tuple) and all(isinstance(i, int) for i in self.index):
+            return self._at(z, self.index)
+        if isinstance(self.index, int):
+            return self._at(z, (self.index,))
+        if self.index == "argmax" and isinstance(self.index, str):
+            return _one_hot(z.detach().argmax(-1), z)
+        if isinstance(self.index, Tensor):
+            return self._from_tensor(self.index, z, "the index")
+        key = self.index.key if isinstance(self.index, Key) else unravel_key(self.index)
+        entry = outputs.get(key, None)
+        if entry is None:
+            entry = inputs.get(key, None)
+        if entry is None:
+            known = sorted({str(k) for td in (outputs, inputs) for k in td.keys(True, True)})
+            raise KeyError(f"the target takes its index from {key!r}, which is not there; there are {', '.join(known)}")
+        return self._from_tensor(entry, z, f"entry {key!r}")
+
+    def _at(self, z: Tensor, index: tuple[int, ...]) -> Tensor:
+        for axis, i in enumerate(index, start=-len(index)):
+            if len(index) > z.dim() or not -z.shape[axis] <= i < z.shape[axis]:
+                size = "no such axis" if len(index) > z.dim() else f"{z.shape[axis]} outputs"
+                raise IndexError(
+                    f"target index {i} is out of range for {self.key!r}, which has {size} (shape {tuple(z.shape)})"
+                )
+        weight = torch.zeros_like(z)
+        weight[(..., *index)] = 1.0
+        return weight
+
+    def _from_tensor(self, entry: Tensor, z: Tensor, what: str) -> Tensor:
+        entry = entry.to(z.device)
+        if entry.shape == z.shape and z.shape[-1] > 1:
+            hot = entry != 0
+            if entry.is_floating_point() and not bool(((entry == 0) | (entry == 1)).all()):
+                raise TypeError(
+                    f"{what} is continuous: it picks no output of {self.key!r}; use index=None to explain all of it"
+                )
+            if not bool((hot.sum(-1) == 1).all()):
+                raise ValueError(f"{what} has the shape of {self.key!r} but is not one-hot along the last axis")
+            return hot.to(z.dtype)
+        if entry.is_floating_point():
+            raise TypeError(f"{what} of dtype {entry.dtype} and shape {tuple(entry.shape)} is no index of {self.key!r}")
+        if entry.shape == (*z.shape[:-1], 1):
+            entry = entry.squeeze(-1)
+        try:
+            entry = entry.expand(z.shape[:-1])
+        except RuntimeError:
+            raise ValueError(
+                f"{what} of shape {tuple(entry.shape)} is neither one index per batch element nor one-hot for "
+                f"{self.key!r} of shape {tuple(z.shape)}"
+            ) from None
+        count = z.shape[-1]
+        outside = (entry < -count) | (entry >= count)
+        if bool(outside.any()):
+            raise IndexError(
+                f"target index {int(entry[outside][0])} from {what} is out of range for {self.key!r}, which has {count} "
+                f"outputs (shape {tuple(z.shape)})"
+            )
+        return _one_hot(entry.long() % count, z)
+
+
+def _one_hot(index: Tensor, z: Tensor) -> Tensor:
+    return torch.zeros_like(z).scatter_(-1, index.unsqueeze(-1), 1.0)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Why this and not that: the relevance of ``a`` minus that of ``b``.
+
+    Args:
+        a: the output that is explained.
+        b: the one that it is compared with.
+    """
+
+    a: Target
+    b: Target
+
+    def __post_init__(self) -> None:
+        for target in (self.a, self.b):
+            if not isinstance(target, Target) or (isinstance(target.index, str) and target.index == "all"):
+                raise TypeError(f"Contrast compares two targets of one output each, got {target!r}")
+
+    def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
+        """The seeds for this contrast."""
+        weights: dict[NestedKey, Tensor] = {}
+        for target, sign in ((self.a, 1.0), (self.b, -1.0)):
+            z = _output(outputs, target.key)
+            weight = sign * target.weight(z, outputs, inputs)
+            weights[target.key] = weights[target.key] + weight if target.key in weights else weight
+        tensors = [_output(outputs, key) for key in weights]
+        grads = [_seed(z, weight, flow) for z, weight in zip(tensors, weights.values(), strict=True)]
+        return Seeds(list(weights), tensors, grads)
+
+
+TargetLike: TypeAlias = (
+    "Target | Contrast | str | tuple[str, ...] | Callable[[TensorDictBase, TensorDictBase], TensorDictBase] | None"
+)
+
+
+def as_seeder(target: TargetLike) -> Seeder:
+    """What makes the seeds of a target: a key stands for all of that output, ``None`` for the only one there is."""
+    if target is None:
+        return _only_output
+    if isinstance(target, Target | Contrast):
+        return target
+    if isinstance(target, str | tuple):
+        return Target(target)
+    if callable(target):
+        return _Computed(target)
+    raise TypeError(f"a target is a Target, a Contrast, a key or a callable, got {type(target).__name__}")
+
+
+def _only_output(outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
+    keys = [
+        key for key, z in outputs.items(True, True) if isinstance(z, Tensor) and z.is_floating_point() and z.requires_grad
+    ]
+    if len(keys) != 1:
+        found = ", ".join(repr(key) for key in keys) or "none that depends on an attributed input"
+        raise ValueError(f"which output is to be explained? Give target=Target(key); the module wrote {found}")
+    return Target(keys[0])(outputs, inputs, flow)
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """A user's ``(outputs, inputs) -> relevance`` as a target."""
+
+    function: Callable[[TensorDictBase, TensorDictBase], TensorDictBase]
+
+    def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
+        relevance = self.function(outputs, inputs)
+        if not isinstance(relevance, TensorDictBase):
+            raise TypeError(f"a target function returns a TensorDict of relevance, got {type(relevance).__name__}")
+        keys: list[NestedKey] = list(relevance.keys(True, True))
+        tensors = [_output(outputs, key) for key in keys]
+        grads = []
+        for key, z in zip(keys, tensors, strict=True):
+            r = relevance.get(key).detach()
+            if r.shape != z.shape:
+                raise ValueError(
+                    f"the target function gave relevance of shape {tuple(r.shape)} for {key!r} of shape {tuple(z.shape)}"
+                )
+            if flow == "gradient":
+                r = torch.where(z == 0, 0.0, r / torch.where(z == 0, 1.0, z.detach()))
+            grads.append(r)
+        return Seeds(keys, tensors, grads)
+
+
+def require_dependence(seeds: Seeds, sources: Sequence[NestedKey]) -> None:
+    """Raise where a target does not depend on what is attributed."""
+    for key, z in zip(seeds.keys, seeds.tensors, strict=True):
+        if not z.requires_grad:
+            raise ValueError(
+                f"the target {key!r} does not depend on any attributed input ({', '.join(map(repr, sources))})"
+            )
