@@ -1,6 +1,6 @@
 """Composites: ordered lists of ``(selector, rule)``, first match wins; and the presets, which are such lists.
 
-    composite = [(Reads("pixels"), FlatRule()), (Type(nn.Conv2d), ZPlusRule())] + epsilon_plus()
+``[(Reads("pixels"), FlatRule())] + epsilon_plus()`` is a preset with another rule for the layer that reads the pixels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from tdhook.attribution.lrp_helpers.layers import Sum
 from tdhook.attribution.lrp_helpers.params import Stabilizer, ZeroParams
 from tdhook.attribution.lrp_helpers.rule import Rule, rule_from_dict
-from tdhook.attribution.lrp_helpers.rules.gradient import ReLUBetaSmoothRule, ReLUDeconvNetRule, ReLUGuidedBackpropRule
+from tdhook.attribution.lrp_helpers.rules.gradient import (
+    ReLUBetaSmoothRule,
+    ReLUDeconvNetRule,
+    ReLUGuidedBackpropRule,
+)
 from tdhook.attribution.lrp_helpers.rules.linear import (
     AlphaBetaRule,
     EpsilonRule,
@@ -25,7 +29,7 @@ from tdhook.attribution.lrp_helpers.rules.linear import (
 )
 from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule, PassRule
 from tdhook.attribution.lrp_helpers.types import Activation, AvgPool, BatchNorm, Convolution, Linear, MaxPool
-from tdhook.selectors import First, Selector, SelectorLike, Site, Type, as_selector
+from tdhook.selectors import First, Selector, SelectorLike, Site, Type, Where, as_selector
 
 __all__ = [
     "PRESETS",
@@ -126,7 +130,9 @@ class Composite:
         pairs = content.pop("pairs", [])
         name = content.pop("preset", None)
         if name is None and (content or "pairs" not in data):
-            raise ValueError(f"a composite is given by 'pairs', 'preset' or both; got {sorted(map(str, data))}")
+            raise ValueError(
+                f"a composite is given by 'pairs', 'preset' or both; got {sorted(map(str, data))}"
+            )
         own = []
         for entry in pairs:
             if not isinstance(entry, Mapping) or "select" not in entry or "rule" not in entry:
@@ -290,10 +296,16 @@ class BaseRuleMapper(Composite):
     def find(self, site: Site) -> tuple[Selector, Rule] | None:
         """The user's rule, or the first pair that matches."""
         if self.rule_mapper is not None:
-            rule = self.rule_mapper(site.name, site.module)
+            mapper = self.rule_mapper
+            rule = mapper(site.name, site.module)
             if rule is not None:
-                return as_selector(self.rule_mapper), rule
+                return Where(lambda name, module: mapper(name, module) is not None), rule
         return super().find(site)
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and self.rule_mapper is getattr(other, "rule_mapper", None)
+
+    __hash__ = Composite.__hash__
 
 
 class EpsilonPlus(BaseRuleMapper):

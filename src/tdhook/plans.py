@@ -32,10 +32,22 @@ DEFAULTS = Composite(
     [
         ((Activation, BatchNorm), PassRule()),
         (
-            (MaxPool, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Flatten),
+            (
+                MaxPool,
+                nn.Identity,
+                nn.Dropout,
+                nn.Dropout1d,
+                nn.Dropout2d,
+                nn.Dropout3d,
+                nn.AlphaDropout,
+                nn.Flatten,
+            ),
             IgnoreRule(),
         ),
-        ((nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Fold, nn.Unfold), IgnoreRule()),
+        (
+            (nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Fold, nn.Unfold),
+            IgnoreRule(),
+        ),
         (Type("*Pad1d", "*Pad2d", "*Pad3d"), IgnoreRule()),
         ((Sum, AvgPool, nn.Upsample), NormRule()),
         (Type(nn.LayerNorm, "*RMSNorm"), LayerNormRule()),
@@ -74,7 +86,9 @@ class Plan:
         merge: whether batch norms right behind a linear layer are merged.
     """
 
-    def __init__(self, rows: Sequence[Row], flow: Convention, merges: dict[str, list[nn.Module]], merge: bool) -> None:
+    def __init__(
+        self, rows: Sequence[Row], flow: Convention, merges: dict[str, list[nn.Module]], merge: bool
+    ) -> None:
         self.rows = tuple(rows)
         self.flow: Convention = flow
         self.sensitivity = any(row.rule is not None and row.rule.yields == "sensitivity" for row in rows)
@@ -115,11 +129,21 @@ class Plan:
     def __str__(self) -> str:
         cells = [("module", "type", "rule", "because")]
         for row in self.rows:
-            because = repr(row.selector) if row.selector is not None else ("" if row.rule is None else "default")
-            rule = "none: plain gradient" if row.rule is None and row.open else repr(row.rule) if row.rule else ""
+            because = (
+                repr(row.selector) if row.selector is not None else ("" if row.rule is None else "default")
+            )
+            rule = (
+                "none: plain gradient"
+                if row.rule is None and row.open
+                else repr(row.rule)
+                if row.rule
+                else ""
+            )
             cells.append((row.path or "(model)", type(row.module).__name__, rule, because))
         widths = [max(len(cell[i]) for cell in cells) for i in range(3)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(cell, widths, strict=False)), cell[3]]) for cell in cells]
+        lines = [
+            "  ".join([*(c.ljust(w) for c, w in zip(cell, widths, strict=False)), cell[3]]) for cell in cells
+        ]
         return "\n".join(line.rstrip() for line in [f"flow: {self.flow}", *lines])
 
 
@@ -137,8 +161,8 @@ def make_plan(
     Args:
         execution: the model, and what is known of how it runs.
         mapper: a composite, which sees the whole model, or any ``(name, module) -> Rule or None``.
-        defaults: whether what is left open gets the obvious rule; then a module that has a rule is one unit, whose inside
-            is not looked at again.
+        defaults: whether what is left open gets the obvious rule; then a module that has a rule is one unit, whose
+            inside is not looked at again.
         skip: modules to leave alone.
         flow: the convention of the backward pass, or ``None`` to follow from the rules.
         merge_batch_norm: whether to merge batch norms, or which.

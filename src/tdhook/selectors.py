@@ -1,7 +1,7 @@
 """Selectors: values that say which modules of a model are meant.
 
-A selector is plain data. It is built up with ``&``, ``|`` and ``~``, printed, compared and written to a dictionary; only
-a model's :class:`Site` tells whether it matches.
+A selector is plain data. It is built up with ``&``, ``|`` and ``~``, printed, compared and written to a dictionary;
+only a model's :class:`Site` tells whether it matches.
 
     Type(nn.Linear) & ~Name("head.*")
 """
@@ -86,7 +86,7 @@ class Selector(ABC):
         """
         if isinstance(data, str):
             return Name(data)
-        if not isinstance(data, Mapping) or len(data) != 1 or next(iter(data)) not in _READERS:
+        if len(data) != 1 or next(iter(data)) not in _READERS:
             raise ValueError(f"not a selector: {data!r}; expected one entry out of {', '.join(_READERS)}")
         ((kind, value),) = data.items()
         return _READERS[kind](value)
@@ -98,7 +98,7 @@ SelectorLike: TypeAlias = (
 
 
 def as_selector(value: SelectorLike) -> Selector:
-    """The obvious selector: classes stand for :class:`Type`, a string for :class:`Name`, a callable for :class:`Where`."""
+    """The obvious selector: :class:`Type` for classes, :class:`Name` for a string, :class:`Where` for a callable."""
     if isinstance(value, Selector):
         return value
     if isinstance(value, type):
@@ -110,8 +110,8 @@ def as_selector(value: SelectorLike) -> Selector:
     if callable(value):
         return Where(value)
     raise TypeError(
-        f"{value!r} of type {type(value).__name__} selects nothing: give a selector, a class, a tuple of classes, a glob "
-        "on the module path, or a predicate (name, module) -> bool"
+        f"{value!r} of type {type(value).__name__} selects nothing: give a selector, a class, a tuple of classes, a "
+        "glob on the module path, or a predicate (name, module) -> bool"
     )
 
 
@@ -134,7 +134,8 @@ class Type(Selector):
 
     def matches(self, site: Site) -> bool:
         return any(
-            _named(type(site.module), c) if isinstance(c, str) else isinstance(site.module, c) for c in self.classes
+            _named(type(site.module), c) if isinstance(c, str) else isinstance(site.module, c)
+            for c in self.classes
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,7 +154,7 @@ def _named(cls: type, pattern: str) -> bool:
 
 def _class_name(cls: type) -> str:
     if getattr(families, cls.__name__, None) is cls:
-        return cls.__name__
+        return str(cls.__name__)
     if getattr(nn, cls.__name__, None) is cls:
         return f"nn.{cls.__name__}"
     return f"{cls.__module__}.{cls.__qualname__}"
@@ -229,8 +230,10 @@ class Reads(_OfKey):
 
 
 class Writes(_OfKey):
-    """The layer that produces a TensorDict key: the last one with parameters inside the ``TensorDictModule`` that lists
-    it among its ``out_keys``, or that module as a whole where it has none.
+    """The layer that produces a TensorDict key.
+
+    That is the last layer with parameters on the way to the key's value inside the ``TensorDictModule`` that lists it
+    among its ``out_keys``, or that module as a whole where it has none.
     """
 
     def matches(self, site: Site) -> bool:
@@ -304,7 +307,9 @@ class Where(Selector):
         return bool(self.predicate(site.name, site.module))
 
     def to_dict(self) -> dict[str, Any]:
-        raise TypeError(f"{self!r} holds a callable, which cannot be written as plain data; use Type, Name or Reads")
+        raise TypeError(
+            f"{self!r} holds a callable, which cannot be written as plain data; use Type, Name or Reads"
+        )
 
     def __repr__(self) -> str:
         return f"Where({getattr(self.predicate, '__qualname__', repr(self.predicate))})"
@@ -350,8 +355,9 @@ class _Any(_Several):
 
 @dataclass(frozen=True, repr=False)
 class _Not(Selector):
-    """What another selector leaves. On its own it means layers, not what merely contains them: ``~Type(nn.Linear)``
-    is not the whole model.
+    """What another selector leaves.
+
+    On its own it means layers, not what merely contains them: ``~Type(nn.Linear)`` is not the whole model.
     """
 
     selector: Selector

@@ -5,7 +5,7 @@ A target is a value. Called with the outputs and the inputs of the model it give
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tdhook.attribution.lrp_helpers.rule import Convention
 
-__all__ = ["Contrast", "Key", "Seeds", "Target", "TargetLike", "as_seeder"]
+__all__ = ["Contrast", "Key", "Seeds", "Target", "TargetLike", "as_seeder", "require_dependence"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Seeds:
 
 
 Seeder: TypeAlias = Callable[[TensorDictBase, TensorDictBase, Convention], Seeds]
-Index: TypeAlias = "None | int | str | tuple[Any, ...] | Key | Tensor"
+Index: TypeAlias = "int | str | tuple[Any, ...] | Key | Tensor | None"
 
 
 def _output(outputs: TensorDictBase, key: NestedKey) -> Tensor:
@@ -57,8 +57,8 @@ def _output(outputs: TensorDictBase, key: NestedKey) -> Tensor:
         raise KeyError(f"the target names {key!r}, which the module did not write; it has {', '.join(known)}")
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(
-            f"the target {key!r} is {getattr(value, 'dtype', type(value).__name__)}; only floating-point outputs can be "
-            "explained"
+            f"the target {key!r} is {getattr(value, 'dtype', type(value).__name__)}; only floating-point outputs can "
+            "be explained"
         )
     return value
 
@@ -99,7 +99,7 @@ class Target:
                 f"index={index!r} is none of 'argmax', 'action', 'all'; to take the index from a TensorDict entry, "
                 f"write Key({index!r})"
             )
-        if isinstance(index, bool) or not isinstance(index, None | int | str | tuple | Key | Tensor):
+        if isinstance(index, bool) or not isinstance(index, int | str | tuple | Key | Tensor | None):
             raise TypeError(f"index is None, an int, a string, a key or a tensor; got {type(index).__name__}")
 
     def __eq__(self, other: object) -> bool:
@@ -119,7 +119,9 @@ class Target:
         if self.index == "all" and isinstance(self.index, str):
             event = z.shape[outputs.batch_dims :]
             count = event.numel()
-            eye = torch.eye(count, dtype=z.dtype, device=z.device).reshape(count, *(1,) * outputs.batch_dims, *event)
+            eye = torch.eye(count, dtype=z.dtype, device=z.device).reshape(
+                count, *(1,) * outputs.batch_dims, *event
+            )
             weight = eye.expand(count, *z.shape)
             return Seeds([self.key], [z], [_seed(z, weight, flow)], count)
         return Seeds([self.key], [z], [_seed(z, self.weight(z, outputs, inputs), flow)])
@@ -146,7 +148,9 @@ class Target:
             entry = inputs.get(key, None)
         if entry is None:
             known = sorted({str(k) for td in (outputs, inputs) for k in td.keys(True, True)})
-            raise KeyError(f"the target takes its index from {key!r}, which is not there; there are {', '.join(known)}")
+            raise KeyError(
+                f"the target takes its index from {key!r}, which is not there; there are {', '.join(known)}"
+            )
         return self._from_tensor(entry, z, f"entry {key!r}")
 
     def _at(self, z: Tensor, index: tuple[int, ...]) -> Tensor:
@@ -157,7 +161,8 @@ class Target:
                     f"target index {i} is out of range for {self.key!r}, which has {size} (shape {tuple(z.shape)})"
                 )
         weight = torch.zeros_like(z)
-        weight[(..., *index)] = 1.0
+        where: tuple[Any, ...] = (..., *index)
+        weight[where] = 1.0
         return weight
 
     def _from_tensor(self, entry: Tensor, z: Tensor, what: str) -> Tensor:
@@ -169,10 +174,14 @@ class Target:
                     f"{what} is continuous: it picks no output of {self.key!r}; use index=None to explain all of it"
                 )
             if not bool((hot.sum(-1) == 1).all()):
-                raise ValueError(f"{what} has the shape of {self.key!r} but is not one-hot along the last axis")
+                raise ValueError(
+                    f"{what} has the shape of {self.key!r} but is not one-hot along the last axis"
+                )
             return hot.to(z.dtype)
         if entry.is_floating_point():
-            raise TypeError(f"{what} of dtype {entry.dtype} and shape {tuple(entry.shape)} is no index of {self.key!r}")
+            raise TypeError(
+                f"{what} of dtype {entry.dtype} and shape {tuple(entry.shape)} is no index of {self.key!r}"
+            )
         if entry.shape == (*z.shape[:-1], 1):
             entry = entry.squeeze(-1)
         try:
@@ -186,8 +195,8 @@ class Target:
         outside = (entry < -count) | (entry >= count)
         if bool(outside.any()):
             raise IndexError(
-                f"target index {int(entry[outside][0])} from {what} is out of range for {self.key!r}, which has {count} "
-                f"outputs (shape {tuple(z.shape)})"
+                f"target index {int(entry[outside][0])} from {what} is out of range for {self.key!r}, which has "
+                f"{count} outputs (shape {tuple(z.shape)})"
             )
         return _one_hot(entry.long() % count, z)
 
@@ -209,7 +218,8 @@ class Contrast:
     b: Target
 
     def __post_init__(self) -> None:
-        for target in (self.a, self.b):
+        targets: tuple[Any, ...] = (self.a, self.b)
+        for target in targets:
             if not isinstance(target, Target) or (isinstance(target.index, str) and target.index == "all"):
                 raise TypeError(f"Contrast compares two targets of one output each, got {target!r}")
 
@@ -225,9 +235,7 @@ class Contrast:
         return Seeds(list(weights), tensors, grads)
 
 
-TargetLike: TypeAlias = (
-    "Target | Contrast | str | tuple[str, ...] | Callable[[TensorDictBase, TensorDictBase], TensorDictBase] | None"
-)
+TargetLike: TypeAlias = "Target | Contrast | str | tuple[str, ...] | Callable[[TensorDictBase, TensorDictBase], TensorDictBase] | None"
 
 
 def as_seeder(target: TargetLike) -> Seeder:
@@ -244,12 +252,13 @@ def as_seeder(target: TargetLike) -> Seeder:
 
 
 def _only_output(outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
-    keys = [
-        key for key, z in outputs.items(True, True) if isinstance(z, Tensor) and z.is_floating_point() and z.requires_grad
-    ]
+    tensors = {key: z for key, z in outputs.items(True, True) if isinstance(z, Tensor)}
+    keys = [key for key, z in tensors.items() if z.is_floating_point() and z.requires_grad]
     if len(keys) != 1:
         found = ", ".join(repr(key) for key in keys) or "none that depends on an attributed input"
-        raise ValueError(f"which output is to be explained? Give target=Target(key); the module wrote {found}")
+        raise ValueError(
+            f"which output is to be explained? Give target=Target(key); the module wrote {found}"
+        )
     return Target(keys[0])(outputs, inputs, flow)
 
 
@@ -262,7 +271,9 @@ class _Computed:
     def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
         relevance = self.function(outputs, inputs)
         if not isinstance(relevance, TensorDictBase):
-            raise TypeError(f"a target function returns a TensorDict of relevance, got {type(relevance).__name__}")
+            raise TypeError(
+                f"a target function returns a TensorDict of relevance, got {type(relevance).__name__}"
+            )
         keys: list[NestedKey] = list(relevance.keys(True, True))
         tensors = [_output(outputs, key) for key in keys]
         grads = []
@@ -270,7 +281,8 @@ class _Computed:
             r = relevance.get(key).detach()
             if r.shape != z.shape:
                 raise ValueError(
-                    f"the target function gave relevance of shape {tuple(r.shape)} for {key!r} of shape {tuple(z.shape)}"
+                    f"the target function gave relevance of shape {tuple(r.shape)} for {key!r}, whose shape is "
+                    f"{tuple(z.shape)}"
                 )
             if flow == "gradient":
                 r = torch.where(z == 0, 0.0, r / torch.where(z == 0, 1.0, z.detach()))
@@ -278,10 +290,16 @@ class _Computed:
         return Seeds(keys, tensors, grads)
 
 
-def require_dependence(seeds: Seeds, sources: Sequence[NestedKey]) -> None:
-    """Raise where a target does not depend on what is attributed."""
-    for key, z in zip(seeds.keys, seeds.tensors, strict=True):
-        if not z.requires_grad:
-            raise ValueError(
-                f"the target {key!r} does not depend on any attributed input ({', '.join(map(repr, sources))})"
-            )
+def require_dependence(seeds: Seeds, sources: Iterable[NestedKey], depends: Sequence[bool]) -> None:
+    """Raise for the first of the targets that depends on nothing that is attributed.
+
+    Args:
+        seeds: the targets.
+        sources: keys of what is attributed, for the message.
+        depends: for each target whether it does, or one value for all of them.
+    """
+    if not all(depends):
+        target = repr(seeds.keys[depends.index(False)])
+        raise ValueError(
+            f"the target {target} does not depend on any attributed input ({', '.join(map(repr, sources))})"
+        )

@@ -94,7 +94,9 @@ def traced(root: nn.Module, wrapper: TensorDictModuleBase, run: Callable[[], Any
             handles.append(module.register_forward_pre_hook(watch.entering(name), with_kwargs=True))
             handles.append(module.register_forward_hook(watch.leaving(name), always_call=False))
         for name, keyed in _keyed(root, wrapper):
-            handles.append(keyed.register_forward_pre_hook(watch.reading(name), with_kwargs=True, prepend=True))
+            handles.append(
+                keyed.register_forward_pre_hook(watch.reading(name), with_kwargs=True, prepend=True)
+            )
             handles.append(keyed.register_forward_hook(watch.writing(name)))
         with _unchanged(root), torch.no_grad(), watch:
             run()
@@ -121,7 +123,7 @@ def _unchanged(root: nn.Module) -> Iterator[None]:
 class _Watch(TorchFunctionMode):
     """Labels tensors with where they come from, and passes the labels on through every operation.
 
-    A label is ``(reader, key)`` for a value that a TensorDictModule read, or ``(None, layer)`` for one that a layer made.
+    A label is ``(reader, key)`` for a value that a TensorDictModule read, ``(None, layer)`` for one that a layer made.
     """
 
     def __init__(self, execution: Execution) -> None:
@@ -195,7 +197,9 @@ class _Watch(TorchFunctionMode):
             for key in map(unravel_key, module.out_keys):
                 value = output.get(key, None) if isinstance(output, TensorDictBase) else None
                 makers = [
-                    layer for reader, layer in self._labels_of(value) if reader is None and layer.startswith(prefix)
+                    layer
+                    for reader, layer in self._labels_of(value)
+                    if reader is None and layer.startswith(prefix)
                 ]
                 for maker in makers or [name]:
                     self.execution.writes.setdefault(maker, set()).add(key)

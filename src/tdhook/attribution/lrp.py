@@ -38,8 +38,8 @@ class LRP(Attribution):
     """Layer-wise relevance propagation (Bach et al. 2015).
 
     Args:
-        composite: what happens where: a :class:`~tdhook.composites.Composite`, a list of ``(selector, rule)``, or the name
-            of a preset.
+        composite: what happens where: a :class:`~tdhook.composites.Composite`, a list of ``(selector, rule)``, or the
+            name of a preset.
         target: what is explained (:mod:`tdhook.targets`); by default the only output there is.
         attribute: keys to give relevance for: those that the model reads (the default), keys that a
             ``TensorDictModule`` inside it writes, or ``"all"`` of these.
@@ -164,13 +164,19 @@ class LRP(Attribution):
     def _complain(self, plan: Plan) -> None:
         if self.composite is not None and not any(row.selector is not None for row in plan):
             classes = ", ".join(sorted({type(row.module).__name__ for row in plan}))
-            raise ValueError(f"the composite matches no module of this model:\n{self.composite!r}\nIt has {classes}.")
+            raise ValueError(
+                f"the composite matches no module of this model:\n{self.composite!r}\nIt has {classes}."
+            )
         warn = self.warn_on_missing_rule
         if warn is False:
             return
         for row in plan:
-            if row.rule is None and (warn or self.composite is None or (row.open and plan.flow == "relevance")):
-                warnings.warn(f"No rule found for module `{row.path}` ({type(row.module).__name__})", stacklevel=2)
+            if row.rule is None and (
+                warn or self.composite is None or (row.open and plan.flow == "relevance")
+            ):
+                warnings.warn(
+                    f"No rule found for module `{row.path}` ({type(row.module).__name__})", stacklevel=2
+                )
 
     @contextmanager
     def active(self, state: _State, model: Model, td: TensorDictBase) -> Iterator[Convention]:
@@ -223,7 +229,8 @@ class LRP(Attribution):
         if self.clean_intermediate_keys:
             return {}
         inputs = {key: value.detach() for key, value in record.inputs.items()}
-        groups = {"_register_in": inputs, "_mod_in": inputs, "_mod_out": dict(record.outputs.detach().items(True, True))}
+        outputs = dict(record.outputs.detach().items(True, True))
+        groups = {"_register_in": inputs, "_mod_in": inputs, "_mod_out": outputs}
         return {
             (group, *((key,) if isinstance(key, str) else key)): value
             for group, entries in groups.items()

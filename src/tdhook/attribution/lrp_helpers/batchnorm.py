@@ -39,7 +39,9 @@ class MergedBatchNormRule(PassRule):
         super().__init__()
         self.linears = tuple(linears)
 
-    def run(self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Call the batch norm."""
         if args and isinstance(args[0], Tensor) and not module.training and module.running_mean is not None:
             for call in self._producers(args[0].grad_fn):

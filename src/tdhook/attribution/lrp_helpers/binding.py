@@ -23,7 +23,7 @@ class Binding:
     While attached it is the module's ``forward``. Attaching nests: what was there before comes back on detaching.
 
     Args:
-        module: the module; a ``TensorDictModule`` is seen as a function of the keys it reads, returning those it writes.
+        module: the module; a ``TensorDictModule`` is seen as the function from the keys it reads to those it writes.
         rule: the rule.
         flow: the convention of the values that arrive from outside; the rule's own by default. Where the two differ
             they are converted: ``g = R / z`` at the outputs and ``R = x * g`` at the inputs, or the other way round.
@@ -97,7 +97,9 @@ class Binding:
             for key, value in zip(reads, tensors, strict=True):
                 inner.set(key, value)
             result = original(inner, *rest, **kwargs)
-            return tuple(result.get(key) for key in module.out_keys if isinstance(result.get(key, None), Tensor))
+            return tuple(
+                result.get(key) for key in module.out_keys if isinstance(result.get(key, None), Tensor)
+            )
 
         attributes = self.module.__dict__
         attributes["_prev_forward"] = on_tensors
@@ -140,7 +142,7 @@ class _TimesValue(torch.autograd.Function):
         ctx.save_for_backward(inputs[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Any) -> Any:
         (x,) = ctx.saved_tensors
         return x * grad
 
@@ -149,7 +151,7 @@ class _PerValue(_TimesValue):
     """Identity at whose input relevance becomes relevance per unit of activation: ``g = R / x``, zero where x is."""
 
     @staticmethod
-    def backward(ctx: Any, relevance: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, relevance: Any) -> Any:
         (x,) = ctx.saved_tensors
         zero = x == 0
         return torch.where(zero, 0.0, relevance / torch.where(zero, 1.0, x))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class ParamModifier:
     @contextmanager
     def __call__(self, module: nn.Module) -> Iterator[nn.Module]:
         """Yield ``module`` with the selected parameters replaced."""
-        originals: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
+        originals: list[tuple[dict[str, Any], str, nn.Parameter]] = []
         try:
             for prefix, owner in list(module.named_modules()):
                 for key, param in list(owner._parameters.items()):
@@ -78,7 +78,7 @@ class ParamModifier:
                         continue
                     replacement = self._modify_fn(name, param)
                     originals.append((owner._parameters, key, param))
-                    owner._parameters[key] = replacement  # type: ignore[assignment]
+                    owner._parameters[key] = replacement
             yield module
         finally:
             for parameters, key, param in reversed(originals):

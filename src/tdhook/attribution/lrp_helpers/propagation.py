@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
+from torch.autograd.function import Function
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tdhook.attribution.lrp_helpers.rule import Rule
@@ -35,7 +36,9 @@ class PropagationRule(Rule):
     def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Raise where the rule does not fit the module that it is bound to."""
 
-    def run(self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Call ``module`` under this rule; ``original`` is its forward without the rule."""
         return Call(self, module, original, args, kwargs).run()
 
@@ -63,8 +66,8 @@ class PropagationRule(Rule):
         super().__init_subclass__(**kwargs)
         if "forward" in cls.__dict__ and "setup_context" not in cls.__dict__:
             # A user's rule that derives from a built-in one and is written against the contract of Rule.
-            cls.setup_context = torch.autograd.Function.setup_context
-            cls.run = Rule.run  # type: ignore[method-assign]
+            for name, inherited in (("setup_context", Function.setup_context), ("run", Rule.run)):
+                setattr(cls, name, inherited)
 
 
 class Call:
@@ -86,7 +89,8 @@ class Call:
         self.form: ClosedForm | None = closed_form(module) if only_tensor else None
         self.params: tuple[Tensor, ...] = ()
         if self.form is not None:
-            self.params = (module.weight,) if module.bias is None else (module.weight, module.bias)  # type: ignore
+            layer: Any = module
+            self.params = (layer.weight,) if layer.bias is None else (layer.weight, layer.bias)
         self.n_params = len(self.params)
         self.affine: Callable[[], tuple[Tensor, Tensor]] | None = None
         self.graph: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
@@ -99,7 +103,9 @@ class Call:
         if not any(x.requires_grad for x in self.inputs):
             args, kwargs = tree_unflatten(self.leaves, self.spec)
             result = self.original(*args, **kwargs)
-            rule.check(self.module, self.inputs, [z for z in tree_flatten(result)[0] if isinstance(z, Tensor)])
+            rule.check(
+                self.module, self.inputs, [z for z in tree_flatten(result)[0] if isinstance(z, Tensor)]
+            )
             return result
         outputs = type(rule).apply(self, *self.inputs, *self.params)
         rule.check(self.module, self.inputs, outputs)
@@ -154,7 +160,9 @@ class Call:
             return ModuleStep(self.module, self._tensors, inputs, outputs, self.graph)
         weight, *bias = saved[self.n_in + self.n_out :]
         affine = None if self.affine is None else self.affine()
-        return LinearStep(self.module, self.form, inputs[0], outputs, weight, bias[0] if bias else None, affine)
+        return LinearStep(
+            self.module, self.form, inputs[0], outputs, weight, bias[0] if bias else None, affine
+        )
 
 
 def inplace_modules(module: nn.Module) -> list[nn.Module]:

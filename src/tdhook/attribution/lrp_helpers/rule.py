@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from abc import ABCMeta, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -35,8 +35,8 @@ def _rebuild(cls: type[Rule], state: dict[str, Any]) -> Rule:
 class Rule(Function, metaclass=AbstractFunctionMeta):
     """Base class of all rules.
 
-    To write one, override the two static methods. ``forward(ctx, apply_kwargs, module, model_kwargs, *inputs)`` runs the
-    module (its original forward is ``module._prev_forward``) and saves what the backward pass needs;
+    To write one, override the two static methods. ``forward(ctx, apply_kwargs, module, model_kwargs, *inputs)`` runs
+    the module (its original forward is ``module._prev_forward``) and saves what the backward pass needs;
     ``backward(ctx, *out_relevance)`` returns three ``None`` and then the relevance of each input. ``apply_kwargs`` is
     the dictionary ``self._apply_kwargs``, filled in ``__init__``.
 
@@ -61,7 +61,9 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
 
     @staticmethod
     @abstractmethod
-    def forward(ctx: Any, apply_kwargs: dict[str, Any], module: nn.Module, model_kwargs: dict[str, Any], *inputs: Any) -> Any:
+    def forward(
+        ctx: Any, apply_kwargs: dict[str, Any], module: nn.Module, model_kwargs: dict[str, Any], *inputs: Any
+    ) -> Any:
         """Run the module and save what :meth:`backward` needs."""
 
     @staticmethod
@@ -69,7 +71,9 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
     def backward(ctx: Any, *out_relevance: Any) -> Any:
         """Turn the relevance of the outputs into that of the inputs."""
 
-    def run(self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Call ``module`` under this rule; ``original`` is its forward without the rule."""
         return self.apply(self._apply_kwargs, module, kwargs, *args)
 
@@ -118,7 +122,9 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
         data: dict[str, Any] = {"rule": type(self).__name__}
         for name, value in self.params().items():
             if callable(value):
-                raise TypeError(f"{type(self).__name__}.{name} is a callable, which cannot be written as plain data")
+                raise TypeError(
+                    f"{type(self).__name__}.{name} is a callable, which cannot be written as plain data"
+                )
             if isinstance(value, Tensor):
                 value = value.tolist()
             elif isinstance(value, tuple):
@@ -159,13 +165,13 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def rule_from_dict(data: dict[str, Any]) -> Rule:
+def rule_from_dict(data: Mapping[str, Any] | str) -> Rule:
     """Make a rule from plain data: ``{"rule": "EpsilonRule", "epsilon": 1e-3}``, or just its name.
 
     Raises:
         ValueError: no rule has that name, or it does not take these arguments.
     """
-    arguments = {"rule": data} if isinstance(data, str) else dict(data)
+    arguments: dict[str, Any] = {"rule": data} if isinstance(data, str) else dict(data)
     name = arguments.pop("rule", None)
     # Importing the package registers the built-in rules.
     import tdhook.attribution.lrp_helpers.rules  # noqa: F401

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,9 @@ class ModuleStep(Step):
 
     def modified(self, inputs: Sequence[Tensor], modify: Modify) -> tuple[tuple[Tensor, ...], Vjp]:
         leaves = tuple(x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs)
-        modifier = ParamModifier(modify_fn=lambda name, p: modify(name, p.detach()), select_fn=ParamModifier.select_all)
+        modifier = ParamModifier(
+            modify_fn=lambda name, p: modify(name, p.detach()), select_fn=ParamModifier.select_all
+        )
         with torch.enable_grad(), modifier(self.module):
             outputs = tuple(self.function(*leaves))
         return tuple(z.detach() for z in outputs), lambda *grads: _pull_back(leaves, outputs, grads)
@@ -76,7 +78,7 @@ def _pull_back(inputs: Sequence[Tensor], outputs: Sequence[Tensor], grads: Seque
     live = [(z, g) for z, g in zip(outputs, grads, strict=True) if z.requires_grad]
     result: list[Tensor | None] = [None] * len(inputs)
     if wanted and live:
-        pulled = torch.autograd.grad(
+        pulled: Sequence[Tensor | None] = torch.autograd.grad(
             [z for z, _ in live],
             [inputs[i] for i in wanted],
             [g for _, g in live],
@@ -157,9 +159,9 @@ class ConvForm(ClosedForm):
 
     def adjoint(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         padded, batched = self._pad(x)
-        pulled, _, _ = torch.ops.aten.convolution_backward(
+        pulled: Tensor = torch.ops.aten.convolution_backward(
             grad if batched else grad.unsqueeze(0), padded, weight, None, *self.settings, [True, False, False]
-        )
+        )[0]
         if self.pad_mode == "constant":
             for axis in range(self.rank):
                 before, size = self.pads[2 * axis], x.shape[-1 - axis]
@@ -240,6 +242,7 @@ def closed_form(module: nn.Module) -> ClosedForm | None:
     cls = type(module)
     if isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward:
         return DenseForm()
-    if isinstance(module, _CONVOLUTIONS) and cls.forward in _CONV_FORWARDS and cls._conv_forward in _CONV_CORES:
-        return ConvForm(module)
+    if isinstance(module, _CONVOLUTIONS):
+        standard = cls.forward in _CONV_FORWARDS and getattr(cls, "_conv_forward", None) in _CONV_CORES
+        return ConvForm(module) if standard else None
     return None

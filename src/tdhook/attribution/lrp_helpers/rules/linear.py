@@ -7,7 +7,7 @@ takes its share, which is thereby absorbed. ``zero_params`` names parameters to 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class EpsilonRule(PropagationRule):
 
 
 class UniformEpsilonRule(EpsilonRule):
-    """Epsilon, divided by the number of inputs: for products of activations (AttnLRP, Achtibat et al. 2024, Prop. 3.3)."""
+    """Epsilon, divided by the number of inputs: for products of activations (AttnLRP, Prop. 3.3)."""
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         n_inputs = len(step.inputs)
@@ -107,12 +107,16 @@ class NormRule(PropagationRule):
         self.stabilizer = stabilizer
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
-        grads = step.vjp(*(_per_output(r, z, self.stabilizer) for r, z in zip(relevance, step.outputs, strict=True)))
+        grads = step.vjp(
+            *(_per_output(r, z, self.stabilizer) for r, z in zip(relevance, step.outputs, strict=True))
+        )
         return tuple(None if g is None else x * g for x, g in zip(step.inputs, grads, strict=True))
 
 
 class SoftmaxEpsilonRule(EpsilonRule):
-    """Softmax over the last axis: ``R_i = x_i (R_i - s_i sum_j R_j)`` (AttnLRP, Achtibat et al. 2024, Prop. 3.1).
+    """Softmax: ``R_i = x_i (R_i - s_i sum_j R_j)`` (AttnLRP, Achtibat et al. 2024, Prop. 3.1).
+
+    The sum goes over the ``dim`` of an ``nn.Softmax``, over the last axis of anything else.
 
     Args:
         epsilon: kept for the signature; the formula has no denominator.
@@ -126,7 +130,8 @@ class SoftmaxEpsilonRule(EpsilonRule):
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         (r,), (s,) = relevance, step.outputs
         x, *others = step.inputs
-        return (r - s * r.sum(-1, keepdim=True)) * x, *(None for _ in others)
+        dim = step.module.dim if isinstance(step.module, nn.Softmax) and step.module.dim is not None else -1
+        return (r - s * r.sum(dim, keepdim=True)) * x, *(None for _ in others)
 
 
 class _Contributions:
@@ -247,7 +252,9 @@ class GammaRule(_SignedRule):
         zero_params: names of parameters to treat as zero.
     """
 
-    def __init__(self, gamma: float = 0.25, stabilizer: Stabilizer = 1e-6, zero_params: ZeroParams = None) -> None:
+    def __init__(
+        self, gamma: float = 0.25, stabilizer: Stabilizer = 1e-6, zero_params: ZeroParams = None
+    ) -> None:
         if gamma < 0:
             raise ValueError(f"gamma must be non-negative, got {gamma}")
         super().__init__()
@@ -262,7 +269,9 @@ class GammaRule(_SignedRule):
         favoured = z >= 0
         positive = _Contributions(step, True, self.zero_params, signed)
         negative = _Contributions(step, False, self.zero_params, signed)
-        per_output = _per_output(r, z + self.gamma * torch.where(favoured, positive.z, negative.z), self.stabilizer)
+        per_output = _per_output(
+            r, z + self.gamma * torch.where(favoured, positive.z, negative.z), self.stabilizer
+        )
         (grad,) = vjp(per_output)
         assert grad is not None
         extra = positive.shares(torch.where(favoured, per_output, 0.0))
@@ -271,8 +280,9 @@ class GammaRule(_SignedRule):
 
 
 class ZBoxRule(_SignedRule):
-    """z-box, for inputs within ``[low, high]``: ``x W - low W+ - high W-`` on both sides (Montavon et al. 2017, eq. 14).
+    """z-box, for inputs within ``[low, high]`` (Montavon et al. 2017, eq. 14).
 
+    Shares by ``x_i w_ij - low_i w_ij+ - high_i w_ij-``, in the numerator and, summed over ``i``, in the denominator.
     A bias is an input whose box is the point one, so it takes no share.
 
     Args:
@@ -284,15 +294,15 @@ class ZBoxRule(_SignedRule):
 
     def __init__(
         self,
-        low: float | Tensor,
-        high: float | Tensor,
+        low: float | Sequence[Any] | Tensor,
+        high: float | Sequence[Any] | Tensor,
         stabilizer: Stabilizer = 1e-6,
         zero_params: ZeroParams = None,
     ) -> None:
         super().__init__()
         # Plain data (a configuration file) brings bounds per channel as nested lists.
-        self.low = torch.tensor(low) if isinstance(low, list | tuple) else low
-        self.high = torch.tensor(high) if isinstance(high, list | tuple) else high
+        self.low = torch.tensor(low) if isinstance(low, Sequence) else low
+        self.high = torch.tensor(high) if isinstance(high, Sequence) else high
         if bool((torch.as_tensor(self.low) > torch.as_tensor(self.high)).any()):
             raise ValueError(f"ZBoxRule needs low <= high, got low={low} and high={high}")
         self.stabilizer = stabilizer
