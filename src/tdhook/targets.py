@@ -235,7 +235,8 @@ class Contrast:
         return Seeds(list(weights), tensors, grads)
 
 
-TargetLike: TypeAlias = "Target | Contrast | str | tuple[str, ...] | Callable[[TensorDictBase, TensorDictBase], TensorDictBase] | None"
+TargetFn: TypeAlias = Callable[[TensorDictBase, TensorDictBase], TensorDictBase]
+TargetLike: TypeAlias = "Target | Contrast | str | tuple[str, ...] | TargetFn | None"
 
 
 def as_seeder(target: TargetLike) -> Seeder:
@@ -266,7 +267,7 @@ def _only_output(outputs: TensorDictBase, inputs: TensorDictBase, flow: Conventi
 class _Computed:
     """A user's ``(outputs, inputs) -> relevance`` as a target."""
 
-    function: Callable[[TensorDictBase, TensorDictBase], TensorDictBase]
+    function: TargetFn
 
     def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
         relevance = self.function(outputs, inputs)

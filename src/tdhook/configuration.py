@@ -1,0 +1,147 @@
+"""Composites and targets from text: what configuration files and the command line say, as values.
+
+A composite is named (``epsilon_plus``), named with parameters (``epsilon_gamma_box:low=-1,high=1``), or written in a
+TOML or JSON file as the data of :meth:`tdhook.composites.Composite.from_dict`. A target is ``KEY`` or ``KEY:INDEX``.
+Nothing is evaluated and nothing imported: text is data.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensordict.utils import NestedKey
+
+from tdhook.composites import PRESETS, Composite, preset
+from tdhook.targets import Index, Key, Target
+
+__all__ = ["read_composite", "read_target", "write_target"]
+
+_INDICES = "a number, argmax, action, all, none, or @KEY for the entry that holds it"
+
+
+def read_composite(text: str | os.PathLike[str]) -> Composite:
+    """The composite that a name or a file stands for.
+
+    Args:
+        text: name of a preset, with parameters where it needs them (``epsilon_gamma_box:low=-1,high=1``, values as in
+            TOML); or path of a file that ends in ``.toml`` or ``.json``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: TOML is read on Python 3.10 and ``tomli`` is not installed.
+        ValueError: there is no such preset, or what is written makes no composite. The message says where.
+    """
+    name = os.fspath(text)
+    if Path(name).suffix.lower() in (".toml", ".json"):
+        return _from_file(Path(name))
+    name, _, parameters = name.partition(":")
+    if name not in PRESETS:
+        raise ValueError(
+            f"no preset is named {name!r}; presets are {', '.join(PRESETS)} (or give a file that ends in .toml or .json)"
+        )
+    return preset(name, **(_parameters(name, parameters) if parameters else {}))
+
+
+def _from_file(path: Path) -> Composite:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no composite file {str(path)!r}")
+    try:
+        content = path.read_text(encoding="utf-8")
+        data = _parse_toml(content) if path.suffix.lower() == ".toml" else json.loads(content)
+    except ValueError as error:  # what all three decoders raise
+        raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{path} holds {type(data).__name__}, and a composite is a table with 'preset', 'pairs' or both")
+    try:
+        return Composite.from_dict(data)
+    except (ValueError, TypeError, KeyError, AttributeError, re.error) as error:  # data of any shape
+        raise ValueError(f"{path} makes no composite: {error}") from error
+
+
+def _parameters(name: str, text: str) -> dict[str, Any]:
+    try:
+        table = _parse_toml(f"parameters = {{{text}}}")
+    except ValueError as error:
+        raise ValueError(
+            f"the parameters of preset {name!r} are written name=value, with commas between: {text!r} is not ({error})"
+        ) from error
+    found: dict[str, Any] = table["parameters"]
+    return found
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    module = "tomllib" if sys.version_info >= (3, 11) else "tomli"
+    try:
+        parser = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            'reading TOML on Python 3.10 needs tomli, which is not installed: pip install "tdhook[cli]"'
+        ) from error
+    data: dict[str, Any] = parser.loads(text)
+    return data
+
+
+def read_target(text: str) -> Target:
+    """The target that ``KEY`` or ``KEY:INDEX`` stands for.
+
+    Args:
+        text: ``KEY`` is a key of the TensorDict, with dots between the parts of a nested one; ``INDEX`` is one number (or
+            several with commas, for the last axes), ``argmax``, ``action``, ``all``, ``none`` (the default), or ``@KEY``
+            for the entry that holds the index.
+
+    Raises:
+        ValueError: the text is none of these.
+    """
+    key, _, index = text.partition(":")
+    return Target(_read_key(key, text), _read_index(index, text))
+
+
+def _read_key(text: str, whole: str) -> NestedKey:
+    parts = tuple(text.split("."))
+    if not all(parts):
+        raise ValueError(f"target {whole!r} names no key: write KEY:INDEX, and a nested key with dots, like agents.logits")
+    return parts[0] if len(parts) == 1 else parts
+
+
+def _read_index(text: str, whole: str) -> Index:
+    if text in ("", "none"):
+        return None
+    if text in ("argmax", "action", "all"):
+        return text
+    if text.startswith("@"):
+        return Key(_read_key(text[1:], whole))
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"target {whole!r} has the index {text!r}; an index is {_INDICES}") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def write_target(target: Target) -> str:
+    """The text that :func:`read_target` makes this target of.
+
+    Raises:
+        TypeError: the index is a tensor, which has no short text.
+    """
+    index = target.index
+    if index is None:
+        return _write_key(target.key)
+    if isinstance(index, Key):
+        return f"{_write_key(target.key)}:@{_write_key(index.key)}"
+    if isinstance(index, int | str):
+        return f"{_write_key(target.key)}:{index}"
+    if isinstance(index, tuple):
+        numbers = all(isinstance(part, int) for part in index)
+        return f"{_write_key(target.key)}:{','.join(map(str, index)) if numbers else '@' + '.'.join(index)}"
+    raise TypeError("a target whose index is a tensor cannot be written as text")
+
+
+def _write_key(key: NestedKey) -> str:
+    return key if isinstance(key, str) else ".".join(key)
