@@ -21,7 +21,7 @@ from tensordict.utils import NestedKey
 from tdhook.composites import PRESETS, Composite, preset
 from tdhook.targets import Index, Key, Target
 
-__all__ = ["read_composite", "read_target", "write_target"]
+__all__ = ["read_composite", "read_key", "read_target", "write_key", "write_target"]
 
 _INDICES = "a number, argmax, action, all, none, or @KEY for the entry that holds it"
 
@@ -44,9 +44,12 @@ def read_composite(text: str | os.PathLike[str]) -> Composite:
     name, _, parameters = name.partition(":")
     if name not in PRESETS:
         raise ValueError(
-            f"no preset is named {name!r}; presets are {', '.join(PRESETS)} (or give a file that ends in .toml or .json)"
+            f"no preset is named {name!r}; presets are {', '.join(PRESETS)} (a file ends in .toml or .json)"
         )
-    return preset(name, **(_parameters(name, parameters) if parameters else {}))
+    try:
+        return preset(name, **(_parameters(name, parameters) if parameters else {}))
+    except ValueError as error:
+        raise ValueError(f"{error} (parameters are written like epsilon_gamma_box:low=-1,high=1)") from error
 
 
 def _from_file(path: Path) -> Composite:
@@ -58,7 +61,9 @@ def _from_file(path: Path) -> Composite:
     except ValueError as error:  # what all three decoders raise
         raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
     if not isinstance(data, Mapping):
-        raise ValueError(f"{path} holds {type(data).__name__}, and a composite is a table with 'preset', 'pairs' or both")
+        raise ValueError(f"{path} holds no table, and a composite is one, with 'preset', 'pairs' or both")
+    if not isinstance(data.get("pairs", []), list):
+        raise ValueError(f"{path}: 'pairs' is a list of tables, each with 'select' and 'rule'")
     try:
         return Composite.from_dict(data)
     except (ValueError, TypeError, KeyError, AttributeError, re.error) as error:  # data of any shape
@@ -69,9 +74,7 @@ def _parameters(name: str, text: str) -> dict[str, Any]:
     try:
         table = _parse_toml(f"parameters = {{{text}}}")
     except ValueError as error:
-        raise ValueError(
-            f"the parameters of preset {name!r} are written name=value, with commas between: {text!r} is not ({error})"
-        ) from error
+        raise ValueError(f"preset {name!r}: {text!r} are no parameters") from error
     found: dict[str, Any] = table["parameters"]
     return found
 
@@ -92,21 +95,28 @@ def read_target(text: str) -> Target:
     """The target that ``KEY`` or ``KEY:INDEX`` stands for.
 
     Args:
-        text: ``KEY`` is a key of the TensorDict, with dots between the parts of a nested one; ``INDEX`` is one number (or
-            several with commas, for the last axes), ``argmax``, ``action``, ``all``, ``none`` (the default), or ``@KEY``
-            for the entry that holds the index.
+        text: ``KEY`` is a key of the TensorDict, with dots between the parts of a nested one; ``INDEX`` is one number
+            (or several with commas, for the last axes), ``argmax``, ``action``, ``all``, ``none`` (the default), or
+            ``@KEY`` for the entry that holds the index.
 
     Raises:
         ValueError: the text is none of these.
     """
     key, _, index = text.partition(":")
-    return Target(_read_key(key, text), _read_index(index, text))
+    return Target(read_key(key), _read_index(index, text))
 
 
-def _read_key(text: str, whole: str) -> NestedKey:
+def read_key(text: str) -> NestedKey:
+    """The key of a TensorDict that ``agents.logits`` (nested) or ``logits`` stands for.
+
+    Raises:
+        ValueError: a part of it is empty.
+    """
     parts = tuple(text.split("."))
     if not all(parts):
-        raise ValueError(f"target {whole!r} names no key: write KEY:INDEX, and a nested key with dots, like agents.logits")
+        raise ValueError(
+            f"{text!r} names no key: a key is a name, or several with dots where nested, like agents.logits"
+        )
     return parts[0] if len(parts) == 1 else parts
 
 
@@ -116,7 +126,7 @@ def _read_index(text: str, whole: str) -> Index:
     if text in ("argmax", "action", "all"):
         return text
     if text.startswith("@"):
-        return Key(_read_key(text[1:], whole))
+        return Key(read_key(text[1:]))
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -132,16 +142,17 @@ def write_target(target: Target) -> str:
     """
     index = target.index
     if index is None:
-        return _write_key(target.key)
+        return write_key(target.key)
     if isinstance(index, Key):
-        return f"{_write_key(target.key)}:@{_write_key(index.key)}"
+        return f"{write_key(target.key)}:@{write_key(index.key)}"
     if isinstance(index, int | str):
-        return f"{_write_key(target.key)}:{index}"
+        return f"{write_key(target.key)}:{index}"
     if isinstance(index, tuple):
         numbers = all(isinstance(part, int) for part in index)
-        return f"{_write_key(target.key)}:{','.join(map(str, index)) if numbers else '@' + '.'.join(index)}"
+        return f"{write_key(target.key)}:{','.join(map(str, index)) if numbers else '@' + '.'.join(index)}"
     raise TypeError("a target whose index is a tensor cannot be written as text")
 
 
-def _write_key(key: NestedKey) -> str:
+def write_key(key: NestedKey) -> str:
+    """The text that :func:`read_key` makes this key of."""
     return key if isinstance(key, str) else ".".join(key)

@@ -151,8 +151,8 @@ class ExplainedModule(TensorDictModuleBase):
         work = td.contiguous() if isinstance(td, LazyStackedTensorDict) else td.copy()
         inputs: dict[NestedKey, Tensor] = {}
         for key, value in list(work.items(True, True)):
-            if isinstance(value, Tensor) and (value.is_inference() or value.requires_grad):
-                work.set(key, value.clone() if value.is_inference() else value.detach())
+            if isinstance(value, Tensor):
+                work.set(key, _usable(value))
         if not self._method.use_inputs:
             return work, inputs
         candidates = work.select(*self._model.attributed)
@@ -276,6 +276,13 @@ class ExplainedModule(TensorDictModuleBase):
 
 def _parts(key: NestedKey) -> tuple[str, ...]:
     return (key,) if isinstance(key, str) else tuple(key)
+
+
+def _usable(value: Tensor) -> Tensor:
+    """The value, off the caller's graph; what was made in inference mode has to be copied to be saved for backward."""
+    if not torch.compiler.is_compiling() and value.is_inference():
+        return value.clone()
+    return value.detach() if value.requires_grad else value
 
 
 def _detached(value: Any) -> Any:

@@ -48,7 +48,7 @@ DEFAULTS = Composite(
             (nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Fold, nn.Unfold),
             IgnoreRule(),
         ),
-        (Type("*Pad1d", "*Pad2d", "*Pad3d"), IgnoreRule()),
+        (Type("*Pad1d", "*Pad2d", "*Pad3d", "torchrl.*.Squash*", "torchrl.*.Squeeze*"), IgnoreRule()),
         ((Sum, AvgPool, nn.Upsample), NormRule()),
         (Type(nn.LayerNorm, "*RMSNorm"), LayerNormRule()),
         (nn.Softmax, SoftmaxEpsilonRule()),

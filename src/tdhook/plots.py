@@ -24,6 +24,8 @@ RELEVANCE_COLOURS = "RdBu_r"
 # Told apart in any kind of colour vision, and none of them the red or blue of relevance.
 _ACTION_COLOURS = ("#009e73", "#e69f00", "#7a4f9a", "#56b4e9", "#8c8c00", "#cc79a7", "#5b5b5b", "#8b5a2b")
 _INK, _FAINT = "#333333", "#cccccc"
+_COLUMNS = 1000
+"""About how many steps have room side by side; where there are more, several share a column."""
 
 
 def relevance_over_time(
@@ -40,7 +42,8 @@ def relevance_over_time(
     """Relevance of each feature at each step, beside what the agent did and saw.
 
     Relevance has one diverging colour scale with zero in the middle, cut at the 99.5th percentile of its size. Bars
-    give the mean over the steps of each action.
+    give the mean over the steps of each action. Where there are more steps than room, a column shows the mean of
+    several steps, how often each action was taken in them, and the range of each observation.
 
     Args:
         relevance: ``[time, features]``.
@@ -59,46 +62,45 @@ def relevance_over_time(
     relevance = _checked(relevance, len(features))
     time = len(relevance)
     taken = None if actions is None else actions.detach().cpu().reshape(-1).to(torch.int64)
-    seen = None if observation is None else observation.detach().cpu().reshape(len(observation), -1).to(torch.float64)
+    seen = None if observation is None else observation.detach().cpu().flatten(1).to(torch.float64)
     if taken is not None and len(taken) != time:
         raise ValueError(f"there are {len(taken)} actions for {time} steps")
     if seen is not None and seen.shape != relevance.shape:
-        raise ValueError(f"the observation has shape {tuple(seen.shape)} and relevance {tuple(relevance.shape)}")
+        raise ValueError(
+            f"the observation has shape {tuple(seen.shape)} and relevance {tuple(relevance.shape)}"
+        )
     names = _action_names(taken, action_names)
     figure_class = _figure_class()
 
     shown, labels, relevance = _largest(relevance, features, max_features)
-    rows, lanes = len(labels), 0 if seen is None else len(shown)
-    heights = [0.4 * (taken is not None), 0.2 + 0.42 * rows, (0.2 + 0.42 * lanes) * (seen is not None)]
-    used = [height for height in heights if height]
-    figure: Figure = figure_class(figsize=(11.0, max(3.0, 1.5 + sum(used))), layout="constrained")
-    grid = figure.add_gridspec(len(used), 2, width_ratios=[4.2, 1.0], height_ratios=used)
+    heights = {"actions": 0.4, "relevance": 0.2 + 0.42 * len(labels), "observation": 0.2 + 0.42 * len(shown)}
+    if taken is None:
+        del heights["actions"]
+    if seen is None:
+        del heights["observation"]
+    figure: Figure = figure_class(figsize=(11.0, max(3.0, 1.5 + sum(heights.values()))), layout="constrained")
+    grid = figure.add_gridspec(len(heights), 2, width_ratios=[4.2, 1.0], height_ratios=list(heights.values()))
+    cells = {name: (grid[row, 0], grid[row, 1]) for row, name in enumerate(heights)}
 
-    row = 0
-    heat = figure.add_subplot(grid[int(taken is not None), 0])
-    timed = [heat]
-    if taken is not None:
-        strip = figure.add_subplot(grid[0, 0], sharex=heat)
-        _draw_actions(strip, figure.add_subplot(grid[0, 1]), taken, names)
-        timed.append(strip)
-        row = 1
+    heat = figure.add_subplot(cells["relevance"][0])
+    timed = {"relevance": heat}
     image = _draw_relevance(heat, relevance, labels)
-    bars = figure.add_subplot(grid[row, 1], sharey=heat)
+    bars = figure.add_subplot(cells["relevance"][1], sharey=heat)
     _draw_means(bars, relevance, taken, names)
-    if seen is not None:
-        lines = figure.add_subplot(grid[row + 1, 0], sharex=heat)
-        _draw_observation(lines, seen[:, shown], [features[i] for i in shown])
-        timed.append(lines)
-        _draw_scale(figure, image, inside=figure.add_subplot(grid[row + 1, 1]))
+    if taken is not None:
+        timed["actions"] = figure.add_subplot(cells["actions"][0], sharex=heat)
+        _draw_actions(timed["actions"], taken, len(names))
+        _draw_legend(figure.add_subplot(cells["actions"][1]), taken, names)
+    if seen is None:
+        _draw_scale(figure, image, {"ax": bars})
     else:
-        _draw_scale(figure, image, below=bars)
-    for axes in timed:
-        axes.set_xlim(-0.5, time - 0.5)
-        for start in episode_starts:
-            axes.axvline(start - 0.5, color=_INK, linewidth=0.8, linestyle=(0, (2, 2)))
-        axes.tick_params(labelbottom=axes is timed[-1])
-    timed[-1].set_xlabel("step")
-    timed[-1].xaxis.get_major_locator().set_params(integer=True)
+        timed["observation"] = figure.add_subplot(cells["observation"][0], sharex=heat)
+        _draw_observation(timed["observation"], seen[:, shown], [features[i] for i in shown])
+        corner = figure.add_subplot(cells["observation"][1])
+        corner.axis("off")
+        inset = corner.inset_axes((0.0, 0.6, 1.0, 0.16 / heights["observation"]))
+        _draw_scale(figure, image, {"cax": inset})
+    _draw_time(timed, time, episode_starts)
     if title:
         figure.suptitle(title, x=0.01, horizontalalignment="left", fontsize="large", color=_INK)
     return figure
@@ -110,7 +112,9 @@ def _figure_class() -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "matplotlib":  # installed, but broken
             raise
-        raise ImportError('tdhook.plots needs matplotlib, which is not installed: pip install "tdhook[viz]"') from error
+        raise ImportError(
+            'tdhook.plots needs matplotlib, which is not installed: pip install "tdhook[viz]"'
+        ) from error
     return Figure
 
 
@@ -152,45 +156,79 @@ def _largest(relevance: Tensor, features: Sequence[str], most: int) -> tuple[lis
     return shown, [*(features[i] for i in shown), f"{count - most} others (sum)"], rows
 
 
+def _columns(time: int) -> int:
+    """How many steps share a column."""
+    return max(1, time // _COLUMNS)
+
+
+def _binned(values: Tensor) -> list[Tensor]:
+    """``[time, ...]`` cut into columns, of which the last may be shorter."""
+    return list(values.split(_columns(len(values))))
+
+
+def _centres(time: int) -> list[float]:
+    width = _columns(time)
+    return [(start + min(start + width, time) - 1) / 2 for start in range(0, time, width)]
+
+
+def _extent(time: int, rows: int) -> tuple[float, float, float, float]:
+    return -0.5, time - 0.5, rows - 0.5, -0.5
+
+
 def _draw_relevance(axes: Axes, relevance: Tensor, labels: Sequence[str]) -> AxesImage:
-    top = torch.quantile(relevance.abs().flatten()[:: 1 + relevance.numel() // 10_000_000], 0.995).item()
-    top = top or relevance.abs().max().item() or 1.0
+    columns = torch.stack([part.mean(0) for part in _binned(relevance)])
+    # A quantile of more values than torch.quantile takes is well enough known from some of them.
+    size = columns.abs().flatten()
+    top = torch.quantile(size[:: 1 + len(size) // 10_000_000], 0.995, interpolation="higher").item()
+    top = top or size.max().item() or 1.0
     image = axes.imshow(
-        relevance.T.numpy(),
+        columns.T.numpy(),
         aspect="auto",
         cmap=RELEVANCE_COLOURS,
         vmin=-top,
         vmax=top,
-        extent=(-0.5, len(relevance) - 0.5, len(labels) - 0.5, -0.5),
+        interpolation="nearest",
+        extent=_extent(len(relevance), len(labels)),
     )
     axes.set_yticks(range(len(labels)), labels)
     for edge in range(1, len(labels)):
         axes.axhline(edge - 0.5, color="white", linewidth=1.5)
-    _plain(axes)
-    axes.set_title("relevance", loc="left", fontsize="medium", color=_INK)
+    steps = _columns(len(relevance))
+    _plain(axes, "relevance" if steps == 1 else f"relevance (mean of {steps} steps)")
     return image
 
 
-def _draw_actions(axes: Axes, legend: Axes, taken: Tensor, names: Sequence[str]) -> None:
+def _draw_actions(axes: Axes, taken: Tensor, count: int) -> None:
     from matplotlib.colors import ListedColormap
+
+    colours = [_colour(i) for i in range(count)]
+    if _columns(len(taken)) == 1:
+        axes.imshow(
+            taken[None].numpy(),
+            aspect="auto",
+            cmap=ListedColormap(colours),
+            vmin=-0.5,
+            vmax=count - 0.5,
+            interpolation="nearest",
+            extent=_extent(len(taken), 1),
+        )
+    else:
+        one_hot = torch.nn.functional.one_hot(taken, count).to(torch.float64)
+        shares = torch.stack([part.mean(0) for part in _binned(one_hot)], dim=1)
+        axes.stackplot(_centres(len(taken)), shares.numpy(), baseline="zero", colors=colours)
+        axes.set_ylim(0.0, 1.0)
+    axes.set_yticks([sum(axes.get_ylim()) / 2], ["action"])
+    _plain(axes)
+
+
+def _draw_legend(axes: Axes, taken: Tensor, names: Sequence[str]) -> None:
     from matplotlib.patches import Patch
 
-    colours = [_colour(i) for i in range(len(names))]
-    axes.imshow(
-        taken[None].numpy(),
-        aspect="auto",
-        cmap=ListedColormap(colours),
-        vmin=-0.5,
-        vmax=len(names) - 0.5,
-        interpolation="nearest",
-        extent=(-0.5, len(taken) - 0.5, 0.5, -0.5),
-    )
-    axes.set_yticks([0], ["action"])
-    _plain(axes)
-    legend.axis("off")
+    axes.axis("off")
     # Only what was done needs a colour explained; there may be many other actions.
-    handles = [Patch(color=colours[i], label=names[i]) for i in sorted(set(taken.tolist()))][:12]
-    legend.legend(handles=handles, loc="center left", frameon=False, ncols=1 + len(handles) // 3, fontsize="small")
+    handles = [Patch(color=_colour(i), label=names[i]) for i in sorted(set(taken.tolist()))][:12]
+    columns = 1 + (len(handles) - 1) // 3
+    axes.legend(handles=handles, loc="center left", frameon=False, ncols=columns, fontsize="small")
 
 
 def _draw_means(axes: Axes, relevance: Tensor, taken: Tensor | None, names: Sequence[str]) -> None:
@@ -201,47 +239,69 @@ def _draw_means(axes: Axes, relevance: Tensor, taken: Tensor | None, names: Sequ
         offset = (place - (len(groups) - 1) / 2) * thickness
         axes.barh([i + offset for i in range(len(mean))], mean.tolist(), height=thickness * 0.9, color=colour)
     axes.axvline(0.0, color=_INK, linewidth=0.8)
-    axes.tick_params(labelleft=False)
-    axes.xaxis.get_major_locator().set_params(nbins=4)
+    axes.locator_params(axis="x", nbins=4)
     axes.margins(x=0.1)
-    _plain(axes)
-    title = "mean" if taken is None else "mean by action"
-    axes.set_title(title, loc="left", fontsize="medium", color=_INK)
+    _plain(axes, "mean" if taken is None else "mean by action")
+    axes.tick_params(left=False, labelleft=False)
 
 
 def _draw_observation(axes: Axes, observation: Tensor, labels: Sequence[str]) -> None:
-    few = len(observation) < 40
-    for lane, values in enumerate(observation.T):
-        size = values.abs().max().item()
-        axes.axhline(lane, color=_FAINT, linewidth=0.6, zorder=0)
+    parts, centres = _binned(observation), _centres(len(observation))
+    marker = "." if len(observation) < 40 else None
+    for lane in range(observation.shape[1]):
+        size = observation[:, lane].abs().max().item()
         # Rows count downwards, as in the picture of relevance above, and values upwards.
-        heights = lane - 0.42 * values / (size or 1.0)
-        axes.plot(heights.numpy(), color=_INK, linewidth=0.9, marker="." if few else None, markersize=4)
-        axes.text(1.008, lane, f"±{size:.2g}", transform=axes.get_yaxis_transform(), va="center", fontsize="x-small")
+        unit = -0.42 / (size or 1.0)
+        axes.axhline(lane, color=_FAINT, linewidth=0.6, zorder=0)
+        if len(parts) < len(observation):
+            low = [lane + unit * part[:, lane].min().item() for part in parts]
+            high = [lane + unit * part[:, lane].max().item() for part in parts]
+            axes.fill_between(centres, low, high, color=_FAINT, linewidth=0)
+        means = [lane + unit * part[:, lane].mean().item() for part in parts]
+        axes.plot(centres, means, color=_INK, linewidth=0.9, marker=marker, markersize=4)
+        beside = axes.get_yaxis_transform()
+        axes.text(1.008, lane, f"±{size:.2g}", transform=beside, va="center", fontsize="x-small")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    _plain(axes)
-    axes.set_title("observation", loc="left", fontsize="medium", color=_INK)
+    _plain(axes, "observation")
 
 
-def _draw_scale(figure: Figure, image: AxesImage, inside: Axes | None = None, below: Axes | None = None) -> None:
-    options: dict[str, Any] = {"orientation": "horizontal", "extend": "both", "label": "relevance at one step"}
-    if inside is None:
-        bar = figure.colorbar(image, ax=below, **options)
-    else:
-        inside.axis("off")
-        bar = figure.colorbar(image, cax=inside.inset_axes((0.0, 0.62, 1.0, 0.09)), **options)
+def _draw_scale(figure: Figure, image: AxesImage, place: dict[str, Any]) -> None:
+    bar = figure.colorbar(image, orientation="horizontal", extend=_beyond(image), **place)
+    bar.set_label("relevance", fontsize="small", color=_INK)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize="small", length=2)
-    bar.locator.set_params(nbins=4)
-    bar.update_ticks()
+    bar.ax.tick_params(labelsize="x-small", length=2, colors=_INK)
+    low, high = image.get_clim()
+    bar.set_ticks([low, 0.0, high], labels=[f"−{-low:.2g}", "0", f"{high:.2g}"])
+
+
+def _beyond(image: AxesImage) -> str:
+    """On which side of the scale there are values that it does not reach."""
+    low, high = image.get_clim()
+    values: Any = image.get_array()
+    below, above = bool(values.min() < low), bool(values.max() > high)
+    return "both" if below and above else "min" if below else "max" if above else "neither"
+
+
+def _draw_time(timed: dict[str, Axes], time: int, episode_starts: Sequence[int]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    last = timed.get("observation", timed["relevance"])
+    for axes in timed.values():
+        axes.set_xlim(-0.5, time - 0.5)
+        for start in episode_starts:
+            axes.axvline(start - 0.5, color=_INK, linewidth=0.8, linestyle=(0, (2, 2)))
+        axes.tick_params(bottom=axes is last, labelbottom=axes is last)
+    last.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
+    last.set_xlabel("step", fontsize="small", color=_INK)
 
 
 def _colour(action: int) -> str:
     return _ACTION_COLOURS[action % len(_ACTION_COLOURS)]
 
 
-def _plain(axes: Axes) -> None:
+def _plain(axes: Axes, title: str = "") -> None:
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.tick_params(length=2, labelsize="small", colors=_INK)
+    axes.set_title(title, loc="left", fontsize="medium", color=_INK)

@@ -169,11 +169,11 @@ class Target:
         entry = entry.to(z.device)
         if entry.shape == z.shape and z.shape[-1] > 1:
             hot = entry != 0
-            if entry.is_floating_point() and not bool(((entry == 0) | (entry == 1)).all()):
+            if entry.is_floating_point() and not _holds((entry == 0) | (entry == 1)):
                 raise TypeError(
                     f"{what} is continuous: it picks no output of {self.key!r}; use index=None to explain all of it"
                 )
-            if not bool((hot.sum(-1) == 1).all()):
+            if not _holds(hot.sum(-1) == 1):
                 raise ValueError(
                     f"{what} has the shape of {self.key!r} but is not one-hot along the last axis"
                 )
@@ -192,13 +192,18 @@ class Target:
                 f"{self.key!r} of shape {tuple(z.shape)}"
             ) from None
         count = z.shape[-1]
-        outside = (entry < -count) | (entry >= count)
-        if bool(outside.any()):
+        inside = (entry >= -count) & (entry < count)
+        if not _holds(inside):
             raise IndexError(
-                f"target index {int(entry[outside][0])} from {what} is out of range for {self.key!r}, which has "
+                f"target index {int(entry[~inside][0])} from {what} is out of range for {self.key!r}, which has "
                 f"{count} outputs (shape {tuple(z.shape)})"
             )
         return _one_hot(entry.long() % count, z)
+
+
+def _holds(condition: Tensor) -> bool:
+    """Whether a check passes for all values; a compiled graph cannot branch on values and takes it as passed."""
+    return torch.compiler.is_compiling() or bool(condition.all())
 
 
 def _one_hot(index: Tensor, z: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ class Family:
     # negative part. Of random signs one is too often missing.
     balanced: bool = False
     norms: tuple[type[nn.Module], ...] = ()
+    batch_norm: bool = True
 
     @property
     def activations(self) -> tuple[Callable[[], nn.Module], ...]:
@@ -120,12 +121,16 @@ def _pool(draw, n_dims: int) -> nn.Module:
     )
 
 
-def _dense(draw, modules: list[nn.Module], width: int, depth: int, family: Family) -> None:
+def _dense(
+    draw, modules: list[nn.Module], width: int, depth: int, batch: tuple[int, ...], family: Family
+) -> None:
     for level in range(depth):
         after = draw(st.integers(*family.widths))
         modules.append(nn.Linear(width, after, bias=False, dtype=torch.float64))
         width = after
         if level + 1 < depth:
+            if family.batch_norm and len(batch) == 1 and draw(st.integers(0, 3)) == 0:
+                modules.append(nn.BatchNorm1d(width, dtype=torch.float64))
             if family.norms and width > 1 and draw(st.booleans()):
                 kind = draw(st.sampled_from(family.norms))
                 modules.append(
@@ -170,8 +175,8 @@ def dense_networks(draw, family: Family) -> Drawn:
     """Linear layers with activations between them, on any batch shape."""
     modules: list[nn.Module] = []
     width = draw(st.integers(*family.widths))
-    _dense(draw, modules, width, draw(st.integers(1, 4)), family)
     batch = draw(st.sampled_from([(), (1,), (3,), (2, 3), (2, 1, 3)]))
+    _dense(draw, modules, width, draw(st.integers(1, 4)), batch, family)
     return _finish(draw, modules, (width,), batch, family)
 
 
@@ -189,7 +194,7 @@ def convolutional_networks(draw, family: Family) -> Drawn:
             continue
         modules.append(layer)
         shape = after
-        if batch and draw(st.integers(0, 2)) == 0:
+        if family.batch_norm and batch and draw(st.integers(0, 2)) == 0:
             modules.append(BATCH_NORMS[n_dims](shape[0], dtype=torch.float64))
         modules.append(_activation(draw, family))
         if draw(st.booleans()) and (after := _out_size(pool := _pool(draw, n_dims), shape)) is not None:
@@ -197,7 +202,7 @@ def convolutional_networks(draw, family: Family) -> Drawn:
             shape = after
     if not modules or draw(st.booleans()):
         modules.append(nn.Flatten(start_dim=-1 - n_dims))
-        _dense(draw, modules, math.prod(shape), draw(st.integers(1, 2)), family)
+        _dense(draw, modules, math.prod(shape), draw(st.integers(1, 2)), batch, family)
     return _finish(draw, modules, first, batch, family)
 
 

@@ -34,6 +34,38 @@ def test_one_after_the_other(rule):
 
 @some_layers
 @every_rule
+def test_called_with_its_input_by_name(case, rule):
+    rule, name, parameters = rule
+    x, r = case.draw(True, 2)
+    leaf = x.clone().requires_grad_()
+    with rule.register(case.layer):
+        case.layer(input=leaf).backward(r)
+    assert_close(leaf.grad, reference.relevance(name, case.explicit, x, r, **parameters))
+
+
+class Wrapped(nn.Module):
+    """A layer inside a module: what is linear need not look so."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@some_layers
+@every_rule
+def test_inside_another_module(case, rule):
+    """The rules go by the parameters' own names, wherever these sit."""
+    rule, name, parameters = rule
+    x, r = case.draw(True, 2)
+    (actual,) = registered_relevance(rule, Wrapped(case.layer), [x], r)
+    assert_close(actual, reference.relevance(name, case.explicit, x, r, **parameters))
+
+
+@some_layers
+@every_rule
 def test_called_twice_each_call_keeps_its_own_input(case, rule):
     rule, name, parameters = rule
     (x, r), (y, _) = case.draw(True, 2), case.draw(False, 2)

@@ -11,7 +11,7 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torch.autograd.function import Function
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from tdhook.attribution.lrp_helpers.rule import Rule
 from tdhook.attribution.lrp_helpers.steps import ClosedForm, Grads, LinearStep, ModuleStep, Step, closed_form
@@ -71,7 +71,10 @@ class PropagationRule(Rule):
 
 
 class Call:
-    """One call of a module under a rule: which leaves of its arguments are tensors, and how to run it on them."""
+    """One call of a module under a rule: which leaves of its arguments are tensors, and how to run it on them.
+
+    A ``spec`` of ``None`` stands for a single tensor, which most calls take and return.
+    """
 
     def __init__(
         self,
@@ -82,16 +85,13 @@ class Call:
         kwargs: dict[str, Any],
     ) -> None:
         self.rule, self.module, self.original = rule, module, original
-        self.leaves, self.spec = tree_flatten((args, kwargs))
+        self.spec: TreeSpec | None = None
+        self.leaves: list[Any] = list(args)
+        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+            self.leaves, self.spec = tree_flatten((args, kwargs))
         self.at = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
-        self.inputs: tuple[Tensor, ...] = tuple(self.leaves[i] for i in self.at)
-        only_tensor = len(self.leaves) == 1 and len(self.at) == 1
-        self.form: ClosedForm | None = closed_form(module) if only_tensor else None
-        self.params: tuple[Tensor, ...] = ()
-        if self.form is not None:
-            layer: Any = module
-            self.params = (layer.weight,) if layer.bias is None else (layer.weight, layer.bias)
-        self.n_params = len(self.params)
+        self.form: ClosedForm | None = closed_form(module) if self.spec is None else None
+        self.n_params = 0
         self.affine: Callable[[], tuple[Tensor, Tensor]] | None = None
         self.graph: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
         self.out_spec: TreeSpec | None = None
@@ -100,51 +100,61 @@ class Call:
     def run(self) -> Any:
         """Run the module, with the rule on the tape if any input is on it."""
         rule = self.rule
-        if not any(x.requires_grad for x in self.inputs):
-            args, kwargs = tree_unflatten(self.leaves, self.spec)
-            result = self.original(*args, **kwargs)
-            rule.check(
-                self.module, self.inputs, [z for z in tree_flatten(result)[0] if isinstance(z, Tensor)]
-            )
+        inputs = tuple(self.leaves[i] for i in self.at)
+        if not any(x.requires_grad for x in inputs):
+            result = self._invoke(inputs)
+            rule.check(self.module, inputs, [z for z in tree_leaves(result) if isinstance(z, Tensor)])
             return result
-        outputs = type(rule).apply(self, *self.inputs, *self.params)
-        rule.check(self.module, self.inputs, outputs)
-        # The call outlives the forward pass; the arguments and the result need not.
-        self.inputs = self.params = ()
+        params: list[Tensor] = []
+        if self.form is not None:
+            layer: Any = self.module
+            params = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+        self.n_params = len(params)
+        outputs = type(rule).apply(self, *inputs, *params)
+        rule.check(self.module, inputs, outputs)
+        # The call outlives the forward pass; its arguments and its result need not.
         for i in self.at:
             self.leaves[i] = None
         leaves, self.out_leaves = self.out_leaves, []
-        assert self.out_spec is not None
+        if self.out_spec is None:
+            return outputs[0]
         tensors = iter(outputs)
         return tree_unflatten([next(tensors) if isinstance(z, Tensor) else z for z in leaves], self.out_spec)
 
     def execute(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the module itself; where the rule differentiates it, on a tape of its own."""
         inputs = tuple(tensors[: len(self.at)])
-        if not (self.rule.needs_vjp and self.form is None):
-            # What is returned as it came in would count as an input, not as an output that has a rule.
-            return tuple(z.view_as(z) if any(z is x for x in inputs) else z for z in self._outputs(inputs))
-        with torch.enable_grad():
-            leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in inputs)
-            outputs = self._outputs(leaves)
+        with out_of_place(self.module):
+            if not (self.rule.needs_vjp and self.form is None):
+                # What is returned as it came in would count as an input, not as an output that has a rule.
+                return tuple(z.view_as(z) if any(z is x for x in inputs) else z for z in self._outputs(inputs))
+            with torch.enable_grad():
+                leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in inputs)
+                outputs = self._outputs(leaves)
         self.graph = (leaves, outputs)
         self.out_leaves = [z.detach() if isinstance(z, Tensor) else z for z in self.out_leaves]
         return tuple(z.detach() for z in outputs)
 
     def _outputs(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        self.out_leaves, self.out_spec = tree_flatten(self._invoke(inputs))
+        result = self._invoke(inputs)
+        if isinstance(result, Tensor):
+            return (result,)
+        self.out_leaves, self.out_spec = tree_flatten(result)
         return tuple(z for z in self.out_leaves if isinstance(z, Tensor))
 
     def _invoke(self, inputs: Sequence[Tensor]) -> Any:
+        if self.spec is None:
+            return self.original(inputs[0])
         leaves = list(self.leaves)
         for i, x in zip(self.at, inputs, strict=True):
             leaves[i] = x
         args, kwargs = tree_unflatten(leaves, self.spec)
-        with out_of_place(self.module):
-            return self.original(*args, **kwargs)
+        return self.original(*args, **kwargs)
 
-    def _tensors(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(z for z in tree_flatten(self._invoke(inputs))[0] if isinstance(z, Tensor))
+    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The tensors that the module returns for other inputs."""
+        with out_of_place(self.module):
+            return tuple(z for z in tree_leaves(self._invoke(inputs)) if isinstance(z, Tensor))
 
     def kept(self, tensors: Sequence[Tensor], outputs: tuple[Tensor, ...]) -> list[Tensor]:
         """What the backward pass reads: inputs, outputs, parameters of the closed form."""
@@ -158,7 +168,7 @@ class Call:
         inputs = tuple(saved[: self.n_in])
         outputs = tuple(saved[self.n_in : self.n_in + self.n_out])
         if self.form is None or not inputs:
-            return ModuleStep(self.module, self._tensors, inputs, outputs, self.graph)
+            return ModuleStep(self.module, self.evaluate, inputs, outputs, self.graph)
         weight, *bias = saved[self.n_in + self.n_out :]
         affine = None if self.affine is None else self.affine()
         return LinearStep(

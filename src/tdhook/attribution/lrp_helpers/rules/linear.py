@@ -168,8 +168,11 @@ class _Contributions:
 
 
 def _has_negative(x: Tensor) -> bool:
-    """Whether terms for negative inputs are needed at all: behind a ReLU they are not."""
-    return bool((x < 0).any())
+    """Whether terms for negative inputs are needed at all: behind a ReLU they are not.
+
+    A compiled graph cannot branch on values: there they always are.
+    """
+    return torch.compiler.is_compiling() or bool((x < 0).any())
 
 
 class _SignedRule(PropagationRule):

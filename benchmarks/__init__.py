@@ -1,0 +1,1 @@
+"""What an explanation costs, against the gradient of the same model; run with ``python -m benchmarks``."""

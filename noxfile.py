@@ -1,0 +1,76 @@
+"""The repository's tasks. `nox -l` lists them; `nox -s NAME -- ARGUMENTS` runs one and hands it the arguments.
+
+Each runs in a fresh virtual environment of the interpreter that runs nox, with the versions of constraints.txt.
+"""
+
+import os
+
+import nox
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.sessions = ["lint", "types", "docs", "tests"]
+
+CONSTRAINTS = "constraints.txt"
+USER = ".[rl,viz,cli]"
+DEVELOPER = ".[rl,viz,cli,dev]"
+# A test makes small tensors only, for which one thread is the fastest, and several workers share the cores.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    """Install at the pinned versions, the package's build backend included."""
+    pinned_build = {"PIP_BUILD_CONSTRAINT": os.path.abspath(CONSTRAINTS)}
+    session.install("-c", CONSTRAINTS, *requirements, env=pinned_build)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Explain a trained policy on a real environment; results in demo-output."""
+    install(session, USER)
+    session.run("tdhook", "demo", "--out", "demo-output", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests (the slow ones too with `-- --slow`, or where CI is set)."""
+    install(session, DEVELOPER)
+    session.run("pytest", "-n", "auto", "--maxprocesses", "4", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting (`ruff check --fix` and `ruff format` mend most of it)."""
+    install(session, "ruff")
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of the package, strictly."""
+    install(session, DEVELOPER)
+    session.run("mypy", "--strict", *(session.posargs or ["src"]))
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Execute the examples of the documentation, then build it; a warning is an error."""
+    install(session, DEVELOPER)
+    for builder in ("doctest", "html"):
+        session.run("sphinx-build", "-W", "-b", builder, *session.posargs, "docs", f"docs/_build/{builder}")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Time attributions against gradient times input of the same models."""
+    install(session, DEVELOPER)
+    session.run("python", "-m", "benchmarks", *session.posargs)
+
+
+@nox.session
+def peers(session: nox.Session) -> None:
+    """Compare numbers with other libraries, which are installed for it."""
+    install(session, DEVELOPER, "transformers", "tqdm", "click")
+    # torchvision and what needs it ask for a build of torch of their own: their Python part is all that is wanted.
+    install(session, "--no-deps", "torchvision", "zennit")
+    session.run("pytest", "-m", "peers", *(session.posargs or ["tests/peers"]), env=ONE_THREAD)

@@ -1,0 +1,22 @@
+"""The command line, ``tdhook`` (extra ``cli``: typer and rich)."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line, or say what to install for it."""
+    try:
+        from tdhook.cli.commands import app
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("typer", "rich"):
+            raise
+        sys.stderr.write(
+            f'the command line needs {missing}, which is not installed: pip install "tdhook[rl,viz,cli]"\n'
+        )
+        raise SystemExit(2) from None
+    app(prog_name="tdhook")

@@ -1,0 +1,193 @@
+"""The commands. What they do is in the library; here is what can be typed, and what it means.
+
+Only typer and rich are imported with this module, so that ``tdhook --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+import tdhook
+from tdhook.cli.errors import notes, require, user_errors
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,
+    help="Explain what a policy did: layer-wise relevance propagation for TensorDict models.",
+    epilog="Start with `tdhook demo`. With `TDHOOK_TRACEBACK=1` in the environment, errors show "
+    "where they arose.",
+)
+
+_POLICY_HELP = (
+    "A checkpoint that `tdhook.rl.save_policy` wrote (plain data: opening it runs no code), or "
+    "`package.module:function`, which is imported and called without arguments, and returns a "
+    "TensorDictModule or a `tdhook.rl.Policy`."
+)
+_TARGET_HELP = (
+    "What is explained: a key that the policy writes, nested with dots, and an index into its last axis: a number, "
+    "`argmax`, `action` (the one that was taken), `all` (each on its own), "
+    "`none` (the whole output) or `@KEY` (the entry that holds the index). By default "
+    "action_value:action or logits:action, whichever the policy has."
+)
+
+Composite = Annotated[
+    str,
+    typer.Option(
+        help="Name of a preset, with parameters as in `epsilon_gamma_box:low=-1,high=1`; or a TOML or JSON "
+        "file. `tdhook rules` lists the presets.",
+        metavar="NAME_OR_FILE",
+    ),
+]
+Steps = Annotated[int, typer.Option(min=1, help="Steps to act, through as many episodes as they take.")]
+Seed = Annotated[int, typer.Option(help="Of the environment and of sampled actions.")]
+Out = Annotated[Path, typer.Option(help="Folder to write to.", metavar="DIR")]
+PolicyText = Annotated[str, typer.Option("--policy", help=_POLICY_HELP, metavar="CKPT_OR_IMPORT")]
+EnvId = Annotated[
+    Optional[str],  # noqa: UP045 (typer reads this at run time, and older ones do not know str | None)
+    typer.Option(
+        "--env", help="Gymnasium id of the environment; by default the one in the checkpoint.", metavar="ID"
+    ),
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        Console().print(f"tdhook {tdhook.__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="**Examples**\n\n"
+    "tdhook demo\n\n"
+    "tdhook demo --steps 200 --composite excitation_backprop --out somewhere\n\n"
+    "**Afterwards**\n\n"
+    'TensorDict.load_memmap("demo-output/rollout")["attr", "observation"]'
+)
+@user_errors()
+def demo(
+    out: Out = Path("demo-output"),
+    steps: Steps = 500,
+    composite: Composite = "epsilon_plus",
+    seed: Seed = 0,
+) -> None:
+    """Let a trained CartPole policy act, and explain each of its actions.
+
+    The policy that comes with tdhook acts in the real environment, through an attribution context: it acts as it
+    always does, and each step also says how much every entry of the observation had to do with the value of the action
+    taken. Printed are the return, the mean relevance of each feature by action, and whether relevance was conserved;
+    written are the explained rollout, a picture of it, and the printed numbers as JSON.
+    """
+    require("torchrl", "gymnasium", "matplotlib")
+    from tdhook.cli.explanations import Request, run
+    from tdhook.configuration import read_composite
+    from tdhook.rl import demo_policy
+
+    with notes():
+        run(Request(demo_policy(), read_composite(composite), composite, None, steps, seed), out)
+
+
+@app.command(
+    epilog="**Examples**\n\n"
+    "tdhook explain --policy cartpole.pt --steps 500\n\n"
+    "tdhook explain --policy cartpole.pt --composite my_rules.toml --target action_value:0 --out why-left\n\n"
+    "tdhook explain --policy mypackage.policies:make_actor --env Acrobot-v1 --target logits:action\n\n"
+    "**A composite file** (first match wins; the preset takes what the pairs leave)\n\n"
+    'preset = "epsilon_plus"\n\n'
+    'pairs = [{ select = { reads = "observation" }, rule = "GammaRule", gamma = 0.5 }]'
+)
+@user_errors()
+def explain(
+    policy: PolicyText,
+    env: EnvId = None,
+    composite: Composite = "epsilon_plus",
+    target: Annotated[Optional[str], typer.Option(help=_TARGET_HELP, metavar="KEY[:INDEX]")] = None,  # noqa: UP045
+    steps: Steps = 500,
+    out: Out = Path("explain-output"),
+    seed: Seed = 0,
+    attribute: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="Give the relevance of this key, too: one that a module inside the policy writes. Repeatable.",
+            metavar="KEY",
+        ),
+    ] = None,
+) -> None:
+    """Let your own policy act in a gymnasium environment, and explain each of its actions.
+
+    Does for any policy what `tdhook demo` does for its own. A checkpoint holds numbers and names only
+    (format, env, kind, architecture, features, actions, state_dict; see `tdhook.rl.save_policy`). A policy
+    of any other make is given as the import path of a function that returns it; features are then called x0, x1, ...
+    unless it returns a `tdhook.rl.Policy`, which names them.
+    """
+    require("torchrl", "gymnasium", "matplotlib")
+    from tdhook.cli.explanations import Request, run
+    from tdhook.cli.policies import find_policy
+    from tdhook.configuration import read_composite, read_key, read_target
+
+    with notes():
+        request = Request(
+            find_policy(policy, env),
+            read_composite(composite),
+            composite,
+            None if target is None else read_target(target),
+            steps,
+            seed,
+            tuple(read_key(key) for key in attribute or ()),
+        )
+        run(request, out)
+
+
+@app.command(
+    epilog="**Examples**\n\n"
+    "tdhook plan --policy cartpole.pt\n\n"
+    "tdhook plan --policy mypackage.policies:make_actor --composite epsilon_plus_flat"
+)
+@user_errors()
+def plan(policy: PolicyText, composite: Composite = "epsilon_plus", env: EnvId = None) -> None:
+    """Show which rule each module of a policy gets, and which get none.
+
+    Selectors that depend on execution order (`first`, `last`, `reads`,
+    `writes`) are resolved on an observation of the environment, or without one in order of registration.
+    """
+    require("torchrl", "gymnasium")
+    from tdhook.cli.policies import Stage, find_policy
+    from tdhook.cli.tables import plan_table
+    from tdhook.configuration import read_composite
+
+    with notes():
+        found = find_policy(policy, env, need_env=False)
+        observed = Stage.of(found, seed=0).env.reset() if found.env_id else None
+        table = plan_table(found.actor, read_composite(composite), observed)
+    Console().print(table)
+
+
+@app.command()
+@user_errors()
+def rules() -> None:
+    """List the rules and the presets, with their formulas.
+
+    A composite file names both: `rule = "GammaRule"` with parameters beside it, `preset =
+    "epsilon_gamma_box"` likewise.
+    """
+    from tdhook.cli.tables import presets_table, rules_table
+
+    console = Console()
+    console.print(rules_table())
+    console.print(presets_table())

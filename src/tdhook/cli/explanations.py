@@ -1,0 +1,212 @@
+"""Make, print and write an explained rollout: what `tdhook demo` and `tdhook explain` do."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from tensordict import TensorDict
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor
+
+import tdhook
+from tdhook.attribution.lrp import LRP
+from tdhook.cli.policies import Stage
+from tdhook.cli.tables import conservation_table, relevance_table
+from tdhook.composites import Composite
+from tdhook.configuration import write_key, write_target
+from tdhook.plots import relevance_over_time
+from tdhook.rl import Policy
+from tdhook.rl.rollouts import (
+    Conservation,
+    Episode,
+    Summary,
+    conservation,
+    explained_rollout,
+    require_replaceable,
+    save,
+    summarise,
+    taken_actions,
+)
+from tdhook.targets import Target
+
+__all__ = ["Request", "run"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to explain, and how.
+
+    Attributes:
+        policy: who acts, and where.
+        composite: the rules.
+        composite_name: what the user calls them.
+        target: what is explained; ``None`` for the value or logit of the action taken.
+        steps: how many steps.
+        seed: of the environment and of sampled actions.
+        attribute: keys besides the inputs that are explained.
+    """
+
+    policy: Policy
+    composite: Composite
+    composite_name: str
+    target: Target | None
+    steps: int
+    seed: int
+    attribute: tuple[NestedKey, ...] = ()
+
+
+@dataclass(frozen=True)
+class _View:
+    """One picture: the relevance of one key for one output.
+
+    Attributes:
+        label: what tells it from the others.
+        relevance: ``[steps, features]``.
+        value: of the key, ``[steps, features]``.
+        summary: of the rollout as seen here.
+    """
+
+    label: str
+    relevance: Tensor
+    value: Tensor
+    summary: Summary
+
+
+def run(request: Request, out: Path) -> None:
+    """Explain, print, and write ``rollout``, ``relevance.png`` and ``summary.json`` below ``out``."""
+    policy, console = request.policy, Console()
+    require_replaceable(out / "rollout")  # before any work, and again when it is done
+    torch.manual_seed(request.seed)
+    stage = Stage.of(policy, request.seed)
+    target = request.target or _default_target(policy)
+    keys = [unravel_key(key) for key in (*policy.actor.in_keys, *request.attribute)]
+    explained = LRP(request.composite, target=target, attribute=keys).wrap(policy.actor)
+    with closing(stage.env) as env, _progress() as progress:
+        task = progress.add_task(f"{policy.env_id}: acting and explaining", total=request.steps)
+        rollout = explained_rollout(
+            env, explained, request.steps, lambda done: progress.update(task, completed=done)
+        )
+        progress.update(task, description="checking that relevance is conserved")
+        account = conservation(rollout, policy.actor, request.composite, target)
+    views = _views(rollout, keys, policy, stage.actions)
+    what = f"{policy.env_id}: relevance for {write_target(target)} under {request.composite_name}"
+    _show(console, what, views, account)
+    for path in _write(out, request, target, rollout, views, account, what):
+        console.print(Text(f"wrote {path}"), soft_wrap=True)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _default_target(policy: Policy) -> Target:
+    for key in ("action_value", "logits"):
+        if key in policy.actor.out_keys:
+            return Target(key, "action")
+    raise ValueError(
+        "what is to be explained? Give --target KEY[:INDEX]; the policy writes "
+        f"{', '.join(write_key(unravel_key(key)) for key in policy.actor.out_keys)}"
+    )
+
+
+def _views(
+    rollout: TensorDict, keys: list[NestedKey], policy: Policy, action_names: tuple[str, ...]
+) -> list[_View]:
+    views = []
+    for key in keys:
+        where = ("attr", key) if isinstance(key, str) else ("attr", *key)
+        relevance = rollout.get(where, None)
+        if relevance is None:  # an input without gradient, of which a note tells
+            continue
+        value = rollout[key].flatten(1)
+        count = value.shape[1]
+        named = key == policy.actor.in_keys[0] and len(policy.features) == count
+        features = policy.features if named else tuple(f"x{i}" for i in range(count))
+        each = relevance.reshape(len(rollout), -1, count).unbind(1)
+        for i, part in enumerate(each):
+            labels = [write_key(key)] if len(keys) > 1 else []
+            if len(each) > 1:
+                labels.append(action_names[i] if len(each) == len(action_names) else f"output {i}")
+            summary = summarise(rollout.copy().set(where, part), features, action_names, where)
+            views.append(_View(", ".join(labels), part, value, summary))
+    return views
+
+
+def _show(console: Console, what: str, views: list[_View], account: Conservation | None) -> None:
+    console.print(Text(what, style="bold"))
+    _show_episodes(console, views[0].summary.episodes)
+    for view in views:
+        console.print(
+            relevance_table(view.summary, ", ".join(filter(None, ("Mean relevance per step", view.label))))
+        )
+    if account is None:
+        console.print(
+            "These rules give a modified gradient, which is not conserved: it does not sum to the target."
+        )
+    else:
+        console.print(conservation_table(account))
+
+
+def _show_episodes(console: Console, episodes: tuple[Episode, ...], most: int = 6) -> None:
+    for episode in episodes if len(episodes) <= most else ():
+        end = "" if episode.finished else " so far (cut off by --steps)"
+        console.print(f"episode return {episode.total:g} in {episode.steps} steps{end}", highlight=False)
+    if len(episodes) > most:
+        totals = [episode.total for episode in episodes if episode.finished]
+        console.print(
+            f"episode return {sum(totals) / len(totals):g} on average over {len(totals)} episodes "
+            f"({min(totals):g} to {max(totals):g})",
+            highlight=False,
+        )
+
+
+def _write(
+    out: Path,
+    request: Request,
+    target: Target,
+    rollout: TensorDict,
+    views: list[_View],
+    account: Conservation | None,
+    what: str,
+) -> list[Path]:
+    written = [save(rollout, out / "rollout")]
+    starts = list(accumulate(episode.steps for episode in views[0].summary.episodes))[:-1]
+    for i, view in enumerate(views):
+        summary = view.summary
+        figure = relevance_over_time(
+            view.relevance,
+            summary.features,
+            actions=taken_actions(rollout, len(summary.actions)),
+            action_names=summary.actions,
+            observation=view.value,
+            title=", ".join(filter(None, (what, view.label))),
+            episode_starts=starts,
+        )
+        slug = re.sub(r"\W+", "-", view.label).strip("-")
+        path = out / ("relevance.png" if i == 0 else f"relevance-{slug}.png")
+        figure.savefig(path, dpi=130)
+        written.append(path)
+    data: dict[str, Any] = {
+        "tdhook": tdhook.__version__,
+        "environment": request.policy.env_id,
+        "seed": request.seed,
+        "target": write_target(target),
+        "composite": {"name": request.composite_name, **request.composite.to_dict()},
+        "conservation": None if account is None else asdict(account),
+        "explanations": [{"of": view.label or "observation", **view.summary.to_dict()} for view in views],
+    }
+    path = out / "summary.json"
+    path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return [*written, path]

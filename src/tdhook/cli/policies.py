@@ -1,0 +1,152 @@
+"""The policy that a command was given, a checkpoint or an import path, and where it acts."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+
+from tdhook.rl import Policy, load_policy, make_env
+
+if TYPE_CHECKING:
+    from torchrl.envs import EnvBase
+
+__all__ = ["Stage", "find_policy"]
+
+_IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+def find_policy(text: str, env_id: str | None = None, *, need_env: bool = True) -> Policy:
+    """The policy that a checkpoint holds or that a function returns.
+
+    Args:
+        text: path of a checkpoint, or ``package.module:function``; modules in the working directory are found, too.
+        env_id: environment to act in, instead of the policy's own.
+        need_env: whether there must be one.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ImportError: the module or its function is not there.
+        TypeError: the function returns no policy.
+        ValueError: the file is no checkpoint, or no environment is known.
+    """
+    is_import = _IMPORT_PATH.fullmatch(text) is not None and not Path(text).exists()
+    policy = _imported(text) if is_import else load_policy(text)
+    if env_id is not None:
+        policy = replace(policy, env_id=env_id)
+    if need_env and not policy.env_id:
+        raise ValueError(
+            f"{text} does not say in which environment it acts: give --env, as in --env CartPole-v1"
+        )
+    return policy
+
+
+def _imported(text: str) -> Policy:
+    function = _function(text)
+    try:
+        made = function()
+    except Exception as error:  # the user's own code fails as it pleases
+        raise ValueError(f"{text} raised {type(error).__name__}: {error}") from error
+    if isinstance(made, Policy):
+        return made
+    if isinstance(made, TensorDictModuleBase):
+        return Policy(made.eval(), env_id="", features=(), actions=())
+    raise TypeError(
+        f"{text} returned {type(made).__name__}, and a policy is a TensorDictModule or a tdhook.rl.Policy; "
+        'wrap a plain module: TensorDictModule(module, in_keys=["observation"], out_keys=["action"])'
+    )
+
+
+def _function(text: str) -> Any:
+    home, _, name = text.partition(":")
+    if os.getcwd() not in sys.path:  # an installed command does not look there, and `python -m` does
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(home)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{home}.".startswith(f"{error.name}."):
+            raise ImportError(
+                f"there is no module {home!r} to take a policy from (and no file {text!r})"
+            ) from error
+        raise ValueError(f"importing {home} raised {type(error).__name__}: {error}") from error
+    except Exception as error:
+        raise ValueError(f"importing {home} raised {type(error).__name__}: {error}") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ImportError(f"module {home!r} has no {name!r}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise TypeError(
+            f"{text} is {type(found).__name__}, and --policy takes a function that returns the policy"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An environment in which a policy was found able to act.
+
+    Attributes:
+        env: the environment.
+        actions: names of its actions; none where they are not one of several.
+    """
+
+    env: EnvBase
+    actions: tuple[str, ...]
+
+    @staticmethod
+    def of(policy: Policy, seed: int) -> Stage:
+        """Make the environment of a policy, and let the policy act once.
+
+        Raises:
+            ValueError: there is no such environment, or the policy does not fit it.
+        """
+        env = make_env(policy.env_id, seed)
+        observed = env.reset()
+        _check_observation(policy, env, observed)
+        _check_action(policy, env, observed)
+        count = getattr(env.action_spec.space, "n", 0)
+        named = len(policy.actions) == count
+        return Stage(env, policy.actions if named else tuple(f"action {i}" for i in range(count)))
+
+
+def _check_observation(policy: Policy, env: EnvBase, observed: TensorDictBase) -> None:
+    for key in policy.actor.in_keys:
+        value = observed.get(key, None)
+        if value is None:
+            given = ", ".join(repr(k) for k in env.observation_spec.keys(True, True))
+            raise ValueError(
+                f"the policy reads {key!r}, which environment {policy.env_id!r} does not give: it gives {given}"
+            )
+        if policy.features and len(policy.actor.in_keys) == 1 and value.numel() != len(policy.features):
+            raise ValueError(
+                f"the policy sees {len(policy.features)} features ({', '.join(policy.features)}), and environment "
+                f"{policy.env_id!r} shows {value.numel()}"
+            )
+
+
+def _check_action(policy: Policy, env: EnvBase, observed: TensorDictBase) -> None:
+    try:
+        with torch.no_grad():
+            action = policy.actor(observed).get("action", None)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the policy does not run on an observation of {policy.env_id!r}: {error}"
+        ) from error
+    if action is None:
+        written = ", ".join(map(repr, policy.actor.out_keys))
+        raise ValueError(f"the policy writes no 'action', so it cannot act; it writes {written}")
+    spec = env.action_spec
+    if action.shape != spec.shape or not spec.is_in(action):
+        raise ValueError(
+            f"the policy's action {action.tolist()} is none of environment {policy.env_id!r}, whose actions are "
+            f"{type(spec).__name__} of shape {list(spec.shape)}"
+        )

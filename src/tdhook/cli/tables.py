@@ -1,0 +1,140 @@
+"""What the commands print, as rich tables."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from tensordict import TensorDictBase
+from torch import nn
+
+from tdhook.attribution.lrp import LRP
+from tdhook.attribution.lrp_helpers import rules
+from tdhook.composites import PRESETS, Composite
+from tdhook.rl.rollouts import Conservation, Summary
+
+__all__ = ["conservation_table", "formula", "plan_table", "presets_table", "relevance_table", "rules_table"]
+
+
+def _table(title: str, *columns: str, numbers: bool = False) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(Text(column), justify="right" if numbers and i else "left", overflow="fold")
+    return table
+
+
+def relevance_table(summary: Summary, title: str, most: int = 16) -> Table:
+    """Mean relevance of each feature by action; of very many features those of the largest absolute relevance."""
+    taken = [i for i, count in enumerate(summary.counts) if count]
+    columns = [f"{summary.actions[i]} ({summary.counts[i]}×)" for i in taken]
+    table = _table(title, "feature", *columns, "all steps", "mean |relevance|", numbers=True)
+    shown = sorted(summary.magnitude.topk(min(most, len(summary.features))).indices.tolist())
+    for i in shown:
+        cells = [*(summary.by_action[action, i].item() for action in taken), summary.mean[i].item()]
+        table.add_row(Text(summary.features[i]), *map(_signed, cells), f"{summary.magnitude[i].item():.4g}")
+    if len(shown) < len(summary.features):
+        table.caption = (
+            f"the {len(shown)} of {len(summary.features)} features with the largest mean |relevance|"
+        )
+        table.caption_justify = "left"
+    return table
+
+
+def _signed(value: float) -> Text:
+    return Text(f"{value:+.4g}", style="red" if value > 0 else "blue" if value < 0 else "")
+
+
+def conservation_table(account: Conservation) -> Group:
+    """Where the relevance went."""
+    table = _table("Conservation of relevance", "", "mean", "of |target|", numbers=True)
+    for label, value in (
+        ("put in: the value of the target", account.target),
+        ("arrived at the inputs", account.arrived),
+        ("kept on the way by biases and stabilisers", account.absorbed),
+    ):
+        table.add_row(label, f"{value:+.5g}", f"{value / account.size:+.1%}" if account.size else "")
+    if account.error is None:
+        meaning = "Conservation error: not known. It is found in double precision, in which this policy does not run."
+    else:
+        meaning = (
+            f"Conservation error: {account.error:.1e}. Explained without biases, the same steps must deliver everything; "
+            "this is what goes missing at the worst of them, in double precision, of the mean |target|."
+        )
+    return Group(table, Text(meaning))
+
+
+def plan_table(actor: nn.Module, composite: Composite, observed: TensorDictBase | None = None) -> Group:
+    """Which rule each module of an actor gets; ``observed`` is what it reads, if that is at hand."""
+    plan = LRP(composite).plan(actor, observed)
+    table = _table(f"{type(actor).__name__}, {plan.flow} flow", "module", "type", "rule", "because of")
+    missing = [row.path for row in plan if row.open]
+    for row in plan:
+        rule = (
+            Text("none: plain gradient", style="bold yellow")
+            if row.open
+            else Text(repr(row.rule) if row.rule else "")
+        )
+        because = repr(row.selector)
+        if row.selector is None:
+            inner = any(True for _ in row.module.children())
+            because = (
+                "default"
+                if row.rule
+                else "nothing matches"
+                if row.open
+                else "holds others"
+                if inner
+                else "no layer"
+            )
+        style = "" if row.rule or row.open else "dim"
+        table.add_row(
+            Text(row.path or "(the policy)"), type(row.module).__name__, rule, Text(because), style=style
+        )
+    chosen = sum(row.selector is not None for row in plan)
+    default = sum(row.selector is None and row.rule is not None for row in plan)
+    total = f"{chosen} modules have a rule of the composite, {default} the default of their kind, {len(missing)} none"
+    return Group(table, Text(f"{total}{': ' if missing else ''}{', '.join(missing)}."))
+
+
+def rules_table() -> Table:
+    """All rules, each with the beginning of its own documentation."""
+    table = _table("Rules", "rule and its parameters", "what it does")
+    for name in sorted(rules.__all__):
+        rule = getattr(rules, name)
+        if isinstance(rule, type) and issubclass(rule, rules.Rule) and not inspect.isabstract(rule):
+            text = Text(formula(rule))
+            if rule.convention == "gradient":
+                text.append(" [gradient convention]", style="dim")
+            table.add_row(_signature(name, rule), text)
+    return table
+
+
+def presets_table() -> Table:
+    """All presets, likewise."""
+    table = _table("Presets", "preset and its parameters", "what it does")
+    for name, function in PRESETS.items():
+        table.add_row(_signature(name, function), Text(formula(function)))
+    return table
+
+
+def _signature(name: str, function: Callable[..., Any]) -> Text:
+    parameters = [
+        p.name if p.default is p.empty else f"{p.name}={p.default!r}"
+        for p in inspect.signature(function).parameters.values()
+        if p.name != "zero_params"  # of nearly all, and never what tells two of them apart
+    ]
+    return Text.assemble((name, "bold"), f"({', '.join(parameters)})")
+
+
+def formula(documented: object) -> str:
+    """The documentation of a rule or preset up to its list of arguments, as plain text."""
+    text = inspect.getdoc(documented) or ""
+    text = re.split(r"^(?:Args|Raises|Returns|Attributes):", text, maxsplit=1, flags=re.MULTILINE)[0]
+    text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", text.replace("``", ""))
+    return " ".join(text.split())

@@ -1,0 +1,250 @@
+"""Policies as plain-data checkpoints, and the environments they act in.
+
+A checkpoint holds numbers, strings and tensors only: it is read with ``weights_only=True``, so that opening
+someone else's file never runs their code. The actor is built anew from the architecture that the file names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+if TYPE_CHECKING:
+    from torchrl.envs import EnvBase
+
+FORMAT = 1
+"""Version of the checkpoint format that this module reads and writes."""
+
+_REQUIRED = ("env", "kind", "architecture", "features", "actions", "state_dict")
+_ACTIVATIONS = {cls.__name__: cls for cls in (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh)}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """An actor, the environment that it was trained for, and names for what it sees and does.
+
+    Args:
+        actor: reads ``observation`` and writes ``action`` (one-hot) beside what led to it.
+        env_id: gymnasium id of the environment.
+        features: one name per entry of the observation.
+        actions: one name per action.
+        metadata: plain data; ``kind`` and ``architecture`` (see :func:`build_actor`) say how to build the actor
+            again, whatever else is in it (seed, frames, evaluation) is kept with it.
+    """
+
+    actor: TensorDictModule
+    env_id: str
+    features: tuple[str, ...]
+    actions: tuple[str, ...]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def build_actor(kind: str, architecture: Mapping[str, Any]) -> TensorDictModule:
+    """An untrained actor with one-hot actions.
+
+    Args:
+        kind: ``"dqn_mlp"``, a greedy Q-value actor that reads ``observation [*batch, in_features]`` and writes
+            ``action_value`` and ``action`` ``[*batch, out_features]`` and ``chosen_action_value [*batch, 1]``; or
+            ``"ppo_mlp"``, a categorical actor that writes ``logits`` and ``action`` ``[*batch, out_features]``. It
+            takes the most probable action, unless torchrl's exploration type asks for a sample.
+        architecture: of the multi-layer perceptron inside: ``in_features`` and ``out_features`` (integers),
+            ``num_cells`` (a list with the width of each hidden layer), ``activation`` (name of a class in ``torch.nn``).
+
+    Raises:
+        ImportError: torchrl is not installed.
+        ValueError: the kind, an entry of the architecture or the activation is unknown, or an entry is missing.
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"unknown kind of policy {kind!r}: this version of tdhook builds {_listed(_KINDS)}")
+    expected = ("in_features", "out_features", "num_cells", "activation")
+    if set(architecture) != set(expected):
+        raise ValueError(f"the architecture of a {kind} has the entries {_listed(expected)}, not {_listed(architecture)}")
+    if architecture["activation"] not in _ACTIVATIONS:
+        raise ValueError(f"unknown activation {architecture['activation']!r}: choose one of {_listed(_ACTIVATIONS)}")
+    network = _require("torchrl.modules").MLP(
+        in_features=architecture["in_features"],
+        out_features=architecture["out_features"],
+        num_cells=list(architecture["num_cells"]),
+        activation_class=_ACTIVATIONS[architecture["activation"]],
+    )
+    return _KINDS[kind](network, architecture["out_features"])
+
+
+def _q_value_actor(network: nn.Module, n_actions: int) -> TensorDictModule:
+    spec = _require("torchrl.data").OneHot(n_actions)
+    return _require("torchrl.modules").QValueActor(network, in_keys=["observation"], spec=spec)
+
+
+def _categorical_actor(network: nn.Module, n_actions: int) -> TensorDictModule:
+    modules = _require("torchrl.modules")
+    return modules.ProbabilisticActor(
+        TensorDictModule(network, in_keys=["observation"], out_keys=["logits"]),
+        in_keys=["logits"],
+        spec=_require("torchrl.data").OneHot(n_actions),
+        distribution_class=modules.OneHotCategorical,
+    )
+
+
+_KINDS: dict[str, Callable[[nn.Module, int], TensorDictModule]] = {
+    "dqn_mlp": _q_value_actor,
+    "ppo_mlp": _categorical_actor,
+}
+
+
+def load_policy(path: str | os.PathLike[str]) -> Policy:
+    """Read a policy that :func:`save_policy` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: torchrl is not installed.
+        ValueError: the file is not a checkpoint of tdhook, its format or kind is unknown to this version, or its
+            parts do not fit together. The message names the file and the way out.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no policy checkpoint at {path}: give the path of a file that tdhook.rl.save_policy wrote "
+            "(examples/train_cartpole.py makes one)"
+        )
+    return _from_bytes(path.read_bytes(), path)
+
+
+def save_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
+    """Write a policy as plain data, after making sure that it can be read back.
+
+    Args:
+        policy: ``policy.actor`` must have the structure that :func:`build_actor` gives for the kind and architecture
+            in ``policy.metadata``.
+        path: file to write; missing folders are made.
+
+    Raises:
+        ValueError: what was given does not make a checkpoint that loads. Nothing is written then.
+    """
+    path = Path(path)
+    try:
+        network = policy.actor[0].module
+    except (TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"cannot save a {type(policy.actor).__name__} to {path}: build it with build_actor") from error
+    checkpoint = {
+        **policy.metadata,
+        "format": FORMAT,
+        "env": policy.env_id,
+        "features": list(policy.features),
+        "actions": list(policy.actions),
+        # The network's own names ("0.weight", ...), so that plain torch can read the file without torchrl.
+        "state_dict": {name: value.detach().cpu().clone() for name, value in network.state_dict().items()},
+    }
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    _from_bytes(buffer.getvalue(), path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())
+
+
+def demo_policy() -> Policy:
+    """The CartPole-v1 policy that comes with tdhook: a double DQN, trained by ``examples/train_cartpole.py``."""
+    with resources.as_file(resources.files("tdhook.rl") / "checkpoints" / "cartpole_dqn.pt") as path:
+        return load_policy(path)
+
+
+def make_env(env_id: str, seed: int | None = None) -> EnvBase:
+    """A gymnasium environment as torchrl sees it, with one-hot actions and float32 observations.
+
+    Args:
+        env_id: gymnasium id, as ``"CartPole-v1"``.
+        seed: of the environment's own random numbers. Sampled actions follow :func:`torch.manual_seed`.
+
+    Raises:
+        ImportError: torchrl, gymnasium or a package that this environment needs is not installed.
+        ValueError: gymnasium knows no such environment.
+    """
+    envs, errors = _require("torchrl.envs"), _require("gymnasium").error
+    try:
+        env = envs.GymEnv(env_id)
+    except errors.DependencyNotInstalled as error:
+        raise ImportError(f"environment {env_id!r} needs a package that is not installed: {error}") from error
+    except errors.Error as error:
+        raise ValueError(
+            f"cannot make environment {env_id!r}: {error} (gymnasium.pprint_registry() lists what is there)"
+        ) from error
+    # Some environments observe in float64; a policy's weights are float32.
+    wide = [key for key, spec in env.observation_spec.items(True, True) if spec.dtype == torch.float64]
+    if wide:
+        env = envs.TransformedEnv(env, envs.DoubleToFloat(in_keys=wide))
+    if seed is not None:
+        env.set_seed(seed)
+    return env
+
+
+def _from_bytes(data: bytes, path: Path) -> Policy:
+    """The policy in the bytes of a checkpoint; ``path`` is for messages."""
+    try:
+        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load fails in many ways; all mean the same to whoever gave the file
+        raise ValueError(
+            f"{path} is not a policy checkpoint of tdhook: it does not load as plain data ({type(error).__name__}). "
+            "Write it with tdhook.rl.save_policy, which keeps numbers, strings and tensors only"
+        ) from error
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+        raise ValueError(
+            f"{path} is not a policy checkpoint of tdhook: it has no 'format' entry. If it holds bare weights, load "
+            "them into the network of tdhook.rl.build_actor and write that with tdhook.rl.save_policy"
+        )
+    if checkpoint["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has checkpoint format {checkpoint['format']!r}, and this version of tdhook reads format {FORMAT}: "
+            "use the version of tdhook that wrote it, or train the policy again"
+        )
+    missing = [name for name in _REQUIRED if name not in checkpoint]
+    if missing:
+        raise ValueError(
+            f"{path} is an incomplete policy checkpoint: it lacks {_listed(missing)}. Write it with tdhook.rl.save_policy"
+        )
+    try:
+        actor = build_actor(checkpoint["kind"], checkpoint["architecture"])
+        _check_names(checkpoint)
+        actor[0].module.load_state_dict(checkpoint["state_dict"])
+    except ImportError:
+        raise
+    except Exception as error:  # wrong types inside the file fail as they please
+        raise ValueError(f"{path} does not make a policy: {error}") from error
+    names = {"format", "env", "features", "actions", "state_dict"}
+    return Policy(
+        actor=actor.eval(),
+        env_id=checkpoint["env"],
+        features=tuple(checkpoint["features"]),
+        actions=tuple(checkpoint["actions"]),
+        metadata={key: value for key, value in checkpoint.items() if key not in names},
+    )
+
+
+def _check_names(checkpoint: Mapping[str, Any]) -> None:
+    for entry, size in (("features", "in_features"), ("actions", "out_features")):
+        given, wanted = len(checkpoint[entry]), checkpoint["architecture"][size]
+        if given != wanted:
+            raise ValueError(f"it names {given} {entry}, and its architecture has {size}={wanted}")
+
+
+def _require(module: str) -> Any:
+    """Import a module of the ``rl`` extra, or say what to install."""
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != package:  # installed, but broken: its own message says more
+            raise
+        raise ImportError(f'tdhook.rl needs {package}, which is not installed: pip install "tdhook[rl]"') from error
+
+
+def _listed(names: object) -> str:
+    return ", ".join(repr(name) for name in names)  # type: ignore[attr-defined]

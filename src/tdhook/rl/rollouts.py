@@ -1,0 +1,370 @@
+"""Explained rollouts: make them, sum them up, check that relevance was conserved, keep them on disk.
+
+A policy that an attribution context has wrapped is still a policy, so an explained rollout is an ordinary one that
+also has an entry ``("attr", key)`` for each input.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+
+from tdhook.attribution.lrp import LRP
+from tdhook.composites import Composite
+from tdhook.targets import Contrast, Target
+
+if TYPE_CHECKING:
+    from torchrl.envs import EnvBase
+
+__all__ = [
+    "Conservation",
+    "Episode",
+    "Summary",
+    "conservation",
+    "explained_rollout",
+    "require_replaceable",
+    "save",
+    "summarise",
+]
+
+_AT_ONCE = 256
+"""How many steps are explained in one pass, so that memory does not grow with the rollout."""
+
+
+def explained_rollout(
+    env: EnvBase,
+    explained_policy: TensorDictModuleBase,
+    steps: int,
+    progress: Callable[[int], object] | None = None,
+) -> TensorDict:
+    """Let a policy act for ``steps`` steps, through as many episodes as they take.
+
+    Args:
+        env: a torchrl environment.
+        explained_policy: what ``LRP(...).wrap(actor)`` gives.
+        steps: how many steps.
+        progress: called with the number of steps done, after each of them.
+
+    Returns:
+        A TensorDict of batch size ``[*env.batch_size, steps]`` with what the environment gave, what the policy wrote
+        and the relevance of its inputs.
+
+    Raises:
+        ValueError: ``steps`` is not positive.
+    """
+    if steps < 1:
+        raise ValueError(f"a rollout has at least one step, got steps={steps}")
+    done = 0
+
+    def step_done(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done)
+
+    with torch.no_grad():
+        rollout: TensorDict = env.rollout(
+            steps, explained_policy, callback=step_done, break_when_any_done=False, return_contiguous=True
+        )
+    step_done()  # torchrl does not call back after the last step
+    return rollout
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One episode of a rollout.
+
+    Attributes:
+        total: its return, the undiscounted sum of rewards.
+        steps: its length.
+        finished: whether it ended; the last one of a rollout may have been cut off.
+    """
+
+    total: float
+    steps: int
+    finished: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """What a rollout comes to.
+
+    Attributes:
+        steps: number of steps, over all environments.
+        episodes: the episodes, one environment after the other.
+        features: names of the features.
+        actions: names of the actions; empty where actions are not one of several.
+        counts: how often each action was taken.
+        by_action: ``[actions, features]``, mean relevance over the steps with that action; NaN where there is none.
+        mean: ``[features]``, mean relevance over all steps.
+        magnitude: ``[features]``, mean of the absolute relevance over all steps.
+    """
+
+    steps: int
+    episodes: tuple[Episode, ...]
+    features: tuple[str, ...]
+    actions: tuple[str, ...]
+    counts: tuple[int, ...]
+    by_action: Tensor
+    mean: Tensor
+    magnitude: Tensor
+
+    def to_dict(self) -> dict[str, Any]:
+        """This summary as plain data; an action that was never taken has no mean relevance."""
+        named = {
+            action: dict(zip(self.features, row.tolist(), strict=True))
+            for action, row, count in zip(self.actions, self.by_action, self.counts, strict=True)
+            if count
+        }
+        return {
+            "steps": self.steps,
+            "episodes": [
+                {"return": e.total, "steps": e.steps, "finished": e.finished} for e in self.episodes
+            ],
+            "action_counts": dict(zip(self.actions, self.counts, strict=True)),
+            "mean_relevance": dict(zip(self.features, self.mean.tolist(), strict=True)),
+            "mean_absolute_relevance": dict(zip(self.features, self.magnitude.tolist(), strict=True)),
+            "mean_relevance_by_action": named,
+        }
+
+
+def summarise(
+    rollout: TensorDictBase,
+    features: Sequence[str],
+    actions: Sequence[str],
+    key: NestedKey = ("attr", "observation"),
+) -> Summary:
+    """Sum up an explained rollout.
+
+    Args:
+        rollout: of batch size ``[*batch, time]``.
+        features: one name per entry of the explained input, flattened.
+        actions: one name per action; none where the action is not one of several.
+        key: where the relevance is, ``[*batch, time, *features]``.
+
+    Raises:
+        KeyError: the rollout has no such relevance.
+        ValueError: it has no steps, or the names are not as many as there are features.
+    """
+    if rollout.batch_dims == 0 or rollout.numel() == 0:
+        raise ValueError(
+            f"a rollout has steps: its batch size is [*batch, time], got {list(rollout.batch_size)}"
+        )
+    relevance = rollout.get(key, None)
+    if relevance is None:
+        known = ", ".join(sorted(map(str, rollout.keys(True, True))))
+        raise KeyError(f"the rollout has no relevance {key!r}; it has {known}")
+    relevance = relevance.reshape(rollout.numel(), -1)
+    if relevance.shape[-1] != len(features):
+        raise ValueError(f"{key!r} has {relevance.shape[-1]} features, and {len(features)} names were given")
+    taken = taken_actions(rollout, len(actions))
+    if taken is None:
+        actions, one_hot = (), relevance.new_zeros(len(relevance), 0)
+    else:
+        one_hot = nn.functional.one_hot(taken, len(actions)).to(relevance)
+    counts = one_hot.sum(0)
+    return Summary(
+        steps=rollout.numel(),
+        episodes=_episodes(rollout),
+        features=tuple(features),
+        actions=tuple(actions),
+        counts=tuple(int(count) for count in counts),
+        by_action=one_hot.T @ relevance / counts[:, None],
+        mean=relevance.mean(0),
+        magnitude=relevance.abs().mean(0),
+    )
+
+
+def taken_actions(rollout: TensorDictBase, count: int) -> Tensor | None:
+    """Indices ``[steps]`` of the actions of a rollout, ``None`` where they are not one each out of ``count``."""
+    action: Tensor | None = rollout.get("action", None)
+    if action is None or count == 0:
+        return None
+    action = action.reshape(rollout.numel(), -1)
+    if action.shape[-1] == count and _is_one_hot(action):
+        return action.to(torch.int64).argmax(-1)
+    if action.shape[-1] == 1 and not action.is_floating_point():
+        taken = action[:, 0].to(torch.int64)
+        return taken if bool(((taken >= 0) & (taken < count)).all()) else None
+    return None
+
+
+def _is_one_hot(action: Tensor) -> bool:
+    return bool(((action == 0) | (action == 1)).all() and (action.sum(-1) == 1).all())
+
+
+def _episodes(rollout: TensorDictBase) -> tuple[Episode, ...]:
+    done = rollout["next", "done"].reshape(-1, rollout.batch_size[-1])
+    reward = rollout["next", "reward"].reshape(*done.shape, -1).sum(-1)
+    found = []
+    for ends, rewards in zip(done, reward, strict=True):
+        number = torch.cat([ends.new_zeros(1), ends[:-1]]).cumsum(0)  # of the episode a step belongs to
+        count = int(number[-1]) + 1
+        totals = rewards.new_zeros(count).index_add_(0, number, rewards)
+        lengths = torch.bincount(number, minlength=count)
+        finished = torch.zeros(count, dtype=torch.int64).index_add_(0, number, ends.to(torch.int64))
+        found += [
+            Episode(*row)
+            for row in zip(totals.tolist(), lengths.tolist(), (finished > 0).tolist(), strict=True)
+        ]
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Conservation:
+    """How much of the relevance that was put in arrived at the inputs.
+
+    Attributes:
+        target: mean over the steps of the relevance that was put in, the value of the target.
+        arrived: mean of what arrived at the inputs.
+        absorbed: mean of what was kept on the way, ``target - arrived``: by biases and stabilisers, and by rules that
+            are made to keep relevance.
+        size: mean absolute target, to compare these with.
+        error: what goes missing although no bias takes a share: the same steps are explained once more in double
+            precision, with biases left out of every rule and stabilisers of 1e-12, and then all relevance must arrive.
+            The largest difference at any step, in units of ``size``. ``None`` where the policy does not run in double
+            precision.
+    """
+
+    target: float
+    arrived: float
+    absorbed: float
+    size: float
+    error: float | None
+
+
+def conservation(
+    rollout: TensorDictBase,
+    actor: TensorDictModuleBase,
+    composite: Composite,
+    target: Target | Contrast,
+    attribution_key: NestedKey = "attr",
+) -> Conservation | None:
+    """Whether an explained rollout accounts for its relevance.
+
+    Args:
+        rollout: has the relevance of all inputs of ``actor``.
+        actor: the policy, not explained.
+        composite: with what it was explained.
+        target: what was explained.
+        attribution_key: where relevance is.
+
+    Returns:
+        The account; ``None`` for a composite that gives modified gradients, of which nothing is conserved.
+    """
+    if any(rule.yields == "sensitivity" for _, rule in composite):
+        return None
+    put_in, arrived = _totals(rollout, actor, target, attribution_key)
+    return Conservation(
+        target=put_in.mean().item(),
+        arrived=arrived.mean().item(),
+        absorbed=(put_in - arrived).mean().item(),
+        size=put_in.abs().mean().item(),
+        error=_error(rollout, actor, composite, target),
+    )
+
+
+def _error(
+    rollout: TensorDictBase, actor: TensorDictModuleBase, composite: Composite, target: Target | Contrast
+) -> float | None:
+    leaves = {name.rpartition(".")[2] for name, _ in actor.named_parameters()}
+    idealised = _idealised(composite, {leaf for leaf in leaves if "bias" in leaf})
+    method = LRP(idealised, target=target, warn_on_missing_rule=False)
+    explained = method.wrap(copy.deepcopy(actor).double())
+    difference, size = [], []
+    for part in _parts(rollout.select(*actor.in_keys)):
+        doubled = part.apply(lambda value: value.double() if value.is_floating_point() else value)
+        try:
+            put_in, arrived = _totals(explained(doubled), actor, target, "attr")
+        except RuntimeError:  # of two precisions that met: the policy casts to one of its own
+            return None
+        difference.append((put_in - arrived).abs())
+        size.append(put_in.abs())
+    scale = torch.cat(size).mean().clamp(min=torch.finfo(torch.float64).tiny)
+    return (torch.cat(difference).max() / scale).item()
+
+
+def _parts(rollout: TensorDictBase) -> Iterator[TensorDictBase]:
+    yield from rollout.reshape(-1).split(_AT_ONCE)
+
+
+def _idealised(composite: Composite, biases: set[str]) -> Composite:
+    """The same rules without biases, and with stabilisers that are only there against zero."""
+    pairs = []
+    for selector, rule in composite:
+        arguments = rule.params()
+        for name in ("epsilon", "stabilizer"):
+            if isinstance(arguments.get(name), float):
+                arguments[name] = 1e-12
+        if "zero_params" in arguments:
+            arguments["zero_params"] = sorted({*(arguments["zero_params"] or ()), *biases})
+        pairs.append((selector, type(rule)(**arguments)))
+    return Composite(pairs)
+
+
+def _totals(
+    td: TensorDictBase, actor: TensorDictModuleBase, target: Target | Contrast, attribution_key: NestedKey
+) -> tuple[Tensor, Tensor]:
+    """The relevance put in and that arrived, each ``[explanations]`` (one per step, or several per step)."""
+    seeds = target(td, td, "relevance")
+    dims = td.batch_dims
+    event = dims if seeds.several is None else dims + 1
+    put_in = torch.stack([seed.unsqueeze(-1).flatten(event).sum(-1) for seed in seeds.grads]).sum(0)
+    if seeds.several is not None:
+        put_in = put_in.movedim(0, -1)
+    prefix = (attribution_key,) if isinstance(attribution_key, str) else attribution_key
+    arrived = torch.zeros_like(put_in)
+    for key in actor.in_keys:
+        relevance = td.get((*prefix, *((key,) if isinstance(key, str) else key)), None)
+        if relevance is not None:
+            arrived = arrived + relevance.reshape(*put_in.shape, -1).sum(-1)
+    return put_in.reshape(-1), arrived.reshape(-1)
+
+
+def save(rollout: TensorDictBase, folder: str | Path) -> Path:
+    """Write a rollout as a memory-mapped TensorDict, to be read with ``TensorDict.load_memmap(folder)``.
+
+    Args:
+        rollout: the rollout.
+        folder: where; made if missing. A TensorDict that was saved there is replaced.
+
+    Raises:
+        FileExistsError: the folder holds something else.
+    """
+    folder = Path(folder)
+    require_replaceable(folder)
+    if folder.exists():
+        # Entries of an earlier, differently shaped rollout would be read back together with the new ones.
+        shutil.rmtree(folder)
+    rollout.contiguous().memmap(folder)
+    return folder
+
+
+def require_replaceable(folder: Path) -> None:
+    """Make sure that :func:`save` may write to a folder: there is none, or nothing but a saved TensorDict in it.
+
+    Raises:
+        FileExistsError: there is something else.
+    """
+    above = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not above.is_dir():
+        raise FileExistsError(f"{above} is a file, where a folder is to be written")
+    if above != folder or not any(folder.iterdir()):
+        return
+    try:
+        saved = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        saved = None
+    if not isinstance(saved, dict) or "tensordict" not in str(saved.get("_type")):
+        raise FileExistsError(f"{folder} holds something else than a saved TensorDict: choose another folder")
