@@ -97,7 +97,7 @@ def test_what_is_no_composite(pairs, text):
 
 @pytest.mark.parametrize("value", [EpsilonRule(), epsilon_plus, 5, {"preset": "epsilon_plus"}], ids=str)
 def test_lrp_says_what_it_takes_for_a_composite(value):
-    with pytest.raises(TypeError, match="composite|preset"):
+    with pytest.raises(TypeError, match=r"composite|preset"):
         LRP(value)
 
 
@@ -301,9 +301,9 @@ def test_presets_say_what_is_wrong():
         ValueError, match="no preset is named 'nope'; presets are epsilon_plus, epsilon_plus_flat"
     ):
         LRP("nope")
-    with pytest.raises(ValueError, match="preset 'epsilon_gamma_box': .*'low' and 'high'"):
+    with pytest.raises(ValueError, match=r"preset 'epsilon_gamma_box': .*'low' and 'high'"):
         LRP("epsilon_gamma_box")
-    with pytest.raises(ValueError, match="preset 'deconvnet': .*epsilon"):
+    with pytest.raises(ValueError, match=r"preset 'deconvnet': .*epsilon"):
         preset("deconvnet", epsilon=1.0)
 
 
@@ -320,7 +320,7 @@ def test_presets_take_parameters():
 def test_the_seeds_mappers_are_composites():
     assert isinstance(EpsilonPlus(), Composite) and isinstance(BaseRuleMapper(), Composite)
     assert list(EpsilonPlus(0.5, 0.25)) == list(epsilon_plus(0.5, 0.25))
-    extended = [("head", WSquareRule()), *EpsilonPlus()]
+    extended = [("head", WSquareRule())] + EpsilonPlus()  # noqa: RUF005
     assert (
         extended("head", nn.Linear(1, 1)) == WSquareRule()
         and extended("body", nn.Linear(1, 1)) == EpsilonRule()
@@ -339,7 +339,8 @@ def mine(name, module):
 
 def test_a_users_mapper_stays_with_the_composite():
     mapper, linear = EpsilonPlus(rule_mapper=mine), nn.Linear(1, 1)
-    for composite in (mapper, [*mapper, ("body", StopRule())], [("body", StopRule()), *mapper]):
+    before, after = [("body", StopRule())] + mapper, mapper + [("body", StopRule())]  # noqa: RUF005
+    for composite in (mapper, before, after):
         assert composite("head", linear) == FlatRule()
         assert composite("other", linear) == EpsilonRule()
     assert mapper != EpsilonPlus()

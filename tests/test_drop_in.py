@@ -263,12 +263,18 @@ def test_missing_rules_are_told():
         "No rule found for module `module.0` (Linear)",
         "No rule found for module `module.2` (Linear)",
     ]
-    with pytest.warns(UserWarning) as told, LRP(rule_mapper=BaseRuleMapper()).prepare(model):
+    with (
+        pytest.warns(UserWarning, match="No rule found") as told,
+        LRP(rule_mapper=BaseRuleMapper()).prepare(model),
+    ):
         pass
     assert [str(warning.message) for warning in told] == texts
-    with pytest.warns(UserWarning) as told, LRP(
-        rule_mapper=BaseRuleMapper(), skip_modules=LRP.default_skip, warn_on_missing_rule=True
-    ).prepare(model):
+    with (
+        pytest.warns(UserWarning, match="No rule found") as told,
+        LRP(rule_mapper=BaseRuleMapper(), skip_modules=LRP.default_skip, warn_on_missing_rule=True).prepare(
+            model
+        ),
+    ):
         pass
     assert [str(warning.message) for warning in told] == texts[2:]
     with LRP(rule_mapper=BaseRuleMapper(), warn_on_missing_rule=False).prepare(model):
@@ -297,7 +303,7 @@ def test_without_any_rule_it_is_the_gradient():
         ({"init_attr_grads": lambda t, e: t["output"]}, "init_attr_grads function must return a TensorDict"),
         ({"init_attr_inputs": lambda t, e: t["input"]}, "init_attr_inputs function must return a TensorDict"),
         (
-            {"init_attr_grads": lambda t, e: t.rename_key_("output", "q")},
+            {"init_attr_grads": lambda t, e: t.clone().rename_key_("output", "q")},
             "Targets and init_grads must have the same keys",
         ),
         (

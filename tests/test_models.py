@@ -285,3 +285,21 @@ def test_the_index_may_come_from_what_was_done_then():
     td = explain(actor, td, target=Target("action_value", Key("taken")))
     torch.testing.assert_close(td["attr", "observation"].sum(-1), (td["action_value"] * taken).sum(-1))
     gc.collect()
+
+
+class Fussy(nn.Module):
+    """A batch norm that takes any batch shape, and behind it a layer that does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm1d(3), nn.Conv1d(1, 2, 1)
+
+    def forward(self, x):
+        return self.conv(self.norm(x.reshape(-1, 3)).reshape(*x.shape[:-1], 1, 3))
+
+
+def test_an_attempt_with_another_batch_shape_counts_as_no_run():
+    model = Fussy().double()
+    td = explain(model, TensorDict(input=torch.randn(2, 5, 3).double(), batch_size=[2, 5]))
+    assert td["output"].shape == (2, 5, 2, 3)
+    assert model.norm.num_batches_tracked == 1

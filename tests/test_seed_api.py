@@ -386,7 +386,7 @@ def test_the_conservation_hook():
     hook(nn.ReLU(), two, (one, one))
     hook(nn.ReLU(), (one, None, one), (two,))
     for given in ((one, two), ((one,), two), (one, (two, one))):
-        with pytest.raises(RuntimeError, match="^Unconserved relevance"):
+        with pytest.raises(RuntimeError, match=r"^Unconserved relevance"):
             hook(nn.ReLU(), *given)
     raise_for_unconserved_rel_factory(atol=5.0)(nn.ReLU(), one, two)
 

@@ -104,9 +104,9 @@ def test_shares_without_values():
 
 def test_alpha_beta_checks_its_arguments_and_inputs():
     for alpha, beta in ((-1.0, -2.0), (1.0, -0.5), (-0.5, 0.5)):
-        with pytest.raises(ValueError, match="^Both alpha and beta parameters must be non-negative!$"):
+        with pytest.raises(ValueError, match=r"^Both alpha and beta parameters must be non-negative!$"):
             AlphaBetaRule(alpha, beta)
-    with pytest.raises(ValueError, match="^The difference of parameters alpha - beta must equal 1!$"):
+    with pytest.raises(ValueError, match=r"^The difference of parameters alpha - beta must equal 1!$"):
         AlphaBetaRule(2.0, 0.5)
     x, module = torch.randn(2, 3, requires_grad=True), Sub()
     with (

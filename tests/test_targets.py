@@ -153,7 +153,7 @@ def test_two_outputs_at_once():
 
 
 def test_an_output_of_several_axes():
-    """A distribution over atoms for each action: the last axis is indexed, a tuple of integers indexes the last ones."""
+    """A distribution over atoms for each action: an index is of the last axis, a tuple of the last ones."""
     net = nn.Sequential(nn.Linear(3, 10, bias=False), nn.Unflatten(-1, (2, 5))).double()
     model = TensorDictModule(net, ["obs"], ["value"])
     td = explain(model, observation(7), Target("value", (1, 3)))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ __all__ = [
 ]
 
 RuleMapper: TypeAlias = "Callable[[str, nn.Module], Rule | None]"
-Pairs: TypeAlias = "Iterable[tuple[SelectorLike, Rule]]"
+Pairs: TypeAlias = "Iterable[tuple[SelectorLike, Rule | _Mapped]]"
 
 
 class Composite:
@@ -67,11 +68,18 @@ class Composite:
     """
 
     def __init__(self, pairs: Pairs = ()) -> None:
-        self.pairs: tuple[tuple[Selector, Rule], ...] = tuple(_as_pair(pair) for pair in pairs)
+        self.pairs: tuple[tuple[Selector, Rule | _Mapped], ...] = tuple(_as_pair(pair) for pair in pairs)
 
     def find(self, site: Site) -> tuple[Selector, Rule] | None:
         """The first pair whose selector matches ``site``."""
-        return next((pair for pair in self.pairs if pair[0].matches(site)), None)
+        for selector, rule in self.pairs:
+            if isinstance(rule, _Mapped):
+                found = rule.mapper(site.name, site.module)
+                if found is not None:
+                    return selector, found
+            elif selector.matches(site):
+                return selector, rule
+        return None
 
     def __call__(self, name: str, module: nn.Module) -> Rule | None:
         """The rule for one module, seen without the model around it.
@@ -93,7 +101,7 @@ class Composite:
     def __radd__(self, other: Pairs) -> Composite:
         return Composite(other) + self
 
-    def __iter__(self) -> Iterator[tuple[Selector, Rule]]:
+    def __iter__(self) -> Iterator[tuple[Selector, Rule | _Mapped]]:
         return iter(self.pairs)
 
     def __len__(self) -> int:
@@ -133,6 +141,8 @@ class Composite:
             raise ValueError(
                 f"a composite is given by 'pairs', 'preset' or both; got {sorted(map(str, data))}"
             )
+        if not isinstance(pairs, list | tuple):
+            raise ValueError(f"'pairs' is a list, and each of 'pairs' has 'select' and 'rule'; got {pairs!r}")
         own = []
         for entry in pairs:
             if not isinstance(entry, Mapping) or "select" not in entry or "rule" not in entry:
@@ -142,13 +152,26 @@ class Composite:
         return Composite(own) if name is None else own + preset(name, **content)
 
 
-def _as_pair(pair: Any) -> tuple[Selector, Rule]:
+@dataclass(frozen=True)
+class _Mapped:
+    """Stands for the rule that a user's mapper gives, where it gives one."""
+
+    mapper: RuleMapper
+
+    def to_dict(self) -> dict[str, Any]:
+        raise TypeError(f"a composite that asks {self.mapper!r}, a callable, cannot be written as plain data")
+
+    def __repr__(self) -> str:
+        return getattr(self.mapper, "__qualname__", repr(self.mapper))
+
+
+def _as_pair(pair: Any) -> tuple[Selector, Rule | _Mapped]:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise TypeError(f"a composite is a list of (selector, rule) pairs, got {pair!r}")
     selector, rule = pair
     if isinstance(rule, type) and issubclass(rule, Rule):
         raise TypeError(f"a composite pairs selectors with rules: write {rule.__name__}(...), not the class")
-    if not isinstance(rule, Rule):
+    if not isinstance(rule, Rule | _Mapped):
         raise TypeError(f"a composite pairs selectors with rules, got {rule!r} of type {type(rule).__name__}")
     return as_selector(selector), rule
 
@@ -287,25 +310,11 @@ class BaseRuleMapper(Composite):
     """
 
     def __init__(self, stabilizer: Stabilizer = 1e-6, rule_mapper: RuleMapper | None = None) -> None:
-        super().__init__(self._pairs(stabilizer))
-        self.rule_mapper = rule_mapper
+        asked = [] if rule_mapper is None else [(Where(rule_mapper), _Mapped(rule_mapper))]
+        super().__init__([*asked, *self._pairs(stabilizer)])
 
     def _pairs(self, stabilizer: Stabilizer) -> Pairs:
         return _base(stabilizer)
-
-    def find(self, site: Site) -> tuple[Selector, Rule] | None:
-        """The user's rule, or the first pair that matches."""
-        if self.rule_mapper is not None:
-            mapper = self.rule_mapper
-            rule = mapper(site.name, site.module)
-            if rule is not None:
-                return Where(lambda name, module: mapper(name, module) is not None), rule
-        return super().find(site)
-
-    def __eq__(self, other: object) -> bool:
-        return super().__eq__(other) and self.rule_mapper is getattr(other, "rule_mapper", None)
-
-    __hash__ = Composite.__hash__
 
 
 class EpsilonPlus(BaseRuleMapper):

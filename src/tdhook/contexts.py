@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
@@ -19,12 +19,15 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
 from tdhook.attribution.lrp_helpers.rule import Convention
+from tdhook.state import modules_of, restored
 from tdhook.targets import Seeds
 
 if TYPE_CHECKING:
     from tdhook.explained import ExplainedModule
 
-__all__ = ["Attribution", "Model", "Record"]
+__all__ = ["Attribution", "InKeys", "Model", "Record"]
+
+InKeys: TypeAlias = "Sequence[NestedKey] | Mapping[NestedKey, NestedKey]"
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,20 @@ class Model:
     root: nn.Module
     runner: TensorDictModuleBase
     attributed: tuple[NestedKey, ...]
+    _flattens: dict[int, bool] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of(
         module: nn.Module,
-        in_keys: Sequence[NestedKey] | None = None,
+        in_keys: InKeys | None = None,
         out_keys: Sequence[NestedKey] | None = None,
     ) -> Model:
         """Make a TensorDictModule of a plain module, or check the keys against those of one."""
         if not isinstance(module, nn.Module):
             raise TypeError(f"expected an nn.Module or a TensorDictModule, got {type(module).__name__}")
         if not isinstance(module, TensorDictModuleBase):
-            runner = TensorDictModule(module, list(in_keys or ["input"]), list(out_keys or ["output"]))
+            reads = in_keys if isinstance(in_keys, Mapping) else list(in_keys or ["input"])
+            runner = TensorDictModule(module, reads, list(out_keys or ["output"]))
             return Model(module, runner, tuple(map(unravel_key, runner.in_keys)))
         for name, given, known in (
             ("in_keys", in_keys, module.in_keys),
@@ -66,11 +71,48 @@ class Model:
     def submodule(self, path: str) -> nn.Module:
         """The module at a dotted path; below a TensorDictModule, paths may start inside the module that it wraps."""
         name = re.sub(r"\[(\w+)\]", r".\1", path).strip(".")
-        modules: dict[str, nn.Module] = dict(self.root.named_modules())
+        modules = modules_of(self.root)
         for candidate in (name, f"module.{name}"):
             if candidate in modules:
                 return modules[candidate]
         raise ValueError(f"the model has no module {path!r}; it has {', '.join(n for n in modules if n)}")
+
+    def run(self, td: TensorDictBase) -> tuple[TensorDictBase, bool]:
+        """Run the model on a TensorDict of any batch shape.
+
+        Layers of fixed rank (convolutions, batch norm) take one batch axis: where the model fails for another number
+        of them, it is run with all of them made one.
+
+        Returns:
+            What the model wrote, in the batch shape of ``td``, and whether it ran on a flat batch.
+        """
+        axes = td.batch_dims
+        flattens = axes != 1 and self._flattens.get(axes)
+        if flattens is not None:
+            return self._flat(td) if flattens else self._written(td), flattens
+        try:
+            with restored(self.root, always=False):
+                written = self._written(td.copy())
+        except (RuntimeError, ValueError, IndexError) as error:
+            try:
+                written = self._flat(td)
+            except (RuntimeError, ValueError, IndexError):
+                raise error from None
+            self._flattens[axes] = True
+            return written, True
+        self._flattens[axes] = False
+        return written, False
+
+    def _flat(self, td: TensorDictBase) -> TensorDictBase:
+        written = self._written(td.reshape(-1))
+        return written.reshape(td.batch_size) if td.batch_dims else written.squeeze(0)
+
+    def _written(self, td: TensorDictBase) -> TensorDictBase:
+        before = dict(td.items(True, True))
+        result = self.runner(td)
+        return result.select(
+            *(key for key, value in result.items(True, True) if before.get(key) is not value)
+        )
 
 
 @dataclass
@@ -79,15 +121,21 @@ class Record:
 
     Attributes:
         inputs: the attributed inputs, leaves of the graph.
-        outputs: what the model wrote, on the graph.
+        outputs: what the model wrote, on the graph, in the batch shape of the TensorDict.
+        flat: whether the model ran on a flat batch, whose leading axis ``modules`` and ``keys`` have.
         modules: outputs of the modules that were asked for by path, on the graph.
         keys: values of the inner keys that were asked for, on the graph.
     """
 
     inputs: dict[NestedKey, Tensor]
     outputs: TensorDictBase
+    flat: bool
     modules: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[NestedKey, Tensor] = field(default_factory=dict)
+
+    def shaped(self, value: Tensor) -> Tensor:
+        """A value from inside the model in the batch shape of the TensorDict."""
+        return value.reshape(*self.outputs.batch_size, *value.shape[1:]) if self.flat else value
 
 
 class Attribution(ABC):
@@ -127,14 +175,15 @@ class Attribution(ABC):
     def prepare(
         self,
         module: nn.Module,
-        in_keys: Sequence[NestedKey] | None = None,
+        in_keys: InKeys | None = None,
         out_keys: Sequence[NestedKey] | None = None,
     ) -> Iterator[ExplainedModule]:
         """Explain ``module`` within a ``with`` block.
 
         Args:
             module: a TensorDictModule, or any module, which then reads ``"input"`` and writes ``"output"``.
-            in_keys: keys that a plain module reads; of a TensorDictModule, those that are attributed.
+            in_keys: keys that a plain module reads, in the order of its arguments or as ``{argument: key}``; of a
+                TensorDictModule, those that are attributed.
             out_keys: keys that a plain module writes.
 
         Yields:
@@ -149,7 +198,7 @@ class Attribution(ABC):
     def wrap(
         self,
         module: nn.Module,
-        in_keys: Sequence[NestedKey] | None = None,
+        in_keys: InKeys | None = None,
         out_keys: Sequence[NestedKey] | None = None,
     ) -> ExplainedModule:
         """Like :meth:`prepare`, to stay: goes wherever ``module`` went, and has its parameters under the same names."""

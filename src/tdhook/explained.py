@@ -8,12 +8,14 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import LazyStackedTensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
+from tdhook.attribution.lrp_helpers.binding import named_tensors
 from tdhook.contexts import Model, Record
+from tdhook.state import dense_copy, restored
 from tdhook.targets import Seeds, require_dependence
 
 if TYPE_CHECKING:
@@ -39,7 +41,6 @@ class ExplainedModule(TensorDictModuleBase):
         self.training = model.root.training
         self._method = method
         self._closed = False
-        self._unflattened: set[int] = set()
         self._told: set[NestedKey] = set()
         self._paths = {
             path: model.submodule(path) for path in (*method.input_modules, *method.target_modules)
@@ -68,15 +69,17 @@ class ExplainedModule(TensorDictModuleBase):
                 raise
             return getattr(self.__dict__["_model"].runner, name)
 
-    @dispatch(auto_batch_size=False)  # type: ignore[untyped-decorator]
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Run the model on ``tensordict`` and write its outputs and the relevance of its inputs into it.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model on a TensorDict and write its outputs and the relevance of its inputs into it.
 
         Args:
-            tensordict: holds the keys that the model reads; any batch size.
+            *args: the TensorDict, which holds the keys that the model reads, with any batch size; or, as with any
+                TensorDictModule, the tensors themselves in the order of ``in_keys``.
+            **kwargs: the tensors by name.
 
         Returns:
-            The same TensorDict, with the model's outputs and relevance under ``(attribution_key, key)``, all detached.
+            The same TensorDict, with the model's outputs and relevance under ``(attribution_key, key)``, all detached;
+            or the values of ``out_keys``, if tensors were given.
 
         Raises:
             KeyError: a key is missing.
@@ -86,37 +89,17 @@ class ExplainedModule(TensorDictModuleBase):
             raise RuntimeError(
                 "this explained module ended with its `with` block; use `.wrap(module)` for one that lasts"
             )
-        with torch.inference_mode(False), torch.enable_grad():
-            written = self._explain(tensordict)
-        for key, value in written.items():
-            tensordict.set(key, value)
-        return tensordict
-
-    def _explain(self, td: TensorDictBase) -> dict[NestedKey, Any]:
+        td = args[0] if args else kwargs.get("tensordict")
+        if not isinstance(td, TensorDictBase):
+            td = self.forward(named_tensors(self.in_keys, args, kwargs))
+            values = tuple(td.get(key) for key in self.out_keys)
+            return values[0] if len(values) == 1 else values
         self._check(td)
-        dims = td.batch_dims
-        if dims in self._unflattened:
-            return self._explain_flat(td)
-        try:
-            return self._run(td)
-        except (RuntimeError, ValueError, IndexError) as error:
-            # Layers of fixed rank (convolutions, batch norm) take one batch axis; a bare call would fail for them too.
-            if dims == 1 or not _may_be_rank(error):
-                raise
-            try:
-                written = self._explain_flat(td)
-            except (RuntimeError, ValueError, IndexError):
-                raise error from None
-            self._unflattened.add(dims)
-            return written
-
-    def _explain_flat(self, td: TensorDictBase) -> dict[NestedKey, Any]:
-        written = self._run(td.reshape(-1))
-        return {
-            key: value.unflatten(0, td.batch_size) if isinstance(value, Tensor) and td.batch_dims
-            else value.squeeze(0) if isinstance(value, Tensor) else value
-            for key, value in written.items()
-        }  # fmt: skip
+        with torch.inference_mode(False), torch.enable_grad():
+            written = self._run(td)
+        for key, value in written.items():
+            td.set(key, value)
+        return td
 
     def _check(self, td: TensorDictBase) -> None:
         missing = [key for key in self.in_keys if td.get(key, None) is None]
@@ -133,22 +116,20 @@ class ExplainedModule(TensorDictModuleBase):
             )
 
     def _run(self, td: TensorDictBase) -> dict[NestedKey, Any]:
-        method, model = self._method, self._model
+        method = self._method
         work, inputs = self._leaves(td)
-        before = dict(work.items(True, True))
         with ExitStack() as stack:
-            flow = stack.enter_context(method.active(self._state, model, td))
+            flow = stack.enter_context(method.active(self._state, self._model, td))
             with self._captured() as (modules, keys):
-                result = model.runner(work)
-            changed = [key for key, value in result.items(True, True) if before.get(key) is not value]
-            record = Record(inputs, result.select(*changed), modules, keys)
+                outputs, flat = self._model.run(work)
+            record = Record(inputs, outputs, flat, modules, keys)
             seeds = method.seeds(record, td, flow)
             relevance = self._relevance(record, seeds, flow, td)
-        return {key: _detached(result.get(key)) for key in changed} | method.extras(record) | relevance
+        return {**_entries(outputs), **method.extras(record), **relevance}
 
     def _leaves(self, td: TensorDictBase) -> tuple[TensorDictBase, dict[NestedKey, Tensor]]:
         """A shallow copy of ``td`` in which attributed inputs are leaves of a new graph."""
-        work = td.contiguous() if isinstance(td, LazyStackedTensorDict) else td.copy()
+        work = dense_copy(td)
         inputs: dict[NestedKey, Tensor] = {}
         for key, value in list(work.items(True, True)):
             if isinstance(value, Tensor):
@@ -164,7 +145,7 @@ class ExplainedModule(TensorDictModuleBase):
                 continue
             inputs[key] = value.detach().requires_grad_()
             work.set(key, inputs[key])
-        if not inputs and not self._method.input_modules:
+        if not inputs and not self._method.input_modules and self._method.attribute is None:
             raise ValueError(
                 f"none of the inputs ({', '.join(map(repr, self._model.attributed))}) is floating-point, so none can "
                 "have relevance; name the module that embeds them in input_modules"
@@ -174,6 +155,8 @@ class ExplainedModule(TensorDictModuleBase):
     def _tell_once(self, key: NestedKey, value: Tensor) -> None:
         if key not in self._told:
             self._told.add(key)
+            entry = (*_parts(self._method.attribution_key), *_parts(key))
+            self.out_keys = [known for known in self.out_keys if known != entry]
             warnings.warn(
                 f"input {key!r} is {value.dtype}, which has no gradient: it gets no relevance entry",
                 stacklevel=2,
@@ -215,8 +198,10 @@ class ExplainedModule(TensorDictModuleBase):
         sources = self._sources(record)
         require_dependence(seeds, sources, [z.requires_grad for z in seeds.tensors])
         if not torch.compiler.is_compiling():
-            for key, grad in zip(seeds.keys, seeds.grads, strict=True):
-                if not bool(grad.isfinite().all()):
+            for key, z, grad in zip(seeds.keys, seeds.tensors, seeds.grads, strict=True):
+                # Outputs that are not explained may be infinite, as masked logits are.
+                explained = torch.where(grad == 0, 0.0, z.detach())
+                if not bool((grad.isfinite() & explained.isfinite()).all()):
                     raise ValueError(self._not_finite(key, td))
         rounds = range(seeds.several) if seeds.several else (None,)
         pulled = [
@@ -235,6 +220,8 @@ class ExplainedModule(TensorDictModuleBase):
         for i, (key, value) in enumerate(sources.items()):
             grads = (torch.zeros_like(value) if each[i] is None else each[i].detach() for each in pulled)
             relevance = [method.relevance(self._state, value.detach(), grad, flow) for grad in grads]
+            if key not in record.inputs:
+                relevance = [record.shaped(r) for r in relevance]
             path = (*prefix, *_parts(key))
             written[path] = (
                 relevance[0]
@@ -270,7 +257,8 @@ class ExplainedModule(TensorDictModuleBase):
         with ExitStack() as stack, torch.no_grad():
             for name, module in self._model.root.named_modules():
                 stack.callback(module.register_forward_hook(watch(name)).remove)
-            self._model.runner(td.copy())
+            with restored(self._model.root):
+                self._model.run(dense_copy(td))
         return found[0] if found else "it arises outside of any module"
 
 
@@ -285,13 +273,10 @@ def _usable(value: Tensor) -> Tensor:
     return value.detach() if value.requires_grad else value
 
 
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _may_be_rank(error: Exception) -> bool:
-    """Whether an error may come from the number of axes; ours, which name a key, do not."""
-    return any(word in str(error) for word in ("dim", "shape", "size", "expected", "Expected", "axis"))
+def _entries(td: TensorDictBase) -> dict[NestedKey, Any]:
+    return {
+        key: value.detach() if isinstance(value, Tensor) else value for key, value in td.items(True, True)
+    }
 
 
 def _capture_output(path: str, found: dict[str, Tensor]) -> Callable[..., Any]:
@@ -317,11 +302,11 @@ def _capture_keys(
             return
         for key in map(unravel_key, module.out_keys):
             value = output.get(key, None)
-            if (
-                isinstance(value, Tensor)
-                and value.is_floating_point()
-                and (attribute == "all" or key in attribute)
-            ):
-                found[key] = value
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                continue
+            if attribute == "all" or key in attribute:
+                found[key] = value if value.requires_grad else value.detach().requires_grad_()
+                if found[key] is not value:  # made of integers by a frozen module: here the graph begins
+                    output.set(key, found[key])
 
     return hook

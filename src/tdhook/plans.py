@@ -7,17 +7,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import nn
 
 from tdhook.attribution.lrp_helpers.batchnorm import MergedBatchNormRule
 from tdhook.attribution.lrp_helpers.binding import Binding
 from tdhook.attribution.lrp_helpers.layers import Sum
-from tdhook.attribution.lrp_helpers.propagation import inplace_modules
+from tdhook.attribution.lrp_helpers.propagation import out_of_place
 from tdhook.attribution.lrp_helpers.rule import Convention, Rule
 from tdhook.attribution.lrp_helpers.rules.gradient import LayerNormRule
 from tdhook.attribution.lrp_helpers.rules.linear import NormRule, SoftmaxEpsilonRule
-from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule, PassRule
+from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule, PassRule, StopRule
 from tdhook.attribution.lrp_helpers.types import Activation, AvgPool, BatchNorm, MaxPool
 from tdhook.composites import Composite
 from tdhook.selectors import Selector, Type
@@ -94,7 +94,7 @@ class Plan:
         self.sensitivity = any(row.rule is not None and row.rule.yields == "sensitivity" for row in rows)
         self._bindings: list[Binding] = []
         self._custom: list[tuple[Rule, nn.Module]] = []
-        self._inplace = [m for row in rows for m in inplace_modules(row.module)]
+        self._modules = [row.module for row in rows]
         for row in rows:
             rule = row.rule
             if rule is None or isinstance(rule, IgnoreRule):
@@ -111,9 +111,8 @@ class Plan:
 
     def attach(self, stack: ExitStack) -> None:
         """Run the model under the rules until ``stack`` is closed."""
-        for module in self._inplace:
-            module.__dict__["inplace"] = False
-            stack.callback(module.__dict__.__setitem__, "inplace", True)
+        for module in self._modules:
+            stack.enter_context(out_of_place(module, recurse=False))
         for binding in self._bindings:
             binding.attach()
             stack.callback(binding.detach)
@@ -182,9 +181,13 @@ def make_plan(
             raise TypeError(f"the rule mapper returned {rule!r} for module `{name}`, which is no rule")
         if rule is not None and defaults:
             units.append(f"{name}." if name else "")
-        leaf = not any(True for _ in module.children()) and not isinstance(module, TensorDictModuleBase)
+        leaf = not any(True for _ in module.children())
+        leaf = leaf and not isinstance(module, TensorDictModuleBase | TensorDictParams)
         rows.append(Row(name, module, rule, selector, open=rule is None and leaf))
-    rules = [row.rule for row in rows if row.rule is not None and not isinstance(row.rule, IgnoreRule)]
+    # Nothing, and no relevance, are the same in both conventions.
+    rules = [
+        row.rule for row in rows if row.rule is not None and not isinstance(row.rule, IgnoreRule | StopRule)
+    ]
     if flow is None:
         flow = "gradient" if rules and all(rule.convention == "gradient" for rule in rules) else "relevance"
     if defaults and flow == "relevance":

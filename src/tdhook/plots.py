@@ -268,7 +268,7 @@ def _draw_observation(axes: Axes, observation: Tensor, labels: Sequence[str]) ->
 
 def _draw_scale(figure: Figure, image: AxesImage, place: dict[str, Any]) -> None:
     bar = figure.colorbar(image, orientation="horizontal", extend=_beyond(image), **place)
-    bar.set_label("relevance", fontsize="small", color=_INK)
+    bar.set_label("against ← relevance → for", fontsize="small", color=_INK)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize="x-small", length=2, colors=_INK)
     low, high = image.get_clim()

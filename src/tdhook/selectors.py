@@ -12,8 +12,8 @@ import inspect
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
@@ -34,20 +34,20 @@ class Site:
         module: the module.
         order: all sites' names in execution order; ``None`` where the model is not at hand.
         modules: name to module, of the whole model.
-        reads: the TensorDict keys that this layer is the first to read.
-        writes: the TensorDict keys that this layer is the last to make.
+        keys_read: module name to the TensorDict keys that it is the first layer to read, of the whole model.
+        keys_written: likewise the keys that it is the last layer to make.
     """
 
     name: str
     module: nn.Module
     order: tuple[str, ...] | None = None
     modules: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
-    reads: frozenset[NestedKey] = frozenset()
-    writes: frozenset[NestedKey] = frozenset()
+    keys_read: Mapping[str, Set[NestedKey]] = field(default_factory=dict, repr=False)
+    keys_written: Mapping[str, Set[NestedKey]] = field(default_factory=dict, repr=False)
 
     def elsewhere(self, name: str) -> Site:
         """The site of another module of the same model."""
-        return Site(name, self.modules[name], self.order, self.modules)
+        return replace(self, name=name, module=self.modules[name])
 
 
 class Selector(ABC):
@@ -76,7 +76,7 @@ class Selector(ABC):
         return _Not(self)
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any] | str) -> Selector:
+    def from_dict(data: Any) -> Selector:
         """Make a selector from plain data (what :meth:`to_dict` gave; a string is a glob on the path).
 
         Classes are looked up by name among those already imported; nothing is imported or evaluated.
@@ -86,14 +86,17 @@ class Selector(ABC):
         """
         if isinstance(data, str):
             return Name(data)
-        if len(data) != 1 or next(iter(data)) not in _READERS:
+        kinds: list[Any] = list(data) if isinstance(data, Mapping) else []
+        if len(kinds) != 1 or kinds[0] not in _READERS:
             raise ValueError(f"not a selector: {data!r}; expected one entry out of {', '.join(_READERS)}")
-        ((kind, value),) = data.items()
-        return _READERS[kind](value)
+        try:
+            return _READERS[kinds[0]](data[kinds[0]])
+        except (KeyError, TypeError, re.error) as error:
+            raise ValueError(f"not a selector: {data!r}: {error}") from error
 
 
 SelectorLike: TypeAlias = (
-    "Selector | type | tuple[type | str, ...] | str | re.Pattern[str] | Callable[..., bool]"
+    "Selector | type | tuple[type | str, ...] | str | re.Pattern[str] | Callable[..., object]"
 )
 
 
@@ -193,7 +196,12 @@ class Name(Selector):
         return self.pattern.search(site.name) is not None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.pattern} if isinstance(self.pattern, str) else {"regex": self.pattern.pattern}
+        if isinstance(self.pattern, str):
+            return {"name": self.pattern}
+        flags = re.RegexFlag(self.pattern.flags) & ~re.UNICODE
+        return {
+            "regex": {"pattern": self.pattern.pattern, "flags": int(flags)} if flags else self.pattern.pattern
+        }
 
     def __repr__(self) -> str:
         return f"Name({self.pattern!r})"
@@ -226,7 +234,7 @@ class Reads(_OfKey):
     """
 
     def matches(self, site: Site) -> bool:
-        return self.key in site.reads
+        return self.key in site.keys_read.get(site.name, ())
 
 
 class Writes(_OfKey):
@@ -237,7 +245,7 @@ class Writes(_OfKey):
     """
 
     def matches(self, site: Site) -> bool:
-        return self.key in site.writes
+        return self.key in site.keys_written.get(site.name, ())
 
 
 @dataclass(frozen=True, repr=False)
@@ -294,7 +302,7 @@ class Where(Selector):
         predicate: ``(name, module) -> bool``, or ``(module) -> bool``.
     """
 
-    predicate: Callable[..., bool]
+    predicate: Callable[..., object]
 
     def matches(self, site: Site) -> bool:
         try:
@@ -378,22 +386,44 @@ class _Not(Selector):
 
 def _read_type(value: Any) -> Selector:
     names = [value] if isinstance(value, str) else list(value)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError("classes are given by name")
     return Type(*(_class_named(name) for name in names))
 
 
 def _read_key(value: Any) -> NestedKey:
-    return value if isinstance(value, str) else tuple(value)
+    parts = (value,) if isinstance(value, str) else tuple(value)
+    if not parts or not all(isinstance(part, str) for part in parts):
+        raise TypeError(f"{value!r} is no key; a key is a string or a list of strings")
+    return unravel_key(parts)
+
+
+def _read_name(value: Any) -> Selector:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no glob")
+    return Name(value)
+
+
+def _read_regex(value: Any) -> Selector:
+    given = value if isinstance(value, Mapping) else {"pattern": value}
+    return Name(re.compile(given["pattern"], given.get("flags", 0)))
+
+
+def _read_several(value: Any) -> tuple[Selector, ...]:
+    if not isinstance(value, list | tuple) or not value:
+        raise TypeError(f"expected a list of selectors, got {value!r}")
+    return tuple(map(Selector.from_dict, value))
 
 
 _READERS: dict[str, Callable[[Any], Selector]] = {
     "type": _read_type,
-    "name": lambda value: Name(str(value)),
-    "regex": lambda value: Name(re.compile(str(value))),
+    "name": _read_name,
+    "regex": _read_regex,
     "reads": lambda value: Reads(_read_key(value)),
     "writes": lambda value: Writes(_read_key(value)),
     "first": lambda value: First(Selector.from_dict(value)),
     "last": lambda value: Last(Selector.from_dict(value)),
-    "all": lambda value: _All(tuple(Selector.from_dict(v) for v in value)),
-    "any": lambda value: _Any(tuple(Selector.from_dict(v) for v in value)),
+    "all": lambda value: _All(_read_several(value)),
+    "any": lambda value: _Any(_read_several(value)),
     "not": lambda value: _Not(Selector.from_dict(value)),
 }

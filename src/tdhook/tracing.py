@@ -6,7 +6,6 @@ Found by running the model once on real input; without input, registration order
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from tdhook.attribution.lrp_helpers.propagation import out_of_place
 from tdhook.selectors import Site
+from tdhook.state import modules_of, restored
 
 __all__ = ["Execution", "registered", "traced"]
 
@@ -41,14 +42,7 @@ class Execution:
 
     def site(self, name: str) -> Site:
         """A module of the model as selectors see it."""
-        return Site(
-            name,
-            self.modules[name],
-            self.order,
-            self.modules,
-            frozenset(self.reads.get(name, ())),
-            frozenset(self.writes.get(name, ())),
-        )
+        return Site(name, self.modules[name], self.order, self.modules, self.reads, self.writes)
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -59,7 +53,7 @@ def _keyed(root: nn.Module, wrapper: TensorDictModuleBase) -> Iterator[tuple[str
     """The TensorDictModules that do the work: those that hold no other, and the wrapper of a plain module."""
     if not isinstance(root, TensorDictModuleBase):
         yield "", wrapper
-    for name, module in root.named_modules():
+    for name, module in modules_of(root).items():
         if isinstance(module, TensorDictModuleBase):
             inner = list(module.modules())[1:]
             if not any(isinstance(m, TensorDictModuleBase) for m in inner):
@@ -68,7 +62,7 @@ def _keyed(root: nn.Module, wrapper: TensorDictModuleBase) -> Iterator[tuple[str
 
 def registered(root: nn.Module, wrapper: TensorDictModuleBase) -> Execution:
     """What registration order suggests, where the model has not run yet."""
-    execution = Execution(dict(root.named_modules()))
+    execution = Execution(modules_of(root))
     execution.order = tuple(execution.modules)
     for name, module in _keyed(root, wrapper):
         prefix = f"{name}." if name else ""
@@ -86,7 +80,7 @@ def traced(root: nn.Module, wrapper: TensorDictModuleBase, run: Callable[[], Any
         wrapper: the TensorDictModule that is run: ``root`` itself, or what makes one of it.
         run: runs ``wrapper`` on a TensorDict.
     """
-    execution = Execution(dict(root.named_modules()))
+    execution = Execution(modules_of(root))
     watch = _Watch(execution)
     handles = []
     try:
@@ -98,7 +92,7 @@ def traced(root: nn.Module, wrapper: TensorDictModuleBase, run: Callable[[], Any
                 keyed.register_forward_pre_hook(watch.reading(name), with_kwargs=True, prepend=True)
             )
             handles.append(keyed.register_forward_hook(watch.writing(name)))
-        with _unchanged(root), torch.no_grad(), watch:
+        with restored(root), out_of_place(root), torch.no_grad(), watch:
             run()
     finally:
         for handle in handles:
@@ -106,18 +100,6 @@ def traced(root: nn.Module, wrapper: TensorDictModuleBase, run: Callable[[], Any
     execution.order = tuple(watch.order)
     watch.finish()
     return execution
-
-
-@contextmanager
-def _unchanged(root: nn.Module) -> Iterator[None]:
-    buffers = [(buffer, buffer.clone()) for buffer in root.buffers()]
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
 
 
 class _Watch(TorchFunctionMode):

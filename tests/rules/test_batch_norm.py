@@ -8,7 +8,6 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from tdhook.attribution import LRP
 from tdhook.attribution.lrp_helpers.rules import (
@@ -54,6 +53,11 @@ LAYERS = {
         nn.BatchNorm1d,
         (4, 3),
     ),
+    "transpose1d_groups": (
+        lambda bias: nn.ConvTranspose1d(4, 6, 2, groups=2, bias=bias),
+        nn.BatchNorm1d,
+        (4, 3),
+    ),
     "transpose2d": (lambda bias: nn.ConvTranspose2d(3, 2, 2, bias=bias), nn.BatchNorm2d, (3, 2, 2)),
 }
 
@@ -73,12 +77,22 @@ def pair(factory, norm, bias, affine):
 
 
 def fused(layer, norm):
-    if not norm.affine:  # torch fuses a linear layer only with one that has them
-        norm.weight = nn.Parameter(torch.ones_like(norm.running_var))
-        norm.bias = nn.Parameter(torch.zeros_like(norm.running_var))
-    if isinstance(layer, nn.Linear):
-        return fuse_linear_bn_eval(layer, norm)
-    return fuse_conv_bn_eval(layer, norm, transpose=layer.transposed)
+    """The one layer, weight by weight: each belongs to an output channel, whose scale it takes."""
+    scale = (norm.running_var + norm.eps).rsqrt() * (norm.weight if norm.affine else 1.0)
+    shift = (norm.bias if norm.affine else 0.0) - norm.running_mean * scale
+    merged = copy.deepcopy(layer)
+    with torch.no_grad():
+        if getattr(layer, "transposed", False):  # [inputs, outputs of the input's group, *kernel]
+            per_group = layer.out_channels // layer.groups
+            for i in range(layer.in_channels):
+                group = i // (layer.in_channels // layer.groups)
+                for o in range(per_group):
+                    merged.weight[i, o] *= scale[group * per_group + o]
+        else:
+            for o in range(len(scale)):
+                merged.weight[o] *= scale[o]
+        merged.bias = nn.Parameter(shift + (layer.bias * scale if layer.bias is not None else 0.0))
+    return merged
 
 
 def explain(network, rule, x):
@@ -96,7 +110,8 @@ def test_equals_the_fused_layer(factory, norm, shape, rule, bias, affine):
     layer, norm = pair(factory, norm, bias, affine)
     x = draw(2, *shape)
     with torch.no_grad():
-        merged = fused(copy.deepcopy(layer), copy.deepcopy(norm))
+        merged = fused(layer, norm)
+        assert_close(merged(x), norm(layer(x)))
         own = torch.tanh(norm(layer(x)))
     output, actual = explain(nn.Sequential(layer, norm, nn.Tanh()), rule, x)
     _, expected = explain(nn.Sequential(merged, nn.Tanh()), rule, x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +18,7 @@ from tdhook.attribution.lrp_helpers.rule import Convention, Rule
 from tdhook.composites import Composite, Pairs, preset
 from tdhook.contexts import Attribution, Model, Record
 from tdhook.plans import Merge, Plan, make_plan
+from tdhook.state import dense_copy
 from tdhook.targets import Seeds, TargetLike, as_seeder
 from tdhook.tracing import registered, traced
 
@@ -62,7 +63,9 @@ class LRP(Attribution):
         skip_modules: ``(name, module) -> bool``, modules that get no rule and no warning.
 
     With a composite, modules that it leaves open get the obvious rule if there is one (pass for activations, and so on;
-    see :mod:`tdhook.plans`); with a ``rule_mapper``, they get none.
+    see :mod:`tdhook.plans`), and what is written is relevance in either flow (but for modified gradients such as guided
+    backpropagation, which are written as they are). With a ``rule_mapper``, modules left open get no rule, the backward
+    pass starts from ones unless told, and what it brings to the inputs is written as it is.
     """
 
     def __init__(
@@ -151,7 +154,8 @@ class LRP(Attribution):
         if td is None:
             execution = registered(model.root, model.runner)
         else:
-            execution = traced(model.root, model.runner, lambda: model.runner(td.copy()))
+            work = dense_copy(td)
+            execution = traced(model.root, model.runner, lambda: model.run(work))
         return make_plan(
             execution,
             self._mapper,
@@ -201,7 +205,7 @@ class LRP(Attribution):
         if self.target_modules or not self.use_outputs:
             outputs = outputs.copy() if self.use_outputs else TensorDict(batch_size=outputs.batch_size)
             for path in self.target_modules:
-                outputs.set((path,), record.modules[path])
+                outputs.set((path,), record.shaped(record.modules[path]))
         if self.init_attr_targets is None and self.init_attr_grads is None and not self._from_ones:
             return self._seeder(outputs, td, flow)
         if self.init_attr_targets is not None:
@@ -221,8 +225,9 @@ class LRP(Attribution):
         return Seeds(keys, [outputs.get(key) for key in keys], [grads.get(key) for key in keys])
 
     def relevance(self, state: _State, value: Tensor, grad: Tensor, flow: Convention) -> Tensor:
-        """In the gradient flow, relevance is value times gradient; a modified gradient is given as it is."""
-        return value * grad if flow == "gradient" and not state.plan.sensitivity else grad
+        """In the gradient flow of a composite, relevance is value times gradient, unless the gradient is the result."""
+        as_it_is = flow == "relevance" or self.composite is None or state.plan.sensitivity
+        return grad if as_it_is else value * grad
 
     def extras(self, record: Record) -> dict[NestedKey, Any]:
         """The intermediate keys, where they are not cleaned."""
@@ -244,7 +249,13 @@ class LRP(Attribution):
 def _as_composite(composite: Composite | Pairs | str) -> Composite:
     if isinstance(composite, Composite):
         return composite
-    return preset(composite) if isinstance(composite, str) else Composite(composite)
+    if isinstance(composite, str):
+        return preset(composite)
+    if not isinstance(composite, Iterable):
+        raise TypeError(
+            f"{composite!r} is no composite; give a list of (selector, rule) or the name of a preset"
+        )
+    return Composite(composite)
 
 
 def _tensordict(value: Any, name: str) -> TensorDictBase:

@@ -100,7 +100,8 @@ def demo(
     from tdhook.rl import demo_policy
 
     with notes():
-        run(Request(demo_policy(), read_composite(composite), composite, None, steps, seed), out)
+        rules = read_composite(composite)
+        run(Request(demo_policy(), rules, composite, None, steps, seed), out)
 
 
 @app.command(
@@ -142,16 +143,10 @@ def explain(
     from tdhook.configuration import read_composite, read_key, read_target
 
     with notes():
-        request = Request(
-            find_policy(policy, env),
-            read_composite(composite),
-            composite,
-            None if target is None else read_target(target),
-            steps,
-            seed,
-            tuple(read_key(key) for key in attribute or ()),
-        )
-        run(request, out)
+        rules = read_composite(composite)
+        what = None if target is None else read_target(target)
+        keys = tuple(read_key(key) for key in attribute or ())
+        run(Request(find_policy(policy, env), rules, composite, what, steps, seed, keys), out)
 
 
 @app.command(
@@ -172,9 +167,10 @@ def plan(policy: PolicyText, composite: Composite = "epsilon_plus", env: EnvId =
     from tdhook.configuration import read_composite
 
     with notes():
+        rules = read_composite(composite)
         found = find_policy(policy, env, need_env=False)
         observed = Stage.of(found, seed=0).env.reset() if found.env_id else None
-        table = plan_table(found.actor, read_composite(composite), observed)
+        table = plan_table(found.actor, rules, observed)
     Console().print(table)
 
 

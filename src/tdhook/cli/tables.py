@@ -63,8 +63,8 @@ def conservation_table(account: Conservation) -> Group:
         meaning = "Conservation error: not known. It is found in double precision, in which this policy does not run."
     else:
         meaning = (
-            f"Conservation error: {account.error:.1e}. Explained without biases, the same steps must deliver everything; "
-            "this is what goes missing at the worst of them, in double precision, of the mean |target|."
+            f"Conservation error: {account.error:.1e}. Explained without biases, the same steps must deliver "
+            "everything; this is what goes missing at the worst of them, in double precision, of the mean |target|."
         )
     return Group(table, Text(meaning))
 

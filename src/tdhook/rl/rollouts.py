@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,7 +157,8 @@ def summarise(
         KeyError: the rollout has no such relevance.
         ValueError: it has no steps, or the names are not as many as there are features.
     """
-    if rollout.batch_dims == 0 or rollout.numel() == 0:
+    count = rollout.batch_size.numel()  # numel() of a TensorDict is never zero
+    if rollout.batch_dims == 0 or count == 0:
         raise ValueError(
             f"a rollout has steps: its batch size is [*batch, time], got {list(rollout.batch_size)}"
         )
@@ -165,7 +166,7 @@ def summarise(
     if relevance is None:
         known = ", ".join(sorted(map(str, rollout.keys(True, True))))
         raise KeyError(f"the rollout has no relevance {key!r}; it has {known}")
-    relevance = relevance.reshape(rollout.numel(), -1)
+    relevance = relevance.reshape(count, -1)
     if relevance.shape[-1] != len(features):
         raise ValueError(f"{key!r} has {relevance.shape[-1]} features, and {len(features)} names were given")
     taken = taken_actions(rollout, len(actions))
@@ -175,7 +176,7 @@ def summarise(
         one_hot = nn.functional.one_hot(taken, len(actions)).to(relevance)
     counts = one_hot.sum(0)
     return Summary(
-        steps=rollout.numel(),
+        steps=count,
         episodes=_episodes(rollout),
         features=tuple(features),
         actions=tuple(actions),
@@ -271,32 +272,28 @@ def conservation(
         arrived=arrived.mean().item(),
         absorbed=(put_in - arrived).mean().item(),
         size=put_in.abs().mean().item(),
-        error=_error(rollout, actor, composite, target),
+        error=_error(rollout.exclude(attribution_key, "next"), actor, composite, target),
     )
 
 
 def _error(
-    rollout: TensorDictBase, actor: TensorDictModuleBase, composite: Composite, target: Target | Contrast
+    steps: TensorDictBase, actor: TensorDictModuleBase, composite: Composite, target: Target | Contrast
 ) -> float | None:
     leaves = {name.rpartition(".")[2] for name, _ in actor.named_parameters()}
     idealised = _idealised(composite, {leaf for leaf in leaves if "bias" in leaf})
     method = LRP(idealised, target=target, warn_on_missing_rule=False)
-    explained = method.wrap(copy.deepcopy(actor).double())
     difference, size = [], []
-    for part in _parts(rollout.select(*actor.in_keys)):
-        doubled = part.apply(lambda value: value.double() if value.is_floating_point() else value)
-        try:
-            put_in, arrived = _totals(explained(doubled), actor, target, "attr")
-        except RuntimeError:  # of two precisions that met: the policy casts to one of its own
-            return None
-        difference.append((put_in - arrived).abs())
-        size.append(put_in.abs())
+    try:
+        explained = method.wrap(copy.deepcopy(actor).double())
+        for part in steps.reshape(-1).split(_AT_ONCE):
+            doubled = part.apply(lambda value: value.double() if value.is_floating_point() else value)
+            put_in, arrived = _totals(explained(doubled), actor, target, method.attribution_key)
+            difference.append((put_in - arrived).abs())
+            size.append(put_in.abs())
+    except RuntimeError:  # as where two precisions meet: the policy casts to one of its own
+        return None
     scale = torch.cat(size).mean().clamp(min=torch.finfo(torch.float64).tiny)
     return (torch.cat(difference).max() / scale).item()
-
-
-def _parts(rollout: TensorDictBase) -> Iterator[TensorDictBase]:
-    yield from rollout.reshape(-1).split(_AT_ONCE)
 
 
 def _idealised(composite: Composite, biases: set[str]) -> Composite:

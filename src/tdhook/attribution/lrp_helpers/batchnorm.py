@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tdhook.attribution.lrp_helpers.propagation import Call
 from tdhook.attribution.lrp_helpers.rules.simple import PassRule
+from tdhook.attribution.lrp_helpers.steps import DenseForm
 
 __all__ = ["MergedBatchNormRule", "affine"]
 
@@ -45,7 +46,9 @@ class MergedBatchNormRule(PassRule):
         """Call the batch norm."""
         if args and isinstance(args[0], Tensor) and not module.training and module.running_mean is not None:
             for call in self._producers(args[0].grad_fn):
-                call.affine = lambda: affine(module)
+                # On [N, C, L] a batch norm scales the rows of what a fully connected layer made, not its features.
+                if not isinstance(call.form, DenseForm) or args[0].dim() == 2 or self.linears:
+                    call.affine = lambda: affine(module)
         return super().run(module, original, args, kwargs)
 
     def _producers(self, node: Any) -> list[Call]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from tdhook.attribution.lrp_helpers.rule import Convention, Rule
 
-__all__ = ["Binding"]
+__all__ = ["Binding", "named_tensors"]
 
 _ABSENT: Any = object()
 
@@ -81,25 +83,26 @@ class Binding:
 
     def _call_on_tensordict(self, module: TensorDictModuleBase, *args: Any, **kwargs: Any) -> Any:
         """Run a TensorDictModule as the function from the tensors it reads to those it writes."""
-        if not args or not isinstance(args[0], TensorDictBase):
-            # Called with tensors, as TensorDictModules may be: the keys name them in order.
-            named = dict(zip(module.in_keys, args, strict=False)) | kwargs
-            written = self(type(self)._tensordict(named))
+        td = args[0] if args else kwargs.pop("tensordict", None)
+        if not isinstance(td, TensorDictBase):
+            written = self(named_tensors(module.in_keys, args, kwargs))
             values = tuple(written.get(key) for key in module.out_keys)
             return values[0] if len(values) == 1 else values
-        td, *rest = args
+        destination = kwargs.pop("tensordict_out", None)
         reads = [key for key in module.in_keys if isinstance(td.get(key, None), Tensor)]
         original, result = self.original, td
 
-        def on_tensors(*tensors: Tensor) -> tuple[Any, ...]:
+        def on_tensors(*tensors: Tensor) -> Any:
             nonlocal result
             inner = td.copy()
             for key, value in zip(reads, tensors, strict=True):
                 inner.set(key, value)
-            result = original(inner, *rest, **kwargs)
-            return tuple(
-                result.get(key) for key in module.out_keys if isinstance(result.get(key, None), Tensor)
-            )
+            result = original(inner, *args[1:], **kwargs)
+            values = tuple(value for value in map(result.get, writes()) if isinstance(value, Tensor))
+            return values[0] if len(values) == 1 else values
+
+        def writes() -> list[NestedKey]:
+            return [key for key in module.out_keys if isinstance(result.get(key, None), Tensor)]
 
         attributes = self.module.__dict__
         attributes["_prev_forward"] = on_tensors
@@ -108,20 +111,27 @@ class Binding:
         finally:
             attributes["_prev_forward"] = original
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        writes = [key for key in module.out_keys if isinstance(result.get(key, None), Tensor)]
-        td.update(result.select(*module.out_keys, strict=False))
-        for key, value in zip(writes, outputs, strict=True):
-            td.set(key, value)
-        return td
+        destination = td if destination is None else destination
+        destination.update(result.select(*module.out_keys, strict=False))
+        for key, value in zip(writes(), outputs, strict=True):
+            destination.set(key, value)
+        return destination
 
-    @staticmethod
-    def _tensordict(named: dict[Any, Tensor]) -> TensorDictBase:
-        from tensordict import TensorDict
 
-        td = TensorDict()
-        for key, value in named.items():
-            td.set(key, value)
-        return td
+def named_tensors(in_keys: Sequence[NestedKey], args: Sequence[Any], kwargs: Mapping[str, Any]) -> TensorDict:
+    """The TensorDict that a TensorDictModule is meant to run on where it is called with tensors.
+
+    Tensors come in the order of the keys, or by name, in which the parts of a nested key are joined by an underscore.
+    """
+    td = TensorDict()
+    names = {key if isinstance(key, str) else "_".join(key): key for key in in_keys}
+    for key, value in zip(in_keys, args, strict=False):
+        td.set(key, value)
+    for name, value in kwargs.items():
+        if name not in names:
+            raise TypeError(f"{name!r} names none of the keys that the module reads: {', '.join(names)}")
+        td.set(names[name], value)
+    return td
 
 
 def _differentiable(function: Any) -> Any:

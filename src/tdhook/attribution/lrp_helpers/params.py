@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ParamModifier", "Stabilizer", "ZeroParams", "stabilize", "zero_param_names"]
+__all__ = ["ParamModifier", "Stabilizer", "ZeroParams", "checked", "stabilize", "zero_param_names"]
 
 Stabilizer: TypeAlias = "float | Callable[[Tensor], Tensor]"
 ZeroParams: TypeAlias = "str | Iterable[str] | None"
@@ -36,6 +36,17 @@ def stabilize(tensor: Tensor, epsilon: Stabilizer = 1e-6) -> Tensor:
     if callable(epsilon):
         return epsilon(tensor)
     return torch.where(tensor < 0, tensor - epsilon, tensor + epsilon)
+
+
+def checked(epsilon: Stabilizer, name: str = "stabilizer") -> Stabilizer:
+    """The argument of a rule, if it can stabilise.
+
+    Raises:
+        TypeError: it is neither a number nor a callable.
+    """
+    if callable(epsilon) or type(epsilon) in (int, float):
+        return epsilon
+    raise TypeError(f"{name} is a float or a callable on the denominator, got {epsilon!r}")
 
 
 def zero_param_names(zero_params: ZeroParams) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from tdhook.attribution.lrp_helpers.rule import Rule
 from tdhook.attribution.lrp_helpers.steps import ClosedForm, Grads, LinearStep, ModuleStep, Step, closed_form
 
-__all__ = ["Call", "PropagationRule", "inplace_modules"]
+__all__ = ["Call", "PropagationRule", "out_of_place"]
 
 
 class PropagationRule(Rule):
@@ -25,6 +25,7 @@ class PropagationRule(Rule):
     Class attributes say what the rule reads, so that nothing else is kept from the forward pass.
     """
 
+    generate_vmap_rule = True
     needs_inputs: ClassVar[bool] = True
     needs_outputs: ClassVar[bool] = False
     needs_vjp: ClassVar[bool] = False
@@ -101,7 +102,7 @@ class Call:
         """Run the module, with the rule on the tape if any input is on it."""
         rule = self.rule
         inputs = tuple(self.leaves[i] for i in self.at)
-        if not any(x.requires_grad for x in inputs):
+        if not any(_on_tape(x) for x in inputs):
             result = self._invoke(inputs)
             rule.check(self.module, inputs, [z for z in tree_leaves(result) if isinstance(z, Tensor)])
             return result
@@ -127,7 +128,14 @@ class Call:
         with out_of_place(self.module):
             if not (self.rule.needs_vjp and self.form is None):
                 # What is returned as it came in would count as an input, not as an output that has a rule.
-                return tuple(z.view_as(z) if any(z is x for x in inputs) else z for z in self._outputs(inputs))
+                return tuple(
+                    z.view_as(z) if any(z is x for x in inputs) else z for z in self._outputs(inputs)
+                )
+            if any(torch._C._functorch.is_batchedtensor(x) for x in inputs):
+                raise NotImplementedError(
+                    f"{self.rule!r} differentiates {type(self.module).__name__}, which cannot be done inside "
+                    "torch.vmap; linear layers and convolutions can be ruled there"
+                )
             with torch.enable_grad():
                 leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in inputs)
                 outputs = self._outputs(leaves)
@@ -176,24 +184,26 @@ class Call:
         )
 
 
-def inplace_modules(module: nn.Module) -> list[nn.Module]:
-    """The modules in ``module``, itself included, that overwrite their input."""
-    return [
-        m
-        for m in module.modules()
-        # The `inplace` of a TensorDictModule is about its TensorDict.
-        if m.__dict__.get("inplace") is True and not isinstance(m, TensorDictModuleBase)
-    ]
+def _on_tape(x: Tensor) -> bool:
+    """Whether gradients flow to ``x``; under ``torch.vmap`` it is the tensor inside that knows."""
+    while torch._C._functorch.is_batchedtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x.requires_grad
 
 
 @contextmanager
-def out_of_place(module: nn.Module) -> Iterator[None]:
-    """Make what works in place return a new tensor instead, so that values saved for the backward pass stay."""
-    modules = inplace_modules(module)
+def out_of_place(module: nn.Module, recurse: bool = True) -> Iterator[None]:
+    """Make what overwrites its input return a new tensor instead, so that values saved for the backward pass stay."""
+    changed = [
+        m.__dict__
+        for m in (module.modules() if recurse else (module,))
+        # The `inplace` of a TensorDictModule is about its TensorDict.
+        if m.__dict__.get("inplace") is True and not isinstance(m, TensorDictModuleBase)
+    ]
     try:
-        for each in modules:
-            each.__dict__["inplace"] = False
+        for attributes in changed:
+            attributes["inplace"] = False
         yield
     finally:
-        for each in modules:
-            each.__dict__["inplace"] = True
+        for attributes in changed:
+            attributes["inplace"] = True

@@ -118,6 +118,10 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
         Raises:
             TypeError: an argument is a callable, which is not data.
         """
+        if self._apply_kwargs:
+            raise TypeError(
+                f"{type(self).__name__} keeps its arguments for itself: make them attributes to write them"
+            )
         defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
         data: dict[str, Any] = {"rule": type(self).__name__}
         for name, value in self.params().items():
@@ -138,8 +142,8 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
         if type(self) is not type(other):
             return NotImplemented
         assert isinstance(other, Rule)
-        mine, theirs = self.params(), other.params()
-        return mine.keys() == theirs.keys() and all(_same(mine[name], theirs[name]) for name in mine)
+        pairs = ((self.params(), other.params()), (self._apply_kwargs, other._apply_kwargs))
+        return all(a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a) for a, b in pairs)
 
     def __hash__(self) -> int:
         return hash(type(self))
@@ -196,16 +200,19 @@ class RemovableRuleHandle:
     def __init__(self, rule: Rule, module: nn.Module) -> None:
         self._rule = rule
         self._module_ref: Callable[[], nn.Module | None] = weakref.ref(module)
+        self._removed = False
 
     def remove(self) -> None:
         """Take the rule off, if it is still on."""
         from tdhook.attribution.lrp_helpers.binding import Binding
 
         module = self._module_ref()
-        if module is None:
+        if module is None or self._removed:
             return
+        self._removed = True
         current = Binding.of(module)
-        if current is not None and current.rule is self._rule:
+        binds_itself = type(self._rule).register is not Rule.register
+        if binds_itself or (current is not None and current.rule is self._rule):
             self._rule.unregister(module)
 
     def __enter__(self) -> RemovableRuleHandle:

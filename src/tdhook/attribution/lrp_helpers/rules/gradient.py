@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from tdhook.attribution.lrp_helpers.params import Stabilizer, stabilize
+from tdhook.attribution.lrp_helpers.params import Stabilizer, checked, stabilize
 from tdhook.attribution.lrp_helpers.propagation import PropagationRule
 from tdhook.attribution.lrp_helpers.rule import Convention
 from tdhook.attribution.lrp_helpers.steps import Grads, Step
@@ -86,7 +86,7 @@ class PseudoIdentityRule(_GradientRule):
 
     def __init__(self, stabilizer: Stabilizer = 1e-6) -> None:
         super().__init__()
-        self.stabilizer = stabilizer
+        self.stabilizer = checked(stabilizer)
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         (x,), (z,), (g,) = step.inputs, step.outputs, relevance

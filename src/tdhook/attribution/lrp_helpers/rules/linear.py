@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tdhook.attribution.lrp_helpers.params import Stabilizer, ZeroParams, stabilize, zero_param_names
+from tdhook.attribution.lrp_helpers.params import Stabilizer, ZeroParams, checked, stabilize, zero_param_names
 from tdhook.attribution.lrp_helpers.propagation import PropagationRule
 from tdhook.attribution.lrp_helpers.steps import Grads, Modify, Step
 
@@ -73,7 +73,7 @@ class EpsilonRule(PropagationRule):
 
     def __init__(self, epsilon: Stabilizer = 1e-6, zero_params: ZeroParams = None) -> None:
         super().__init__()
-        self.epsilon = epsilon
+        self.epsilon = checked(epsilon, "epsilon")
         self.zero_params = zero_param_names(zero_params)
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
@@ -92,25 +92,20 @@ class UniformEpsilonRule(EpsilonRule):
         return tuple(None if r is None else r / n_inputs for r in super().propagate(step, relevance))
 
 
-class NormRule(PropagationRule):
+class NormRule(EpsilonRule):
     """Epsilon for layers without weights, such as sums and average pooling: shares by ``x_i J_ij / stab(z_j)``.
 
     Args:
         stabilizer: the stabiliser of the denominator.
     """
 
-    needs_outputs = True
-    needs_vjp = True
-
     def __init__(self, stabilizer: Stabilizer = 1e-6) -> None:
-        super().__init__()
-        self.stabilizer = stabilizer
+        super().__init__(stabilizer)
 
-    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
-        grads = step.vjp(
-            *(_per_output(r, z, self.stabilizer) for r, z in zip(relevance, step.outputs, strict=True))
-        )
-        return tuple(None if g is None else x * g for x, g in zip(step.inputs, grads, strict=True))
+    @property
+    def stabilizer(self) -> Stabilizer:
+        """The stabiliser of the denominator."""
+        return self.epsilon
 
 
 class SoftmaxEpsilonRule(EpsilonRule):
@@ -170,9 +165,10 @@ class _Contributions:
 def _has_negative(x: Tensor) -> bool:
     """Whether terms for negative inputs are needed at all: behind a ReLU they are not.
 
-    A compiled graph cannot branch on values: there they always are.
+    A compiled graph and ``torch.vmap`` cannot branch on values: there they always are.
     """
-    return torch.compiler.is_compiling() or bool((x < 0).any())
+    branches = not torch.compiler.is_compiling() and not torch._C._functorch.is_batchedtensor(x)
+    return not branches or bool((x < 0).any())
 
 
 class _SignedRule(PropagationRule):
@@ -215,7 +211,7 @@ class AlphaBetaRule(_SignedRule):
         if alpha - beta != 1.0:
             raise ValueError("The difference of parameters alpha - beta must equal 1!")
         super().__init__()
-        self.alpha, self.beta, self.stabilizer = alpha, beta, stabilizer
+        self.alpha, self.beta, self.stabilizer = alpha, beta, checked(stabilizer)
         self.zero_params = zero_param_names(zero_params)
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
@@ -261,7 +257,7 @@ class GammaRule(_SignedRule):
         if gamma < 0:
             raise ValueError(f"gamma must be non-negative, got {gamma}")
         super().__init__()
-        self.gamma, self.stabilizer = gamma, stabilizer
+        self.gamma, self.stabilizer = gamma, checked(stabilizer)
         self.zero_params = zero_param_names(zero_params)
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
@@ -308,7 +304,7 @@ class ZBoxRule(_SignedRule):
         self.high = torch.tensor(high) if isinstance(high, Sequence) else high
         if bool((torch.as_tensor(self.low) > torch.as_tensor(self.high)).any()):
             raise ValueError(f"ZBoxRule needs low <= high, got low={low} and high={high}")
-        self.stabilizer = stabilizer
+        self.stabilizer = checked(stabilizer)
         self.zero_params = zero_param_names(zero_params)
 
     def _bound(self, bound: float | Tensor, x: Tensor, name: str) -> Tensor:
@@ -363,7 +359,7 @@ class WSquareRule(PropagationRule):
 
     def __init__(self, stabilizer: Stabilizer = 1e-6, zero_params: ZeroParams = None) -> None:
         super().__init__()
-        self.stabilizer = stabilizer
+        self.stabilizer = checked(stabilizer)
         self.zero_params = zero_param_names(zero_params)
 
     def _modification(self) -> Modify:

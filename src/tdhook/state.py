@@ -1,0 +1,65 @@
+"""What a model holds besides its parameters: all of its modules, and the state that a run changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from tensordict import LazyStackedTensorDict, TensorDictBase
+from torch import nn
+
+__all__ = ["dense_copy", "modules_of", "restored"]
+
+
+def modules_of(root: nn.Module) -> dict[str, nn.Module]:
+    """All modules of a model by dotted path, those included that it holds without registering them.
+
+    torchrl's multi-agent networks run such a module, with parameters that are kept elsewhere.
+    """
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def visit(prefix: str, module: nn.Module) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        found[prefix] = module
+        hidden = [(name, m) for name, m in vars(module).items() if isinstance(m, nn.Module)]
+        for name, child in [*module._modules.items(), *hidden]:
+            if child is not None:
+                visit(f"{prefix}.{name}" if prefix else name, child)
+
+    visit("", root)
+    return found
+
+
+@contextmanager
+def restored(root: nn.Module, *, always: bool = True) -> Iterator[None]:
+    """Put back the buffers of a model and the random state afterwards, always or only where the block raised."""
+    buffers = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in modules_of(root).values()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    with torch.random.fork_rng():
+        before = torch.get_rng_state()
+        try:
+            yield
+        except BaseException:
+            always = True
+            raise
+        finally:
+            if always:
+                with torch.no_grad():
+                    for registry, name, buffer, value in buffers:
+                        registry[name] = buffer.copy_(value)
+            else:
+                before = torch.get_rng_state()
+    torch.set_rng_state(before)
+
+
+def dense_copy(td: TensorDictBase) -> TensorDictBase:
+    """A copy with the same tensors; a lazy stack is stacked once, so that reading an entry twice gives one tensor."""
+    return td.contiguous() if isinstance(td, LazyStackedTensorDict) else td.copy()

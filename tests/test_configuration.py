@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from tdhook.attribution.lrp_helpers.rules import EpsilonRule, FlatRule, GammaRule, ZBoxRule
+from tdhook.composites import PRESETS, Composite, epsilon_gamma_box, epsilon_plus
+from tdhook.configuration import read_composite, read_key, read_target, write_key, write_target
+from tdhook.selectors import Last, Reads
+from tdhook.targets import Key, Target
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "composite.toml"
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "epsilon_gamma_box"])
+def test_the_name_of_a_preset_stands_for_it(name: str) -> None:
+    assert read_composite(name) == PRESETS[name]()
+
+
+def test_a_preset_takes_parameters() -> None:
+    assert read_composite("epsilon_gamma_box:low=-1.5, high=2.0, gamma=0.5") == epsilon_gamma_box(
+        -1.5, 2.0, gamma=0.5
+    )
+    assert read_composite("epsilon_plus:zero_params='bias'") == epsilon_plus(zero_params="bias")
+
+
+@pytest.mark.parametrize("suffix", [".toml", ".json", ".TOML"])
+def test_a_file_holds_pairs_and_a_preset(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rules{suffix}"
+    path.write_text(
+        'preset = "epsilon_gamma_box"\nlow = 0\nhigh = 1\n[[pairs]]\nselect = { reads = ["agents", "pixels"] }\n'
+        'rule = "FlatRule"\n'
+        if suffix != ".json"
+        else json.dumps(
+            {
+                "preset": "epsilon_gamma_box",
+                "low": 0,
+                "high": 1,
+                "pairs": [{"select": {"reads": ["agents", "pixels"]}, "rule": "FlatRule"}],
+            }
+        )
+    )
+    expected = Composite([(Reads(("agents", "pixels")), FlatRule())]) + epsilon_gamma_box(0, 1)
+    assert read_composite(path) == read_composite(str(path)) == expected
+
+
+def test_a_composite_comes_back_from_its_own_data(tmp_path: Path) -> None:
+    composite = Composite([(nn.Linear, GammaRule(0.5)), ("head.*", ZBoxRule(0.0, 1.0))]) + epsilon_plus()
+    path = tmp_path / "rules.json"
+    path.write_text(json.dumps(composite.to_dict()))
+    assert read_composite(path) == composite
+
+
+def test_the_example_is_what_it_says() -> None:
+    first, last, *rest = read_composite(EXAMPLE)
+    assert first == (Reads("observation"), GammaRule(0.5))
+    assert isinstance(last[0], Last)
+    assert last[1] == EpsilonRule(zero_params="bias")
+    assert rest == list(epsilon_plus(epsilon=1e-4))
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("nothing", None, "no preset is named 'nothing'; presets are epsilon_plus, "),
+        (
+            "epsilon_gamma_box",
+            None,
+            "missing 2 required positional arguments.*epsilon_gamma_box:low=-1,high=1",
+        ),
+        ("epsilon_plus:loud", None, "preset 'epsilon_plus': 'loud' are no parameters"),
+        ("epsilon_plus:loud=1", None, "preset 'epsilon_plus': .*unexpected keyword argument 'loud'"),
+        ("a.toml", "preset = ", "a.toml is not valid TOML"),
+        ("a.toml", b"\xff", "a.toml is not valid TOML"),
+        ("a.json", "{", "a.json is not valid JSON"),
+        ("a.json", "[1]", "a.json holds no table"),
+        ("a.json", "{}", "a.json makes no composite: a composite is given by 'pairs', 'preset' or both"),
+        ("a.toml", "pairs = 3", "a.toml: 'pairs' is a list of tables"),
+        ("a.toml", "pairs = [3]", "each of 'pairs' has 'select' and 'rule', got 3"),
+        ("a.toml", 'pairs = [{select = "*", rule = "Nope"}]', "no rule is named 'Nope'; rules are AHQKVRule"),
+        (
+            "a.toml",
+            'pairs = [{select = {regex = "("}, rule = "PassRule"}]',
+            "a.toml makes no composite",
+        ),
+        ("a.toml", 'pairs = [{select = {type = 3}, rule = "PassRule"}]', "a.toml makes no composite"),
+        ("a.toml", 'pairs = [{select = {first = 3}, rule = "PassRule"}]', "a.toml makes no composite"),
+    ],
+)
+def test_what_makes_no_composite_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | bytes | None, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        read_composite(name)
+
+
+def test_a_file_that_is_not_there_is_told() -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no composite file 'nowhere\.toml'"):
+        read_composite("nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    "text, target",
+    [
+        ("action_value", Target("action_value")),
+        ("action_value:argmax", Target("action_value", "argmax")),
+        ("logits:action", Target("logits", "action")),
+        ("logits:all", Target("logits", "all")),
+        ("logits:-1", Target("logits", -1)),
+        ("logits:2,3", Target("logits", (2, 3))),
+        ("agents.logits:0", Target(("agents", "logits"), 0)),
+        ("logits:@greedy", Target("logits", Key("greedy"))),
+        ("logits:@agents.action", Target("logits", Key(("agents", "action")))),
+    ],
+)
+def test_a_target_is_read_and_written(text: str, target: Target) -> None:
+    assert read_target(text) == target
+    assert write_target(target) == text
+
+
+def test_none_is_the_whole_output() -> None:
+    assert read_target("logits:none") == read_target("logits:") == Target("logits")
+
+
+def test_a_key_given_as_a_tuple_is_written_too() -> None:
+    assert write_target(Target("logits", ("agents", "action"))) == "logits:@agents.action"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "logits:greedy",
+            "target 'logits:greedy' has the index 'greedy'; an index is a number, argmax, action, all, none",
+        ),
+        ("logits:1.5", "has the index '1.5'"),
+        (":0", "'' names no key"),
+        ("agents..logits", "'agents..logits' names no key"),
+        ("logits:@", "'' names no key"),
+    ],
+)
+def test_what_is_no_target_is_told(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_target(text)
+
+
+@pytest.mark.parametrize("key", ["logits", ("agents", "logits")])
+def test_a_key_is_read_and_written(key: str | tuple[str, ...]) -> None:
+    assert read_key(write_key(key)) == key
