@@ -54,8 +54,9 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Execute the examples of the documentation, then build it; a warning is an error."""
+    """Execute the examples of README, pages and docstrings, then build the documentation without a warning."""
     install(session, DEVELOPER)
+    session.run("pytest", "tests/test_pages.py", env=ONE_THREAD)
     for builder in ("doctest", "html"):
         session.run("sphinx-build", "-W", "-b", builder, *session.posargs, "docs", f"docs/_build/{builder}")
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -30,7 +29,8 @@ from tdhook.attribution.lrp_helpers.rules.linear import (
 )
 from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule, PassRule
 from tdhook.attribution.lrp_helpers.types import Activation, AvgPool, BatchNorm, Convolution, Linear, MaxPool
-from tdhook.selectors import First, Selector, SelectorLike, Site, Type, Where, as_selector
+from tdhook.selectors import First, Selector, SelectorLike, Type, Where, as_selector
+from tdhook.sites import Site
 
 __all__ = [
     "PRESETS",
@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 RuleMapper: TypeAlias = "Callable[[str, nn.Module], Rule | None]"
-Pairs: TypeAlias = "Iterable[tuple[SelectorLike, Rule | _Mapped]]"
+Pairs: TypeAlias = "Iterable[tuple[SelectorLike, Rule]]"
 
 
 class Composite:
@@ -68,7 +68,7 @@ class Composite:
     """
 
     def __init__(self, pairs: Pairs = ()) -> None:
-        self.pairs: tuple[tuple[Selector, Rule | _Mapped], ...] = tuple(_as_pair(pair) for pair in pairs)
+        self.pairs: tuple[tuple[Selector, Rule], ...] = tuple(_as_pair(pair) for pair in pairs)
 
     def find(self, site: Site) -> tuple[Selector, Rule] | None:
         """The first pair whose selector matches ``site``."""
@@ -101,7 +101,7 @@ class Composite:
     def __radd__(self, other: Pairs) -> Composite:
         return Composite(other) + self
 
-    def __iter__(self) -> Iterator[tuple[Selector, Rule | _Mapped]]:
+    def __iter__(self) -> Iterator[tuple[Selector, Rule]]:
         return iter(self.pairs)
 
     def __len__(self) -> int:
@@ -152,26 +152,21 @@ class Composite:
         return Composite(own) if name is None else own + preset(name, **content)
 
 
-@dataclass(frozen=True)
-class _Mapped:
-    """Stands for the rule that a user's mapper gives, where it gives one."""
+class _Mapped(IgnoreRule):
+    """Stands in a composite for the rule that a user's mapper gives, where it gives one."""
 
-    mapper: RuleMapper
-
-    def to_dict(self) -> dict[str, Any]:
-        raise TypeError(f"a composite that asks {self.mapper!r}, a callable, cannot be written as plain data")
-
-    def __repr__(self) -> str:
-        return getattr(self.mapper, "__qualname__", repr(self.mapper))
+    def __init__(self, mapper: RuleMapper) -> None:
+        super().__init__()
+        self.mapper = mapper
 
 
-def _as_pair(pair: Any) -> tuple[Selector, Rule | _Mapped]:
+def _as_pair(pair: Any) -> tuple[Selector, Rule]:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise TypeError(f"a composite is a list of (selector, rule) pairs, got {pair!r}")
     selector, rule = pair
     if isinstance(rule, type) and issubclass(rule, Rule):
         raise TypeError(f"a composite pairs selectors with rules: write {rule.__name__}(...), not the class")
-    if not isinstance(rule, Rule | _Mapped):
+    if not isinstance(rule, Rule):
         raise TypeError(f"a composite pairs selectors with rules, got {rule!r} of type {type(rule).__name__}")
     return as_selector(selector), rule
 

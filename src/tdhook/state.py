@@ -43,21 +43,20 @@ def restored(root: nn.Module, *, always: bool = True) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    with torch.random.fork_rng():
-        before = torch.get_rng_state()
-        try:
-            yield
-        except BaseException:
-            always = True
-            raise
-        finally:
-            if always:
-                with torch.no_grad():
-                    for registry, name, buffer, value in buffers:
-                        registry[name] = buffer.copy_(value)
-            else:
-                before = torch.get_rng_state()
-    torch.set_rng_state(before)
+    on_cuda = torch.cuda.is_initialized()
+    random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_cuda else []
+    put_back = True
+    try:
+        yield
+        put_back = always
+    finally:
+        if put_back:
+            torch.set_rng_state(random[0])
+            if on_cuda:
+                torch.cuda.set_rng_state_all(random[1])
+            with torch.no_grad():
+                for registry, name, buffer, value in buffers:
+                    registry[name] = buffer.copy_(value)
 
 
 def dense_copy(td: TensorDictBase) -> TensorDictBase:

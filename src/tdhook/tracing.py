@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from tdhook.attribution.lrp_helpers.propagation import out_of_place
-from tdhook.selectors import Site
+from tdhook.sites import Site
 from tdhook.state import modules_of, restored
 
 __all__ = ["Execution", "registered", "traced"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -68,9 +68,13 @@ def build_actor(kind: str, architecture: Mapping[str, Any]) -> TensorDictModule:
         raise ValueError(f"unknown kind of policy {kind!r}: this version of tdhook builds {_listed(_KINDS)}")
     expected = ("in_features", "out_features", "num_cells", "activation")
     if set(architecture) != set(expected):
-        raise ValueError(f"the architecture of a {kind} has the entries {_listed(expected)}, not {_listed(architecture)}")
+        raise ValueError(
+            f"the architecture of a {kind} has the entries {_listed(expected)}, not {_listed(architecture)}"
+        )
     if architecture["activation"] not in _ACTIVATIONS:
-        raise ValueError(f"unknown activation {architecture['activation']!r}: choose one of {_listed(_ACTIVATIONS)}")
+        raise ValueError(
+            f"unknown activation {architecture['activation']!r}: choose one of {_listed(_ACTIVATIONS)}"
+        )
     network = _require("torchrl.modules").MLP(
         in_features=architecture["in_features"],
         out_features=architecture["out_features"],
@@ -134,7 +138,9 @@ def save_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
     try:
         network = policy.actor[0].module
     except (TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"cannot save a {type(policy.actor).__name__} to {path}: build it with build_actor") from error
+        raise ValueError(
+            f"cannot save a {type(policy.actor).__name__} to {path}: build it with build_actor"
+        ) from error
     checkpoint = {
         **policy.metadata,
         "format": FORMAT,
@@ -145,8 +151,19 @@ def save_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
         "state_dict": {name: value.detach().cpu().clone() for name, value in network.state_dict().items()},
     }
     buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    _from_bytes(buffer.getvalue(), path)
+    try:
+        torch.save(checkpoint, buffer)
+        again = _from_bytes(buffer.getvalue(), path).actor[0].module
+    except ImportError:
+        raise
+    except Exception as error:  # metadata can hold anything, and so fail in any way
+        raise ValueError(f"nothing was saved, since it would not load again: {error}") from error
+    # Layers without weights (a different activation, say) do not show in the state dict.
+    if [str(layer) for layer in again.children()] != [str(layer) for layer in network.children()]:
+        raise ValueError(
+            f"nothing was saved to {path}: the actor's network is {network}, "
+            f"and its metadata says {policy.metadata['architecture']}"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(buffer.getvalue())
 
@@ -243,8 +260,10 @@ def _require(module: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != package:  # installed, but broken: its own message says more
             raise
-        raise ImportError(f'tdhook.rl needs {package}, which is not installed: pip install "tdhook[rl]"') from error
+        raise ImportError(
+            f'tdhook.rl needs {package}, which is not installed: pip install "tdhook[rl]"'
+        ) from error
 
 
-def _listed(names: object) -> str:
-    return ", ".join(repr(name) for name in names)  # type: ignore[attr-defined]
+def _listed(names: Iterable[object]) -> str:
+    return ", ".join(repr(name) for name in names)

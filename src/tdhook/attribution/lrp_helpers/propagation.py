@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -71,6 +72,10 @@ class PropagationRule(Rule):
                 setattr(cls, name, inherited)
 
 
+# Function.apply looks the signature up at every call, which takes longer than a small layer.
+PropagationRule.forward.__signature__ = inspect.signature(PropagationRule.forward)  # type: ignore[attr-defined]
+
+
 class Call:
     """One call of a module under a rule: which leaves of its arguments are tensors, and how to run it on them.
 
@@ -125,7 +130,7 @@ class Call:
     def execute(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the module itself; where the rule differentiates it, on a tape of its own."""
         inputs = tuple(tensors[: len(self.at)])
-        with out_of_place(self.module):
+        with self._out_of_place():
             if not (self.rule.needs_vjp and self.form is None):
                 # What is returned as it came in would count as an input, not as an output that has a rule.
                 return tuple(
@@ -161,8 +166,12 @@ class Call:
 
     def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The tensors that the module returns for other inputs."""
-        with out_of_place(self.module):
+        with self._out_of_place():
             return tuple(z for z in tree_leaves(self._invoke(inputs)) if isinstance(z, Tensor))
+
+    def _out_of_place(self) -> AbstractContextManager[None]:
+        single = not self.module._modules and not self.module.__dict__.get("inplace")
+        return nullcontext() if single else out_of_place(self.module)
 
     def kept(self, tensors: Sequence[Tensor], outputs: tuple[Tensor, ...]) -> list[Tensor]:
         """What the backward pass reads: inputs, outputs, parameters of the closed form."""

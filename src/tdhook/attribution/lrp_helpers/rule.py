@@ -57,7 +57,8 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Rule._registry[cls.__name__] = cls
+        if not cls.__name__.startswith("_"):
+            Rule._registry[cls.__name__] = cls
 
     @staticmethod
     @abstractmethod

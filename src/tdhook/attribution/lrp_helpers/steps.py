@@ -232,6 +232,7 @@ class LinearStep(Step):
         return (self.form.apply(x, weight, bias),), lambda grad: (self.form.adjoint(grad, x, weight),)
 
 
+_DENSE = DenseForm()
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONV_FORWARDS = {cls.forward for cls in _CONVOLUTIONS}
 _CONV_CORES = {cls._conv_forward for cls in _CONVOLUTIONS}
@@ -241,7 +242,7 @@ def closed_form(module: nn.Module) -> ClosedForm | None:
     """The closed form of a module, or ``None``: a subclass that computes in its own way is differentiated."""
     cls = type(module)
     if isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward:
-        return DenseForm()
+        return _DENSE
     if isinstance(module, _CONVOLUTIONS):
         standard = cls.forward in _CONV_FORWARDS and getattr(cls, "_conv_forward", None) in _CONV_CORES
         return ConvForm(module) if standard else None

@@ -217,13 +217,12 @@ class AlphaBetaRule(_SignedRule):
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         (r,) = relevance
         signed = _has_negative(step.inputs[0])
-        result = torch.zeros_like(step.inputs[0])
-        for weight, same in ((self.alpha, True), (-self.beta, False)):
-            if weight:
-                contributions = _Contributions(step, same, self.zero_params, signed)
-                shares = contributions.shares(_per_output(r, contributions.z, self.stabilizer))
-                result = result + weight * shares
-        return (result,)
+
+        def shares(same: bool) -> Tensor:
+            contributions = _Contributions(step, same, self.zero_params, signed)
+            return contributions.shares(_per_output(r, contributions.z, self.stabilizer))
+
+        return (self.alpha * shares(True) - self.beta * shares(False) if self.beta else shares(True),)
 
 
 class ZPlusRule(AlphaBetaRule):

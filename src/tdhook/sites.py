@@ -1,0 +1,36 @@
+"""Where a module stands in a model: what selectors look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, replace
+
+from tensordict.utils import NestedKey
+from torch import nn
+
+__all__ = ["Site"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module in a model, as selectors see it.
+
+    Attributes:
+        name: dotted path of the module, ``""`` for the model itself.
+        module: the module.
+        order: all sites' names in execution order; ``None`` where the model is not at hand.
+        modules: name to module, of the whole model.
+        keys_read: module name to the TensorDict keys that it is the first layer to read, of the whole model.
+        keys_written: likewise the keys that it is the last layer to make.
+    """
+
+    name: str
+    module: nn.Module
+    order: tuple[str, ...] | None = None
+    modules: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
+    keys_read: Mapping[str, Set[NestedKey]] = field(default_factory=dict, repr=False)
+    keys_written: Mapping[str, Set[NestedKey]] = field(default_factory=dict, repr=False)
+
+    def elsewhere(self, name: str) -> Site:
+        """The site of another module of the same model."""
+        return replace(self, name=name, module=self.modules[name])
