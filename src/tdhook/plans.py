@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import nn
 
@@ -20,36 +21,36 @@ from tdhook.attribution.lrp_helpers.rules.linear import NormRule, SoftmaxEpsilon
 from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule, PassRule, StopRule
 from tdhook.attribution.lrp_helpers.types import Activation, AvgPool, BatchNorm, MaxPool
 from tdhook.composites import Composite
-from tdhook.selectors import Selector, Type
-from tdhook.tracing import Execution
+from tdhook.contexts import Model
+from tdhook.selectors import Selector, SelectorLike, Type, as_selector
+from tdhook.state import dense_copy
+from tdhook.tracing import Execution, registered, traced
 
-__all__ = ["DEFAULTS", "Merge", "Plan", "Row", "make_plan"]
+__all__ = ["DEFAULTS", "Merge", "Plan", "Row", "make_plan", "observe", "select"]
 
 Merge: TypeAlias = "tuple[str | Sequence[str], str]"
 Mapper: TypeAlias = "Callable[[str, nn.Module], Rule | None]"
 
+_DATA_MOVEMENT = Type(
+    *(
+        nn.Identity,
+        nn.Flatten,
+        nn.Unflatten,
+        nn.Unfold,
+        nn.PixelShuffle,
+        nn.PixelUnshuffle,
+        nn.ChannelShuffle,
+    ),
+    *("*Pad1d", "*Pad2d", "*Pad3d", "torchrl.*.Squash*", "torchrl.*.Squeeze*"),
+)
+_DROPOUT = Type(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
 DEFAULTS = Composite(
     [
-        ((Activation, BatchNorm), PassRule()),
-        (
-            (
-                MaxPool,
-                nn.Identity,
-                nn.Dropout,
-                nn.Dropout1d,
-                nn.Dropout2d,
-                nn.Dropout3d,
-                nn.AlphaDropout,
-                nn.Flatten,
-            ),
-            IgnoreRule(),
-        ),
-        (
-            (nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Fold, nn.Unfold),
-            IgnoreRule(),
-        ),
-        (Type("*Pad1d", "*Pad2d", "*Pad3d", "torchrl.*.Squash*", "torchrl.*.Squeeze*"), IgnoreRule()),
-        ((Sum, AvgPool, nn.Upsample), NormRule()),
+        # The last two are how torchrl's actors make a scale of what a network gave.
+        (Type(Activation, BatchNorm, "biased_softplus", "expln"), PassRule()),
+        (_DATA_MOVEMENT | _DROPOUT | Type(MaxPool, nn.Embedding, nn.EmbeddingBag), IgnoreRule()),
+        ((Sum, AvgPool, nn.Upsample, nn.Fold), NormRule()),
         (Type(nn.LayerNorm, "*RMSNorm"), LayerNormRule()),
         (nn.Softmax, SoftmaxEpsilonRule()),
     ]
@@ -67,6 +68,7 @@ class Row:
         rule: its rule, if any.
         selector: the selector that matched; ``None`` for a default and for a rule from a mapper.
         open: whether it is a layer that nothing says anything about.
+        runs: whether the model called it, as far as that is known.
     """
 
     path: str
@@ -74,6 +76,7 @@ class Row:
     rule: Rule | None
     selector: Selector | None = None
     open: bool = False
+    runs: bool = True
 
 
 class Plan:
@@ -128,9 +131,8 @@ class Plan:
     def __str__(self) -> str:
         cells = [("module", "type", "rule", "because")]
         for row in self.rows:
-            because = (
-                repr(row.selector) if row.selector is not None else ("" if row.rule is None else "default")
-            )
+            because = "" if row.rule is None else "default" if row.selector is None else repr(row.selector)
+            because += "" if row.rule is None or row.runs else " (never called)"
             rule = (
                 "none: plain gradient"
                 if row.rule is None and row.open
@@ -192,12 +194,38 @@ def make_plan(
         flow = "gradient" if rules and all(rule.convention == "gradient" for rule in rules) else "relevance"
     if defaults and flow == "relevance":
         rows = [_by_default(row) for row in rows]
+    called = set(execution.order)
+    rows = [replace(row, runs=row.path in called) for row in rows]
     rank = {name: i for i, name in reversed(list(enumerate(execution.order)))}
     rows.sort(key=lambda row: rank.get(row.path, len(rank)))
     merges: dict[str, list[nn.Module]] = {}
     if not isinstance(merge_batch_norm, bool):
         merges = _named_merges(merge_batch_norm, execution)
     return Plan(rows, flow, merges, bool(merge_batch_norm))
+
+
+def select(
+    selector: SelectorLike, module: nn.Module, td: TensorDictBase | None = None
+) -> dict[str, nn.Module]:
+    """What a selector means in a model: its modules by path, in execution order.
+
+    Args:
+        selector: a selector, or what stands for one.
+        module: the model.
+        td: input to run it on; without it, registration order stands in for execution order.
+    """
+    wanted = as_selector(selector)
+    execution = observe(Model.of(module), td)
+    names = dict.fromkeys([*execution.order, *execution.modules])
+    return {name: execution.modules[name] for name in names if wanted.matches(execution.site(name))}
+
+
+def observe(model: Model, td: TensorDictBase | None) -> Execution:
+    """How a model runs: watched on ``td``, or as registration order suggests."""
+    if td is None:
+        return registered(model.root, model.runner)
+    work = dense_copy(td)
+    return traced(model.root, model.runner, lambda: model.run(work))
 
 
 def _ask(
@@ -214,7 +242,7 @@ def _by_default(row: Row) -> Row:
     if not row.open:
         return row
     rule = DEFAULTS(row.path, row.module)
-    return row if rule is None else Row(row.path, row.module, rule)
+    return row if rule is None else replace(row, rule=rule, open=False)
 
 
 def _named_merges(merges: Sequence[Merge], execution: Execution) -> dict[str, list[nn.Module]]:

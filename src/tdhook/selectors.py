@@ -43,10 +43,10 @@ class Selector(ABC):
         return False
 
     def __and__(self, other: SelectorLike) -> Selector:
-        return _All((self, as_selector(other)))
+        return _All((*_members(self, _All), *_members(as_selector(other), _All)))
 
     def __or__(self, other: SelectorLike) -> Selector:
-        return _Any((self, as_selector(other)))
+        return _Any((*_members(self, _Any), *_members(as_selector(other), _Any)))
 
     def __invert__(self) -> Selector:
         return _Not(self)
@@ -309,6 +309,11 @@ class _Several(Selector):
 
     def _joined(self, symbol: str) -> str:
         return "(" + f" {symbol} ".join(map(repr, self.selectors)) + ")"
+
+
+def _members(selector: Selector, kind: type[_Several]) -> tuple[Selector, ...]:
+    """What ``a & b & c`` joins, in one list."""
+    return selector.selectors if isinstance(selector, kind) else (selector,)
 
 
 class _All(_Several):

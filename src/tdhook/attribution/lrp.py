@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from tdhook.attribution.lrp_helpers.rule import Convention, Rule
 from tdhook.composites import Composite, Pairs, preset
 from tdhook.contexts import Attribution, Model, Record
-from tdhook.plans import Merge, Plan, make_plan
-from tdhook.state import dense_copy
+from tdhook.plans import Merge, Plan, make_plan, observe
 from tdhook.targets import Seeds, TargetLike, as_seeder
-from tdhook.tracing import registered, traced
 
 __all__ = ["LRP"]
 
@@ -120,6 +118,10 @@ class LRP(Attribution):
         self._from_ones = target is None and composite is None
         self._seeder = as_seeder(target)
 
+    def __repr__(self) -> str:
+        how = self.composite if self.composite is not None else self.rule_mapper
+        return f"LRP({how!r}, target={self.target!r})"
+
     @staticmethod
     def default_skip(name: str, module: nn.Module) -> bool:
         """What merely contains other modules: a ``skip_modules``."""
@@ -151,13 +153,8 @@ class LRP(Attribution):
         return self.composite if self.composite is not None else self.rule_mapper
 
     def _plan(self, model: Model, td: TensorDictBase | None) -> Plan:
-        if td is None:
-            execution = registered(model.root, model.runner)
-        else:
-            work = dense_copy(td)
-            execution = traced(model.root, model.runner, lambda: model.run(work))
         return make_plan(
-            execution,
+            observe(model, td),
             self._mapper,
             defaults=self.composite is not None,
             skip=self.skip_modules,

@@ -58,7 +58,7 @@ def build_actor(kind: str, architecture: Mapping[str, Any]) -> TensorDictModule:
             ``"ppo_mlp"``, a categorical actor that writes ``logits`` and ``action`` ``[*batch, out_features]``. It
             takes the most probable action, unless torchrl's exploration type asks for a sample.
         architecture: of the multi-layer perceptron inside: ``in_features`` and ``out_features`` (integers),
-            ``num_cells`` (a list with the width of each hidden layer), ``activation`` (name of a class in ``torch.nn``).
+            ``num_cells`` (a list with the width of each hidden layer), ``activation`` (a class of ``torch.nn``).
 
     Raises:
         ImportError: torchrl is not installed.
@@ -225,7 +225,8 @@ def _from_bytes(data: bytes, path: Path) -> Policy:
     missing = [name for name in _REQUIRED if name not in checkpoint]
     if missing:
         raise ValueError(
-            f"{path} is an incomplete policy checkpoint: it lacks {_listed(missing)}. Write it with tdhook.rl.save_policy"
+            f"{path} is an incomplete policy checkpoint, without {_listed(missing)}: "
+            "write it with tdhook.rl.save_policy"
         )
     try:
         actor = build_actor(checkpoint["kind"], checkpoint["architecture"])
@@ -234,7 +235,10 @@ def _from_bytes(data: bytes, path: Path) -> Policy:
     except ImportError:
         raise
     except Exception as error:  # wrong types inside the file fail as they please
-        raise ValueError(f"{path} does not make a policy: {error}") from error
+        raise ValueError(
+            f"{path} does not make a policy: {error}. Use the version of tdhook that wrote it, or write it again "
+            "with tdhook.rl.save_policy"
+        ) from error
     names = {"format", "env", "features", "actions", "state_dict"}
     return Policy(
         actor=actor.eval(),

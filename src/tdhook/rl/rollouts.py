@@ -300,13 +300,13 @@ def _idealised(composite: Composite, biases: set[str]) -> Composite:
     """The same rules without biases, and with stabilisers that are only there against zero."""
     pairs = []
     for selector, rule in composite:
-        arguments = rule.params()
-        for name in ("epsilon", "stabilizer"):
-            if isinstance(arguments.get(name), float):
-                arguments[name] = 1e-12
-        if "zero_params" in arguments:
-            arguments["zero_params"] = sorted({*(arguments["zero_params"] or ()), *biases})
-        pairs.append((selector, type(rule)(**arguments)))
+        given = rule.params()
+        ideal: dict[str, Any] = {
+            name: 1e-12 for name in ("epsilon", "stabilizer") if isinstance(given.get(name), float)
+        }
+        if "zero_params" in given:
+            ideal["zero_params"] = sorted({*given["zero_params"], *biases})
+        pairs.append((selector, type(rule)(**{**given, **ideal}) if ideal else rule))
     return Composite(pairs)
 
 

@@ -1,0 +1,58 @@
+"""Plans: what is asked before anything runs, and what a run tells."""
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import nn
+
+from tdhook import LRP
+from tdhook.attribution.lrp_helpers.rules import EpsilonRule, PassRule
+from tdhook.plans import select
+from tdhook.selectors import First, Last, Reads, Type
+
+
+class Reversed(nn.Module):
+    """Runs its layers in another order than it registers them, and one of them not at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.idle, self.first = nn.Linear(4, 2), nn.Linear(4, 4), nn.Linear(3, 4)
+        self.act = nn.Tanh()
+
+    def forward(self, x):
+        return self.last(self.act(self.first(x)))
+
+
+def data():
+    return TensorDict(input=torch.randn(5, 3), batch_size=[5])
+
+
+def test_a_plan_says_what_runs():
+    lrp = LRP([(nn.Linear, EpsilonRule())])
+    guess, seen = lrp.plan(Reversed()), lrp.plan(Reversed(), data())
+    assert [row.path for row in guess] == ["", "last", "idle", "first", "act"]
+    assert all(row.runs for row in guess)
+    assert [row.path for row in seen if row.runs] == ["", "first", "act", "last"]
+    assert [row.path for row in seen if not row.runs] == ["idle"]
+    assert "idle     Linear    EpsilonRule()  Type(Linear) (never called)" in str(seen)
+    assert "act      Tanh      PassRule()     default" in str(seen)
+    assert {row.path: row.rule for row in seen}["act"] == PassRule()
+
+
+def test_a_selector_can_be_looked_at():
+    model = Reversed()
+    assert list(select(Type(nn.Linear), model, data())) == ["first", "last", "idle"]
+    assert select(First(Type(nn.Linear)), model) == {"last": model.last}
+    assert select(First(Type(nn.Linear)), model, data()) == {"first": model.first}
+    assert select(Last(Type(nn.Linear)), model, data()) == {"last": model.last}
+    pair = TensorDictSequential(
+        TensorDictModule(nn.Linear(3, 3), ["a"], ["b"]), TensorDictModule(nn.Linear(3, 3), ["b"], ["c"])
+    )
+    assert list(select(Reads("b"), pair)) == ["module.1.module"]
+
+
+def test_embeddings_and_scales_raise_no_warning():
+    tokens = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 2))
+    assert not [row for row in LRP("epsilon_plus").plan(tokens) if row.open]
+    with LRP("epsilon_plus", input_modules=["0"]).prepare(tokens):
+        pass
