@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ class Case:
 def mlp() -> nn.Module:
     sizes = (17, 256, 256, 6)
     layers: list[nn.Module] = []
-    for width_in, width_out in zip(sizes, sizes[1:], strict=False):
+    for width_in, width_out in itertools.pairwise(sizes):
         layers += [nn.Linear(width_in, width_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -13,7 +13,10 @@ from tdhook.attribution.lrp_helpers import rules as r
 from tdhook.attribution.lrp_helpers.layers import Sum
 
 # Dynamo resumes after a graph break with tensors that it rebuilds, whose `.grad` it asks for.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 
 FEATURES = 6
 
@@ -47,7 +50,10 @@ CASES = {
     "pseudo-identity": ([(nn.GELU, r.PseudoIdentityRule())], lambda: dense(nn.GELU())),
     "layer norm": ([(nn.LayerNorm, r.LayerNormRule())], lambda: dense(nn.LayerNorm(9))),
     "packed projection": ([(nn.Linear, r.AHQKVRule())], lambda: nn.Linear(FEATURES, 9).double()),
-    "softmax": ([(nn.Softmax, r.SoftmaxEpsilonRule()), (nn.Linear, r.EpsilonRule())], lambda: dense(nn.Softmax(-1))),
+    "softmax": (
+        [(nn.Softmax, r.SoftmaxEpsilonRule()), (nn.Linear, r.EpsilonRule())],
+        lambda: dense(nn.Softmax(-1)),
+    ),
     "norm": ([(Sum, r.NormRule())], lambda: nn.Sequential(nn.Unflatten(-1, (3, 2)), Sum(-1))),
     "deconvnet": (preset("deconvnet"), dense),
     "guided backpropagation": (preset("guided_backprop"), dense),

@@ -260,6 +260,7 @@ def _require(module: str) -> Any:
     """Import a module of the ``rl`` extra, or say what to install."""
     package = module.partition(".")[0]
     try:
+        importlib.import_module(package)
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != package:  # installed, but broken: its own message says more
