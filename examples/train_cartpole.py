@@ -35,8 +35,8 @@ LEARNING_RATE = 3e-3
 DISCOUNT = 0.99
 RETURN_STEPS = 5
 TARGET_RATE = 0.02
-BATCHES_PER_CHECK = 10
-CHECK_EPISODES, FINAL_EPISODES = 5, 100
+BATCHES_PER_CHECK = 20
+CHECK_EPISODES, FINAL_EPISODES = 10, 100
 
 
 def train(seed: int, frames: int) -> TensorDictModule:
@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train a double DQN for CartPole-v1 with torchrl.")
     parser.add_argument("--seed", type=int, default=0, help="of every random number (default: %(default)s)")
     parser.add_argument(
-        "--frames", type=int, default=40_000, help="steps to learn from (default: %(default)s)"
+        "--frames", type=int, default=60_000, help="steps to learn from (default: %(default)s)"
     )
     parser.add_argument(
         "--out", type=Path, default="cartpole_dqn.pt", help="checkpoint (default: %(default)s)"

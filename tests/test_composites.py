@@ -95,7 +95,11 @@ def test_what_is_no_composite(pairs, text):
             make(pairs)
 
 
-@pytest.mark.parametrize("value", [EpsilonRule(), epsilon_plus, 5, {"preset": "epsilon_plus"}], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [EpsilonRule(), epsilon_plus, 5, {"preset": "epsilon_plus"}],
+    ids=["rule", "function", "number", "table"],
+)
 def test_lrp_says_what_it_takes_for_a_composite(value):
     with pytest.raises(TypeError, match=r"composite|preset"):
         LRP(value)

@@ -5,7 +5,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
-from tdhook import LRP
+from tdhook import LRP, Target
 from tdhook.attribution.lrp_helpers.rules import EpsilonRule, PassRule
 from tdhook.plans import select
 from tdhook.selectors import First, Last, Reads, Type
@@ -56,3 +56,14 @@ def test_embeddings_and_scales_raise_no_warning():
     assert not [row for row in LRP("epsilon_plus").plan(tokens) if row.open]
     with LRP("epsilon_plus", input_modules=["0"]).prepare(tokens):
         pass
+
+
+def test_what_is_never_called_is_no_unit():
+    model = TensorDictSequential(
+        TensorDictModule(nn.Linear(4, 3, bias=False), ["x"], ["h"]),
+        TensorDictModule(nn.Linear(3, 2, bias=False), ["h"], ["y"]),
+    ).double()
+    td = LRP([("*", EpsilonRule())], target=Target("y", 0)).wrap(model)(
+        TensorDict(x=torch.randn(5, 4).double(), batch_size=[5])
+    )
+    torch.testing.assert_close(td["attr", "x"].sum(-1), td["y"][:, 0], rtol=1e-3, atol=1e-4)

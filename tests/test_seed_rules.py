@@ -11,6 +11,7 @@ from tdhook.attribution.lrp_helpers.rules import (
     AlphaBetaRule,
     EpsilonRule,
     FlatRule,
+    GammaRule,
     IgnoreRule,
     LayerNormRule,
     PassRule,
@@ -145,3 +146,14 @@ def test_rules_in_the_gradient_convention():
             pytest.raises(NotImplementedError, match="does not support multiple inputs"),
         ):
             module(leaf, leaf)
+
+
+@pytest.mark.parametrize("rule", [EpsilonRule, WSquareRule, GammaRule, AlphaBetaRule, PseudoIdentityRule])
+def test_a_stabiliser_is_a_number_or_a_callable(rule):
+    name = "epsilon" if rule is EpsilonRule else "stabilizer"
+    with pytest.raises(TypeError, match=f"{name} is a float or a callable on the denominator, got 'small'"):
+        rule(**{name: "small"})
+    with pytest.raises(
+        ValueError, match=f"{name} moves denominators away from zero, so it is not negative, got -1"
+    ):
+        rule(**{name: -1})

@@ -107,7 +107,7 @@ LINEARS = ["stem", "layers.0.0", "layers.1.0", "head"]
         (Last("layers.*.0"), ["layers.1.0"]),
         (Type(nn.Linear) & ~First(nn.Linear) & ~Last(nn.Linear), LINEARS[1:-1]),
     ],
-    ids=str,
+    ids=lambda value: re.sub(r" at 0x\w+", "", str(value)),
 )
 def test_what_is_selected(selector, expected):
     assert selected(selector, Blocks()) == expected

@@ -110,7 +110,7 @@ class ExplainedModule(TensorDictModuleBase):
                 f"{self.in_keys}"
             )
         values = (td.get(key) for key in self.in_keys)
-        if td.numel() == 0 or any(value.numel() == 0 for value in values if isinstance(value, Tensor)):
+        if 0 in td.batch_size or any(value.numel() == 0 for value in values if isinstance(value, Tensor)):
             raise ValueError(
                 f"there is nothing to explain: the TensorDict is empty (batch size {list(td.batch_size)})"
             )

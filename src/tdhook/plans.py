@@ -234,6 +234,8 @@ def _ask(
     if mapper is None:
         return None, None
     if isinstance(mapper, Composite):
+        if type(module).forward is nn.Module.forward:  # a list of modules, say: it is never called
+            return None, None
         return mapper.find(execution.site(name)) or (None, None)
     return None, mapper(name, module)
 

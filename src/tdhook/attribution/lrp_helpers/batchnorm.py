@@ -26,7 +26,7 @@ def affine(module: nn.Module) -> tuple[Tensor, Tensor]:
         return scale, shift if norm.bias is None else shift + norm.bias
 
 
-class MergedBatchNormRule(PassRule):
+class MergedBatchNormRule(PassRule, named=False):
     """Pass, and tell the linear layer before that its weights are those times the scale of the batch norm.
 
     The layer is found on the tape: the one whose output came in. In training, where the statistics are those of the

@@ -43,10 +43,15 @@ def checked(epsilon: Stabilizer, name: str = "stabilizer") -> Stabilizer:
 
     Raises:
         TypeError: it is neither a number nor a callable.
+        ValueError: it is negative.
     """
-    if callable(epsilon) or type(epsilon) in (int, float):
+    if callable(epsilon):
         return epsilon
-    raise TypeError(f"{name} is a float or a callable on the denominator, got {epsilon!r}")
+    if type(epsilon) not in (int, float):
+        raise TypeError(f"{name} is a float or a callable on the denominator, got {epsilon!r}")
+    if epsilon < 0:
+        raise ValueError(f"{name} moves denominators away from zero, so it is not negative, got {epsilon!r}")
+    return epsilon
 
 
 def zero_param_names(zero_params: ZeroParams) -> tuple[str, ...]:

@@ -55,9 +55,10 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
     def __init__(self) -> None:
         self._apply_kwargs: dict[str, Any] = {}
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, named: bool = True, **kwargs: Any) -> None:
+        """Make the rule known by its class name, for :func:`rule_from_dict`."""
         super().__init_subclass__(**kwargs)
-        if not cls.__name__.startswith("_"):
+        if named:
             Rule._registry[cls.__name__] = cls
 
     @staticmethod
