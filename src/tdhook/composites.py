@@ -152,7 +152,7 @@ class Composite:
         return Composite(own) if name is None else own + preset(name, **content)
 
 
-class _Mapped(IgnoreRule, named=False):
+class _Mapped(IgnoreRule):
     """Stands in a composite for the rule that a user's mapper gives, where it gives one."""
 
     def __init__(self, mapper: RuleMapper) -> None:

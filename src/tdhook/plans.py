@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import nn
 
-from tdhook.attribution.lrp_helpers.batchnorm import MergedBatchNormRule
+from tdhook.attribution.lrp_helpers.batchnorm import merging
 from tdhook.attribution.lrp_helpers.binding import Binding
 from tdhook.attribution.lrp_helpers.layers import Sum
 from tdhook.attribution.lrp_helpers.propagation import out_of_place
@@ -107,9 +107,9 @@ class Plan:
                 continue
             if type(rule) is PassRule and isinstance(row.module, BatchNorm) and flow == "relevance":
                 if row.path in merges:
-                    rule = MergedBatchNormRule(merges[row.path])
+                    rule = merging(merges[row.path])
                 elif merge:
-                    rule = MergedBatchNormRule()
+                    rule = merging()
             self._bindings.append(Binding(row.module, rule, flow))
 
     def attach(self, stack: ExitStack) -> None:

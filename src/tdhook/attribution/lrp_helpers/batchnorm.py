@@ -12,7 +12,7 @@ from tdhook.attribution.lrp_helpers.propagation import Call
 from tdhook.attribution.lrp_helpers.rules.simple import PassRule
 from tdhook.attribution.lrp_helpers.steps import DenseForm
 
-__all__ = ["MergedBatchNormRule", "affine"]
+__all__ = ["affine", "merging"]
 
 
 def affine(module: nn.Module) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def affine(module: nn.Module) -> tuple[Tensor, Tensor]:
         return scale, shift if norm.bias is None else shift + norm.bias
 
 
-class MergedBatchNormRule(PassRule, named=False):
+class _MergedBatchNormRule(PassRule):
     """Pass, and tell the linear layer before that its weights are those times the scale of the batch norm.
 
     The layer is found on the tape: the one whose output came in. In training, where the statistics are those of the
@@ -68,3 +68,8 @@ class MergedBatchNormRule(PassRule, named=False):
                 continue  # other layers end the search
             front.extend(parent for parent, _ in node.next_functions)
         return found
+
+
+def merging(linears: Sequence[nn.Module] = ()) -> PassRule:
+    """The rule for a batch norm that is merged into ``linears``, or else into the linear layer right before it."""
+    return _MergedBatchNormRule(linears)

@@ -55,10 +55,10 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
     def __init__(self) -> None:
         self._apply_kwargs: dict[str, Any] = {}
 
-    def __init_subclass__(cls, *, named: bool = True, **kwargs: Any) -> None:
-        """Make the rule known by its class name, for :func:`rule_from_dict`."""
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Make the rule known by its class name, for :func:`rule_from_dict`, unless it is an internal one."""
         super().__init_subclass__(**kwargs)
-        if named:
+        if not cls.__name__.startswith("_"):
             Rule._registry[cls.__name__] = cls
 
     @staticmethod

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-class _GradientRule(PropagationRule, named=False):
+class _GradientRule(PropagationRule):
     """A gradient-convention rule for a module with one input."""
 
     convention: ClassVar[Convention] = "gradient"
@@ -117,7 +117,7 @@ class AHQKVRule(_GradientRule):
         return step.vjp(only_value)
 
 
-class _SensitivityRule(_GradientRule, named=False):
+class _SensitivityRule(_GradientRule):
     """A rule that makes the result a modified gradient."""
 
     yields: ClassVar[Literal["relevance", "sensitivity"]] = "sensitivity"

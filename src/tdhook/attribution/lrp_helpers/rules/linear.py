@@ -171,7 +171,7 @@ def _has_negative(x: Tensor) -> bool:
     return not branches or bool((x < 0).any())
 
 
-class _SignedRule(PropagationRule, named=False):
+class _SignedRule(PropagationRule):
     """A rule that treats contributions by their sign."""
 
     needs_inputs: ClassVar[bool] = True
