@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
 from torch import nn
 from unchanged import TRACED, Boom, Unchanged, attempt, every_method, every_way, network, observation
@@ -153,3 +154,18 @@ def test_one_bad_call_does_not_spoil_the_next():
     unchanged.check()
     assert copy.deepcopy(explained)(good)["attr", "obs"].shape == (5, 3)
     TensorDictSequential(explained)
+
+
+def test_what_is_prepared_can_be_entered_again():
+    model = nn.Linear(3, 2)
+    prepared = LRP([(nn.Linear, EpsilonRule())]).prepare(model)
+    results = []
+    for _ in range(2):
+        with prepared as explained:
+            results.append(explained(TensorDict(input=torch.ones(5, 3), batch_size=[5]))["attr", "input"])
+    assert torch.equal(*results)
+    with prepared as outer, prepared as inner:
+        assert outer is not inner
+    for explained in (outer, inner):
+        with pytest.raises(RuntimeError, match="ended with its `with` block"):
+            explained(TensorDict(input=torch.ones(5, 3), batch_size=[5]))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -25,7 +25,7 @@ from tdhook.targets import Seeds
 if TYPE_CHECKING:
     from tdhook.explained import ExplainedModule
 
-__all__ = ["Attribution", "InKeys", "Model", "Record"]
+__all__ = ["Attribution", "InKeys", "Model", "Prepared", "Record"]
 
 InKeys: TypeAlias = "Sequence[NestedKey] | Mapping[NestedKey, NestedKey]"
 
@@ -138,6 +138,23 @@ class Record:
         return value.reshape(*self.outputs.batch_size, *value.shape[1:]) if self.flat else value
 
 
+class Prepared:
+    """A model made ready for ``with`` blocks, each of which gives an explained module that lasts as long as it does."""
+
+    def __init__(self, method: Attribution, model: Model) -> None:
+        self._method, self._model = method, model
+        self._open: list[ExplainedModule] = []
+
+    def __enter__(self) -> ExplainedModule:
+        from tdhook.explained import ExplainedModule
+
+        self._open.append(ExplainedModule(self._method, self._model))
+        return self._open[-1]
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.pop().close()
+
+
 class Attribution(ABC):
     """A configured attribution method.
 
@@ -171,13 +188,12 @@ class Attribution(ABC):
         self.input_modules = tuple(input_modules or ())
         self.target_modules = tuple(target_modules or ())
 
-    @contextmanager
     def prepare(
         self,
         module: nn.Module,
         in_keys: InKeys | None = None,
         out_keys: Sequence[NestedKey] | None = None,
-    ) -> Iterator[ExplainedModule]:
+    ) -> Prepared:
         """Explain ``module`` within a ``with`` block.
 
         Args:
@@ -186,14 +202,11 @@ class Attribution(ABC):
                 TensorDictModule, those that are attributed.
             out_keys: keys that a plain module writes.
 
-        Yields:
-            A TensorDictModule that does what ``module`` does and writes relevance too.
+        Returns:
+            A context manager, for one ``with`` block or several after each other, that gives a TensorDictModule which
+            does what ``module`` does and writes relevance too.
         """
-        explained = self.wrap(module, in_keys, out_keys)
-        try:
-            yield explained
-        finally:
-            explained.close()
+        return Prepared(self, Model.of(module, in_keys, out_keys))
 
     def wrap(
         self,
