@@ -2,7 +2,7 @@
 
     python examples/train_cartpole.py --out cartpole_dqn.pt
 
-Takes a few minutes on one CPU core and needs the extra ``rl`` (torchrl, gymnasium). The checkpoint in
+Takes five to ten minutes on one CPU core and needs the extra ``rl`` (torchrl, gymnasium). The checkpoint in
 ``src/tdhook/rl/checkpoints`` is what this script writes with its default seed and frames; other processors round
 differently, so that the same seed can lead to other weights there.
 """
