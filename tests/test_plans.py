@@ -8,7 +8,7 @@ from torch import nn
 from tdhook import LRP, Target
 from tdhook.attribution.lrp_helpers.rules import EpsilonRule, PassRule
 from tdhook.plans import select
-from tdhook.selectors import First, Last, Reads, Type
+from tdhook.selectors import First, Last, Reads, Type, Writes
 
 
 class Reversed(nn.Module):
@@ -67,3 +67,14 @@ def test_what_is_never_called_is_no_unit():
         TensorDict(x=torch.randn(5, 4).double(), batch_size=[5])
     )
     torch.testing.assert_close(td["attr", "x"].sum(-1), td["y"][:, 0], rtol=1e-3, atol=1e-4)
+
+
+def test_normalisation_is_not_the_layer_that_reads():
+    norm, first = nn.BatchNorm1d(3), nn.Linear(3, 4)
+    model = TensorDictModule(nn.Sequential(norm, first, nn.PReLU(), nn.Linear(4, 2)), ["x"], ["y"]).eval()
+    td = TensorDict(x=torch.randn(5, 3), batch_size=[5])
+    for seen in (None, td):
+        assert select(Reads("x"), model, seen) == {"module.1": first}
+        assert list(select(Writes("y"), model, seen)) == ["module.3"]
+    lazy = TensorDictModule(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2)), ["x"], ["y"])
+    assert list(select(Reads("x"), lazy)) == list(select(Reads("x"), lazy, td)) == ["module.0"]

@@ -205,8 +205,8 @@ class _OfKey(Selector):
 class Reads(_OfKey):
     """The layer that consumes a TensorDict key, so that each input modality can have its own first-layer rule.
 
-    That is the first layer with parameters that the key's value reaches inside the ``TensorDictModule`` that lists it
-    among its ``in_keys``, or that module as a whole where it has none.
+    That is the first layer with a weight matrix that the key's value reaches inside the ``TensorDictModule`` that
+    lists it among its ``in_keys``, or that module as a whole where it has none.
     """
 
     def matches(self, site: Site) -> bool:
@@ -216,8 +216,8 @@ class Reads(_OfKey):
 class Writes(_OfKey):
     """The layer that produces a TensorDict key.
 
-    That is the last layer with parameters on the way to the key's value inside the ``TensorDictModule`` that lists it
-    among its ``out_keys``, or that module as a whole where it has none.
+    That is the last layer with a weight matrix on the way to the key's value inside the ``TensorDictModule`` that
+    lists it among its ``out_keys``, or that module as a whole where it has none.
     """
 
     def matches(self, site: Site) -> bool:

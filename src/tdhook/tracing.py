@@ -14,6 +14,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -46,7 +47,9 @@ class Execution:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return any(p is not None for p in module._parameters.values())
+    """Whether a module holds a weight matrix; normalisation, which scales each value alone, holds none."""
+    params: list[Any] = [p for p in module._parameters.values() if p is not None]
+    return any(is_lazy(p) or p.dim() > 1 for p in params)
 
 
 def _keyed(root: nn.Module, wrapper: TensorDictModuleBase) -> Iterator[tuple[str, TensorDictModuleBase]]:
