@@ -133,13 +133,8 @@ class Plan:
         for row in self.rows:
             because = "" if row.rule is None else "default" if row.selector is None else repr(row.selector)
             because += "" if row.rule is None or row.runs else " (never called)"
-            rule = (
-                "none: plain gradient"
-                if row.rule is None and row.open
-                else repr(row.rule)
-                if row.rule
-                else ""
-            )
+            nothing = "none: plain gradient" if row.open else ""
+            rule = nothing if row.rule is None else repr(row.rule)
             cells.append((row.path or "(model)", type(row.module).__name__, rule, because))
         widths = [max(len(cell[i]) for cell in cells) for i in range(3)]
         lines = [
