@@ -97,7 +97,6 @@ class Plan:
         self.sensitivity = any(row.rule is not None and row.rule.yields == "sensitivity" for row in rows)
         self._bindings: list[Binding] = []
         self._custom: list[tuple[Rule, nn.Module]] = []
-        self._modules = [row.module for row in rows]
         for row in rows:
             rule = row.rule
             if rule is None or isinstance(rule, IgnoreRule):
@@ -114,8 +113,7 @@ class Plan:
 
     def attach(self, stack: ExitStack) -> None:
         """Run the model under the rules until ``stack`` is closed."""
-        for module in self._modules:
-            stack.enter_context(out_of_place(module, recurse=False))
+        stack.enter_context(out_of_place(row.module for row in self.rows))
         for binding in self._bindings:
             binding.attach()
             stack.callback(binding.detach)

@@ -95,7 +95,7 @@ def traced(root: nn.Module, wrapper: TensorDictModuleBase, run: Callable[[], Any
                 keyed.register_forward_pre_hook(watch.reading(name), with_kwargs=True, prepend=True)
             )
             handles.append(keyed.register_forward_hook(watch.writing(name)))
-        with restored(root), out_of_place(root), torch.no_grad(), watch:
+        with restored(root), out_of_place(execution.modules.values()), torch.no_grad(), watch:
             run()
     finally:
         for handle in handles:

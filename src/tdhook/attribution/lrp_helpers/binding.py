@@ -98,7 +98,7 @@ class Binding:
             for key, value in zip(reads, tensors, strict=True):
                 inner.set(key, value)
             result = original(inner, *args[1:], **kwargs)
-            values = tuple(value for value in map(result.get, writes()) if isinstance(value, Tensor))
+            values = tuple(map(result.get, writes()))
             return values[0] if len(values) == 1 else values
 
         def writes() -> list[NestedKey]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -171,7 +171,7 @@ class Call:
 
     def _out_of_place(self) -> AbstractContextManager[None]:
         single = not self.module._modules and not self.module.__dict__.get("inplace")
-        return nullcontext() if single else out_of_place(self.module)
+        return nullcontext() if single else out_of_place(self.module.modules())
 
     def kept(self, tensors: Sequence[Tensor], outputs: tuple[Tensor, ...]) -> list[Tensor]:
         """What the backward pass reads: inputs, outputs, parameters of the closed form."""
@@ -201,11 +201,11 @@ def _on_tape(x: Tensor) -> bool:
 
 
 @contextmanager
-def out_of_place(module: nn.Module, recurse: bool = True) -> Iterator[None]:
+def out_of_place(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Make what overwrites its input return a new tensor instead, so that values saved for the backward pass stay."""
     changed = [
         m.__dict__
-        for m in (module.modules() if recurse else (module,))
+        for m in modules
         # The `inplace` of a TensorDictModule is about its TensorDict.
         if m.__dict__.get("inplace") is True and not isinstance(m, TensorDictModuleBase)
     ]
