@@ -169,3 +169,35 @@ def test_what_is_prepared_can_be_entered_again():
     for explained in (outer, inner):
         with pytest.raises(RuntimeError, match="ended with its `with` block"):
             explained(TensorDict(input=torch.ones(5, 3), batch_size=[5]))
+
+
+def test_what_works_in_place_without_a_rule_spares_the_values_of_the_layer_before():
+    def explain(inplace):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=inplace), nn.Linear(4, 2)).double()
+        lrp = LRP(
+            rule_mapper=lambda name, module: EpsilonRule() if isinstance(module, nn.Linear) else None,
+            warn_on_missing_rule=False,
+        )
+        with lrp.prepare(model) as explained:
+            return explained(TensorDict(input=torch.ones(5, 3).double(), batch_size=[5]))["attr", "input"]
+
+    assert torch.equal(explain(True), explain(False))
+
+
+def test_masked_logits_may_be_infinite():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 2, bias=False)
+
+        def forward(self, x):
+            return self.fc(x).masked_fill(torch.tensor([False, True]), float("-inf"))
+
+    td = TensorDict(input=torch.rand(5, 3).double(), batch_size=[5])
+    with LRP([(nn.Linear, EpsilonRule(1e-12))], target=Target("output", "argmax")).prepare(
+        Masked().double()
+    ) as explained:
+        td = explained(td)
+    assert td["output"][:, 1].isinf().all()
+    torch.testing.assert_close(td["attr", "input"].sum(-1), td["output"][:, 0])
