@@ -26,6 +26,17 @@ def cartpole() -> TensorDictSequential:
     return sequence(4, 2)
 
 
+class Spectrum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.rfft(x).real
+
+
+def spectral() -> TensorDictSequential:
+    policy = sequence(3, 2)
+    policy[0].module.insert(0, Spectrum())
+    return policy
+
+
 def named() -> Policy:
     return Policy(sequence(4, 2), "CartPole-v1", ("w", "x", "y", "z"), ("go west", "go east"))
 

@@ -32,11 +32,36 @@ def test_a_plan_says_what_runs():
     guess, seen = lrp.plan(Reversed()), lrp.plan(Reversed(), data())
     assert [row.path for row in guess] == ["", "last", "idle", "first", "act"]
     assert all(row.runs for row in guess)
-    assert [row.path for row in seen if row.runs] == ["", "first", "act", "last"]
+    assert [row.path for row in seen if row.runs] == ["first", "act", "last"]
     assert [row.path for row in seen if not row.runs] == ["idle"]
-    assert "idle     Linear    EpsilonRule()  Type(Linear) (never called)" in str(seen)
-    assert "act      Tanh      PassRule()     default" in str(seen)
+    assert "idle    Linear  EpsilonRule()  relevance   Type(Linear) (never called)" in str(seen)
+    assert "act     tanh()  PassRule()     relevance   default" in str(seen)
     assert {row.path: row.rule for row in seen}["act"] == PassRule()
+    assert [row.operation for row in seen] == [None, "tanh", None, None]
+
+
+def test_a_plan_lists_operations():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            h = x + self.inner(x).relu()
+            return self.head(h.unsqueeze(0).amax(0)), torch.fft.rfft(h).real
+
+    plan = LRP("epsilon_plus", on_unmatched="ignore").plan(Block(), data(), out_keys=["a", "b"])
+    lines = [" ".join(line.split()) for line in str(plan).splitlines()[2:]]
+    assert lines == [
+        "inner Linear EpsilonRule() relevance Type(Linear)",
+        "(model) relu() PassRule() relevance default",
+        "(model) add() EpsilonRule(epsilon=rounding) relevance default",
+        "(model) unsqueeze() moves data",
+        "(model) amax() picks values",
+        "head Linear EpsilonRule() relevance Type(Linear)",
+        "(model) fft_rfft() EpsilonRule(epsilon=rounding) relevance nothing is known of it: as arithmetic",
+        "(model) real() moves data",
+    ]
 
 
 def test_a_selector_can_be_looked_at():
@@ -51,9 +76,8 @@ def test_a_selector_can_be_looked_at():
     assert list(select(Reads("b"), pair)) == ["module.1.module"]
 
 
-def test_embeddings_and_scales_raise_no_warning():
+def test_embeddings_raise_no_warning():
     tokens = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 2))
-    assert not [row for row in LRP("epsilon_plus").plan(tokens) if row.open]
     with LRP("epsilon_plus", input_modules=["0"]).prepare(tokens):
         pass
 

@@ -71,7 +71,8 @@ def selected(selector, model, td=None):
     """Paths of the modules that get the rule of a composite's only pair."""
     if td is None:
         td = TensorDict(input=torch.randn(2, next(model.parameters()).shape[-1]), batch_size=[2])
-    return [row.path for row in LRP([(selector, MARK)]).plan(model, td) if row.rule == MARK]
+    found = [row.path for row in LRP([(selector, MARK)]).plan(model, td) if row.rule == MARK]
+    return list(dict.fromkeys(found))  # a module that runs twice has two rows
 
 
 LINEARS = ["stem", "layers.0.0", "layers.1.0", "head"]

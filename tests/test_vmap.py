@@ -5,6 +5,7 @@ import torch
 from tensordict import from_module
 from torch import nn
 
+from tdhook.attribution.lrp_helpers.propagation import PropagationRule
 from tdhook.attribution.lrp_helpers.rules import (
     AlphaBetaRule,
     EpsilonRule,
@@ -71,10 +72,29 @@ def test_over_the_parameters_of_an_ensemble(rule):
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_a_layer_without_closed_form_is_an_error():
-    x, layer = torch.randn(5, 3).requires_grad_(), nn.GRUCell(3, 4)
+class Cubed(nn.Module):
+    def forward(self, x):
+        return x**3
+
+
+def test_a_layer_without_closed_form():
+    x = torch.randn(5, 3).requires_grad_()
+    layer = Cubed()
+    with EpsilonRule(1e-9).register(layer):
+        torch.vmap(layer)(x).sum().backward()
+    torch.testing.assert_close(x.grad, 3 * torch.ones_like(x))  # R_i = x_i 3 x_i^2 / x_i^3
+
+
+def test_a_formula_that_asks_for_the_product_of_a_layer_without_closed_form():
+    class Asks(PropagationRule):
+        needs_vjp = True
+
+        def propagate(self, step, relevance):
+            return step.vjp(*relevance)
+
+    x, layer = torch.randn(5, 3).requires_grad_(), Cubed()
     with (
-        EpsilonRule().register(layer),
-        pytest.raises(NotImplementedError, match="GRUCell, which cannot be done inside"),
+        Asks().register(layer),
+        pytest.raises(NotImplementedError, match="Cubed, which cannot be done inside"),
     ):
         torch.vmap(layer)(x)

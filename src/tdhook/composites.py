@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tdhook.attribution.lrp_helpers.layers import Sum
 from tdhook.attribution.lrp_helpers.params import Stabilizer, ZeroParams
 from tdhook.attribution.lrp_helpers.rule import Rule, rule_from_dict
+from tdhook.attribution.lrp_helpers.rules.attention import AttentionRule
 from tdhook.attribution.lrp_helpers.rules.gradient import (
     ReLUBetaSmoothRule,
     ReLUDeconvNetRule,
@@ -24,12 +25,16 @@ from tdhook.attribution.lrp_helpers.rules.linear import (
     FlatRule,
     GammaRule,
     NormRule,
+    SoftmaxEpsilonRule,
     ZBoxRule,
     ZPlusRule,
 )
+from tdhook.attribution.lrp_helpers.rules.normalisation import LayerNormRule
+from tdhook.attribution.lrp_helpers.rules.products import ConstantRule, SignalTakeAllRule
+from tdhook.attribution.lrp_helpers.rules.recurrent import RecurrentRule
 from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule, PassRule
 from tdhook.attribution.lrp_helpers.types import Activation, AvgPool, BatchNorm, Convolution, Linear, MaxPool
-from tdhook.selectors import First, Selector, SelectorLike, Type, Where, as_selector
+from tdhook.selectors import First, Op, Selector, SelectorLike, Type, Where, as_selector
 from tdhook.sites import Site
 
 __all__ = [
@@ -37,7 +42,9 @@ __all__ = [
     "BaseRuleMapper",
     "Composite",
     "EpsilonPlus",
+    "attn_lrp",
     "beta_smooth",
+    "cp_lrp",
     "deconvnet",
     "epsilon_alpha2_beta1",
     "epsilon_alpha2_beta1_flat",
@@ -46,6 +53,7 @@ __all__ = [
     "epsilon_plus_flat",
     "excitation_backprop",
     "guided_backprop",
+    "lstm_lrp",
     "preset",
 ]
 
@@ -73,6 +81,8 @@ class Composite:
     def find(self, site: Site) -> tuple[Selector, Rule] | None:
         """The first pair whose selector matches ``site``."""
         for selector, rule in self.pairs:
+            if site.operation is not None and not selector.reaches_operations:
+                continue
             if isinstance(rule, _Mapped):
                 found = rule.mapper(site.name, site.module)
                 if found is not None:
@@ -94,6 +104,11 @@ class Composite:
     def needs_execution(self) -> bool:
         """Whether matching depends on the order in which the model runs its modules."""
         return any(selector.needs_execution for selector, _ in self.pairs)
+
+    @property
+    def on_operations(self) -> tuple[tuple[Selector, Rule], ...]:
+        """The pairs that can mean operations."""
+        return tuple(pair for pair in self.pairs if pair[0].reaches_operations)
 
     def __add__(self, other: Composite | Pairs) -> Composite:
         return Composite((*self.pairs, *Composite(other).pairs))
@@ -253,17 +268,65 @@ def excitation_backprop(stabilizer: Stabilizer = 1e-6, zero_params: ZeroParams =
 
 def guided_backprop() -> Composite:
     """The gradient, let through ReLUs only where both it and the activation are positive (Springenberg et al. 2015)."""
-    return Composite([(nn.ReLU, ReLUGuidedBackpropRule())])
+    return Composite([(Type(nn.ReLU) | Op("relu"), ReLUGuidedBackpropRule())])
 
 
 def deconvnet() -> Composite:
     """The gradient, let through ReLUs only where it is positive (Zeiler and Fergus 2014)."""
-    return Composite([(nn.ReLU, ReLUDeconvNetRule())])
+    return Composite([(Type(nn.ReLU) | Op("relu"), ReLUDeconvNetRule())])
 
 
 def beta_smooth(beta: float = 10.0) -> Composite:
     """The gradient, with that of softplus in place of ReLU's (Dombrowski et al. 2019)."""
-    return Composite([(nn.ReLU, ReLUBetaSmoothRule(beta))])
+    return Composite([(Type(nn.ReLU) | Op("relu"), ReLUBetaSmoothRule(beta))])
+
+
+def attn_lrp() -> Composite:
+    """AttnLRP, for transformers (Achtibat et al. 2024), in the gradient flow: one forward and one backward pass.
+
+    Attention (Prop. 3.1 and 3.3) and softmax (Prop. 3.1) are linearised at their inputs, normalisation has its
+    statistics held constant (Prop. 3.4), and activations pass (the identity rule). Everything else has the default of
+    its operation, which is the paper's: epsilon for what is linear, equal parts for products (Prop. 3.3), denominators
+    held constant (Prop. 3.4: normalisation that is written out by hand).
+    """
+    return _transformer(values_only=False)
+
+
+def _transformer(values_only: bool) -> Composite:
+    return Composite(
+        [
+            (Op("scaled_dot_product_attention"), AttentionRule(values_only)),
+            (Op("softmax"), ConstantRule() if values_only else SoftmaxEpsilonRule()),
+            (Type(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm), LayerNormRule()),
+            (Op("layer_norm", "rms_norm", "group_norm"), LayerNormRule()),
+            (Activation, PassRule()),
+        ]
+    )
+
+
+def cp_lrp() -> Composite:
+    """CP-LRP, for transformers (Ali et al. 2022): :func:`attn_lrp` with attention weights held constant.
+
+    Values take all relevance of attention, queries and keys none (the "AH" rule there), and normalisation has its
+    standard deviation held constant (the "LN" rule there).
+    """
+    return _transformer(values_only=True)
+
+
+def lstm_lrp(epsilon: Stabilizer = 1e-3) -> Composite:
+    """Signal-take-all, for LSTM and GRU, fused or written out by hand (Arras et al. 2017 and 2019).
+
+    Products of a gate and a signal give all relevance to the signal ("LRP-all" there), weighted sums and sums share it
+    by epsilon with the bias included (eq. 2 of Arras et al. 2017), and activations pass.
+    """
+    return Composite(
+        [
+            (Type(Linear) | Op("linear", "add", "sub"), EpsilonRule(epsilon)),
+            (Op("mul"), SignalTakeAllRule()),
+            (Op("lstm", "lstm_cell", "gru", "gru_cell", "rnn_*"), RecurrentRule()),
+            (Activation, PassRule()),
+        ]
+    )
 
 
 PRESETS: dict[str, Callable[..., Composite]] = {
@@ -278,6 +341,9 @@ PRESETS: dict[str, Callable[..., Composite]] = {
         guided_backprop,
         deconvnet,
         beta_smooth,
+        attn_lrp,
+        cp_lrp,
+        lstm_lrp,
     )
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,13 +19,14 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
 from tdhook.attribution.lrp_helpers.rule import Convention
+from tdhook.ledger import Ledger
 from tdhook.state import modules_of, restored
 from tdhook.targets import Seeds
 
 if TYPE_CHECKING:
     from tdhook.explained import ExplainedModule
 
-__all__ = ["Attribution", "InKeys", "Model", "Prepared", "Record"]
+__all__ = ["Attribution", "Conditions", "InKeys", "Model", "Prepared", "Record"]
 
 InKeys: TypeAlias = "Sequence[NestedKey] | Mapping[NestedKey, NestedKey]"
 
@@ -138,6 +139,23 @@ class Record:
         return value.reshape(*self.outputs.batch_size, *value.shape[1:]) if self.flat else value
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """How a method wants a model to be run.
+
+    Attributes:
+        flow: the convention in which gradients travel.
+        forward: entered around the forward pass.
+        overwrites: whether the model overwrites tensors, so that it must not be given leaves of the graph.
+        ledger: what keeps accounts of the run, if anything does.
+    """
+
+    flow: Convention
+    forward: AbstractContextManager[None] = field(default_factory=nullcontext)
+    overwrites: bool = False
+    ledger: Ledger | None = None
+
+
 class Prepared:
     """A model made ready for ``with`` blocks, each of which gives an explained module that lasts as long as it does."""
 
@@ -228,8 +246,8 @@ class Attribution(ABC):
         """What the method has to work out once per model; its state is kept by the explained module."""
 
     @abstractmethod
-    def active(self, state: Any, model: Model, td: TensorDictBase) -> AbstractContextManager[Convention]:
-        """Change the model for one forward pass; yields the convention in which gradients travel then."""
+    def active(self, state: Any, model: Model, td: TensorDictBase) -> AbstractContextManager[Conditions]:
+        """Change the model for one forward and backward pass."""
 
     @abstractmethod
     def seeds(self, record: Record, td: TensorDictBase, flow: Convention) -> Seeds:
@@ -238,6 +256,10 @@ class Attribution(ABC):
     @abstractmethod
     def relevance(self, state: Any, value: Tensor, grad: Tensor, flow: Convention) -> Tensor:
         """The relevance of ``value``, given what the backward pass brought to it."""
+
+    def extra_out_keys(self) -> tuple[NestedKey, ...]:
+        """Keys that the method writes besides outputs and relevance."""
+        return ()
 
     def differentiable(self, inputs: TensorDictBase, td: TensorDictBase) -> TensorDictBase:
         """Those of the inputs that are attributed, as the leaves of the graph."""

@@ -14,12 +14,15 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
 from tdhook.attribution.lrp_helpers.binding import named_tensors
-from tdhook.contexts import Model, Record
+from tdhook.contexts import Conditions, Model, Record
+from tdhook.ledger import Ledger, balance
+from tdhook.operations.mutation import Mutated
 from tdhook.state import dense_copy, restored
 from tdhook.targets import Seeds, require_dependence
 
 if TYPE_CHECKING:
-    from tdhook.attribution.lrp_helpers.rule import Convention
+    from rich.table import Table
+
     from tdhook.contexts import Attribution
 
 __all__ = ["ExplainedModule"]
@@ -30,9 +33,14 @@ class ExplainedModule(TensorDictModuleBase):
 
     Parameters, buffers and submodules are the model's own, under the same names: ``state_dict``, optimisers, weight
     synchronisation, ``to`` and ``train`` see the model.
+
+    Attributes:
+        ledger: accounts of the last call, if they were asked for.
     """
 
-    def __init__(self, method: Attribution, model: Model) -> None:
+    ledger: Ledger | None
+
+    def __init__(self, method: Attribution, model: Model, state: Any = None) -> None:
         super().__init__()
         # The very dictionaries of the model, so that whatever is registered there later is seen here too.
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -41,6 +49,7 @@ class ExplainedModule(TensorDictModuleBase):
         self.training = model.root.training
         self._method = method
         self._closed = False
+        self.__dict__["ledger"] = None
         self._told: set[NestedKey] = set()
         self._paths = {
             path: model.submodule(path) for path in (*method.input_modules, *method.target_modules)
@@ -49,7 +58,8 @@ class ExplainedModule(TensorDictModuleBase):
         sources = [*method.attributed_keys(model), *method.input_modules]
         self.in_keys = list(dict.fromkeys([*map(unravel_key, model.runner.in_keys), *method.extra_in_keys()]))
         self.out_keys = [*model.runner.out_keys, *((*prefix, *_parts(key)) for key in sources)]
-        self._state = method.start(model)
+        self.out_keys += method.extra_out_keys()
+        self._state = method.start(model) if state is None else state
 
     def close(self) -> None:
         """End the module's life: a later call is an error."""
@@ -116,16 +126,67 @@ class ExplainedModule(TensorDictModuleBase):
             )
 
     def _run(self, td: TensorDictBase) -> dict[NestedKey, Any]:
+        try:
+            return self._attempt(td)
+        except Mutated:  # the model overwrites tensors: from now on it is run with care
+            return self._attempt(td)
+
+    def _attempt(self, td: TensorDictBase) -> dict[NestedKey, Any]:
         method = self._method
+        with self._forward_pass(td) as (record, conditions):
+            seeds = method.seeds(record, td, conditions.flow)
+            sources = self._sources(record)
+            relevance = self._relevance(record, sources, seeds, conditions, td)
+            accounts = self._accounts(record, sources, seeds, conditions)
+        return {**_entries(record.outputs), **method.extras(record), **relevance, **accounts}
+
+    @contextmanager
+    def _forward_pass(self, td: TensorDictBase) -> Iterator[tuple[Record, Conditions]]:
+        """Run the model, and keep it as it was run for the backward pass within."""
         work, inputs = self._leaves(td)
-        with ExitStack() as stack:
-            flow = stack.enter_context(method.active(self._state, self._model, td))
-            with self._captured() as (modules, keys):
+        with self._method.active(self._state, self._model, td) as conditions:
+            if conditions.overwrites:
+                for key, value in inputs.items():
+                    work.set(key, value.clone())
+            with conditions.forward, self._captured() as (modules, keys):
                 outputs, flat = self._model.run(work)
-            record = Record(inputs, outputs, flat, modules, keys)
-            seeds = method.seeds(record, td, flow)
-            relevance = self._relevance(record, seeds, flow, td)
-        return {**_entries(outputs), **method.extras(record), **relevance}
+            yield Record(inputs, outputs, flat, modules, keys), conditions
+
+    def rehearse(self, td: TensorDictBase) -> None:
+        """Run the model on its tape, and leave everything as it was."""
+        with torch.inference_mode(False), torch.enable_grad(), restored(self._model.root):
+            try:
+                with self._forward_pass(td):
+                    return
+            except Mutated:
+                with self._forward_pass(td):
+                    return
+
+    def _accounts(
+        self, record: Record, sources: dict[NestedKey, Tensor], seeds: Seeds, conditions: Conditions
+    ) -> dict[NestedKey, Tensor]:
+        """The ledger's entries, if one is kept."""
+        if conditions.ledger is None:
+            return {}
+        leaves = {id(x): x for x in (*record.inputs.values(), *sources.values()) if x.is_leaf}
+        found = list(leaves.values()) or list(sources.values())
+        self.__dict__["ledger"] = conditions.ledger
+        closed = balance(conditions.ledger, seeds, found, conditions.flow, record.outputs.batch_size)
+        return {("ledger", name): value for name, value in closed.items()}
+
+    def report(self) -> Table:
+        """The ledger of the last call as a table for ``rich.print``: one row per module or operation.
+
+        Raises:
+            RuntimeError: no ledger was kept.
+        """
+        from tdhook.reports import ledger_table
+
+        if self.ledger is None:
+            raise RuntimeError(
+                "there is no ledger to report: give LRP(..., ledger=True) and call the explained module"
+            )
+        return ledger_table(self.ledger)
 
     def _leaves(self, td: TensorDictBase) -> tuple[TensorDictBase, dict[NestedKey, Tensor]]:
         """A shallow copy of ``td`` in which attributed inputs are leaves of a new graph."""
@@ -191,11 +252,15 @@ class ExplainedModule(TensorDictModuleBase):
         return {key: value for key, value in sources.items() if value.requires_grad}
 
     def _relevance(
-        self, record: Record, seeds: Seeds, flow: Convention, td: TensorDictBase
+        self,
+        record: Record,
+        sources: dict[NestedKey, Tensor],
+        seeds: Seeds,
+        conditions: Conditions,
+        td: TensorDictBase,
     ) -> dict[NestedKey, Tensor]:
         """Run the backward pass."""
         method = self._method
-        sources = self._sources(record)
         require_dependence(seeds, sources, [z.requires_grad for z in seeds.tensors])
         if not torch.compiler.is_compiling():
             for key, z, grad in zip(seeds.keys, seeds.tensors, seeds.grads, strict=True):
@@ -209,7 +274,7 @@ class ExplainedModule(TensorDictModuleBase):
                 seeds.tensors,
                 list(sources.values()),
                 [grad if i is None else grad[i] for grad in seeds.grads],
-                retain_graph=i is not None and i != rounds[-1],
+                retain_graph=conditions.ledger is not None or (i is not None and i != rounds[-1]),
                 allow_unused=True,
             )
             for i in rounds
@@ -219,7 +284,9 @@ class ExplainedModule(TensorDictModuleBase):
         written: dict[NestedKey, Tensor] = {}
         for i, (key, value) in enumerate(sources.items()):
             grads = (torch.zeros_like(value) if each[i] is None else each[i].detach() for each in pulled)
-            relevance = [method.relevance(self._state, value.detach(), grad, flow) for grad in grads]
+            relevance = [
+                method.relevance(self._state, value.detach(), grad, conditions.flow) for grad in grads
+            ]
             if key not in record.inputs:
                 relevance = [record.shaped(r) for r in relevance]
             path = (*prefix, *_parts(key))

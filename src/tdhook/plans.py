@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictParams
@@ -13,58 +13,41 @@ from torch import nn
 
 from tdhook.attribution.lrp_helpers.batchnorm import merging
 from tdhook.attribution.lrp_helpers.binding import Binding
-from tdhook.attribution.lrp_helpers.layers import Sum
+from tdhook.attribution.lrp_helpers.operation import Operation
 from tdhook.attribution.lrp_helpers.propagation import out_of_place
 from tdhook.attribution.lrp_helpers.rule import Convention, Rule
-from tdhook.attribution.lrp_helpers.rules.gradient import LayerNormRule
-from tdhook.attribution.lrp_helpers.rules.linear import NormRule, SoftmaxEpsilonRule
 from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule, PassRule, StopRule
-from tdhook.attribution.lrp_helpers.types import Activation, AvgPool, BatchNorm, MaxPool
+from tdhook.attribution.lrp_helpers.types import BatchNorm
 from tdhook.composites import Composite
 from tdhook.contexts import Model
+from tdhook.operations.interception import Interception, Unmatched
+from tdhook.operations.table import MOVES, WINNER
 from tdhook.selectors import Selector, SelectorLike, Type, as_selector
-from tdhook.state import dense_copy
+from tdhook.state import dense_copy, frozen
 from tdhook.tracing import Execution, registered, traced
 
-__all__ = ["DEFAULTS", "Merge", "Plan", "Row", "make_plan", "observe", "select"]
+__all__ = ["COLUMNS", "DEFAULTS", "Merge", "Plan", "Row", "make_plan", "observe", "select"]
 
 Merge: TypeAlias = "tuple[str | Sequence[str], str]"
 Mapper: TypeAlias = "Callable[[str, nn.Module], Rule | None]"
 
-_DATA_MOVEMENT = Type(
-    *(
-        nn.Identity,
-        nn.Flatten,
-        nn.Unflatten,
-        nn.Unfold,
-        nn.PixelShuffle,
-        nn.PixelUnshuffle,
-        nn.ChannelShuffle,
-    ),
-    *("*Pad1d", "*Pad2d", "*Pad3d", "torchrl.*.Squash*", "torchrl.*.Squeeze*"),
-)
-_DROPOUT = Type(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-
 DEFAULTS = Composite(
     [
-        # The last two are how torchrl's actors make a scale of what a network gave.
-        (Type(Activation, BatchNorm, "biased_softplus", "expln"), PassRule()),
-        (_DATA_MOVEMENT | _DROPOUT | Type(MaxPool, nn.Embedding, nn.EmbeddingBag), IgnoreRule()),
-        ((Sum, AvgPool, nn.Upsample, nn.Fold), NormRule()),
-        (Type(nn.LayerNorm, "*RMSNorm"), LayerNormRule()),
-        (nn.Softmax, SoftmaxEpsilonRule()),
+        (Type(BatchNorm), PassRule()),
+        # Activations that are written out by hand. The last two are how torchrl's actors make a scale of an output.
+        (Type("transformers.activations.*", "biased_softplus", "expln"), PassRule()),
     ]
 )
-"""What modules get that a composite leaves open, in the relevance flow."""
+"""What modules get that a composite leaves open; the operations inside the others have defaults of their own."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a plan says of one module.
+    """What a plan says of one module, or of one operation.
 
     Attributes:
-        path: dotted path of the module.
-        module: the module.
+        path: dotted path of the module, or of the one around the operation.
+        module: the module, or a stand-in for the operation.
         rule: its rule, if any.
         selector: the selector that matched; ``None`` for a default and for a rule from a mapper.
         open: whether it is a layer that nothing says anything about.
@@ -74,9 +57,17 @@ class Row:
     path: str
     module: nn.Module
     rule: Rule | None
-    selector: Selector | None = None
+    selector: Selector | Unmatched | None = None
     open: bool = False
     runs: bool = True
+
+    @property
+    def operation(self) -> str | None:
+        """The name of the operation; ``None`` for a module."""
+        return self.module.name if isinstance(self.module, Operation) else None
+
+
+COLUMNS = ("module", "type", "rule", "convention", "because")
 
 
 class Plan:
@@ -84,16 +75,31 @@ class Plan:
 
     Args:
         rows: one per module that has a rule, or could have one.
+        modules: all modules of the model.
         flow: the convention of the backward pass.
         merges: batch norms to merge by name: path of the batch norm to the linear layers.
         merge: whether batch norms right behind a linear layer are merged.
+        interception: what runs operations under their rules; ``None`` where only modules have rules.
+
+    Attributes:
+        operations: the operations that one run was seen to perform, in execution order with the modules that have a
+            rule; empty where none was.
     """
 
     def __init__(
-        self, rows: Sequence[Row], flow: Convention, merges: dict[str, list[nn.Module]], merge: bool
+        self,
+        rows: Sequence[Row],
+        modules: Iterable[nn.Module],
+        flow: Convention,
+        merges: dict[str, list[nn.Module]],
+        merge: bool,
+        interception: Interception | None,
     ) -> None:
         self.rows = tuple(rows)
+        self.operations: tuple[Row, ...] = ()
         self.flow: Convention = flow
+        self.interception = interception
+        self._modules = tuple(modules)
         self.sensitivity = any(row.rule is not None and row.rule.yields == "sensitivity" for row in rows)
         self._bindings: list[Binding] = []
         self._custom: list[tuple[Rule, nn.Module]] = []
@@ -104,15 +110,17 @@ class Plan:
             if type(rule).register is not Rule.register:
                 self._custom.append((rule, row.module))
                 continue
-            if type(rule) is PassRule and isinstance(row.module, BatchNorm) and flow == "relevance":
+            if type(rule) is PassRule and isinstance(row.module, BatchNorm):
                 if row.path in merges:
                     rule = merging(merges[row.path])
                 elif merge:
                     rule = merging()
-            self._bindings.append(Binding(row.module, rule, flow))
+            self._bindings.append(Binding(row.module, rule, flow, interception))
 
     def attach(self, stack: ExitStack) -> None:
-        """Run the model under the rules until ``stack`` is closed."""
+        """Run the model under the rules until ``stack`` is closed; operations only :meth:`within` it."""
+        if self.interception is not None:
+            stack.enter_context(frozen(self._modules))
         stack.enter_context(out_of_place(row.module for row in self.rows))
         for binding in self._bindings:
             binding.attach()
@@ -120,25 +128,83 @@ class Plan:
         for rule, module in self._custom:
             stack.enter_context(rule.register(module))
 
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Take down the operations of the forward pass within as :attr:`operations`."""
+        if self.interception is None:
+            yield
+            return
+        watch = _Watch(self)
+        self.interception.observer = watch
+        try:
+            yield
+        finally:
+            self.interception.observer = None
+        called = {id(row.module) for row in watch.rows}
+        idle = (replace(row, runs=False) for row in self.rows if row.rule and id(row.module) not in called)
+        self.operations = (*watch.rows, *idle)
+
+    def within(self, *, tracked: bool = False) -> AbstractContextManager[None]:
+        """Run operations under their rules; ``tracked`` where the path of each has to be known."""
+        return nullcontext() if self.interception is None else self.interception.running(tracked=tracked)
+
     def __iter__(self) -> Iterator[Row]:
-        return iter(self.rows)
+        return iter(self.operations or self.rows)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.operations or self.rows)
 
     def __str__(self) -> str:
-        cells = [("module", "type", "rule", "because")]
-        for row in self.rows:
-            because = "" if row.rule is None else "default" if row.selector is None else repr(row.selector)
-            because += "" if row.rule is None or row.runs else " (never called)"
-            nothing = "none: plain gradient" if row.open else ""
-            rule = nothing if row.rule is None else repr(row.rule)
-            cells.append((row.path or "(model)", type(row.module).__name__, rule, because))
-        widths = [max(len(cell[i]) for cell in cells) for i in range(3)]
+        cells = [COLUMNS, *map(self.cells, self)]
+        widths = [max(len(cell[i]) for cell in cells) for i in range(4)]
         lines = [
-            "  ".join([*(c.ljust(w) for c, w in zip(cell, widths, strict=False)), cell[3]]) for cell in cells
+            "  ".join([*(c.ljust(w) for c, w in zip(cell, widths, strict=False)), cell[4]]) for cell in cells
         ]
         return "\n".join(line.rstrip() for line in [f"flow: {self.flow}", *lines])
+
+    def cells(self, row: Row) -> tuple[str, str, str, str, str]:
+        """One row in words, in the order of :data:`COLUMNS`."""
+        path, kind = row.path or "(model)", type(row.module).__name__
+        if row.rule is None:
+            unruled = "none: plain gradient" if self.interception is None else "those of its operations"
+            return path, kind, unruled if row.open else "", "", ""
+        if row.operation is not None:
+            kind += "()"
+        because = "default" if row.selector is None else repr(row.selector)
+        if isinstance(row.selector, Unmatched):
+            because = "nothing is known of it: as arithmetic"
+        because += "" if row.runs else " (never called)"
+        if isinstance(row.rule, IgnoreRule) and row.operation is not None and row.selector is None:
+            if row.operation in WINNER:
+                return path, kind, "picks values", "", ""
+            return path, kind, "moves data" if row.operation in MOVES else "none: plain gradient", "", ""
+        convention = "" if isinstance(row.rule, IgnoreRule | StopRule) else row.rule.convention
+        return path, kind, repr(row.rule), convention, because
+
+
+class _Watch:
+    """Takes down the calls of a forward pass."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.rows: list[Row] = []
+        self._known = {id(row.module): row for row in plan.rows}
+
+    def call(
+        self,
+        path: str,
+        module: nn.Module,
+        selector: Selector | Unmatched | None,
+        rule: Rule,
+        flow: Convention,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Make one call and take it down."""
+        self.rows.append(self._known.get(id(module), Row(path, module, rule, selector)))
+        if isinstance(rule, IgnoreRule):
+            return original(*args, **kwargs)
+        return rule.run_in(flow, module, original, args, kwargs)
 
 
 def make_plan(
@@ -149,6 +215,7 @@ def make_plan(
     skip: Callable[[str, nn.Module], bool] | None,
     flow: Convention | None,
     merge_batch_norm: bool | Sequence[Merge],
+    unmatched: Callable[[str, str], None],
 ) -> Plan:
     """Ask a composite or a mapper for the rule of every module.
 
@@ -160,6 +227,7 @@ def make_plan(
         skip: modules to leave alone.
         flow: the convention of the backward pass, or ``None`` to follow from the rules.
         merge_batch_norm: whether to merge batch norms, or which.
+        unmatched: told of operations that nothing is known of, and the path of the module around them.
 
     Raises:
         TypeError: the mapper returned something else than a rule.
@@ -179,13 +247,12 @@ def make_plan(
         leaf = not any(True for _ in module.children())
         leaf = leaf and not isinstance(module, TensorDictModuleBase | TensorDictParams)
         rows.append(Row(name, module, rule, selector, open=rule is None and leaf))
-    # Nothing, and no relevance, are the same in both conventions.
-    rules = [
-        row.rule for row in rows if row.rule is not None and not isinstance(row.rule, IgnoreRule | StopRule)
-    ]
+    composite = mapper if isinstance(mapper, Composite) else Composite()
+    rules = [row.rule for row in rows if row.rule is not None] + [rule for _, rule in composite.on_operations]
     if flow is None:
-        flow = "gradient" if rules and all(rule.convention == "gradient" for rule in rules) else "relevance"
-    if defaults and flow == "relevance":
+        flow = _flow_of(rules)
+    sensitivity = any(rule.yields == "sensitivity" for rule in rules)
+    if defaults and not sensitivity:
         rows = [_by_default(row) for row in rows]
     called = set(execution.order)
     rows = [replace(row, runs=row.path in called) for row in rows]
@@ -194,7 +261,40 @@ def make_plan(
     merges: dict[str, list[nn.Module]] = {}
     if not isinstance(merge_batch_norm, bool):
         merges = _named_merges(merge_batch_norm, execution)
-    return Plan(rows, flow, merges, bool(merge_batch_norm))
+    interception = None
+    if defaults and (composite.on_operations or not sensitivity):
+        interception = Interception(
+            flow,
+            execution.modules,
+            _Lookup(composite, execution) if composite.on_operations else None,
+            by_path=any(selector.depends_on_path for selector, _ in composite.on_operations),
+            defaults=not sensitivity,
+            unmatched=unmatched,
+        )
+    return Plan(rows, execution.modules.values(), flow, merges, bool(merge_batch_norm), interception)
+
+
+def _flow_of(rules: Sequence[Rule]) -> Convention:
+    """The gradient flow if there is a rule for it and none that would have to be converted."""
+    # Nothing, and no relevance, are the same in both conventions.
+    telling = [rule for rule in rules if not isinstance(rule, IgnoreRule | StopRule)]
+    gradient = any(rule.convention == "gradient" for rule in telling)
+    return (
+        "gradient"
+        if gradient and all(rule.in_both or rule.convention == "gradient" for rule in telling)
+        else "relevance"
+    )
+
+
+@dataclass(frozen=True)
+class _Lookup:
+    """Asks a composite for the rule of an operation."""
+
+    composite: Composite
+    execution: Execution
+
+    def __call__(self, operation: str, path: str, module: nn.Module) -> tuple[Selector | None, Rule | None]:
+        return self.composite.find(self.execution.operation(operation, path, module)) or (None, None)
 
 
 def select(

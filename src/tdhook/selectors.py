@@ -21,9 +21,22 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import nn
 
 from tdhook.attribution.lrp_helpers import types as families
+from tdhook.operations.names import name_of
 from tdhook.sites import Site
 
-__all__ = ["First", "Last", "Name", "Reads", "Selector", "Site", "Type", "Where", "Writes", "as_selector"]
+__all__ = [
+    "First",
+    "Last",
+    "Name",
+    "Op",
+    "Reads",
+    "Selector",
+    "Site",
+    "Type",
+    "Where",
+    "Writes",
+    "as_selector",
+]
 
 
 class Selector(ABC):
@@ -40,6 +53,16 @@ class Selector(ABC):
     @property
     def needs_execution(self) -> bool:
         """Whether matching depends on the order in which the model runs its modules."""
+        return False
+
+    @property
+    def reaches_operations(self) -> bool:
+        """Whether operations can be meant; else only modules are."""
+        return False
+
+    @property
+    def depends_on_path(self) -> bool:
+        """Whether it matters inside which module an operation is."""
         return False
 
     def __and__(self, other: SelectorLike) -> Selector:
@@ -183,6 +206,45 @@ class Name(Selector):
         return f"Name({self.pattern!r})"
 
 
+@dataclass(frozen=True, init=False)
+class Op(Selector):
+    """Operations: torch functions that the forward pass calls outside of any module that has a rule itself.
+
+    Functions, methods, operators, in-place and ``out=`` forms are one operation. Together with other selectors, those
+    are about the module around it: ``Op(torch.add) & Name("*.layers.*")``.
+
+    Args:
+        operations: torch functions (``torch.add``, ``F.softmax``, ``operator.matmul``), or names or globs of names
+            (``"softmax"``, ``"*pool2d"``).
+    """
+
+    operations: tuple[str, ...]
+
+    def __init__(self, *operations: str | Callable[..., Any]) -> None:
+        if not operations or not all(isinstance(o, str) or callable(o) for o in operations):
+            raise TypeError(f"Op takes torch functions or names of operations, got {operations!r}")
+        for operation in operations:
+            if isinstance(operation, type):
+                raise TypeError(
+                    f"Op selects functions; write Type({operation.__name__}) for modules of a class"
+                )
+        object.__setattr__(self, "operations", tuple(map(name_of, operations)))
+
+    @property
+    def reaches_operations(self) -> bool:
+        return True
+
+    def matches(self, site: Site) -> bool:
+        name = site.operation
+        return name is not None and any(fnmatchcase(name, o) for o in self.operations)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"op": list(self.operations)}
+
+    def __repr__(self) -> str:
+        return f"Op({', '.join(map(repr, self.operations))})"
+
+
 @dataclass(frozen=True, init=False, repr=False)
 class _OfKey(Selector):
     key: NestedKey
@@ -230,6 +292,10 @@ class _Extreme(Selector):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "selector", as_selector(self.selector))
+        if self.selector.reaches_operations:
+            raise TypeError(
+                f"{type(self).__name__} chooses among modules, and {self.selector!r} selects operations"
+            )
 
     @property
     def needs_execution(self) -> bool:
@@ -307,6 +373,14 @@ class _Several(Selector):
     def needs_execution(self) -> bool:
         return any(s.needs_execution for s in self.selectors)
 
+    @property
+    def reaches_operations(self) -> bool:
+        return any(s.reaches_operations for s in self.selectors)
+
+    @property
+    def depends_on_path(self) -> bool:
+        return any(s.depends_on_path for s in self.selectors)
+
     def _joined(self, symbol: str) -> str:
         return "(" + f" {symbol} ".join(map(repr, self.selectors)) + ")"
 
@@ -317,7 +391,16 @@ def _members(selector: Selector, kind: type[_Several]) -> tuple[Selector, ...]:
 
 
 class _All(_Several):
+    @property
+    def depends_on_path(self) -> bool:
+        mixed = self.reaches_operations and not all(s.reaches_operations for s in self.selectors)
+        return mixed or super().depends_on_path
+
     def matches(self, site: Site) -> bool:
+        if site.operation is not None:
+            return all(
+                s.matches(site) if s.reaches_operations else _holds(s, site.around()) for s in self.selectors
+            )
         excluded = [s.selector for s in self.selectors if isinstance(s, _Not)]
         if len(excluded) == len(self.selectors):
             return all(s.matches(site) for s in self.selectors)
@@ -331,8 +414,15 @@ class _All(_Several):
         return self._joined("&")
 
 
+def _holds(selector: Selector, site: Site) -> bool:
+    """Whether a selector matches the module around an operation, which need not be a layer."""
+    return not selector.selector.matches(site) if isinstance(selector, _Not) else selector.matches(site)
+
+
 class _Any(_Several):
     def matches(self, site: Site) -> bool:
+        if site.operation is not None:
+            return any(s.reaches_operations and s.matches(site) for s in self.selectors)
         return any(s.matches(site) for s in self.selectors)
 
     def to_dict(self) -> dict[str, Any]:
@@ -346,7 +436,8 @@ class _Any(_Several):
 class _Not(Selector):
     """What another selector leaves.
 
-    On its own it means layers, not what merely contains them: ``~Type(nn.Linear)`` is not the whole model.
+    On its own it means layers, not what merely contains them: ``~Type(nn.Linear)`` is not the whole model; and
+    ``~Op("add")`` means operations.
     """
 
     selector: Selector
@@ -355,7 +446,17 @@ class _Not(Selector):
     def needs_execution(self) -> bool:
         return self.selector.needs_execution
 
+    @property
+    def reaches_operations(self) -> bool:
+        return self.selector.reaches_operations
+
+    @property
+    def depends_on_path(self) -> bool:
+        return self.selector.depends_on_path
+
     def matches(self, site: Site) -> bool:
+        if self.reaches_operations:
+            return site.operation is not None and not self.selector.matches(site)
         return not any(True for _ in site.module.children()) and not self.selector.matches(site)
 
     def to_dict(self) -> dict[str, Any]:
@@ -400,6 +501,7 @@ _READERS: dict[str, Callable[[Any], Selector]] = {
     "type": _read_type,
     "name": _read_name,
     "regex": _read_regex,
+    "op": lambda value: Op(*([value] if isinstance(value, str) else value)),
     "reads": lambda value: Reads(_read_key(value)),
     "writes": lambda value: Writes(_read_key(value)),
     "first": lambda value: First(Selector.from_dict(value)),

@@ -1,4 +1,4 @@
-"""Where a module stands in a model: what selectors look at."""
+"""Where a module or an operation stands in a model: what selectors look at."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ __all__ = ["Site"]
 
 @dataclass(frozen=True)
 class Site:
-    """One module in a model, as selectors see it.
+    """One module in a model, or one operation inside it, as selectors see it.
 
     Attributes:
         name: dotted path of the module, ``""`` for the model itself.
         module: the module.
+        operation: name of the operation, if it is one inside the module that is meant.
         order: all sites' names in execution order; ``None`` where the model is not at hand.
         modules: name to module, of the whole model.
         keys_read: module name to the TensorDict keys that it is the first layer to read, of the whole model.
@@ -26,10 +27,15 @@ class Site:
 
     name: str
     module: nn.Module
+    operation: str | None = None
     order: tuple[str, ...] | None = None
     modules: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
     keys_read: Mapping[str, Set[NestedKey]] = field(default_factory=dict, repr=False)
     keys_written: Mapping[str, Set[NestedKey]] = field(default_factory=dict, repr=False)
+
+    def around(self) -> Site:
+        """The site of the module around an operation."""
+        return replace(self, operation=None)
 
     def elsewhere(self, name: str) -> Site:
         """The site of another module of the same model."""

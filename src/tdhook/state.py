@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from tensordict import LazyStackedTensorDict, TensorDictBase
+from tensordict.nn import TensorDictParams
 from torch import nn
 
-__all__ = ["dense_copy", "modules_of", "restored"]
+__all__ = ["dense_copy", "frozen", "modules_of", "restored"]
 
 
 def modules_of(root: nn.Module) -> dict[str, nn.Module]:
@@ -57,6 +58,22 @@ def restored(root: nn.Module, *, always: bool = True) -> Iterator[None]:
             with torch.no_grad():
                 for registry, name, buffer, value in buffers:
                     registry[name] = buffer.copy_(value)
+
+
+@contextmanager
+def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Take the parameters off the tape, so that only what depends on the inputs is on it."""
+    thawed: list[torch.Tensor] = []
+    for module in modules:
+        own = module.parameters() if isinstance(module, TensorDictParams) else module._parameters.values()
+        thawed += [p for p in own if p is not None and p.requires_grad and p.is_leaf]
+    try:
+        for parameter in thawed:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in thawed:
+            parameter.requires_grad_(True)
 
 
 def dense_copy(td: TensorDictBase) -> TensorDictBase:

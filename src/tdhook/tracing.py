@@ -43,7 +43,14 @@ class Execution:
 
     def site(self, name: str) -> Site:
         """A module of the model as selectors see it."""
-        return Site(name, self.modules[name], self.order, self.modules, self.reads, self.writes)
+        return self._site(name, self.modules[name], None)
+
+    def operation(self, operation: str, name: str, module: nn.Module) -> Site:
+        """An operation inside a module of that name, as selectors see it."""
+        return self._site(name, module, operation)
+
+    def _site(self, name: str, module: nn.Module, operation: str | None) -> Site:
+        return Site(name, module, operation, self.order, self.modules, self.reads, self.writes)
 
 
 def _is_layer(module: nn.Module) -> bool:

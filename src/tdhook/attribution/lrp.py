@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from tdhook.attribution.lrp_helpers.rule import Convention, Rule
 from tdhook.composites import Composite, Pairs, preset
-from tdhook.contexts import Attribution, Model, Record
+from tdhook.contexts import Attribution, Conditions, InKeys, Model, Record
+from tdhook.ledger import Ledger
 from tdhook.plans import Merge, Plan, make_plan, observe
 from tdhook.targets import Seeds, TargetLike, as_seeder
 
@@ -31,6 +33,7 @@ class _State:
 
     plan: Plan
     executed: bool
+    seen: bool = False
 
 
 class LRP(Attribution):
@@ -59,11 +62,18 @@ class LRP(Attribution):
         clean_intermediate_keys: whether to leave out the copies of inputs and outputs under ``_mod_in``, ``_mod_out``.
         warn_on_missing_rule: whether to warn of modules without rule; by default, with a composite, of layers alone.
         skip_modules: ``(name, module) -> bool``, modules that get no rule and no warning.
+        on_unmatched: what to do where the model calls a torch function on the way that nothing is known of: warn once
+            and treat it as arithmetic (the generic epsilon rule), raise, or treat it so without a word.
+        ledger: whether to account for all relevance, per batch element: ``("ledger", "target")`` is what was put in,
+            ``("ledger", "inputs")`` what arrived, ``("ledger", "absorbed")`` what rules kept on purpose, and
+            ``("ledger", "gap")`` what was lost or made. It takes one more backward pass per batch element.
 
-    With a composite, modules that it leaves open get the obvious rule if there is one (pass for activations, and so on;
-    see :mod:`tdhook.plans`), and what is written is relevance in either flow (but for modified gradients such as guided
-    backpropagation, which are written as they are). With a ``rule_mapper``, modules left open get no rule, the backward
-    pass starts from ones unless told, and what it brings to the inputs is written as it is.
+    With a composite, modules that it leaves open are entered, and each operation in them that it leaves open has the
+    obvious rule (:mod:`tdhook.operations.table`). What is written is relevance in either flow (but for modified
+    gradients such as guided backpropagation, which are written as they are).
+
+    With a ``rule_mapper``, modules left open get no rule, operations neither, the backward pass starts from ones unless
+    told, and what it brings to the inputs is written as it is.
     """
 
     def __init__(
@@ -87,6 +97,8 @@ class LRP(Attribution):
         clean_intermediate_keys: bool = True,
         warn_on_missing_rule: bool | None = None,
         skip_modules: Callable[[str, nn.Module], bool] | None = None,
+        on_unmatched: Literal["warn", "raise", "ignore"] = "warn",
+        ledger: bool = False,
     ) -> None:
         super().__init__(
             attribute=attribute,
@@ -101,6 +113,10 @@ class LRP(Attribution):
             raise TypeError("give LRP a target or init_attr_targets, not both")
         if flow not in (None, "relevance", "gradient"):
             raise ValueError(f"flow is 'relevance' or 'gradient', got {flow!r}")
+        if on_unmatched not in ("warn", "raise", "ignore"):
+            raise ValueError(f"on_unmatched is 'warn', 'raise' or 'ignore', got {on_unmatched!r}")
+        self.on_unmatched = on_unmatched
+        self.ledger = ledger
         self.composite = None if composite is None else _as_composite(composite)
         self.rule_mapper = rule_mapper
         self.target = target
@@ -128,10 +144,28 @@ class LRP(Attribution):
         containers = (nn.ModuleList, nn.ModuleDict, nn.Sequential, TensorDictModule)
         return name in ("", "td_module", "module") or isinstance(module, containers)
 
-    def plan(self, module: nn.Module, td: TensorDictBase | None = None) -> Plan:
-        """Which rule each module gets. Without ``td``, registration order stands in for execution order."""
-        model = Model.of(module)
-        return self._plan(model, td)
+    def plan(
+        self,
+        module: nn.Module,
+        td: TensorDictBase | None = None,
+        in_keys: InKeys | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+    ) -> Plan:
+        """Which rule each module gets, and, with ``td``, each operation, in execution order.
+
+        Without ``td``, the model is not run: registration order stands in for that of execution, and the operations are
+        not known. ``in_keys`` and ``out_keys`` are those of :meth:`prepare`.
+        """
+        from tdhook.explained import ExplainedModule
+
+        model = Model.of(module, in_keys, out_keys)
+        plan = self._plan(model, td)
+        if td is not None and plan.interception is not None:
+            plain = copy.copy(self)
+            plain.ledger = False
+            with plan.watched():
+                ExplainedModule(plain, model, _State(plan, executed=True)).rehearse(td)
+        return plan
 
     def extra_in_keys(self) -> tuple[NestedKey, ...]:
         """Keys that the initialisers read."""
@@ -160,10 +194,13 @@ class LRP(Attribution):
             skip=self.skip_modules,
             flow=self.flow,
             merge_batch_norm=self.merge_batch_norm,
+            unmatched=_Unmatched(self.on_unmatched),
         )
 
     def _complain(self, plan: Plan) -> None:
-        if self.composite is not None and not any(row.selector is not None for row in plan):
+        composite = self.composite
+        silent = composite is not None and not composite.on_operations
+        if silent and not any(row.selector is not None for row in plan):
             classes = ", ".join(sorted({type(row.module).__name__ for row in plan}))
             raise ValueError(
                 f"the composite matches no module of this model:\n{self.composite!r}\nIt has {classes}."
@@ -172,23 +209,43 @@ class LRP(Attribution):
         if warn is False:
             return
         for row in plan:
-            if row.rule is None and (
-                warn or self.composite is None or (row.open and plan.flow == "relevance")
-            ):
+            if row.rule is None and (warn or composite is None):
                 warnings.warn(
                     f"No rule found for module `{row.path}` ({type(row.module).__name__})", stacklevel=2
                 )
 
     @contextmanager
-    def active(self, state: _State, model: Model, td: TensorDictBase) -> Iterator[Convention]:
+    def active(self, state: _State, model: Model, td: TensorDictBase) -> Iterator[Conditions]:
         """Run the model under its rules."""
         if not state.executed:
             state.plan = self._plan(model, td)
             state.executed = True
             self._complain(state.plan)
+        plan = state.plan
         with ExitStack() as stack:
-            state.plan.attach(stack)
-            yield state.plan.flow
+            plan.attach(stack)
+            overwrites = plan.interception is not None and plan.interception.guard.active
+            # The first run tells the path of operations that nothing is known of.
+            ledger = self._new_ledger(plan)
+            yield Conditions(plan.flow, plan.within(tracked=not state.seen), overwrites, ledger)
+            state.seen = True
+
+    def _new_ledger(self, plan: Plan) -> Ledger | None:
+        if not self.ledger:
+            return None
+        if plan.interception is None or plan.sensitivity:
+            raise ValueError(
+                "ledger=True needs a composite whose result is relevance: rule mappers and modified gradients "
+                "conserve none"
+            )
+        plan.interception.observer = ledger = Ledger()
+        return ledger
+
+    def extra_out_keys(self) -> tuple[NestedKey, ...]:
+        """Those of the ledger."""
+        return (
+            tuple(("ledger", name) for name in ("target", "inputs", "absorbed", "gap")) if self.ledger else ()
+        )
 
     def differentiable(self, inputs: TensorDictBase, td: TensorDictBase) -> TensorDictBase:
         """Let ``init_attr_inputs`` choose among the inputs."""
@@ -241,6 +298,26 @@ class LRP(Attribution):
 
     def _extra(self, td: TensorDictBase) -> TensorDictBase:
         return td.select(*self.additional_init_keys)
+
+
+class _Unmatched:
+    """Reports an operation that nothing is known of, once for each place."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+        self.told: set[tuple[str, str]] = set()
+
+    def __call__(self, operation: str, path: str) -> None:
+        where = f"the operation `{operation}` in module `{path}`" if path else f"the operation `{operation}`"
+        remedy = f'give it a rule, (Op("{operation}"), rule) in the composite'
+        if self.how == "raise":
+            raise NotImplementedError(f"nothing is known of {where}: {remedy}")
+        if self.how == "warn" and (operation, path) not in self.told:
+            self.told.add((operation, path))
+            warnings.warn(
+                f"nothing is known of {where}, which is treated as arithmetic under the epsilon rule; {remedy}",
+                stacklevel=2,
+            )
 
 
 def _as_composite(composite: Composite | Pairs | str) -> Composite:

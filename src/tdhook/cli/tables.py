@@ -16,7 +16,10 @@ from torch import nn
 
 from tdhook.attribution.lrp import LRP
 from tdhook.attribution.lrp_helpers import rules
+from tdhook.attribution.lrp_helpers.rules import IgnoreRule
 from tdhook.composites import PRESETS, Composite
+from tdhook.operations.interception import Unmatched
+from tdhook.plans import COLUMNS
 from tdhook.rl.rollouts import Conservation, Summary
 
 __all__ = ["conservation_table", "formula", "plan_table", "presets_table", "relevance_table", "rules_table"]
@@ -72,34 +75,22 @@ def conservation_table(account: Conservation) -> Group:
 def plan_table(actor: nn.Module, composite: Composite, observed: TensorDictBase | None = None) -> Group:
     """Which rule each module of an actor gets; ``observed`` is what it reads, if that is at hand."""
     plan = LRP(composite).plan(actor, observed)
-    table = _table(f"{type(actor).__name__}, {plan.flow} flow", "module", "type", "rule", "because of")
-    missing = [row.path for row in plan if row.open]
+    table = _table(f"{type(actor).__name__}, {plan.flow} flow", *COLUMNS)
     for row in plan:
-        rule = (
-            Text("none: plain gradient", style="bold yellow")
-            if row.open
-            else Text(repr(row.rule) if row.rule else "")
-        )
-        because = repr(row.selector)
-        if row.selector is None:
-            inner = any(True for _ in row.module.children())
-            because = (
-                "default"
-                if row.rule
-                else "nothing matches"
-                if row.open
-                else "holds others"
-                if inner
-                else "no layer"
-            )
-        style = "" if row.rule or row.open else "dim"
-        table.add_row(
-            Text(row.path or "(the policy)"), type(row.module).__name__, rule, Text(because), style=style
-        )
-    chosen = sum(row.selector is not None for row in plan)
-    default = sum(row.selector is None and row.rule is not None for row in plan)
-    total = f"{chosen} modules have a rule of the composite, {default} the default of their kind, {len(missing)} none"
-    return Group(table, Text(f"{total}{': ' if missing else ''}{', '.join(missing)}."))
+        path, *others = plan.cells(row)
+        style = "" if row.rule and not isinstance(row.rule, IgnoreRule) else "dim"
+        table.add_row(*map(Text, (path.replace("(model)", "(the policy)"), *others)), style=style)
+    modules = [row for row in plan if row.operation is None]
+    chosen = sum(row.selector is not None for row in modules)
+    default = sum(row.selector is None and row.rule is not None for row in modules)
+    total = f"{chosen} modules have a rule of the composite, {default} the default of their kind"
+    operations = [row for row in plan if row.operation is not None]
+    if operations:
+        ruled = sum(not isinstance(row.rule, IgnoreRule) for row in operations)
+        unknown = [row.operation or "" for row in operations if isinstance(row.selector, Unmatched)]
+        total += f"; {ruled} operations have a rule, {len(operations) - ruled} need none"
+        total += f"; nothing is known of {', '.join(unknown)}" if unknown else ""
+    return Group(table, Text(f"{total}."))
 
 
 def rules_table() -> Table:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from tdhook.attribution.lrp_helpers.rule import Convention, Rule
 
-__all__ = ["Binding", "named_tensors"]
+__all__ = ["Around", "Binding", "named_tensors"]
 
 _ABSENT: Any = object()
+
+
+class Around(Protocol):
+    """What wants to know of the calls that are units."""
+
+    def unit(
+        self, rule: Rule, flow: Convention, module: nn.Module, original: Any, args: Any, kwargs: Any
+    ) -> Any:
+        """Make the call under its rule."""
 
 
 class Binding:
@@ -28,11 +36,19 @@ class Binding:
         module: the module; a ``TensorDictModule`` is seen as the function from the keys it reads to those it writes.
         rule: the rule.
         flow: the convention of the values that arrive from outside; the rule's own by default. Where the two differ
-            they are converted: ``g = R / z`` at the outputs and ``R = x * g`` at the inputs, or the other way round.
+            they are converted.
+        around: runs the call in its surroundings, as one unit.
     """
 
-    def __init__(self, module: nn.Module, rule: Rule, flow: Convention | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        rule: Rule,
+        flow: Convention | None = None,
+        around: Around | None = None,
+    ) -> None:
         self.module = module
+        self.around = None if rule.opens else around
         self.rule = rule
         self.flow = flow or rule.convention
         self.original: Any = None
@@ -73,13 +89,9 @@ class Binding:
     def _call(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             return original(*args, **kwargs)
-        if self.flow == self.rule.convention:
-            return self.rule.run(self.module, original, args, kwargs)
-        to_relevance = self.rule.convention == "gradient"
-        enter, leave = (_TimesValue, _PerValue) if to_relevance else (_PerValue, _TimesValue)
-        args, kwargs = tree_map_only(Tensor, _differentiable(enter.apply), (args, kwargs))
-        output = self.rule.run(self.module, original, args, kwargs)
-        return tree_map_only(Tensor, _differentiable(leave.apply), output)
+        if self.around is not None:
+            return self.around.unit(self.rule, self.flow, self.module, original, args, kwargs)
+        return self.rule.run_in(self.flow, self.module, original, args, kwargs)
 
     def _call_on_tensordict(self, module: TensorDictModuleBase, *args: Any, **kwargs: Any) -> Any:
         """Run a TensorDictModule as the function from the tensors it reads to those it writes."""
@@ -132,36 +144,3 @@ def named_tensors(in_keys: Sequence[NestedKey], args: Sequence[Any], kwargs: Map
             raise TypeError(f"{name!r} names none of the keys that the module reads: {', '.join(names)}")
         td.set(names[name], value)
     return td
-
-
-def _differentiable(function: Any) -> Any:
-    return lambda tensor: function(tensor) if tensor.requires_grad else tensor
-
-
-class _TimesValue(torch.autograd.Function):
-    """Identity at whose input relevance per unit of activation becomes relevance: ``R = x * g``."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        return x * grad
-
-
-class _PerValue(_TimesValue):
-    """Identity at whose input relevance becomes relevance per unit of activation: ``g = R / x``, zero where x is."""
-
-    @staticmethod
-    def backward(ctx: Any, relevance: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        zero = x == 0
-        return torch.where(zero, 0.0, relevance / torch.where(zero, 1.0, x))

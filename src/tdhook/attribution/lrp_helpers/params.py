@@ -14,7 +14,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ParamModifier", "Stabilizer", "ZeroParams", "checked", "stabilize", "zero_param_names"]
+__all__ = [
+    "ParamModifier",
+    "Stabilizer",
+    "ZeroParams",
+    "checked",
+    "rounding",
+    "stabilize",
+    "zero_param_names",
+]
 
 Stabilizer: TypeAlias = "float | Callable[[Tensor], Tensor]"
 ZeroParams: TypeAlias = "str | Iterable[str] | None"
@@ -35,6 +43,12 @@ def stabilize(tensor: Tensor, epsilon: Stabilizer = 1e-6) -> Tensor:
     """
     if callable(epsilon):
         return epsilon(tensor)
+    return torch.where(tensor < 0, tensor - epsilon, tensor + epsilon)
+
+
+def rounding(tensor: Tensor) -> Tensor:
+    """The stabiliser for what must not show: as much as rounding needs, by precision (1e-12, 1e-6, 1e-3)."""
+    epsilon = {torch.float64: 1e-12, torch.float32: 1e-6}.get(tensor.dtype, 1e-3)
     return torch.where(tensor < 0, tensor - epsilon, tensor + epsilon)
 
 

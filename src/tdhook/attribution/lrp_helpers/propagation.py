@@ -14,10 +14,22 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
+from tdhook.attribution.lrp_helpers.accounting import current
+from tdhook.attribution.lrp_helpers.conversions import alias, on_tape
+from tdhook.attribution.lrp_helpers.operation import Operation
+from tdhook.attribution.lrp_helpers.params import ParamModifier
 from tdhook.attribution.lrp_helpers.rule import Rule
-from tdhook.attribution.lrp_helpers.steps import ClosedForm, Grads, LinearStep, ModuleStep, Step, closed_form
+from tdhook.attribution.lrp_helpers.steps import (
+    ClosedForm,
+    Grads,
+    LinearStep,
+    Modify,
+    ModuleStep,
+    Step,
+    closed_form,
+)
 
-__all__ = ["Call", "PropagationRule", "out_of_place"]
+__all__ = ["Call", "PropagationRule", "natively", "out_of_place"]
 
 
 class PropagationRule(Rule):
@@ -66,6 +78,11 @@ class PropagationRule(Rule):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "propagate" in cls.__dict__ and "run" not in cls.__dict__:
+            # A formula of its own: shortcuts for that of a built-in rule do not hold for it.
+            cls.run = PropagationRule.run  # type: ignore[method-assign]
+            if "run_in" not in cls.__dict__:
+                cls.run_in = Rule.run_in  # type: ignore[method-assign]
         if "forward" in cls.__dict__ and "setup_context" not in cls.__dict__:
             # A user's rule that derives from a built-in one and is written against the contract of Rule.
             for name, inherited in (("setup_context", Function.setup_context), ("run", Rule.run)):
@@ -96,8 +113,14 @@ class Call:
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             self.leaves, self.spec = tree_flatten((args, kwargs))
         self.at = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        self.names: dict[int, str] = {}
+        if isinstance(module, Operation):
+            names = module.parameter_names(args, kwargs)
+            self.names = {i: names[i] for i in self.at if not on_tape(self.leaves[i])}
+            self.at = [i for i in self.at if i not in self.names]
         self.form: ClosedForm | None = closed_form(module) if self.spec is None else None
         self.n_params = 0
+        self.report = current()
         self.affine: Callable[[], tuple[Tensor, Tensor]] | None = None
         self.graph: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
         self.out_spec: TreeSpec | None = None
@@ -107,7 +130,7 @@ class Call:
         """Run the module, with the rule on the tape if any input is on it."""
         rule = self.rule
         inputs = tuple(self.leaves[i] for i in self.at)
-        if not any(_on_tape(x) for x in inputs):
+        if not any(on_tape(x) for x in inputs):
             result = self._invoke(inputs)
             rule.check(self.module, inputs, [z for z in tree_leaves(result) if isinstance(z, Tensor)])
             return result
@@ -130,11 +153,12 @@ class Call:
     def execute(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the module itself; where the rule differentiates it, on a tape of its own."""
         inputs = tuple(tensors[: len(self.at)])
-        with self._out_of_place():
+        with natively(self.module):
             if not (self.rule.needs_vjp and self.form is None):
                 # What is returned as it came in would count as an input, not as an output that has a rule.
                 return tuple(
-                    z.view_as(z) if any(z is x for x in inputs) else z for z in self._outputs(inputs)
+                    alias(z) if z._is_view() or any(z is x for x in inputs) else z
+                    for z in self._outputs(inputs)
                 )
             if any(torch._C._functorch.is_batchedtensor(x) for x in inputs):
                 raise NotImplementedError(
@@ -155,23 +179,30 @@ class Call:
         self.out_leaves, self.out_spec = tree_flatten(result)
         return tuple(z for z in self.out_leaves if isinstance(z, Tensor))
 
-    def _invoke(self, inputs: Sequence[Tensor]) -> Any:
+    def _invoke(self, inputs: Sequence[Tensor], modify: Modify | None = None) -> Any:
         if self.spec is None:
             return self.original(inputs[0])
         leaves = list(self.leaves)
         for i, x in zip(self.at, inputs, strict=True):
             leaves[i] = x
+        if modify is not None:
+            for i, name in self.names.items():
+                leaves[i] = modify(name, leaves[i]) if leaves[i].is_floating_point() else leaves[i]
         args, kwargs = tree_unflatten(leaves, self.spec)
         return self.original(*args, **kwargs)
 
-    def evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The tensors that the module returns for other inputs."""
-        with self._out_of_place():
-            return tuple(z for z in tree_leaves(self._invoke(inputs)) if isinstance(z, Tensor))
+    def evaluate(self, inputs: Sequence[Tensor], modify: Modify) -> tuple[Tensor, ...]:
+        """The tensors that the module returns for other inputs and with modified parameters."""
+        modifier = ParamModifier(lambda name, p: modify(name, p.detach()), ParamModifier.select_all)
+        with natively(self.module), modifier(self.module):
+            return tuple(z for z in tree_leaves(self._invoke(inputs, modify)) if isinstance(z, Tensor))
 
-    def _out_of_place(self) -> AbstractContextManager[None]:
-        single = not self.module._modules and not self.module.__dict__.get("inplace")
-        return nullcontext() if single else out_of_place(self.module.modules())
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """How the module was called; ``None`` stands for tensors on the tape."""
+        if self.spec is None:
+            return tuple(self.leaves), {}
+        args, kwargs = tree_unflatten(self.leaves, self.spec)
+        return args, kwargs
 
     def kept(self, tensors: Sequence[Tensor], outputs: tuple[Tensor, ...]) -> list[Tensor]:
         """What the backward pass reads: inputs, outputs, parameters of the closed form."""
@@ -184,20 +215,23 @@ class Call:
         """The call as the rule sees it in the backward pass."""
         inputs = tuple(saved[: self.n_in])
         outputs = tuple(saved[self.n_in : self.n_in + self.n_out])
+        step: Step
         if self.form is None or not inputs:
-            return ModuleStep(self.module, self.evaluate, inputs, outputs, self.graph)
-        weight, *bias = saved[self.n_in + self.n_out :]
-        affine = None if self.affine is None else self.affine()
-        return LinearStep(
-            self.module, self.form, inputs[0], outputs, weight, bias[0] if bias else None, affine
-        )
+            step = ModuleStep(self.module, self.evaluate, inputs, outputs, self.graph, self.arguments())
+        else:
+            weight, *bias = saved[self.n_in + self.n_out :]
+            affine = None if self.affine is None else self.affine()
+            step = LinearStep(
+                self.module, self.form, inputs[0], outputs, weight, bias[0] if bias else None, affine
+            )
+        step.report = self.report
+        return step
 
 
-def _on_tape(x: Tensor) -> bool:
-    """Whether gradients flow to ``x``; under ``torch.vmap`` it is the tensor inside that knows."""
-    while torch._C._functorch.is_batchedtensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return x.requires_grad
+def natively(module: nn.Module) -> AbstractContextManager[None]:
+    """Run a module as it is, but for what it would overwrite."""
+    single = not module._modules and not module.__dict__.get("inplace")
+    return nullcontext() if single else out_of_place(module.modules())
 
 
 @contextmanager

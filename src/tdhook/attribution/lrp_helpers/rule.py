@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function, FunctionMeta
 
+from tdhook.attribution.lrp_helpers.conversions import PerValue, TimesValue, live
+
 __all__ = ["AbstractFunctionMeta", "Convention", "RemovableRuleHandle", "Rule", "rule_from_dict"]
 
 Convention: TypeAlias = Literal["relevance", "gradient"]
@@ -45,10 +47,14 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
             (relevance per unit of activation). A context converts where two conventions meet.
         yields: ``"relevance"``, or ``"sensitivity"`` for rules that make the result a modified gradient, which is
             explained as it is and not multiplied by the input.
+        in_both: whether the rule has an exact form in the other convention, so that nothing need be converted.
+        opens: whether the rule writes its call out as operations that are ruled in turn.
     """
 
     convention: ClassVar[Convention] = "relevance"
     yields: ClassVar[Literal["relevance", "sensitivity"]] = "relevance"
+    in_both: ClassVar[bool] = False
+    opens: ClassVar[bool] = False
     _registry: ClassVar[weakref.WeakValueDictionary[str, type[Rule]]] = weakref.WeakValueDictionary()
 
     # Function.__init__ warns that instances are deprecated, and a rule is an instance: it is not called.
@@ -78,6 +84,26 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
     ) -> Any:
         """Call ``module`` under this rule; ``original`` is its forward without the rule."""
         return self.apply(self._apply_kwargs, module, kwargs, *args)
+
+    def run_in(
+        self,
+        flow: Convention,
+        module: nn.Module,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call ``module`` under this rule where values arrive in the convention of ``flow``.
+
+        Where that is not the rule's own they are converted: ``g = R / stab(z)`` at the outputs and ``R = x * g`` at the
+        inputs, or the other way round.
+        """
+        if flow == self.convention:
+            return self.run(module, original, args, kwargs)
+        to_gradient = self.convention == "gradient"
+        enter, leave = (TimesValue, PerValue) if to_gradient else (PerValue, TimesValue)
+        args, kwargs = live(enter.apply, (args, kwargs))
+        return live(leave.apply, self.run(module, original, args, kwargs))
 
     def register(self, module: nn.Module) -> RemovableRuleHandle:
         """Make ``module`` run under this rule until the returned handle is removed.
@@ -136,7 +162,7 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
             elif isinstance(value, tuple):
                 value = list(value)
             default = defaults[name]
-            if value != ([] if default is None else default):
+            if value is not None and value != ([] if default is None else default):
                 data[name] = value
         return data
 
@@ -158,6 +184,8 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
                 continue
             if isinstance(value, Tensor):
                 value = f"tensor of shape {tuple(value.shape)}"
+            elif inspect.isfunction(value):
+                value = value.__name__
             shown.append(f"{name}={value!r}" if not isinstance(value, str) else f"{name}={value}")
         return f"{type(self).__name__}({', '.join(shown)})"
 

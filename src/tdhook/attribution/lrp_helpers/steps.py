@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdhook.attribution.lrp_helpers.params import ParamModifier
+from tdhook.attribution.lrp_helpers.accounting import Report
 
 __all__ = ["ClosedForm", "LinearStep", "ModuleStep", "Step", "closed_form"]
 
@@ -30,8 +30,12 @@ class Step(ABC):
         module: the module.
         inputs: the tensors that went in, detached.
         outputs: the tensors that came out, detached; empty unless the rule asked for them.
+        report: where to report ``(reason, amount)`` of what the rule keeps, if anyone wants to know.
+        arguments: positional and keyword arguments of the call; ``None`` stands for the inputs.
     """
 
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    report: Report | None = None
     module: nn.Module
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -44,6 +48,10 @@ class Step(ABC):
     def modified(self, inputs: Sequence[Tensor], modify: Modify) -> tuple[tuple[Tensor, ...], Vjp]:
         """Evaluate the step at other inputs and with modified parameters: the outputs and the pull-back there."""
 
+    @abstractmethod
+    def constants(self, modify: Modify) -> tuple[Tensor, ...]:
+        """What is left of each output where all inputs are zero: the bias."""
+
 
 class ModuleStep(Step):
     """A step without closed form, differentiated by autograd."""
@@ -51,13 +59,14 @@ class ModuleStep(Step):
     def __init__(
         self,
         module: nn.Module,
-        function: Callable[..., Sequence[Tensor]],
+        evaluate: Callable[[Sequence[Tensor], Modify], Sequence[Tensor]],
         inputs: tuple[Tensor, ...],
         outputs: tuple[Tensor, ...],
         graph: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None,
+        arguments: tuple[tuple[Any, ...], dict[str, Any]],
     ) -> None:
-        self.module, self.function = module, function
-        self.inputs, self.outputs, self._graph = inputs, outputs, graph
+        self.module, self.evaluate = module, evaluate
+        self.inputs, self.outputs, self._graph, self.arguments = inputs, outputs, graph, arguments
 
     def vjp(self, *grads: Tensor) -> Grads:
         assert self._graph is not None, "the rule did not ask for the graph of the forward pass"
@@ -65,12 +74,14 @@ class ModuleStep(Step):
 
     def modified(self, inputs: Sequence[Tensor], modify: Modify) -> tuple[tuple[Tensor, ...], Vjp]:
         leaves = tuple(x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs)
-        modifier = ParamModifier(
-            modify_fn=lambda name, p: modify(name, p.detach()), select_fn=ParamModifier.select_all
-        )
-        with torch.enable_grad(), modifier(self.module):
-            outputs = tuple(self.function(*leaves))
+        with torch.enable_grad():
+            outputs = tuple(self.evaluate(leaves, modify))
         return tuple(z.detach() for z in outputs), lambda *grads: _pull_back(leaves, outputs, grads)
+
+    def constants(self, modify: Modify) -> tuple[Tensor, ...]:
+        zeros = [torch.zeros_like(x) if x.is_floating_point() else x for x in self.inputs]
+        with torch.no_grad():
+            return tuple(self.evaluate(zeros, modify))
 
 
 def _pull_back(inputs: Sequence[Tensor], outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Grads:
@@ -230,6 +241,10 @@ class LinearStep(Step):
         weight = modify("weight", self.weight)
         bias = None if self.bias is None else modify("bias", self.bias)
         return (self.form.apply(x, weight, bias),), lambda grad: (self.form.adjoint(grad, x, weight),)
+
+    def constants(self, modify: Modify) -> tuple[Tensor, ...]:
+        zero = torch.zeros_like(self.inputs[0])
+        return self.modified((zero,), modify)[0]
 
 
 _DENSE = DenseForm()

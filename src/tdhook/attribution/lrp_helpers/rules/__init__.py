@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from tdhook.attribution.lrp_helpers.params import ParamModifier, stabilize
 from tdhook.attribution.lrp_helpers.rule import AbstractFunctionMeta, RemovableRuleHandle, Rule
+from tdhook.attribution.lrp_helpers.rules.attention import AttentionRule
 from tdhook.attribution.lrp_helpers.rules.checks import raise_for_unconserved_rel_factory
 from tdhook.attribution.lrp_helpers.rules.gradient import (
     AHQKVRule,
-    LayerNormRule,
     PseudoIdentityRule,
     ReLUBetaSmoothRule,
     ReLUDeconvNetRule,
@@ -30,6 +30,9 @@ from tdhook.attribution.lrp_helpers.rules.linear import (
     ZBoxRule,
     ZPlusRule,
 )
+from tdhook.attribution.lrp_helpers.rules.normalisation import LayerNormRule
+from tdhook.attribution.lrp_helpers.rules.products import ConstantRule, SignalTakeAllRule
+from tdhook.attribution.lrp_helpers.rules.recurrent import RecurrentRule
 from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule, PassRule, StopRule, UniformRule
 
 if TYPE_CHECKING:
@@ -39,7 +42,9 @@ __all__ = [
     "AHQKVRule",
     "AbstractFunctionMeta",
     "AlphaBetaRule",
+    "AttentionRule",
     "BaseRuleMapper",
+    "ConstantRule",
     "EpsilonPlus",
     "EpsilonRule",
     "FlatRule",
@@ -53,8 +58,10 @@ __all__ = [
     "ReLUBetaSmoothRule",
     "ReLUDeconvNetRule",
     "ReLUGuidedBackpropRule",
+    "RecurrentRule",
     "RemovableRuleHandle",
     "Rule",
+    "SignalTakeAllRule",
     "SoftmaxEpsilonRule",
     "StopRule",
     "UniformEpsilonRule",

@@ -18,7 +18,7 @@ from tdhook.attribution.lrp_helpers.steps import Grads, Step
 
 __all__ = [
     "AHQKVRule",
-    "LayerNormRule",
+    "GradientRule",
     "PseudoIdentityRule",
     "ReLUBetaSmoothRule",
     "ReLUDeconvNetRule",
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-class _GradientRule(PropagationRule):
+class GradientRule(PropagationRule):
     """A gradient-convention rule for a module with one input."""
 
     convention: ClassVar[Convention] = "gradient"
@@ -39,43 +39,7 @@ class _GradientRule(PropagationRule):
             )
 
 
-class LayerNormRule(_GradientRule):
-    """Layer normalisation with its standard deviation held constant (Ali et al. 2022; AttnLRP, Prop. 3.4).
-
-    With ``n`` normalised values, ``g_x = (w g_z - mean(w g_z)) / sqrt(var(x) + eps)``; for RMS normalisation
-    ``g_x = w g_z / sqrt(mean(x^2) + eps)``. The module has ``weight`` (or none) and ``eps``; the values are normalised
-    over the axes of ``normalized_shape``, or over the last one.
-    """
-
-    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
-        module = step.module
-        (x,), (g,) = step.inputs, relevance
-        weight = getattr(module, "weight", None)
-        axes = tuple(range(-len(getattr(module, "normalized_shape", (0,))), 0))
-        g = g if weight is None else g * weight.detach()
-        if _is_rms_norm(module):
-            return (g * torch.rsqrt(x.square().mean(axes, keepdim=True) + _eps(module, x)),)
-        variance = x.var(axes, keepdim=True, correction=0)
-        return ((g - g.mean(axes, keepdim=True)) * torch.rsqrt(variance + _eps(module, x)),)
-
-    def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        super().check(module, inputs, outputs)
-        if not hasattr(module, "eps") and not hasattr(module, "variance_epsilon"):
-            raise ValueError(
-                f"LayerNormRule fits modules with `weight`, `bias` and `eps`, which {type(module).__name__} has not"
-            )
-
-
-def _is_rms_norm(module: nn.Module) -> bool:
-    return any("RMSNorm" in cls.__name__ for cls in type(module).__mro__)
-
-
-def _eps(module: nn.Module, x: Tensor) -> float:
-    eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
-    return torch.finfo(x.dtype).eps if eps is None else float(eps)
-
-
-class PseudoIdentityRule(_GradientRule):
+class PseudoIdentityRule(GradientRule):
     """The identity rule ``R_x = R_z`` for an element-wise function, written as ``g_x = g_z * z / stab(x)``.
 
     Args:
@@ -93,12 +57,13 @@ class PseudoIdentityRule(_GradientRule):
         return (z / stabilize(x, self.stabilizer) * g,)
 
 
-class AHQKVRule(_GradientRule):
+class AHQKVRule(GradientRule):
     """A projection to packed query, key and value, of which only the value propagates (Ali et al. 2022; CP-LRP).
 
     The output is query, key and value side by side along its last axis, a third each.
     """
 
+    needs_outputs = True
     needs_vjp = True
 
     def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -114,10 +79,14 @@ class AHQKVRule(_GradientRule):
         only_value = torch.zeros_like(g)
         third = g.shape[-1] // 3
         only_value[..., 2 * third :] = g[..., 2 * third :]
+        if step.report is not None:
+            (z,), (bias,) = step.outputs, step.constants(lambda name, param: param)
+            step.report("stop", z * (g - only_value))
+            step.report("bias", bias * only_value)
         return step.vjp(only_value)
 
 
-class _SensitivityRule(_GradientRule):
+class _SensitivityRule(GradientRule):
     """A rule that makes the result a modified gradient."""
 
     yields: ClassVar[Literal["relevance", "sensitivity"]] = "sensitivity"

@@ -11,10 +11,22 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from tdhook.attribution.lrp_helpers.params import Stabilizer, ZeroParams, checked, stabilize, zero_param_names
-from tdhook.attribution.lrp_helpers.propagation import PropagationRule
-from tdhook.attribution.lrp_helpers.steps import Grads, Modify, Step
+from tdhook.attribution.lrp_helpers.accounting import with_constants
+from tdhook.attribution.lrp_helpers.conversions import Damped, PerValue, Scaled, TimesValue, live, on_tape
+from tdhook.attribution.lrp_helpers.operation import Operation
+from tdhook.attribution.lrp_helpers.params import (
+    Stabilizer,
+    ZeroParams,
+    checked,
+    rounding,
+    stabilize,
+    zero_param_names,
+)
+from tdhook.attribution.lrp_helpers.propagation import PropagationRule, natively
+from tdhook.attribution.lrp_helpers.rule import Convention
+from tdhook.attribution.lrp_helpers.steps import Grads, Modify, Step, closed_form
 
 __all__ = [
     "AlphaBetaRule",
@@ -52,9 +64,21 @@ def _itself(x: Tensor) -> Tensor:
     return x
 
 
-def _per_output(relevance: Tensor, z: Tensor, epsilon: Stabilizer) -> Tensor:
+def _per_output(step: Step, relevance: Tensor, z: Tensor, epsilon: Stabilizer) -> Tensor:
     """``R_j / stab(z_j)``: relevance per unit of output."""
-    return relevance / stabilize(z, epsilon) if z.is_floating_point() else relevance
+    if not z.is_floating_point():
+        return relevance
+    per_output = relevance / stabilize(z, epsilon)
+    if step.report is not None:
+        step.report("stabiliser", relevance - z * per_output)
+    return per_output
+
+
+def _report_bias(step: Step, modify: Modify, *per_output: Tensor) -> None:
+    """Report what the bias takes, which is an input of one."""
+    if step.report is not None:
+        for s, b in zip(per_output, step.constants(modify), strict=True):
+            step.report("bias", s * b)
 
 
 class EpsilonRule(PropagationRule):
@@ -76,20 +100,68 @@ class EpsilonRule(PropagationRule):
         self.epsilon = checked(epsilon, "epsilon")
         self.zero_params = zero_param_names(zero_params)
 
+    def run(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call ``module``: what has no closed form is run as it is, between the two factors of the formula."""
+        if self.zero_params or closed_form(module) is not None:
+            return super().run(module, original, args, kwargs)
+        args, kwargs = live(TimesValue.apply, (args, kwargs))
+        outputs = self._natively(module, original, args, kwargs)
+        return live(lambda z: PerValue.apply(z, self.epsilon), outputs)
+
+    def run_in(
+        self,
+        flow: Convention,
+        module: nn.Module,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """In the gradient convention the plain backward pass is right, but for the stabiliser's share."""
+        if flow == "relevance" or self.zero_params:
+            return super().run_in(flow, module, original, args, kwargs)
+        outputs = self._natively(module, original, args, kwargs)
+        if self.epsilon is rounding:
+            return outputs
+        return live(lambda z: Damped.apply(z, self.epsilon), outputs)
+
+    def _natively(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The formula in the gradient convention, where it is the plain backward pass."""
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and on_tape(x)]
+        factor = self._share(len(inputs))
+        with natively(module):
+            outputs = original(*args, **kwargs)
+            if factor != 1:
+                outputs = live(lambda z: Scaled.apply(z, factor), outputs)
+            return with_constants(module, original, args, kwargs, outputs, factors=factor)
+
+    def _share(self, n_inputs: int) -> float:
+        """What each of several inputs gets of its share."""
+        return 1.0
+
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         outputs, vjp = step.outputs, step.vjp
+        modify = _modify(_itself, self.zero_params)
         if self.zero_params:
-            outputs, vjp = step.modified(step.inputs, _modify(_itself, self.zero_params))
-        grads = vjp(*(_per_output(r, z, self.epsilon) for r, z in zip(relevance, outputs, strict=True)))
-        return tuple(None if g is None else x * g for x, g in zip(step.inputs, grads, strict=True))
+            outputs, vjp = step.modified(step.inputs, modify)
+        pairs = zip(relevance, outputs, strict=True)
+        per_output = [_per_output(step, r, z, self.epsilon) for r, z in pairs]
+        grads = vjp(*per_output)
+        _report_bias(step, modify, *per_output)
+        share = self._share(len(step.inputs))
+        return tuple(None if g is None else x * g * share for x, g in zip(step.inputs, grads, strict=True))
 
 
 class UniformEpsilonRule(EpsilonRule):
     """Epsilon, divided by the number of inputs: for products of activations (AttnLRP, Prop. 3.3)."""
 
-    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
-        n_inputs = len(step.inputs)
-        return tuple(None if r is None else r / n_inputs for r in super().propagate(step, relevance))
+    in_both = True
+
+    def _share(self, n_inputs: int) -> float:
+        return 1 / max(n_inputs, 1)
 
 
 class NormRule(EpsilonRule):
@@ -118,15 +190,48 @@ class SoftmaxEpsilonRule(EpsilonRule):
     """
 
     needs_vjp = False
+    in_both = True
 
     def __init__(self, epsilon: Stabilizer = 1e-6) -> None:
         super().__init__(epsilon)
 
+    def run(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call ``module`` under the formula."""
+        return PropagationRule.run(self, module, original, args, kwargs)
+
+    def run_in(
+        self,
+        flow: Convention,
+        module: nn.Module,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """In the gradient convention the formula is the plain backward pass."""
+        if flow == "relevance":
+            return self.run(module, original, args, kwargs)
+        return with_constants(module, original, args, kwargs, original(*args, **kwargs))
+
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         (r,), (s,) = relevance, step.outputs
         x, *others = step.inputs
-        dim = step.module.dim if isinstance(step.module, nn.Softmax) and step.module.dim is not None else -1
-        return (r - s * r.sum(dim, keepdim=True)) * x, *(None for _ in others)
+        # Logits that are masked by minus infinity have no relevance.
+        x = torch.where(x.isinf(), 0.0, x)
+        if step.report is not None:  # the zeroth term of the linearisation
+            step.report("constant", r * (1 - x + (s * x).sum(_axis(step), keepdim=True)))
+        return (r - s * r.sum(_axis(step), keepdim=True)) * x, *(None for _ in others)
+
+
+def _axis(step: Step) -> int:
+    """The axis of a softmax."""
+    args, kwargs = step.arguments
+    if isinstance(step.module, Operation):
+        given = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    else:
+        given = step.module.dim if isinstance(step.module, nn.Softmax) else None
+    return given if isinstance(given, int) else -1
 
 
 class _Contributions:
@@ -143,18 +248,20 @@ class _Contributions:
         if signed:
             # The bias is counted once, with the positive inputs, since it is an input of one.
             parts.append((_negative(x), _modify(oppose, (*zero, "bias"))))
+        self._step = step
         self._terms = []
         totals = []
         for part, modify in parts:
             (z,), vjp = step.modified((part,), modify)
-            self._terms.append((part, vjp))
+            self._terms.append((part, modify, vjp))
             totals.append(z)
         self.z = totals[0] + totals[1] if signed else totals[0]
 
     def shares(self, per_output: Tensor) -> Tensor:
         """``sum_j c_ij s_j`` over these contributions."""
         shares: Tensor | None = None
-        for part, vjp in self._terms:
+        for part, modify, vjp in self._terms:
+            _report_bias(self._step, modify, per_output)
             (grad,) = vjp(per_output)
             assert grad is not None
             shares = part * grad if shares is None else shares + part * grad
@@ -218,11 +325,13 @@ class AlphaBetaRule(_SignedRule):
         (r,) = relevance
         signed = _has_negative(step.inputs[0])
 
-        def shares(same: bool) -> Tensor:
+        def shares(same: bool, r: Tensor) -> Tensor:
             contributions = _Contributions(step, same, self.zero_params, signed)
-            return contributions.shares(_per_output(r, contributions.z, self.stabilizer))
+            return contributions.shares(_per_output(step, r, contributions.z, self.stabilizer))
 
-        return (self.alpha * shares(True) - self.beta * shares(False) if self.beta else shares(True),)
+        if not self.beta:
+            return (shares(True, r),)
+        return (shares(True, self.alpha * r) + shares(False, -self.beta * r),)
 
 
 class ZPlusRule(AlphaBetaRule):
@@ -263,18 +372,21 @@ class GammaRule(_SignedRule):
         (r,) = relevance
         x = step.inputs[0]
         signed = _has_negative(x)
-        (z,), vjp = step.modified(step.inputs, _modify(_itself, self.zero_params))
+        modify = _modify(_itself, self.zero_params)
+        (z,), vjp = step.modified(step.inputs, modify)
         favoured = z >= 0
         positive = _Contributions(step, True, self.zero_params, signed)
         negative = _Contributions(step, False, self.zero_params, signed)
         per_output = _per_output(
-            r, z + self.gamma * torch.where(favoured, positive.z, negative.z), self.stabilizer
+            step, r, z + self.gamma * torch.where(favoured, positive.z, negative.z), self.stabilizer
         )
         (grad,) = vjp(per_output)
         assert grad is not None
-        extra = positive.shares(torch.where(favoured, per_output, 0.0))
-        extra = extra + negative.shares(torch.where(favoured, 0.0, per_output))
-        return (x * grad + self.gamma * extra,)
+        _report_bias(step, modify, per_output)
+        more = self.gamma * per_output
+        extra = positive.shares(torch.where(favoured, more, 0.0))
+        extra = extra + negative.shares(torch.where(favoured, 0.0, more))
+        return (x * grad + extra,)
 
 
 class ZBoxRule(_SignedRule):
@@ -337,7 +449,7 @@ class ZBoxRule(_SignedRule):
             z = z + sign * part
             pulls.append((sign * value, vjp))
         assert isinstance(z, Tensor)
-        per_output = _per_output(r, z, self.stabilizer)
+        per_output = _per_output(step, r, z, self.stabilizer)
         result = torch.zeros_like(x)
         for value, vjp in pulls:
             (grad,) = vjp(per_output)
@@ -366,8 +478,12 @@ class WSquareRule(PropagationRule):
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         ones = [torch.ones_like(x) if x.is_floating_point() else x for x in step.inputs]
-        outputs, vjp = step.modified(ones, self._modification())
-        return vjp(*(_per_output(r, z, self.stabilizer) for r, z in zip(relevance, outputs, strict=True)))
+        modify = self._modification()
+        outputs, vjp = step.modified(ones, modify)
+        pairs = zip(relevance, outputs, strict=True)
+        per_output = [_per_output(step, r, z, self.stabilizer) for r, z in pairs]
+        _report_bias(step, modify, *per_output)
+        return vjp(*per_output)
 
 
 class FlatRule(WSquareRule):

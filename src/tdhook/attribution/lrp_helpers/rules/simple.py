@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from tdhook.attribution.lrp_helpers.conversions import Ratio, on_tape
 from tdhook.attribution.lrp_helpers.propagation import PropagationRule
-from tdhook.attribution.lrp_helpers.rule import RemovableRuleHandle, Rule
+from tdhook.attribution.lrp_helpers.rule import Convention, RemovableRuleHandle, Rule
 from tdhook.attribution.lrp_helpers.steps import Grads, Step
 
 __all__ = ["IgnoreRule", "PassRule", "StopRule", "UniformRule"]
@@ -23,6 +25,7 @@ class PassRule(PropagationRule):
     """
 
     needs_inputs = False
+    in_both = True
 
     def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         if len(inputs) != len(outputs):
@@ -37,14 +40,42 @@ class PassRule(PropagationRule):
                     f"of {type(module).__name__}, which PassRule cannot pass on"
                 )
 
+    def run_in(
+        self,
+        flow: Convention,
+        module: nn.Module,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """In the gradient convention, ``g_x = g_z * z / x``: one multiplication for a function of one tensor."""
+        single = (
+            args and isinstance(args[0], Tensor) and not any(map(_has_tensor, (*args[1:], *kwargs.values())))
+        )
+        if flow == "relevance" or not single or not on_tape(args[0]) or getattr(module, "_modules", None):
+            return super().run_in(flow, module, original, args, kwargs)
+
+        def function(x: Tensor) -> Any:
+            return original(x, *args[1:], **kwargs)
+
+        function.__name__ = type(module).__name__
+        return Ratio.apply(function, args[0])
+
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         return relevance
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
 
 
 class StopRule(PropagationRule):
     """No relevance goes through: ``R_x = 0``. What arrives is absorbed."""
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        if step.report is not None:
+            for r in relevance:
+                step.report("stop", r)
         return tuple(torch.zeros_like(x) if x.is_floating_point() else None for x in step.inputs)
 
 

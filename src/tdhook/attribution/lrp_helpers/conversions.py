@@ -1,0 +1,191 @@
+"""Identities at which what travels backwards is converted: between the two conventions, or by a factor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from tdhook.attribution.lrp_helpers.accounting import current
+from tdhook.attribution.lrp_helpers.operation import on_tape
+from tdhook.attribution.lrp_helpers.params import Stabilizer, rounding, stabilize
+
+__all__ = [
+    "Damped",
+    "PerValue",
+    "Ratio",
+    "Scaled",
+    "Substituted",
+    "TimesValue",
+    "alias",
+    "copying",
+    "live",
+    "on_tape",
+]
+
+_COPIES: ContextVar[bool] = ContextVar("copies", default=False)
+
+
+@contextmanager
+def copying() -> Iterator[None]:
+    """Make these identities return copies, which may be overwritten, where they return views else."""
+    token = _COPIES.set(True)
+    try:
+        yield
+    finally:
+        _COPIES.reset(token)
+
+
+def alias(x: Tensor) -> Tensor:
+    """Another tensor of the same values: a view, or a copy within :func:`copying`."""
+    return x.clone() if _COPIES.get() else x.view_as(x)
+
+
+def live(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Apply ``function`` to all tensors of a nested structure that gradients flow to."""
+    if isinstance(tree, Tensor):
+        return function(tree) if on_tape(tree) else tree
+    return tree_map_only(Tensor, lambda x: function(x) if on_tape(x) else x, tree)
+
+
+class TimesValue(torch.autograd.Function):
+    """Identity at whose input relevance per unit of activation becomes relevance: ``R = x * g``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        """The value itself."""
+        return alias(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Keep the value."""
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        """Multiply; what is infinite (masked logits) has no relevance."""
+        (x,) = ctx.saved_tensors
+        return finite_product(x, grad)
+
+
+class PerValue(torch.autograd.Function):
+    """Identity at whose input relevance becomes relevance per unit of activation: ``g = R / stab(x)``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, stabilizer: Stabilizer = rounding) -> Tensor:
+        """The value itself."""
+        return alias(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the value."""
+        ctx.save_for_backward(inputs[0])
+        ctx.stabilizer = inputs[1] if len(inputs) > 1 else rounding
+        ctx.n_rest = len(inputs) - 1
+        ctx.report = current()
+
+    @staticmethod
+    def backward(ctx: Any, relevance: Any) -> Any:
+        """Divide."""
+        (x,) = ctx.saved_tensors
+        grad = relevance / stabilize(x, ctx.stabilizer)
+        if ctx.report is not None:
+            ctx.report("stabiliser", relevance - torch.where(x.isinf(), 0.0, x * grad))
+        return grad, *(None,) * ctx.n_rest
+
+
+class Damped(PerValue):
+    """Identity at which relevance per unit of activation loses the stabiliser's share: ``g * z / stab(z)``."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        """Multiply by a factor of at most one."""
+        (z,) = ctx.saved_tensors
+        damped = grad * (z / stabilize(z, ctx.stabilizer))
+        if ctx.report is not None:
+            ctx.report("stabiliser", z * grad - z * damped)
+        return damped, *(None,) * ctx.n_rest
+
+
+class Scaled(torch.autograd.Function):
+    """Identity at which what travels backwards is multiplied by a factor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, factor: float) -> Tensor:
+        """The value itself."""
+        return alias(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        """Keep the factor."""
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        """Multiply."""
+        return grad * ctx.factor, None
+
+
+class Ratio(torch.autograd.Function):
+    """An element-wise function under the identity rule, in the gradient convention: ``g_x = g_z * z / stab(x)``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The function's value."""
+        z = function(x)
+        return alias(z) if z is x or z._is_view() else z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, Tensor], output: Tensor) -> None:
+        """Keep argument and value."""
+        ctx.save_for_backward(inputs[1], output)
+        ctx.made_by = getattr(inputs[0], "__name__", "")
+        ctx.report = current()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        """Multiply by the slope of the secant through the origin."""
+        x, z = ctx.saved_tensors
+        pulled = grad * (z / stabilize(x, rounding))
+        if ctx.report is not None:
+            ctx.report("stabiliser", z * grad - x * pulled)
+        return None, pulled
+
+
+class Substituted(torch.autograd.Function):
+    """A value that one computation made, on the tape of another that makes the same."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(written: Tensor, value: Tensor) -> Tensor:
+        """The value."""
+        return alias(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        """Hand it to the computation that is written out."""
+        return grad, None
+
+
+def finite_product(x: Tensor, grad: Tensor) -> Tensor:
+    """``x * grad``, and zero where ``x`` is infinite, as masked logits are."""
+    product = x * grad
+    return product.masked_fill_(x.isinf(), 0.0) if x.is_floating_point() else product

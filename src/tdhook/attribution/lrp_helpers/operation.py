@@ -1,0 +1,69 @@
+"""Operations as modules, so that the same rules apply to both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["Operation", "on_tape"]
+
+
+class Operation(nn.Module):
+    """A torch function where a rule expects a module; its class has the name of the operation.
+
+    Tensors among its arguments that are not on the tape (weights, masks) count as its parameters.
+
+    Attributes:
+        name: the name of the operation.
+        function: the torch function.
+        moves: whether it moves values without changing them, and ``multiplies``: whether it multiplies its arguments.
+    """
+
+    name: str
+    moves: bool
+    multiplies: bool
+    function: Callable[..., Any]
+
+    @staticmethod
+    def of(
+        name: str, function: Callable[..., Any], *, moves: bool = False, multiplies: bool = False
+    ) -> Operation:
+        """The stand-in for ``function``."""
+        operation: Operation = type(name, (Operation,), {})()
+        operation.name, operation.moves, operation.multiplies = name, moves, multiplies
+        operation.__dict__["function"] = function
+        return operation
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self.function(*args, **kwargs)
+
+    def parameter_names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        """A name for each leaf of a call's arguments, as parameters of modules have."""
+        weighted = self.name == "linear" or self.name.startswith("conv")
+        names: list[str] = []
+        for index, argument in enumerate(args):
+            name = "bias" if weighted and index == 2 else "weight"
+            names += [name] * _count(argument)
+        for key in kwargs:
+            names += [key] * _count(kwargs[key])
+        return names
+
+
+def _count(argument: Any) -> int:
+    return 1 if isinstance(argument, Tensor) else len(tree_leaves(argument))
+
+
+def on_tape(x: Tensor) -> bool:
+    """Whether gradients flow to ``x``; under ``torch.vmap`` it is the tensor inside that knows."""
+    if x.requires_grad:
+        return True
+    while torch._C._functorch.is_batchedtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+        if x.requires_grad:
+            return True
+    return False

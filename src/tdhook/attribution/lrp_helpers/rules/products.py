@@ -1,0 +1,113 @@
+"""Rules for products of activations in which one factor takes all: gates, denominators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tdhook.attribution.lrp_helpers.accounting import with_constants
+from tdhook.attribution.lrp_helpers.conversions import Scaled, live, on_tape
+from tdhook.attribution.lrp_helpers.rule import Convention, Rule
+
+__all__ = ["ConstantRule", "SignalTakeAllRule", "made_by"]
+
+_GATES = frozenset(("sigmoid", "hardsigmoid"))
+# What a gate may go through and stay one: 1 - gate, and moving it about.
+_LOOKS_THROUGH = (
+    *("Rsub", "Sub", "Split", "UnsafeSplit", "Unbind", "Select", "Slice", "View", "UnsafeView", "Reshape"),
+    *("Unsqueeze", "Squeeze", "Expand", "Transpose", "Permute", "TBackward", "Alias", "Clone"),
+    *("TimesValue", "PerValue", "Damped", "Scaled"),
+)
+
+
+class _Native(Rule):
+    """A rule of the gradient convention that is the plain backward pass of a changed call."""
+
+    convention: ClassVar[Convention] = "gradient"
+
+    @staticmethod
+    def forward(
+        ctx: Any, apply_kwargs: dict[str, Any], module: nn.Module, model_kwargs: dict[str, Any], *inputs: Any
+    ) -> Any:
+        """Never called: the rule runs the call itself."""
+        raise NotImplementedError
+
+    @staticmethod
+    def backward(ctx: Any, *out_relevance: Any) -> Any:
+        """Never called: the backward pass is autograd's own."""
+        raise NotImplementedError
+
+
+class SignalTakeAllRule(_Native):
+    """One factor of a product, the signal, takes all relevance; the others, the gates, are held constant.
+
+    For the gated products of recurrent cells (Arras et al. 2017, 2019), and for quotients, whose denominator is the
+    gate (AttnLRP, Achtibat et al. 2024, Prop. 3.4).
+
+    Args:
+        signal: which of the arguments is the signal. By default the first of a quotient; of a product the one that is
+            no gate, where the other one is: what a sigmoid made, or one minus that. A product without gate, and one
+            of gates alone, is shared equally.
+    """
+
+    def __init__(self, signal: int | None = None) -> None:
+        super().__init__()
+        self.signal = signal
+
+    def run(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call ``module`` with its gates taken off the tape."""
+        arguments: list[Any] = [*args, *kwargs.values()]
+        factors = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and on_tape(x)]
+        signal = self.signal
+        if signal is None and len(factors) > 1:
+            signal = self._signal(module, arguments, factors)
+        equal = 1 / max(len(factors), 1) if signal is None else 1.0
+        for i in factors:
+            if signal is not None and i != signal:
+                arguments[i] = arguments[i].detach()
+        args, kwargs = tuple(arguments[: len(args)]), dict(zip(kwargs, arguments[len(args) :], strict=True))
+        outputs = original(*args, **kwargs)
+        if equal != 1:
+            outputs = live(lambda z: Scaled.apply(z, equal), outputs)
+        return with_constants(module, original, args, kwargs, outputs, factors=equal)
+
+    @staticmethod
+    def _signal(module: nn.Module, arguments: list[Any], factors: list[int]) -> int | None:
+        if type(module).__name__ not in ("mul", "matmul"):
+            return factors[0]
+        signals = [i for i in factors if not made_by(arguments[i], _GATES)]
+        return signals[0] if len(signals) == 1 else None
+
+
+class ConstantRule(_Native):
+    """Hold the result constant: it takes no share where it meets others (Ali et al. 2022, of attention weights)."""
+
+    def run(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call ``module`` off the tape."""
+        with torch.no_grad():
+            return original(*args, **kwargs)
+
+
+def made_by(x: Tensor, names: Set[str]) -> bool:
+    """Whether one of these operations made ``x``, or what ``x`` was taken from, or one minus it."""
+    while torch._C._functorch.is_batchedtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    node: Any = x.grad_fn
+    while node is not None:
+        call = getattr(node, "call", None)
+        kind = type(node).__name__
+        maker = getattr(node, "made_by", None) or (kind if call is None else type(call.module).__name__)
+        if maker.removesuffix("Backward0").lower() in names:
+            return True
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        if len(parents) != 1 or not kind.startswith(_LOOKS_THROUGH):
+            return False
+        node = parents[0]
+    return False

@@ -1,0 +1,241 @@
+"""Runs every operation of a forward pass under its rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tdhook.attribution.lrp_helpers.conversions import Substituted, on_tape
+from tdhook.attribution.lrp_helpers.operation import Operation
+from tdhook.attribution.lrp_helpers.rule import Convention, Rule
+from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule
+from tdhook.operations.mutation import Guard
+from tdhook.operations.names import name_of, out_of_place_form, writes_in_place
+from tdhook.operations.paths import Paths
+from tdhook.operations.table import ARITHMETIC, ELEMENTWISE, MOVES, PRODUCTS, WINNER, default_rule
+from tdhook.operations.written_out import entered, written_out
+
+__all__ = ["Found", "Interception", "Lookup", "Observer", "Unmatched"]
+
+
+class Unmatched:
+    """Stands for the selector of an operation that nothing is known of."""
+
+
+Found: TypeAlias = "tuple[Any, Rule | None]"
+Lookup: TypeAlias = "Callable[[str, str, nn.Module], Found]"
+"""``(operation, path of the module around it, that module) -> (selector, rule)``."""
+
+
+@dataclass
+class _Known:
+    """What is known of a torch function."""
+
+    operation: Operation
+    in_place: bool
+    quick: bool
+    selector: Any = None
+    rule: Rule | None = None
+
+
+class Observer(Protocol):
+    """Makes the calls of a forward pass itself, to take note of them."""
+
+    def call(
+        self,
+        path: str,
+        module: nn.Module,
+        selector: Any,
+        rule: Rule,
+        flow: Convention,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Make one call of a module that has a rule, or of an operation."""
+
+
+class Interception(TorchFunctionMode):
+    """While active, runs each torch function on the tape under the rule of its operation.
+
+    Args:
+        flow: the convention of the backward pass.
+        modules: the model's modules by path.
+        lookup: asks a composite; ``None`` if it says nothing of operations.
+        by_path: whether its answer depends on the module around the operation.
+        defaults: whether what the composite leaves open has the rule of :data:`tdhook.operations.table.OPERATIONS`.
+        unmatched: what to do with ``(operation, path)`` that nothing is known of.
+    """
+
+    def __init__(
+        self,
+        flow: Convention,
+        modules: Mapping[str, nn.Module],
+        lookup: Lookup | None,
+        *,
+        by_path: bool,
+        defaults: bool,
+        unmatched: Callable[[str, str], None],
+    ) -> None:
+        super().__init__()
+        self.flow = flow
+        self.guard = Guard()
+        self.observer: Observer | None = None
+        self._lookup, self._by_path, self._defaults, self._unmatched = lookup, by_path, defaults, unmatched
+        self._known: dict[Any, _Known] = {}
+        self._paused = 0
+        self.paths = Paths(modules)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is known of torch functions is found again; they cannot all be pickled.
+        return {**self.__dict__, "_known": {}, "observer": None}
+
+    @contextmanager
+    def running(self, *, tracked: bool = False) -> Iterator[None]:
+        """Watch one forward pass; ``tracked`` where the path of each operation has to be known."""
+        with (
+            self.guard.watching(),
+            self.paths.followed(self._by_path or tracked or self.observer is not None),
+            self,
+        ):
+            yield
+
+    def unit(
+        self, rule: Rule, flow: Convention, module: nn.Module, original: Any, args: Any, kwargs: Any
+    ) -> Any:
+        """Run a module that has a rule, and leave alone the operations inside it."""
+        self._paused += 1
+        try:
+            if self.observer is not None and self._paused == 1:
+                return self.observer.call(
+                    self.paths.current, module, None, rule, flow, original, args, kwargs
+                )
+            return rule.run_in(flow, module, original, args, kwargs)
+        finally:
+            self._paused -= 1
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        known = self._known.get(func)
+        if known is None:
+            known = self._known[func] = self._learn(func)
+        if known.quick and self.observer is None:
+            return func(*args, **kwargs)
+        if not _any_live(args) and not (kwargs and _any_live(kwargs.values())):
+            return func(*args, **kwargs)
+        in_place = known.in_place or writes_in_place(func, kwargs)
+        if in_place:
+            target = kwargs.get("out")
+            self.guard.before(args[0] if target is None else target)
+        if self._paused:
+            return func(*args, **kwargs)
+        selector, rule = self._find(known, args, kwargs)
+        if in_place and not (_is_native(rule) and self.observer is None):
+            form = _on_a_copy(func) if _is_native(rule) else known.operation.function
+            return self._overwrite(known, selector, rule, form, args, kwargs)
+        return self._run(known, selector, rule, func, args, kwargs)
+
+    def _learn(self, func: Any) -> _Known:
+        name = name_of(func)
+        in_place = writes_in_place(func, {})
+        form = out_of_place_form(func) or func if in_place else func
+        operation = Operation.of(
+            name,
+            form,
+            moves=name in MOVES or name in WINNER,
+            multiplies=name in PRODUCTS or name in ELEMENTWISE,
+        )
+        known = _Known(operation, in_place, quick=False)
+        if self._lookup is not None and not self._by_path:
+            known.selector, known.rule = self._lookup(name, *self.paths.innermost)
+        if not in_place and not self._by_path:
+            default = default_rule(name, (), {}) if self._defaults else IgnoreRule()
+            known.quick = _is_native(default if known.rule is None else known.rule)
+        return known
+
+    def _find(self, known: _Known, args: Any, kwargs: Any) -> Found:
+        if self._lookup is not None:
+            if self._by_path:
+                known.selector, known.rule = self._lookup(known.operation.name, *self.paths.innermost)
+            if known.rule is not None:
+                return known.selector, known.rule
+        return None, default_rule(known.operation.name, args, kwargs) if self._defaults else IgnoreRule()
+
+    def _overwrite(self, known: _Known, selector: Any, rule: Any, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run the out-of-place form under its rule, then move its result to where it belongs."""
+        target = kwargs.get("out")
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("out", "inplace")}
+        result = self._run(known, selector, rule, func, args, kwargs)
+        target = args[0] if target is None else target
+        self.guard.before(target)  # again: the rule has kept of it what it needs
+        if target.shape != result.shape:
+            target.resize_(result.shape)
+        return target.copy_(result)
+
+    def _run(self, known: _Known, selector: Any, rule: Rule | None, func: Any, args: Any, kwargs: Any) -> Any:
+        operation = known.operation
+        if rule is None:
+            inside = written_out(operation.name)
+            if inside is not None:
+                return self._in_parts(inside, func, args, kwargs)
+            inside = entered(func)
+            if inside is not None:
+                with self:
+                    return inside(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if not _any_live((result,)):
+                return result
+            self._unmatched(operation.name, self.paths.current)
+            selector = Unmatched()
+            rule = ARITHMETIC
+        elif rule.opens:
+            with self:
+                return rule.run_in(self.flow, operation, func, args, kwargs)
+        if self.observer is not None:
+            return self.observer.call(
+                self.paths.current, operation, selector, rule, self.flow, func, args, kwargs
+            )
+        if _is_native(rule):
+            return func(*args, **kwargs)
+        return rule.run_in(self.flow, operation, func, args, kwargs)
+
+    def _in_parts(self, inside: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> Any:
+        """The values of a fused operation, on the tape of those that it is made of."""
+        with torch.no_grad():
+            values = func(*args, **kwargs)
+        with self:
+            written = inside(*args, **kwargs)
+        if isinstance(values, Tensor):
+            return Substituted.apply(written, values)
+        return tuple(Substituted.apply(w, v) for w, v in zip(written, values, strict=True))
+
+
+def _is_native(rule: Rule | None) -> bool:
+    return isinstance(rule, IgnoreRule)
+
+
+def _on_a_copy(function: Callable[..., Any]) -> Callable[..., Any]:
+    def form(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        copy = x.clone()
+        function(copy, *args, **kwargs)
+        return copy
+
+    return form
+
+
+def _any_live(values: Iterable[Any]) -> bool:
+    for value in values:
+        if isinstance(value, Tensor):
+            if on_tape(value):
+                return True
+        elif isinstance(value, list | tuple) and _any_live(value):
+            return True
+    return False

@@ -1,0 +1,97 @@
+"""One name for each operation, however it is written: function, method, operator, in place or not."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["name_of", "out_of_place_form", "writes_in_place"]
+
+_SYNONYMS = {
+    "absolute": "abs",
+    "arccos": "acos",
+    "arccosh": "acosh",
+    "arcsin": "asin",
+    "arcsinh": "asinh",
+    "arctan": "atan",
+    "arctanh": "atanh",
+    "clip": "clamp",
+    "clip_": "clamp",
+    "concat": "cat",
+    "concatenate": "cat",
+    "divide": "div",
+    "expit": "sigmoid",
+    "floordiv": "floor_divide",
+    "ger": "outer",
+    "idiv": "div",
+    "imatmul": "matmul",
+    "log_sigmoid": "logsigmoid",
+    "mm": "matmul",
+    "bmm": "matmul",
+    "moveaxis": "movedim",
+    "mod": "remainder",
+    "multiply": "mul",
+    "negative": "neg",
+    "permute_copy": "permute",
+    "radd": "add",
+    "rmul": "mul",
+    "rtruediv": "rdiv",
+    "subtract": "sub",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "true_divide": "div",
+    "truediv": "div",
+}
+_IN_PLACE_OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "matmul")
+
+
+def name_of(function: Callable[..., Any] | str) -> str:
+    """The name of the operation that a torch function, method, operator or property getter performs.
+
+    ``torch.add``, ``torch.Tensor.add_``, ``operator.iadd`` and ``"add"`` are all ``"add"``; ``torch.mm``, ``torch.bmm``
+    and ``@`` are ``"matmul"``.
+    """
+    if isinstance(function, str):
+        name = function.rpartition(".")[2]
+    else:
+        name = getattr(function, "__name__", type(function).__name__)
+        owner = getattr(function, "__self__", None)
+        if name in ("__get__", "__set__", "__delete__"):  # a property of torch.Tensor
+            name = getattr(owner, "__name__", name)
+    name = name.strip("_") if name.startswith("__") else name.rstrip("_").lstrip("_")
+    if name[:1] == "i" and name[1:] in _IN_PLACE_OPERATORS:
+        name = name[1:]
+    if name.endswith("_with_indices"):
+        name = name.removesuffix("_with_indices")
+    return _SYNONYMS.get(name, name)
+
+
+def _raw_name(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__name__", ""))
+
+
+def writes_in_place(function: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a call overwrites its first argument, or its ``out``."""
+    name = _raw_name(function)
+    if name.startswith("__"):
+        return name in ("__setitem__", *(f"__i{operator}__" for operator in _IN_PLACE_OPERATORS))
+    in_place = name.endswith("_") and not name.startswith("_")
+    return in_place or kwargs.get("inplace") is True or kwargs.get("out") is not None
+
+
+def out_of_place_form(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The function that returns what an in-place one writes: ``torch.Tensor.add`` for ``torch.Tensor.add_``."""
+    name = _raw_name(function)
+    bare = f"__{name[3:]}" if name.startswith("__i") else name.rstrip("_")
+    homes: tuple[Any, ...] = (torch.Tensor, torch, F)
+    if isinstance(function, types.FunctionType | types.BuiltinFunctionType) and not name.startswith("__"):
+        homes = (F, torch, torch.Tensor)
+    for home in homes:
+        found = getattr(home, bare, None)
+        if callable(found):
+            return found  # type: ignore[no-any-return]
+    return None

@@ -1,0 +1,139 @@
+"""Operations that are made of others: their inside is looked at in turn."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["entered", "written_out"]
+
+Function = Callable[..., Any]
+
+_INSIDE: dict[Any, Function | None] = {}
+
+
+def entered(function: Function) -> Function | None:
+    """A torch function written in Python, without the check at its start that hands it to a ``TorchFunctionMode``.
+
+    Run under the mode, the operations inside it are seen one by one. ``None`` for functions written in C++.
+    """
+    if function not in _INSIDE:
+        _INSIDE[function] = _unchecked(function)
+    return _INSIDE[function]
+
+
+def _unchecked(function: Any) -> Function | None:
+    if not isinstance(function, types.FunctionType) or not function.__module__.startswith("torch"):
+        return None
+    checks = {f"has_torch_function{suffix}": _no for suffix in ("", "_unary", "_variadic")}
+    inside = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **checks},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    inside.__kwdefaults__ = function.__kwdefaults__
+    return inside
+
+
+def _no(*args: Any) -> bool:
+    return False
+
+
+def written_out(name: str) -> Function | None:
+    """The computation of a fused operation in others, with the value of the fused one; ``None`` if it is not fused."""
+    return _WRITTEN.get(name)
+
+
+def _sum_and_product(product: Function) -> Function:
+    def write(
+        input: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1, value: Any = 1, out: Any = None
+    ) -> Tensor:
+        term = product(a, b)
+        scale = alpha if alpha != 1 else value
+        term = term if scale == 1 else term * scale
+        total: Tensor = (input if beta == 1 else input * beta) + term
+        return total
+
+    return write
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    signal, gate = input.chunk(2, dim)
+    return signal * gate.sigmoid()
+
+
+def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    return (F.normalize(x1, dim=dim, eps=eps) * F.normalize(x2, dim=dim, eps=eps)).sum(dim)
+
+
+def _lerp(input: Tensor, end: Tensor, weight: Tensor) -> Tensor:
+    return input + weight * (end - input)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    product = torch.matmul(input, weight.mT)
+    return product if bias is None else product + bias
+
+
+def _axes(input: Tensor, dim: Any) -> tuple[int, ...]:
+    if dim is None:
+        return tuple(range(input.dim()))
+    return (dim,) if isinstance(dim, int) else tuple(dim)
+
+
+def _var(
+    input: Tensor,
+    dim: Any = None,
+    unbiased: bool = True,
+    keepdim: bool = False,
+    *,
+    correction: Any = None,
+    out: Any = None,
+) -> Tensor:
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    axes = _axes(input, dim)
+    count = math.prod(input.shape[axis] for axis in axes)
+    taken = int(unbiased) if correction is None else correction
+    squares = (input - input.mean(axes, keepdim=True)).square()
+    return squares.sum(axes, keepdim=keepdim) / max(count - taken, 0)
+
+
+def _var_mean(
+    input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    mean = input.mean(_axes(input, dim), keepdim=keepdim)
+    return _var(input, dim, unbiased, keepdim, **kwargs), mean
+
+
+def _std_mean(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    variance, mean = _var_mean(*args, **kwargs)
+    return variance.sqrt(), mean
+
+
+_WRITTEN: dict[str, Function] = {
+    "addmm": _sum_and_product(torch.matmul),
+    "addmv": _sum_and_product(torch.matmul),
+    "addr": _sum_and_product(torch.outer),
+    "baddbmm": _sum_and_product(torch.matmul),
+    "addbmm": _sum_and_product(lambda a, b: torch.matmul(a, b).sum(0)),
+    "addcmul": _sum_and_product(torch.mul),
+    "addcdiv": _sum_and_product(torch.div),
+    "cosine_similarity": _cosine_similarity,
+    "glu": _glu,
+    "lerp": _lerp,
+    "linear": _linear,
+    "std_mean": _std_mean,
+    "var": _var,
+    "var_mean": _var_mean,
+}

@@ -1,0 +1,50 @@
+"""The ledger as a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tdhook.ledger import REASONS, Entry, Ledger
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["ledger_table"]
+
+
+def ledger_table(ledger: Ledger) -> Table:
+    """One row per module or operation at each place, summed over the batch; what opens a gap stands out.
+
+    Raises:
+        ImportError: rich is not installed.
+    """
+    try:
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError as error:
+        raise ImportError("reports are made with rich: pip install 'tdhook[cli]'") from error
+    table = Table(title="Where relevance went", title_justify="left")
+    for heading in ("module", "operation", "rule"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("arrived", "left", *REASONS, "gap"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    entries = ledger.summary()
+    scale = max((abs(sum(entry.arrived)) for entry in entries), default=1.0)
+    for entry in entries:
+        kind = entry.name if entry.calls == 1 else f"{entry.name} x{entry.calls}"
+        gap = Text(_number(sum(entry.gap), scale), style="bold red" if opens(entry) else "")
+        amounts = (sum(entry.arrived), sum(entry.left), *(sum(entry.total(reason)) for reason in REASONS))
+        table.add_row(
+            entry.path or "(model)", kind, repr(entry.rule), *(_number(a, scale) for a in amounts), gap
+        )
+    return table
+
+
+def opens(entry: Entry, tolerance: float = 1e-4) -> bool:
+    """Whether relevance was lost or made at an entry, beyond a part ``tolerance`` of what arrived."""
+    pairs = zip(entry.gap, entry.arrived, entry.left, strict=True)
+    return any(abs(gap) > tolerance * max(abs(a), abs(b)) for gap, a, b in pairs)
+
+
+def _number(amount: float, scale: float) -> str:
+    return "" if abs(amount) < 1e-9 * scale else f"{amount:.4g}"
