@@ -14,25 +14,18 @@ from tdhook.attribution.lrp_helpers.layers import Sum
 from tdhook.attribution.lrp_helpers.params import Stabilizer, ZeroParams
 from tdhook.attribution.lrp_helpers.rule import Rule, rule_from_dict
 from tdhook.attribution.lrp_helpers.rules.attention import AttentionRule
+from tdhook.attribution.lrp_helpers.rules.epsilon import EpsilonRule, NormRule, SoftmaxEpsilonRule
 from tdhook.attribution.lrp_helpers.rules.gradient import (
     ReLUBetaSmoothRule,
     ReLUDeconvNetRule,
     ReLUGuidedBackpropRule,
 )
-from tdhook.attribution.lrp_helpers.rules.linear import (
-    AlphaBetaRule,
-    EpsilonRule,
-    FlatRule,
-    GammaRule,
-    NormRule,
-    SoftmaxEpsilonRule,
-    ZBoxRule,
-    ZPlusRule,
-)
 from tdhook.attribution.lrp_helpers.rules.normalisation import LayerNormRule
 from tdhook.attribution.lrp_helpers.rules.products import ConstantRule, SignalTakeAllRule
 from tdhook.attribution.lrp_helpers.rules.recurrent import RecurrentRule
+from tdhook.attribution.lrp_helpers.rules.signed import AlphaBetaRule, GammaRule, ZBoxRule, ZPlusRule
 from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule, PassRule
+from tdhook.attribution.lrp_helpers.rules.squares import FlatRule
 from tdhook.attribution.lrp_helpers.types import Activation, AvgPool, BatchNorm, Convolution, Linear, MaxPool
 from tdhook.selectors import First, Op, Selector, SelectorLike, Type, Where, as_selector
 from tdhook.sites import Site

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tdhook.attribution.lrp_helpers.accounting import reporting, with_constants
-from tdhook.attribution.lrp_helpers.conversions import live
+from tdhook.attribution.lrp_helpers.conversions import alias, live
 from tdhook.attribution.lrp_helpers.operation import Operation
 from tdhook.attribution.lrp_helpers.rule import Convention, Rule
 from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule
@@ -127,7 +127,7 @@ class Ledger:
             if self._element is not None:
                 entry.left[self._element] += _sum(amount)
 
-        args, kwargs = live(lambda x: _Meter.apply(x, leave, flow), (args, kwargs))
+        args, kwargs = live(lambda x: Metered.apply(x, leave, flow), (args, kwargs))
         with reporting(absorb):
             if isinstance(rule, IgnoreRule):
                 outputs = original(*args, **kwargs)
@@ -135,15 +135,15 @@ class Ledger:
                 outputs = with_constants(module, original, args, kwargs, outputs, moves=moves)
             else:
                 outputs = rule.run_in(flow, module, original, args, kwargs)
-        return live(lambda z: _Meter.apply(z, arrive, flow), outputs)
+        return live(lambda z: Metered.apply(z, arrive, flow), outputs)
 
 
-class _Meter(torch.autograd.Function):
+class Metered(torch.autograd.Function):
     """Identity that tells how much relevance passes."""
 
     @staticmethod
     def forward(x: Tensor, tell: Callable[[Tensor], None], flow: Convention) -> Tensor:
-        return x.clone()
+        return alias(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -163,7 +163,7 @@ class _Meter(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], x: Tensor, tell: Any, flow: Convention
     ) -> tuple[Tensor, Any]:
-        return _Meter.apply(x, tell, flow), in_dims[0]
+        return Metered.apply(x, tell, flow), in_dims[0]
 
 
 def _added(a: list[float], b: list[float]) -> list[float]:

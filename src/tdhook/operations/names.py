@@ -18,6 +18,7 @@ _SYNONYMS = {
     "arcsin": "asin",
     "arcsinh": "asinh",
     "arctan": "atan",
+    "arctan2": "atan2",
     "arctanh": "atanh",
     "clip": "clamp",
     "clip_": "clamp",
@@ -26,6 +27,7 @@ _SYNONYMS = {
     "divide": "div",
     "expit": "sigmoid",
     "floordiv": "floor_divide",
+    "gammaln": "lgamma",
     "ger": "outer",
     "idiv": "div",
     "imatmul": "matmul",
@@ -37,6 +39,7 @@ _SYNONYMS = {
     "multiply": "mul",
     "negative": "neg",
     "permute_copy": "permute",
+    "psi": "digamma",
     "radd": "add",
     "rmul": "mul",
     "rtruediv": "rdiv",
@@ -65,8 +68,7 @@ def name_of(function: Callable[..., Any] | str) -> str:
     name = name.strip("_") if name.startswith("__") else name.rstrip("_").lstrip("_")
     if name[:1] == "i" and name[1:] in _IN_PLACE_OPERATORS:
         name = name[1:]
-    if name.endswith("_with_indices"):
-        name = name.removesuffix("_with_indices")
+    name = name.removesuffix("_with_indices").removeprefix("special_")
     return _SYNONYMS.get(name, name)
 
 

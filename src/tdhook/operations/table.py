@@ -16,7 +16,7 @@ from tdhook.attribution.lrp_helpers.conversions import on_tape
 from tdhook.attribution.lrp_helpers.params import rounding
 from tdhook.attribution.lrp_helpers.rule import Rule
 from tdhook.attribution.lrp_helpers.rules.attention import AttentionRule
-from tdhook.attribution.lrp_helpers.rules.linear import EpsilonRule, SoftmaxEpsilonRule, UniformEpsilonRule
+from tdhook.attribution.lrp_helpers.rules.epsilon import EpsilonRule, SoftmaxEpsilonRule, UniformEpsilonRule
 from tdhook.attribution.lrp_helpers.rules.normalisation import LayerNormRule
 from tdhook.attribution.lrp_helpers.rules.products import SignalTakeAllRule, made_by
 from tdhook.attribution.lrp_helpers.rules.recurrent import RecurrentRule
@@ -78,8 +78,8 @@ _HOMOGENEOUS = _names(
 )
 _TAYLOR = _names(
     """
-    atan2 det inverse linalg_det linalg_inv linalg_slogdet log_softmax logaddexp logcumsumexp logdet logsumexp
-    polar slogdet softmin
+    atan2 cross_entropy_loss det inverse linalg_det linalg_inv linalg_slogdet log_softmax logaddexp logcumsumexp
+    logdet logsumexp polar slogdet softmin
     """
 )
 PRODUCTS = _names(
@@ -210,8 +210,9 @@ def _accumulates(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, An
 
 
 def _dropout(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+    """In training it passes: to run it again, as arithmetic is, would drop others."""
     training = _given(args, kwargs, 2, "training", True)
-    return ARITHMETIC if training else _MOVES
+    return PassRule() if training else _MOVES
 
 
 def _mul(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:

@@ -41,7 +41,7 @@ def reporting(report: Report) -> Iterator[None]:
         _REPORT.reset(token)
 
 
-class _Reported(torch.autograd.Function):
+class Reported(torch.autograd.Function):
     """Identity at which a fixed part of what travels backwards is reported."""
 
     generate_vmap_rule = True
@@ -100,7 +100,7 @@ def with_constants(
         z = leaves[i]
         rest = 1 - part if moves else z.detach() - part
         # Masked logits are constants of minus infinity, and no share of anything.
-        leaves[i] = _Reported.apply(z, rest.nan_to_num(0.0, 0.0, 0.0), reason, report)
+        leaves[i] = Reported.apply(z, rest.nan_to_num(0.0, 0.0, 0.0), reason, report)
     return tree_unflatten(leaves, spec)
 
 

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdhook.attribution.lrp_helpers.params import rounding
 from tdhook.attribution.lrp_helpers.propagation import Call
+from tdhook.attribution.lrp_helpers.rule import Convention
+from tdhook.attribution.lrp_helpers.rules.epsilon import EpsilonRule
 from tdhook.attribution.lrp_helpers.rules.simple import PassRule
 from tdhook.attribution.lrp_helpers.steps import DenseForm
 
@@ -40,16 +43,28 @@ class _MergedBatchNormRule(PassRule):
         super().__init__()
         self.linears = tuple(linears)
 
-    def run(
-        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    def run_in(
+        self,
+        flow: Convention,
+        module: nn.Module,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """Call the batch norm."""
         if args and isinstance(args[0], Tensor) and not module.training and module.running_mean is not None:
-            for call in self._producers(args[0].grad_fn):
+            node, stabilizers = _maker(args[0])
+            if type(node).__name__.startswith(_PLAIN):
+                # Behind a layer that runs as it is, merging amounts to the epsilon rule, stabilised once.
+                epsilon = rounding if not stabilizers else stabilizers[0].stabilizer
+                for other in stabilizers:
+                    other.stabilizer = rounding
+                return EpsilonRule(epsilon).run_in(flow, module, original, args, kwargs)
+            for call in self._producers(node):
                 # On [N, C, L] a batch norm scales the rows of what a fully connected layer made, not its features.
                 if not isinstance(call.form, DenseForm) or args[0].dim() == 2 or self.linears:
                     call.affine = lambda: affine(module)
-        return super().run(module, original, args, kwargs)
+        return super().run_in(flow, module, original, args, kwargs)
 
     def _producers(self, node: Any) -> list[Call]:
         if not self.linears:
@@ -68,6 +83,21 @@ class _MergedBatchNormRule(PassRule):
                 continue  # other layers end the search
             front.extend(parent for parent, _ in node.next_functions)
         return found
+
+
+_PLAIN = ("Addmm", "Mm", "Convolution", "Addbmm", "Baddbmm", "Bmm")
+_IDENTITIES = ("TimesValue", "PerValue", "Damped", "Metered", "Reported")
+
+
+def _maker(x: Tensor) -> tuple[Any, list[Any]]:
+    """The node of the tape that made ``x``, and those between at which relevance is stabilised."""
+    node: Any = x.grad_fn
+    stabilizers = []
+    while type(node).__name__.startswith(_IDENTITIES):
+        if hasattr(node, "stabilizer"):
+            stabilizers.append(node)
+        node = node.next_functions[0][0]
+    return node, stabilizers
 
 
 def merging(linears: Sequence[nn.Module] = ()) -> PassRule:

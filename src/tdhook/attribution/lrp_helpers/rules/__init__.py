@@ -11,6 +11,12 @@ from tdhook.attribution.lrp_helpers.params import ParamModifier, stabilize
 from tdhook.attribution.lrp_helpers.rule import AbstractFunctionMeta, RemovableRuleHandle, Rule
 from tdhook.attribution.lrp_helpers.rules.attention import AttentionRule
 from tdhook.attribution.lrp_helpers.rules.checks import raise_for_unconserved_rel_factory
+from tdhook.attribution.lrp_helpers.rules.epsilon import (
+    EpsilonRule,
+    NormRule,
+    SoftmaxEpsilonRule,
+    UniformEpsilonRule,
+)
 from tdhook.attribution.lrp_helpers.rules.gradient import (
     AHQKVRule,
     PseudoIdentityRule,
@@ -18,22 +24,12 @@ from tdhook.attribution.lrp_helpers.rules.gradient import (
     ReLUDeconvNetRule,
     ReLUGuidedBackpropRule,
 )
-from tdhook.attribution.lrp_helpers.rules.linear import (
-    AlphaBetaRule,
-    EpsilonRule,
-    FlatRule,
-    GammaRule,
-    NormRule,
-    SoftmaxEpsilonRule,
-    UniformEpsilonRule,
-    WSquareRule,
-    ZBoxRule,
-    ZPlusRule,
-)
 from tdhook.attribution.lrp_helpers.rules.normalisation import LayerNormRule
 from tdhook.attribution.lrp_helpers.rules.products import ConstantRule, SignalTakeAllRule
 from tdhook.attribution.lrp_helpers.rules.recurrent import RecurrentRule
+from tdhook.attribution.lrp_helpers.rules.signed import AlphaBetaRule, GammaRule, ZBoxRule, ZPlusRule
 from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule, PassRule, StopRule, UniformRule
+from tdhook.attribution.lrp_helpers.rules.squares import FlatRule, WSquareRule
 
 if TYPE_CHECKING:
     from tdhook.composites import BaseRuleMapper, EpsilonPlus

@@ -1,0 +1,65 @@
+"""What rules share that divide relevance by contributions: modified parameters, relevance per unit of output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tdhook.attribution.lrp_helpers.params import (
+    Stabilizer,
+    stabilize,
+)
+from tdhook.attribution.lrp_helpers.steps import Modify, Step
+
+__all__ = [
+    "itself",
+    "modified_by",
+    "negative",
+    "per_unit",
+    "positive",
+    "report_bias",
+]
+
+
+def modified_by(change: Callable[[Tensor], Tensor], zero: Sequence[str] = ()) -> Modify:
+    """``change`` as a parameter modification that treats the parameters named in ``zero`` as zero."""
+
+    def modify(name: str, param: Tensor) -> Tensor:
+        param = change(param)
+        return torch.zeros_like(param) if name.rpartition(".")[2] in zero else param
+
+    return modify
+
+
+def positive(x: Tensor) -> Tensor:
+    """What of ``x`` is positive, and zero elsewhere."""
+    return x.clamp(min=0)
+
+
+def negative(x: Tensor) -> Tensor:
+    """What of ``x`` is negative, and zero elsewhere."""
+    return x.clamp(max=0)
+
+
+def itself(x: Tensor) -> Tensor:
+    """``x``, unchanged."""
+    return x
+
+
+def per_unit(step: Step, relevance: Tensor, z: Tensor, epsilon: Stabilizer) -> Tensor:
+    """``R_j / stab(z_j)``: relevance per unit of output."""
+    if not z.is_floating_point():
+        return relevance
+    per_output = relevance / stabilize(z, epsilon)
+    if step.report is not None:
+        step.report("stabiliser", relevance - z * per_output)
+    return per_output
+
+
+def report_bias(step: Step, modify: Modify, *per_output: Tensor) -> None:
+    """Report what the bias takes, which is an input of one."""
+    if step.report is not None:
+        for s, b in zip(per_output, step.constants(modify), strict=True):
+            step.report("bias", s * b)

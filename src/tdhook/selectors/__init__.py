@@ -1,0 +1,27 @@
+"""Selectors: values that say which modules and operations of a model are meant.
+
+A selector is plain data. It is built up with ``&``, ``|`` and ``~``, printed, compared and written to a dictionary;
+only a model's :class:`Site` tells whether it matches.
+
+    Type(nn.Linear) & ~Name("head.*")
+"""
+
+from tdhook.selectors.base import Selector, SelectorLike, as_selector
+from tdhook.selectors.modules import First, Last, Name, Reads, Type, Where, Writes
+from tdhook.selectors.operations import Op
+from tdhook.sites import Site
+
+__all__ = [
+    "First",
+    "Last",
+    "Name",
+    "Op",
+    "Reads",
+    "Selector",
+    "SelectorLike",
+    "Site",
+    "Type",
+    "Where",
+    "Writes",
+    "as_selector",
+]

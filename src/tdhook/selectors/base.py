@@ -1,0 +1,192 @@
+"""What all selectors share: matching, and composition."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from tdhook.sites import Site
+
+__all__ = ["AllOf", "AnyOf", "NotThe", "Selector", "SelectorLike", "as_selector"]
+
+
+class Selector(ABC):
+    """What all selectors share: matching, and composition."""
+
+    @abstractmethod
+    def matches(self, site: Site) -> bool:
+        """Whether the module at ``site`` is meant."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """This selector as plain data."""
+
+    @property
+    def needs_execution(self) -> bool:
+        """Whether matching depends on the order in which the model runs its modules."""
+        return False
+
+    @property
+    def reaches_operations(self) -> bool:
+        """Whether operations can be meant; else only modules are."""
+        return False
+
+    @property
+    def depends_on_path(self) -> bool:
+        """Whether it matters inside which module an operation is."""
+        return False
+
+    def __and__(self, other: SelectorLike) -> Selector:
+        return AllOf((*members(self, AllOf), *members(as_selector(other), AllOf)))
+
+    def __or__(self, other: SelectorLike) -> Selector:
+        return AnyOf((*members(self, AnyOf), *members(as_selector(other), AnyOf)))
+
+    def __invert__(self) -> Selector:
+        return NotThe(self)
+
+    @staticmethod
+    def from_dict(data: Any) -> Selector:
+        """Make a selector from plain data (what :meth:`to_dict` gave; a string is a glob on the path).
+
+        Classes are looked up by name among those already imported; nothing is imported or evaluated.
+
+        Raises:
+            ValueError: the data is not that of a selector.
+        """
+        from tdhook.selectors.data import read
+
+        return read(data)
+
+
+SelectorLike: TypeAlias = (
+    "Selector | type | tuple[type | str, ...] | str | re.Pattern[str] | Callable[..., object]"
+)
+
+
+def as_selector(value: SelectorLike) -> Selector:
+    """The obvious selector: :class:`Type` for classes, :class:`Name` for a string, :class:`Where` for a callable."""
+    from tdhook.selectors.modules import Name, Type, Where
+
+    if isinstance(value, Selector):
+        return value
+    if isinstance(value, type):
+        return Type(value)
+    if isinstance(value, tuple) and value and all(isinstance(v, type) for v in value):
+        return Type(*value)
+    if isinstance(value, str | re.Pattern):
+        return Name(value)
+    if callable(value):
+        return Where(value)
+    raise TypeError(
+        f"{value!r} of type {type(value).__name__} selects nothing: give a selector, a class, a tuple of classes, a "
+        "glob on the module path, or a predicate (name, module) -> bool"
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class Several(Selector):
+    selectors: tuple[Selector, ...]
+
+    @property
+    def needs_execution(self) -> bool:
+        return any(s.needs_execution for s in self.selectors)
+
+    @property
+    def reaches_operations(self) -> bool:
+        return any(s.reaches_operations for s in self.selectors)
+
+    @property
+    def depends_on_path(self) -> bool:
+        return any(s.depends_on_path for s in self.selectors)
+
+    def _joined(self, symbol: str) -> str:
+        return "(" + f" {symbol} ".join(map(repr, self.selectors)) + ")"
+
+
+def members(selector: Selector, kind: type[Several]) -> tuple[Selector, ...]:
+    """What ``a & b & c`` joins, in one list."""
+    return selector.selectors if isinstance(selector, kind) else (selector,)
+
+
+class AllOf(Several):
+    """``a & b``. At an operation, what is said of modules is said of the one around it."""
+
+    @property
+    def depends_on_path(self) -> bool:
+        mixed = self.reaches_operations and not all(s.reaches_operations for s in self.selectors)
+        return mixed or super().depends_on_path
+
+    def matches(self, site: Site) -> bool:
+        if site.operation is not None:
+            return all(
+                s.matches(site) if s.reaches_operations else _holds(s, site.around()) for s in self.selectors
+            )
+        excluded = [s.selector for s in self.selectors if isinstance(s, NotThe)]
+        if len(excluded) == len(self.selectors):
+            return all(s.matches(site) for s in self.selectors)
+        wanted = (s for s in self.selectors if not isinstance(s, NotThe))
+        return all(s.matches(site) for s in wanted) and not any(s.matches(site) for s in excluded)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"all": [s.to_dict() for s in self.selectors]}
+
+    def __repr__(self) -> str:
+        return self._joined("&")
+
+
+def _holds(selector: Selector, site: Site) -> bool:
+    """Whether a selector matches the module around an operation, which need not be a layer."""
+    return not selector.selector.matches(site) if isinstance(selector, NotThe) else selector.matches(site)
+
+
+class AnyOf(Several):
+    """``a | b``."""
+
+    def matches(self, site: Site) -> bool:
+        if site.operation is not None:
+            return any(s.reaches_operations and s.matches(site) for s in self.selectors)
+        return any(s.matches(site) for s in self.selectors)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"any": [s.to_dict() for s in self.selectors]}
+
+    def __repr__(self) -> str:
+        return self._joined("|")
+
+
+@dataclass(frozen=True, repr=False)
+class NotThe(Selector):
+    """What another selector leaves.
+
+    On its own it means layers, not what merely contains them: ``~Type(nn.Linear)`` is not the whole model; and
+    ``~Op("add")`` means operations.
+    """
+
+    selector: Selector
+
+    @property
+    def needs_execution(self) -> bool:
+        return self.selector.needs_execution
+
+    @property
+    def reaches_operations(self) -> bool:
+        return self.selector.reaches_operations
+
+    @property
+    def depends_on_path(self) -> bool:
+        return self.selector.depends_on_path
+
+    def matches(self, site: Site) -> bool:
+        if self.reaches_operations:
+            return site.operation is not None and not self.selector.matches(site)
+        return not any(True for _ in site.module.children()) and not self.selector.matches(site)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"not": self.selector.to_dict()}
+
+    def __repr__(self) -> str:
+        return f"~{self.selector!r}"
