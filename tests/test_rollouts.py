@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from tdhook import LRP, Contrast, Target, preset
 from tdhook.rl.rollouts import (
-    Conservation,
     Episode,
     conservation,
     explained_rollout,
@@ -150,56 +150,42 @@ def test_relevance_put_in_is_what_arrived_and_what_was_absorbed(name: str) -> No
     assert account.arrived == pytest.approx(rollout["attr", "observation"].sum(-1).mean().item())
     assert account.target == pytest.approx(account.arrived + account.absorbed)
     assert account.size == pytest.approx(rollout["chosen_action_value"].abs().mean().item())
-    if (
-        name == "epsilon_plus"
-    ):  # without biases epsilon keeps everything, z-plus only where anything is positive
-        assert account.error is not None and account.error < 1e-6
+    assert account.error < 1e-5
 
 
 def test_what_is_absorbed_is_the_share_of_the_bias() -> None:
     network = nn.Linear(4, 2)
     policy = TensorDictModule(network, ["observation"], ["action_value"])
     target = Target("action_value", 0)
-    steps = LRP("epsilon_plus", target=target).wrap(policy)(
-        TensorDict({"observation": torch.randn(5, 4)}, [5])
-    )
+    steps = TensorDict({"observation": torch.randn(5, 4)}, [5])
     account = conservation(steps, policy, preset("epsilon_plus"), target)
     assert account is not None
     assert account.absorbed == pytest.approx(network.bias[0].item(), rel=1e-4)
-    assert account.error == pytest.approx(0.0, abs=1e-9)
+    assert account.error < 1e-5
 
 
-class Doubling(torch.autograd.Function):
+class Double(torch.autograd.Function):
     """Hands on twice what reaches it, where no rule can see it."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x * 1
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return 2 * grad
 
 
-class Residual(nn.Module):
-    """Adds without a rule: under plain autograd both sides get all of the relevance."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-
+class Doubling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return Doubling.apply(self.inner(x))
+        return Double.apply(x)
 
 
 def test_relevance_that_is_doubled_shows_as_an_error() -> None:
-    policy = TensorDictModule(Residual(), ["observation"], ["action_value"])
-    target = Target("action_value", 0)
-    steps = LRP("epsilon_plus", target=target).wrap(policy)(
-        TensorDict({"observation": torch.randn(5, 4)}, [5])
-    )
-    account = conservation(steps, policy, preset("epsilon_plus"), target)
-    assert account is not None and account.error is not None and account.error > 0.5
+    policy = TensorDictModule(nn.Sequential(nn.Linear(4, 4), Doubling()), ["observation"], ["action_value"])
+    steps = TensorDict({"observation": torch.randn(5, 4)}, [5])
+    account = conservation(steps, policy, preset("epsilon_plus"), Target("action_value", 0))
+    assert account is not None and account.error > 0.5
 
 
 @pytest.mark.parametrize(
@@ -211,7 +197,7 @@ def test_every_kind_of_target_is_accounted_for(target: Target | Contrast) -> Non
         rl.make_env("CartPole-v1", seed=0), LRP("epsilon_plus", target=target).wrap(policy), 4
     )
     account = conservation(rollout, policy, preset("epsilon_plus"), target)
-    assert account is not None and account.error is not None and account.error < 1e-6
+    assert account is not None and account.error < 1e-5
 
 
 def test_a_modified_gradient_is_not_conserved() -> None:
@@ -220,25 +206,6 @@ def test_a_modified_gradient_is_not_conserved() -> None:
         conservation(rollout_of(2, "guided_backprop", policy), policy, preset("guided_backprop"), CHOSEN)
         is None
     )
-
-
-class Stubborn(nn.Linear):
-    """Wants single precision."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float())
-
-
-def test_a_policy_of_one_precision_has_no_conservation_error() -> None:
-    policy = TensorDictModule(Stubborn(4, 2), ["observation"], ["action_value"])
-    target = Target("action_value", 0)
-    steps = LRP("epsilon_plus", target=target).wrap(policy)(
-        TensorDict({"observation": torch.randn(5, 4)}, [5])
-    )
-    account = conservation(steps, policy, preset("epsilon_plus"), target)
-    assert isinstance(account, Conservation)
-    assert account.error is None
-    assert policy.module.weight.dtype == torch.float32
 
 
 def test_a_rollout_is_saved_and_replaced(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
 from tdhook.attribution.lrp_helpers.binding import named_tensors
+from tdhook.balance import balance
 from tdhook.contexts import Conditions, Model, Record
-from tdhook.ledger import Ledger, balance
+from tdhook.ledger import Ledger
 from tdhook.operations.mutation import Mutated
 from tdhook.state import dense_copy, restored
 from tdhook.targets import Seeds, require_dependence

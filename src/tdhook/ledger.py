@@ -2,67 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from tdhook.attribution.lrp_helpers.accounting import reporting, with_constants
 from tdhook.attribution.lrp_helpers.conversions import alias, live
 from tdhook.attribution.lrp_helpers.operation import Operation
 from tdhook.attribution.lrp_helpers.rule import Convention, Rule
 from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule
-from tdhook.targets import Seeds
+from tdhook.operations.mutation import storage_of
 
-__all__ = ["REASONS", "Entry", "Ledger", "balance"]
+__all__ = ["REASONS", "Entry", "Ledger", "Note"]
 
+Note: TypeAlias = "tuple[Entry, str, Tensor]"
 REASONS = ("bias", "stabiliser", "stop", "constant")
 
 
 @dataclass
 class Entry:
-    """What went in and out of the calls of one module or operation.
+    """What went in and out of the calls of one module or operation. Amounts are of shape ``[batch]``.
 
     Attributes:
         path: dotted path of the module, or of the one around the operation.
         name: the module's class, or the operation with ``()``.
-        rule: the rule it ran under.
-        arrived: relevance of its outputs, one value per batch element, and ``left``: of its inputs.
-        absorbed: reason to what was kept on purpose.
+        rule: the rule it ran under; ``None`` for the inputs of the model.
+        amounts: ``"arrived"`` is relevance of its outputs, ``"left"`` of its inputs; reason to what was kept.
         calls: how many calls are added up here.
     """
 
     path: str
     name: str
-    rule: Rule
-    arrived: list[float] = field(default_factory=list)
-    left: list[float] = field(default_factory=list)
-    absorbed: dict[str, list[float]] = field(default_factory=dict)
+    rule: Rule | None
+    amounts: dict[str, Tensor] = field(default_factory=dict)
+    calls: int = 1
 
-    calls: int = 0
-
-    def add(self, other: Entry) -> None:
-        """Add the accounts of another call."""
-        self.calls += 1
-        self.arrived, self.left = _added(self.arrived, other.arrived), _added(self.left, other.left)
-        for reason, kept in other.absorbed.items():
-            self.absorbed[reason] = _added(self.absorbed.get(reason, []), kept)
-
-    def total(self, reason: str | None = None) -> list[float]:
-        """What was kept for one reason, or for all of them."""
-        kept = self.absorbed.values() if reason is None else [self.absorbed.get(reason, [])]
-        return [sum(each) for each in zip(*(k for k in kept if k), strict=True)] or [0.0] * len(self.arrived)
+    def of(self, column: str) -> Tensor:
+        """What arrived, left, or was kept for a reason."""
+        return self.amounts.get(column, torch.zeros(1, dtype=torch.float64))
 
     @property
-    def gap(self) -> list[float]:
+    def absorbed(self) -> Tensor:
+        """What was kept for all reasons together."""
+        return torch.stack(torch.broadcast_tensors(*map(self.of, REASONS))).sum(0)
+
+    @property
+    def gap(self) -> Tensor:
         """What was lost without a reason, or, where negative, made of nothing."""
-        return [a - b - c for a, b, c in zip(self.arrived, self.left, self.total(), strict=True)]
+        return self.of("arrived") - self.of("left") - self.absorbed
+
+    def add(self, column: str, amount: Tensor) -> None:
+        """Add to a column."""
+        self.amounts[column] = self.amounts[column] + amount if column in self.amounts else amount
 
 
 class Ledger:
-    """Keeps accounts of one forward pass and of the backward passes through it, one per batch element.
+    """Keeps accounts of one forward pass and of the backward passes through it.
 
     Attributes:
         entries: one per call, in execution order.
@@ -70,23 +70,23 @@ class Ledger:
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
-        self._element: int | None = None
+        self._notes: list[Note] | None = None
 
-    def elements(self, count: int) -> Iterator[int]:
-        """Take the backward passes that follow for those of one batch element after the other."""
-        for entry in self.entries:
-            entry.arrived, entry.left = [0.0] * count, [0.0] * count
-            entry.absorbed = {}
+    @contextmanager
+    def noting(self) -> Iterator[list[Note]]:
+        """Take down what the calls tell during a backward pass."""
+        self._notes = []
         try:
-            for self._element in range(count):
-                yield self._element
+            yield self._notes
         finally:
-            self._element = None
+            self._notes = None
 
-    @property
-    def absorbed(self) -> list[float]:
-        """What all calls kept together, per batch element."""
-        return [sum(each) for each in zip(*(entry.total() for entry in self.entries), strict=True)]
+    def note(self, entry: Entry, column: str, amount: Tensor) -> None:
+        """Take down an amount, of whichever shape, if a backward pass is being taken down."""
+        if self._notes is not None:
+            while torch._C._functorch.is_batchedtensor(amount):
+                amount = torch._C._functorch.get_unwrapped(amount)
+            self._notes.append((entry, column, amount.detach()))
 
     def summary(self) -> list[Entry]:
         """One entry for each module and operation at each place, in execution order, its calls added up."""
@@ -94,8 +94,10 @@ class Ledger:
         for entry in self.entries:
             key = (entry.path, entry.name, repr(entry.rule))
             if key not in found:
-                found[key] = Entry(entry.path, entry.name, entry.rule)
-            found[key].add(entry)
+                found[key] = Entry(entry.path, entry.name, entry.rule, calls=0)
+            found[key].calls += 1
+            for column, amount in entry.amounts.items():
+                found[key].add(column, amount)
         return list(found.values())
 
     def call(
@@ -109,23 +111,23 @@ class Ledger:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Make one call, with its inputs and outputs metered."""
+        """Make one call, with its inputs and outputs metered, unless it is one of them in another shape."""
+        if isinstance(rule, IgnoreRule) and isinstance(module, Operation) and module.moves:
+            outputs = original(*args, **kwargs)
+            if _shares_memory(outputs, (args, kwargs)):
+                return outputs
         name = f"{module.name}()" if isinstance(module, Operation) else type(module).__name__
         entry = Entry(path, name, rule)
         self.entries.append(entry)
 
         def absorb(reason: str, amount: Tensor) -> None:
-            if self._element is not None:
-                kept = entry.absorbed.setdefault(reason, [0.0] * len(entry.arrived))
-                kept[self._element] += _sum(amount)
+            self.note(entry, reason, amount)
 
         def arrive(amount: Tensor) -> None:
-            if self._element is not None:
-                entry.arrived[self._element] += _sum(amount)
+            self.note(entry, "arrived", amount)
 
         def leave(amount: Tensor) -> None:
-            if self._element is not None:
-                entry.left[self._element] += _sum(amount)
+            self.note(entry, "left", amount)
 
         args, kwargs = live(lambda x: Metered.apply(x, leave, flow), (args, kwargs))
         with reporting(absorb):
@@ -166,66 +168,7 @@ class Metered(torch.autograd.Function):
         return Metered.apply(x, tell, flow), in_dims[0]
 
 
-def _added(a: list[float], b: list[float]) -> list[float]:
-    return [x + y for x, y in zip(a, b, strict=True)] if a else list(b)
-
-
-def balance(
-    ledger: Ledger, seeds: Seeds, leaves: Sequence[Tensor], flow: Convention, batch: torch.Size
-) -> dict[str, Tensor]:
-    """Close the books: one backward pass per batch element.
-
-    Args:
-        ledger: what metered the forward pass.
-        seeds: what was put in.
-        leaves: where relevance can arrive.
-        flow: the convention of the backward pass.
-        batch: the batch shape.
-
-    Returns:
-        ``target``, ``inputs``, ``absorbed`` and ``gap`` of shape ``[*batch]``, or ``[*batch, targets]`` where several
-        are explained.
-    """
-    count = batch.numel()
-    columns: dict[str, list[Tensor]] = {"target": [], "inputs": [], "absorbed": []}
-    for i in range(seeds.several or 1):
-        grads = [grad if seeds.several is None else grad[i] for grad in seeds.grads]
-        target, arrived = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
-        for element in ledger.elements(count):
-            own = [_only(element, count, grad, batch) for grad in grads]
-            target[element] = sum(_relevance(z, g, flow) for z, g in zip(seeds.tensors, own, strict=True))
-            pulled: Sequence[Tensor | None] = torch.autograd.grad(
-                seeds.tensors, leaves, own, retain_graph=True, allow_unused=True
-            )
-            parts = (_relevance(x, g, flow) for x, g in zip(leaves, pulled, strict=True) if g is not None)
-            arrived[element] = sum(parts)
-        columns["target"].append(target)
-        columns["inputs"].append(arrived)
-        columns["absorbed"].append(torch.tensor(ledger.absorbed or [0.0] * count, dtype=torch.float64))
-    like = seeds.tensors[0]
-    shaped = {name: torch.stack(column, -1).reshape(*batch, len(column)) for name, column in columns.items()}
-    shaped["gap"] = shaped["target"] - shaped["inputs"] - shaped["absorbed"]
-    return {
-        name: (value if seeds.several else value.squeeze(-1)).to(like.device, like.dtype)
-        for name, value in shaped.items()
-    }
-
-
-def _only(element: int, count: int, grad: Tensor, batch: torch.Size) -> Tensor:
-    """The seed of one batch element alone."""
-    rows = grad.reshape(count, *grad.shape[len(batch) :])
-    own = torch.zeros_like(rows)
-    own[element] = rows[element]
-    return own.reshape(grad.shape)
-
-
-def _relevance(x: Tensor, grad: Tensor, flow: Convention) -> float:
-    """All relevance of a tensor."""
-    amount = grad if flow == "relevance" else torch.where(grad == 0, 0.0, x * grad)
-    return _sum(amount)
-
-
-def _sum(amount: Tensor) -> float:
-    while torch._C._functorch.is_batchedtensor(amount):
-        amount = torch._C._functorch.get_unwrapped(amount)
-    return float(amount.detach().double().sum())
+def _shares_memory(outputs: Any, inputs: Any) -> bool:
+    """Whether overwriting an output overwrites an input."""
+    storages = {storage_of(x) for x in tree_leaves(inputs) if isinstance(x, Tensor)}
+    return any(storage_of(z) in storages for z in tree_leaves(outputs) if isinstance(z, Tensor))

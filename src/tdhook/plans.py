@@ -79,6 +79,7 @@ class Plan:
         flow: the convention of the backward pass.
         merges: batch norms to merge by name: path of the batch norm to the linear layers.
         merge: whether batch norms right behind a linear layer are merged.
+        sensitivity: whether the result is a modified gradient.
         interception: what runs operations under their rules; ``None`` where only modules have rules.
 
     Attributes:
@@ -93,6 +94,7 @@ class Plan:
         flow: Convention,
         merges: dict[str, list[nn.Module]],
         merge: bool,
+        sensitivity: bool,
         interception: Interception | None,
     ) -> None:
         self.rows = tuple(rows)
@@ -100,7 +102,7 @@ class Plan:
         self.flow: Convention = flow
         self.interception = interception
         self._modules = tuple(modules)
-        self.sensitivity = any(row.rule is not None and row.rule.yields == "sensitivity" for row in rows)
+        self.sensitivity = sensitivity
         self._bindings: list[Binding] = []
         self._custom: list[tuple[Rule, nn.Module]] = []
         for row in rows:
@@ -215,7 +217,7 @@ def make_plan(
     skip: Callable[[str, nn.Module], bool] | None,
     flow: Convention | None,
     merge_batch_norm: bool | Sequence[Merge],
-    unmatched: Callable[[str, str], None],
+    unmatched: Callable[[str, str, bool], None],
 ) -> Plan:
     """Ask a composite or a mapper for the rule of every module.
 
@@ -227,7 +229,7 @@ def make_plan(
         skip: modules to leave alone.
         flow: the convention of the backward pass, or ``None`` to follow from the rules.
         merge_batch_norm: whether to merge batch norms, or which.
-        unmatched: told of operations that nothing is known of, and the path of the module around them.
+        unmatched: told ``(operation, path, unseen)`` of operations that nothing is known of.
 
     Raises:
         TypeError: the mapper returned something else than a rule.
@@ -271,7 +273,9 @@ def make_plan(
             defaults=not sensitivity,
             unmatched=unmatched,
         )
-    return Plan(rows, execution.modules.values(), flow, merges, bool(merge_batch_norm), interception)
+    return Plan(
+        rows, execution.modules.values(), flow, merges, bool(merge_batch_norm), sensitivity, interception
+    )
 
 
 def _flow_of(rules: Sequence[Rule]) -> Convention:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from tdhook.ledger import REASONS, Entry, Ledger
 
 if TYPE_CHECKING:
@@ -29,11 +31,11 @@ def ledger_table(ledger: Ledger) -> Table:
     for heading in ("arrived", "left", *REASONS, "gap"):
         table.add_column(heading, justify="right", no_wrap=True)
     entries = ledger.summary()
-    scale = max((abs(sum(entry.arrived)) for entry in entries), default=1.0)
+    scale = max((float(entry.of("arrived").abs().sum()) for entry in entries), default=1.0)
     for entry in entries:
         kind = entry.name if entry.calls == 1 else f"{entry.name} x{entry.calls}"
-        gap = Text(_number(sum(entry.gap), scale), style="bold red" if opens(entry) else "")
-        amounts = (sum(entry.arrived), sum(entry.left), *(sum(entry.total(reason)) for reason in REASONS))
+        amounts = (float(entry.of(column).sum()) for column in ("arrived", "left", *REASONS))
+        gap = Text(_number(float(entry.gap.sum()), scale), style="bold red" if opens(entry) else "")
         table.add_row(
             entry.path or "(model)", kind, repr(entry.rule), *(_number(a, scale) for a in amounts), gap
         )
@@ -41,9 +43,9 @@ def ledger_table(ledger: Ledger) -> Table:
 
 
 def opens(entry: Entry, tolerance: float = 1e-4) -> bool:
-    """Whether relevance was lost or made at an entry, beyond a part ``tolerance`` of what arrived."""
-    pairs = zip(entry.gap, entry.arrived, entry.left, strict=True)
-    return any(abs(gap) > tolerance * max(abs(a), abs(b)) for gap, a, b in pairs)
+    """Whether relevance was lost or made at an entry, beyond a part ``tolerance`` of what passed."""
+    passed = torch.maximum(entry.of("arrived").abs(), entry.of("left").abs())
+    return bool((entry.gap.abs() > tolerance * passed).any())
 
 
 def _number(amount: float, scale: float) -> str:

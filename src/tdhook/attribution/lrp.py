@@ -66,7 +66,7 @@ class LRP(Attribution):
             and treat it as arithmetic (the generic epsilon rule), raise, or treat it so without a word.
         ledger: whether to account for all relevance, per batch element: ``("ledger", "target")`` is what was put in,
             ``("ledger", "inputs")`` what arrived, ``("ledger", "absorbed")`` what rules kept on purpose, and
-            ``("ledger", "gap")`` what was lost or made. It takes one more backward pass per batch element.
+            ``("ledger", "gap")`` what was lost or made. It takes two more backward passes for each 128 batch elements.
 
     With a composite, modules that it leaves open are entered, and each operation in them that it leaves open has the
     obvious rule (:mod:`tdhook.operations.table`). What is written is relevance in either flow (but for modified
@@ -307,17 +307,20 @@ class _Unmatched:
         self.how = how
         self.told: set[tuple[str, str]] = set()
 
-    def __call__(self, operation: str, path: str) -> None:
-        where = f"the operation `{operation}` in module `{path}`" if path else f"the operation `{operation}`"
-        remedy = f'give it a rule, (Op("{operation}"), rule) in the composite'
+    def __call__(self, operation: str, path: str, unseen: bool) -> None:
+        kind = "autograd function" if unseen else "operation"
+        where = f"the {kind} `{operation}` in module `{path}`" if path else f"the {kind} `{operation}`"
+        if unseen:
+            found = f"{where} runs under its own backward pass, where no rule sees it"
+            remedy = "call it from a module of its own and give that a rule"
+        else:
+            found = f"nothing is known of {where}, which is treated as arithmetic under the epsilon rule"
+            remedy = f'give it a rule, (Op("{operation}"), rule) in the composite'
         if self.how == "raise":
-            raise NotImplementedError(f"nothing is known of {where}: {remedy}")
+            raise NotImplementedError(f"{found}; {remedy}")
         if self.how == "warn" and (operation, path) not in self.told:
             self.told.add((operation, path))
-            warnings.warn(
-                f"nothing is known of {where}, which is treated as arithmetic under the epsilon rule; {remedy}",
-                stacklevel=2,
-            )
+            warnings.warn(f"{found}; {remedy}", stacklevel=2)
 
 
 def _as_composite(composite: Composite | Pairs | str) -> Composite:

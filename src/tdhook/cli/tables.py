@@ -59,16 +59,13 @@ def conservation_table(account: Conservation) -> Group:
     for label, value in (
         ("put in: the value of the target", account.target),
         ("arrived at the inputs", account.arrived),
-        ("kept on the way by biases and stabilisers", account.absorbed),
+        ("kept on the way by biases, stabilisers, constants", account.absorbed),
     ):
         table.add_row(label, f"{value:+.5g}", f"{value / account.size:+.1%}" if account.size else "")
-    if account.error is None:
-        meaning = "Conservation error: not known. It is found in double precision, in which this policy does not run."
-    else:
-        meaning = (
-            f"Conservation error: {account.error:.1e}. Explained without biases, the same steps must deliver "
-            "everything; this is what goes missing at the worst of them, in double precision, of the mean |target|."
-        )
+    meaning = (
+        f"Conservation error: {account.error:.1e}. At the worst of the steps, this part of the mean |target| is "
+        "unaccounted for, lost or made on the way."
+    )
     return Group(table, Text(meaning))
 
 

@@ -16,7 +16,7 @@ from tdhook.attribution.lrp_helpers.operation import Operation
 from tdhook.attribution.lrp_helpers.rule import Convention, Rule
 from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule
 from tdhook.operations.mutation import Guard
-from tdhook.operations.names import name_of, out_of_place_form, writes_in_place
+from tdhook.operations.names import name_of, out_of_place_form, relabels, writes_in_place
 from tdhook.operations.paths import Paths
 from tdhook.operations.table import ARITHMETIC, ELEMENTWISE, MOVES, PRODUCTS, WINNER, default_rule
 from tdhook.operations.written_out import entered, written_out
@@ -70,7 +70,8 @@ class Interception(TorchFunctionMode):
         lookup: asks a composite; ``None`` if it says nothing of operations.
         by_path: whether its answer depends on the module around the operation.
         defaults: whether what the composite leaves open has the rule of :data:`tdhook.operations.table.OPERATIONS`.
-        unmatched: what to do with ``(operation, path)`` that nothing is known of.
+        unmatched: told ``(operation, path, unseen)`` of operations that nothing is known of, and of autograd functions
+            that ran unseen.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Interception(TorchFunctionMode):
         *,
         by_path: bool,
         defaults: bool,
-        unmatched: Callable[[str, str], None],
+        unmatched: Callable[[str, str, bool], None],
     ) -> None:
         super().__init__()
         self.flow = flow
@@ -122,24 +123,28 @@ class Interception(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.guard.active and writes_in_place(func, kwargs):
+            self.guard.before(_overwritten(args, kwargs))
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
         known = self._known.get(func)
         if known is None:
             known = self._known[func] = self._learn(func)
-        if known.quick and self.observer is None:
+        if known.quick and self.observer is None and "out" not in kwargs:
             return func(*args, **kwargs)
         if not _any_live(args) and not (kwargs and _any_live(kwargs.values())):
             return func(*args, **kwargs)
         in_place = known.in_place or writes_in_place(func, kwargs)
         if in_place:
-            target = kwargs.get("out")
-            self.guard.before(args[0] if target is None else target)
-        if self._paused:
+            self.guard.before(_overwritten(args, kwargs))
+        if self._paused or (in_place and relabels(func)):
             return func(*args, **kwargs)
+        if self.paths.following:
+            for unseen in _unseen(args):
+                self._unmatched(unseen, self.paths.current, True)
         selector, rule = self._find(known, args, kwargs)
-        if in_place and not (_is_native(rule) and self.observer is None):
-            form = _on_a_copy(func) if _is_native(rule) else known.operation.function
+        if in_place and not (known.in_place and _is_native(rule) and self.observer is None):
+            form = _on_a_copy(func) if known.in_place and _is_native(rule) else known.operation.function
             return self._overwrite(known, selector, rule, form, args, kwargs)
         return self._run(known, selector, rule, func, args, kwargs)
 
@@ -171,10 +176,9 @@ class Interception(TorchFunctionMode):
 
     def _overwrite(self, known: _Known, selector: Any, rule: Any, func: Any, args: Any, kwargs: Any) -> Any:
         """Run the out-of-place form under its rule, then move its result to where it belongs."""
-        target = kwargs.get("out")
+        target = _overwritten(args, kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in ("out", "inplace")}
         result = self._run(known, selector, rule, func, args, kwargs)
-        target = args[0] if target is None else target
         self.guard.before(target)  # again: the rule has kept of it what it needs
         if target.shape != result.shape:
             target.resize_(result.shape)
@@ -193,7 +197,7 @@ class Interception(TorchFunctionMode):
             result = func(*args, **kwargs)
             if not _any_live((result,)):
                 return result
-            self._unmatched(operation.name, self.paths.current)
+            self._unmatched(operation.name, self.paths.current, False)
             selector = Unmatched()
             rule = ARITHMETIC
         elif rule.opens:
@@ -218,8 +222,32 @@ class Interception(TorchFunctionMode):
         return tuple(Substituted.apply(w, v) for w, v in zip(written, values, strict=True))
 
 
+def _unseen(values: Iterable[Any]) -> Iterator[str]:
+    """Names of the custom autograd functions, which no mode sees, that made some of the values."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _unseen(value)
+        elif isinstance(value, Tensor):
+            node: Any = value.grad_fn
+            function = getattr(type(node), "_forward_cls", None)  # of functions written in Python
+            if (
+                function is not None
+                and not issubclass(function, Rule)
+                and not function.__module__.startswith("tdhook.")
+            ):
+                yield function.__name__
+
+
 def _is_native(rule: Rule | None) -> bool:
     return isinstance(rule, IgnoreRule)
+
+
+def _overwritten(args: Any, kwargs: Any) -> Any:
+    """What a call in place writes to."""
+    target = kwargs.get("out")
+    if target is not None:
+        return target
+    return args[0] if args else kwargs["input"]
 
 
 def _on_a_copy(function: Callable[..., Any]) -> Callable[..., Any]:

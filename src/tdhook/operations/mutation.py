@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdhook.attribution.lrp_helpers.conversions import copying
 
-__all__ = ["Guard", "Mutated"]
+__all__ = ["Guard", "Mutated", "storage_of"]
 
 
 class Mutated(BaseException):
@@ -60,12 +60,12 @@ class Guard:
         if not self.active:
             self.active = True
             raise Mutated
-        for kept in self._kept.pop(_storage(target), ()):
+        for kept in self._kept.pop(storage_of(target), ()):
             kept.tensor = kept.tensor.clone()
 
     def _keep(self, tensor: Tensor) -> _Kept:
         kept = _Kept(tensor.detach())
-        self._kept.setdefault(_storage(tensor), weakref.WeakSet()).add(kept)
+        self._kept.setdefault(storage_of(tensor), weakref.WeakSet()).add(kept)
         return kept
 
 
@@ -73,7 +73,8 @@ def _give_back(kept: _Kept) -> Tensor:
     return kept.tensor
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """What tells the memory of a tensor from that of others."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return int(tensor.untyped_storage()._cdata)

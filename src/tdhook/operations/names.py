@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = ["name_of", "out_of_place_form", "writes_in_place"]
+__all__ = ["name_of", "out_of_place_form", "relabels", "writes_in_place"]
 
 _SYNONYMS = {
     "absolute": "abs",
@@ -49,6 +49,7 @@ _SYNONYMS = {
     "true_divide": "div",
     "truediv": "div",
 }
+_RELABEL = ("as_strided_", "detach_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_")
 _IN_PLACE_OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "matmul")
 
 
@@ -79,10 +80,17 @@ def _raw_name(function: Callable[..., Any]) -> str:
 def writes_in_place(function: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
     """Whether a call overwrites its first argument, or its ``out``."""
     name = _raw_name(function)
+    if name in ("requires_grad_", "share_memory_"):
+        return False
     if name.startswith("__"):
         return name in ("__setitem__", *(f"__i{operator}__" for operator in _IN_PLACE_OPERATORS))
     in_place = name.endswith("_") and not name.startswith("_")
     return in_place or kwargs.get("inplace") is True or kwargs.get("out") is not None
+
+
+def relabels(function: Callable[..., Any]) -> bool:
+    """Whether a function in place changes the shape of a tensor, or its history, and leaves its values alone."""
+    return _raw_name(function) in _RELABEL
 
 
 def out_of_place_form(function: Callable[..., Any]) -> Callable[..., Any] | None:

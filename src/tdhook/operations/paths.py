@@ -25,6 +25,11 @@ class Paths:
         self._open: list[tuple[str, nn.Module]] = []
 
     @property
+    def following(self) -> bool:
+        """Whether a forward pass is being followed."""
+        return bool(self._names)
+
+    @property
     def current(self) -> str:
         """Path of the innermost module that is running; ``""`` for the model itself."""
         return self._open[-1][0] if self._open else ""
@@ -38,6 +43,7 @@ class Paths:
     def followed(self, wanted: bool = True) -> Iterator[None]:
         """Follow one forward pass."""
         self._open.clear()
+        self._names.clear()
         if not wanted:
             yield
             return
@@ -49,6 +55,7 @@ class Paths:
         try:
             yield
         finally:
+            self._names.clear()
             for handle in handles:
                 handle.remove()
 

@@ -78,8 +78,8 @@ _HOMOGENEOUS = _names(
 )
 _TAYLOR = _names(
     """
-    atan2 cross_entropy_loss det inverse linalg_det linalg_inv linalg_slogdet log_softmax logaddexp logcumsumexp
-    logdet logsumexp polar slogdet softmin
+    atan2 cross_entropy_loss det inverse linalg_det linalg_inv linalg_slogdet log_softmax logaddexp logaddexp2
+    logcumsumexp logdet logsumexp polar slogdet softmin
     """
 )
 PRODUCTS = _names(
@@ -138,7 +138,7 @@ def default_rule(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> R
         The rule, or ``None`` for an operation that is made of others or unknown.
     """
     rule = OPERATIONS.get(name)
-    if not args:
+    if not args and not kwargs:
         return None if name in _DEPENDS else rule
     if name in _DEPENDS:
         return _DEPENDS[name](rule, args, kwargs)
@@ -166,7 +166,8 @@ def _given(args: Sequence[Any], kwargs: Mapping[str, Any], index: int, key: str,
 
 def _fused(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
     """A sum and a product: of activations, it is written out."""
-    return None if len(_live(args[1:3])) > 1 else ARITHMETIC
+    factors = [*args[1:3], *(x for key, x in kwargs.items() if key not in ("input", "out"))]
+    return None if len(_live(factors)) > 1 else ARITHMETIC
 
 
 def _linear(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
@@ -185,7 +186,7 @@ def _lerp(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 
 
 def _div(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
-    numerator, denominator = args[0], _given(args, kwargs, 1, "other", None)
+    numerator, denominator = _given(args, kwargs, 0, "input", None), _given(args, kwargs, 1, "other", None)
     if kwargs.get("rounding_mode") is not None or not _live((numerator,)):
         return PassRule() if _of_one(args, kwargs) else ARITHMETIC
     return rule if _live((denominator,)) else ARITHMETIC
@@ -193,7 +194,7 @@ def _div(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> R
 
 def _solve(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
     """``A^-1 b`` is a quotient, whose denominator is held constant where ``b`` can take all."""
-    both = _live((args[0],)) and _live((_given(args, kwargs, 1, "B", None),))
+    both = _live((_given(args, kwargs, 0, "A", None),)) and _live((_given(args, kwargs, 1, "B", None),))
     return rule if both else ARITHMETIC
 
 
@@ -205,7 +206,7 @@ def _batch_norm(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any
 
 
 def _accumulates(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
-    sums = _given(args, kwargs, 3, "accumulate", False) or kwargs.get("reduce") is not None
+    sums = _given(args, kwargs, 3, "accumulate", False) is True or kwargs.get("reduce") is not None
     return ARITHMETIC if sums else _MOVES
 
 
@@ -217,7 +218,7 @@ def _dropout(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
 def _mul(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
     """``x * rsqrt(y)`` is a quotient, whose denominator is held constant."""
-    factors = [args[0], _given(args, kwargs, 1, "other", None)]
+    factors = [_given(args, kwargs, 0, "input", None), _given(args, kwargs, 1, "other", None)]
     if len(_live(factors)) == 2:
         signals = [i for i, x in enumerate(factors) if not made_by(x, _DENOMINATORS)]
         if len(signals) == 1:
@@ -225,7 +226,14 @@ def _mul(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> R
     return rule
 
 
-_DENOMINATORS = frozenset(("rsqrt", "reciprocal", "rdiv"))
+def _of_two(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+    """Functions of two activations that are no sum of their shares are written out."""
+    if len(_live((*args, *kwargs.values()))) > 1:
+        return None
+    return rule if _of_one(args, kwargs) else ARITHMETIC
+
+
+_DENOMINATORS = frozenset(("rsqrt", "reciprocal", "rdiv", "exp"))
 
 _DEPENDS: Mapping[str, Callable[[Rule | None, Sequence[Any], Mapping[str, Any]], Rule | None]] = {
     **dict.fromkeys(_FUSED, _fused),
@@ -235,6 +243,7 @@ _DEPENDS: Mapping[str, Callable[[Rule | None, Sequence[Any], Mapping[str, Any]],
     ),
     **dict.fromkeys(("index_put", "scatter"), _accumulates),
     **dict.fromkeys(("batch_norm", "instance_norm"), _batch_norm),
+    **dict.fromkeys(("float_power", "floor_divide", "pow", "xlogy"), _of_two),
     "div": _div,
     "lerp": _lerp,
     "linalg_solve": _solve,

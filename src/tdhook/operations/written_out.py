@@ -54,9 +54,16 @@ def written_out(name: str) -> Function | None:
 
 def _sum_and_product(product: Function) -> Function:
     def write(
-        input: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1, value: Any = 1, out: Any = None
+        input: Tensor,
+        *factors: Tensor,
+        beta: Any = 1,
+        alpha: Any = 1,
+        value: Any = 1,
+        out: Any = None,
+        **named: Tensor,
     ) -> Tensor:
-        term = product(a, b)
+        # By name they are mat1 and mat2, batch1 and batch2, mat and vec, ...
+        term = product(*factors, *(named[key] for key in sorted(named)))
         scale = alpha if alpha != 1 else value
         term = term if scale == 1 else term * scale
         total: Tensor = (input if beta == 1 else input * beta) + term
@@ -81,6 +88,15 @@ def _lerp(input: Tensor, end: Tensor, weight: Tensor) -> Tensor:
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     product = torch.matmul(input, weight.mT)
     return product if bias is None else product + bias
+
+
+def _of_the_first(function: Function) -> Function:
+    """The first argument takes all: it is what is raised to a power, or divided."""
+    return lambda input, other, **kwargs: function(input, other.detach(), **kwargs)
+
+
+def _xlogy(input: Tensor, other: Tensor, out: Any = None) -> Tensor:
+    return torch.where(input == 0, 0.0, input * other.log())
 
 
 def _axes(input: Tensor, dim: Any) -> tuple[int, ...]:
@@ -130,10 +146,14 @@ _WRITTEN: dict[str, Function] = {
     "addcmul": _sum_and_product(torch.mul),
     "addcdiv": _sum_and_product(torch.div),
     "cosine_similarity": _cosine_similarity,
+    "float_power": _of_the_first(torch.float_power),
+    "floor_divide": _of_the_first(torch.floor_divide),
     "glu": _glu,
     "lerp": _lerp,
     "linear": _linear,
+    "pow": _of_the_first(torch.pow),
     "std_mean": _std_mean,
     "var": _var,
     "var_mean": _var_mean,
+    "xlogy": _xlogy,
 }

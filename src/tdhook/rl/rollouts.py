@@ -1,4 +1,4 @@
-"""Explained rollouts: make them, sum them up, check that relevance was conserved, keep them on disk.
+"""Explained rollouts: make them, sum them up, account for their relevance, keep them on disk.
 
 A policy that an attribution context has wrapped is still a policy, so an explained rollout is an ordinary one that
 also has an entry ``("attr", key)`` for each input.
@@ -6,7 +6,6 @@ also has an entry ``("attr", key)`` for each input.
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -229,104 +228,49 @@ class Conservation:
     Attributes:
         target: mean over the steps of the relevance that was put in, the value of the target.
         arrived: mean of what arrived at the inputs.
-        absorbed: mean of what was kept on the way, ``target - arrived``: by biases and stabilisers, and by rules that
-            are made to keep relevance.
+        absorbed: mean of what rules kept on purpose: for biases, stabilisers, constants.
         size: mean absolute target, to compare these with.
-        error: what goes missing although no bias takes a share: the same steps are explained once more in double
-            precision, with biases left out of every rule and stabilisers of 1e-12, and then all relevance must arrive.
-            The largest difference at any step, in units of ``size``. ``None`` where the policy does not run in double
-            precision.
+        error: the largest gap of any step, in units of ``size``: relevance that was lost or made.
     """
 
     target: float
     arrived: float
     absorbed: float
     size: float
-    error: float | None
+    error: float
 
 
 def conservation(
-    rollout: TensorDictBase,
-    actor: TensorDictModuleBase,
-    composite: Composite,
-    target: Target | Contrast,
-    attribution_key: NestedKey = "attr",
+    steps: TensorDictBase, actor: TensorDictModuleBase, composite: Composite, target: Target | Contrast
 ) -> Conservation | None:
-    """Whether an explained rollout accounts for its relevance.
+    """Account for all relevance of some steps: they are explained once more, with a ledger.
 
     Args:
-        rollout: has the relevance of all inputs of ``actor``.
+        steps: have what ``actor`` reads, and what ``target`` does.
         actor: the policy, not explained.
-        composite: with what it was explained.
-        target: what was explained.
-        attribution_key: where relevance is.
+        composite: with what it is explained.
+        target: what is explained.
 
     Returns:
         The account; ``None`` for a composite that gives modified gradients, of which nothing is conserved.
     """
     if any(rule.yields == "sensitivity" for _, rule in composite):
         return None
-    put_in, arrived = _totals(rollout, actor, target, attribution_key)
+    explained = LRP(composite, target=target, ledger=True, on_unmatched="ignore").wrap(actor)
+    kept = [explained(part)["ledger"].reshape(-1) for part in steps.reshape(-1).split(_AT_ONCE)]
+    columns = {
+        name: torch.cat([part[name].flatten() for part in kept]).double()
+        for name in ("target", "inputs", "absorbed", "gap")
+    }
+    size = columns["target"].abs().mean()
+    error = columns["gap"].abs().max() / size.clamp(min=torch.finfo(torch.float64).tiny)
     return Conservation(
-        target=put_in.mean().item(),
-        arrived=arrived.mean().item(),
-        absorbed=(put_in - arrived).mean().item(),
-        size=put_in.abs().mean().item(),
-        error=_error(rollout.exclude(attribution_key, "next"), actor, composite, target),
+        target=columns["target"].mean().item(),
+        arrived=columns["inputs"].mean().item(),
+        absorbed=columns["absorbed"].mean().item(),
+        size=size.item(),
+        error=error.item(),
     )
-
-
-def _error(
-    steps: TensorDictBase, actor: TensorDictModuleBase, composite: Composite, target: Target | Contrast
-) -> float | None:
-    leaves = {name.rpartition(".")[2] for name, _ in actor.named_parameters()}
-    idealised = _idealised(composite, {leaf for leaf in leaves if "bias" in leaf})
-    method = LRP(idealised, target=target, warn_on_missing_rule=False)
-    difference, size = [], []
-    try:
-        explained = method.wrap(copy.deepcopy(actor).double())
-        for part in steps.reshape(-1).split(_AT_ONCE):
-            doubled = part.apply(lambda value: value.double() if value.is_floating_point() else value)
-            put_in, arrived = _totals(explained(doubled), actor, target, method.attribution_key)
-            difference.append((put_in - arrived).abs())
-            size.append(put_in.abs())
-    except RuntimeError:  # as where two precisions meet: the policy casts to one of its own
-        return None
-    scale = torch.cat(size).mean().clamp(min=torch.finfo(torch.float64).tiny)
-    return (torch.cat(difference).max() / scale).item()
-
-
-def _idealised(composite: Composite, biases: set[str]) -> Composite:
-    """The same rules without biases, and with stabilisers that are only there against zero."""
-    pairs = []
-    for selector, rule in composite:
-        given = rule.params()
-        ideal: dict[str, Any] = {
-            name: 1e-12 for name in ("epsilon", "stabilizer") if isinstance(given.get(name), float)
-        }
-        if "zero_params" in given:
-            ideal["zero_params"] = sorted({*given["zero_params"], *biases})
-        pairs.append((selector, type(rule)(**{**given, **ideal}) if ideal else rule))
-    return Composite(pairs)
-
-
-def _totals(
-    td: TensorDictBase, actor: TensorDictModuleBase, target: Target | Contrast, attribution_key: NestedKey
-) -> tuple[Tensor, Tensor]:
-    """The relevance put in and that arrived, each ``[explanations]`` (one per step, or several per step)."""
-    seeds = target(td, td, "relevance")
-    dims = td.batch_dims
-    event = dims if seeds.several is None else dims + 1
-    put_in = torch.stack([seed.unsqueeze(-1).flatten(event).sum(-1) for seed in seeds.grads]).sum(0)
-    if seeds.several is not None:
-        put_in = put_in.movedim(0, -1)
-    prefix = (attribution_key,) if isinstance(attribution_key, str) else attribution_key
-    arrived = torch.zeros_like(put_in)
-    for key in actor.in_keys:
-        relevance = td.get((*prefix, *((key,) if isinstance(key, str) else key)), None)
-        if relevance is not None:
-            arrived = arrived + relevance.reshape(*put_in.shape, -1).sum(-1)
-    return put_in.reshape(-1), arrived.reshape(-1)
 
 
 def save(rollout: TensorDictBase, folder: str | Path) -> Path:

@@ -24,6 +24,7 @@ __all__ = ["Report", "current", "reporting", "with_constants"]
 
 Report: TypeAlias = Callable[[str, Tensor], None]
 _REPORT: ContextVar[Report | None] = ContextVar("report", default=None)
+_RANDOM: ContextVar[list[Tensor]] = ContextVar("random")
 
 
 def current() -> Report | None:
@@ -35,10 +36,33 @@ def current() -> Report | None:
 def reporting(report: Report) -> Iterator[None]:
     """Have the rules of the calls within report ``(reason, amount)``."""
     token = _REPORT.set(report)
+    random = _RANDOM.set(_random_state())
     try:
         yield
     finally:
         _REPORT.reset(token)
+        _RANDOM.reset(random)
+
+
+def _random_state() -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
+
+
+@contextmanager
+def _as_before() -> Iterator[None]:
+    """Draw the random numbers once more that the call drew."""
+    drawn = _random_state()
+    try:
+        _set_random_state(_RANDOM.get())
+        yield
+    finally:
+        _set_random_state(drawn)
+
+
+def _set_random_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state_all(state[1:])
 
 
 class Reported(torch.autograd.Function):
@@ -140,7 +164,8 @@ def linear_part(
     with sdpa_kernel(SDPBackend.MATH):
         for derive in (_forward_mode, _twice_backward):
             try:
-                return derive(function, primals, tangents)
+                with _as_before():
+                    return derive(function, primals, tangents)
             except (RuntimeError, NotImplementedError):
                 continue
     return None

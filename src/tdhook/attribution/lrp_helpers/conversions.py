@@ -161,7 +161,7 @@ class Ratio(torch.autograd.Function):
         x, z = ctx.saved_tensors
         pulled = grad * (z / stabilize(x, rounding))
         if ctx.report is not None:
-            ctx.report("stabiliser", z * grad - x * pulled)
+            ctx.report("stabiliser", z * grad - finite_product(x, pulled))
         return None, pulled
 
 

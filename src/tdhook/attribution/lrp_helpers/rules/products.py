@@ -19,7 +19,7 @@ _GATES = frozenset(("sigmoid", "hardsigmoid"))
 _LOOKS_THROUGH = (
     *("Rsub", "Sub", "Split", "UnsafeSplit", "Unbind", "Select", "Slice", "View", "UnsafeView", "Reshape"),
     *("Unsqueeze", "Squeeze", "Expand", "Transpose", "Permute", "TBackward", "Alias", "Clone"),
-    *("TimesValue", "PerValue", "Damped", "Scaled"),
+    *("TimesValue", "PerValue", "Damped", "Scaled", "Metered", "Reported", "ToCopy"),
 )
 
 
