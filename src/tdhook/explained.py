@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +49,7 @@ class ExplainedModule(TensorDictModuleBase):
         self.__dict__["_model"] = model
         self.training = model.root.training
         self._method = method
-        self._closed = False
+        self._closed = self._ran = False
         self.__dict__["ledger"] = None
         self._told: set[NestedKey] = set()
         self._paths = {
@@ -128,9 +128,12 @@ class ExplainedModule(TensorDictModuleBase):
 
     def _run(self, td: TensorDictBase) -> dict[NestedKey, Any]:
         try:
-            return self._attempt(td)
+            with nullcontext() if self._ran else restored(self._model.root, always=False):
+                written = self._attempt(td)
         except Mutated:  # the model overwrites tensors: from now on it is run with care
-            return self._attempt(td)
+            written = self._attempt(td)
+        self._ran = True
+        return written
 
     def _attempt(self, td: TensorDictBase) -> dict[NestedKey, Any]:
         method = self._method

@@ -112,8 +112,9 @@ class Ledger:
         kwargs: dict[str, Any],
     ) -> Any:
         """Make one call, with its inputs and outputs metered, unless it is one of them in another shape."""
-        if isinstance(rule, IgnoreRule) and isinstance(module, Operation) and module.moves:
-            outputs = original(*args, **kwargs)
+        if isinstance(rule, IgnoreRule) and isinstance(module, Operation):
+            with torch.random.fork_rng(devices=[], enabled=not module.moves):
+                outputs = original(*args, **kwargs)
             if _shares_memory(outputs, (args, kwargs)):
                 return outputs
         name = f"{module.name}()" if isinstance(module, Operation) else type(module).__name__

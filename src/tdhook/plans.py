@@ -14,8 +14,10 @@ from torch import nn
 from tdhook.attribution.lrp_helpers.batchnorm import merging
 from tdhook.attribution.lrp_helpers.binding import Binding
 from tdhook.attribution.lrp_helpers.operation import Operation
+from tdhook.attribution.lrp_helpers.params import rounding
 from tdhook.attribution.lrp_helpers.propagation import out_of_place
 from tdhook.attribution.lrp_helpers.rule import Convention, Rule
+from tdhook.attribution.lrp_helpers.rules.epsilon import EpsilonRule
 from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule, PassRule, StopRule
 from tdhook.attribution.lrp_helpers.types import BatchNorm
 from tdhook.composites import Composite
@@ -36,6 +38,8 @@ DEFAULTS = Composite(
         (Type(BatchNorm), PassRule()),
         # Activations that are written out by hand. The last two are how torchrl's actors make a scale of an output.
         (Type("transformers.activations.*", "biased_softplus", "expln"), PassRule()),
+        # Distributions compute with autograd functions of their own, which only their module can be ruled for.
+        (Type("ProbabilisticTensorDictModule"), EpsilonRule(rounding)),
     ]
 )
 """What modules get that a composite leaves open; the operations inside the others have defaults of their own."""

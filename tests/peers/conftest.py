@@ -1,30 +1,7 @@
-"""Makes zennit importable beside a torch whose build torchvision's compiled part does not fit.
-
-zennit imports torchvision for its model classes only. torchvision's Python part loads without its compiled part,
-save for two operators that it looks up by name while it is imported. Declaring them is enough: nobody calls them.
-"""
+"""Makes zennit importable: it imports torchvision for its model classes."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-
-import torch
-
-OPERATORS = ("nms", "qnms")
-
-
-def import_torchvision() -> None:
-    if importlib.util.find_spec("torchvision") is None:
-        return  # then zennit is not installed either, and the tests say that they are skipped
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:  # an operator does not exist: the compiled part did not load
-        for name in OPERATORS:
-            torch.library.define(
-                f"torchvision::{name}", "(Tensor boxes, Tensor scores, float overlap) -> Tensor"
-            )
-        importlib.import_module("torchvision")
-
+from torchvision_shim import import_torchvision
 
 import_torchvision()

@@ -16,6 +16,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
 from tdhook.attribution.lrp_helpers.rule import Convention, Rule
+from tdhook.attribution.lrp_helpers.types import Linear
 from tdhook.composites import Composite, Pairs, preset
 from tdhook.contexts import Attribution, Conditions, InKeys, Model, Record
 from tdhook.ledger import Ledger
@@ -200,7 +201,8 @@ class LRP(Attribution):
     def _complain(self, plan: Plan) -> None:
         composite = self.composite
         silent = composite is not None and not composite.on_operations
-        if silent and not any(row.selector is not None for row in plan):
+        layers = any(isinstance(row.module, Linear) for row in plan)
+        if silent and layers and not any(row.selector is not None for row in plan):
             classes = ", ".join(sorted({type(row.module).__name__ for row in plan}))
             raise ValueError(
                 f"the composite matches no module of this model:\n{self.composite!r}\nIt has {classes}."
@@ -312,13 +314,15 @@ class _Unmatched:
         where = f"the {kind} `{operation}` in module `{path}`" if path else f"the {kind} `{operation}`"
         if unseen:
             found = f"{where} runs under its own backward pass, where no rule sees it"
-            remedy = "call it from a module of its own and give that a rule"
+            remedy = "give the module that calls it a rule, so that it runs as one unit"
         else:
             found = f"nothing is known of {where}, which is treated as arithmetic under the epsilon rule"
             remedy = f'give it a rule, (Op("{operation}"), rule) in the composite'
         if self.how == "raise":
             raise NotImplementedError(f"{found}; {remedy}")
-        if self.how == "warn" and (operation, path) not in self.told:
+        # Only the first run tells paths.
+        told = (operation, path) in self.told or (not path and operation in {name for name, _ in self.told})
+        if self.how == "warn" and not told:
             self.told.add((operation, path))
             warnings.warn(f"{found}; {remedy}", stacklevel=2)
 

@@ -18,6 +18,7 @@ from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule
 from tdhook.operations.mutation import Guard
 from tdhook.operations.names import name_of, out_of_place_form, relabels, writes_in_place
 from tdhook.operations.paths import Paths
+from tdhook.operations.scripted import in_python
 from tdhook.operations.table import ARITHMETIC, ELEMENTWISE, MOVES, PRODUCTS, WINNER, default_rule
 from tdhook.operations.written_out import entered, written_out
 
@@ -103,6 +104,7 @@ class Interception(TorchFunctionMode):
         with (
             self.guard.watching(),
             self.paths.followed(self._by_path or tracked or self.observer is not None),
+            in_python(),
             self,
         ):
             yield
@@ -233,7 +235,7 @@ def _unseen(values: Iterable[Any]) -> Iterator[str]:
             if (
                 function is not None
                 and not issubclass(function, Rule)
-                and not function.__module__.startswith("tdhook.")
+                and not function.__module__.startswith(("tdhook.", "torch._functorch."))
             ):
                 yield function.__name__
 

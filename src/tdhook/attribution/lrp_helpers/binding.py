@@ -124,8 +124,10 @@ class Binding:
             attributes["_prev_forward"] = original
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         destination = td if destination is None else destination
-        destination.update(result.select(*module.out_keys, strict=False))
-        for key, value in zip(writes(), outputs, strict=True):
+        written = writes()
+        # What the rule made takes the place of what the module wrote, which is no part of this backward pass.
+        destination.update(result.select(*(k for k in module.out_keys if k not in written), strict=False))
+        for key, value in zip(written, outputs, strict=True):
             destination.set(key, value)
         return destination
 
