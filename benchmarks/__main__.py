@@ -44,13 +44,14 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("only", nargs="?", default="", help="time the cases alone whose name contains this")
     parser.add_argument("--seconds", type=float, default=3.0, help="time to spend on each case")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     rows = []
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
     print(f"{'case':30}{'preset':24}{'floor [ms]':>12}{'LRP [ms]':>12}{'ratio':>8}{'runs':>7}")
-    for case in CASES:
+    for case in (case for case in CASES if arguments.only in case.name):
         row = measure(case, arguments.seconds)
         rows.append(row)
         print(
@@ -59,7 +60,8 @@ def main() -> None:
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
-    import_time.main([])
+    if not arguments.only:
+        import_time.main([])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""The models that are timed, and the floor that they are timed against."""
+"""What is timed, and the floor that it is timed against."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import nn
 
+from benchmarks.models import gpt2, llama, lstm_policy, mlp, nature_cnn, residual_cnn
 from tdhook import LRP, Target
 
 
@@ -32,33 +32,14 @@ class Case:
         return TensorDict({"observation": torch.rand(self.batch, *self.shape)}, batch_size=[self.batch])
 
 
-def mlp() -> nn.Module:
-    sizes = (17, 256, 256, 6)
-    layers: list[nn.Module] = []
-    for width_in, width_out in itertools.pairwise(sizes):
-        layers += [nn.Linear(width_in, width_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def nature_cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(4, 32, 8, stride=4),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 4, stride=2),
-        nn.ReLU(),
-        nn.Conv2d(64, 64, 3),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(3136, 512),
-        nn.ReLU(),
-        nn.Linear(512, 6),
-    )
-
-
 CASES = [
     *(Case(f"MLP 17-256-256-6, batch {b}", "epsilon_plus", mlp, (17,), b) for b in (1, 256, 4096)),
     *(Case(f"Nature CNN, batch {b}", "epsilon_plus", nature_cnn, (4, 84, 84), b) for b in (1, 32)),
     Case("Nature CNN, batch 32", "epsilon_alpha2_beta1", nature_cnn, (4, 84, 84), 32),
+    Case("residual CNN, batch 8", "epsilon_plus", residual_cnn, (3, 32, 32), 8),
+    Case("LSTM policy, T=32, batch 16", "lstm_lrp", lstm_policy, (32, 32), 16),
+    Case("GPT-2 shaped, 6x768, T=128", "attn_lrp", gpt2, (128, 768), 1),
+    Case("Llama shaped, 8x512, T=128", "attn_lrp", llama, (128, 512), 1),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import EnsembleModule, TensorDictModule
 from torch import nn
 from unchanged import METHODS, TRACED, Boom, Unchanged, attempt, every_method, every_way, network, observation
 
@@ -102,6 +102,14 @@ def test_a_shape_that_does_not_fit():
     for batch in ((5,), (2, 5), ()):
         td = TensorDict(obs=torch.randn(*batch, 7), batch_size=batch)
         attempt(network(), td, RuntimeError, "shapes cannot be multiplied")
+
+
+def test_a_model_that_changes_the_batch_shape():
+    ensemble = EnsembleModule(TensorDictModule(nn.Linear(4, 1), ["obs"], ["value"]), 3)
+    td = TensorDict(obs=torch.randn(2, 4), batch_size=[2])
+    attempt(
+        ensemble, td, ValueError, r"batch size \[3, 2\] for one of \[2\]", again=False, target=Target("value")
+    )
 
 
 # --- The target -----------------------------------------------------------------------------------

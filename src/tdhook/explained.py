@@ -154,17 +154,23 @@ class ExplainedModule(TensorDictModuleBase):
                     work.set(key, value.clone())
             with conditions.forward, self._captured() as (modules, keys):
                 outputs, flat = self._model.run(work)
+            if outputs.batch_size != td.batch_size:
+                raise ValueError(
+                    f"the model returned a TensorDict of batch size {list(outputs.batch_size)} for one of "
+                    f"{list(td.batch_size)}, where its outputs cannot be written; wrap it in a module that moves "
+                    "the new axes behind those of the batch"
+                )
             yield Record(inputs, outputs, flat, modules, keys), conditions
 
     def rehearse(self, td: TensorDictBase) -> None:
         """Run the model on its tape, and leave everything as it was."""
-        with torch.inference_mode(False), torch.enable_grad(), restored(self._model.root):
-            try:
-                with self._forward_pass(td):
-                    return
-            except Mutated:
-                with self._forward_pass(td):
-                    return
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            restored(self._model.root),
+            self._forward_pass(td),
+        ):
+            pass
 
     def _accounts(
         self, record: Record, sources: dict[NestedKey, Tensor], seeds: Seeds, conditions: Conditions

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from tdhook.attribution.lrp_helpers.accounting import reporting, with_constants
 from tdhook.attribution.lrp_helpers.conversions import alias, live
-from tdhook.attribution.lrp_helpers.operation import Operation
+from tdhook.attribution.lrp_helpers.operation import Operation, parts
 from tdhook.attribution.lrp_helpers.rule import Convention, Rule
 from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule
 from tdhook.operations.mutation import storage_of
@@ -134,8 +134,7 @@ class Ledger:
         with reporting(absorb):
             if isinstance(rule, IgnoreRule):
                 outputs = original(*args, **kwargs)
-                moves = flow == "relevance"
-                outputs = with_constants(module, original, args, kwargs, outputs, moves=moves)
+                outputs = with_constants(module, original, args, kwargs, outputs, moves=flow == "relevance")
             else:
                 outputs = rule.run_in(flow, module, original, args, kwargs)
         return live(lambda z: Metered.apply(z, arrive, flow), outputs)
@@ -155,10 +154,10 @@ class Metered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        amount = grad
+        amount = parts(grad)
         for x in ctx.saved_tensors:
             # Masked logits are infinite and have no relevance.
-            amount = torch.where(grad == 0, 0.0, x * grad)
+            amount = torch.where(amount == 0, 0.0, parts(x) * amount)
         ctx.tell(amount)
         return grad, None, None
 

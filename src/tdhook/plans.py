@@ -111,9 +111,9 @@ class Plan:
         self._custom: list[tuple[Rule, nn.Module]] = []
         for row in rows:
             rule = row.rule
-            if rule is None or isinstance(rule, IgnoreRule):
+            if rule is None or (isinstance(rule, IgnoreRule) and interception is None):
                 continue
-            if type(rule).register is not Rule.register:
+            if not isinstance(rule, IgnoreRule) and type(rule).register is not Rule.register:
                 self._custom.append((rule, row.module))
                 continue
             if type(rule) is PassRule and isinstance(row.module, BatchNorm):
@@ -183,7 +183,8 @@ class Plan:
         if isinstance(row.rule, IgnoreRule) and row.operation is not None and row.selector is None:
             if row.operation in WINNER:
                 return path, kind, "picks values", "", ""
-            return path, kind, "moves data" if row.operation in MOVES else "none: plain gradient", "", ""
+            plain = self.sensitivity and row.operation not in MOVES
+            return path, kind, "none: plain gradient" if plain else "moves data", "", ""
         convention = "" if isinstance(row.rule, IgnoreRule | StopRule) else row.rule.convention
         return path, kind, repr(row.rule), convention, because
 
@@ -335,7 +336,9 @@ def _ask(
     if mapper is None:
         return None, None
     if isinstance(mapper, Composite):
-        if type(module).forward is nn.Module.forward:  # a list of modules, say: it is never called
+        if (
+            getattr(type(module), "forward", None) is nn.Module.forward
+        ):  # a list of modules, say: it is never called
             return None, None
         return mapper.find(execution.site(name)) or (None, None)
     return None, mapper(name, module)

@@ -20,6 +20,7 @@ from tdhook.attribution.lrp_helpers.types import Linear
 from tdhook.composites import Composite, Pairs, preset
 from tdhook.contexts import Attribution, Conditions, InKeys, Model, Record
 from tdhook.ledger import Ledger
+from tdhook.operations.mutation import Mutated, was_overwritten
 from tdhook.plans import Merge, Plan, make_plan, observe
 from tdhook.targets import Seeds, TargetLike, as_seeder
 
@@ -164,8 +165,13 @@ class LRP(Attribution):
         if td is not None and plan.interception is not None:
             plain = copy.copy(self)
             plain.ledger = False
-            with plan.watched():
-                ExplainedModule(plain, model, _State(plan, executed=True)).rehearse(td)
+            explained = ExplainedModule(plain, model, _State(plan, executed=True))
+            try:
+                with plan.watched():
+                    explained.rehearse(td)
+            except Mutated:  # now it is known that the model overwrites tensors
+                with plan.watched():
+                    explained.rehearse(td)
         return plan
 
     def extra_in_keys(self) -> tuple[NestedKey, ...]:
@@ -229,7 +235,13 @@ class LRP(Attribution):
             overwrites = plan.interception is not None and plan.interception.guard.active
             # The first run tells the path of operations that nothing is known of.
             ledger = self._new_ledger(plan)
-            yield Conditions(plan.flow, plan.within(tracked=not state.seen), overwrites, ledger)
+            try:
+                yield Conditions(plan.flow, plan.within(tracked=not state.seen), overwrites, ledger)
+            except RuntimeError as error:
+                if overwrites or plan.interception is None or not was_overwritten(error):
+                    raise
+                plan.interception.guard.active = True
+                raise Mutated from error
             state.seen = True
 
     def _new_ledger(self, plan: Plan) -> Ledger | None:

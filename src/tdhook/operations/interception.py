@@ -113,6 +113,8 @@ class Interception(TorchFunctionMode):
         self, rule: Rule, flow: Convention, module: nn.Module, original: Any, args: Any, kwargs: Any
     ) -> Any:
         """Run a module that has a rule, and leave alone the operations inside it."""
+        if self.paths.following and not self._paused:
+            self._look_for_unseen(args)
         self._paused += 1
         try:
             if self.observer is not None and self._paused == 1:
@@ -142,13 +144,16 @@ class Interception(TorchFunctionMode):
         if self._paused or (in_place and relabels(func)):
             return func(*args, **kwargs)
         if self.paths.following:
-            for unseen in _unseen(args):
-                self._unmatched(unseen, self.paths.current, True)
+            self._look_for_unseen(args)
         selector, rule = self._find(known, args, kwargs)
         if in_place and not (known.in_place and _is_native(rule) and self.observer is None):
             form = _on_a_copy(func) if known.in_place and _is_native(rule) else known.operation.function
             return self._overwrite(known, selector, rule, form, args, kwargs)
         return self._run(known, selector, rule, func, args, kwargs)
+
+    def _look_for_unseen(self, args: Any) -> None:
+        for unseen in _unseen(args):
+            self._unmatched(unseen, self.paths.current, True)
 
     def _learn(self, func: Any) -> _Known:
         name = name_of(func)

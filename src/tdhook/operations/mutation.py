@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdhook.attribution.lrp_helpers.conversions import copying
 
-__all__ = ["Guard", "Mutated", "storage_of"]
+__all__ = ["Guard", "Mutated", "storage_of", "was_overwritten"]
 
 
 class Mutated(BaseException):
@@ -71,6 +71,11 @@ class Guard:
 
 def _give_back(kept: _Kept) -> Tensor:
     return kept.tensor
+
+
+def was_overwritten(error: RuntimeError) -> bool:
+    """Whether torch noticed that something the backward pass needs was overwritten, off the tape say."""
+    return "modified" in str(error) and "inplace" in str(error)
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -32,9 +32,9 @@ def _names(text: str) -> frozenset[str]:
 MOVES = _names(
     """
     H T adjoint alias as_strided atleast_1d atleast_2d atleast_3d bfloat16 block_diag broadcast_tensors
-    broadcast_to cat channel_shuffle chunk clone column_stack contiguous copy cpu cuda dequantize detach diag
+    broadcast_to cat channel_shuffle chunk clone column_stack complex contiguous copy cpu cuda dequantize detach diag
     diag_embed diagonal diagonal_scatter double dsplit dstack embedding expand expand_as fill flatten flip
-    fliplr flipud float gather getitem half hsplit hstack im2col index index_copy index_fill index_put
+    fliplr flipud float gather getitem half hsplit hstack im2col imag index index_copy index_fill index_put
     index_select mH mT masked_fill masked_scatter masked_select max_unpool1d max_unpool2d max_unpool3d meshgrid
     movedim narrow native_channel_shuffle one_hot pack_padded_sequence pad pad_packed_sequence permute
     pixel_shuffle pixel_unshuffle positive ravel real repeat repeat_interleave requires_grad reshape reshape_as
@@ -42,7 +42,7 @@ MOVES = _names(
     split_with_sizes squeeze stack swapaxes t take take_along_dim tensor_split tile to transpose tril triu type
     type_as unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze upsample_nearest upsample_nearest1d
     upsample_nearest2d upsample_nearest3d upsample_nearest_exact1d upsample_nearest_exact2d
-    upsample_nearest_exact3d view view_as vsplit vstack where zero
+    upsample_nearest_exact3d view view_as view_as_complex view_as_real vsplit vstack where zero
     """
 )
 WINNER = _names(
@@ -63,12 +63,12 @@ ELEMENTWISE = _names(
 )
 AFFINE = _names(
     """
-    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d add alpha_dropout avg_pool1d avg_pool2d
-    avg_pool3d batch_norm col2im conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d add alpha_dropout avg_pool1d avg_pool2d avg_pool3d
+    batch_norm col2im conj conj_physical conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
     convolution cumsum deg2rad diff dropout dropout1d dropout2d dropout3d embedding_bag feature_alpha_dropout
     feature_dropout index_add index_reduce lerp linear mean nanmean nansum neg rad2deg rsub scatter_add
-    scatter_reduce sub sum sum_to_size trace trapezoid upsample_bicubic2d upsample_bicubic2d_aa
-    upsample_bilinear upsample_bilinear2d upsample_bilinear2d_aa upsample_linear1d upsample_trilinear3d
+    scatter_reduce sub sum sum_to_size trace trapezoid upsample_bicubic2d upsample_bicubic2d_aa upsample_bilinear
+    upsample_bilinear2d upsample_bilinear2d_aa upsample_linear1d upsample_trilinear3d
     """
 )
 _HOMOGENEOUS = _names(
@@ -154,10 +154,10 @@ def _live(values: Iterable[Any]) -> list[Tensor]:
 def _of_one(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether an element-wise function has one argument on the tape, of the shape of its result."""
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-    if len(tensors) == 1:
-        return True
     live = _live(tensors)
-    return len(live) == 1 and torch.broadcast_shapes(*(x.shape for x in tensors)) == live[0].shape
+    if len(live) != 1 or live[0].is_complex():
+        return False
+    return len(tensors) == 1 or torch.broadcast_shapes(*(x.shape for x in tensors)) == live[0].shape
 
 
 def _given(args: Sequence[Any], kwargs: Mapping[str, Any], index: int, key: str, default: Any) -> Any:
@@ -217,10 +217,14 @@ def _dropout(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
 
 def _mul(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
-    """``x * rsqrt(y)`` is a quotient, whose denominator is held constant."""
+    """Of ``x * rsqrt(y)``, a quotient, the denominator is held constant; of ``x * exp(y)`` the scale, or decay.
+
+    Relevance of an exponential would go to an exponent that is often zero or nearly so where recurrent and state-space
+    models compute (``exp(a - max(a, b))``, ``exp(a - a)``), and that has no share in ``exp(0) = 1``.
+    """
     factors = [_given(args, kwargs, 0, "input", None), _given(args, kwargs, 1, "other", None)]
     if len(_live(factors)) == 2:
-        signals = [i for i, x in enumerate(factors) if not made_by(x, _DENOMINATORS)]
+        signals = [i for i, x in enumerate(factors) if not made_by(x, _SCALES)]
         if len(signals) == 1:
             return SignalTakeAllRule(signals[0])
     return rule
@@ -233,7 +237,7 @@ def _of_two(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     return rule if _of_one(args, kwargs) else ARITHMETIC
 
 
-_DENOMINATORS = frozenset(("rsqrt", "reciprocal", "rdiv", "exp"))
+_SCALES = frozenset(("rsqrt", "reciprocal", "rdiv", "exp"))
 
 _DEPENDS: Mapping[str, Callable[[Rule | None, Sequence[Any], Mapping[str, Any]], Rule | None]] = {
     **dict.fromkeys(_FUSED, _fused),

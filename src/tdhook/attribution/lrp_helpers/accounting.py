@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from tdhook.attribution.lrp_helpers.operation import Operation, on_tape
+from tdhook.attribution.lrp_helpers.operation import Operation, on_tape, parts
 
 __all__ = ["Report", "current", "reporting", "with_constants"]
 
@@ -82,7 +82,8 @@ class Reported(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         (part,) = ctx.saved_tensors
-        ctx.report(ctx.reason, torch.where(grad == 0, 0.0, grad * part))
+        amount = parts(grad) * parts(part)
+        ctx.report(ctx.reason, torch.where(parts(grad) == 0, 0.0, amount))
         return grad, None, None, None
 
 
@@ -122,16 +123,21 @@ def with_constants(
     reason = "bias" if weighted or named else "constant"
     for i, part in zip(at, linear, strict=True):
         z = leaves[i]
-        rest = 1 - part if moves else z.detach() - part
+        rest = _one(z) - part if moves else z.detach() - part
         # Masked logits are constants of minus infinity, and no share of anything.
         leaves[i] = Reported.apply(z, rest.nan_to_num(0.0, 0.0, 0.0), reason, report)
     return tree_unflatten(leaves, spec)
 
 
+def _one(x: Tensor) -> complex:
+    """One, in both parts of a complex number."""
+    return 1 + 1j if x.is_complex() else 1
+
+
 def _is_expected(module: nn.Module, args: Any, kwargs: Any, factors: Any, moves: bool) -> bool:
     """Whether ``(z - J x) g`` is a share of constants, and not relevance that a wrong rule made or lost."""
     if not isinstance(module, Operation):
-        return True
+        return not moves
     several = len([x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and on_tape(x)]) > 1
     return module.moves if moves else not (module.multiplies and several and factors == 1.0)
 
@@ -149,7 +155,9 @@ def linear_part(
     live = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and on_tape(x)]
     primals = tuple(leaves[i].detach() for i in live)
     scales = [factors] * len(live) if isinstance(factors, int | float) else list(factors)
-    tangents = tuple(torch.ones_like(x) if moves else f * x for f, x in zip(scales, primals, strict=True))
+    tangents = tuple(
+        torch.full_like(x, _one(x)) if moves else f * x for f, x in zip(scales, primals, strict=True)
+    )
     # Masked logits, infinite or the least number there is, are no share of anything; casts make infinities of them.
     tangents = tuple(torch.where(t.abs() > torch.finfo(t.dtype).max / 2, 0.0, t) for t in tangents)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from tdhook.attribution.lrp_helpers.accounting import current
-from tdhook.attribution.lrp_helpers.operation import on_tape
+from tdhook.attribution.lrp_helpers.operation import on_tape, parts, whole
 from tdhook.attribution.lrp_helpers.params import Stabilizer, rounding, stabilize
 
 __all__ = [
@@ -96,11 +96,12 @@ class PerValue(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, relevance: Any) -> Any:
         """Divide."""
-        (x,) = ctx.saved_tensors
+        (value,) = ctx.saved_tensors
+        x, relevance = parts(value), parts(relevance)
         grad = relevance / stabilize(x, ctx.stabilizer)
         if ctx.report is not None:
             ctx.report("stabiliser", relevance - torch.where(x.isinf(), 0.0, x * grad))
-        return grad, *(None,) * ctx.n_rest
+        return whole(grad, value), *(None,) * ctx.n_rest
 
 
 class Damped(PerValue):
@@ -109,11 +110,12 @@ class Damped(PerValue):
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         """Multiply by a factor of at most one."""
-        (z,) = ctx.saved_tensors
+        (value,) = ctx.saved_tensors
+        z, grad = parts(value), parts(grad)
         damped = grad * (z / stabilize(z, ctx.stabilizer))
         if ctx.report is not None:
             ctx.report("stabiliser", z * grad - z * damped)
-        return damped, *(None,) * ctx.n_rest
+        return whole(damped, value), *(None,) * ctx.n_rest
 
 
 class Scaled(torch.autograd.Function):
@@ -187,5 +189,7 @@ class Substituted(torch.autograd.Function):
 
 def finite_product(x: Tensor, grad: Tensor) -> Tensor:
     """``x * grad``, and zero where ``x`` is infinite, as masked logits are."""
+    if x.is_complex():
+        return whole(parts(x) * parts(grad), x)
     product = x * grad
     return product.masked_fill_(x.isinf(), 0.0) if x.is_floating_point() else product

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Operation", "on_tape"]
+__all__ = ["Operation", "on_tape", "parts", "whole"]
 
 
 class Operation(nn.Module):
@@ -67,3 +67,13 @@ def on_tape(x: Tensor) -> bool:
         if x.requires_grad:
             return True
     return False
+
+
+def parts(x: Tensor) -> Tensor:
+    """Real numbers as they are; complex ones as the two numbers that they are, each with relevance of its own."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def whole(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of :func:`parts`."""
+    return torch.view_as_complex(x) if like.is_complex() else x

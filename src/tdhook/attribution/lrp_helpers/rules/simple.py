@@ -110,6 +110,17 @@ class IgnoreRule(Rule):
     def unregister(self, module: nn.Module) -> None:
         """Do nothing to ``module``."""
 
+    def run_in(
+        self,
+        flow: Convention,
+        module: nn.Module,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run the module as it is."""
+        return original(*args, **kwargs)
+
     @staticmethod
     def forward(ctx: Any, apply_kwargs: Any, module: nn.Module, model_kwargs: Any, *inputs: Any) -> Any:
         """Run the module: never called, since the rule does not bind."""
