@@ -127,7 +127,11 @@ class Plan:
         """Run the model under the rules until ``stack`` is closed; operations only :meth:`within` it."""
         if self.interception is not None:
             stack.enter_context(frozen(self._modules))
-        stack.enter_context(out_of_place(row.module for row in self.rows))
+        # Layers without a rule may overwrite what they are given: their operations are seen.
+        units = [row.module for row in self.rows if self.interception is None or row.rule is not None]
+        if self.interception is not None:
+            self.interception.outdated.layers = {id(m) for m in units if m.__dict__.get("inplace") is True}
+        stack.enter_context(out_of_place(units))
         for binding in self._bindings:
             binding.attach()
             stack.callback(binding.detach)

@@ -200,9 +200,6 @@ class Shortcut(nn.Module):
 
 @every_flow
 @pytest.mark.parametrize("composite", COMPOSITES.values(), ids=COMPOSITES)
-@pytest.mark.xfail(
-    reason="layers with inplace=True are run out of place, also where their input is used again"
-)
 def test_a_layer_in_place_overwrites_what_is_used_again(composite, flow: str) -> None:
     torch.manual_seed(0)
     model, x = Shortcut(True).double(), torch.randn(3, 6, dtype=torch.float64)

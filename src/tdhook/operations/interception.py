@@ -15,7 +15,7 @@ from tdhook.attribution.lrp_helpers.conversions import Substituted, on_tape
 from tdhook.attribution.lrp_helpers.operation import Operation
 from tdhook.attribution.lrp_helpers.rule import Convention, Rule
 from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule
-from tdhook.operations.mutation import Guard
+from tdhook.operations.mutation import Guard, Outdated
 from tdhook.operations.names import name_of, out_of_place_form, relabels, writes_in_place
 from tdhook.operations.paths import Paths
 from tdhook.operations.scripted import in_python
@@ -88,6 +88,7 @@ class Interception(TorchFunctionMode):
         super().__init__()
         self.flow = flow
         self.guard = Guard()
+        self.outdated = Outdated(self.guard)
         self.observer: Observer | None = None
         self._lookup, self._by_path, self._defaults, self._unmatched = lookup, by_path, defaults, unmatched
         self._known: dict[Any, _Known] = {}
@@ -101,6 +102,7 @@ class Interception(TorchFunctionMode):
     @contextmanager
     def running(self, *, tracked: bool = False) -> Iterator[None]:
         """Watch one forward pass; ``tracked`` where the path of each operation has to be known."""
+        self.outdated.clear()
         with (
             self.guard.watching(),
             self.paths.followed(self._by_path or tracked or self.observer is not None),
@@ -113,20 +115,30 @@ class Interception(TorchFunctionMode):
         self, rule: Rule, flow: Convention, module: nn.Module, original: Any, args: Any, kwargs: Any
     ) -> Any:
         """Run a module that has a rule, and leave alone the operations inside it."""
+        self.outdated.check(args)
         if self.paths.following and not self._paused:
             self._look_for_unseen(args)
         self._paused += 1
         try:
             if self.observer is not None and self._paused == 1:
-                return self.observer.call(
+                result = self.observer.call(
                     self.paths.current, module, None, rule, flow, original, args, kwargs
                 )
-            return rule.run_in(flow, module, original, args, kwargs)
+            else:
+                result = rule.run_in(flow, module, original, args, kwargs)
         finally:
             self._paused -= 1
+        if id(module) not in self.outdated.layers or not args or not isinstance(args[0], Tensor):
+            return result
+        if not self.outdated.heeded:
+            self.outdated.add(args[0])
+            return result
+        self.guard.before(args[0])
+        return args[0].copy_(result)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.outdated.check(args)
         if self.guard.active and writes_in_place(func, kwargs):
             self.guard.before(_overwritten(args, kwargs))
         if not torch.is_grad_enabled():

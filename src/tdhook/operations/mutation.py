@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdhook.attribution.lrp_helpers.conversions import copying
 
-__all__ = ["Guard", "Mutated", "storage_of", "was_overwritten"]
+__all__ = ["Guard", "Mutated", "Outdated", "storage_of", "was_overwritten"]
 
 
 class Mutated(BaseException):
@@ -67,6 +67,49 @@ class Guard:
         kept = _Kept(tensor.detach())
         self._kept.setdefault(storage_of(tensor), weakref.WeakSet()).add(kept)
         return kept
+
+
+class Outdated:
+    """Tensors that a layer with ``inplace=True`` would have overwritten, had it not been run out of place.
+
+    Mostly nobody reads them again, and nothing is to be copied. Where one is read, the model is run again, guarded, and
+    such layers overwrite what they are given.
+
+    Args:
+        guard: guards the run in which they overwrite.
+
+    Attributes:
+        layers: ids of the layers.
+        heeded: whether they overwrite.
+    """
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self.layers: set[int] = set()
+        self.heeded = False
+        self._tensors: dict[int, weakref.ref[Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "layers": set(), "_tensors": {}}
+
+    def clear(self) -> None:
+        """Begin a forward pass."""
+        self._tensors.clear()
+
+    def add(self, tensor: Tensor) -> None:
+        """Remember a tensor that should have been overwritten."""
+        self._tensors[id(tensor)] = weakref.ref(tensor)
+
+    def check(self, values: Iterable[Any]) -> None:
+        """Have the model run again if one of the values is outdated."""
+        if not self._tensors:
+            return
+        for value in values:
+            if isinstance(value, list | tuple):
+                self.check(value)
+            elif id(value) in self._tensors and self._tensors[id(value)]() is value:
+                self.heeded = self._guard.active = True
+                raise Mutated
 
 
 def _give_back(kept: _Kept) -> Tensor:
