@@ -15,7 +15,7 @@ from tdhook.attribution.lrp_helpers.batchnorm import merging
 from tdhook.attribution.lrp_helpers.binding import Binding
 from tdhook.attribution.lrp_helpers.operation import Operation
 from tdhook.attribution.lrp_helpers.params import rounding
-from tdhook.attribution.lrp_helpers.propagation import out_of_place
+from tdhook.attribution.lrp_helpers.propagation import out_of_place, overwrites
 from tdhook.attribution.lrp_helpers.rule import Convention, Rule
 from tdhook.attribution.lrp_helpers.rules.epsilon import EpsilonRule
 from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule, PassRule, StopRule
@@ -111,7 +111,9 @@ class Plan:
         self._custom: list[tuple[Rule, nn.Module]] = []
         for row in rows:
             rule = row.rule
-            if rule is None or (isinstance(rule, IgnoreRule) and interception is None):
+            # To ignore a layer of torch's own is to leave it to the rule of its operation.
+            own = type(row.module).__module__.startswith("torch.nn.")
+            if rule is None or (isinstance(rule, IgnoreRule) and (own or interception is None)):
                 continue
             if not isinstance(rule, IgnoreRule) and type(rule).register is not Rule.register:
                 self._custom.append((rule, row.module))
@@ -130,7 +132,7 @@ class Plan:
         # Layers without a rule may overwrite what they are given: their operations are seen.
         units = [row.module for row in self.rows if self.interception is None or row.rule is not None]
         if self.interception is not None:
-            self.interception.outdated.layers = {id(m) for m in units if m.__dict__.get("inplace") is True}
+            self.interception.outdated.layers = {id(module) for module in units if overwrites(module)}
         stack.enter_context(out_of_place(units))
         for binding in self._bindings:
             binding.attach()
@@ -151,7 +153,8 @@ class Plan:
         finally:
             self.interception.observer = None
         called = {id(row.module) for row in watch.rows}
-        idle = (replace(row, runs=False) for row in self.rows if row.rule and id(row.module) not in called)
+        ruled = (row for row in self.rows if row.rule and not isinstance(row.rule, IgnoreRule))
+        idle = (replace(row, runs=False) for row in ruled if id(row.module) not in called)
         self.operations = (*watch.rows, *idle)
 
     def within(self, *, tracked: bool = False) -> AbstractContextManager[None]:

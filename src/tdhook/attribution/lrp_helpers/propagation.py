@@ -29,7 +29,7 @@ from tdhook.attribution.lrp_helpers.steps import (
     closed_form,
 )
 
-__all__ = ["Call", "PropagationRule", "natively", "out_of_place"]
+__all__ = ["Call", "PropagationRule", "natively", "out_of_place", "overwrites"]
 
 
 class PropagationRule(Rule):
@@ -234,15 +234,16 @@ def natively(module: nn.Module) -> AbstractContextManager[None]:
     return nullcontext() if single else out_of_place(module.modules())
 
 
+def overwrites(module: nn.Module) -> bool:
+    """Whether a layer overwrites its input."""
+    # The `inplace` of a TensorDictModule is about its TensorDict.
+    return module.__dict__.get("inplace") is True and not isinstance(module, TensorDictModuleBase)
+
+
 @contextmanager
 def out_of_place(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Make what overwrites its input return a new tensor instead, so that values saved for the backward pass stay."""
-    changed = [
-        m.__dict__
-        for m in modules
-        # The `inplace` of a TensorDictModule is about its TensorDict.
-        if m.__dict__.get("inplace") is True and not isinstance(m, TensorDictModuleBase)
-    ]
+    changed = [module.__dict__ for module in modules if overwrites(module)]
     try:
         for attributes in changed:
             attributes["inplace"] = False
