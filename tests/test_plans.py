@@ -6,7 +6,7 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 from tdhook import LRP, Target
-from tdhook.attribution.lrp_helpers.rules import EpsilonRule, PassRule
+from tdhook.attribution.lrp_helpers.rules import EpsilonRule, IgnoreRule, PassRule
 from tdhook.plans import select
 from tdhook.selectors import First, Last, Reads, Type, Writes
 
@@ -102,3 +102,29 @@ def test_normalisation_is_not_the_layer_that_reads():
         assert list(select(Writes("y"), model, seen)) == ["module.3"]
     lazy = TensorDictModule(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2)), ["x"], ["y"])
     assert list(select(Reads("x"), lazy)) == list(select(Reads("x"), lazy, td)) == ["module.0"]
+
+
+class Scaled(nn.Module):
+    def forward(self, x):
+        return torch.tanh(x) * 3
+
+
+def test_a_module_that_is_ignored_is_left_alone():
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), Scaled(), nn.Linear(4, 2, bias=False)).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    composite = [(Scaled, IgnoreRule()), (nn.Linear, EpsilonRule(1e-9))]
+    lrp = LRP(composite, target=Target("output", 0), flow="gradient")
+    assert [row.operation for row in lrp.plan(model, TensorDict(input=x, batch_size=[5]))] == [None] * 3
+    relevance = lrp.wrap(model)(TensorDict(input=x, batch_size=[5]))["attr", "input"]
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)
+    torch.testing.assert_close(relevance, x * gradient, rtol=1e-6, atol=1e-9)
+
+
+def test_dropout_in_training_passes_on_what_it_let_through():
+    model = nn.Sequential(
+        nn.Linear(3, 40, bias=False), nn.Dropout(0.5), nn.Linear(40, 1, bias=False)
+    ).double()
+    explained = LRP("epsilon_plus", target=Target("output", 0), ledger=True).wrap(model.train())
+    td = explained(TensorDict(input=torch.randn(5, 3, dtype=torch.float64), batch_size=[5]))
+    torch.testing.assert_close(td["ledger", "inputs"], td["output"][:, 0], rtol=1e-3, atol=1e-5)
