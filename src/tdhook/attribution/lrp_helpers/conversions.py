@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from tdhook.attribution.lrp_helpers.accounting import current
 from tdhook.attribution.lrp_helpers.operation import on_tape, parts, whole
-from tdhook.attribution.lrp_helpers.params import Stabilizer, rounding, stabilize
+from tdhook.attribution.lrp_helpers.params import Stabilizer, exact, rounding, stabilize
 
 __all__ = [
     "Damped",
@@ -76,12 +76,15 @@ class TimesValue(torch.autograd.Function):
 
 
 class PerValue(torch.autograd.Function):
-    """Identity at whose input relevance becomes relevance per unit of activation: ``g = R / stab(x)``."""
+    """Identity at whose input relevance becomes relevance per unit of activation: ``g = R / stab(x)``.
+
+    Unless told, nothing is stabilised: where the value is zero there is none.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, stabilizer: Stabilizer = rounding) -> Tensor:
+    def forward(x: Tensor, stabilizer: Stabilizer = exact) -> Tensor:
         """The value itself."""
         return alias(x)
 
@@ -89,7 +92,7 @@ class PerValue(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep the value."""
         ctx.save_for_backward(inputs[0])
-        ctx.stabilizer = inputs[1] if len(inputs) > 1 else rounding
+        ctx.stabilizer = inputs[1] if len(inputs) > 1 else exact
         ctx.n_rest = len(inputs) - 1
         ctx.report = current()
 

@@ -19,6 +19,7 @@ __all__ = [
     "Stabilizer",
     "ZeroParams",
     "checked",
+    "exact",
     "rounding",
     "stabilize",
     "zero_param_names",
@@ -50,6 +51,11 @@ def rounding(tensor: Tensor) -> Tensor:
     """The stabiliser for what must not show: as much as rounding needs, by precision (1e-12, 1e-6, 1e-3)."""
     epsilon = {torch.float64: 1e-12, torch.float32: 1e-6}.get(tensor.dtype, 1e-3)
     return torch.where(tensor < 0, tensor - epsilon, tensor + epsilon)
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """The stabiliser that changes nothing: a denominator of zero gives a share of zero."""
+    return torch.where(tensor == 0, torch.inf, tensor)
 
 
 def checked(epsilon: Stabilizer, name: str = "stabilizer") -> Stabilizer:

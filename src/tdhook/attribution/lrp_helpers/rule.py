@@ -95,7 +95,7 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
     ) -> Any:
         """Call ``module`` under this rule where values arrive in the convention of ``flow``.
 
-        Where that is not the rule's own they are converted: ``g = R / stab(z)`` at the outputs and ``R = x * g`` at the
+        Where that is not the rule's own they are converted: ``g = R / z`` at the outputs and ``R = x * g`` at the
         inputs, or the other way round.
         """
         if flow == self.convention:
