@@ -225,10 +225,10 @@ class TestKnownDifferences:
     @pytest.mark.parametrize("name", GATED)
     def test_normalisation_in_single_precision_separates_the_flows(self, name: str) -> None:
         # Whatever travels through a cast to single precision is rounded: relevance in one flow, relevance per unit of
-        # activation in the other. The latter is what LXT has, so it is the flow that equals it to 1e-6 there.
+        # activation in the other. So the flows differ by what single precision can hold, and not by 1e-9.
         gradient, relevance = (
             explain(name, "sdpa", "attn_lrp", flow=flow, exact=False)["tokens"]
             for flow in ("gradient", "relevance")
         )
-        assert_same(relevance, gradient, 1e-3)
-        assert errors(relevance, gradient).max() > 1e-6
+        assert_same(relevance, gradient, 1e-5)
+        assert errors(relevance, gradient).max() > 1e-9
