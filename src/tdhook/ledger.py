@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from tdhook.attribution.lrp_helpers.accounting import reporting, with_constants
 from tdhook.attribution.lrp_helpers.conversions import alias, live
-from tdhook.attribution.lrp_helpers.operation import Operation, parts
+from tdhook.attribution.lrp_helpers.operation import Operation
 from tdhook.attribution.lrp_helpers.rule import Convention, Rule
 from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule
+from tdhook.attribution.lrp_helpers.tape import Identity, parts, unwrapped
 from tdhook.operations.mutation import storage_of
 
 __all__ = ["REASONS", "Entry", "Ledger", "Note"]
@@ -84,9 +85,7 @@ class Ledger:
     def note(self, entry: Entry, column: str, amount: Tensor) -> None:
         """Take down an amount, of whichever shape, if a backward pass is being taken down."""
         if self._notes is not None:
-            while torch._C._functorch.is_batchedtensor(amount):
-                amount = torch._C._functorch.get_unwrapped(amount)
-            self._notes.append((entry, column, amount.detach()))
+            self._notes.append((entry, column, unwrapped(amount).detach()))
 
     def summary(self) -> list[Entry]:
         """One entry for each module and operation at each place, in execution order, its calls added up."""
@@ -140,8 +139,10 @@ class Ledger:
         return live(lambda z: Metered.apply(z, arrive, flow), outputs)
 
 
-class Metered(torch.autograd.Function):
+class Metered(Identity):
     """Identity that tells how much relevance passes."""
+
+    generate_vmap_rule = False
 
     @staticmethod
     def forward(x: Tensor, tell: Callable[[Tensor], None], flow: Convention) -> Tensor:

@@ -20,6 +20,7 @@ from tdhook.attribution.lrp_helpers.rule import Convention, Rule
 from tdhook.attribution.lrp_helpers.rules.epsilon import EpsilonRule
 from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule, PassRule, StopRule
 from tdhook.attribution.lrp_helpers.types import BatchNorm
+from tdhook.attribution.lrp_helpers.weights import WeightCache
 from tdhook.composites import Composite
 from tdhook.contexts import Model
 from tdhook.operations.interception import Interception, Unmatched
@@ -85,6 +86,7 @@ class Plan:
         merge: whether batch norms right behind a linear layer are merged.
         sensitivity: whether the result is a modified gradient.
         interception: what runs operations under their rules; ``None`` where only modules have rules.
+        weights: keeps modified weights, if any.
 
     Attributes:
         operations: the operations that one run was seen to perform, in execution order with the modules that have a
@@ -100,6 +102,7 @@ class Plan:
         merge: bool,
         sensitivity: bool,
         interception: Interception | None,
+        weights: WeightCache | None = None,
     ) -> None:
         self.rows = tuple(rows)
         self.operations: tuple[Row, ...] = ()
@@ -107,6 +110,9 @@ class Plan:
         self.interception = interception
         self._modules = tuple(modules)
         self.sensitivity = sensitivity
+        self.weights = weights
+        # Layers without a rule may overwrite what they are given: their operations are seen.
+        self._units = [row.module for row in rows if interception is None or row.rule is not None]
         self._bindings: list[Binding] = []
         self._custom: list[tuple[Rule, nn.Module]] = []
         for row in rows:
@@ -127,18 +133,23 @@ class Plan:
 
     def attach(self, stack: ExitStack) -> None:
         """Run the model under the rules until ``stack`` is closed; operations only :meth:`within` it."""
+        overwriting = [module for module in self._units if overwrites(module)]
         if self.interception is not None:
             stack.enter_context(frozen(self._modules))
-        # Layers without a rule may overwrite what they are given: their operations are seen.
-        units = [row.module for row in self.rows if self.interception is None or row.rule is not None]
-        if self.interception is not None:
-            self.interception.outdated.layers = {id(module) for module in units if overwrites(module)}
-        stack.enter_context(out_of_place(units))
+            self.interception.outdated.layers = set(map(id, overwriting))
+        if overwriting:
+            stack.enter_context(out_of_place(overwriting))
+        if self.weights is not None:
+            stack.enter_context(self.weights.active())
+        stack.callback(self._detach)
         for binding in self._bindings:
             binding.attach()
-            stack.callback(binding.detach)
         for rule, module in self._custom:
             stack.enter_context(rule.register(module))
+
+    def _detach(self) -> None:
+        for binding in reversed(self._bindings):
+            binding.detach()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -216,8 +227,6 @@ class _Watch:
     ) -> Any:
         """Make one call and take it down."""
         self.rows.append(self._known.get(id(module), Row(path, module, rule, selector)))
-        if isinstance(rule, IgnoreRule):
-            return original(*args, **kwargs)
         return rule.run_in(flow, module, original, args, kwargs)
 
 
@@ -230,6 +239,7 @@ def make_plan(
     flow: Convention | None,
     merge_batch_norm: bool | Sequence[Merge],
     unmatched: Callable[[str, str, bool], None],
+    cache_weights: bool = True,
 ) -> Plan:
     """Ask a composite or a mapper for the rule of every module.
 
@@ -242,6 +252,7 @@ def make_plan(
         flow: the convention of the backward pass, or ``None`` to follow from the rules.
         merge_batch_norm: whether to merge batch norms, or which.
         unmatched: told ``(operation, path, unseen)`` of operations that nothing is known of.
+        cache_weights: whether modified weights are kept from call to call.
 
     Raises:
         TypeError: the mapper returned something else than a rule.
@@ -286,7 +297,14 @@ def make_plan(
             unmatched=unmatched,
         )
     return Plan(
-        rows, execution.modules.values(), flow, merges, bool(merge_batch_norm), sensitivity, interception
+        rows,
+        execution.modules.values(),
+        flow,
+        merges,
+        bool(merge_batch_norm),
+        sensitivity,
+        interception,
+        WeightCache() if cache_weights else None,
     )
 
 

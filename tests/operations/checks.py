@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from tdhook.attribution.lrp_helpers.rules import EpsilonRule
 FLOWS = ("relevance", "gradient")
 TINY = [(nn.Linear, EpsilonRule(1e-12))]
 """A composite that leaves all operations to their defaults and keeps nothing to speak of."""
+
+every_flow = pytest.mark.parametrize("flow", FLOWS)
+either_ledger = pytest.mark.parametrize("ledger", [False, True], ids=["bare", "ledger"])
 
 
 class Calls(nn.Module):
@@ -33,6 +37,13 @@ class Calls(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         made = self.f(self.trunk(x)).reshape(x.shape[0], -1)
         return self.head(made if made.dtype == x.dtype else made.to(x.dtype))
+
+
+def around(f, width: int = 6, seed: int = 0) -> tuple[Calls, Tensor]:
+    """A model that calls ``f``, and an input for it."""
+    torch.manual_seed(seed)
+    x = torch.randn(3, width, dtype=torch.float64)
+    return Calls(f, x).eval(), x
 
 
 def plainly(model: nn.Module, x: Tensor) -> Tensor:
@@ -84,3 +95,13 @@ def assert_same(a: Tensor, b: Tensor, tolerance: float = 1e-6, scale: float | No
     scale = max(a.abs().max().item(), b.abs().max().item()) if scale is None else scale
     worst = (a - b).abs().max().item()
     assert worst <= tolerance * scale, f"{worst:.3g} apart, of {scale:.3g}"
+
+
+def relevance_of(f, flow: str, **kwargs) -> Tensor:
+    """The relevance of the input of a model that calls ``f``, once output and balance were checked."""
+    model, x = around(f)
+    td, module = explained(model, x, flow, **kwargs)
+    assert torch.equal(td["output"], plainly(model, x))
+    if module.ledger is not None:
+        assert_balanced(td, module)
+    return td["attr", "input"]

@@ -8,7 +8,7 @@ import torch
 from tdhook.operations.table import OPERATIONS
 
 from .cases import Case, inputs
-from .checks import FLOWS, Calls, assert_balanced, assert_same, explained, operations_in, plainly
+from .checks import FLOWS, Calls, assert_balanced, assert_same, every_flow, explained, operations_in, plainly
 from .elementwise import elementwise_cases
 from .fused import other_cases
 from .layers import layer_cases
@@ -42,7 +42,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
 @every_case
-@pytest.mark.parametrize("flow", FLOWS)
+@every_flow
 def test_each_form_gives_what_the_first_gives(case: Case, flow: str) -> None:
     """With and without a ledger, which balances."""
     x = inputs(case.domain, case.batch)

@@ -13,13 +13,12 @@ from tdhook import LRP, Target
 from tdhook.attribution.lrp_helpers.rules import EpsilonRule, SignalTakeAllRule
 from tdhook.selectors import Op
 
-from .checks import FLOWS, assert_balanced, assert_same
+from .checks import assert_balanced, assert_same, every_flow
 from .recurrent import Direction, Network, weights_of
 
 BATCH, TIME, FEATURES, HIDDEN = 3, 4, 3, 4
 EXACT = [(nn.Linear, EpsilonRule(0.0))]
 GATED = [*EXACT, (Op("mul"), SignalTakeAllRule())]
-every_flow = pytest.mark.parametrize("flow", FLOWS)
 
 KINDS = {
     "lstm": (nn.LSTM, {}),

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from tdhook.attribution.lrp_helpers.rules import EpsilonRule
 
 from .cases import const
-from .checks import FLOWS, Calls, assert_balanced, assert_same, explained
+from .checks import Calls, assert_balanced, assert_same, every_flow, explained
 
-every_flow = pytest.mark.parametrize("flow", FLOWS)
 WIDTH = 12
 EXACT = [(nn.Linear, EpsilonRule(0.0))]
 

@@ -14,25 +14,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from unchanged import Boom, Unchanged
 
-from .checks import FLOWS, Calls, assert_balanced, assert_same, explained, plainly
-
-every_flow = pytest.mark.parametrize("flow", FLOWS)
-either_ledger = pytest.mark.parametrize("ledger", [False, True], ids=["bare", "ledger"])
-
-
-def around(f, width: int = 6, seed: int = 0) -> tuple[Calls, Tensor]:
-    torch.manual_seed(seed)
-    x = torch.randn(3, width, dtype=torch.float64)
-    return Calls(f, x).eval(), x
-
-
-def relevance_of(f, flow: str, **kwargs) -> Tensor:
-    model, x = around(f)
-    td, module = explained(model, x, flow, **kwargs)
-    assert torch.equal(td["output"], plainly(model, x))
-    if module.ledger is not None:
-        assert_balanced(td, module)
-    return td["attr", "input"]
+from .checks import around, assert_balanced, assert_same, either_ledger, every_flow, explained, plainly
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tdhook.attribution.lrp_helpers.conversions import Substituted, on_tape
+from tdhook.attribution.lrp_helpers.conversions import Substituted
 from tdhook.attribution.lrp_helpers.operation import Operation
 from tdhook.attribution.lrp_helpers.rule import Convention, Rule
 from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule
+from tdhook.attribution.lrp_helpers.tape import maker_of, on_tape
 from tdhook.operations.mutation import Guard, Outdated
-from tdhook.operations.names import name_of, out_of_place_form, relabels, writes_in_place
+from tdhook.operations.names import name_of, out_of_place_form, queries, relabels, writes_in_place
 from tdhook.operations.paths import Paths
 from tdhook.operations.scripted import in_python
 from tdhook.operations.table import ARITHMETIC, ELEMENTWISE, MOVES, PRODUCTS, WINNER, default_rule
@@ -40,7 +41,8 @@ class _Known:
 
     operation: Operation
     in_place: bool
-    quick: bool
+    quick: bool = False
+    queries: bool = False
     selector: Any = None
     rule: Rule | None = None
 
@@ -112,20 +114,31 @@ class Interception(TorchFunctionMode):
             yield
 
     def unit(
-        self, rule: Rule, flow: Convention, module: nn.Module, original: Any, args: Any, kwargs: Any
+        self,
+        rule: Rule,
+        flow: Convention,
+        module: nn.Module,
+        original: Any,
+        args: Any,
+        kwargs: Any,
+        *,
+        closed: bool,
     ) -> Any:
         """Run a module that has a rule, and leave alone the operations inside it."""
         self.outdated.check(args)
         if self.paths.following and not self._paused:
             self._look_for_unseen(args)
+        watched = self.observer is not None and not self._paused
         self._paused += 1
         try:
-            if self.observer is not None and self._paused == 1:
-                result = self.observer.call(
-                    self.paths.current, module, None, rule, flow, original, args, kwargs
-                )
-            else:
-                result = rule.run_in(flow, module, original, args, kwargs)
+            # Layers of torch overwrite nothing (they run out of place), so that there is nothing to see in them.
+            with _Aside(self) if closed else nullcontext():
+                if watched:
+                    result = self.observer.call(  # type: ignore[union-attr]
+                        self.paths.current, module, None, rule, flow, original, args, kwargs
+                    )
+                else:
+                    result = rule.run_in(flow, module, original, args, kwargs)
         finally:
             self._paused -= 1
         if id(module) not in self.outdated.layers or not args or not isinstance(args[0], Tensor):
@@ -137,21 +150,21 @@ class Interception(TorchFunctionMode):
         return args[0].copy_(result)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        self.outdated.check(args)
-        if self.guard.active and writes_in_place(func, kwargs):
-            self.guard.before(_overwritten(args, kwargs))
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
         known = self._known.get(func)
         if known is None:
             known = self._known[func] = self._learn(func)
-        if known.quick and self.observer is None and "out" not in kwargs:
+        kwargs = kwargs or {}
+        if known.queries:
+            return func(*args, **kwargs)
+        self.outdated.check(args)
+        in_place = known.in_place or (bool(kwargs) and writes_in_place(func, kwargs))
+        if in_place and self.guard.active:
+            self.guard.before(_overwritten(args, kwargs))
+        if (known.quick and self.observer is None and not in_place) or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         if not _any_live(args) and not (kwargs and _any_live(kwargs.values())):
             return func(*args, **kwargs)
-        in_place = known.in_place or writes_in_place(func, kwargs)
-        if in_place:
+        if in_place and not self.guard.active:
             self.guard.before(_overwritten(args, kwargs))
         if self._paused or (in_place and relabels(func)):
             return func(*args, **kwargs)
@@ -177,7 +190,7 @@ class Interception(TorchFunctionMode):
             moves=name in MOVES or name in WINNER,
             multiplies=name in PRODUCTS or name in ELEMENTWISE,
         )
-        known = _Known(operation, in_place, quick=False)
+        known = _Known(operation, in_place, queries=queries(func))
         if self._lookup is not None and not self._by_path:
             known.selector, known.rule = self._lookup(name, *self.paths.innermost)
         if not in_place and not self._by_path:
@@ -226,8 +239,6 @@ class Interception(TorchFunctionMode):
             return self.observer.call(
                 self.paths.current, operation, selector, rule, self.flow, func, args, kwargs
             )
-        if _is_native(rule):
-            return func(*args, **kwargs)
         return rule.run_in(self.flow, operation, func, args, kwargs)
 
     def _in_parts(self, inside: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> Any:
@@ -241,14 +252,32 @@ class Interception(TorchFunctionMode):
         return tuple(Substituted.apply(w, v) for w, v in zip(written, values, strict=True))
 
 
+class _Aside:
+    """Takes a mode off the stack for a while, if it is on top of it."""
+
+    __slots__ = ("_mode", "_taken")
+
+    def __init__(self, mode: Interception) -> None:
+        self._mode = mode
+
+    def __enter__(self) -> None:
+        top = torch._C._len_torch_function_stack() - 1
+        self._taken = top >= 0 and torch._C._get_function_stack_at(top) is self._mode
+        if self._taken:
+            torch._C._pop_torch_function_stack()
+
+    def __exit__(self, *exception: object) -> None:
+        if self._taken:
+            torch._C._push_on_torch_function_stack(self._mode)
+
+
 def _unseen(values: Iterable[Any]) -> Iterator[str]:
     """Names of the custom autograd functions, which no mode sees, that made some of the values."""
     for value in values:
         if isinstance(value, list | tuple):
             yield from _unseen(value)
         elif isinstance(value, Tensor):
-            node: Any = value.grad_fn
-            function = getattr(type(node), "_forward_cls", None)  # of functions written in Python
+            function = maker_of(value.grad_fn)
             if (
                 function is not None
                 and not issubclass(function, Rule)

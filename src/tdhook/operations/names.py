@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = ["name_of", "out_of_place_form", "relabels", "writes_in_place"]
+__all__ = ["name_of", "out_of_place_form", "queries", "relabels", "writes_in_place"]
 
 _SYNONYMS = {
     "absolute": "abs",
@@ -50,6 +50,45 @@ _SYNONYMS = {
     "truediv": "div",
 }
 _RELABEL = ("as_strided_", "detach_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_")
+_QUERIES = frozenset(
+    [
+        "__len__",
+        "_is_view",
+        "_version",
+        "data_ptr",
+        "device",
+        "dim",
+        "dtype",
+        "element_size",
+        "get_device",
+        "grad_fn",
+        "is_complex",
+        "is_contiguous",
+        "is_cpu",
+        "is_cuda",
+        "is_floating_point",
+        "is_inference",
+        "is_leaf",
+        "is_mkldnn",
+        "is_nested",
+        "is_quantized",
+        "is_shared",
+        "is_sparse",
+        "itemsize",
+        "layout",
+        "names",
+        "nbytes",
+        "ndim",
+        "ndimension",
+        "nelement",
+        "numel",
+        "requires_grad",
+        "shape",
+        "size",
+        "storage_offset",
+        "stride",
+    ]
+)
 _IN_PLACE_OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "matmul")
 
 
@@ -86,6 +125,14 @@ def writes_in_place(function: Callable[..., Any], kwargs: dict[str, Any]) -> boo
         return name in ("__setitem__", *(f"__i{operator}__" for operator in _IN_PLACE_OPERATORS))
     in_place = name.endswith("_") and not name.startswith("_")
     return in_place or kwargs.get("inplace") is True or kwargs.get("out") is not None
+
+
+def queries(function: Callable[..., Any]) -> bool:
+    """Whether a function merely tells something of a tensor: a property such as ``shape``, a method such as ``dim``."""
+    name = _raw_name(function)
+    if name == "__get__":
+        return getattr(getattr(function, "__self__", None), "__name__", "") in _QUERIES
+    return name in _QUERIES
 
 
 def relabels(function: Callable[..., Any]) -> bool:

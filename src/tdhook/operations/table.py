@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdhook.attribution.lrp_helpers.conversions import on_tape
+from tdhook.attribution.lrp_helpers.makers import made_by
 from tdhook.attribution.lrp_helpers.params import rounding
 from tdhook.attribution.lrp_helpers.rule import Rule
 from tdhook.attribution.lrp_helpers.rules.attention import AttentionRule
 from tdhook.attribution.lrp_helpers.rules.epsilon import EpsilonRule, SoftmaxEpsilonRule, UniformEpsilonRule
 from tdhook.attribution.lrp_helpers.rules.normalisation import LayerNormRule
-from tdhook.attribution.lrp_helpers.rules.products import SignalTakeAllRule, made_by
+from tdhook.attribution.lrp_helpers.rules.products import SignalTakeAllRule
 from tdhook.attribution.lrp_helpers.rules.recurrent import RecurrentRule
 from tdhook.attribution.lrp_helpers.rules.simple import IgnoreRule, PassRule
+from tdhook.attribution.lrp_helpers.tape import on_tape
 
 __all__ = ["AFFINE", "ARITHMETIC", "ELEMENTWISE", "MOVES", "OPERATIONS", "PRODUCTS", "WINNER", "default_rule"]
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from tdhook.attribution.lrp_helpers.operation import Operation, on_tape, parts
+from tdhook.attribution.lrp_helpers.operation import Operation
+from tdhook.attribution.lrp_helpers.tape import Identity, on_tape, parts
 
 __all__ = ["Report", "current", "reporting", "with_constants"]
 
@@ -65,10 +66,8 @@ def _set_random_state(state: list[Tensor]) -> None:
         torch.cuda.set_rng_state_all(state[1:])
 
 
-class Reported(torch.autograd.Function):
+class Reported(Identity):
     """Identity at which a fixed part of what travels backwards is reported."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(z: Tensor, part: Tensor, reason: str, report: Report) -> Tensor:

@@ -5,28 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from tdhook.attribution.lrp_helpers.forms import DenseForm
 from tdhook.attribution.lrp_helpers.params import rounding
-from tdhook.attribution.lrp_helpers.propagation import Call
+from tdhook.attribution.lrp_helpers.propagation import LayerCall
 from tdhook.attribution.lrp_helpers.rule import Convention
 from tdhook.attribution.lrp_helpers.rules.epsilon import EpsilonRule
 from tdhook.attribution.lrp_helpers.rules.simple import PassRule
-from tdhook.attribution.lrp_helpers.steps import DenseForm
+from tdhook.attribution.lrp_helpers.tape import Identity
 
-__all__ = ["affine", "merging"]
-
-
-def affine(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Batch norm in evaluation as ``scale * x + shift``, both of shape ``[channels]``."""
-    norm: Any = module
-    with torch.no_grad():
-        scale = torch.rsqrt(norm.running_var + norm.eps)
-        if norm.weight is not None:
-            scale = scale * norm.weight
-        shift = -norm.running_mean * scale
-        return scale, shift if norm.bias is None else shift + norm.bias
+__all__ = ["merging"]
 
 
 class _MergedBatchNormRule(PassRule):
@@ -63,13 +52,13 @@ class _MergedBatchNormRule(PassRule):
             for call in self._producers(node):
                 # On [N, C, L] a batch norm scales the rows of what a fully connected layer made, not its features.
                 if not isinstance(call.form, DenseForm) or args[0].dim() == 2 or self.linears:
-                    call.affine = lambda: affine(module)
+                    call.merged = module
         return super().run_in(flow, module, original, args, kwargs)
 
-    def _producers(self, node: Any) -> list[Call]:
+    def _producers(self, node: Any) -> list[LayerCall]:
         if not self.linears:
             call = getattr(node, "call", None)
-            return [call] if isinstance(call, Call) and call.form is not None else []
+            return [call] if isinstance(call, LayerCall) else []
         found, seen, front = [], set(), [node]
         while front:
             node = front.pop()
@@ -77,27 +66,20 @@ class _MergedBatchNormRule(PassRule):
                 continue
             seen.add(node)
             call = getattr(node, "call", None)
-            if isinstance(call, Call):
-                if call.module in self.linears and call.form is not None:
-                    found.append(call)
-                continue  # other layers end the search
-            front.extend(parent for parent, _ in node.next_functions)
+            if isinstance(call, LayerCall) and call.module in self.linears:
+                found.append(call)
+            elif call is None and not getattr(node, "made_by", ""):  # other layers end the search
+                front.extend(parent for parent, _ in node.next_functions)
         return found
 
 
 _PLAIN = ("Addmm", "Mm", "Convolution", "Addbmm", "Baddbmm", "Bmm")
-_IDENTITIES = ("TimesValue", "PerValue", "Damped", "Metered", "Reported")
 
 
 def _maker(x: Tensor) -> tuple[Any, list[Any]]:
     """The node of the tape that made ``x``, and those between at which relevance is stabilised."""
-    node: Any = x.grad_fn
-    stabilizers = []
-    while type(node).__name__.startswith(_IDENTITIES):
-        if hasattr(node, "stabilizer"):
-            stabilizers.append(node)
-        node = node.next_functions[0][0]
-    return node, stabilizers
+    node, passed = Identity.before(x.grad_fn)
+    return node, [identity for identity in passed if hasattr(identity, "stabilizer")]
 
 
 def merging(linears: Sequence[nn.Module] = ()) -> PassRule:

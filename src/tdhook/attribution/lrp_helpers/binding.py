@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -22,9 +22,17 @@ class Around(Protocol):
     """What wants to know of the calls that are units."""
 
     def unit(
-        self, rule: Rule, flow: Convention, module: nn.Module, original: Any, args: Any, kwargs: Any
+        self,
+        rule: Rule,
+        flow: Convention,
+        module: nn.Module,
+        original: Any,
+        args: Any,
+        kwargs: Any,
+        *,
+        closed: bool,
     ) -> Any:
-        """Make the call under its rule."""
+        """Make the call under its rule; ``closed`` where the module is a layer of torch's own."""
 
 
 class Binding:
@@ -51,8 +59,10 @@ class Binding:
         self.around = None if rule.opens else around
         self.rule = rule
         self.flow = flow or rule.convention
+        self._on_tensordict = isinstance(module, TensorDictModuleBase)
+        self._closed = type(module).__module__.startswith("torch.nn.modules.") and not module._modules
         self.original: Any = None
-        self._replaced: dict[str, Any] = {}
+        self._replaced: tuple[Any, ...] = ()
 
     @staticmethod
     def of(module: nn.Module) -> Binding | None:
@@ -63,34 +73,36 @@ class Binding:
     def attach(self) -> None:
         """Take the place of the module's ``forward``."""
         attributes = self.module.__dict__
-        current = Binding.of(self.module)
-        self.original = self.module.forward if current is None else current.original
-        self._replaced = {name: attributes.get(name, _ABSENT) for name in ("forward", "_prev_forward")}
+        current = attributes.get("forward", _ABSENT)
+        self.original = current.original if isinstance(current, Binding) else self.module.forward
+        self._replaced = current, attributes.get("_prev_forward", _ABSENT)
         attributes["_prev_forward"] = self.original
         attributes["forward"] = self
 
     def detach(self) -> None:
-        """Put back what :meth:`attach` replaced."""
+        """Put back what :meth:`attach` replaced, if it did."""
         attributes = self.module.__dict__
-        for name, value in self._replaced.items():
+        for name, value in zip(("forward", "_prev_forward"), self._replaced, strict=False):
             if value is _ABSENT:
                 attributes.pop(name, None)
             else:
                 attributes[name] = value
-        self._replaced = {}
+        self._replaced = ()
         self.original = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module."""
-        if isinstance(self.module, TensorDictModuleBase):
-            return self._call_on_tensordict(self.module, *args, **kwargs)
+        if self._on_tensordict:
+            return self._call_on_tensordict(cast(TensorDictModuleBase, self.module), *args, **kwargs)
         return self._call(self.original, args, kwargs)
 
     def _call(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             return original(*args, **kwargs)
         if self.around is not None:
-            return self.around.unit(self.rule, self.flow, self.module, original, args, kwargs)
+            return self.around.unit(
+                self.rule, self.flow, self.module, original, args, kwargs, closed=self._closed
+            )
         return self.rule.run_in(self.flow, self.module, original, args, kwargs)
 
     def _call_on_tensordict(self, module: TensorDictModuleBase, *args: Any, **kwargs: Any) -> Any:

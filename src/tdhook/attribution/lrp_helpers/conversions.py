@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from tdhook.attribution.lrp_helpers.accounting import current
-from tdhook.attribution.lrp_helpers.operation import on_tape, parts, whole
 from tdhook.attribution.lrp_helpers.params import Stabilizer, exact, rounding, stabilize
+from tdhook.attribution.lrp_helpers.tape import Identity, TapeFunction, on_tape, parts, whole
 
 __all__ = [
     "Damped",
@@ -25,9 +25,9 @@ __all__ = [
     "alias",
     "copying",
     "live",
-    "on_tape",
 ]
 
+_ATOMS = (type(None), bool, int, float, str)
 _COPIES: ContextVar[bool] = ContextVar("copies", default=False)
 
 
@@ -50,13 +50,18 @@ def live(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """Apply ``function`` to all tensors of a nested structure that gradients flow to."""
     if isinstance(tree, Tensor):
         return function(tree) if on_tape(tree) else tree
+    kind = type(tree)
+    if kind in _ATOMS:
+        return tree
+    if kind is tuple or kind is list:
+        return kind([live(function, value) for value in tree])
+    if kind is dict:
+        return {key: live(function, value) for key, value in tree.items()}
     return tree_map_only(Tensor, lambda x: function(x) if on_tape(x) else x, tree)
 
 
-class TimesValue(torch.autograd.Function):
+class TimesValue(Identity):
     """Identity at whose input relevance per unit of activation becomes relevance: ``R = x * g``."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -75,13 +80,11 @@ class TimesValue(torch.autograd.Function):
         return finite_product(x, grad)
 
 
-class PerValue(torch.autograd.Function):
+class PerValue(Identity):
     """Identity at whose input relevance becomes relevance per unit of activation: ``g = R / stab(x)``.
 
     Unless told, nothing is stabilised: where the value is zero there is none.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, stabilizer: Stabilizer = exact) -> Tensor:
@@ -121,10 +124,8 @@ class Damped(PerValue):
         return whole(damped, value), *(None,) * ctx.n_rest
 
 
-class Scaled(torch.autograd.Function):
+class Scaled(Identity):
     """Identity at which what travels backwards is multiplied by a factor."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, factor: float) -> Tensor:
@@ -142,52 +143,49 @@ class Scaled(torch.autograd.Function):
         return grad * ctx.factor, None
 
 
-class Ratio(torch.autograd.Function):
-    """An element-wise function under the identity rule, in the gradient convention: ``g_x = g_z * z / stab(x)``."""
-
-    generate_vmap_rule = True
+class Ratio(TapeFunction):
+    """A value that an element-wise function made of ``x``, in the gradient convention: ``g_x = g_z * z / stab(x)``."""
 
     @staticmethod
-    def forward(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The function's value."""
-        z = function(x)
-        return alias(z) if z is x or z._is_view() else z
+    def forward(x: Tensor, value: Tensor, made_by: str) -> Tensor:
+        """The value."""
+        return alias(value)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
         """Keep argument and value."""
-        ctx.save_for_backward(inputs[1], output)
-        ctx.made_by = getattr(inputs[0], "__name__", "")
+        x, value, ctx.made_by = inputs
+        ctx.save_for_backward(x, value)
         ctx.report = current()
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         """Multiply by the slope of the secant through the origin."""
         x, z = ctx.saved_tensors
-        pulled = grad * (z / stabilize(x, rounding))
+        pulled = grad * (z / rounding(x))
         if ctx.report is not None:
             ctx.report("stabiliser", z * grad - finite_product(x, pulled))
-        return None, pulled
+        return pulled, None, None
 
 
-class Substituted(torch.autograd.Function):
-    """A value that one computation made, on the tape of another that makes the same."""
-
-    generate_vmap_rule = True
+class Substituted(TapeFunction):
+    """A value that one computation made, on the tape of another that makes the same, or of the value's argument."""
 
     @staticmethod
-    def forward(written: Tensor, value: Tensor) -> Tensor:
+    def forward(written: Tensor, value: Tensor, made_by: str = "") -> Tensor:
         """The value."""
         return alias(value)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        """Nothing is kept."""
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Nothing is kept but the name of what made the value."""
+        ctx.made_by = inputs[2] if len(inputs) > 2 else ""
+        ctx.n_rest = len(inputs) - 1
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         """Hand it to the computation that is written out."""
-        return grad, None
+        return grad, *(None,) * ctx.n_rest
 
 
 def finite_product(x: Tensor, grad: Tensor) -> Tensor:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Operation", "on_tape", "parts", "whole"]
+__all__ = ["Operation"]
 
 
 class Operation(nn.Module):
@@ -56,24 +55,3 @@ class Operation(nn.Module):
 
 def _count(argument: Any) -> int:
     return 1 if isinstance(argument, Tensor) else len(tree_leaves(argument))
-
-
-def on_tape(x: Tensor) -> bool:
-    """Whether gradients flow to ``x``; under ``torch.vmap`` it is the tensor inside that knows."""
-    if x.requires_grad:
-        return True
-    while torch._C._functorch.is_batchedtensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-        if x.requires_grad:
-            return True
-    return False
-
-
-def parts(x: Tensor) -> Tensor:
-    """Real numbers as they are; complex ones as the two numbers that they are, each with relevance of its own."""
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-
-
-def whole(x: Tensor, like: Tensor) -> Tensor:
-    """The inverse of :func:`parts`."""
-    return torch.view_as_complex(x) if like.is_complex() else x

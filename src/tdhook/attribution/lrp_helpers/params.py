@@ -31,6 +31,9 @@ ModifyFn: TypeAlias = Callable[[str, Tensor], Tensor]
 SelectFn: TypeAlias = Callable[[str, Tensor], bool]
 
 
+_ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}
+
+
 def stabilize(tensor: Tensor, epsilon: Stabilizer = 1e-6) -> Tensor:
     """Move a denominator away from zero.
 
@@ -42,15 +45,18 @@ def stabilize(tensor: Tensor, epsilon: Stabilizer = 1e-6) -> Tensor:
     Returns:
         ``tensor + epsilon * sign(tensor)``, same shape and dtype.
     """
-    if callable(epsilon):
-        return epsilon(tensor)
-    return torch.where(tensor < 0, tensor - epsilon, tensor + epsilon)
+    return epsilon(tensor) if callable(epsilon) else _moved(tensor, epsilon)
+
+
+def _moved(tensor: Tensor, epsilon: float) -> Tensor:
+    distance = torch.full((), epsilon, dtype=tensor.dtype, device=tensor.device)
+    # Negative zero is zero: adding zero makes it positive. The sum is this function's own, so it is written to.
+    return torch.copysign(distance, tensor + 0.0).add_(tensor)
 
 
 def rounding(tensor: Tensor) -> Tensor:
     """The stabiliser for what must not show: as much as rounding needs, by precision (1e-12, 1e-6, 1e-3)."""
-    epsilon = {torch.float64: 1e-12, torch.float32: 1e-6}.get(tensor.dtype, 1e-3)
-    return torch.where(tensor < 0, tensor - epsilon, tensor + epsilon)
+    return _moved(tensor, _ROUNDING.get(tensor.dtype, 1e-3))
 
 
 def exact(tensor: Tensor) -> Tensor:

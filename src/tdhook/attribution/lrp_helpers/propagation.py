@@ -2,46 +2,40 @@
 
 from __future__ import annotations
 
-import inspect
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
-from torch.autograd.function import Function
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from tdhook.attribution.lrp_helpers.accounting import current
-from tdhook.attribution.lrp_helpers.conversions import alias, on_tape
+from tdhook.attribution.lrp_helpers.conversions import alias
+from tdhook.attribution.lrp_helpers.forms import ClosedForm, closed_form
+from tdhook.attribution.lrp_helpers.makers import is_nonnegative
 from tdhook.attribution.lrp_helpers.operation import Operation
 from tdhook.attribution.lrp_helpers.params import ParamModifier
-from tdhook.attribution.lrp_helpers.rule import Rule
-from tdhook.attribution.lrp_helpers.steps import (
-    ClosedForm,
-    Grads,
-    LinearStep,
-    Modify,
-    ModuleStep,
-    Step,
-    closed_form,
-)
+from tdhook.attribution.lrp_helpers.rule import Rule, RunningRule
+from tdhook.attribution.lrp_helpers.steps import Affine, Grads, LinearStep, Modify, ModuleStep, Step
+from tdhook.attribution.lrp_helpers.tape import TapeFunction, on_tape, transformed
+from tdhook.attribution.lrp_helpers.weights import WeightCache
 
-__all__ = ["Call", "PropagationRule", "natively", "out_of_place", "overwrites"]
+__all__ = ["LayerCall", "PropagationRule", "natively", "out_of_place", "overwrites"]
 
 
-class PropagationRule(Rule):
+class PropagationRule(RunningRule):
     """A rule given by :meth:`propagate`, which sees a :class:`Step` and the relevance of its outputs.
 
-    Class attributes say what the rule reads, so that nothing else is kept from the forward pass.
+    Class attributes say what the rule reads, so that nothing else is kept from the forward pass, or found out.
     """
 
-    generate_vmap_rule = True
     needs_inputs: ClassVar[bool] = True
     needs_outputs: ClassVar[bool] = False
     needs_vjp: ClassVar[bool] = False
+    needs_sign: ClassVar[bool] = False
 
     @abstractmethod
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
@@ -54,27 +48,11 @@ class PropagationRule(Rule):
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Call ``module`` under this rule; ``original`` is its forward without the rule."""
-        return Call(self, module, original, args, kwargs).run()
-
-    # An instance is applied through a Call, hence another signature than the one user rules are written in.
-    @staticmethod
-    def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """Run the module."""
-        return call.execute(tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keep what the rule reads."""
-        call, *tensors = inputs
-        ctx.call = call
-        ctx.save_for_backward(*call.kept(tensors, output))
-
-    @staticmethod
-    def backward(ctx: Any, *out_relevance: Tensor) -> Any:
-        """Turn the relevance of the outputs into that of the inputs."""
-        call: Call = ctx.call
-        relevances = call.rule.propagate(call.step(ctx.saved_tensors), out_relevance)
-        return None, *relevances, *(None,) * call.n_params
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            form = closed_form(module)
+            if form is not None:
+                return LayerCall(self, module, original, form).run(args[0])
+        return ModuleCall(self, module, original, args, kwargs).run()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -83,18 +61,113 @@ class PropagationRule(Rule):
             cls.run = PropagationRule.run  # type: ignore[method-assign]
             if "run_in" not in cls.__dict__:
                 cls.run_in = Rule.run_in  # type: ignore[method-assign]
-        if "forward" in cls.__dict__ and "setup_context" not in cls.__dict__:
+        if "forward" in cls.__dict__:
             # A user's rule that derives from a built-in one and is written against the contract of Rule.
-            for name, inherited in (("setup_context", Function.setup_context), ("run", Rule.run)):
-                setattr(cls, name, inherited)
+            cls.run = Rule.run  # type: ignore[method-assign]
 
 
-# Function.apply looks the signature up at every call, which takes longer than a small layer.
-PropagationRule.forward.__signature__ = inspect.signature(PropagationRule.forward)  # type: ignore[attr-defined]
+class Call(ABC):
+    """One call of a module under a rule: it outlives the forward pass, on the tape."""
+
+    rule: PropagationRule
+    module: nn.Module
+    n_rest: int
+
+    @abstractmethod
+    def execute(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run the module itself."""
+
+    @abstractmethod
+    def kept(self, tensors: Sequence[Tensor], outputs: tuple[Tensor, ...]) -> Sequence[Tensor]:
+        """What the backward pass reads."""
+
+    @abstractmethod
+    def step(self, saved: Sequence[Tensor]) -> Step:
+        """The call as the rule sees it in the backward pass, given what was kept."""
 
 
-class Call:
-    """One call of a module under a rule: which leaves of its arguments are tensors, and how to run it on them.
+class Ruled(TapeFunction):
+    """A call, on the tape."""
+
+    @staticmethod
+    def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the module."""
+        return call.execute(tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep what the rule reads."""
+        ctx.call = call = inputs[0]
+        ctx.save_for_backward(*call.kept(inputs[1:], output))
+
+    @staticmethod
+    def backward(ctx: Any, *out_relevance: Tensor) -> Any:
+        """Turn the relevance of the outputs into that of the inputs."""
+        call: Call = ctx.call
+        relevances = call.rule.propagate(call.step(ctx.saved_tensors), out_relevance)
+        return None, *relevances, *(None,) * call.n_rest
+
+
+class LayerCall(Call):
+    """A linear layer or convolution, called with one tensor.
+
+    Attributes:
+        form: how the layer computes.
+        merged: the batch norm that is merged into the layer, if any.
+    """
+
+    __slots__ = (
+        "_cache",
+        "_nonnegative",
+        "_original",
+        "_report",
+        "form",
+        "merged",
+        "module",
+        "n_rest",
+        "rule",
+    )
+
+    def __init__(
+        self, rule: PropagationRule, layer: nn.Module, original: Callable[..., Any], form: ClosedForm
+    ) -> None:
+        self.rule, self.module, self.form, self._original = rule, layer, form, original
+        self.merged: nn.Module | None = None
+
+    def run(self, x: Tensor) -> Any:
+        """Run the layer, with the rule on the tape if its input is on it."""
+        if not on_tape(x):
+            z = self._original(x)
+        else:
+            rule, layer = self.rule, cast(Any, self.module)
+            self._report, self._cache = current(), WeightCache.current()
+            self._nonnegative = rule.needs_sign and is_nonnegative(x)
+            if layer.bias is None:
+                self.n_rest = 1
+                (z,) = Ruled.apply(self, x, layer.weight)
+            else:
+                self.n_rest = 2
+                (z,) = Ruled.apply(self, x, layer.weight, layer.bias)
+        self.rule.check(self.module, (x,), (z,))
+        return z
+
+    def execute(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (self._original(tensors[0]),)
+
+    def kept(self, tensors: Sequence[Tensor], outputs: tuple[Tensor, ...]) -> Sequence[Tensor]:
+        return (*tensors, *outputs) if self.rule.needs_outputs else tensors
+
+    def step(self, saved: Sequence[Tensor]) -> Step:
+        bias = saved[2] if self.n_rest == 2 else None
+        outputs = tuple(saved[1 + self.n_rest :])
+        merged = None if self.merged is None else Affine.of(self.merged)
+        step = LinearStep(self.module, self.form, saved[0], outputs, saved[1], bias, merged, self._cache)
+        step.report, step.nonnegative = self._report, self._nonnegative
+        return step
+
+
+class ModuleCall(Call):
+    """Any call of a module or an operation: which leaves of its arguments are tensors, and how to run it on them.
 
     A ``spec`` of ``None`` stands for a single tensor, which most calls take and return.
     """
@@ -118,10 +191,8 @@ class Call:
             names = module.parameter_names(args, kwargs)
             self.names = {i: names[i] for i in self.at if not on_tape(self.leaves[i])}
             self.at = [i for i in self.at if i not in self.names]
-        self.form: ClosedForm | None = closed_form(module) if self.spec is None else None
-        self.n_params = 0
+        self.n_rest = 0
         self.report = current()
-        self.affine: Callable[[], tuple[Tensor, Tensor]] | None = None
         self.graph: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
         self.out_spec: TreeSpec | None = None
         self.out_leaves: list[Any] = []
@@ -130,16 +201,11 @@ class Call:
         """Run the module, with the rule on the tape if any input is on it."""
         rule = self.rule
         inputs = tuple(self.leaves[i] for i in self.at)
-        if not any(on_tape(x) for x in inputs):
+        if not any(map(on_tape, inputs)):
             result = self._invoke(inputs)
             rule.check(self.module, inputs, [z for z in tree_leaves(result) if isinstance(z, Tensor)])
             return result
-        params: list[Tensor] = []
-        if self.form is not None:
-            layer: Any = self.module
-            params = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
-        self.n_params = len(params)
-        outputs = type(rule).apply(self, *inputs, *params)
+        outputs = Ruled.apply(self, *inputs)
         rule.check(self.module, inputs, outputs)
         # The call outlives the forward pass; its arguments and its result need not.
         for i in self.at:
@@ -152,15 +218,15 @@ class Call:
 
     def execute(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the module itself; where the rule differentiates it, on a tape of its own."""
-        inputs = tuple(tensors[: len(self.at)])
+        inputs = tuple(tensors)
         with natively(self.module):
-            if not (self.rule.needs_vjp and self.form is None):
+            if not self.rule.needs_vjp:
                 # What is returned as it came in would count as an input, not as an output that has a rule.
                 return tuple(
                     alias(z) if z._is_view() or any(z is x for x in inputs) else z
                     for z in self._outputs(inputs)
                 )
-            if any(torch._C._functorch.is_batchedtensor(x) for x in inputs):
+            if transformed():
                 raise NotImplementedError(
                     f"{self.rule!r} differentiates {type(self.module).__name__}, which cannot be done inside "
                     "torch.vmap; linear layers and convolutions can be ruled there"
@@ -204,26 +270,14 @@ class Call:
         args, kwargs = tree_unflatten(self.leaves, self.spec)
         return args, kwargs
 
-    def kept(self, tensors: Sequence[Tensor], outputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """What the backward pass reads: inputs, outputs, parameters of the closed form."""
-        n = len(self.at)
-        self.n_in = n if self.rule.needs_inputs else 0
-        self.n_out = len(outputs) if self.rule.needs_outputs else 0
-        return [*tensors[: self.n_in], *outputs[: self.n_out], *tensors[n:]]
+    def kept(self, tensors: Sequence[Tensor], outputs: tuple[Tensor, ...]) -> Sequence[Tensor]:
+        rule = self.rule
+        self.n_in = len(tensors) if rule.needs_inputs else 0
+        return [*(tensors if rule.needs_inputs else ()), *(outputs if rule.needs_outputs else ())]
 
     def step(self, saved: Sequence[Tensor]) -> Step:
-        """The call as the rule sees it in the backward pass."""
-        inputs = tuple(saved[: self.n_in])
-        outputs = tuple(saved[self.n_in : self.n_in + self.n_out])
-        step: Step
-        if self.form is None or not inputs:
-            step = ModuleStep(self.module, self.evaluate, inputs, outputs, self.graph, self.arguments())
-        else:
-            weight, *bias = saved[self.n_in + self.n_out :]
-            affine = None if self.affine is None else self.affine()
-            step = LinearStep(
-                self.module, self.form, inputs[0], outputs, weight, bias[0] if bias else None, affine
-            )
+        inputs, outputs = tuple(saved[: self.n_in]), tuple(saved[self.n_in :])
+        step = ModuleStep(self.module, self.evaluate, inputs, outputs, self.graph, self.arguments())
         step.report = self.report
         return step
 

@@ -19,7 +19,14 @@ from torch.autograd.function import Function, FunctionMeta
 
 from tdhook.attribution.lrp_helpers.conversions import PerValue, TimesValue, live
 
-__all__ = ["AbstractFunctionMeta", "Convention", "RemovableRuleHandle", "Rule", "rule_from_dict"]
+__all__ = [
+    "AbstractFunctionMeta",
+    "Convention",
+    "RemovableRuleHandle",
+    "Rule",
+    "RunningRule",
+    "rule_from_dict",
+]
 
 Convention: TypeAlias = Literal["relevance", "gradient"]
 
@@ -191,6 +198,25 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), dict(self.__dict__))
+
+
+class RunningRule(Rule):
+    """A rule that makes its calls itself, in :meth:`run`, and is no autograd function but in name."""
+
+    @abstractmethod
+    def run(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any: ...
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        """For users' rules, which derive from a built-in one and are written against the contract of :class:`Rule`."""
+        raise NotImplementedError("this rule runs, it is not applied")
+
+    @staticmethod
+    def backward(ctx: Any, *out_relevance: Any) -> Any:
+        """Likewise."""
+        raise NotImplementedError("this rule runs, it is not applied")
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from tdhook.attribution.lrp_helpers.accounting import with_constants
-from tdhook.attribution.lrp_helpers.conversions import Scaled, on_tape
-from tdhook.attribution.lrp_helpers.rules.products import _Native
+from tdhook.attribution.lrp_helpers.conversions import Scaled
+from tdhook.attribution.lrp_helpers.rule import Convention, RunningRule
+from tdhook.attribution.lrp_helpers.tape import on_tape
 
 __all__ = ["AttentionRule"]
 
 
-class AttentionRule(_Native):
+class AttentionRule(RunningRule):
     """``softmax(q k^T / sqrt(d)) v`` in the gradient convention (AttnLRP, Achtibat et al. 2024).
 
     Both products are shared equally (Prop. 3.3) and the softmax is linearised at its input (Prop. 3.1), for which the
@@ -24,6 +25,8 @@ class AttentionRule(_Native):
     Args:
         values_only: hold the attention weights constant, so that values take all (Ali et al. 2022; CP-LRP).
     """
+
+    convention: ClassVar[Convention] = "gradient"
 
     def __init__(self, values_only: bool = False) -> None:
         super().__init__()

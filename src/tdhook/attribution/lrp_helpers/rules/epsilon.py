@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tdhook.attribution.lrp_helpers.accounting import with_constants
-from tdhook.attribution.lrp_helpers.conversions import Damped, PerValue, Scaled, TimesValue, live, on_tape
+from tdhook.attribution.lrp_helpers.conversions import Damped, PerValue, Scaled, TimesValue, live
+from tdhook.attribution.lrp_helpers.forms import closed_form
 from tdhook.attribution.lrp_helpers.operation import Operation
 from tdhook.attribution.lrp_helpers.params import (
     Stabilizer,
@@ -31,7 +32,8 @@ from tdhook.attribution.lrp_helpers.rules.shares import (
     per_unit,
     report_bias,
 )
-from tdhook.attribution.lrp_helpers.steps import Grads, Step, closed_form
+from tdhook.attribution.lrp_helpers.steps import Grads, Step
+from tdhook.attribution.lrp_helpers.tape import on_tape
 
 __all__ = [
     "EpsilonRule",
@@ -79,7 +81,9 @@ class EpsilonRule(PropagationRule):
         kwargs: dict[str, Any],
     ) -> Any:
         """In the gradient convention the plain backward pass is right, but for the stabiliser's share."""
-        if flow == "relevance" or self.zero_params:
+        if flow == "relevance":
+            return self.run(module, original, args, kwargs)
+        if self.zero_params:
             return super().run_in(flow, module, original, args, kwargs)
         outputs = self._natively(module, original, args, kwargs)
         if self.epsilon is rounding:
@@ -90,8 +94,10 @@ class EpsilonRule(PropagationRule):
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The formula in the gradient convention, where it is the plain backward pass."""
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and on_tape(x)]
-        factor = self._share(len(inputs))
+        factor = 1.0
+        if type(self)._share is not EpsilonRule._share:
+            leaves = tree_leaves((args, kwargs))
+            factor = self._share(sum(isinstance(x, Tensor) and on_tape(x) for x in leaves))
         with natively(module):
             outputs = original(*args, **kwargs)
             if factor != 1:
@@ -107,12 +113,15 @@ class EpsilonRule(PropagationRule):
         modify = modified_by(itself, self.zero_params)
         if self.zero_params:
             outputs, vjp = step.modified(step.inputs, modify)
-        pairs = zip(relevance, outputs, strict=True)
-        per_output = [per_unit(step, r, z, self.epsilon) for r, z in pairs]
+        per_output = [per_unit(step, r, z, self.epsilon) for r, z in zip(relevance, outputs, strict=True)]
         grads = vjp(*per_output)
-        report_bias(step, modify, *per_output)
+        if step.report is not None:
+            report_bias(step, modify, *per_output)
         share = self._share(len(step.inputs))
-        return tuple(None if g is None else x * g * share for x, g in zip(step.inputs, grads, strict=True))
+        return tuple(
+            None if g is None else x * g if share == 1 else x * g * share
+            for x, g in zip(step.inputs, grads, strict=True)
+        )
 
 
 class UniformEpsilonRule(EpsilonRule):

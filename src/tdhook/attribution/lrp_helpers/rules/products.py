@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tdhook.attribution.lrp_helpers.accounting import with_constants
-from tdhook.attribution.lrp_helpers.conversions import Scaled, live, on_tape
-from tdhook.attribution.lrp_helpers.rule import Convention, Rule
+from tdhook.attribution.lrp_helpers.conversions import Scaled, live
+from tdhook.attribution.lrp_helpers.makers import made_by
+from tdhook.attribution.lrp_helpers.rule import Convention, RunningRule
+from tdhook.attribution.lrp_helpers.tape import on_tape
 
-__all__ = ["ConstantRule", "SignalTakeAllRule", "made_by"]
+__all__ = ["ConstantRule", "SignalTakeAllRule"]
 
 _GATES = frozenset(("sigmoid", "hardsigmoid"))
-# What a gate may go through and stay one: 1 - gate, and moving it about.
-_LOOKS_THROUGH = (
-    *("Rsub", "Sub", "Split", "UnsafeSplit", "Unbind", "Select", "Slice", "View", "UnsafeView", "Reshape"),
-    *("Unsqueeze", "Squeeze", "Expand", "Transpose", "Permute", "TBackward", "Alias", "Clone"),
-    *("TimesValue", "PerValue", "Damped", "Scaled", "Metered", "Reported", "ToCopy"),
-)
 
 
-class _Native(Rule):
-    """A rule of the gradient convention that is the plain backward pass of a changed call."""
-
-    convention: ClassVar[Convention] = "gradient"
-
-    @staticmethod
-    def forward(
-        ctx: Any, apply_kwargs: dict[str, Any], module: nn.Module, model_kwargs: dict[str, Any], *inputs: Any
-    ) -> Any:
-        """Never called: the rule runs the call itself."""
-        raise NotImplementedError
-
-    @staticmethod
-    def backward(ctx: Any, *out_relevance: Any) -> Any:
-        """Never called: the backward pass is autograd's own."""
-        raise NotImplementedError
-
-
-class SignalTakeAllRule(_Native):
+class SignalTakeAllRule(RunningRule):
     """One factor of a product, the signal, takes all relevance; the others, the gates, are held constant.
 
     For the gated products of recurrent cells (Arras et al. 2017, 2019), and for quotients, whose denominator is the
@@ -52,6 +30,8 @@ class SignalTakeAllRule(_Native):
             no gate, where the other one is: what a sigmoid made, or one minus that. A product without gate, and one
             of gates alone, is shared equally.
     """
+
+    convention: ClassVar[Convention] = "gradient"
 
     def __init__(self, signal: int | None = None) -> None:
         super().__init__()
@@ -84,8 +64,10 @@ class SignalTakeAllRule(_Native):
         return signals[0] if len(signals) == 1 else None
 
 
-class ConstantRule(_Native):
+class ConstantRule(RunningRule):
     """Hold the result constant: it takes no share where it meets others (Ali et al. 2022, of attention weights)."""
+
+    convention: ClassVar[Convention] = "gradient"
 
     def run(
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -93,21 +75,3 @@ class ConstantRule(_Native):
         """Call ``module`` off the tape."""
         with torch.no_grad():
             return original(*args, **kwargs)
-
-
-def made_by(x: Tensor, names: Set[str]) -> bool:
-    """Whether one of these operations made ``x``, or what ``x`` was taken from, or one minus it."""
-    while torch._C._functorch.is_batchedtensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    node: Any = x.grad_fn
-    while node is not None:
-        call = getattr(node, "call", None)
-        kind = type(node).__name__
-        maker = getattr(node, "made_by", None) or (kind if call is None else type(call.module).__name__)
-        if maker.removesuffix("Backward0").lower() in names:
-            return True
-        parents = [parent for parent, _ in node.next_functions if parent is not None]
-        if len(parents) != 1 or not kind.startswith(_LOOKS_THROUGH):
-            return False
-        node = parents[0]
-    return False

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdhook.attribution.lrp_helpers.conversions import Substituted
-from tdhook.attribution.lrp_helpers.rule import Convention
-from tdhook.attribution.lrp_helpers.rules.products import _Native
+from tdhook.attribution.lrp_helpers.rule import Convention, RunningRule
 
 __all__ = ["RecurrentRule"]
 
@@ -19,7 +18,7 @@ State: TypeAlias = tuple[Tensor, ...]
 Cell: TypeAlias = Callable[[Tensor, State, Sequence[Tensor]], State]
 
 
-class RecurrentRule(_Native):
+class RecurrentRule(RunningRule):
     """LSTM, GRU and simple recurrent networks, step by step: gates are held constant (Arras et al. 2017, 2019).
 
     Of each product of a gate and a signal the signal takes all relevance, and sums and products with weights have the
@@ -27,6 +26,7 @@ class RecurrentRule(_Native):
     are those of the fused kernel.
     """
 
+    convention: ClassVar[Convention] = "gradient"
     opens: ClassVar[bool] = True
     in_both: ClassVar[bool] = True
 

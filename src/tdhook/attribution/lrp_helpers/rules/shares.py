@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from tdhook.attribution.lrp_helpers.params import (
     Stabilizer,
     stabilize,
 )
-from tdhook.attribution.lrp_helpers.steps import Modify, Step
+from tdhook.attribution.lrp_helpers.steps import Modify, Step, unmodified
 
 __all__ = [
     "itself",
@@ -23,14 +24,22 @@ __all__ = [
 ]
 
 
-def modified_by(change: Callable[[Tensor], Tensor], zero: Sequence[str] = ()) -> Modify:
+@dataclass(frozen=True)
+class _Modified:
     """``change`` as a parameter modification that treats the parameters named in ``zero`` as zero."""
 
-    def modify(name: str, param: Tensor) -> Tensor:
-        param = change(param)
-        return torch.zeros_like(param) if name.rpartition(".")[2] in zero else param
+    change: Callable[[Tensor], Tensor]
+    zero: tuple[str, ...]
 
-    return modify
+    def __call__(self, name: str, param: Tensor) -> Tensor:
+        if name.rpartition(".")[2] in self.zero:
+            return torch.zeros_like(param)
+        return self.change(param)
+
+
+def modified_by(change: Callable[[Tensor], Tensor], zero: Sequence[str] = ()) -> Modify:
+    """``change`` as a parameter modification that treats the parameters named in ``zero`` as zero."""
+    return unmodified if change is itself and not zero else _Modified(change, tuple(zero))
 
 
 def positive(x: Tensor) -> Tensor:

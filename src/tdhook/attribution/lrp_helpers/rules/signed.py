@@ -6,8 +6,9 @@ takes its share, which is thereby absorbed. ``zero_params`` names parameters to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from tdhook.attribution.lrp_helpers.rules.shares import (
     report_bias,
 )
 from tdhook.attribution.lrp_helpers.steps import Grads, Step
+from tdhook.attribution.lrp_helpers.tape import transformed
 
 __all__ = [
     "AlphaBetaRule",
@@ -36,20 +38,27 @@ __all__ = [
     "ZPlusRule",
 ]
 
+Change: TypeAlias = "Callable[[Tensor], Tensor]"
+
 
 class _Contributions:
-    """The contributions of one sign to the outputs: their sum ``z``, and the shares they take.
+    """Contributions to the outputs, modified by their sign: their sum ``z``, and the shares they take.
 
-    Positive contributions are positive inputs through positive weights and negative inputs through negative weights;
-    the bias belongs to the positive ones where it is positive. Negative contributions likewise.
+    Contributions are positive where an input and its weight agree in sign, the bias being an input of one.
+
+    Args:
+        step: the step.
+        agree: what becomes of the weights that positive inputs meet, and ``oppose``: of those that negative ones do.
+        zero: names of parameters to treat as zero.
+        signed: whether any input is negative.
     """
 
-    def __init__(self, step: Step, same: bool, zero: tuple[str, ...], signed: bool) -> None:
+    def __init__(
+        self, step: Step, agree: Change, oppose: Change, zero: tuple[str, ...], signed: bool
+    ) -> None:
         x = step.inputs[0]
-        agree, oppose = (positive, negative) if same else (negative, positive)
         parts = [(positive(x) if signed else x, modified_by(agree, zero))]
         if signed:
-            # The bias is counted once, with the positive inputs, since it is an input of one.
             parts.append((negative(x), modified_by(oppose, (*zero, "bias"))))
         self._step = step
         self._terms = []
@@ -64,27 +73,31 @@ class _Contributions:
         """``sum_j c_ij s_j`` over these contributions."""
         shares: Tensor | None = None
         for part, modify, vjp in self._terms:
-            report_bias(self._step, modify, per_output)
+            if self._step.report is not None:
+                report_bias(self._step, modify, per_output)
             (grad,) = vjp(per_output)
             assert grad is not None
-            shares = part * grad if shares is None else shares + part * grad
+            shares = part * grad if shares is None else torch.addcmul(shares, part, grad)
         assert shares is not None
         return shares
 
 
-def _has_negative(x: Tensor) -> bool:
+def _has_negative(step: Step) -> bool:
     """Whether terms for negative inputs are needed at all: behind a ReLU they are not.
 
-    A compiled graph and ``torch.vmap`` cannot branch on values: there they always are.
+    A compiled graph and ``torch.vmap`` cannot branch on values: there they are, unless it is known what made the input.
     """
-    branches = not torch.compiler.is_compiling() and not torch._C._functorch.is_batchedtensor(x)
-    return not branches or bool((x < 0).any())
+    if step.nonnegative:
+        return False
+    x = step.inputs[0]
+    branches = x.numel() > 0 and not transformed() and not torch.compiler.is_compiling()
+    return not branches or bool(x.amin() < 0)
 
 
 class _SignedRule(PropagationRule):
     """A rule that treats contributions by their sign."""
 
-    needs_inputs: ClassVar[bool] = True
+    needs_sign: ClassVar[bool] = True
 
     def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         if len(inputs) > 1:
@@ -126,15 +139,15 @@ class AlphaBetaRule(_SignedRule):
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         (r,) = relevance
-        signed = _has_negative(step.inputs[0])
+        signed = _has_negative(step)
 
-        def shares(same: bool, r: Tensor) -> Tensor:
-            contributions = _Contributions(step, same, self.zero_params, signed)
+        def shares(agree: Change, oppose: Change, r: Tensor) -> Tensor:
+            contributions = _Contributions(step, agree, oppose, self.zero_params, signed)
             return contributions.shares(per_unit(step, r, contributions.z, self.stabilizer))
 
         if not self.beta:
-            return (shares(True, r),)
-        return (shares(True, self.alpha * r) + shares(False, -self.beta * r),)
+            return (shares(positive, negative, r),)
+        return (shares(positive, negative, self.alpha * r) - shares(negative, positive, self.beta * r),)
 
 
 class ZPlusRule(AlphaBetaRule):
@@ -162,6 +175,8 @@ class GammaRule(_SignedRule):
         zero_params: names of parameters to treat as zero.
     """
 
+    needs_outputs: ClassVar[bool] = True
+
     def __init__(
         self, gamma: float = 0.25, stabilizer: Stabilizer = 1e-6, zero_params: ZeroParams = None
     ) -> None:
@@ -172,24 +187,30 @@ class GammaRule(_SignedRule):
         self.zero_params = zero_param_names(zero_params)
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
-        (r,) = relevance
-        x = step.inputs[0]
-        signed = _has_negative(x)
-        modify = modified_by(itself, self.zero_params)
-        (z,), vjp = step.modified(step.inputs, modify)
-        favoured = z >= 0
-        positive = _Contributions(step, True, self.zero_params, signed)
-        negative = _Contributions(step, False, self.zero_params, signed)
-        per_output = per_unit(
-            step, r, z + self.gamma * torch.where(favoured, positive.z, negative.z), self.stabilizer
+        (r,), (z,) = relevance, step.outputs
+        if self.zero_params:
+            (z,), _ = step.modified(step.inputs, modified_by(itself, self.zero_params))
+        signed = _has_negative(step)
+        more = _Favouring(self.gamma, positive), _Favouring(self.gamma, negative)
+        upwards = _Contributions(step, *more, self.zero_params, signed)
+        downwards = _Contributions(step, *reversed(more), self.zero_params, signed)
+        rises = z >= 0
+        per_output = per_unit(step, r, torch.where(rises, upwards.z, downwards.z), self.stabilizer)
+        return (
+            upwards.shares(torch.where(rises, per_output, 0.0))
+            + downwards.shares(torch.where(rises, 0.0, per_output)),
         )
-        (grad,) = vjp(per_output)
-        assert grad is not None
-        report_bias(step, modify, per_output)
-        more = self.gamma * per_output
-        extra = positive.shares(torch.where(favoured, more, 0.0))
-        extra = extra + negative.shares(torch.where(favoured, 0.0, more))
-        return (x * grad + extra,)
+
+
+@dataclass(frozen=True)
+class _Favouring:
+    """Weights of one sign count ``1 + gamma`` times."""
+
+    gamma: float
+    sign: Change
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return weight + self.gamma * self.sign(weight)
 
 
 class ZBoxRule(_SignedRule):

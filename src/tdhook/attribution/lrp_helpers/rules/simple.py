@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tdhook.attribution.lrp_helpers.conversions import Ratio, on_tape
-from tdhook.attribution.lrp_helpers.propagation import PropagationRule
-from tdhook.attribution.lrp_helpers.rule import Convention, RemovableRuleHandle, Rule
+from tdhook.attribution.lrp_helpers.conversions import Ratio, Substituted
+from tdhook.attribution.lrp_helpers.propagation import PropagationRule, natively
+from tdhook.attribution.lrp_helpers.rule import Convention, RemovableRuleHandle, RunningRule
 from tdhook.attribution.lrp_helpers.steps import Grads, Step
+from tdhook.attribution.lrp_helpers.tape import on_tape
 
 __all__ = ["IgnoreRule", "PassRule", "StopRule", "UniformRule"]
 
@@ -48,18 +49,17 @@ class PassRule(PropagationRule):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """In the gradient convention, ``g_x = g_z * z / x``: one multiplication for a function of one tensor."""
-        single = (
-            args and isinstance(args[0], Tensor) and not any(map(_has_tensor, (*args[1:], *kwargs.values())))
-        )
-        if flow == "relevance" or not single or not on_tape(args[0]) or getattr(module, "_modules", None):
+        """A function of one tensor: in the gradient convention, ``g_x = g_z * z / x``."""
+        single = args and isinstance(args[0], Tensor) and (len(args) == 1 or not _has_tensor(args[1:]))
+        if not single or (kwargs and _has_tensor(kwargs)) or not on_tape(args[0]):
             return super().run_in(flow, module, original, args, kwargs)
-
-        def function(x: Tensor) -> Any:
-            return original(x, *args[1:], **kwargs)
-
-        function.__name__ = type(module).__name__
-        return Ratio.apply(function, args[0])
+        with torch.no_grad(), natively(module):
+            z = original(*args, **kwargs)
+        if not isinstance(z, Tensor):
+            return super().run_in(flow, module, original, args, kwargs)
+        self.check(module, args[:1], (z,))
+        result = Substituted if flow == "relevance" else Ratio
+        return result.apply(args[0], z, type(module).__name__)
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         return relevance
@@ -100,7 +100,7 @@ class UniformRule(PropagationRule):
         return tuple(relevance[0] / n_inputs for _ in step.inputs)
 
 
-class IgnoreRule(Rule):
+class IgnoreRule(RunningRule):
     """Leave the module and its gradient alone: for data movement and winner-take-all (max pooling)."""
 
     def register(self, module: nn.Module) -> RemovableRuleHandle:
@@ -109,6 +109,12 @@ class IgnoreRule(Rule):
 
     def unregister(self, module: nn.Module) -> None:
         """Do nothing to ``module``."""
+
+    def run(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the module as it is."""
+        return original(*args, **kwargs)
 
     def run_in(
         self,
@@ -120,13 +126,3 @@ class IgnoreRule(Rule):
     ) -> Any:
         """Run the module as it is."""
         return original(*args, **kwargs)
-
-    @staticmethod
-    def forward(ctx: Any, apply_kwargs: Any, module: nn.Module, model_kwargs: Any, *inputs: Any) -> Any:
-        """Run the module: never called, since the rule does not bind."""
-        raise NotImplementedError("IgnoreRule does not bind to a module")
-
-    @staticmethod
-    def backward(ctx: Any, *out_relevance: Any) -> Any:
-        """Never called, since the rule does not bind."""
-        raise NotImplementedError("IgnoreRule does not bind to a module")

@@ -1,0 +1,149 @@
+"""Layers that are linear in their input, written out, so that nothing need be differentiated."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ClosedForm", "DenseForm", "closed_form"]
+
+
+class ClosedForm(ABC):
+    """A layer that is linear in its input, written out: ``z = A(w) x + b`` and ``A(w)^T g``."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``A(weight) x + bias``."""
+
+    @abstractmethod
+    def adjoint(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """``A(weight)^T grad``; ``x`` gives the shape of the result."""
+
+    @abstractmethod
+    def scale_outputs(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """The weight whose outputs are ``scale`` (one per output feature or channel) times as large."""
+
+    @abstractmethod
+    def along_outputs(self, values: Tensor, z: Tensor) -> Tensor:
+        """``values`` (one per output feature or channel) shaped so that they broadcast against ``z``."""
+
+
+class DenseForm(ClosedForm):
+    """``nn.Linear``: ``[*batch, in]`` to ``[*batch, out]``."""
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def adjoint(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return grad @ weight
+
+    def scale_outputs(self, weight: Tensor, scale: Tensor) -> Tensor:
+        return weight * scale.unsqueeze(-1)
+
+    def along_outputs(self, values: Tensor, z: Tensor) -> Tensor:
+        # Batch norm over [N, C, L] normalises axis 1 even where a linear layer made the last one.
+        return values
+
+
+class ConvForm(ClosedForm):
+    """Convolutions in one to three dimensions, transposed or not: ``[N, C, *]`` or ``[C, *]``."""
+
+    def __init__(self, layer: nn.modules.conv._ConvNd) -> None:
+        self.transposed = layer.transposed
+        self.rank = len(layer.kernel_size)
+        self.groups = layer.groups
+        padding: Sequence[int] | str = layer.padding
+        self.pad_mode: str | None = None
+        self.pads: list[int] = list(getattr(layer, "_reversed_padding_repeated_twice", []))
+        if padding == "valid":
+            padding = [0] * self.rank
+        elif isinstance(padding, str) or layer.padding_mode != "zeros":
+            # Asymmetric "same" padding and the modes that repeat the input are a step before the convolution.
+            self.pad_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+            padding = [0] * self.rank
+        self.settings = (
+            list(layer.stride),
+            list(padding),
+            list(layer.dilation),
+            layer.transposed,
+            list(layer.output_padding),
+            layer.groups,
+        )
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padded, batched = self._pad(x)
+        z = torch.convolution(padded, weight, bias, *self.settings)
+        return z if batched else z.squeeze(0)
+
+    def adjoint(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        padded, batched = self._pad(x)
+        pulled: Tensor = torch.ops.aten.convolution_backward(
+            grad if batched else grad.unsqueeze(0), padded, weight, None, *self.settings, [True, False, False]
+        )[0]
+        if self.pad_mode == "constant":
+            for axis in range(self.rank):
+                before, size = self.pads[2 * axis], x.shape[-1 - axis]
+                pulled = pulled.narrow(-1 - axis, before, size)
+        elif self.pad_mode is not None:
+            pulled = self._unpad(pulled, x if batched else x.unsqueeze(0))
+        return pulled if batched else pulled.squeeze(0)
+
+    def scale_outputs(self, weight: Tensor, scale: Tensor) -> Tensor:
+        trailing = (1,) * self.rank
+        if not self.transposed:
+            return weight * scale.view(-1, 1, *trailing)
+        inputs, per_group = weight.shape[:2]
+        grouped = weight.view(self.groups, inputs // self.groups, per_group, *weight.shape[2:])
+        return (grouped * scale.view(self.groups, 1, per_group, *trailing)).view_as(weight)
+
+    def along_outputs(self, values: Tensor, z: Tensor) -> Tensor:
+        return values.view(-1, *(1,) * self.rank)
+
+    def _pad(self, x: Tensor) -> tuple[Tensor, bool]:
+        batched = x.dim() == self.rank + 2
+        x = x if batched else x.unsqueeze(0)
+        return (x if self.pad_mode is None else F.pad(x, self.pads, self.pad_mode)), batched
+
+    def _unpad(self, grad: Tensor, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = torch.empty_like(x).requires_grad_()
+            assert self.pad_mode is not None
+            padded = F.pad(leaf, self.pads, self.pad_mode)
+        return torch.autograd.grad(padded, leaf, grad)[0]
+
+
+_DENSE = DenseForm()
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONV_FORWARDS = {cls.forward for cls in _CONVOLUTIONS}
+_CONV_CORES = {cls._conv_forward for cls in _CONVOLUTIONS}
+
+
+_FORMS: WeakKeyDictionary[nn.Module, tuple[Any, ConvForm]] = WeakKeyDictionary()
+
+
+def closed_form(module: nn.Module) -> ClosedForm | None:
+    """The closed form of a module, or ``None``: a subclass that computes in its own way is differentiated."""
+    cls = type(module)
+    if cls.forward is nn.Linear.forward:
+        return _DENSE
+    if cls.forward not in _CONV_FORWARDS or getattr(cls, "_conv_forward", None) not in _CONV_CORES:
+        return None
+    layer: Any = module
+    settings = (
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.output_padding,
+        layer.groups,
+        layer.padding_mode,
+    )
+    known = _FORMS.get(module)
+    if known is None or known[0] != settings:
+        known = _FORMS[module] = settings, ConvForm(layer)
+    return known[1]
