@@ -275,7 +275,8 @@ def make_plan(
     composite = mapper if isinstance(mapper, Composite) else Composite()
     rules = [row.rule for row in rows if row.rule is not None] + [rule for _, rule in composite.on_operations]
     if flow is None:
-        flow = _flow_of(rules)
+        # With a mapper what arrives is written as it is, so that the flow tells what is meant.
+        flow = _flow_of(rules, damped=defaults)
     sensitivity = any(rule.yields == "sensitivity" for rule in rules)
     if defaults and not sensitivity:
         rows = [_by_default(row) for row in rows]
@@ -308,16 +309,23 @@ def make_plan(
     )
 
 
-def _flow_of(rules: Sequence[Rule]) -> Convention:
-    """The gradient flow if there is a rule for it and none that would have to be converted."""
+def _flow_of(rules: Sequence[Rule], damped: bool) -> Convention:
+    """The gradient flow if there is a rule for it and none that would have to be converted.
+
+    Args:
+        rules: the rules.
+        damped: whether epsilon's stabiliser may be a factor there.
+    """
     # Nothing, and no relevance, are the same in both conventions.
     telling = [rule for rule in rules if not isinstance(rule, IgnoreRule | StopRule)]
-    gradient = any(rule.convention == "gradient" for rule in telling)
-    return (
-        "gradient"
-        if gradient and all(rule.in_both or rule.convention == "gradient" for rule in telling)
-        else "relevance"
-    )
+    if not any(rule.convention == "gradient" for rule in telling):
+        return "relevance"
+
+    def fits(rule: Rule) -> bool:
+        damps = damped and isinstance(rule, EpsilonRule) and not rule.zero_params
+        return rule.convention == "gradient" or rule.in_both or damps
+
+    return "gradient" if all(map(fits, telling)) else "relevance"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,15 +14,17 @@ from torch.utils._pytree import tree_map_only
 
 from tdhook.attribution.lrp_helpers.accounting import current
 from tdhook.attribution.lrp_helpers.params import Stabilizer, exact, rounding, stabilize
-from tdhook.attribution.lrp_helpers.tape import Identity, TapeFunction, on_tape, parts, whole
+from tdhook.attribution.lrp_helpers.tape import Identity, TapeFunction, on_tape, parts, transformed, whole
 
 __all__ = [
     "Damped",
+    "NotOneTensor",
     "PerValue",
     "Ratio",
     "Scaled",
     "Substituted",
     "TimesValue",
+    "Unchanged",
     "alias",
     "copying",
     "live",
@@ -143,19 +146,44 @@ class Scaled(Identity):
         return grad * ctx.factor, None
 
 
-class Ratio(TapeFunction):
-    """A value that an element-wise function made of ``x``, in the gradient convention: ``g_x = g_z * z / stab(x)``."""
+class NotOneTensor(Exception):
+    """A function returned something else than a tensor."""
+
+
+class Unchanged(TapeFunction):
+    """A function of one tensor, all relevance of whose value goes to its argument.
+
+    Raises:
+        NotOneTensor: the function returns something else.
+    """
 
     @staticmethod
-    def forward(x: Tensor, value: Tensor, made_by: str) -> Tensor:
-        """The value."""
-        return alias(value)
+    def forward(x: Tensor, function: Callable[[Tensor], Any], made_by: str) -> Tensor:
+        """The function's value."""
+        z = function(x)
+        if not isinstance(z, Tensor):
+            raise NotOneTensor
+        return alias(z) if z is x or z._is_view() else z
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the name of the function."""
+        ctx.made_by = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        """Hand it on."""
+        return grad, None, None
+
+
+class Ratio(Unchanged):
+    """The same in the gradient convention: ``g_x = g_z * z / stab(x)``."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep argument and value."""
-        x, value, ctx.made_by = inputs
-        ctx.save_for_backward(x, value)
+        x, _, ctx.made_by = inputs
+        ctx.save_for_backward(x, output)
         ctx.report = current()
 
     @staticmethod
@@ -169,23 +197,21 @@ class Ratio(TapeFunction):
 
 
 class Substituted(TapeFunction):
-    """A value that one computation made, on the tape of another that makes the same, or of the value's argument."""
+    """A value that one computation made, on the tape of another that makes the same."""
 
     @staticmethod
-    def forward(written: Tensor, value: Tensor, made_by: str = "") -> Tensor:
+    def forward(written: Tensor, value: Tensor) -> Tensor:
         """The value."""
         return alias(value)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Nothing is kept but the name of what made the value."""
-        ctx.made_by = inputs[2] if len(inputs) > 2 else ""
-        ctx.n_rest = len(inputs) - 1
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Nothing is kept."""
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         """Hand it to the computation that is written out."""
-        return grad, *(None,) * ctx.n_rest
+        return grad, None
 
 
 def finite_product(x: Tensor, grad: Tensor) -> Tensor:
@@ -193,4 +219,10 @@ def finite_product(x: Tensor, grad: Tensor) -> Tensor:
     if x.is_complex():
         return whole(parts(x) * parts(grad), x)
     product = x * grad
-    return product.masked_fill_(x.isinf(), 0.0) if x.is_floating_point() else product
+    if not x.is_floating_point():
+        return product
+    # One sum tells that there is nothing to mask, where a value can be looked at without waiting for it.
+    looks = product.is_cpu and not transformed() and not torch.compiler.is_compiling()
+    if looks and math.isfinite(product.sum()):
+        return product
+    return product.masked_fill_(x.isinf(), 0.0)

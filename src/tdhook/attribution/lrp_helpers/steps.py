@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,13 @@ class Step(ABC):
         report: where to report ``(reason, amount)`` of what the rule keeps, if anyone wants to know.
         arguments: positional and keyword arguments of the call; ``None`` stands for the inputs.
         nonnegative: whether no input can be negative, as far as that is known.
+        writable: whether what the step computes belongs to who asked for it, and may be overwritten.
     """
 
     arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     report: Report | None = None
     nonnegative: bool = False
+    writable: ClassVar[bool] = False
     module: nn.Module
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -147,6 +149,8 @@ class LinearStep(Step):
         merged: the batch normalisation that is merged into the layer, if any.
         cache: keeps modified weights, if any.
     """
+
+    writable: ClassVar[bool] = True
 
     def __init__(
         self,

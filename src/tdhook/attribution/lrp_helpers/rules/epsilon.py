@@ -31,6 +31,7 @@ from tdhook.attribution.lrp_helpers.rules.shares import (
     modified_by,
     per_unit,
     report_bias,
+    share_of,
 )
 from tdhook.attribution.lrp_helpers.steps import Grads, Step
 from tdhook.attribution.lrp_helpers.tape import on_tape
@@ -118,10 +119,10 @@ class EpsilonRule(PropagationRule):
         if step.report is not None:
             report_bias(step, modify, *per_output)
         share = self._share(len(step.inputs))
-        return tuple(
-            None if g is None else x * g if share == 1 else x * g * share
-            for x, g in zip(step.inputs, grads, strict=True)
+        shares = (
+            None if g is None else share_of(step, x, g) for x, g in zip(step.inputs, grads, strict=True)
         )
+        return tuple(shares) if share == 1 else tuple(r if r is None else r * share for r in shares)
 
 
 class UniformEpsilonRule(EpsilonRule):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -15,7 +16,7 @@ from tdhook.attribution.lrp_helpers.rule import Convention, RunningRule
 __all__ = ["RecurrentRule"]
 
 State: TypeAlias = tuple[Tensor, ...]
-Cell: TypeAlias = Callable[[Tensor, State, Sequence[Tensor]], State]
+Cell: TypeAlias = "Callable[[Tensor, State, _Weights], State]"
 
 
 class RecurrentRule(RunningRule):
@@ -57,39 +58,62 @@ class RecurrentRule(RunningRule):
         return outputs[0] if single else outputs
 
 
-def _joint(x: Tensor, h: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """``W_ih x + b_ih + W_hh h + b_hh`` as one product, so that one stabiliser is at work."""
-    w_ih, w_hh, *biases = weights
-    bias = biases[0] + biases[1] if len(biases) > 1 else None
-    return F.linear(torch.cat([x, h], -1), torch.cat([w_ih, w_hh], -1), bias)
+@dataclass
+class _Weights:
+    """The parameters of one cell, those of its input and of its state side by side, so that one stabiliser is at work.
+
+    Attributes:
+        joint: ``[W_ih, W_hh]`` of shape ``[gates, input + hidden]``, and ``bias``: ``b_ih + b_hh``.
+        separate: ``W_ih``, ``W_hh``, ``b_ih``, ``b_hh`` of the last of the gates, the signal of a GRU.
+        projection: what makes the state smaller, if anything.
+    """
+
+    joint: Tensor
+    bias: Tensor | None
+    separate: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+    projection: Tensor | None
+
+    @staticmethod
+    def of(params: Sequence[Tensor], n_joint: int) -> _Weights:
+        """From torch's order; ``n_joint`` of three parts of the gates are joint, where not all are."""
+        w_ih, w_hh, *rest = params
+        biases, projection = rest[: len(rest) // 2 * 2], rest[len(rest) // 2 * 2 :]
+        b_ih, b_hh = biases or (None, None)
+        n = w_ih.shape[0] * n_joint // 3
+        bias = None if b_ih is None or b_hh is None else b_ih[:n] + b_hh[:n]
+        separate = (
+            w_ih[n:],
+            w_hh[n:],
+            None if b_ih is None else b_ih[n:],
+            None if b_hh is None else b_hh[n:],
+        )
+        return _Weights(
+            torch.cat([w_ih[:n], w_hh[:n]], -1), bias, separate, projection[0] if projection else None
+        )
+
+    def gates(self, x: Tensor, h: Tensor) -> Tensor:
+        """``W_ih x + b_ih + W_hh h + b_hh`` of the joint gates as one product."""
+        return F.linear(torch.cat([x, h], -1), self.joint, self.bias)
 
 
-def _lstm(x: Tensor, state: State, weights: Sequence[Tensor]) -> State:
+def _lstm(x: Tensor, state: State, weights: _Weights) -> State:
     h, c = state
-    w_ih, w_hh, *rest = weights
-    biases, projection = rest[: len(rest) // 2 * 2], rest[len(rest) // 2 * 2 :]
-    i, f, g, o = _joint(x, h, (w_ih, w_hh, *biases)).chunk(4, -1)
+    i, f, g, o = weights.gates(x, h).chunk(4, -1)
     c = f.sigmoid().detach() * c + i.sigmoid().detach() * g.tanh()
     h = o.sigmoid().detach() * c.tanh()
-    return (F.linear(h, projection[0]) if projection else h), c
+    return (h if weights.projection is None else F.linear(h, weights.projection)), c
 
 
-def _gru(x: Tensor, state: State, weights: Sequence[Tensor]) -> State:
+def _gru(x: Tensor, state: State, weights: _Weights) -> State:
     (h,) = state
-    w_ih, w_hh, *biases = weights
-    b_ih, b_hh = biases or (None, None)
-    n = h.shape[-1]
-    part = [None if b is None else (b[: 2 * n], b[2 * n :]) for b in (b_ih, b_hh)]
-    gates = [] if part[0] is None or part[1] is None else [part[0][0], part[1][0]]
-    r, z = _joint(x, h, (w_ih[: 2 * n], w_hh[: 2 * n], *gates)).sigmoid().detach().chunk(2, -1)
-    from_input = F.linear(x, w_ih[2 * n :], None if part[0] is None else part[0][1])
-    from_state = F.linear(h, w_hh[2 * n :], None if part[1] is None else part[1][1])
-    signal = (from_input + r * from_state).tanh()
+    r, z = weights.gates(x, h).sigmoid().detach().chunk(2, -1)
+    w_ih, w_hh, b_ih, b_hh = weights.separate
+    signal = (F.linear(x, w_ih, b_ih) + r * F.linear(h, w_hh, b_hh)).tanh()
     return ((1 - z) * signal + z * h,)
 
 
 def _simple(activation: Callable[[Tensor], Tensor]) -> Cell:
-    return lambda x, state, weights: (activation(_joint(x, state[0], weights)),)
+    return lambda x, state, weights: (activation(weights.gates(x, state[0])),)
 
 
 _CELLS: dict[str, Cell] = {
@@ -98,6 +122,13 @@ _CELLS: dict[str, Cell] = {
     "rnn_tanh": _simple(torch.tanh),
     "rnn_relu": _simple(torch.relu),
 }
+
+
+def _n_joint(name: str) -> int:
+    """How many thirds of the gates are one product: of a GRU's three the last one, the signal, is gated inside."""
+    return 2 if name.startswith("gru") else 3
+
+
 _CELLS |= {f"{name}_cell": cell for name, cell in _CELLS.items()}
 
 
@@ -110,7 +141,8 @@ def _cell_call(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> Any:
-    weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
+    params = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
+    weights = _Weights.of(params, _n_joint(name))
     state = _CELLS[name](input, (hx,) if isinstance(hx, Tensor) else tuple(hx), weights)
     return state if len(state) > 1 else state[0]
 
@@ -135,7 +167,7 @@ def _network(name: str, data: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         made = []
         for direction in range(directions):
             at = layer * directions + direction
-            weights = params[at * per_cell : (at + 1) * per_cell]
+            weights = _Weights.of(params[at * per_cell : (at + 1) * per_cell], _n_joint(name))
             initial = tuple(s[at] for s in states)
             outputs, final = _along(steps, initial, weights, _CELLS[name], reverse=direction == 1)
             made.append(outputs)
@@ -148,7 +180,7 @@ def _network(name: str, data: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _along(
-    steps: Sequence[Tensor], initial: State, weights: Sequence[Tensor], cell: Cell, *, reverse: bool
+    steps: Sequence[Tensor], initial: State, weights: _Weights, cell: Cell, *, reverse: bool
 ) -> tuple[list[Tensor], State]:
     """One direction of one layer. In a packed batch, steps grow shorter as sequences end."""
     ordered = list(steps)[::-1] if reverse else list(steps)

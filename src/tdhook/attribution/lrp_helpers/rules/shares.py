@@ -21,6 +21,7 @@ __all__ = [
     "per_unit",
     "positive",
     "report_bias",
+    "share_of",
 ]
 
 
@@ -57,14 +58,35 @@ def itself(x: Tensor) -> Tensor:
     return x
 
 
-def per_unit(step: Step, relevance: Tensor, z: Tensor, epsilon: Stabilizer) -> Tensor:
-    """``R_j / stab(z_j)``: relevance per unit of output."""
+def per_unit(step: Step, relevance: Tensor, z: Tensor, epsilon: Stabilizer, sign: int = 0) -> Tensor:
+    """``R_j / stab(z_j)``: relevance per unit of output.
+
+    Args:
+        step: the step.
+        relevance: that of the outputs.
+        z: the denominators.
+        epsilon: their stabiliser.
+        sign: that of all denominators, where they have the same (a zero has no contributions, so that its sign is of no
+            account); they are then overwritten, if the step allows it.
+    """
     if not z.is_floating_point():
         return relevance
-    per_output = relevance / stabilize(z, epsilon)
-    if step.report is not None:
-        step.report("stabiliser", relevance - z * per_output)
-    return per_output
+    if step.report is not None or callable(epsilon):
+        per_output = relevance / stabilize(z, epsilon)
+        if step.report is not None:
+            step.report("stabiliser", relevance - z * per_output)
+        return per_output
+    if sign:
+        return relevance / (z.add_(sign * epsilon) if step.writable else z + sign * epsilon)
+    if step.writable:
+        # As it is linear, a negative zero has no contributions either.
+        return relevance / z.abs().add_(epsilon).copysign_(z)
+    return relevance / stabilize(z, epsilon)
+
+
+def share_of(step: Step, x: Tensor, grad: Tensor) -> Tensor:
+    """``x * grad``, in the memory of ``grad`` if the step allows it."""
+    return grad.mul_(x) if step.writable else x * grad
 
 
 def report_bias(step: Step, modify: Modify, *per_output: Tensor) -> None:

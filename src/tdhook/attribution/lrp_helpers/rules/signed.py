@@ -27,6 +27,7 @@ from tdhook.attribution.lrp_helpers.rules.shares import (
     per_unit,
     positive,
     report_bias,
+    share_of,
 )
 from tdhook.attribution.lrp_helpers.steps import Grads, Step
 from tdhook.attribution.lrp_helpers.tape import transformed
@@ -77,7 +78,10 @@ class _Contributions:
                 report_bias(self._step, modify, per_output)
             (grad,) = vjp(per_output)
             assert grad is not None
-            shares = part * grad if shares is None else torch.addcmul(shares, part, grad)
+            if shares is None:
+                shares = share_of(self._step, part, grad)
+            else:
+                shares = shares.addcmul_(part, grad) if self._step.writable else shares + part * grad
         assert shares is not None
         return shares
 
@@ -141,13 +145,14 @@ class AlphaBetaRule(_SignedRule):
         (r,) = relevance
         signed = _has_negative(step)
 
-        def shares(agree: Change, oppose: Change, r: Tensor) -> Tensor:
+        def shares(agree: Change, oppose: Change, r: Tensor, sign: int) -> Tensor:
             contributions = _Contributions(step, agree, oppose, self.zero_params, signed)
-            return contributions.shares(per_unit(step, r, contributions.z, self.stabilizer))
+            return contributions.shares(per_unit(step, r, contributions.z, self.stabilizer, sign))
 
         if not self.beta:
-            return (shares(positive, negative, r),)
-        return (shares(positive, negative, self.alpha * r) - shares(negative, positive, self.beta * r),)
+            return (shares(positive, negative, r, 1),)
+        gained, lost = self.alpha * r, -self.beta * r
+        return (shares(positive, negative, gained, 1) + shares(negative, positive, lost, -1),)
 
 
 class ZPlusRule(AlphaBetaRule):

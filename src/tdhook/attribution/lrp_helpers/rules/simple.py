@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tdhook.attribution.lrp_helpers.conversions import Ratio, Substituted
+from tdhook.attribution.lrp_helpers.conversions import NotOneTensor, Ratio, Unchanged
 from tdhook.attribution.lrp_helpers.propagation import PropagationRule, natively
 from tdhook.attribution.lrp_helpers.rule import Convention, RemovableRuleHandle, RunningRule
 from tdhook.attribution.lrp_helpers.steps import Grads, Step
 from tdhook.attribution.lrp_helpers.tape import on_tape
 
 __all__ = ["IgnoreRule", "PassRule", "StopRule", "UniformRule"]
+
+# The ratio of value and argument is the derivative, also at zero as torch has it.
+_HOMOGENEOUS = frozenset(("ReLU", "relu"))
 
 
 class PassRule(PropagationRule):
@@ -53,13 +56,22 @@ class PassRule(PropagationRule):
         single = args and isinstance(args[0], Tensor) and (len(args) == 1 or not _has_tensor(args[1:]))
         if not single or (kwargs and _has_tensor(kwargs)) or not on_tape(args[0]):
             return super().run_in(flow, module, original, args, kwargs)
-        with torch.no_grad(), natively(module):
-            z = original(*args, **kwargs)
-        if not isinstance(z, Tensor):
+        name = type(module).__name__
+        if flow == "gradient" and name in _HOMOGENEOUS:
+            with natively(module):
+                return original(*args, **kwargs)
+
+        def function(x: Tensor) -> Any:
+            with natively(module):
+                z = original(x, *args[1:], **kwargs)
+            self.check(module, (x,), [leaf for leaf in tree_leaves(z) if isinstance(leaf, Tensor)])
+            return z
+
+        passed = Unchanged if flow == "relevance" else Ratio
+        try:
+            return passed.apply(args[0], function, name)
+        except NotOneTensor:
             return super().run_in(flow, module, original, args, kwargs)
-        self.check(module, args[:1], (z,))
-        result = Substituted if flow == "relevance" else Ratio
-        return result.apply(args[0], z, type(module).__name__)
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         return relevance

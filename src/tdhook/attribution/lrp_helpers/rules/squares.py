@@ -52,7 +52,7 @@ class WSquareRule(PropagationRule):
         modify = self._modification()
         outputs, vjp = step.modified(ones, modify)
         pairs = zip(relevance, outputs, strict=True)
-        per_output = [per_unit(step, r, z, self.stabilizer) for r, z in pairs]
+        per_output = [per_unit(step, r, z, self.stabilizer, 1) for r, z in pairs]
         report_bias(step, modify, *per_output)
         return vjp(*per_output)
 
