@@ -87,6 +87,15 @@ class Ledger:
         if self._notes is not None:
             self._notes.append((entry, column, unwrapped(amount).detach()))
 
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Do not count calls that are made once more, of checkpointed parts of a model."""
+        count = len(self.entries)
+        try:
+            yield
+        finally:
+            del self.entries[count:]
+
     def summary(self) -> list[Entry]:
         """One entry for each module and operation at each place, in execution order, its calls added up."""
         found: dict[tuple[str, str, str], Entry] = {}

@@ -229,6 +229,10 @@ class _Watch:
         self.rows.append(self._known.get(id(module), Row(path, module, rule, selector)))
         return rule.run_in(flow, module, original, args, kwargs)
 
+    def again(self) -> AbstractContextManager[None]:
+        """A rehearsal has no backward pass, in which anything would be run once more."""
+        return nullcontext()
+
 
 def make_plan(
     execution: Execution,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -19,7 +19,7 @@ from tdhook.attribution.lrp_helpers.tape import maker_of, on_tape
 from tdhook.operations.mutation import Guard, Outdated
 from tdhook.operations.names import name_of, out_of_place_form, queries, relabels, writes_in_place
 from tdhook.operations.paths import Paths
-from tdhook.operations.scripted import in_python
+from tdhook.operations.stand_ins import standing_in
 from tdhook.operations.table import ARITHMETIC, ELEMENTWISE, MOVES, PRODUCTS, WINNER, default_rule
 from tdhook.operations.written_out import entered, written_out
 
@@ -62,6 +62,9 @@ class Observer(Protocol):
         kwargs: dict[str, Any],
     ) -> Any:
         """Make one call of a module that has a rule, or of an operation."""
+
+    def again(self) -> AbstractContextManager[None]:
+        """What is entered around calls that were made before and are made once more."""
 
 
 class Interception(TorchFunctionMode):
@@ -108,9 +111,18 @@ class Interception(TorchFunctionMode):
         with (
             self.guard.watching(),
             self.paths.followed(self._by_path or tracked or self.observer is not None),
-            in_python(),
+            standing_in(self._again),
             self,
         ):
+            yield
+
+    def _again(self) -> AbstractContextManager[None] | None:
+        """Watch a part of the forward pass that is run once more, in which nothing must have been overwritten."""
+        return None if self.guard.active else self._watching_again()
+
+    @contextmanager
+    def _watching_again(self) -> Iterator[None]:
+        with nullcontext() if self.observer is None else self.observer.again(), self:
             yield
 
     def unit(

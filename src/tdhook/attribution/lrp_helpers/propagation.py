@@ -152,7 +152,8 @@ class LayerCall(Call):
         return z
 
     def execute(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (self._original(tensors[0]),)
+        z = self._original(tensors[0])
+        return (alias(z) if z._is_view() else z,)
 
     def kept(self, tensors: Sequence[Tensor], outputs: tuple[Tensor, ...]) -> Sequence[Tensor]:
         return (*tensors, *outputs) if self.rule.needs_outputs else tensors

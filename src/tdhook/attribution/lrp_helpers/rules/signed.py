@@ -43,7 +43,7 @@ Change: TypeAlias = "Callable[[Tensor], Tensor]"
 
 
 class _Contributions:
-    """Contributions to the outputs, modified by their sign: their sum ``z``, and the shares they take.
+    """Contributions to the outputs, modified by their sign: their sums, and the shares they take.
 
     Contributions are positive where an input and its weight agree in sign, the bias being an input of one.
 
@@ -68,7 +68,12 @@ class _Contributions:
             (z,), vjp = step.modified((part,), modify)
             self._terms.append((part, modify, vjp))
             totals.append(z)
-        self.z = totals[0] + totals[1] if signed else totals[0]
+        self._z = totals[0] + totals[1] if signed else totals[0]
+
+    def denominators(self) -> Tensor:
+        """The sums of the contributions, which the caller may overwrite: they are not kept."""
+        z, self._z = self._z, torch.empty(0)
+        return z
 
     def shares(self, per_output: Tensor) -> Tensor:
         """``sum_j c_ij s_j`` over these contributions."""
@@ -145,14 +150,18 @@ class AlphaBetaRule(_SignedRule):
         (r,) = relevance
         signed = _has_negative(step)
 
-        def shares(agree: Change, oppose: Change, r: Tensor, sign: int) -> Tensor:
-            contributions = _Contributions(step, agree, oppose, self.zero_params, signed)
-            return contributions.shares(per_unit(step, r, contributions.z, self.stabilizer, sign))
-
-        if not self.beta:
-            return (shares(positive, negative, r, 1),)
-        gained, lost = self.alpha * r, -self.beta * r
-        return (shares(positive, negative, gained, 1) + shares(negative, positive, lost, -1),)
+        gained = _Contributions(step, positive, negative, self.zero_params, signed)
+        total = gained.shares(
+            per_unit(
+                step, r if self.alpha == 1 else self.alpha * r, gained.denominators(), self.stabilizer, 1
+            )
+        )
+        if self.beta:
+            lost = _Contributions(step, negative, positive, self.zero_params, signed)
+            total = total + lost.shares(
+                per_unit(step, -self.beta * r, lost.denominators(), self.stabilizer, -1)
+            )
+        return (total,)
 
 
 class ZPlusRule(AlphaBetaRule):
@@ -200,7 +209,9 @@ class GammaRule(_SignedRule):
         upwards = _Contributions(step, *more, self.zero_params, signed)
         downwards = _Contributions(step, *reversed(more), self.zero_params, signed)
         rises = z >= 0
-        per_output = per_unit(step, r, torch.where(rises, upwards.z, downwards.z), self.stabilizer)
+        per_output = per_unit(
+            step, r, torch.where(rises, upwards.denominators(), downwards.denominators()), self.stabilizer
+        )
         return (
             upwards.shares(torch.where(rises, per_output, 0.0))
             + downwards.shares(torch.where(rises, 0.0, per_output)),

@@ -1,0 +1,105 @@
+"""Functions of torch that hide operations, each with one that does the same in sight while a model is explained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from threading import Lock
+from typing import Any, TypeAlias
+
+import torch
+import torch.utils.checkpoint as checkpointing
+
+__all__ = ["standing_in"]
+
+Again: TypeAlias = Callable[[], "AbstractContextManager[None] | None"]
+
+_AGAIN: ContextVar[Again | None] = ContextVar("again", default=None)
+_LOCK = Lock()
+_count = 0
+
+_call: Any = torch._C.ScriptFunction.__dict__["__call__"]
+_Function: Any = checkpointing.CheckpointFunction
+_generator: Any = checkpointing._checkpoint_without_reentrant_generator
+
+
+@contextmanager
+def standing_in(again: Again) -> Iterator[None]:
+    """Have what hides operations run in sight of a mode.
+
+    Functions compiled by ``torch.jit.script`` run as the Python that they were written in. What
+    ``torch.utils.checkpoint`` runs once more in the backward pass runs as it did in the forward pass.
+
+    Args:
+        again: makes what is entered around a part of the model that is run once more, or says with ``None`` that none
+            can be, so that everything is kept.
+    """
+    token = _AGAIN.set(again)
+    _replace(+1)
+    try:
+        yield
+    finally:
+        _replace(-1)
+        _AGAIN.reset(token)
+
+
+def _replace(step: int) -> None:
+    """The first of the threads that are within replaces what is torch's, the last one puts it back."""
+    global _count
+    torch_: Any = checkpointing
+    with _LOCK:
+        _count += step
+        ours = _count > 0
+        torch._C.ScriptFunction.__call__ = _call_in_python if ours else _call  # type: ignore[method-assign, assignment]
+        torch_.CheckpointFunction = _Checkpoint if ours else _Function
+        torch_._checkpoint_without_reentrant_generator = _checkpointed if ours else _generator
+
+
+def _call_in_python(function: Any, *args: Any, **kwargs: Any) -> Any:
+    written = None if _AGAIN.get() is None else getattr(function, "_torchdynamo_inline", None)
+    return _call.__get__(function)(*args, **kwargs) if written is None else written(*args, **kwargs)
+
+
+class _Checkpoint:
+    """The variant that differentiates in an autograd function of its own, for which the other one stands in."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        if _AGAIN.get() is None:
+            return _Function.apply(function, preserve, *args)
+        return checkpointing.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+
+def _checkpointed(
+    function: Any, preserve: Any, contexts: Any, *args: Any, **kwargs: Any
+) -> Generator[None, None, None]:
+    """What surrounds a checkpointed part; it is resumed once the part has run."""
+    again = _AGAIN.get()
+    if again is None:
+        return (yield from _generator(function, preserve, contexts, *args, **kwargs))
+    if again() is None:
+        return (yield)
+
+    def both() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        first, second = contexts()
+        return first, _Reentered(second, again)
+
+    return (yield from _generator(function, preserve, both, *args, **kwargs))
+
+
+class _Reentered:
+    """Is entered as often as there are backward passes."""
+
+    def __init__(self, own: AbstractContextManager[Any], again: Again) -> None:
+        self._own, self._again = own, again
+        self._entered: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._own.__enter__()
+        self._entered.append(self._again())
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._entered.pop().__exit__(*exception)
+        self._own.__exit__(*exception)
