@@ -22,6 +22,7 @@ from tdhook.attribution.lrp_helpers.rules import (
     LayerNormRule,
     PassRule,
     PseudoIdentityRule,
+    ZPlusRule,
     stabilize,
 )
 from tdhook.attribution.lrp_helpers.types import Linear
@@ -355,6 +356,7 @@ def test_gradient_rules_in_the_relevance_flow():
         TensorDict(input=torch.randn(5, 3).double(), batch_size=[5]),
         composite,
         target=Target("output", 1),
+        flow="relevance",
     )
     with torch.no_grad():
         x = td["input"]
@@ -373,8 +375,18 @@ def test_gradient_rules_in_the_relevance_flow():
         r = a * g
         r = x * (r / stabilize(a, eps) @ first.weight)
     torch.testing.assert_close(td["attr", "input"], r)
-    assert LRP(composite).plan(model).flow == "relevance"
-    assert LRP([(nn.LayerNorm, LayerNormRule())]).plan(model).flow == "gradient"
+
+
+def test_the_flow_is_the_one_that_nothing_need_be_converted_to():
+    model = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    norm = (nn.LayerNorm, LayerNormRule())
+    assert LRP([norm]).plan(model).flow == "gradient"
+    assert LRP([norm, (nn.Linear, EpsilonRule(0.01))]).plan(model).flow == "gradient"
+    assert LRP([norm, (nn.Linear, EpsilonRule(0.01, zero_params="bias"))]).plan(model).flow == "relevance"
+    assert LRP([norm, (nn.Linear, ZPlusRule())]).plan(model).flow == "relevance"
+    # What a mapper's rules bring to the inputs is written as it is: relevance, if one of them says so.
+    rules = {nn.LayerNorm: LayerNormRule(), nn.Linear: EpsilonRule(0.01)}
+    assert LRP(rule_mapper=lambda name, module: rules.get(type(module))).plan(model).flow == "relevance"
 
 
 def test_a_modified_gradient_is_given_as_it_is():

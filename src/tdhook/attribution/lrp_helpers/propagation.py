@@ -153,16 +153,23 @@ class LayerCall(Call):
 
     def execute(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         z = self._original(tensors[0])
+        self._dtype = z.dtype
         return (alias(z) if z._is_view() else z,)
 
     def kept(self, tensors: Sequence[Tensor], outputs: tuple[Tensor, ...]) -> Sequence[Tensor]:
         return (*tensors, *outputs) if self.rule.needs_outputs else tensors
 
     def step(self, saved: Sequence[Tensor]) -> Step:
+        merged = None if self.merged is None else Affine.of(self.merged)
+        cache = self._cache
+        if (
+            saved[1].dtype != self._dtype
+        ):  # under autocast the layer computed in another precision than it is kept in
+            saved, cache = [t.to(self._dtype) for t in saved], None
+            merged = None if merged is None else merged.to(self._dtype)
         bias = saved[2] if self.n_rest == 2 else None
         outputs = tuple(saved[1 + self.n_rest :])
-        merged = None if self.merged is None else Affine.of(self.merged)
-        step = LinearStep(self.module, self.form, saved[0], outputs, saved[1], bias, merged, self._cache)
+        step = LinearStep(self.module, self.form, saved[0], outputs, saved[1], bias, merged, cache)
         step.report, step.nonnegative = self._report, self._nonnegative
         return step
 

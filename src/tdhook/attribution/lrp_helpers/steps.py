@@ -139,6 +139,10 @@ class Affine:
         sources = (norm.running_var,) if norm.weight is None else (norm.running_var, norm.weight)
         return Affine(scale, shift, sources)
 
+    def to(self, dtype: torch.dtype) -> Affine:
+        """The same in another precision."""
+        return Affine(self.scale.to(dtype), self.shift.to(dtype), self.sources)
+
 
 class LinearStep(Step):
     """A linear layer or convolution, in closed form.

@@ -83,10 +83,11 @@ class _Contributions:
                 report_bias(self._step, modify, per_output)
             (grad,) = vjp(per_output)
             assert grad is not None
+            share = share_of(self._step, part, grad)
             if shares is None:
-                shares = share_of(self._step, part, grad)
+                shares = share
             else:
-                shares = shares.addcmul_(part, grad) if self._step.writable else shares + part * grad
+                shares = shares.add_(share) if self._step.writable else shares + share
         assert shares is not None
         return shares
 
