@@ -302,7 +302,7 @@ EXPLAIN = ("explain", "--steps", "2", "--policy")
         ),
         (
             (*EXPLAIN, "dqn_mlp.pt", "--composite", "nothing"),
-            "no preset is named 'nothing'; presets are epsilon_plus, ",
+            "no preset is named 'nothing'; presets are epsilon, epsilon_plus, ",
         ),
         (
             (*EXPLAIN, "dqn_mlp.pt", "--composite", "nothing.toml"),

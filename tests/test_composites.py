@@ -214,7 +214,7 @@ def test_a_file_as_a_user_writes_it():
         ({"pairs": [{"select": "head", "rule": "EpsilonRule", "eps": 1.0}]}, "EpsilonRule does not take"),
         ({"pairs": [{"select": "head", "rule": "ZBoxRule"}]}, "ZBoxRule does not take"),
         ({"pairs": [{"select": "head", "rule": "EpsilonRule", "epsilon": "small"}]}, "epsilon|EpsilonRule"),
-        ({"preset": "epsilon_minus"}, "no preset is named 'epsilon_minus'; presets are epsilon_plus, "),
+        ({"preset": "epsilon_minus"}, "no preset is named 'epsilon_minus'; presets are epsilon, epsilon_plus, "),
         ({"preset": "epsilon_plus", "low": 0.0}, "preset 'epsilon_plus': .*low"),
         ({"preset": "epsilon_gamma_box"}, "preset 'epsilon_gamma_box': .*low"),
     ],
@@ -256,6 +256,7 @@ def test_a_users_rule_is_found_by_name():
 # --- Presets --------------------------------------------------------------------------------------
 
 FIRST_RULES = {  # of a network that starts with a convolution: the first and second convolution, linear, ReLU
+    "epsilon": [EpsilonRule(), EpsilonRule(), EpsilonRule(), PassRule()],
     "epsilon_plus": [ZPlusRule(), ZPlusRule(), EpsilonRule(), PassRule()],
     "epsilon_plus_flat": [FlatRule(), ZPlusRule(), EpsilonRule(), PassRule()],
     "epsilon_alpha2_beta1": [AlphaBetaRule(2.0, 1.0)] * 2 + [EpsilonRule(), PassRule()],
@@ -305,7 +306,7 @@ def test_presets_by_name(name):
 
 def test_presets_say_what_is_wrong():
     with pytest.raises(
-        ValueError, match="no preset is named 'nope'; presets are epsilon_plus, epsilon_plus_flat"
+        ValueError, match="no preset is named 'nope'; presets are epsilon, epsilon_plus, epsilon_plus_flat"
     ):
         LRP("nope")
     with pytest.raises(ValueError, match=r"preset 'epsilon_gamma_box': .*'low' and 'high'"):

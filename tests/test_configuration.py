@@ -65,7 +65,7 @@ def test_the_example_is_what_it_says() -> None:
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("nothing", None, "no preset is named 'nothing'; presets are epsilon_plus, "),
+        ("nothing", None, "no preset is named 'nothing'; presets are epsilon, epsilon_plus, "),
         (
             "epsilon_gamma_box",
             None,

@@ -39,6 +39,7 @@ __all__ = [
     "beta_smooth",
     "cp_lrp",
     "deconvnet",
+    "epsilon",
     "epsilon_alpha2_beta1",
     "epsilon_alpha2_beta1_flat",
     "epsilon_gamma_box",
@@ -192,6 +193,13 @@ def _first_flat(stabilizer: Stabilizer) -> list[tuple[SelectorLike, Rule]]:
     return [(First(Type(Linear)), FlatRule(stabilizer))]
 
 
+def epsilon(
+    epsilon: Stabilizer = 1e-6, stabilizer: Stabilizer = 1e-6, zero_params: ZeroParams = None
+) -> Composite:
+    """Epsilon for all linear layers (Bach et al. 2015, eq. 58)."""
+    return Composite([(Linear, EpsilonRule(epsilon, zero_params)), *_base(stabilizer)])
+
+
 def epsilon_plus(
     epsilon: Stabilizer = 1e-6, stabilizer: Stabilizer = 1e-6, zero_params: ZeroParams = None
 ) -> Composite:
@@ -324,6 +332,7 @@ def lstm_lrp(epsilon: Stabilizer = 1e-3) -> Composite:
 PRESETS: dict[str, Callable[..., Composite]] = {
     function.__name__: function
     for function in (
+        epsilon,
         epsilon_plus,
         epsilon_plus_flat,
         epsilon_alpha2_beta1,
