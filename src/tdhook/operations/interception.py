@@ -140,20 +140,24 @@ class Interception(TorchFunctionMode):
         self.outdated.check(args)
         if self.paths.following and not self._paused:
             self._look_for_unseen(args)
-        watched = self.observer is not None and not self._paused
+        # Layers of torch overwrite nothing (they run out of place), so that there is nothing to see in them.
+        aside = closed and _on_top() is self
+        if aside:
+            torch._C._pop_torch_function_stack()
         self._paused += 1
         try:
-            # Layers of torch overwrite nothing (they run out of place), so that there is nothing to see in them.
-            with _Aside(self) if closed else nullcontext():
-                if watched:
-                    result = self.observer.call(  # type: ignore[union-attr]
-                        self.paths.current, module, None, rule, flow, original, args, kwargs
-                    )
-                else:
-                    result = rule.run_in(flow, module, original, args, kwargs)
+            if self.observer is not None and self._paused == 1:
+                result = self.observer.call(
+                    self.paths.current, module, None, rule, flow, original, args, kwargs
+                )
+            else:
+                result = rule.run_in(flow, module, original, args, kwargs)
         finally:
             self._paused -= 1
-        if id(module) not in self.outdated.layers or not args or not isinstance(args[0], Tensor):
+            if aside:
+                torch._C._push_on_torch_function_stack(self)
+        layers = self.outdated.layers
+        if not layers or id(module) not in layers or not args or not isinstance(args[0], Tensor):
             return result
         if not self.outdated.heeded:
             self.outdated.add(args[0])
@@ -264,23 +268,10 @@ class Interception(TorchFunctionMode):
         return tuple(Substituted.apply(w, v) for w, v in zip(written, values, strict=True))
 
 
-class _Aside:
-    """Takes a mode off the stack for a while, if it is on top of it."""
-
-    __slots__ = ("_mode", "_taken")
-
-    def __init__(self, mode: Interception) -> None:
-        self._mode = mode
-
-    def __enter__(self) -> None:
-        top = torch._C._len_torch_function_stack() - 1
-        self._taken = top >= 0 and torch._C._get_function_stack_at(top) is self._mode
-        if self._taken:
-            torch._C._pop_torch_function_stack()
-
-    def __exit__(self, *exception: object) -> None:
-        if self._taken:
-            torch._C._push_on_torch_function_stack(self._mode)
+def _on_top() -> Any:
+    """The mode that sees torch functions first, if any."""
+    count = torch._C._len_torch_function_stack()
+    return torch._C._get_function_stack_at(count - 1) if count else None
 
 
 def _unseen(values: Iterable[Any]) -> Iterator[str]:

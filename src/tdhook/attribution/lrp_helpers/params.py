@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "ZeroParams",
     "checked",
     "exact",
+    "moved_away",
     "rounding",
     "stabilize",
     "zero_param_names",
@@ -49,9 +51,26 @@ def stabilize(tensor: Tensor, epsilon: Stabilizer = 1e-6) -> Tensor:
 
 
 def _moved(tensor: Tensor, epsilon: float) -> Tensor:
-    distance = torch.full((), epsilon, dtype=tensor.dtype, device=tensor.device)
-    # Negative zero is zero: adding zero makes it positive. The sum is this function's own, so it is written to.
-    return torch.copysign(distance, tensor + 0.0).add_(tensor)
+    # Negative zero is zero: adding zero makes it positive.
+    return torch.copysign(_distance(tensor, epsilon), tensor + 0.0).add_(tensor)
+
+
+def moved_away(tensor: Tensor, epsilon: float) -> Tensor:
+    """:func:`stabilize` where it does not matter which way a negative zero is moved."""
+    return torch.copysign(_distance(tensor, epsilon), tensor).add_(tensor)
+
+
+def _distance(tensor: Tensor, epsilon: float) -> Tensor:
+    dtype = tensor.dtype if tensor.is_floating_point() else torch.get_default_dtype()
+    if torch.compiler.is_compiling():
+        return torch.full((), epsilon, dtype=dtype, device=tensor.device)
+    return _number(epsilon, dtype, tensor.device)
+
+
+@lru_cache
+def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=dtype, device=device)
 
 
 def rounding(tensor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from tdhook.attribution.lrp_helpers.params import (
     rounding,
     zero_param_names,
 )
-from tdhook.attribution.lrp_helpers.propagation import PropagationRule, natively
+from tdhook.attribution.lrp_helpers.propagation import LayerCall, PropagationRule, natively
 from tdhook.attribution.lrp_helpers.rule import Convention
 from tdhook.attribution.lrp_helpers.rules.shares import (
     itself,
@@ -67,7 +67,10 @@ class EpsilonRule(PropagationRule):
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Call ``module``: what has no closed form is run as it is, between the two factors of the formula."""
-        if self.zero_params or closed_form(module) is not None:
+        form = closed_form(module)
+        if form is not None and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            return LayerCall(self, module, original, form).run(args[0])
+        if self.zero_params or form is not None:
             return super().run(module, original, args, kwargs)
         args, kwargs = live(TimesValue.apply, (args, kwargs))
         outputs = self._natively(module, original, args, kwargs)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tdhook.attribution.lrp_helpers.params import (
     Stabilizer,
+    moved_away,
     stabilize,
 )
 from tdhook.attribution.lrp_helpers.steps import Modify, Step, unmodified
@@ -80,7 +81,7 @@ def per_unit(step: Step, relevance: Tensor, z: Tensor, epsilon: Stabilizer, sign
         return relevance / (z.add_(sign * epsilon) if step.writable else z + sign * epsilon)
     if step.writable:
         # As it is linear, a negative zero has no contributions either.
-        return relevance / z.abs().add_(epsilon).copysign_(z)
+        return relevance / moved_away(z, epsilon)
     return relevance / stabilize(z, epsilon)
 
 
