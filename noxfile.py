@@ -63,9 +63,20 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time attributions against gradient times input of the same models."""
+    """Measure what explanations cost, against gradient times input of the same models."""
     install(session, DEVELOPER)
     session.run("python", "-m", "benchmarks", *session.posargs)
+
+
+@nox.session
+def bench_peers(session: nox.Session) -> None:
+    """Measure other libraries too, and their models, which are installed for it."""
+    install(session, DEVELOPER, "transformers", "tqdm", "click", "packaging", "tabulate")
+    # These ask for a build of torch of their own, or for this package's name: their Python part is all that is wanted.
+    install(session, "--no-deps", "torchvision", "zennit", "lxt", "captum", "autolrp")
+    before = session.create_tmp()
+    install(session, "--no-deps", "--target", before, "tdhook==0.3.0")
+    session.run("python", "-m", "benchmarks", *session.posargs, env={"TDHOOK_03": before})
 
 
 @nox.session

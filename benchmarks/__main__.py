@@ -1,67 +1,136 @@
-"""Print a table of costs: medians over interleaved runs, as ratios to the floor in the same process."""
+"""Measure what explanations cost, against gradient times input in the same process, and print tables."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
+import os
+import sys
 import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the memory profiler is silent
 
 import torch
 
 from benchmarks import import_time
-from benchmarks.cases import CASES, Case, explained, floor
+from benchmarks.cases import CASES, Case
+from benchmarks.contenders import ONE_EXPLANATION, OURS, OURS_COMPILED, is_gpu
+from benchmarks.context import CONTEXT_CASES, measure_context
+from benchmarks.machine import machine
+from benchmarks.measuring import Settings, measure
+from benchmarks.memory import measure_memory
+from benchmarks.plots import plot
+from benchmarks.scaling import measure_scaling
+from benchmarks.tables import report_tables, text, undisturbed
+
+SECTIONS = ("table", "memory", "scaling", "context", "imports", "gpu")
+Report = dict[str, Any]
 
 
-def measure(case: Case, seconds: float) -> dict[str, Any]:
-    model = case.model()
-    contenders = {"floor": floor(model), "lrp": explained(case, model)}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    td = case.data()
-    for function in contenders.values():
-        for _ in range(3):
-            function(td.copy())
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["lrp"]) < 5:
-        for name, function in contenders.items():
-            fresh = td.copy()
-            start = time.perf_counter()
-            function(fresh)
-            times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(t) for name, t in times.items()}
-    return {
-        "case": case.name,
-        "preset": case.preset,
-        "floor_ms": 1e3 * medians["floor"],
-        "lrp_ms": 1e3 * medians["lrp"],
-        "ratio": medians["lrp"] / medians["floor"],
-        "runs": len(times["lrp"]),
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("only", nargs="?", default="", help="time the cases alone whose name contains this")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time to spend on each case")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    arguments = parser.parse_args()
-    rows = []
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
-    print(f"{'case':30}{'preset':24}{'floor [ms]':>12}{'LRP [ms]':>12}{'ratio':>8}{'runs':>7}")
-    for case in (case for case in CASES if arguments.only in case.name):
-        row = measure(case, arguments.seconds)
-        rows.append(row)
-        print(
-            f"{row['case']:30}{row['preset']:24}{row['floor_ms']:12.3f}{row['lrp_ms']:12.3f}"
-            f"{row['ratio']:8.2f}{row['runs']:7}"
-        )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
-    if not arguments.only:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is asked for and print, save and draw it."""
+    arguments = parser().parse_args(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    settings = Settings(arguments.seconds, "cpu", not arguments.no_compile, not arguments.no_peers)
+    sections = arguments.only or SECTIONS
+    cases = [case for case in CASES if all(word in label(case) for word in arguments.words)]
+    reports: list[Report] = []
+    for device in devices(sections):
+        report: Report = {"machine": machine(device)}
+        reports.append(report)
+        for section, rows in measurements(sections, cases, settings.on(device), arguments.words):
+            report[section] = []
+            for row in rows:
+                report[section].append(row)
+                if arguments.json:  # after each row, so that what was measured outlasts an interruption
+                    arguments.json.write_text(json.dumps(rounded(reports), indent=1) + "\n")
+        show(report)
+    if "imports" in sections and not arguments.words:
         import_time.main([])
+    if arguments.plot and reports:
+        plot(reports[0], arguments.plot)
+
+
+def devices(sections: Collection[str]) -> list[str]:
+    """Where there is something to measure."""
+    found = ["cpu"] if {"table", "memory", "scaling", "context"} & set(sections) else []
+    return [*found, "cuda"] if "gpu" in sections and torch.cuda.is_available() else found
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    made.add_argument("words", nargs="*", help="only cases in whose name or preset all of these occur")
+    made.add_argument(
+        "--only",
+        action="append",
+        choices=SECTIONS,
+        help="leave out other sections; can be given several times",
+    )
+    made.add_argument("--seconds", type=float, default=5.0, help="time to spend on each case, at least")
+    made.add_argument("--threads", type=int, help="of torch; by default as many as it takes")
+    made.add_argument("--no-compile", action="store_true", help="leave out what compiles first")
+    made.add_argument("--no-peers", action="store_true", help="leave out other libraries")
+    made.add_argument("--json", type=Path, help="write the report to this file")
+    made.add_argument("--plot", type=Path, help="draw the report into this file")
+    return made
+
+
+def label(case: Case) -> str:
+    return f"{case.name} {case.preset}"
+
+
+def measurements(
+    sections: Collection[str], cases: Sequence[Case], settings: Settings, words: Sequence[str]
+) -> Iterable[tuple[str, Iterable[Report]]]:
+    """The sections of a report that are asked for, measured as they are read."""
+    if is_gpu(settings.device):  # the same table, at batch sizes that keep a GPU busy
+        sections, cases = ("table", "memory"), [case.on_gpu() for case in cases if case.gpu_batch]
+    if "table" in sections:
+        yield "table", told(lambda case: measure(case, settings), cases)
+    if "memory" in sections:
+        yield "memory", told(lambda case: measure_memory(case, settings.device), cases)
+    if "scaling" in sections:
+        yield "scaling", measure_scaling(settings, " ".join(words))
+    if "context" in sections:
+        wanted = (case for case in CONTEXT_CASES if all(word in label(case) for word in words))
+        yield "context", told(measure_context, wanted)
+
+
+def told(measured: Callable[[Case], Report], cases: Iterable[Case]) -> Iterable[Report]:
+    """Each case measured, and said on the way, with what was left out or warned of."""
+    for case in cases:
+        start = time.perf_counter()
+        row = measured(case)
+        print(f"{label(case)}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        if "parallel_speedup" in row and not undisturbed(row, torch.get_num_threads()):
+            print("  others have the cores: not to be trusted", file=sys.stderr, flush=True)
+        entries = row.get("contenders", {})
+        own = {name: entries[name] for name in (OURS, OURS_COMPILED, ONE_EXPLANATION) if name in entries}
+        for name, entry in {case.model_name: row, **own}.items():
+            for reason in filter(None, (*entry.get("notes", ()), entry.get("missing"))):
+                print(f"  {name}: {reason}", file=sys.stderr, flush=True)
+        yield row
+
+
+def show(report: Report) -> None:
+    """Print the tables of a report, below what it was made on."""
+    print("\n" + ", ".join(f"{name} {value}" for name, value in report["machine"].items()))
+    for table in report_tables(report):
+        print(text(table))
+
+
+def rounded(value: Any) -> Any:
+    """Four digits are more than a measurement has."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 if __name__ == "__main__":

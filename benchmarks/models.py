@@ -11,15 +11,17 @@ from torch import Tensor, nn
 __all__ = ["gpt2", "llama", "lstm_policy", "mlp", "nature_cnn", "residual_cnn"]
 
 
-def mlp() -> nn.Module:
-    sizes = (17, 256, 256, 6)
+def mlp(width: int = 256, depth: int = 2) -> nn.Module:
+    """From 17 features, through ``depth`` hidden layers, to 6 action values."""
+    sizes = (17, *depth * (width,), 6)
     layers: list[nn.Module] = []
     for width_in, width_out in itertools.pairwise(sizes):
         layers += [nn.Linear(width_in, width_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
-def nature_cnn() -> nn.Module:
+def nature_cnn(actions: int = 6) -> nn.Module:
+    """The network that played Atari games (Mnih et al. 2015)."""
     return nn.Sequential(
         nn.Conv2d(4, 32, 8, stride=4),
         nn.ReLU(),
@@ -30,7 +32,7 @@ def nature_cnn() -> nn.Module:
         nn.Flatten(),
         nn.Linear(3136, 512),
         nn.ReLU(),
-        nn.Linear(512, 6),
+        nn.Linear(512, actions),
     )
 
 
@@ -166,8 +168,9 @@ class Transformer(nn.Module):
         return logits
 
 
-def gpt2() -> nn.Module:
-    return Transformer([GPT2Layer(768, 12) for _ in range(6)], nn.LayerNorm(768), 768, 50_257)
+def gpt2(width: int = 768, depth: int = 6, vocabulary: int = 50_257) -> nn.Module:
+    layers: list[nn.Module] = [GPT2Layer(width, width // 64) for _ in range(depth)]
+    return Transformer(layers, nn.LayerNorm(width), width, vocabulary)
 
 
 def llama() -> nn.Module:
