@@ -229,16 +229,24 @@ def test_arguments_are_checked_at_once():
         ValueError, match=r"index='greedy' is none of 'argmax', 'action', 'all'; .* write Key\('greedy'\)"
     ):
         Target("value", "greedy")
-    for index in (True, 1.5, [1, 2]):
-        with pytest.raises(TypeError, match="index is None, an int, a string, a key or a tensor; got"):
+    for index in (True, 1.5, {1, 2}, [1, 2.5]):
+        with pytest.raises(
+            TypeError, match="index is None, an int, a string, a key or a tensor, or a list of these"
+        ):
             Target("value", index)
-    for pair in (
-        (Target("value", "all"), Target("value", 1)),
-        ("value", Target("value")),
-        (Target("value"), None),
+    with pytest.raises(
+        ValueError, match="a list of indices names at least one output, and this one is empty"
     ):
-        with pytest.raises(TypeError, match="Contrast compares two targets of one output each"):
+        Target("value", [])
+    with pytest.raises(ValueError, match="a list names outputs one by one; for each of them, write index='all'"):
+        Target("value", ["all"])
+    for pair in (("value", Target("value")), (Target("value"), None)):
+        with pytest.raises(TypeError, match="Contrast compares two targets, got"):
             Contrast(*pair)
+    with pytest.raises(
+        TypeError, match="Contrast compares one output with one or with several, got several twice"
+    ):
+        Contrast(Target("value", "all"), Target("value", [0, 1]))
     with pytest.raises(TypeError, match="a target is a Target, a Contrast, a key or a callable, got int"):
         LRP("epsilon_plus", target=5)
     with pytest.raises(TypeError, match="a target or init_attr_targets, not both"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -19,14 +19,18 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
 from tdhook.attribution.lrp_helpers.rule import Convention
+from tdhook.graphs import Compile, compile_options
 from tdhook.ledger import Ledger
-from tdhook.state import modules_of, restored
+from tdhook.state import leaves_of, modules_of, restored
 from tdhook.targets import Seeds
 
 if TYPE_CHECKING:
     from tdhook.explained import ExplainedModule
 
 __all__ = ["Attribution", "Conditions", "InKeys", "Model", "Prepared", "Record"]
+
+# What layers of fixed rank raise.
+_OF_SHAPE = (RuntimeError, ValueError, IndexError, AssertionError)
 
 InKeys: TypeAlias = "Sequence[NestedKey] | Mapping[NestedKey, NestedKey]"
 
@@ -94,10 +98,10 @@ class Model:
         try:
             with restored(self.root, always=False):
                 written = self._written(td.copy())
-        except (RuntimeError, ValueError, IndexError) as error:
+        except _OF_SHAPE as error:
             try:
                 written = self._flat(td)
-            except (RuntimeError, ValueError, IndexError):
+            except _OF_SHAPE:
                 raise error from None
             self._flattens[axes] = True
             return written, True
@@ -134,9 +138,12 @@ class Record:
     modules: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[NestedKey, Tensor] = field(default_factory=dict)
 
-    def shaped(self, value: Tensor) -> Tensor:
-        """A value from inside the model in the batch shape of the TensorDict."""
-        return value.reshape(*self.outputs.batch_size, *value.shape[1:]) if self.flat else value
+    def shaped(self, value: Tensor, *, after: bool = False) -> Tensor:
+        """A value from inside the model in the batch shape of the TensorDict; ``after`` a leading axis if so."""
+        if not self.flat:
+            return value
+        lead = value.shape[:after]
+        return value.reshape(*lead, *self.outputs.batch_size, *value.shape[after + 1 :])
 
 
 @dataclass(frozen=True)
@@ -183,6 +190,9 @@ class Attribution(ABC):
         use_inputs: whether inputs get relevance.
         input_modules: paths of modules whose outputs get relevance, under ``(attribution_key, path)``.
         target_modules: paths of modules whose outputs may be explained, as if they were keys.
+        compile: whether to run as one graph, by ``torch.compile``; or its mode, or its options.
+        memory_budget: bytes that the gradients of several targets may take together; as many targets as fit share one
+            backward pass.
     """
 
     def __init__(
@@ -193,6 +203,8 @@ class Attribution(ABC):
         use_inputs: bool = True,
         input_modules: Sequence[str] | None = None,
         target_modules: Sequence[str] | None = None,
+        compile: Compile = False,
+        memory_budget: int = 2**30,
     ) -> None:
         if isinstance(attribute, str) and attribute != "all":
             raise ValueError(
@@ -205,6 +217,8 @@ class Attribution(ABC):
         self.use_inputs = use_inputs
         self.input_modules = tuple(input_modules or ())
         self.target_modules = tuple(target_modules or ())
+        self.compile = compile_options(compile)
+        self.memory_budget = memory_budget
 
     def prepare(
         self,
@@ -257,13 +271,23 @@ class Attribution(ABC):
     def relevance(self, state: Any, value: Tensor, grad: Tensor, flow: Convention) -> Tensor:
         """The relevance of ``value``, given what the backward pass brought to it."""
 
+    def reads_signs(self, state: Any) -> bool:
+        """Whether it spares work to know that no input is negative."""
+        return False
+
     def extra_out_keys(self) -> tuple[NestedKey, ...]:
         """Keys that the method writes besides outputs and relevance."""
         return ()
 
-    def differentiable(self, inputs: TensorDictBase, td: TensorDictBase) -> TensorDictBase:
-        """Those of the inputs that are attributed, as the leaves of the graph."""
-        return inputs
+    def target_entries(self) -> Sequence[NestedKey] | None:
+        """Entries that say what is explained, besides the keys that are read anyway; ``None`` for any of them."""
+        return ()
+
+    def differentiable(
+        self, work: TensorDictBase, keys: Sequence[NestedKey], td: TensorDictBase
+    ) -> Iterable[tuple[NestedKey, Tensor]]:
+        """Of the entries ``keys`` of ``work``, those that are attributed, with their values."""
+        return [leaf for key in keys for leaf in leaves_of(key, work.get(key))]
 
     def extras(self, record: Record) -> dict[NestedKey, Any]:
         """Further entries to write."""

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdhook.attribution.lrp_helpers.binding import named_tensors
+from tdhook.attribution.lrp_helpers.makers import mark_nonnegative
 from tdhook.balance import balance
+from tdhook.capture import Captured, captured
+from tdhook.conditions import is_assumed_nonnegative
 from tdhook.contexts import Conditions, Model, Record
+from tdhook.diagnosis import is_explainable, why_not_finite
+from tdhook.graphs import Graphs
 from tdhook.ledger import Ledger
 from tdhook.operations.mutation import Mutated
-from tdhook.state import dense_copy, restored
+from tdhook.pullback import PullBack
+from tdhook.state import dense_copy, leaves_of, restored
 from tdhook.targets import Seeds, require_dependence
 
 if TYPE_CHECKING:
@@ -27,6 +33,8 @@ if TYPE_CHECKING:
     from tdhook.contexts import Attribution
 
 __all__ = ["ExplainedModule"]
+
+T = TypeVar("T")
 
 
 class ExplainedModule(TensorDictModuleBase):
@@ -55,22 +63,34 @@ class ExplainedModule(TensorDictModuleBase):
         self._paths = {
             path: model.submodule(path) for path in (*method.input_modules, *method.target_modules)
         }
-        prefix = _parts(method.attribution_key)
-        sources = [*method.attributed_keys(model), *method.input_modules]
+        self._attributed = method.attributed_keys(model)
+        sources = [*self._attributed, *method.input_modules]
         self.in_keys = list(dict.fromkeys([*map(unravel_key, model.runner.in_keys), *method.extra_in_keys()]))
-        self.out_keys = [*model.runner.out_keys, *((*prefix, *_parts(key)) for key in sources)]
-        self.out_keys += method.extra_out_keys()
+        self.out_keys = [*model.runner.out_keys, *map(self._entry, sources), *method.extra_out_keys()]
+        chosen_by = method.target_entries()
+        self._chosen_by = chosen_by and [key for key in chosen_by if key not in self.in_keys]
+        self._pull_back = PullBack(method.memory_budget)
         self._state = method.start(model) if state is None else state
+        self._graphs = Graphs(self, method.compile)
 
     def close(self) -> None:
         """End the module's life: a later call is an error."""
         self._closed = True
+        self._graphs.clear()
 
     def train(self, mode: bool = True) -> ExplainedModule:
         """Set the mode of the model, too."""
         super().train(mode)
         self._model.root.training = mode
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Graphs are made again.
+        return {name: value for name, value in self.__dict__.items() if name != "_graphs"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._graphs = Graphs(self, self._method.compile)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -105,35 +125,58 @@ class ExplainedModule(TensorDictModuleBase):
             td = self.forward(named_tensors(self.in_keys, args, kwargs))
             values = tuple(td.get(key) for key in self.out_keys)
             return values[0] if len(values) == 1 else values
-        self._check(td)
-        with torch.inference_mode(False), torch.enable_grad():
-            written = self._run(td)
+        if torch.compiler.is_compiling():
+            from tdhook.compilation import inline
+
+            written = inline(self, td)
+        elif self._graphs.wanted:
+            from tdhook.compilation import run
+
+            written = run(self, td)
+        else:
+            written = self.explain(td)
         for key, value in written.items():
             td.set(key, value)
         return td
 
-    def _check(self, td: TensorDictBase) -> None:
-        missing = [key for key in self.in_keys if td.get(key, None) is None]
-        if missing:
-            known = ", ".join(sorted(map(str, td.keys(True, True)))) or "nothing"
-            raise KeyError(
-                f"key {missing[0]!r} is missing from the TensorDict, which has {known}; the explained module reads "
-                f"{self.in_keys}"
-            )
-        values = (td.get(key) for key in self.in_keys)
-        if 0 in td.batch_size or any(value.numel() == 0 for value in values if isinstance(value, Tensor)):
-            raise ValueError(
-                f"there is nothing to explain: the TensorDict is empty (batch size {list(td.batch_size)})"
-            )
+    def reads(self, td: TensorDictBase) -> list[NestedKey]:
+        """The entries of ``td`` that a call depends on."""
+        if self._chosen_by is None:
+            return list(td.keys(True, True))
+        return [*self.in_keys, *(key for key in self._chosen_by if key in td)]
 
-    def _run(self, td: TensorDictBase) -> dict[NestedKey, Any]:
-        try:
-            with nullcontext() if self._ran else restored(self._model.root, always=False):
-                written = self._attempt(td)
-        except Mutated:  # the model overwrites tensors: from now on it is run with care
-            written = self._attempt(td)
-        self._ran = True
-        return written
+    def explain(self, td: TensorDictBase) -> dict[NestedKey, Any]:
+        """What a call writes into ``td``, operation by operation."""
+        with torch.inference_mode(False), torch.enable_grad():
+            return self._carefully(lambda: self._attempt(td))
+
+    def rehearse(
+        self, td: TensorDictBase, within: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        """Run the model on its tape, and leave everything as it was.
+
+        Args:
+            td: what to run it on, left as it is.
+            within: makes a context to run it in.
+        """
+
+        def attempt() -> None:
+            with within(), self._forward_pass(td):
+                pass
+
+        with torch.inference_mode(False), torch.enable_grad(), restored(self._model.root):
+            self._carefully(attempt)
+
+    def _carefully(self, attempt: Callable[[], T]) -> T:
+        """Try, and try again where it turns out that the model overwrites tensors: now it is run with more care."""
+        while True:
+            try:
+                with nullcontext() if self._ran else restored(self._model.root, always=False):
+                    result = attempt()
+            except Mutated:
+                continue
+            self._ran = True
+            return result
 
     def _attempt(self, td: TensorDictBase) -> dict[NestedKey, Any]:
         method = self._method
@@ -142,7 +185,11 @@ class ExplainedModule(TensorDictModuleBase):
             sources = self._sources(record)
             relevance = self._relevance(record, sources, seeds, conditions, td)
             accounts = self._accounts(record, sources, seeds, conditions)
-        return {**_entries(record.outputs), **method.extras(record), **relevance, **accounts}
+        written = {
+            key: value.detach() if isinstance(value, Tensor) else value
+            for key, value in record.outputs.items(True, True)
+        }
+        return {**written, **method.extras(record), **relevance, **accounts}
 
     @contextmanager
     def _forward_pass(self, td: TensorDictBase) -> Iterator[tuple[Record, Conditions]]:
@@ -152,7 +199,7 @@ class ExplainedModule(TensorDictModuleBase):
             if conditions.overwrites:
                 for key, value in inputs.items():
                     work.set(key, value.clone())
-            with conditions.forward, self._captured() as (modules, keys):
+            with self._captured() as (modules, keys), conditions.forward:
                 outputs, flat = self._model.run(work)
             if outputs.batch_size != td.batch_size:
                 raise ValueError(
@@ -162,15 +209,109 @@ class ExplainedModule(TensorDictModuleBase):
                 )
             yield Record(inputs, outputs, flat, modules, keys), conditions
 
-    def rehearse(self, td: TensorDictBase) -> None:
-        """Run the model on its tape, and leave everything as it was."""
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            restored(self._model.root),
-            self._forward_pass(td),
-        ):
-            pass
+    def _captured(self) -> AbstractContextManager[Captured]:
+        attribute = self._method.attribute
+        if not self._paths and attribute is None:
+            return nullcontext(({}, {}))
+        return captured(self._paths, self._model.runner, attribute)
+
+    def _leaves(self, td: TensorDictBase) -> tuple[TensorDictBase, dict[NestedKey, Tensor]]:
+        """A shallow copy of ``td`` in which attributed inputs are leaves of a new graph."""
+        work = self._readable(td)
+        inputs: dict[NestedKey, Tensor] = {}
+        if not self._method.use_inputs:
+            return work, inputs
+        for key, value in self._method.differentiable(work, self._model.attributed, td):
+            if value.is_floating_point():
+                inputs[key] = value.detach().requires_grad_()
+                if is_assumed_nonnegative(key):
+                    mark_nonnegative(inputs[key])
+                work.set(key, inputs[key])
+            else:
+                self._tell_once(key, value)
+        if not inputs and not self._method.input_modules and self._method.attribute is None:
+            raise ValueError(
+                f"none of the inputs ({', '.join(map(repr, self._model.attributed))}) is floating-point, so none can "
+                "have relevance; name the module that embeds them in input_modules"
+            )
+        return work, inputs
+
+    def _readable(self, td: TensorDictBase) -> TensorDictBase:
+        """A shallow copy of ``td``; what the model reads is there, not empty, and off the caller's graph."""
+        empty = 0 in td.batch_size
+        work = td.copy() if empty else dense_copy(td)
+        for key in self.in_keys:
+            found = work.get(key, None)
+            if found is None:
+                known = ", ".join(sorted(map(str, td.keys(True, True)))) or "nothing"
+                raise KeyError(
+                    f"key {key!r} is missing from the TensorDict, which has {known}; the explained module reads "
+                    f"{self.in_keys}"
+                )
+            for name, value in leaves_of(key, found):
+                empty = empty or value.numel() == 0
+                if value.is_inference() and not torch.compiler.is_compiling():
+                    work.set(name, value.clone())  # else it could not be saved for the backward pass
+                elif value.requires_grad:
+                    work.set(name, value.detach())
+        if empty:
+            raise ValueError(
+                f"there is nothing to explain: the TensorDict is empty (batch size {list(td.batch_size)})"
+            )
+        return work
+
+    def _tell_once(self, key: NestedKey, value: Tensor) -> None:
+        if key not in self._told:
+            self._told.add(key)
+            entry = self._entry(key)
+            self.out_keys = [known for known in self.out_keys if known != entry]
+            warnings.warn(
+                f"input {key!r} is {value.dtype}, which has no gradient: it gets no relevance entry",
+                stacklevel=2,
+            )
+
+    def _entry(self, key: NestedKey) -> tuple[str, ...]:
+        """Where the relevance of a key is written."""
+        return (*_parts(self._method.attribution_key), *_parts(key))
+
+    def _sources(self, record: Record) -> dict[NestedKey, Tensor]:
+        """The tensors whose relevance is asked for, by the key to write it under."""
+        method = self._method
+        found = {**record.keys, **record.inputs}
+        wanted = list(self._attributed)
+        if method.attribute == "all":
+            wanted += [key for key in record.keys if key not in wanted]
+        sources: dict[NestedKey, Tensor] = {key: found[key] for key in wanted if key in found}
+        sources.update({(path,): record.modules[path] for path in method.input_modules})
+        return {key: value for key, value in sources.items() if value.requires_grad}
+
+    def _relevance(
+        self,
+        record: Record,
+        sources: dict[NestedKey, Tensor],
+        seeds: Seeds,
+        conditions: Conditions,
+        td: TensorDictBase,
+    ) -> dict[NestedKey, Tensor]:
+        """Run the backward pass."""
+        require_dependence(seeds, sources, [z.requires_grad for z in seeds.tensors])
+        for key, z, grad in zip(seeds.keys, seeds.tensors, seeds.grads, strict=True):
+            if not is_explainable(z, grad):
+                raise ValueError(why_not_finite(self._model, self.in_keys, key, td))
+        pulled = self._pull_back(seeds, list(sources.values()), keep=conditions.ledger is not None)
+        require_dependence(seeds, sources, [any(grad is not None for grad in pulled)])
+        written: dict[NestedKey, Tensor] = {}
+        several = seeds.several
+        for (key, value), grad in zip(sources.items(), pulled, strict=True):
+            shape = value.shape if several is None else (several, *value.shape)
+            arrived = value.new_zeros(shape) if grad is None else grad.detach()
+            relevance = self._method.relevance(self._state, value.detach(), arrived, conditions.flow)
+            if record.flat and key not in record.inputs:
+                relevance = record.shaped(relevance, after=several is not None)
+            if several is not None:
+                relevance = relevance.movedim(0, record.outputs.batch_dims)
+            written[self._entry(key)] = relevance
+        return written
 
     def _accounts(
         self, record: Record, sources: dict[NestedKey, Tensor], seeds: Seeds, conditions: Conditions
@@ -198,192 +339,6 @@ class ExplainedModule(TensorDictModuleBase):
             )
         return ledger_table(self.ledger)
 
-    def _leaves(self, td: TensorDictBase) -> tuple[TensorDictBase, dict[NestedKey, Tensor]]:
-        """A shallow copy of ``td`` in which attributed inputs are leaves of a new graph."""
-        work = dense_copy(td)
-        inputs: dict[NestedKey, Tensor] = {}
-        for key, value in list(work.items(True, True)):
-            if isinstance(value, Tensor):
-                work.set(key, _usable(value))
-        if not self._method.use_inputs:
-            return work, inputs
-        candidates = work.select(*self._model.attributed)
-        for key, value in self._method.differentiable(candidates, td).items(True, True):
-            if not isinstance(value, Tensor):
-                continue
-            if not value.is_floating_point():
-                self._tell_once(key, value)
-                continue
-            inputs[key] = value.detach().requires_grad_()
-            work.set(key, inputs[key])
-        if not inputs and not self._method.input_modules and self._method.attribute is None:
-            raise ValueError(
-                f"none of the inputs ({', '.join(map(repr, self._model.attributed))}) is floating-point, so none can "
-                "have relevance; name the module that embeds them in input_modules"
-            )
-        return work, inputs
-
-    def _tell_once(self, key: NestedKey, value: Tensor) -> None:
-        if key not in self._told:
-            self._told.add(key)
-            entry = (*_parts(self._method.attribution_key), *_parts(key))
-            self.out_keys = [known for known in self.out_keys if known != entry]
-            warnings.warn(
-                f"input {key!r} is {value.dtype}, which has no gradient: it gets no relevance entry",
-                stacklevel=2,
-            )
-
-    @contextmanager
-    def _captured(self) -> Iterator[tuple[dict[str, Tensor], dict[NestedKey, Tensor]]]:
-        """Collect outputs of the modules and keys whose relevance is asked for."""
-        modules: dict[str, Tensor] = {}
-        keys: dict[NestedKey, Tensor] = {}
-        handles = [m.register_forward_hook(_capture_output(path, modules)) for path, m in self._paths.items()]
-        attribute = self._method.attribute
-        if attribute is not None:
-            for module in self._model.runner.modules():
-                if isinstance(module, TensorDictModuleBase):
-                    handles.append(module.register_forward_hook(_capture_keys(attribute, keys)))
-        try:
-            yield modules, keys
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _sources(self, record: Record) -> dict[NestedKey, Tensor]:
-        """The tensors whose relevance is asked for, by the key to write it under."""
-        method = self._method
-        found = {**record.keys, **record.inputs}
-        wanted = list(method.attributed_keys(self._model))
-        if method.attribute == "all":
-            wanted += [key for key in record.keys if key not in wanted]
-        sources: dict[NestedKey, Tensor] = {key: found[key] for key in wanted if key in found}
-        sources.update({(path,): record.modules[path] for path in method.input_modules})
-        return {key: value for key, value in sources.items() if value.requires_grad}
-
-    def _relevance(
-        self,
-        record: Record,
-        sources: dict[NestedKey, Tensor],
-        seeds: Seeds,
-        conditions: Conditions,
-        td: TensorDictBase,
-    ) -> dict[NestedKey, Tensor]:
-        """Run the backward pass."""
-        method = self._method
-        require_dependence(seeds, sources, [z.requires_grad for z in seeds.tensors])
-        if not torch.compiler.is_compiling():
-            for key, z, grad in zip(seeds.keys, seeds.tensors, seeds.grads, strict=True):
-                # Outputs that are not explained may be infinite, as masked logits are.
-                explained = torch.where(grad == 0, 0.0, z.detach())
-                if not bool((grad.isfinite() & explained.isfinite()).all()):
-                    raise ValueError(self._not_finite(key, td))
-        rounds = range(seeds.several) if seeds.several else (None,)
-        pulled = [
-            torch.autograd.grad(
-                seeds.tensors,
-                list(sources.values()),
-                [grad if i is None else grad[i] for grad in seeds.grads],
-                retain_graph=conditions.ledger is not None or (i is not None and i != rounds[-1]),
-                allow_unused=True,
-            )
-            for i in rounds
-        ]
-        require_dependence(seeds, sources, [any(g is not None for grads in pulled for g in grads)])
-        prefix = _parts(method.attribution_key)
-        written: dict[NestedKey, Tensor] = {}
-        for i, (key, value) in enumerate(sources.items()):
-            grads = (torch.zeros_like(value) if each[i] is None else each[i].detach() for each in pulled)
-            relevance = [
-                method.relevance(self._state, value.detach(), grad, conditions.flow) for grad in grads
-            ]
-            if key not in record.inputs:
-                relevance = [record.shaped(r) for r in relevance]
-            path = (*prefix, *_parts(key))
-            written[path] = (
-                relevance[0]
-                if seeds.several is None
-                else torch.stack(relevance, dim=record.outputs.batch_dims)
-            )
-        return written
-
-    def _not_finite(self, target: NestedKey, td: TensorDictBase) -> str:
-        for key in self.in_keys:
-            value = td.get(key)
-            if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
-                count = int((~value.isfinite()).sum())
-                return f"input {key!r} has {count} NaN or infinite values among its {value.numel()}"
-        culprit = self._culprit(td)
-        return (
-            f"the value of the target {target!r} is NaN or infinite though all inputs are finite: {culprit}"
-        )
-
-    def _culprit(self, td: TensorDictBase) -> str:
-        """The first module whose output is not finite."""
-        found: list[str] = []
-
-        def watch(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                if isinstance(output, Tensor) and not found and not bool(output.isfinite().all()):
-                    found.append(
-                        f"module {name!r} ({type(module).__name__}) is the first to return such a value"
-                    )
-
-            return hook
-
-        with ExitStack() as stack, torch.no_grad():
-            for name, module in self._model.root.named_modules():
-                stack.callback(module.register_forward_hook(watch(name)).remove)
-            with restored(self._model.root):
-                self._model.run(dense_copy(td))
-        return found[0] if found else "it arises outside of any module"
-
 
 def _parts(key: NestedKey) -> tuple[str, ...]:
     return (key,) if isinstance(key, str) else tuple(key)
-
-
-def _usable(value: Tensor) -> Tensor:
-    """The value, off the caller's graph; what was made in inference mode has to be copied to be saved for backward."""
-    if not torch.compiler.is_compiling() and value.is_inference():
-        return value.clone()
-    return value.detach() if value.requires_grad else value
-
-
-def _entries(td: TensorDictBase) -> dict[NestedKey, Any]:
-    return {
-        key: value.detach() if isinstance(value, Tensor) else value for key, value in td.items(True, True)
-    }
-
-
-def _capture_output(path: str, found: dict[str, Tensor]) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"module {path!r} ({type(module).__name__}) returned {type(output).__name__}; only modules that return "
-                "one tensor can be attributed or explained by path"
-            )
-        if not output.requires_grad and output.is_floating_point():
-            output = output.detach().requires_grad_()
-        found[path] = output
-        return output
-
-    return hook
-
-
-def _capture_keys(
-    attribute: tuple[NestedKey, ...] | str, found: dict[NestedKey, Tensor]
-) -> Callable[..., None]:
-    def hook(module: Any, args: Any, output: Any) -> None:
-        if not isinstance(output, TensorDictBase):
-            return
-        for key in map(unravel_key, module.out_keys):
-            value = output.get(key, None)
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                continue
-            if attribute == "all" or key in attribute:
-                found[key] = value if value.requires_grad else value.detach().requires_grad_()
-                if found[key] is not value:  # made of integers by a frozen module: here the graph begins
-                    output.set(key, found[key])
-
-    return hook

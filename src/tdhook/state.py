@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import torch
 from tensordict import LazyStackedTensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams
-from torch import nn
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
 
-__all__ = ["dense_copy", "frozen", "modules_of", "restored"]
+__all__ = ["Slot", "dense_copy", "frozen", "leaves_of", "modules_of", "restored", "slots_of", "swapped"]
+
+Slot: TypeAlias = "tuple[dict[str, Any], str]"
+"""A dictionary that holds a parameter or a buffer, and its name there."""
 
 
 def modules_of(root: nn.Module) -> dict[str, nn.Module]:
@@ -35,6 +40,35 @@ def modules_of(root: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def slots_of(modules: Iterable[nn.Module]) -> tuple[Slot, ...]:
+    """Where the parameters and buffers of some modules are kept, so that they can be looked up and replaced."""
+    found: list[Slot] = []
+    for module in modules:
+        if isinstance(module, TensorDictParams):
+            inside: list[Any] = [module._param_td]
+            while inside:
+                entries = inside.pop()._tensordict
+                inside += [value for value in entries.values() if isinstance(value, TensorDictBase)]
+                found += [(entries, name) for name, value in entries.items() if isinstance(value, Tensor)]
+        else:
+            for registry in (module._parameters, module._buffers):
+                found += [(registry, name) for name, value in registry.items() if value is not None]
+    return tuple(found)
+
+
+@contextmanager
+def swapped(slots: Sequence[Slot], values: Sequence[Tensor]) -> Iterator[None]:
+    """Put other values in the place of parameters and buffers."""
+    kept = [registry[name] for registry, name in slots]
+    try:
+        for (registry, name), value in zip(slots, values, strict=True):
+            registry[name] = value
+        yield
+    finally:
+        for (registry, name), value in zip(slots, kept, strict=True):
+            registry[name] = value
+
+
 @contextmanager
 def restored(root: nn.Module, *, always: bool = True) -> Iterator[None]:
     """Put back the buffers of a model and the random state afterwards, always or only where the block raised."""
@@ -44,38 +78,64 @@ def restored(root: nn.Module, *, always: bool = True) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    on_cuda = torch.cuda.is_initialized()
-    random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_cuda else []
+    random = [] if torch.compiler.is_compiling() else [torch.get_rng_state()]  # a graph keeps its own
+    if random and torch.cuda.is_initialized():
+        random += torch.cuda.get_rng_state_all()
     put_back = True
     try:
         yield
         put_back = always
     finally:
         if put_back:
-            torch.set_rng_state(random[0])
-            if on_cuda:
-                torch.cuda.set_rng_state_all(random[1])
+            if random:
+                torch.set_rng_state(random[0])
+            if random[1:]:
+                torch.cuda.set_rng_state_all(random[1:])
             with torch.no_grad():
                 for registry, name, buffer, value in buffers:
                     registry[name] = buffer.copy_(value)
 
 
-@contextmanager
-def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Take the parameters off the tape, so that only what depends on the inputs is on it."""
-    thawed: list[torch.Tensor] = []
-    for module in modules:
-        own = module.parameters() if isinstance(module, TensorDictParams) else module._parameters.values()
-        thawed += [p for p in own if p is not None and p.requires_grad and p.is_leaf]
-    try:
-        for parameter in thawed:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in thawed:
+class frozen:
+    """Takes the parameters of modules off the tape, so that only what depends on the inputs is on it."""
+
+    __slots__ = ("_modules", "_thawed")
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = modules
+        self._thawed: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        for module in self._modules:
+            own = module._parameters
+            if not own:
+                continue
+            values = module.parameters() if isinstance(module, TensorDictParams) else own.values()
+            for parameter in values:
+                if parameter is not None and parameter.requires_grad and parameter.is_leaf:
+                    self._thawed.append(parameter)
+                    parameter.requires_grad_(False)
+
+    def __exit__(self, *exception: object) -> None:
+        for parameter in self._thawed:
             parameter.requires_grad_(True)
 
 
 def dense_copy(td: TensorDictBase) -> TensorDictBase:
     """A copy with the same tensors; a lazy stack is stacked once, so that reading an entry twice gives one tensor."""
     return td.contiguous() if isinstance(td, LazyStackedTensorDict) else td.copy()
+
+
+def leaves_of(key: NestedKey, value: Any) -> Iterable[tuple[NestedKey, Tensor]]:
+    """The tensors of an entry: itself, or those below it where it is a TensorDict."""
+    if isinstance(value, Tensor):
+        return ((key, value),)
+    if not isinstance(value, TensorDictBase):
+        return ()
+    prefix = (key,) if isinstance(key, str) else key
+    below = value.items(True, True)
+    return [
+        ((*prefix, *((name,) if isinstance(name, str) else name)), leaf)
+        for name, leaf in below
+        if isinstance(leaf, Tensor)
+    ]

@@ -15,6 +15,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.attribution.lrp_helpers.rule import Convention
+from tdhook.conditions import holds
 
 __all__ = ["Contrast", "Key", "Seeds", "Target", "TargetLike", "as_seeder", "require_dependence"]
 
@@ -36,7 +37,8 @@ class Seeds:
     Attributes:
         keys: names of the explained tensors, for error messages.
         tensors: the explained tensors, on the graph.
-        grads: what flows into each, in the convention of the flow; with ``several`` there is one more leading axis.
+        grads: what flows into each, in the convention of the flow, of the shape of the tensor; with ``several`` there
+            is one more leading axis.
         several: how many explanations are asked for at once, ``None`` for a single one.
     """
 
@@ -47,7 +49,8 @@ class Seeds:
 
 
 Seeder: TypeAlias = Callable[[TensorDictBase, TensorDictBase, Convention], Seeds]
-Index: TypeAlias = "int | str | tuple[Any, ...] | Key | Tensor | None"
+OneIndex: TypeAlias = "int | str | tuple[Any, ...] | Key | Tensor | None"
+Index: TypeAlias = "OneIndex | list[Any]"
 
 
 def _output(outputs: TensorDictBase, key: NestedKey) -> Tensor:
@@ -66,9 +69,13 @@ def _output(outputs: TensorDictBase, key: NestedKey) -> Tensor:
 def _seed(z: Tensor, weight: Tensor, flow: Convention) -> Tensor:
     """The seed of ``weight`` units of output ``z``: the weight, or the relevance ``weight * z``.
 
-    Outputs of weight zero may be infinite (masked logits) and still have no relevance.
+    Outputs of weight zero may be infinite (masked logits) and still have no relevance. A weight may be a truth value.
     """
-    return weight if flow == "gradient" else torch.where(weight == 0, 0.0, weight * z.detach())
+    if flow == "gradient":
+        return weight.to(z.dtype)
+    if weight.dtype is torch.bool:
+        return z.detach().masked_fill(~weight, 0.0)
+    return (weight * z.detach()).masked_fill(weight == 0, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +87,9 @@ class Target:
         index: which of its last axis: ``None`` for the whole output as its own relevance; ``"argmax"``; an ``int``, or
             ``ints`` for the last axes; a tensor of indices (``[*batch]`` or ``[*batch, 1]``) or one-hot (the output's
             shape); ``"action"`` for the TensorDict entry of that name, one-hot or categorical, written by the module or
-            else given; any other entry as a tuple key or :class:`Key`; ``"all"`` for each output separately, which
-            gives relevance of shape ``[*batch, outputs, *features]``.
+            else given; any other entry as a tuple key or :class:`Key`. Several are explained at once, each separately,
+            which gives relevance of shape ``[*batch, outputs, *features]``: a list of these, or ``"all"`` for each
+            output (where one is masked by minus infinity it has no relevance).
 
     Raises:
         KeyError: the module did not write the key, or the entry of the index is missing.
@@ -94,21 +102,39 @@ class Target:
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", unravel_key(self.key))
         index = self.index
-        if isinstance(index, str) and index not in ("argmax", "action", "all"):
-            raise ValueError(
-                f"index={index!r} is none of 'argmax', 'action', 'all'; to take the index from a TensorDict entry, "
-                f"write Key({index!r})"
-            )
-        if isinstance(index, bool) or not isinstance(index, int | str | tuple | Key | Tensor | None):
-            raise TypeError(f"index is None, an int, a string, a key or a tensor; got {type(index).__name__}")
+        if isinstance(index, list):
+            if not index:
+                raise ValueError("a list of indices names at least one output, and this one is empty")
+            if "all" in [one for one in index if isinstance(one, str)]:
+                raise ValueError("a list names outputs one by one; for each of them, write index='all'")
+            for one in index:
+                _check_index(one)
+            object.__setattr__(self, "index", list(index))
+        elif not isinstance(index, str) or index != "all":
+            _check_index(index)
+
+    @property
+    def several(self) -> bool:
+        """Whether it explains several outputs separately."""
+        return isinstance(self.index, list) or (isinstance(self.index, str) and self.index == "all")
+
+    @property
+    def entries(self) -> list[NestedKey]:
+        """The entries of the TensorDict that hold its indices."""
+        found: list[NestedKey] = []
+        for index in self.index if isinstance(self.index, list) else [self.index]:
+            if isinstance(index, Key):
+                found.append(index.key)
+            elif isinstance(index, tuple) and not all(isinstance(i, int) for i in index):
+                found.append(unravel_key(index))
+            elif isinstance(index, str) and index == "action":
+                found.append(index)
+        return found
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Target):
             return NotImplemented
-        if isinstance(self.index, Tensor) or isinstance(other.index, Tensor):
-            same = isinstance(self.index, Tensor) and isinstance(other.index, Tensor)
-            return self.key == other.key and same and torch.equal(self.index, other.index)  # type: ignore[arg-type]
-        return (self.key, self.index) == (other.key, other.index)
+        return self.key == other.key and _same_index(self.index, other.index)
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -116,33 +142,37 @@ class Target:
     def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
         """The seeds for this target."""
         z = _output(outputs, self.key)
-        if self.index == "all" and isinstance(self.index, str):
-            event = z.shape[outputs.batch_dims :]
-            count = event.numel()
-            eye = torch.eye(count, dtype=z.dtype, device=z.device).reshape(
-                count, *(1,) * outputs.batch_dims, *event
-            )
-            weight = eye.expand(count, *z.shape)
-            return Seeds([self.key], [z], [_seed(z, weight, flow)], count)
-        return Seeds([self.key], [z], [_seed(z, self.weight(z, outputs, inputs), flow)])
+        weight = self.weight(z, outputs, inputs)
+        return Seeds([self.key], [z], [_seed(z, weight, flow)], len(weight) if self.several else None)
 
     def weight(self, z: Tensor, outputs: TensorDictBase, inputs: TensorDictBase) -> Tensor:
-        """One where ``z`` is explained and zero elsewhere, of the shape of ``z``."""
-        if self.index is None:
-            return torch.ones_like(z)
+        """Where ``z`` is explained: truth values of the shape of ``z``, after a leading axis if there are several."""
+        index = self.index
+        if isinstance(index, list):
+            return torch.stack([self._one(one, z, outputs, inputs) for one in index])
+        if not self.several:
+            return self._one(index, z, outputs, inputs)
+        event = z.shape[outputs.batch_dims :]
+        count = event.numel()
+        eye = torch.eye(count, dtype=torch.bool, device=z.device)
+        return eye.reshape(count, *(1,) * outputs.batch_dims, *event) & (z.detach() != -torch.inf)
+
+    def _one(self, index: OneIndex, z: Tensor, outputs: TensorDictBase, inputs: TensorDictBase) -> Tensor:
+        if index is None:
+            return torch.ones_like(z, dtype=torch.bool)
         if z.dim() == 0 or (z.dim() == outputs.batch_dims and outputs.batch_dims):
             raise IndexError(
                 f"the target {self.key!r} of shape {tuple(z.shape)} has one value per batch element; use index=None"
             )
-        if isinstance(self.index, tuple) and all(isinstance(i, int) for i in self.index):
-            return self._at(z, self.index)
-        if isinstance(self.index, int):
-            return self._at(z, (self.index,))
-        if self.index == "argmax" and isinstance(self.index, str):
-            return _one_hot(z.detach().argmax(-1), z)
-        if isinstance(self.index, Tensor):
-            return self._from_tensor(self.index, z, "the index")
-        key = self.index.key if isinstance(self.index, Key) else unravel_key(self.index)
+        if isinstance(index, int):
+            return self._at(z, (index,))
+        if isinstance(index, Tensor):
+            return self._from_tensor(index, z, "the index")
+        if isinstance(index, tuple) and all(isinstance(i, int) for i in index):
+            return self._at(z, index)
+        if index == "argmax":
+            return _one_hot(z.detach().argmax(-1, keepdim=True), z)
+        key = index.key if isinstance(index, Key) else unravel_key(index)
         entry = outputs.get(key, None)
         if entry is None:
             entry = inputs.get(key, None)
@@ -160,24 +190,24 @@ class Target:
                 raise IndexError(
                     f"target index {i} is out of range for {self.key!r}, which has {size} (shape {tuple(z.shape)})"
                 )
-        weight = torch.zeros_like(z)
+        weight = torch.zeros_like(z, dtype=torch.bool)
         where: tuple[Any, ...] = (..., *index)
-        weight[where] = 1.0
+        weight[where] = True
         return weight
 
     def _from_tensor(self, entry: Tensor, z: Tensor, what: str) -> Tensor:
         entry = entry.to(z.device)
         if entry.shape == z.shape and z.shape[-1] > 1:
             hot = entry != 0
-            if entry.is_floating_point() and not _holds((entry == 0) | (entry == 1)):
+            if entry.is_floating_point() and not holds((entry == 0) | (entry == 1)):
                 raise TypeError(
                     f"{what} is continuous: it picks no output of {self.key!r}; use index=None to explain all of it"
                 )
-            if not _holds(hot.sum(-1) == 1):
+            if not holds(hot.sum(-1) == 1):
                 raise ValueError(
                     f"{what} has the shape of {self.key!r} but is not one-hot along the last axis"
                 )
-            return hot.to(z.dtype)
+            return hot
         if entry.is_floating_point():
             raise TypeError(
                 f"{what} of dtype {entry.dtype} and shape {tuple(entry.shape)} is no index of {self.key!r}"
@@ -193,26 +223,44 @@ class Target:
             ) from None
         count = z.shape[-1]
         inside = (entry >= -count) & (entry < count)
-        if not _holds(inside):
+        if not holds(inside):
             raise IndexError(
                 f"target index {int(entry[~inside][0])} from {what} is out of range for {self.key!r}, which has "
                 f"{count} outputs (shape {tuple(z.shape)})"
             )
-        return _one_hot(entry.long() % count, z)
-
-
-def _holds(condition: Tensor) -> bool:
-    """Whether a check passes for all values; a compiled graph cannot branch on values and takes it as passed."""
-    return torch.compiler.is_compiling() or bool(condition.all())
+        return _one_hot((entry.long() % count).unsqueeze(-1), z)
 
 
 def _one_hot(index: Tensor, z: Tensor) -> Tensor:
-    return torch.zeros_like(z).scatter_(-1, index.unsqueeze(-1), 1.0)
+    return torch.zeros_like(z, dtype=torch.bool).scatter_(-1, index, True)
+
+
+def _check_index(index: Any) -> None:
+    if isinstance(index, str) and index not in ("argmax", "action"):
+        raise ValueError(
+            f"index={index!r} is none of 'argmax', 'action', 'all'; to take the index from a TensorDict entry, "
+            f"write Key({index!r})"
+        )
+    if isinstance(index, bool) or not isinstance(index, int | str | tuple | Key | Tensor | None):
+        raise TypeError(
+            f"index is None, an int, a string, a key or a tensor, or a list of these; got {type(index).__name__}"
+        )
+
+
+def _same_index(a: Any, b: Any) -> bool:
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same_index, a, b))
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    return bool(a == b)
 
 
 @dataclass(frozen=True)
 class Contrast:
     """Why this and not that: the relevance of ``a`` minus that of ``b``.
+
+    Where one of them explains several outputs, the other is compared with each of these, which gives relevance of shape
+    ``[*batch, outputs, *features]``: ``Contrast(Target("q", "argmax"), Target("q", "all"))`` is the best against each.
 
     Args:
         a: the output that is explained.
@@ -225,19 +273,34 @@ class Contrast:
     def __post_init__(self) -> None:
         targets: tuple[Any, ...] = (self.a, self.b)
         for target in targets:
-            if not isinstance(target, Target) or (isinstance(target.index, str) and target.index == "all"):
-                raise TypeError(f"Contrast compares two targets of one output each, got {target!r}")
+            if not isinstance(target, Target):
+                raise TypeError(f"Contrast compares two targets, got {target!r}")
+        if self.a.several and self.b.several:
+            raise TypeError(
+                f"Contrast compares one output with one or with several, got several twice: {self.a!r} and {self.b!r}"
+            )
+
+    @property
+    def entries(self) -> list[NestedKey]:
+        """The entries of the TensorDict that hold indices."""
+        return [*self.a.entries, *self.b.entries]
 
     def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
         """The seeds for this contrast."""
+        several: int | None = None
         weights: dict[NestedKey, Tensor] = {}
         for target, sign in ((self.a, 1.0), (self.b, -1.0)):
             z = _output(outputs, target.key)
-            weight = sign * target.weight(z, outputs, inputs)
+            weight = target.weight(z, outputs, inputs).to(z.dtype)
+            if target.several:
+                several = len(weight)
+            weight = sign * weight
             weights[target.key] = weights[target.key] + weight if target.key in weights else weight
         tensors = [_output(outputs, key) for key in weights]
         grads = [_seed(z, weight, flow) for z, weight in zip(tensors, weights.values(), strict=True)]
-        return Seeds(list(weights), tensors, grads)
+        if several is not None:
+            grads = [grad.expand(several, *z.shape) for grad, z in zip(grads, tensors, strict=True)]
+        return Seeds(list(weights), tensors, grads, several)
 
 
 TargetFn: TypeAlias = Callable[[TensorDictBase, TensorDictBase], TensorDictBase]

@@ -15,14 +15,16 @@ from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
+from tdhook.attribution.lrp_helpers.propagation import PropagationRule
 from tdhook.attribution.lrp_helpers.rule import Convention, Rule
 from tdhook.attribution.lrp_helpers.types import Linear
 from tdhook.composites import Composite, Pairs, preset
 from tdhook.contexts import Attribution, Conditions, InKeys, Model, Record
+from tdhook.graphs import Compile
 from tdhook.ledger import Ledger
 from tdhook.operations.mutation import Mutated, was_overwritten
 from tdhook.plans import Merge, Plan, make_plan, observe
-from tdhook.targets import Seeds, TargetLike, as_seeder
+from tdhook.targets import Contrast, Seeds, Target, TargetLike, as_seeder
 
 __all__ = ["LRP"]
 
@@ -69,6 +71,12 @@ class LRP(Attribution):
         ledger: whether to account for all relevance, per batch element: ``("ledger", "target")`` is what was put in,
             ``("ledger", "inputs")`` what arrived, ``("ledger", "absorbed")`` what rules kept on purpose, and
             ``("ledger", "gap")`` what was lost or made. It takes two more backward passes for each 128 batch elements.
+        compile: whether to run as one graph: ``True``, or a mode or a dictionary of options of ``torch.compile``. The
+            first call compiles, which takes seconds; where that cannot be done a warning says why, once.
+        memory_budget: bytes that the gradients of several targets (``index="all"``) may take together, counted as four
+            times the largest of them; as many targets as fit share one backward pass.
+        cache_weights: whether the weights that rules modify (large ones, on the CPU) are kept from call to call, until
+            the parameters change: as much memory again as those, for each modification.
 
     With a composite, modules that it leaves open are entered, and each operation in them that it leaves open has the
     obvious rule (:mod:`tdhook.operations.table`). What is written is relevance in either flow (but for modified
@@ -101,6 +109,9 @@ class LRP(Attribution):
         skip_modules: Callable[[str, nn.Module], bool] | None = None,
         on_unmatched: Literal["warn", "raise", "ignore"] = "warn",
         ledger: bool = False,
+        compile: Compile = False,
+        memory_budget: int = 2**30,
+        cache_weights: bool = True,
     ) -> None:
         super().__init__(
             attribute=attribute,
@@ -108,7 +119,11 @@ class LRP(Attribution):
             use_inputs=use_inputs,
             input_modules=input_modules,
             target_modules=target_modules,
+            compile=compile,
+            memory_budget=memory_budget,
         )
+        if ledger and self.compile is not None:
+            raise ValueError("a ledger cannot be compiled: leave out ledger=True or compile")
         if composite is not None and rule_mapper is not None:
             raise TypeError("give LRP a composite or a rule_mapper, not both")
         if target is not None and init_attr_targets is not None:
@@ -119,6 +134,7 @@ class LRP(Attribution):
             raise ValueError(f"on_unmatched is 'warn', 'raise' or 'ignore', got {on_unmatched!r}")
         self.on_unmatched = on_unmatched
         self.ledger = ledger
+        self.cache_weights = cache_weights
         self.composite = None if composite is None else _as_composite(composite)
         self.rule_mapper = rule_mapper
         self.target = target
@@ -166,12 +182,7 @@ class LRP(Attribution):
             plain = copy.copy(self)
             plain.ledger = False
             explained = ExplainedModule(plain, model, _State(plan, executed=True))
-            try:
-                with plan.watched():
-                    explained.rehearse(td)
-            except Mutated:  # now it is known that the model overwrites tensors
-                with plan.watched():
-                    explained.rehearse(td)
+            explained.rehearse(td, plan.watched)
         return plan
 
     def extra_in_keys(self) -> tuple[NestedKey, ...]:
@@ -202,6 +213,7 @@ class LRP(Attribution):
             flow=self.flow,
             merge_batch_norm=self.merge_batch_norm,
             unmatched=_Unmatched(self.on_unmatched),
+            cache_weights=self.cache_weights,
         )
 
     def _complain(self, plan: Plan) -> None:
@@ -255,17 +267,30 @@ class LRP(Attribution):
         plan.interception.observer = ledger = Ledger()
         return ledger
 
+    def reads_signs(self, state: _State) -> bool:
+        """Rules that treat contributions by their sign skip terms."""
+        return any(isinstance(row.rule, PropagationRule) and row.rule.needs_sign for row in state.plan.rows)
+
     def extra_out_keys(self) -> tuple[NestedKey, ...]:
         """Those of the ledger."""
         return (
             tuple(("ledger", name) for name in ("target", "inputs", "absorbed", "gap")) if self.ledger else ()
         )
 
-    def differentiable(self, inputs: TensorDictBase, td: TensorDictBase) -> TensorDictBase:
+    def target_entries(self) -> Sequence[NestedKey] | None:
+        """Those that hold indices; what a function reads is not known."""
+        if self.target is None or isinstance(self.target, str | tuple):
+            return ()
+        return self.target.entries if isinstance(self.target, Target | Contrast) else None
+
+    def differentiable(
+        self, work: TensorDictBase, keys: Sequence[NestedKey], td: TensorDictBase
+    ) -> Iterable[tuple[NestedKey, Tensor]]:
         """Let ``init_attr_inputs`` choose among the inputs."""
         if self.init_attr_inputs is None:
-            return inputs
-        return _tensordict(self.init_attr_inputs(inputs, self._extra(td)), "init_attr_inputs")
+            return super().differentiable(work, keys, td)
+        chosen = _tensordict(self.init_attr_inputs(work.select(*keys), self._extra(td)), "init_attr_inputs")
+        return [(key, value) for key, value in chosen.items(True, True) if isinstance(value, Tensor)]
 
     def seeds(self, record: Record, td: TensorDictBase, flow: Convention) -> Seeds:
         """Start from the target, or from what the initialisers say."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tdhook.attribution.lrp_helpers.tape import Identity, maker_of, unwrapped
 
-__all__ = ["is_nonnegative", "made_by"]
+__all__ = ["is_nonnegative", "made_by", "mark_nonnegative"]
 
 _MOVES = (
     *(
@@ -41,11 +41,14 @@ def made_by(x: Tensor, names: Set[str]) -> bool:
 
 def is_nonnegative(x: Tensor) -> bool:
     """Whether ``x`` cannot be negative, since a ReLU made it, say."""
-    return _made_by(x, _NONNEGATIVE, _KEEPS_SIGN)
+    return _made_by(x, _NONNEGATIVE, _KEEPS_SIGN, marked=True)
 
 
-def _made_by(x: Tensor, names: Set[str], through: tuple[str, ...]) -> bool:
-    node: Any = unwrapped(x).grad_fn
+def _made_by(x: Tensor, names: Set[str], through: tuple[str, ...], marked: bool = False) -> bool:
+    x = unwrapped(x)
+    node: Any = x.grad_fn
+    if node is None:
+        return marked and hasattr(x, "_nonnegative")
     while node is not None:
         kind = type(node).__name__
         made = maker_of(node)
@@ -56,8 +59,16 @@ def _made_by(x: Tensor, names: Set[str], through: tuple[str, ...]) -> bool:
         if maker.removesuffix("Backward0").lower() in names:
             return True
         identity = made is not None and issubclass(made, Identity)
+        if marked and hasattr(getattr(node, "variable", None), "_nonnegative"):
+            return True
         parents = [parent for parent, _ in node.next_functions if parent is not None]
         if len(parents) != 1 or not (identity or kind.startswith(through)):
             return False
         node = parents[0]
     return False
+
+
+def mark_nonnegative(x: Tensor) -> Tensor:
+    """Note of a leaf of the tape that none of its values is negative."""
+    x._nonnegative = True  # type: ignore[attr-defined]
+    return x

@@ -1,0 +1,54 @@
+"""What must hold of values: found out at once, or, while a graph is traced that cannot branch on values, afterwards.
+
+And what is known to hold of them beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+__all__ = ["assuming_nonnegative", "deferred", "holds", "is_assumed_nonnegative"]
+
+_NONNEGATIVE: ContextVar[Collection[NestedKey]] = ContextVar("nonnegative", default=())
+_DEFERRED: ContextVar[list[Tensor] | None] = ContextVar("deferred", default=None)
+
+
+def holds(condition: Tensor) -> bool:
+    """Whether a condition holds for all values. Within :func:`deferred` it is taken to hold, and put on the list."""
+    conditions = _DEFERRED.get()
+    if conditions is None:
+        return torch.compiler.is_compiling() or bool(condition.all())
+    conditions.append(condition.all())
+    return True
+
+
+@contextmanager
+def assuming_nonnegative(keys: Collection[NestedKey]) -> Iterator[None]:
+    """Take the values of these inputs to be non-negative."""
+    token = _NONNEGATIVE.set(keys)
+    try:
+        yield
+    finally:
+        _NONNEGATIVE.reset(token)
+
+
+def is_assumed_nonnegative(key: NestedKey) -> bool:
+    """Whether the values of an input are taken to be non-negative."""
+    return key in _NONNEGATIVE.get()
+
+
+@contextmanager
+def deferred() -> Iterator[list[Tensor]]:
+    """List the conditions that are met with, for whoever can look at them later."""
+    conditions: list[Tensor] = []
+    token = _DEFERRED.set(conditions)
+    try:
+        yield conditions
+    finally:
+        _DEFERRED.reset(token)

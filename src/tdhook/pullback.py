@@ -1,0 +1,114 @@
+"""The backward pass of an explanation: one for a single target, or one for as many of several as fit into memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tdhook.targets import Seeds
+
+__all__ = ["PullBack"]
+
+# What comes in, what goes out, and two that a rule makes in between.
+_LIVE = 4
+
+
+class PullBack:
+    """Pulls seeds back to the sources of an explanation.
+
+    Args:
+        budget: bytes that the gradients of several targets may take together.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._batches = True
+        self._tried = False
+
+    def __call__(self, seeds: Seeds, sources: Sequence[Tensor], *, keep: bool = False) -> list[Tensor | None]:
+        """What arrives at each source, ``None`` where nothing does; with several targets after a leading axis.
+
+        Args:
+            seeds: where the backward pass starts.
+            sources: where it ends.
+            keep: whether the graph is needed again.
+        """
+        if seeds.several is None:
+            return _pull(seeds.tensors, sources, seeds.grads, keep=keep)
+        if seeds.several == 0:
+            return [x.new_empty(0, *x.shape) for x in sources]
+        size = self._at_once(seeds) if self._batches else 1
+        found = []
+        for start in range(0, seeds.several, size):
+            last = start + size >= seeds.several
+            grads = [grad[start : start + size] for grad in seeds.grads]
+            found.append(self._part(seeds.tensors, sources, grads, keep=keep or not last))
+        if len(found) == 1:
+            return found[0]
+        return [None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True)]
+
+    def _part(
+        self, tensors: list[Tensor], sources: Sequence[Tensor], grads: list[Tensor], *, keep: bool
+    ) -> list[Tensor | None]:
+        if len(grads[0]) > 1 and self._batches:
+            try:
+                pulled = _pull_batched(tensors, sources, grads, keep=keep or not self._tried)
+            except RuntimeError:  # a backward pass that cannot be batched
+                self._batches = False
+            else:
+                self._tried = True
+                return pulled
+        rows = range(len(grads[0]))
+        each = [
+            _pull(tensors, sources, [grad[i] for grad in grads], keep=keep or i != rows[-1]) for i in rows
+        ]
+        return [None if row[0] is None else torch.stack(row) for row in zip(*each, strict=True)]
+
+    def _at_once(self, seeds: Seeds) -> int:
+        """How many targets fit into the budget, by the largest gradient on their way."""
+        assert seeds.several is not None
+        each = _LIVE * max(_largest(seeds.tensors), *(grad[0].nbytes for grad in seeds.grads))
+        return max(1, min(seeds.several, self.budget // max(each, 1)))
+
+
+def _pull(
+    tensors: Sequence[Tensor], sources: Sequence[Tensor], grads: Sequence[Tensor], *, keep: bool
+) -> list[Tensor | None]:
+    return list(torch.autograd.grad(tensors, sources, grads, retain_graph=keep, allow_unused=True))
+
+
+def _pull_batched(
+    tensors: Sequence[Tensor], sources: Sequence[Tensor], grads: Sequence[Tensor], *, keep: bool
+) -> list[Tensor | None]:
+    """One backward pass for all rows of ``grads``, vectorised."""
+    reached: list[bool] = []
+
+    def one(*row: Tensor) -> tuple[Tensor, ...]:
+        pulled = _pull(tensors, sources, row, keep=keep)
+        reached[:] = [grad is not None for grad in pulled]
+        return tuple(grad for grad in pulled if grad is not None)
+
+    with warnings.catch_warnings():
+        # torch loops over what it cannot vectorise (fused attention), and would warn of that.
+        warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented")
+        # What is computed once more, in checkpointed blocks, draws what it drew in the forward pass.
+        found = iter(torch.func.vmap(one, randomness="same")(*grads))
+    return [next(found) if there else None for there in reached]
+
+
+def _largest(tensors: Sequence[Tensor]) -> int:
+    """Bytes of the largest gradient that travels through the graph of some tensors."""
+    found, seen = 0, set()
+    ahead = [z.grad_fn for z in tensors]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for value in node._input_metadata:
+            found = max(found, torch.Size(value.shape).numel() * value.dtype.itemsize)
+        ahead += [before for before, _ in node.next_functions]
+    return found
