@@ -139,9 +139,10 @@ def test_one_tensor_for_each_layer_and_modification():
 
 def test_a_layer_that_is_gone_leaves_nothing():
     net, cache = network(), WeightCache()
-    weight = net[0].weight
-    cache.get(net[0], "change", [weight], lambda: weight.detach() + 1)
-    del net, weight
+    value = net[0].weight.detach() + 1
+    cache.get(net[0], "change", [net[0].weight], lambda: value)
+    assert len(cache._kept) == 1
+    del net
     gc.collect()
     assert len(cache._kept) == 0
 

@@ -302,9 +302,9 @@ class ExplainedModule(TensorDictModuleBase):
         require_dependence(seeds, sources, [any(grad is not None for grad in pulled)])
         written: dict[NestedKey, Tensor] = {}
         several = seeds.several
-        for (key, value), grad in zip(sources.items(), pulled, strict=True):
+        for (key, value), found in zip(sources.items(), pulled, strict=True):
             shape = value.shape if several is None else (several, *value.shape)
-            arrived = value.new_zeros(shape) if grad is None else grad.detach()
+            arrived = value.new_zeros(shape) if found is None else found.detach()
             relevance = self._method.relevance(self._state, value.detach(), arrived, conditions.flow)
             if record.flat and key not in record.inputs:
                 relevance = record.shaped(relevance, after=several is not None)

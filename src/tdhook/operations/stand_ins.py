@@ -77,15 +77,17 @@ def _checkpointed(
     """What surrounds a checkpointed part; it is resumed once the part has run."""
     again = _AGAIN.get()
     if again is None:
-        return (yield from _generator(function, preserve, contexts, *args, **kwargs))
+        yield from _generator(function, preserve, contexts, *args, **kwargs)
+        return
     if again() is None:
-        return (yield)
+        yield
+        return
 
     def both() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         first, second = contexts()
         return first, _Reentered(second, again)
 
-    return (yield from _generator(function, preserve, both, *args, **kwargs))
+    yield from _generator(function, preserve, both, *args, **kwargs)
 
 
 class _Reentered:

@@ -74,8 +74,9 @@ class TapeFunction(Function):
             "forward": staticmethod(forward),
             "setup_context": staticmethod(Function.setup_context),
         }
-        piece: Any = type(cls)(cls.__name__, (cls,), namespace)
-        cls._in_one_piece = super(Function, piece).apply
+        make: Any = type(cls)
+        piece = make(cls.__name__, (cls,), namespace)
+        cls._in_one_piece = super(Function, piece).apply  # type: ignore[misc]
 
     @classmethod
     def apply(cls, *inputs: Any) -> Any:

@@ -206,9 +206,9 @@ class GammaRule(_SignedRule):
         if self.zero_params:
             (z,), _ = step.modified(step.inputs, modified_by(itself, self.zero_params))
         signed = _has_negative(step)
-        more = _Favouring(self.gamma, positive), _Favouring(self.gamma, negative)
-        upwards = _Contributions(step, *more, self.zero_params, signed)
-        downwards = _Contributions(step, *reversed(more), self.zero_params, signed)
+        gained, lost = _Favouring(self.gamma, positive), _Favouring(self.gamma, negative)
+        upwards = _Contributions(step, gained, lost, self.zero_params, signed)
+        downwards = _Contributions(step, lost, gained, self.zero_params, signed)
         rises = z >= 0
         per_output = per_unit(
             step, r, torch.where(rises, upwards.denominators(), downwards.denominators()), self.stabilizer
