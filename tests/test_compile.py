@@ -221,6 +221,16 @@ def test_every_kind_of_target(name):
     assert_equal(compiled(explained)(td.clone()), explained(td.clone()))
 
 
+def test_several_targets_of_any_batch_size_take_one_graph():
+    explained = LRP("epsilon_plus", target=Target("output", "all")).wrap(dense())
+    counter = CompileCounterWithBackend("aot_eager")
+    graph = compiled(explained, counter)
+    for batch in (4, 7, 30):
+        td = observation(batch)
+        assert_equal(graph(td.clone()), explained(td.clone()))
+    assert counter.frame_count == 2
+
+
 def test_keys_and_modules_inside():
     model = TensorDictSequential(
         TensorDictModule(nn.Linear(FEATURES, 5).double(), ["input"], [("hidden", "state")]),

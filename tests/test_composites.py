@@ -214,7 +214,10 @@ def test_a_file_as_a_user_writes_it():
         ({"pairs": [{"select": "head", "rule": "EpsilonRule", "eps": 1.0}]}, "EpsilonRule does not take"),
         ({"pairs": [{"select": "head", "rule": "ZBoxRule"}]}, "ZBoxRule does not take"),
         ({"pairs": [{"select": "head", "rule": "EpsilonRule", "epsilon": "small"}]}, "epsilon|EpsilonRule"),
-        ({"preset": "epsilon_minus"}, "no preset is named 'epsilon_minus'; presets are epsilon, epsilon_plus, "),
+        (
+            {"preset": "epsilon_minus"},
+            "no preset is named 'epsilon_minus'; presets are epsilon, epsilon_plus, ",
+        ),
         ({"preset": "epsilon_plus", "low": 0.0}, "preset 'epsilon_plus': .*low"),
         ({"preset": "epsilon_gamma_box"}, "preset 'epsilon_gamma_box': .*low"),
     ],

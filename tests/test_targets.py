@@ -238,7 +238,9 @@ def test_arguments_are_checked_at_once():
         ValueError, match="a list of indices names at least one output, and this one is empty"
     ):
         Target("value", [])
-    with pytest.raises(ValueError, match="a list names outputs one by one; for each of them, write index='all'"):
+    with pytest.raises(
+        ValueError, match="a list names outputs one by one; for each of them, write index='all'"
+    ):
         Target("value", ["all"])
     for pair in (("value", Target("value")), (Target("value"), None)):
         with pytest.raises(TypeError, match="Contrast compares two targets, got"):

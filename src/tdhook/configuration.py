@@ -138,7 +138,7 @@ def write_target(target: Target) -> str:
     """The text that :func:`read_target` makes this target of.
 
     Raises:
-        TypeError: the index is a tensor, which has no short text.
+        TypeError: the index is a tensor or a list, which has no short text.
     """
     index = target.index
     if index is None:
@@ -150,7 +150,7 @@ def write_target(target: Target) -> str:
     if isinstance(index, tuple):
         numbers = all(isinstance(part, int) for part in index)
         return f"{write_key(target.key)}:{','.join(map(str, index)) if numbers else '@' + '.'.join(index)}"
-    raise TypeError("a target whose index is a tensor cannot be written as text")
+    raise TypeError(f"a target whose index is a {type(index).__name__.lower()} cannot be written as text")
 
 
 def write_key(key: NestedKey) -> str:

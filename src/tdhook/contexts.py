@@ -192,7 +192,7 @@ class Attribution(ABC):
         target_modules: paths of modules whose outputs may be explained, as if they were keys.
         compile: whether to run as one graph, by ``torch.compile``; or its mode, or its options.
         memory_budget: bytes that the gradients of several targets may take together; as many targets as fit share one
-            backward pass.
+            backward pass; by default 32 MiB on a CPU and 1 GiB elsewhere.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class Attribution(ABC):
         input_modules: Sequence[str] | None = None,
         target_modules: Sequence[str] | None = None,
         compile: Compile = False,
-        memory_budget: int = 2**30,
+        memory_budget: int | None = None,
     ) -> None:
         if isinstance(attribute, str) and attribute != "all":
             raise ValueError(

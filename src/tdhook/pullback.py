@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -14,16 +15,20 @@ __all__ = ["PullBack"]
 
 # What comes in, what goes out, and two that a rule makes in between.
 _LIVE = 4
+# On a CPU, larger batches leave its caches and take longer than several smaller ones.
+_BUDGET = {"cpu": 2**25}
+_BUDGET_ELSEWHERE = 2**30
 
 
 class PullBack:
     """Pulls seeds back to the sources of an explanation.
 
     Args:
-        budget: bytes that the gradients of several targets may take together.
+        budget: bytes that the gradients of several targets may take together; by default 32 MiB on a CPU and 1 GiB
+            elsewhere.
     """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
         self._batches = True
         self._tried = False
@@ -68,10 +73,19 @@ class PullBack:
         return [None if row[0] is None else torch.stack(row) for row in zip(*each, strict=True)]
 
     def _at_once(self, seeds: Seeds) -> int:
-        """How many targets fit into the budget, by the largest gradient on their way."""
+        """How many targets fit into the budget, by the largest gradient on their way: a power of two, or all."""
         assert seeds.several is not None
-        each = _LIVE * max(_largest(seeds.tensors), *(grad[0].nbytes for grad in seeds.grads))
-        return max(1, min(seeds.several, self.budget // max(each, 1)))
+        budget = self.budget
+        if budget is None:
+            budget = _BUDGET.get(seeds.grads[0].device.type, _BUDGET_ELSEWHERE)
+        each = _LIVE * max(
+            _largest(seeds.tensors), *(grad[0].numel() * grad.itemsize for grad in seeds.grads)
+        )
+        # By comparison alone: where a graph is traced for any batch size it then holds for a range of them.
+        size = 1
+        while size < seeds.several and 2 * size * each <= budget:
+            size *= 2
+        return min(size, seeds.several)
 
 
 def _pull(
@@ -109,6 +123,6 @@ def _largest(tensors: Sequence[Tensor]) -> int:
             continue
         seen.add(node)
         for value in node._input_metadata:
-            found = max(found, torch.Size(value.shape).numel() * value.dtype.itemsize)
+            found = max(found, math.prod(value.shape) * value.dtype.itemsize)
         ahead += [before for before, _ in node.next_functions]
     return found

@@ -74,7 +74,7 @@ def _seed(z: Tensor, weight: Tensor, flow: Convention) -> Tensor:
     if flow == "gradient":
         return weight.to(z.dtype)
     if weight.dtype is torch.bool:
-        return z.detach().masked_fill(~weight, 0.0)
+        return torch.where(weight, z.detach(), 0.0)
     return (weight * z.detach()).masked_fill(weight == 0, 0.0)
 
 

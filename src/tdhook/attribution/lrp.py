@@ -74,7 +74,8 @@ class LRP(Attribution):
         compile: whether to run as one graph: ``True``, or a mode or a dictionary of options of ``torch.compile``. The
             first call compiles, which takes seconds; where that cannot be done a warning says why, once.
         memory_budget: bytes that the gradients of several targets (``index="all"``) may take together, counted as four
-            times the largest of them; as many targets as fit share one backward pass.
+            times the largest of them; as many targets as fit share one backward pass. By default 32 MiB on a CPU (more
+            does not fit its caches, and takes longer) and 1 GiB elsewhere; 0 for one target at a time.
         cache_weights: whether the weights that rules modify (large ones, on the CPU) are kept from call to call, until
             the parameters change: as much memory again as those, for each modification.
 
@@ -110,7 +111,7 @@ class LRP(Attribution):
         on_unmatched: Literal["warn", "raise", "ignore"] = "warn",
         ledger: bool = False,
         compile: Compile = False,
-        memory_budget: int = 2**30,
+        memory_budget: int | None = None,
         cache_weights: bool = True,
     ) -> None:
         super().__init__(

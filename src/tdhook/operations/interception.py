@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -108,12 +108,14 @@ class Interception(TorchFunctionMode):
     def running(self, *, tracked: bool = False) -> Iterator[None]:
         """Watch one forward pass; ``tracked`` where the path of each operation has to be known."""
         self.outdated.clear()
-        with (
-            self.guard.watching(),
-            self.paths.followed(self._by_path or tracked or self.observer is not None),
-            standing_in(self._again),
-            self,
-        ):
+        follows = self._by_path or tracked or self.observer is not None
+        with ExitStack() as stack:
+            if self.guard.active:
+                stack.enter_context(self.guard.watching())
+            if follows:
+                stack.enter_context(self.paths.followed())
+            stack.enter_context(standing_in(self._again))
+            stack.enter_context(self)
             yield
 
     def _again(self) -> AbstractContextManager[None] | None:

@@ -46,10 +46,7 @@ class Guard:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Guard one forward pass, if one before it has shown the need."""
-        if not self.active:
-            yield
-            return
+        """Guard one forward pass, since one before it has shown the need."""
         self._kept = {}
         with copying(), torch.autograd.graph.saved_tensors_hooks(self._keep, _give_back):
             yield

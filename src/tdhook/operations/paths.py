@@ -40,13 +40,8 @@ class Paths:
         return self._open[-1] if self._open else ("", self._modules[""])
 
     @contextmanager
-    def followed(self, wanted: bool = True) -> Iterator[None]:
+    def followed(self) -> Iterator[None]:
         """Follow one forward pass."""
-        self._open.clear()
-        self._names.clear()
-        if not wanted:
-            yield
-            return
         self._names = {id(module): path for path, module in self._modules.items()}
         handles = (
             register_module_forward_pre_hook(self._enter),
@@ -56,6 +51,7 @@ class Paths:
             yield
         finally:
             self._names.clear()
+            self._open.clear()
             for handle in handles:
                 handle.remove()
 

@@ -33,7 +33,8 @@ ModifyFn: TypeAlias = Callable[[str, Tensor], Tensor]
 SelectFn: TypeAlias = Callable[[str, Tensor], bool]
 
 
-_ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}
+# bfloat16 has the exponents of float32: small numbers are as exact as large ones. Others, float16 among them: 1e-3.
+_ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6}
 
 
 def stabilize(tensor: Tensor, epsilon: Stabilizer = 1e-6) -> Tensor:
@@ -74,7 +75,7 @@ def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def rounding(tensor: Tensor) -> Tensor:
-    """The stabiliser for what must not show: as much as rounding needs, by precision (1e-12, 1e-6, 1e-3)."""
+    """The stabiliser for what must not show: by precision (float64 1e-12, float32 and bfloat16 1e-6, else 1e-3)."""
     return _moved(tensor, _ROUNDING.get(tensor.dtype, 1e-3))
 
 

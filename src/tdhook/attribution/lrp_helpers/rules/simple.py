@@ -64,7 +64,8 @@ class PassRule(PropagationRule):
         def function(x: Tensor) -> Any:
             with natively(module):
                 z = original(x, *args[1:], **kwargs)
-            self.check(module, (x,), [leaf for leaf in tree_leaves(z) if isinstance(leaf, Tensor)])
+            outputs = (z,) if isinstance(z, Tensor) else tree_leaves(z)
+            self.check(module, (x,), [leaf for leaf in outputs if isinstance(leaf, Tensor)])
             return z
 
         passed = Unchanged if flow == "relevance" else Ratio
