@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from tdhook.attribution.lrp_helpers.accounting import current
 from tdhook.attribution.lrp_helpers.params import Stabilizer, exact, rounding, stabilize
-from tdhook.attribution.lrp_helpers.tape import Identity, TapeFunction, on_tape, parts, transformed, whole
+from tdhook.attribution.lrp_helpers.tape import Identity, TapeFunction, may_look_at, on_tape, parts, whole
 
 __all__ = [
     "Damped",
@@ -222,7 +222,6 @@ def finite_product(x: Tensor, grad: Tensor) -> Tensor:
     if not x.is_floating_point():
         return product
     # One sum tells that there is nothing to mask, where a value can be looked at without waiting for it.
-    looks = product.is_cpu and not transformed() and not torch.compiler.is_compiling()
-    if looks and math.isfinite(product.sum()):
+    if product.is_cpu and may_look_at(product) and math.isfinite(product.sum()):
         return product
     return product.masked_fill_(x.isinf(), 0.0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-__all__ = ["Identity", "TapeFunction", "maker_of", "on_tape", "parts", "transformed", "unwrapped", "whole"]
+__all__ = ["Identity", "TapeFunction", "maker_of", "may_look_at", "on_tape", "parts", "transformed", "unwrapped", "whole"]
 
 transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 """Whether a transform such as ``torch.vmap`` is at work."""
@@ -31,6 +31,12 @@ def on_tape(x: Tensor) -> bool:
         if x.requires_grad:
             return True
     return False
+
+
+def may_look_at(x: Tensor) -> bool:
+    """Whether what is done may depend on values of ``x``: not in a graph that is traced, nor on a batch of tensors."""
+    batched = transformed() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not batched and not torch.compiler.is_compiling()
 
 
 def maker_of(node: Any) -> type | None:

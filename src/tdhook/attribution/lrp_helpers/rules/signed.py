@@ -30,7 +30,7 @@ from tdhook.attribution.lrp_helpers.rules.shares import (
     share_of,
 )
 from tdhook.attribution.lrp_helpers.steps import Grads, Step
-from tdhook.attribution.lrp_helpers.tape import transformed
+from tdhook.attribution.lrp_helpers.tape import may_look_at
 
 __all__ = [
     "AlphaBetaRule",
@@ -100,8 +100,7 @@ def _has_negative(step: Step) -> bool:
     if step.nonnegative:
         return False
     x = step.inputs[0]
-    branches = x.numel() > 0 and not transformed() and not torch.compiler.is_compiling()
-    return not branches or bool(x.amin() < 0)
+    return x.numel() == 0 or not may_look_at(x) or bool(x.amin() < 0)
 
 
 class _SignedRule(PropagationRule):
