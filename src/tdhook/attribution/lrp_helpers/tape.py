@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-__all__ = ["Identity", "TapeFunction", "maker_of", "may_look_at", "on_tape", "parts", "transformed", "unwrapped", "whole"]
+__all__ = [
+    "Identity",
+    "TapeFunction",
+    "maker_of",
+    "may_look_at",
+    "on_tape",
+    "parts",
+    "transformed",
+    "unwrapped",
+    "whole",
+]
 
 transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 """Whether a transform such as ``torch.vmap`` is at work."""
