@@ -83,9 +83,31 @@ class ConvForm(ClosedForm):
 
     def adjoint(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         padded, batched = self._pad(x)
-        pulled: Tensor = torch.ops.aten.convolution_backward(
-            grad if batched else grad.unsqueeze(0), padded, weight, None, *self.settings, [True, False, False]
-        )[0]
+        # A convolution the other way round, which does not look at the input: many gradients need no copies of it.
+        stride, padding, dilation, transposed, _, groups = self.settings
+        missing = [0] * self.rank
+        if not transposed:
+            sizes = zip(
+                padded.shape[2:],
+                grad.shape[-self.rank :],
+                weight.shape[2:],
+                stride,
+                padding,
+                dilation,
+                strict=True,
+            )
+            missing = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in sizes]
+        pulled = torch.convolution(
+            grad if batched else grad.unsqueeze(0),
+            weight,
+            None,
+            stride,
+            padding,
+            dilation,
+            not transposed,
+            missing,
+            groups,
+        )
         if self.pad_mode == "constant":
             for axis in range(self.rank):
                 before, size = self.pads[2 * axis], x.shape[-1 - axis]
