@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tdhook.attribution.lrp_helpers.binding import Binding
 from tdhook.attribution.lrp_helpers.conversions import Substituted
 from tdhook.attribution.lrp_helpers.operation import Operation
 from tdhook.attribution.lrp_helpers.rule import Convention, Rule
@@ -127,23 +128,14 @@ class Interception(TorchFunctionMode):
         with nullcontext() if self.observer is None else self.observer.again(), self:
             yield
 
-    def unit(
-        self,
-        rule: Rule,
-        flow: Convention,
-        module: nn.Module,
-        original: Any,
-        args: Any,
-        kwargs: Any,
-        *,
-        closed: bool,
-    ) -> Any:
+    def unit(self, binding: Binding, original: Any, args: Any, kwargs: Any) -> Any:
         """Run a module that has a rule, and leave alone the operations inside it."""
+        rule, flow, module = binding.rule, binding.flow, binding.module
         self.outdated.check(args)
         if self.paths.following and not self._paused:
             self._look_for_unseen(args)
         # Layers of torch overwrite nothing (they run out of place), so that there is nothing to see in them.
-        aside = closed and _on_top() is self
+        aside = binding.closed and _on_top() is self
         if aside:
             torch._C._pop_torch_function_stack()
         self._paused += 1

@@ -21,18 +21,8 @@ _ABSENT: Any = object()
 class Around(Protocol):
     """What wants to know of the calls that are units."""
 
-    def unit(
-        self,
-        rule: Rule,
-        flow: Convention,
-        module: nn.Module,
-        original: Any,
-        args: Any,
-        kwargs: Any,
-        *,
-        closed: bool,
-    ) -> Any:
-        """Make the call under its rule; ``closed`` where the module is a layer of torch's own."""
+    def unit(self, binding: Binding, original: Any, args: Any, kwargs: Any) -> Any:
+        """Make the call under its rule."""
 
 
 class Binding:
@@ -46,6 +36,9 @@ class Binding:
         flow: the convention of the values that arrive from outside; the rule's own by default. Where the two differ
             they are converted.
         around: runs the call in its surroundings, as one unit.
+
+    Attributes:
+        closed: whether the module is a layer of torch's own.
     """
 
     def __init__(
@@ -60,7 +53,7 @@ class Binding:
         self.rule = rule
         self.flow = flow or rule.convention
         self._on_tensordict = isinstance(module, TensorDictModuleBase)
-        self._closed = type(module).__module__.startswith("torch.nn.modules.") and not module._modules
+        self.closed = type(module).__module__.startswith("torch.nn.modules.") and not module._modules
         self.original: Any = None
         self._replaced: tuple[Any, ...] = ()
 
@@ -100,9 +93,7 @@ class Binding:
         if not torch.is_grad_enabled():
             return original(*args, **kwargs)
         if self.around is not None:
-            return self.around.unit(
-                self.rule, self.flow, self.module, original, args, kwargs, closed=self._closed
-            )
+            return self.around.unit(self, original, args, kwargs)
         return self.rule.run_in(self.flow, self.module, original, args, kwargs)
 
     def _call_on_tensordict(self, module: TensorDictModuleBase, *args: Any, **kwargs: Any) -> Any:

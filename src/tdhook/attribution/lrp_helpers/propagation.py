@@ -116,18 +116,6 @@ class LayerCall(Call):
         merged: the batch norm that is merged into the layer, if any.
     """
 
-    __slots__ = (
-        "_cache",
-        "_nonnegative",
-        "_original",
-        "_report",
-        "form",
-        "merged",
-        "module",
-        "n_rest",
-        "rule",
-    )
-
     def __init__(
         self, rule: PropagationRule, layer: nn.Module, original: Callable[..., Any], form: ClosedForm
     ) -> None:
@@ -162,9 +150,8 @@ class LayerCall(Call):
     def step(self, saved: Sequence[Tensor]) -> Step:
         merged = None if self.merged is None else Affine.of(self.merged)
         cache = self._cache
-        if (
-            saved[1].dtype != self._dtype
-        ):  # under autocast the layer computed in another precision than it is kept in
+        if saved[1].dtype != self._dtype:
+            # Under autocast the layer computed in another precision than it is kept in.
             saved, cache = [t.to(self._dtype) for t in saved], None
             merged = None if merged is None else merged.to(self._dtype)
         bias = saved[2] if self.n_rest == 2 else None

@@ -24,7 +24,7 @@ from tdhook.attribution.lrp_helpers.params import (
     rounding,
     zero_param_names,
 )
-from tdhook.attribution.lrp_helpers.propagation import LayerCall, PropagationRule, natively
+from tdhook.attribution.lrp_helpers.propagation import PropagationRule, natively
 from tdhook.attribution.lrp_helpers.rule import Convention
 from tdhook.attribution.lrp_helpers.rules.shares import (
     itself,
@@ -67,10 +67,7 @@ class EpsilonRule(PropagationRule):
         self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Call ``module``: what has no closed form is run as it is, between the two factors of the formula."""
-        form = closed_form(module)
-        if form is not None and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            return LayerCall(self, module, original, form).run(args[0])
-        if self.zero_params or form is not None:
+        if self.zero_params or closed_form(module) is not None:
             return super().run(module, original, args, kwargs)
         args, kwargs = live(TimesValue.apply, (args, kwargs))
         outputs = self._natively(module, original, args, kwargs)
@@ -119,8 +116,7 @@ class EpsilonRule(PropagationRule):
             outputs, vjp = step.modified(step.inputs, modify)
         per_output = [per_unit(step, r, z, self.epsilon) for r, z in zip(relevance, outputs, strict=True)]
         grads = vjp(*per_output)
-        if step.report is not None:
-            report_bias(step, modify, *per_output)
+        report_bias(step, modify, *per_output)
         share = self._share(len(step.inputs))
         shares = (
             None if g is None else share_of(step, x, g) for x, g in zip(step.inputs, grads, strict=True)

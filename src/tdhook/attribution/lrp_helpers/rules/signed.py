@@ -79,8 +79,7 @@ class _Contributions:
         """``sum_j c_ij s_j`` over these contributions."""
         shares: Tensor | None = None
         for part, modify, vjp in self._terms:
-            if self._step.report is not None:
-                report_bias(self._step, modify, per_output)
+            report_bias(self._step, modify, per_output)
             (grad,) = vjp(per_output)
             assert grad is not None
             share = share_of(self._step, part, grad)
