@@ -283,6 +283,10 @@ class Attribution(ABC):
         """Entries that say what is explained, besides the keys that are read anyway; ``None`` for any of them."""
         return ()
 
+    def derive(self, outputs: TensorDictBase, inputs: TensorDictBase) -> TensorDictBase:
+        """The outputs, and what is to be explained besides them; called as a part of the model."""
+        return outputs
+
     def differentiable(
         self, work: TensorDictBase, keys: Sequence[NestedKey], td: TensorDictBase
     ) -> Iterable[tuple[NestedKey, Tensor]]:

@@ -201,6 +201,7 @@ class ExplainedModule(TensorDictModuleBase):
                     work.set(key, value.clone())
             with self._captured() as (modules, keys), conditions.forward:
                 outputs, flat = self._model.run(work)
+                outputs = self._method.derive(outputs, work)
             if outputs.batch_size != td.batch_size:
                 raise ValueError(
                     f"the model returned a TensorDict of batch size {list(outputs.batch_size)} for one of "

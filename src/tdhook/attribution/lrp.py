@@ -24,7 +24,7 @@ from tdhook.graphs import Compile
 from tdhook.ledger import Ledger
 from tdhook.operations.mutation import Mutated, was_overwritten
 from tdhook.plans import Merge, Plan, make_plan, observe
-from tdhook.targets import Contrast, Seeds, Target, TargetLike, as_seeder
+from tdhook.targets import Seeds, TargetLike, as_seeder
 
 __all__ = ["LRP"]
 
@@ -279,10 +279,12 @@ class LRP(Attribution):
         )
 
     def target_entries(self) -> Sequence[NestedKey] | None:
-        """Those that hold indices; what a function reads is not known."""
-        if self.target is None or isinstance(self.target, str | tuple):
-            return ()
-        return self.target.entries if isinstance(self.target, Target | Contrast) else None
+        """Those that the target reads."""
+        return self._seeder.entries
+
+    def derive(self, outputs: TensorDictBase, inputs: TensorDictBase) -> TensorDictBase:
+        """Let the target compute what it explains."""
+        return self._seeder.derive(outputs, inputs)
 
     def differentiable(
         self, work: TensorDictBase, keys: Sequence[NestedKey], td: TensorDictBase

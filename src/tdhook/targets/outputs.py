@@ -1,11 +1,8 @@
-"""What is explained: one output, each of them, a difference of two, or any relevance that you compute.
-
-A target is a value. Called with the outputs and the inputs of the model it gives the seeds of the backward pass.
-"""
+"""Targets that are outputs of the model: one, each of them, a difference of two, or any relevance that you compute."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,8 +13,9 @@ from torch import Tensor
 
 from tdhook.attribution.lrp_helpers.rule import Convention
 from tdhook.conditions import holds
+from tdhook.targets.base import Seeder, Seeds
 
-__all__ = ["Contrast", "Key", "Seeds", "Target", "TargetLike", "as_seeder", "require_dependence"]
+__all__ = ["Contrast", "Key", "Target", "TargetLike", "as_seeder"]
 
 
 @dataclass(frozen=True)
@@ -30,25 +28,6 @@ class Key:
         object.__setattr__(self, "key", unravel_key(self.key))
 
 
-@dataclass
-class Seeds:
-    """Where the backward pass starts.
-
-    Attributes:
-        keys: names of the explained tensors, for error messages.
-        tensors: the explained tensors, on the graph.
-        grads: what flows into each, in the convention of the flow, of the shape of the tensor; with ``several`` there
-            is one more leading axis.
-        several: how many explanations are asked for at once, ``None`` for a single one.
-    """
-
-    keys: list[NestedKey]
-    tensors: list[Tensor]
-    grads: list[Tensor]
-    several: int | None = None
-
-
-Seeder: TypeAlias = Callable[[TensorDictBase, TensorDictBase, Convention], Seeds]
 OneIndex: TypeAlias = "int | str | tuple[Any, ...] | Key | Tensor | None"
 Index: TypeAlias = "OneIndex | list[Any]"
 
@@ -79,7 +58,7 @@ def _seed(z: Tensor, weight: Tensor, flow: Convention) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class Target(Seeder):
     """An output of the model, or a part of it. The relevance put in is the value of what is selected.
 
     Args:
@@ -256,7 +235,7 @@ def _same_index(a: Any, b: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Contrast:
+class Contrast(Seeder):
     """Why this and not that: the relevance of ``a`` minus that of ``b``.
 
     Where one of them explains several outputs, the other is compared with each of these, which gives relevance of shape
@@ -304,14 +283,14 @@ class Contrast:
 
 
 TargetFn: TypeAlias = Callable[[TensorDictBase, TensorDictBase], TensorDictBase]
-TargetLike: TypeAlias = "Target | Contrast | str | tuple[str, ...] | TargetFn | None"
+TargetLike: TypeAlias = "Seeder | str | tuple[str, ...] | TargetFn | None"
 
 
 def as_seeder(target: TargetLike) -> Seeder:
     """What makes the seeds of a target: a key stands for all of that output, ``None`` for the only one there is."""
     if target is None:
-        return _only_output
-    if isinstance(target, Target | Contrast):
+        return _OnlyOutput()
+    if isinstance(target, Seeder):
         return target
     if isinstance(target, str | tuple):
         return Target(target)
@@ -320,22 +299,30 @@ def as_seeder(target: TargetLike) -> Seeder:
     raise TypeError(f"a target is a Target, a Contrast, a key or a callable, got {type(target).__name__}")
 
 
-def _only_output(outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
-    tensors = {key: z for key, z in outputs.items(True, True) if isinstance(z, Tensor)}
-    keys = [key for key, z in tensors.items() if z.is_floating_point() and z.requires_grad]
-    if len(keys) != 1:
-        found = ", ".join(repr(key) for key in keys) or "none that depends on an attributed input"
-        raise ValueError(
-            f"which output is to be explained? Give target=Target(key); the module wrote {found}"
-        )
-    return Target(keys[0])(outputs, inputs, flow)
+class _OnlyOutput(Seeder):
+    """The one output that depends on the inputs."""
+
+    def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
+        tensors = {key: z for key, z in outputs.items(True, True) if isinstance(z, Tensor)}
+        keys = [key for key, z in tensors.items() if z.is_floating_point() and z.requires_grad]
+        if len(keys) != 1:
+            found = ", ".join(repr(key) for key in keys) or "none that depends on an attributed input"
+            raise ValueError(
+                f"which output is to be explained? Give target=Target(key); the module wrote {found}"
+            )
+        return Target(keys[0])(outputs, inputs, flow)
 
 
 @dataclass(frozen=True)
-class _Computed:
+class _Computed(Seeder):
     """A user's ``(outputs, inputs) -> relevance`` as a target."""
 
     function: TargetFn
+
+    @property
+    def entries(self) -> None:
+        """What the function reads is not known."""
+        return None
 
     def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
         relevance = self.function(outputs, inputs)
@@ -357,18 +344,3 @@ class _Computed:
                 r = torch.where(z == 0, 0.0, r / torch.where(z == 0, 1.0, z.detach()))
             grads.append(r)
         return Seeds(keys, tensors, grads)
-
-
-def require_dependence(seeds: Seeds, sources: Iterable[NestedKey], depends: Sequence[bool]) -> None:
-    """Raise for the first of the targets that depends on nothing that is attributed.
-
-    Args:
-        seeds: the targets.
-        sources: keys of what is attributed, for the message.
-        depends: for each target whether it does, or one value for all of them.
-    """
-    if not all(depends):
-        target = repr(seeds.keys[depends.index(False)])
-        raise ValueError(
-            f"the target {target} does not depend on any attributed input ({', '.join(map(repr, sources))})"
-        )

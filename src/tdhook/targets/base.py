@@ -1,0 +1,68 @@
+"""What every target is: a value that gives the seeds of the backward pass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from tdhook.attribution.lrp_helpers.rule import Convention
+
+__all__ = ["Seeder", "Seeds", "require_dependence"]
+
+
+@dataclass
+class Seeds:
+    """Where the backward pass starts.
+
+    Attributes:
+        keys: names of the explained tensors, for error messages.
+        tensors: the explained tensors, on the graph.
+        grads: what flows into each, in the convention of the flow, of the shape of the tensor; with ``several`` there
+            is one more leading axis.
+        several: how many explanations are asked for at once, ``None`` for a single one.
+    """
+
+    keys: list[NestedKey]
+    tensors: list[Tensor]
+    grads: list[Tensor]
+    several: int | None = None
+
+
+class Seeder(ABC):
+    """What is explained. A subclass of your own is a target like those that are here."""
+
+    @property
+    def entries(self) -> Sequence[NestedKey] | None:
+        """Entries of the TensorDict that it reads besides what the model reads; ``None`` for any of them."""
+        return ()
+
+    def derive(self, outputs: TensorDictBase, inputs: TensorDictBase) -> TensorDictBase:
+        """The outputs, and what is computed from them to be explained.
+
+        Called as a part of the model: what is computed here has rules, as any operation has.
+        """
+        return outputs
+
+    @abstractmethod
+    def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
+        """The seeds, given what the model wrote and what it was given."""
+
+
+def require_dependence(seeds: Seeds, sources: Iterable[NestedKey], depends: Sequence[bool]) -> None:
+    """Raise for the first of the targets that depends on nothing that is attributed.
+
+    Args:
+        seeds: the targets.
+        sources: keys of what is attributed, for the message.
+        depends: for each target whether it does, or one value for all of them.
+    """
+    if not all(depends):
+        target = repr(seeds.keys[depends.index(False)])
+        raise ValueError(
+            f"the target {target} does not depend on any attributed input ({', '.join(map(repr, sources))})"
+        )
