@@ -11,8 +11,8 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.sessions = ["lint", "types", "docs", "tests"]
 
 CONSTRAINTS = "constraints.txt"
-USER = ".[rl,viz,cli]"
-DEVELOPER = ".[rl,viz,cli,dev]"
+USER = ".[rl,atari,viz,video,cli]"
+DEVELOPER = ".[rl,atari,viz,video,cli,dev]"
 # A test makes small tensors only, for which one thread is the fastest, and several workers share the cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
@@ -59,6 +59,18 @@ def docs(session: nox.Session) -> None:
     session.run("pytest", "tests/test_pages.py", env=ONE_THREAD)
     for builder in ("doctest", "html"):
         session.run("sphinx-build", "-W", "-b", builder, *session.posargs, "docs", f"docs/_build/{builder}")
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Explain each kind of agent of examples/agents from its checkpoint; pictures in agents-output."""
+    install(session, DEVELOPER, "transformers", "tqdm", "click")
+    # Both ask for more than these environments need: the one for pictures of its own, the other for an older gym.
+    install(session, "--no-deps", "minatar", "vmas")
+    install(session, "pyglet", "six", "gym")
+    session.run(
+        "pytest", "--slow", "-n", "auto", *(session.posargs or ["tests/test_agents.py"]), env=ONE_THREAD
+    )
 
 
 @nox.session

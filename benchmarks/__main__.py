@@ -19,6 +19,7 @@ from benchmarks import import_time
 from benchmarks.cases import CASES, Case
 from benchmarks.contenders import ONE_EXPLANATION, OURS, OURS_COMPILED, is_gpu
 from benchmarks.context import CONTEXT_CASES, measure_context
+from benchmarks.loop import LOOP_CASES, LoopCase, measure_loop
 from benchmarks.machine import machine
 from benchmarks.measuring import Settings, measure
 from benchmarks.memory import measure_memory
@@ -26,7 +27,7 @@ from benchmarks.plots import plot
 from benchmarks.scaling import measure_scaling
 from benchmarks.tables import report_tables, text, undisturbed
 
-SECTIONS = ("table", "memory", "scaling", "context", "imports", "gpu")
+SECTIONS = ("table", "memory", "scaling", "context", "loop", "imports", "gpu")
 Report = dict[str, Any]
 
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def devices(sections: Collection[str]) -> list[str]:
     """Where there is something to measure."""
-    found = ["cpu"] if {"table", "memory", "scaling", "context"} & set(sections) else []
+    found = ["cpu"] if {"table", "memory", "scaling", "context", "loop"} & set(sections) else []
     return [*found, "cuda"] if "gpu" in sections and torch.cuda.is_available() else found
 
 
@@ -80,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def label(case: Case) -> str:
+def label(case: Case | LoopCase) -> str:
     return f"{case.name} {case.preset}"
 
 
@@ -99,9 +100,12 @@ def measurements(
     if "context" in sections:
         wanted = (case for case in CONTEXT_CASES if all(word in label(case) for word in words))
         yield "context", told(measure_context, wanted)
+    if "loop" in sections:
+        looping = (case for case in LOOP_CASES if all(word in label(case) for word in words))
+        yield "loop", told(lambda case: measure_loop(case, settings), looping)
 
 
-def told(measured: Callable[[Case], Report], cases: Iterable[Case]) -> Iterable[Report]:
+def told(measured: Callable[[Any], Report], cases: Iterable[Any]) -> Iterable[Report]:
     """Each case measured, and said on the way, with what was left out or warned of."""
     for case in cases:
         start = time.perf_counter()

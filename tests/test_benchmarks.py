@@ -18,6 +18,7 @@ from benchmarks import __main__ as command  # noqa: E402
 from benchmarks.cases import CASES, Aim, Case  # noqa: E402
 from benchmarks.contenders import compiled_floor, floor  # noqa: E402
 from benchmarks.library_models import Unavailable  # noqa: E402
+from benchmarks.loop import LOOP_CASES, LoopCase, measure_loop  # noqa: E402
 from benchmarks.measuring import Settings, cosine, measure, start, summary  # noqa: E402
 from benchmarks.memory import _cpu_growth, measure_memory  # noqa: E402
 from benchmarks.page import PAGE, page  # noqa: E402
@@ -200,6 +201,26 @@ def test_work_is_that_of_the_products() -> None:
     assert utilisation({"wall_ms": 100.0, "gigabytes": 1.0, "gflop": 5.0}, rates) == (0.5, 0.5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LOOP_CASES, ids=lambda case: case.name)
+def test_a_loop_is_measured_with_attribution_and_without(case: LoopCase) -> None:
+    pytest.importorskip("torchrl")
+    row = measure_loop(case, QUICK, envs=2, steps=4, rounds=2)
+    entries = row["contenders"]
+    assert list(entries) == ["without", "tdhook"] and entries["without"]["ratio"] == [1.0, 1.0, 1.0]
+    ours = entries["tdhook"]
+    assert ours["rounds"] >= 2 and len(ours["ratio"]) == 3
+    assert ours["frames_per_s"] == pytest.approx(8 / (ours["wall_ms"] / 1e3))
+
+
+def test_a_loop_that_cannot_run_is_left_out_with_the_reason() -> None:
+    def turns(*args: object) -> dict:
+        raise ImportError("torchrl is not installed")
+
+    row = measure_loop(LoopCase("none", turns, True, 0.6), QUICK)
+    assert row["missing"] == "torchrl is not installed" and "contenders" not in row
+
+
 def report() -> dict:
     entry = {"wall_ms": 2.0, "first_call_s": 0.5, "ratio": {"floor": [1.4, 1.5, 1.6]}, "cosine": 1.0}
     peer = {"wall_ms": 6.0, "ratio": {"floor": [4.0, 4.5, 5.0], "tdhook": [2.9, 3.0, 3.1]}, "cosine": 0.5}
@@ -220,6 +241,16 @@ def test_tables() -> None:
     assert "| tiny, batch 4 | epsilon_plus | 1 | 1.50 (1.40–1.60) | ≤ 2 | – | – |  |" in costs
     assert "| tiny, batch 4 | epsilon_plus | 3 / – † | – | – | – | – |" in markdown(tables["Other libraries"])
     assert "to the floor  1.25  1.25" in text(tables["Scaling: batch, MLP"])
+    base = {"frames_per_s": 1000.0, "wall_ms": 1.0, "ratio": [1.0, 1.0, 1.0], "cpu_ratio": 1.0}
+    row = {"case": "Collector", "rate": True, "aim": 0.6}
+    row["contenders"] = {"without": base, "tdhook": base | {"frames_per_s": 800.0, "ratio": [0.7, 0.8, 0.9]}}
+    update = row | {"case": "Update", "rate": False, "aim": 1.3}
+    (loop,) = report_tables({"machine": {}, "loop": [row, update, {"case": "x", "rate": True, "aim": 1}]})
+    assert "| Collector | frames/s | 1e+03 | 800 | 0.80 (0.70–0.90) | 1.00 | – | – | – | ≥ 0.6 |" in markdown(
+        loop
+    )
+    assert "| Update | ms | 1 | 1 | 0.80 (0.70–0.90) | 1.00 | – | – | – | ≤ 1.3 |" in markdown(loop)
+    assert "| x | frames/s | – | – | – | – |" in markdown(loop)
     assert "Peak memory" not in tables and "Several outputs at once" not in tables
 
 

@@ -1,5 +1,7 @@
 """Policies as plain data: what is saved loads again, and what is no policy says why."""
 
+import sys
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -34,6 +36,21 @@ def test_the_demo_policy_balances_the_pole():
     assert demo.metadata["evaluation"] == {"episodes": 100, "mean_return": 500.0}
     rollout = make_env(demo.env_id, seed=5).rollout(500, demo.actor)
     assert rollout["next", "reward"].sum() == 500
+
+
+def test_the_demo_policy_of_pixels_acts_in_its_environment():
+    pytest.importorskip("ale_py")
+    demo = demo_policy("freeway")
+    rollout = make_env(demo, seed=0).rollout(5, demo.actor)
+    assert rollout["pixels"].shape == (5, *demo.metadata["architecture"]["in_shape"])
+    assert demo.metadata["facts"]["mean return"] > 20 > demo.metadata["facts"]["mean return, at random"]
+
+
+def test_a_demo_policy_that_is_not_there():
+    with pytest.raises(
+        ValueError, match="no policy 'chess' comes with tdhook: there are 'cartpole', 'freeway'"
+    ):
+        demo_policy("chess")
 
 
 def test_a_file_that_is_missing():
@@ -99,3 +116,145 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path):
 def test_an_environment_that_is_not_there():
     with pytest.raises(ValueError, match=r"cannot make environment 'Nowhere-v0'.*pprint_registry"):
         make_env("Nowhere-v0")
+
+
+CNN = {
+    "in_shape": [4, 10, 8],
+    "channels": [3, 5],
+    "kernel_sizes": [3, 2],
+    "strides": [1, 2],
+    "num_cells": [6],
+    "out_features": 2,
+    "activation": "ReLU",
+}
+
+
+def pixel_policy(kind):
+    metadata = {"kind": kind, "architecture": CNN}
+    return Policy(build_actor(kind, CNN), "CartPole-v1", ("a", "b", "c", "d"), ("left", "right"), metadata)
+
+
+@pytest.mark.parametrize("kind, key", [("dqn_cnn", "action_value"), ("ppo_cnn", "logits")])
+def test_a_policy_that_sees_pixels_loads_again(tmp_path, kind, key):
+    before, file = pixel_policy(kind), tmp_path / "policy.pt"
+    save_policy(before, file)
+    after = load_policy(file)
+    td = TensorDict(pixels=torch.randn(3, 5, 4, 10, 8), batch_size=[3, 5])
+    assert after.actor.in_keys == ["pixels"]
+    assert after.actor(td.clone())[key].shape == (3, 5, 2)
+    assert torch.equal(before.actor(td.clone())[key], after.actor(td.clone())[key])
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"in_shape": [4, 3, 3]}, "leave nothing of an image"),
+        ({"strides": [1]}, "each convolution has channels, a kernel size and a stride"),
+        ({"depth": 2}, "the architecture of a ppo_cnn has the entries 'in_shape', 'channels'"),
+    ],
+)
+def test_convolutions_that_do_not_fit(change, text):
+    with pytest.raises(ValueError, match=text):
+        build_actor("ppo_cnn", {**CNN, **change})
+
+
+def test_channels_are_named(tmp_path):
+    wrong = pixel_policy("ppo_cnn")
+    wrong = Policy(wrong.actor, wrong.env_id, ("one",), wrong.actions, wrong.metadata)
+    with pytest.raises(ValueError, match=r"it names 1 features, and its architecture has in_shape\[0\]=4"):
+        save_policy(wrong, tmp_path / "policy.pt")
+
+
+NORMALISED = [
+    {
+        "transform": "ObservationNorm",
+        "loc": 1.0,
+        "scale": 2.0,
+        "standard_normal": True,
+        "in_keys": ["observation"],
+    },
+    {"transform": "CatFrames", "N": 2, "dim": -1, "in_keys": ["observation"], "out_keys": ["seen"]},
+]
+
+
+def test_an_environment_is_made_as_its_policy_says():
+    plain = make_env("CartPole-v1", seed=3).reset()["observation"]
+    there = Policy(policy().actor, "CartPole-v1", (), (), {"preprocessing": NORMALISED, "options": {}})
+    observed = make_env(there, seed=3).reset()
+    torch.testing.assert_close(observed["observation"], (plain - 1) / 2)
+    assert observed["seen"].shape == (8,)
+    given = make_env("CartPole-v1", seed=3, preprocessing=NORMALISED[:1]).reset()
+    torch.testing.assert_close(given["observation"], (plain - 1) / 2)
+
+
+def test_options_reach_the_environment():
+    short = make_env("CartPole-v1", seed=0, options={"max_episode_steps": 3})
+    assert len(short.rollout(10)) == 3
+
+
+@pytest.mark.parametrize(
+    "step, text",
+    [
+        ({"transform": "Compose"}, "a step of preprocessing names one of 'CatFrames'"),
+        ({"transform": "CatFrames", "N": 2, "sides": 3}, "does not work"),
+        (
+            {"transform": "DTypeCastTransform", "dtype_in": "bool", "dtype_out": "load"},
+            "'load' is no dtype of torch",
+        ),
+    ],
+)
+def test_preprocessing_that_is_not_known(step, text):
+    with pytest.raises(ValueError, match=text):
+        make_env("CartPole-v1", preprocessing=[step])
+
+
+def test_a_package_of_games_that_is_not_there(monkeypatch):
+    gymnasium = pytest.importorskip("gymnasium")
+    monkeypatch.delitem(gymnasium.registry, "ALE/Pong-v5", raising=False)
+    monkeypatch.setitem(sys.modules, "ale_py", None)
+    with pytest.raises(ImportError, match="environment 'ALE/Pong-v5' needs ale-py, which is not installed"):
+        make_env("ALE/Pong-v5")
+
+
+def test_a_game_seen_in_blocks():
+    pytest.importorskip("ale_py")
+    preprocessing = [
+        {"transform": "UnsqueezeTransform", "dim": -1, "in_keys": ["observation"], "out_keys": ["pixels"]},
+        {"transform": "ToTensorImage", "in_keys": ["pixels"]},
+        {
+            "transform": "CropAndPool",
+            "height": 160,
+            "width": 160,
+            "top": 34,
+            "pool": 4,
+            "in_keys": ["pixels"],
+        },
+    ]
+    env = make_env("ALE/Pong-v5", seed=0, options={"obs_type": "grayscale"}, preprocessing=preprocessing)
+    rollout = env.rollout(3)
+    blocks = (
+        rollout["observation"][:, 34:194].float().unflatten(-2, (40, 4)).unflatten(-1, (40, 4)).mean((2, 4))
+    )
+    torch.testing.assert_close(rollout["pixels"], blocks.unsqueeze(1) / 255)
+    assert env.observation_spec["pixels"].is_in(rollout["pixels"][0])
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"height": 5, "width": 4, "pool": 2}, "blocks of 2 x 2 do not fill 5 x 4"),
+        ({"height": 4, "width": 4, "top": -1}, "begins at 0 or later"),
+    ],
+)
+def test_a_part_that_is_none(options, text):
+    from tdhook.rl.frames import CropAndPool
+
+    with pytest.raises(ValueError, match=text):
+        CropAndPool(**options)
+
+
+def test_a_part_outside_the_image():
+    from tdhook.rl.frames import CropAndPool
+
+    with pytest.raises(ValueError, match="do not lie in an image of 3 x 8"):
+        CropAndPool(4, 4)(TensorDict(pixels=torch.rand(2, 3, 8)))

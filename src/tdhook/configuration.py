@@ -19,7 +19,8 @@ from typing import Any
 from tensordict.utils import NestedKey
 
 from tdhook.composites import PRESETS, Composite, preset
-from tdhook.targets import Index, Key, Target
+from tdhook.targets import Key, Target
+from tdhook.targets.outputs import Index
 
 __all__ = ["read_composite", "read_key", "read_target", "write_key", "write_target"]
 

@@ -67,7 +67,8 @@ class ExplainedModule(TensorDictModuleBase):
         sources = [*self._attributed, *method.input_modules]
         self.in_keys = list(dict.fromkeys([*map(unravel_key, model.runner.in_keys), *method.extra_in_keys()]))
         self.out_keys = [*model.runner.out_keys, *map(self._entry, sources), *method.extra_out_keys()]
-        chosen_by = method.target_entries()
+        # Some models say which of the entries that they read are attributed, and read others.
+        chosen_by = None if getattr(model.runner, "reads_everything", False) else method.target_entries()
         self._chosen_by = chosen_by and [key for key in chosen_by if key not in self.in_keys]
         self._pull_back = PullBack(method.memory_budget)
         self._state = method.start(model) if state is None else state

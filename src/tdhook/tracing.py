@@ -65,7 +65,7 @@ def _keyed(root: nn.Module, wrapper: TensorDictModuleBase) -> Iterator[tuple[str
         yield "", wrapper
     for name, module in modules_of(root).items():
         if isinstance(module, TensorDictModuleBase):
-            inner = list(module.modules())[1:]
+            inner = list(modules_of(module).values())[1:]
             if not any(isinstance(m, TensorDictModuleBase) for m in inner):
                 yield name, module
 

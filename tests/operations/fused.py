@@ -269,6 +269,35 @@ def other_cases() -> list[Case]:
             shows=None,
         ),
         Case(
+            "mse_loss",
+            "",
+            {
+                "F": lambda h: F.mse_loss(h[:, :12], h[:, 12:], reduction="none"),
+                "positional": lambda h: F.mse_loss(h[:, :12], h[:, 12:], None, None, "none"),
+                "written": lambda h: (h[:, :12] - h[:, 12:]).square(),
+            },
+            shows=None,
+        ),
+        Case(
+            "mse_loss",
+            "mean",
+            {
+                "F": lambda h: F.mse_loss(h[:, :12], h[:, 12:])[None],
+                "written": lambda h: (h[:, :12] - h[:, 12:]).square().mean()[None],
+            },
+            batch=1,
+            shows=None,
+        ),
+        *(
+            Case(
+                f"{f.__name__}",
+                "",
+                {"": lambda h, f=f: f(h, torch.full_like(h, 0.5), reduction="none")},
+                shows=None,
+            )
+            for f in (F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+        ),
+        Case(
             "cosine_similarity",
             "",
             {"": lambda h: F.cosine_similarity(h[:, :12].view(-1, 3, 4), h[:, 12:].view(-1, 3, 4), dim=-1)},

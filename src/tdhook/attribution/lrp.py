@@ -157,6 +157,13 @@ class LRP(Attribution):
         how = self.composite if self.composite is not None else self.rule_mapper
         return f"LRP({how!r}, target={self.target!r})"
 
+    def explaining(self, target: TargetLike) -> LRP:
+        """The same for another target."""
+        other = copy.copy(self)
+        other.target, other._seeder, other._from_ones = target, as_seeder(target), False
+        other.init_attr_targets = other.init_attr_grads = None
+        return other
+
     @staticmethod
     def default_skip(name: str, module: nn.Module) -> bool:
         """What merely contains other modules: a ``skip_modules``."""
@@ -273,10 +280,9 @@ class LRP(Attribution):
         return any(isinstance(row.rule, PropagationRule) and row.rule.needs_sign for row in state.plan.rows)
 
     def extra_out_keys(self) -> tuple[NestedKey, ...]:
-        """Those of the ledger."""
-        return (
-            tuple(("ledger", name) for name in ("target", "inputs", "absorbed", "gap")) if self.ledger else ()
-        )
+        """What the target computes, and the ledger."""
+        accounts = ("target", "inputs", "absorbed", "gap") if self.ledger else ()
+        return (*self._seeder.writes, *(("ledger", name) for name in accounts))
 
     def target_entries(self) -> Sequence[NestedKey] | None:
         """Those that the target reads."""

@@ -56,6 +56,10 @@ EnvId = Annotated[
         "--env", help="Gymnasium id of the environment; by default the one in the checkpoint.", metavar="ID"
     ),
 ]
+Frames = Annotated[
+    bool,
+    typer.Option("--frames", help="Render the environment at each step, too, for `tdhook video`."),
+]
 
 
 def _version(asked: bool) -> None:
@@ -86,6 +90,7 @@ def demo(
     steps: Steps = 500,
     composite: Composite = "epsilon_plus",
     seed: Seed = 0,
+    frames: Frames = False,
 ) -> None:
     """Let a trained CartPole policy act, and explain each of its actions.
 
@@ -101,7 +106,7 @@ def demo(
 
     with notes():
         rules = read_composite(composite)
-        run(Request(demo_policy(), rules, composite, None, steps, seed), out)
+        run(Request(demo_policy(), rules, composite, None, steps, seed, frames=frames), out)
 
 
 @app.command(
@@ -129,6 +134,7 @@ def explain(
             metavar="KEY",
         ),
     ] = None,
+    frames: Frames = False,
 ) -> None:
     """Let your own policy act in a gymnasium environment, and explain each of its actions.
 
@@ -146,7 +152,73 @@ def explain(
         rules = read_composite(composite)
         what = None if target is None else read_target(target)
         keys = tuple(read_key(key) for key in attribute or ())
-        run(Request(find_policy(policy, env), rules, composite, what, steps, seed, keys), out)
+        run(Request(find_policy(policy, env), rules, composite, what, steps, seed, keys, frames), out)
+
+
+@app.command(
+    epilog="**Examples**\n\n"
+    "tdhook demo --frames && tdhook video demo-output\n\n"
+    "tdhook video explain-output --out why.gif --fps 15 --every 2 --steps 200"
+)
+@user_errors()
+def video(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="What `tdhook demo --frames` or `tdhook explain --frames` wrote.", metavar="DIR"),
+    ],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="What to write, .mp4 or .gif; by default video.mp4 in the folder.", metavar="FILE"),
+    ] = None,
+    fps: Annotated[float, typer.Option(min=0.1, help="Pictures per second.")] = 30.0,
+    every: Annotated[int, typer.Option(min=1, help="Show only each so-many-th step.")] = 1,
+    steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Show only so many steps, from the beginning."),
+    ] = None,
+    key: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Whose relevance to show, where several keys have it.", metavar="KEY"),
+    ] = None,
+) -> None:
+    """Show an explained rollout as a video: the environment, and beside it what each action rested on.
+
+    Relevance of an image lies over the frame, red where it speaks for the target and blue where against; that of a
+    vector is shown as bars.
+    """
+    require("imageio_ffmpeg", "PIL")
+    from tdhook.cli.video import run
+    from tdhook.configuration import read_key
+
+    with notes():
+        run(folder, out, fps, every, steps, None if key is None else read_key(key))
+
+
+@app.command(
+    epilog="**Examples**\n\n"
+    "tdhook demo --frames && tdhook report demo-output\n\n"
+    "tdhook report explain-output --out why.html"
+)
+@user_errors()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(help="What `tdhook demo` or `tdhook explain` wrote.", metavar="DIR")
+    ],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="File to write; by default report.html in the folder.", metavar="FILE"),
+    ] = None,
+) -> None:
+    """Make one HTML page of an explained rollout, to be opened in any browser.
+
+    The page holds all it needs, and uses no network. It shows each step under a slider: the frame, if there are frames
+    (`--frames`), and the relevance and value of each feature; relevance over time; the mean by action; the account of
+    the relevance, the composite, and the versions used.
+    """
+    from tdhook.cli.report import run
+
+    with notes():
+        run(folder, out)
 
 
 @app.command(

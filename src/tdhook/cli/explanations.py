@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from tensordict import TensorDict
 from tensordict.utils import NestedKey, unravel_key
@@ -21,7 +20,7 @@ from torch import Tensor
 import tdhook
 from tdhook.attribution.lrp import LRP
 from tdhook.cli.policies import Stage
-from tdhook.cli.tables import conservation_table, relevance_table
+from tdhook.cli.tables import conservation_table, progress_bar, relevance_table
 from tdhook.composites import Composite
 from tdhook.configuration import write_key, write_target
 from tdhook.plots import relevance_over_time
@@ -54,6 +53,7 @@ class Request:
         steps: how many steps.
         seed: of the environment and of sampled actions.
         attribute: keys besides the inputs that are explained.
+        frames: whether the environment is rendered at each step.
     """
 
     policy: Policy
@@ -63,6 +63,7 @@ class Request:
     steps: int
     seed: int
     attribute: tuple[NestedKey, ...] = ()
+    frames: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,18 @@ def run(request: Request, out: Path) -> None:
     policy, console = request.policy, Console()
     require_replaceable(out / "rollout")  # before any work, and again when it is done
     torch.manual_seed(request.seed)
-    stage = Stage.of(policy, request.seed)
+    stage = Stage.of(policy, request.seed, request.frames)
     target = request.target or _default_target(policy)
     keys = [unravel_key(key) for key in (*policy.actor.in_keys, *request.attribute)]
     explained = LRP(request.composite, target=target, attribute=keys).wrap(policy.actor)
-    with closing(stage.env) as env, _progress() as progress:
+    with closing(stage.env) as env, progress_bar() as progress:
         task = progress.add_task(f"{policy.env_id}: acting and explaining", total=request.steps)
         rollout = explained_rollout(
-            env, explained, request.steps, lambda done: progress.update(task, completed=done)
+            env,
+            explained,
+            request.steps,
+            lambda done: progress.update(task, completed=done),
+            frames=request.frames,
         )
         progress.update(task, description="checking that relevance is conserved")
         account = conservation(rollout, policy.actor, request.composite, target)
@@ -103,12 +108,6 @@ def run(request: Request, out: Path) -> None:
     _show(console, what, views, account)
     for path in _write(out, request, target, rollout, views, account, what):
         console.print(Text(f"wrote {path}"), soft_wrap=True)
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _default_target(policy: Policy) -> Target:
@@ -130,7 +129,12 @@ def _views(
         relevance = rollout.get(where, None)
         if relevance is None:  # an input without gradient, of which a note tells
             continue
-        value = rollout[key].flatten(1)
+        value = rollout[key]
+        if (
+            value.dim() == 4 and len(policy.features) == value.shape[1]
+        ):  # the channels of an image have the names
+            relevance, value = relevance.sum((-2, -1)), value.mean((-2, -1))
+        value = value.flatten(1)
         count = value.shape[1]
         named = key == policy.actor.in_keys[0] and len(policy.features) == count
         features = policy.features if named else tuple(f"x{i}" for i in range(count))

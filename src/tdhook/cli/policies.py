@@ -103,13 +103,13 @@ class Stage:
     actions: tuple[str, ...]
 
     @staticmethod
-    def of(policy: Policy, seed: int) -> Stage:
-        """Make the environment of a policy, and let the policy act once.
+    def of(policy: Policy, seed: int, render: bool = False) -> Stage:
+        """Make the environment of a policy, one that can be rendered if asked, and let the policy act once.
 
         Raises:
             ValueError: there is no such environment, or the policy does not fit it.
         """
-        env = make_env(policy.env_id, seed)
+        env = make_env(policy, seed, render)
         observed = env.reset()
         _check_observation(policy, env, observed)
         _check_action(policy, env, observed)
@@ -126,10 +126,11 @@ def _check_observation(policy: Policy, env: EnvBase, observed: TensorDictBase) -
             raise ValueError(
                 f"the policy reads {key!r}, which environment {policy.env_id!r} does not give: it gives {given}"
             )
-        if policy.features and len(policy.actor.in_keys) == 1 and value.numel() != len(policy.features):
+        shown = value.shape[0] if value.dim() == 3 else value.numel()  # an image has one name per channel
+        if policy.features and len(policy.actor.in_keys) == 1 and shown != len(policy.features):
             raise ValueError(
                 f"the policy sees {len(policy.features)} features ({', '.join(policy.features)}), and environment "
-                f"{policy.env_id!r} shows {value.numel()}"
+                f"{policy.env_id!r} shows {shown}"
             )
 
 

@@ -1,4 +1,4 @@
-"""What the commands print, as rich tables."""
+"""What the commands print, as rich tables, and the bar that they show meanwhile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, Group
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from tensordict import TensorDictBase
@@ -22,7 +23,15 @@ from tdhook.operations.interception import Unmatched
 from tdhook.plans import COLUMNS
 from tdhook.rl.rollouts import Conservation, Summary
 
-__all__ = ["conservation_table", "formula", "plan_table", "presets_table", "relevance_table", "rules_table"]
+__all__ = [
+    "conservation_table",
+    "formula",
+    "plan_table",
+    "presets_table",
+    "progress_bar",
+    "relevance_table",
+    "rules_table",
+]
 
 
 def _table(title: str, *columns: str, numbers: bool = False) -> Table:
@@ -30,6 +39,13 @@ def _table(title: str, *columns: str, numbers: bool = False) -> Table:
     for i, column in enumerate(columns):
         table.add_column(Text(column), justify="right" if numbers and i else "left", overflow="fold")
     return table
+
+
+def progress_bar() -> Progress:
+    """A bar on standard error, gone when it is done; none where that is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def relevance_table(summary: Summary, title: str, most: int = 16) -> Table:

@@ -44,6 +44,7 @@ class _Known:
     in_place: bool
     quick: bool = False
     queries: bool = False
+    own: Rule | None = None
     selector: Any = None
     rule: Rule | None = None
 
@@ -200,7 +201,7 @@ class Interception(TorchFunctionMode):
             moves=name in MOVES or name in WINNER,
             multiplies=name in PRODUCTS or name in ELEMENTWISE,
         )
-        known = _Known(operation, in_place, queries=queries(func))
+        known = _Known(operation, in_place, queries=queries(func), own=getattr(func, "tdhook_rule", None))
         if self._lookup is not None and not self._by_path:
             known.selector, known.rule = self._lookup(name, *self.paths.innermost)
         if not in_place and not self._by_path:
@@ -214,7 +215,9 @@ class Interception(TorchFunctionMode):
                 known.selector, known.rule = self._lookup(known.operation.name, *self.paths.innermost)
             if known.rule is not None:
                 return known.selector, known.rule
-        return None, default_rule(known.operation.name, args, kwargs) if self._defaults else IgnoreRule()
+        if not self._defaults:
+            return None, IgnoreRule()
+        return None, known.own or default_rule(known.operation.name, args, kwargs)
 
     def _overwrite(self, known: _Known, selector: Any, rule: Any, func: Any, args: Any, kwargs: Any) -> Any:
         """Run the out-of-place form under its rule, then move its result to where it belongs."""

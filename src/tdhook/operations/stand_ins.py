@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -10,6 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.utils.checkpoint as checkpointing
+from torch import Tensor
 
 __all__ = ["standing_in"]
 
@@ -29,7 +31,8 @@ def standing_in(again: Again) -> Iterator[None]:
     """Have what hides operations run in sight of a mode.
 
     Functions compiled by ``torch.jit.script`` run as the Python that they were written in. What
-    ``torch.utils.checkpoint`` runs once more in the backward pass runs as it did in the forward pass.
+    ``torch.utils.checkpoint`` runs once more in the backward pass runs as it did in the forward pass. The squashing of
+    actions in torchrl, which has a backward pass of its own, runs as the activations that it is made of.
 
     Args:
         again: makes what is entered around a part of the model that is run once more, or says with ``None`` that none
@@ -54,6 +57,39 @@ def _replace(step: int) -> None:
         torch._C.ScriptFunction.__call__ = _call_in_python if ours else _call  # type: ignore[method-assign, assignment]
         torch_.CheckpointFunction = _Checkpoint if ours else _Function
         torch_._checkpoint_without_reentrant_generator = _checkpointed if ours else _generator
+        _replace_squashing(sys.modules.get("torchrl.modules.distributions.continuous"), ours)
+
+
+def _replace_squashing(home: Any, ours: bool) -> None:
+    for name, parts in _SQUASHES.items():
+        function = getattr(home, name, None)
+        if isinstance(function, _Squash):
+            function = function.own
+        if function is not None:
+            setattr(home, name, _Squash(function, parts) if ours else function)
+
+
+class _Squash:
+    """A function of torchrl that has a backward pass of its own, or its parts."""
+
+    def __init__(self, own: Callable[[Tensor], Tensor], parts: Callable[[Tensor], Tensor]) -> None:
+        self.own, self._parts = own, parts
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.own(x) if _AGAIN.get() is None else self._parts(x)
+
+
+def _safe_tanh(x: Tensor) -> Tensor:
+    limit = 1.0 - torch.finfo(x.dtype).resolution
+    return x.tanh().clamp(-limit, limit)
+
+
+def _safe_atanh(y: Tensor) -> Tensor:
+    limit = 1.0 - torch.finfo(y.dtype).resolution
+    return y.clamp(-limit, limit).atanh()
+
+
+_SQUASHES = {"safetanh_noeps": _safe_tanh, "safeatanh_noeps": _safe_atanh}
 
 
 def _call_in_python(function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import types
 from collections.abc import Callable
@@ -81,6 +82,30 @@ def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) 
     return (F.normalize(x1, dim=dim, eps=eps) * F.normalize(x2, dim=dim, eps=eps)).sum(dim)
 
 
+def _of_difference(function: Function) -> Function:
+    """A loss of the difference of two tensors: it passes relevance on to the difference, as an activation does."""
+
+    def write(*args: Any, **kwargs: Any) -> Tensor:
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        one_by_one = {key: value for key, value in given.items() if key not in ("size_average", "reduce")}
+        size = (given["input"] - given["target"]).abs()
+        with torch.no_grad():
+            total = function(**given)
+            each = function(**{**one_by_one, "reduction": "none"})
+        losses: Tensor = size * _share(each, size)
+        if total.shape != losses.shape:
+            whole = losses.sum()
+            losses = whole * _share(total, whole)
+        return losses
+
+    return write
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.where(whole == 0, 0.0, part / whole)
+
+
 def _lerp(input: Tensor, end: Tensor, weight: Tensor) -> Tensor:
     return input + weight * (end - input)
 
@@ -149,9 +174,13 @@ _WRITTEN: dict[str, Function] = {
     "float_power": _of_the_first(torch.float_power),
     "floor_divide": _of_the_first(torch.floor_divide),
     "glu": _glu,
+    "huber_loss": _of_difference(F.huber_loss),
+    "l1_loss": _of_difference(F.l1_loss),
     "lerp": _lerp,
     "linear": _linear,
+    "mse_loss": _of_difference(F.mse_loss),
     "pow": _of_the_first(torch.pow),
+    "smooth_l1_loss": _of_difference(F.smooth_l1_loss),
     "std_mean": _std_mean,
     "var": _var,
     "var_mean": _var_mean,

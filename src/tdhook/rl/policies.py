@@ -6,7 +6,6 @@ someone else's file never runs their code. The actor is built anew from the arch
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tensordict.nn import TensorDictModule
 from torch import nn
+
+from tdhook.rl import environments
+from tdhook.rl.environments import _require as _require
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
@@ -34,12 +36,13 @@ class Policy:
     """An actor, the environment that it was trained for, and names for what it sees and does.
 
     Args:
-        actor: reads ``observation`` and writes ``action`` (one-hot) beside what led to it.
+        actor: reads ``observation``, or ``pixels``, and writes ``action`` (one-hot) beside what led to it.
         env_id: gymnasium id of the environment.
-        features: one name per entry of the observation.
+        features: one name per entry of the observation, or per channel of an image.
         actions: one name per action.
         metadata: plain data; ``kind`` and ``architecture`` (see :func:`build_actor`) say how to build the actor
-            again, whatever else is in it (seed, frames, evaluation) is kept with it.
+            again, ``options`` and ``preprocessing`` (see :func:`make_env`) how to make its environment; whatever else
+            is in it (seed, frames, evaluation) is kept with it.
     """
 
     actor: TensorDictModule
@@ -53,20 +56,27 @@ def build_actor(kind: str, architecture: Mapping[str, Any]) -> TensorDictModule:
     """An untrained actor with one-hot actions.
 
     Args:
-        kind: ``"dqn_mlp"``, a greedy Q-value actor that reads ``observation [*batch, in_features]`` and writes
-            ``action_value`` and ``action`` ``[*batch, out_features]`` and ``chosen_action_value [*batch, 1]``; or
-            ``"ppo_mlp"``, a categorical actor that writes ``logits`` and ``action`` ``[*batch, out_features]``. It
-            takes the most probable action, unless torchrl's exploration type asks for a sample.
-        architecture: of the multi-layer perceptron inside: ``in_features`` and ``out_features`` (integers),
-            ``num_cells`` (a list with the width of each hidden layer), ``activation`` (a class of ``torch.nn``).
+        kind: how it acts, and of what it is made. ``"dqn_..."`` is a greedy Q-value actor that writes ``action_value``
+            and ``action`` ``[*batch, out_features]`` and ``chosen_action_value [*batch, 1]``; ``"ppo_..."`` is a
+            categorical actor that writes ``logits`` and ``action`` ``[*batch, out_features]``, and takes the most
+            probable action, unless torchrl's exploration type asks for a sample. ``"..._mlp"`` reads ``observation
+            [*batch, in_features]``; ``"..._cnn"`` reads ``pixels [*batch, channels, height, width]``.
+        architecture: of the multi-layer perceptron: ``in_features`` and ``out_features`` (integers),
+            ``num_cells`` (a list with the width of each hidden layer), ``activation`` (a class of ``torch.nn``). With
+            convolutions before it (``"..._cnn"``), ``in_shape`` (channels, height, width) instead of ``in_features``,
+            and of each convolution ``channels``, ``kernel_sizes`` and ``strides`` (lists), as in the network of Mnih
+            et al. 2015.
 
     Raises:
         ImportError: torchrl is not installed.
-        ValueError: the kind, an entry of the architecture or the activation is unknown, or an entry is missing.
+        ValueError: the kind, an entry of the architecture or the activation is unknown, or an entry is missing, or
+            convolutions and image do not fit together.
     """
-    if kind not in _KINDS:
-        raise ValueError(f"unknown kind of policy {kind!r}: this version of tdhook builds {_listed(_KINDS)}")
-    expected = ("in_features", "out_features", "num_cells", "activation")
+    head, _, body = kind.partition("_")
+    if head not in _HEADS or body not in _BODIES:
+        known = [f"{head}_{body}" for head in _HEADS for body in _BODIES]
+        raise ValueError(f"unknown kind of policy {kind!r}: this version of tdhook builds {_listed(known)}")
+    key, expected, build = _BODIES[body]
     if set(architecture) != set(expected):
         raise ValueError(
             f"the architecture of a {kind} has the entries {_listed(expected)}, not {_listed(architecture)}"
@@ -75,33 +85,72 @@ def build_actor(kind: str, architecture: Mapping[str, Any]) -> TensorDictModule:
         raise ValueError(
             f"unknown activation {architecture['activation']!r}: choose one of {_listed(_ACTIVATIONS)}"
         )
-    network = _require("torchrl.modules").MLP(
+    return _HEADS[head](build(architecture), key, architecture["out_features"])
+
+
+def _mlp(architecture: Mapping[str, Any]) -> nn.Module:
+    network: nn.Module = _require("torchrl.modules").MLP(
         in_features=architecture["in_features"],
         out_features=architecture["out_features"],
         num_cells=list(architecture["num_cells"]),
         activation_class=_ACTIVATIONS[architecture["activation"]],
     )
-    return _KINDS[kind](network, architecture["out_features"])
+    return network
 
 
-def _q_value_actor(network: nn.Module, n_actions: int) -> TensorDictModule:
+def _cnn(architecture: Mapping[str, Any]) -> nn.Module:
+    modules = _require("torchrl.modules")
+    channels, kernels, strides = (
+        list(architecture[entry]) for entry in ("channels", "kernel_sizes", "strides")
+    )
+    if not len(channels) == len(kernels) == len(strides) > 0:
+        raise ValueError(
+            f"each convolution has channels, a kernel size and a stride, got {channels}, {kernels} and {strides}"
+        )
+    planes, *sides = architecture["in_shape"]
+    for kernel, stride in zip(kernels, strides, strict=True):
+        sides = [(side - kernel) // stride + 1 for side in sides]
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(
+            f"the convolutions leave nothing of an image of in_shape={architecture['in_shape']} "
+            "(channels, height, width)"
+        )
+    activation = _ACTIVATIONS[architecture["activation"]]
+    convolutions = modules.ConvNet(
+        in_features=planes,
+        num_cells=channels,
+        kernel_sizes=kernels,
+        strides=strides,
+        activation_class=activation,
+    )
+    return nn.Sequential(
+        convolutions, _mlp({**architecture, "in_features": channels[-1] * sides[0] * sides[1]})
+    )
+
+
+def _q_value_actor(network: nn.Module, key: str, n_actions: int) -> TensorDictModule:
     spec = _require("torchrl.data").OneHot(n_actions)
-    return _require("torchrl.modules").QValueActor(network, in_keys=["observation"], spec=spec)
+    return _require("torchrl.modules").QValueActor(network, in_keys=[key], spec=spec)
 
 
-def _categorical_actor(network: nn.Module, n_actions: int) -> TensorDictModule:
+def _categorical_actor(network: nn.Module, key: str, n_actions: int) -> TensorDictModule:
     modules = _require("torchrl.modules")
     return modules.ProbabilisticActor(
-        TensorDictModule(network, in_keys=["observation"], out_keys=["logits"]),
+        TensorDictModule(network, in_keys=[key], out_keys=["logits"]),
         in_keys=["logits"],
         spec=_require("torchrl.data").OneHot(n_actions),
         distribution_class=modules.OneHotCategorical,
     )
 
 
-_KINDS: dict[str, Callable[[nn.Module, int], TensorDictModule]] = {
-    "dqn_mlp": _q_value_actor,
-    "ppo_mlp": _categorical_actor,
+_HEADS: dict[str, Callable[[nn.Module, str, int], TensorDictModule]] = {
+    "dqn": _q_value_actor,
+    "ppo": _categorical_actor,
+}
+_PERCEPTRON = ("out_features", "num_cells", "activation")
+_BODIES: dict[str, tuple[str, tuple[str, ...], Callable[[Mapping[str, Any]], nn.Module]]] = {
+    "mlp": ("observation", ("in_features", *_PERCEPTRON), _mlp),
+    "cnn": ("pixels", ("in_shape", "channels", "kernel_sizes", "strides", *_PERCEPTRON), _cnn),
 }
 
 
@@ -168,39 +217,62 @@ def save_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
     path.write_bytes(buffer.getvalue())
 
 
-def demo_policy() -> Policy:
-    """The CartPole-v1 policy that comes with tdhook: a double DQN, trained by ``examples/train_cartpole.py``."""
-    with resources.as_file(resources.files("tdhook.rl") / "checkpoints" / "cartpole_dqn.pt") as path:
+def demo_policy(name: str = "cartpole") -> Policy:
+    """A policy that comes with tdhook.
+
+    Args:
+        name: ``"cartpole"``, a double DQN for CartPole-v1 that ``examples/train_cartpole.py`` trained; or
+            ``"freeway"``, which sees the pixels of ALE/Freeway-v5 (its environment needs ale-py) and was trained by
+            ``examples/agents/atari.py``.
+
+    Raises:
+        ValueError: there is no policy of this name.
+    """
+    if name not in _DEMOS:
+        raise ValueError(f"no policy {name!r} comes with tdhook: there are {_listed(_DEMOS)}")
+    with resources.as_file(resources.files("tdhook.rl") / "checkpoints" / _DEMOS[name]) as path:
         return load_policy(path)
 
 
-def make_env(env_id: str, seed: int | None = None) -> EnvBase:
+_DEMOS = {"cartpole": "cartpole_dqn.pt", "freeway": "freeway_ppo.pt"}
+
+
+def make_env(
+    env: str | Policy,
+    seed: int | None = None,
+    render: bool = False,
+    *,
+    options: Mapping[str, Any] | None = None,
+    preprocessing: Iterable[Mapping[str, Any]] | None = None,
+) -> EnvBase:
     """A gymnasium environment as torchrl sees it, with one-hot actions and float32 observations.
 
     Args:
-        env_id: gymnasium id, as ``"CartPole-v1"``.
+        env: gymnasium id, as ``"CartPole-v1"``, ``"ALE/Pong-v5"`` (which takes ale-py) or ``"MinAtar/Breakout-v1"``
+            (MinAtar); or a policy: then what its metadata says under ``"options"`` and ``"preprocessing"`` holds,
+            unless given here.
         seed: of the environment's own random numbers. Sampled actions follow :func:`torch.manual_seed`.
+        render: whether it can be rendered to pictures, ``env.render()``.
+        options: what :func:`gymnasium.make` takes beside the id.
+        preprocessing: transforms as plain data, the first one first: each a mapping with its class under
+            ``"transform"`` (``"CatFrames"``, ``"DTypeCastTransform"``, ``"ObservationNorm"``, ``"PermuteTransform"``,
+            ``"ToTensorImage"`` or ``"UnsqueezeTransform"`` of torchrl, or
+            ``"CropAndPool"``, :class:`tdhook.rl.frames.CropAndPool`) and arguments of this class under their names.
 
     Raises:
         ImportError: torchrl, gymnasium or a package that this environment needs is not installed.
-        ValueError: gymnasium knows no such environment.
+        ValueError: gymnasium knows no such environment, or a step of the preprocessing does not work.
     """
-    envs, errors = _require("torchrl.envs"), _require("gymnasium").error
-    try:
-        env = envs.GymEnv(env_id)
-    except errors.DependencyNotInstalled as error:
-        raise ImportError(f"environment {env_id!r} needs a package that is not installed: {error}") from error
-    except errors.Error as error:
-        raise ValueError(
-            f"cannot make environment {env_id!r}: {error} (gymnasium.pprint_registry() lists what is there)"
-        ) from error
-    # Some environments observe in float64; a policy's weights are float32.
-    wide = [key for key, spec in env.observation_spec.items(True, True) if spec.dtype == torch.float64]
-    if wide:
-        env = envs.TransformedEnv(env, envs.DoubleToFloat(in_keys=wide))
+    env_id, metadata = (env.env_id, env.metadata) if isinstance(env, Policy) else (env, {})
+    chosen = dict(metadata.get("options", {}) if options is None else options)
+    if render:
+        chosen["render_mode"] = "rgb_array"
+    made = environments.make(
+        env_id, chosen, metadata.get("preprocessing", ()) if preprocessing is None else preprocessing
+    )
     if seed is not None:
-        env.set_seed(seed)
-    return env
+        made.set_seed(seed)
+    return made
 
 
 def _from_bytes(data: bytes, path: Path) -> Policy:
@@ -250,24 +322,16 @@ def _from_bytes(data: bytes, path: Path) -> Policy:
 
 
 def _check_names(checkpoint: Mapping[str, Any]) -> None:
-    for entry, size in (("features", "in_features"), ("actions", "out_features")):
-        given, wanted = len(checkpoint[entry]), checkpoint["architecture"][size]
+    architecture = checkpoint["architecture"]
+    if "in_shape" in architecture:
+        size, seen = "in_shape[0]", architecture["in_shape"][0]
+    else:
+        size, seen = "in_features", architecture["in_features"]
+    acts = architecture["out_features"]
+    for entry, name, wanted in (("features", size, seen), ("actions", "out_features", acts)):
+        given = len(checkpoint[entry])
         if given != wanted:
-            raise ValueError(f"it names {given} {entry}, and its architecture has {size}={wanted}")
-
-
-def _require(module: str) -> Any:
-    """Import a module of the ``rl`` extra, or say what to install."""
-    package = module.partition(".")[0]
-    try:
-        importlib.import_module(package)
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != package:  # installed, but broken: its own message says more
-            raise
-        raise ImportError(
-            f'tdhook.rl needs {package}, which is not installed: pip install "tdhook[rl]"'
-        ) from error
+            raise ValueError(f"it names {given} {entry}, and its architecture has {name}={wanted}")
 
 
 def _listed(names: Iterable[object]) -> str:

@@ -39,6 +39,8 @@ __all__ = [
 
 _AT_ONCE = 256
 """How many steps are explained in one pass, so that memory does not grow with the rollout."""
+_LARGEST = 400
+"""Height and width that rendered frames have at most: a rollout has many of them."""
 
 
 def explained_rollout(
@@ -46,6 +48,7 @@ def explained_rollout(
     explained_policy: TensorDictModuleBase,
     steps: int,
     progress: Callable[[int], object] | None = None,
+    frames: bool = False,
 ) -> TensorDict:
     """Let a policy act for ``steps`` steps, through as many episodes as they take.
 
@@ -54,13 +57,16 @@ def explained_rollout(
         explained_policy: what ``LRP(...).wrap(actor)`` gives.
         steps: how many steps.
         progress: called with the number of steps done, after each of them.
+        frames: whether the environment is rendered at each step, as the policy sees it before it acts. It must have
+            been made for that, as by :func:`tdhook.rl.make_env` with ``render=True``.
 
     Returns:
         A TensorDict of batch size ``[*env.batch_size, steps]`` with what the environment gave, what the policy wrote
-        and the relevance of its inputs.
+        and the relevance of its inputs; and with ``frames``, the entry ``"frame"``, uint8
+        ``[*env.batch_size, steps, height, width, 3]``. Large frames are made smaller, to 400 pixels at the most.
 
     Raises:
-        ValueError: ``steps`` is not positive.
+        ValueError: ``steps`` is not positive, or the environment gives no frames.
     """
     if steps < 1:
         raise ValueError(f"a rollout has at least one step, got steps={steps}")
@@ -73,11 +79,51 @@ def explained_rollout(
             progress(done)
 
     with torch.no_grad():
+        policy = _Rendered(env, explained_policy) if frames else explained_policy
         rollout: TensorDict = env.rollout(
-            steps, explained_policy, callback=step_done, break_when_any_done=False, return_contiguous=True
+            steps, policy, callback=step_done, break_when_any_done=False, return_contiguous=True
         )
     step_done()  # torchrl does not call back after the last step
     return rollout
+
+
+class _Rendered(TensorDictModuleBase):
+    """A policy beside which the environment is rendered, in the state in which it acts."""
+
+    def __init__(self, env: EnvBase, policy: TensorDictModuleBase) -> None:
+        super().__init__()
+        self._env, self._policy = env, policy
+        self.in_keys, self.out_keys = [*policy.in_keys], [*policy.out_keys, "frame"]
+
+    def forward(self, td: TensorDictBase) -> TensorDictBase:
+        acted: TensorDictBase = self._policy(td)
+        return acted.set("frame", _frame(self._env))
+
+
+def _frame(env: EnvBase) -> Tensor:
+    """What an environment looks like now, ``[*batch, height, width, 3]``."""
+    name = type(env).__name__
+    modes = getattr(env, "render_mode", "unknown")  # of several environments, a list
+    if modes is None or (isinstance(modes, list) and None in modes):
+        raise ValueError(
+            f"the {name} was not made to be rendered: make it with tdhook.rl.make_env(..., render=True), or give "
+            'gymnasium\'s render_mode="rgb_array"'
+        )
+    try:
+        rendered = env.render()
+    except Exception as error:  # a package is missing, say; environments fail as they please
+        raise ValueError(f"the {name} cannot be rendered: {type(error).__name__}: {error}") from error
+    shots = rendered if isinstance(rendered, list) else [rendered]  # several environments give a list
+    if not all(getattr(shot, "ndim", 0) == 3 and shot.shape[-1] == 3 for shot in shots):
+        raise ValueError(
+            f'the {name} renders no pictures [height, width, 3]: make it with gymnasium\'s render_mode="rgb_array"'
+        )
+    pictures = torch.stack([torch.as_tensor(shot.copy()) for shot in shots])
+    smaller = -(-max(pictures.shape[1:3]) // _LARGEST)
+    if smaller > 1:
+        channels_first = pictures.movedim(-1, 1).to(torch.float32)
+        pictures = nn.functional.avg_pool2d(channels_first, smaller).round().to(torch.uint8).movedim(1, -1)
+    return pictures.reshape(*env.batch_size, *pictures.shape[1:])
 
 
 @dataclass(frozen=True)

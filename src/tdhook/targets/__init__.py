@@ -4,6 +4,29 @@ A target is a value. Called with the outputs and the inputs of the model it give
 """
 
 from tdhook.targets.base import Seeder, Seeds, require_dependence
+from tdhook.targets.computed import Computed, Derived, as_one
 from tdhook.targets.outputs import Contrast, Key, Target, TargetLike, as_seeder
+from tdhook.targets.policies import Entropy, LogProb, Probability
+from tdhook.targets.time import AtStep
+from tdhook.targets.values import Advantage, Atom, ExpectedValue
 
-__all__ = ["Contrast", "Key", "Seeder", "Seeds", "Target", "TargetLike", "as_seeder", "require_dependence"]
+__all__ = [
+    "Advantage",
+    "AtStep",
+    "Atom",
+    "Computed",
+    "Contrast",
+    "Derived",
+    "Entropy",
+    "ExpectedValue",
+    "Key",
+    "LogProb",
+    "Probability",
+    "Seeder",
+    "Seeds",
+    "Target",
+    "TargetLike",
+    "as_one",
+    "as_seeder",
+    "require_dependence",
+]

@@ -41,6 +41,11 @@ class Seeder(ABC):
         """Entries of the TensorDict that it reads besides what the model reads; ``None`` for any of them."""
         return ()
 
+    @property
+    def writes(self) -> Sequence[NestedKey]:
+        """Keys of what it computes and writes besides what the model writes."""
+        return ()
+
     def derive(self, outputs: TensorDictBase, inputs: TensorDictBase) -> TensorDictBase:
         """The outputs, and what is computed from them to be explained.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ from tdhook.attribution.lrp_helpers.rule import Convention
 from tdhook.conditions import holds
 from tdhook.targets.base import Seeder, Seeds
 
-__all__ = ["Contrast", "Key", "Target", "TargetLike", "as_seeder"]
+__all__ = ["Contrast", "Key", "Selection", "Target", "TargetLike", "as_seeder"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,31 @@ def _seed(z: Tensor, weight: Tensor, flow: Convention) -> Tensor:
     return (weight * z.detach()).masked_fill(weight == 0, 0.0)
 
 
+class Selection(Seeder):
+    """A target that explains a part of one value, or several parts of it separately.
+
+    Attributes:
+        key: the key of the value.
+    """
+
+    key: NestedKey
+
+    @property
+    @abstractmethod
+    def several(self) -> bool:
+        """Whether it explains several values separately."""
+
+    @abstractmethod
+    def weight(self, z: Tensor, outputs: TensorDictBase, inputs: TensorDictBase) -> Tensor:
+        """Where ``z`` is explained: truth values of the shape of ``z``, after a leading axis if there are several."""
+
+    def is_of_the_value_of(self, other: Selection) -> bool:
+        """Whether another target explains the same value, or another part of it."""
+        return bool(self.key == other.key)
+
+
 @dataclass(frozen=True, eq=False)
-class Target(Seeder):
+class Target(Selection):
     """An output of the model, or a part of it. The relevance put in is the value of what is selected.
 
     Args:
@@ -182,11 +206,14 @@ class Target(Seeder):
                 raise TypeError(
                     f"{what} is continuous: it picks no output of {self.key!r}; use index=None to explain all of it"
                 )
-            if not holds(hot.sum(-1) == 1):
+            named, first = hot.sum(-1), hot.to(torch.uint8).argmax(-1, keepdim=True)
+            # torchrl's greedy actions name all of several outputs that are equal, and the first is taken.
+            tied = (named > 1) & (~hot | (z.detach() == z.detach().gather(-1, first))).all(-1)
+            if not holds((named == 1) | tied | ((named > 1) & (named == 1).any())):
                 raise ValueError(
                     f"{what} has the shape of {self.key!r} but is not one-hot along the last axis"
                 )
-            return hot
+            return _one_hot(first, z)
         if entry.is_floating_point():
             raise TypeError(
                 f"{what} of dtype {entry.dtype} and shape {tuple(entry.shape)} is no index of {self.key!r}"
@@ -227,6 +254,7 @@ def _check_index(index: Any) -> None:
 
 
 def _same_index(a: Any, b: Any) -> bool:
+    """Whether two indices, or other arguments, are equal, tensors by their values."""
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(_same_index, a, b))
     if isinstance(a, Tensor) or isinstance(b, Tensor):
@@ -242,27 +270,47 @@ class Contrast(Seeder):
     ``[*batch, outputs, *features]``: ``Contrast(Target("q", "argmax"), Target("q", "all"))`` is the best against each.
 
     Args:
-        a: the output that is explained.
+        a: the output that is explained, or what is computed (:mod:`tdhook.targets.computed`).
         b: the one that it is compared with.
     """
 
-    a: Target
-    b: Target
+    a: Selection
+    b: Selection
 
     def __post_init__(self) -> None:
         targets: tuple[Any, ...] = (self.a, self.b)
         for target in targets:
-            if not isinstance(target, Target):
+            if not isinstance(target, Selection):
                 raise TypeError(f"Contrast compares two targets, got {target!r}")
         if self.a.several and self.b.several:
             raise TypeError(
                 f"Contrast compares one output with one or with several, got several twice: {self.a!r} and {self.b!r}"
             )
+        alike = self.a.is_of_the_value_of(self.b) and self.b.is_of_the_value_of(self.a)
+        if self.a.key == self.b.key and not alike:
+            raise ValueError(
+                f"{self.a!r} and {self.b!r} are different values of the same name; give one of them another key="
+            )
 
     @property
-    def entries(self) -> list[NestedKey]:
-        """The entries of the TensorDict that hold indices."""
-        return [*self.a.entries, *self.b.entries]
+    def entries(self) -> list[NestedKey] | None:
+        """The entries of the TensorDict that hold indices, and others that are read."""
+        found: list[NestedKey] = []
+        for entries in (self.a.entries, self.b.entries):
+            if entries is None:
+                return None
+            found += entries
+        return found
+
+    @property
+    def writes(self) -> Sequence[NestedKey]:
+        """The keys of what is computed."""
+        return list(dict.fromkeys([*self.a.writes, *self.b.writes]))
+
+    def derive(self, outputs: TensorDictBase, inputs: TensorDictBase) -> TensorDictBase:
+        """Compute what is compared."""
+        outputs = self.a.derive(outputs, inputs)
+        return outputs if self.a.key == self.b.key else self.b.derive(outputs, inputs)
 
     def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
         """The seeds for this contrast."""

@@ -1,15 +1,27 @@
-"""Pictures of relevance (extra ``viz``: matplotlib, imported at the first use).
-
-Figures are made without pyplot: nothing global changes, no window opens, and ``figure.savefig(path)`` works anywhere.
-"""
+"""Relevance over time, step by step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from tdhook.plots.style import (
+    FAINT,
+    INK,
+    RELEVANCE_COLOURS,
+    colour_of,
+    draw_scale,
+    draw_title,
+    figure_class,
+    finite,
+    largest,
+    plain,
+    require_names,
+    top_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,12 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["relevance_over_time"]
 
-RELEVANCE_COLOURS = "RdBu_r"
-"""Red for relevance that speaks for the target, blue for relevance that speaks against it, white for none."""
-
-# Told apart in any kind of colour vision, and none of them the red or blue of relevance.
-_ACTION_COLOURS = ("#009e73", "#e69f00", "#7a4f9a", "#56b4e9", "#8c8c00", "#cc79a7", "#5b5b5b", "#8b5a2b")
-_INK, _FAINT = "#333333", "#cccccc"
 _COLUMNS = 1000
 """About how many steps have room side by side; where there are more, several share a column."""
 
@@ -59,7 +65,8 @@ def relevance_over_time(
         ImportError: matplotlib is not installed.
         ValueError: there is no step, or shapes and names do not fit together.
     """
-    relevance = _checked(relevance, len(features))
+    relevance = finite(relevance, "relevance over time", "[time, features]", 2)
+    features = require_names(features, relevance.shape[1], "features")
     time = len(relevance)
     taken = None if actions is None else actions.detach().cpu().reshape(-1).to(torch.int64)
     seen = None if observation is None else observation.detach().cpu().flatten(1).to(torch.float64)
@@ -70,15 +77,15 @@ def relevance_over_time(
             f"the observation has shape {tuple(seen.shape)} and relevance {tuple(relevance.shape)}"
         )
     names = _action_names(taken, action_names)
-    figure_class = _figure_class()
-
     shown, labels, relevance = _largest(relevance, features, max_features)
     heights = {"actions": 0.4, "relevance": 0.2 + 0.42 * len(labels), "observation": 0.2 + 0.42 * len(shown)}
     if taken is None:
         del heights["actions"]
     if seen is None:
         del heights["observation"]
-    figure: Figure = figure_class(figsize=(11.0, max(3.0, 1.5 + sum(heights.values()))), layout="constrained")
+    figure: Figure = figure_class()(
+        figsize=(11.0, max(3.0, 1.5 + sum(heights.values()))), layout="constrained"
+    )
     grid = figure.add_gridspec(len(heights), 2, width_ratios=[4.2, 1.0], height_ratios=list(heights.values()))
     cells = {name: (grid[row, 0], grid[row, 1]) for row, name in enumerate(heights)}
 
@@ -92,43 +99,17 @@ def relevance_over_time(
         _draw_actions(timed["actions"], taken, len(names))
         _draw_legend(figure.add_subplot(cells["actions"][1]), taken, names)
     if seen is None:
-        _draw_scale(figure, image, {"ax": bars})
+        draw_scale(figure, image, ax=bars)
     else:
         timed["observation"] = figure.add_subplot(cells["observation"][0], sharex=heat)
         _draw_observation(timed["observation"], seen[:, shown], [features[i] for i in shown])
         corner = figure.add_subplot(cells["observation"][1])
         corner.axis("off")
         inset = corner.inset_axes((0.0, 0.6, 1.0, 0.16 / heights["observation"]))
-        _draw_scale(figure, image, {"cax": inset})
+        draw_scale(figure, image, cax=inset)
     _draw_time(timed, time, episode_starts)
-    if title:
-        figure.suptitle(title, x=0.01, horizontalalignment="left", fontsize="large", color=_INK)
+    draw_title(figure, title)
     return figure
-
-
-def _figure_class() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "matplotlib":  # installed, but broken
-            raise
-        raise ImportError(
-            'tdhook.plots needs matplotlib, which is not installed: pip install "tdhook[viz]"'
-        ) from error
-    return Figure
-
-
-def _checked(relevance: Tensor, count: int) -> Tensor:
-    relevance = relevance.detach().cpu()
-    if relevance.dim() != 2:
-        raise ValueError(f"relevance over time has shape [time, features], got {tuple(relevance.shape)}")
-    if relevance.numel() == 0:
-        raise ValueError(f"there is nothing to draw: relevance has shape {tuple(relevance.shape)}")
-    if relevance.shape[1] != count:
-        raise ValueError(f"relevance has {relevance.shape[1]} features, and {count} names were given")
-    if not bool(relevance.isfinite().all()):
-        raise ValueError("relevance has NaN or infinite values, which have no colour")
-    return relevance.to(torch.float64)
 
 
 def _action_names(taken: Tensor | None, names: Sequence[str] | None) -> list[str]:
@@ -149,7 +130,7 @@ def _largest(relevance: Tensor, features: Sequence[str], most: int) -> tuple[lis
     count = relevance.shape[1]
     if count <= most:
         return list(range(count)), list(features), relevance
-    shown = sorted(relevance.abs().mean(0).topk(most).indices.tolist())
+    shown = largest(relevance.abs().mean(0), most)
     rest = torch.ones(count, dtype=torch.bool)
     rest[shown] = False
     rows = torch.cat([relevance[:, shown], relevance[:, rest].sum(1, keepdim=True)], dim=1)
@@ -177,10 +158,7 @@ def _extent(time: int, rows: int) -> tuple[float, float, float, float]:
 
 def _draw_relevance(axes: Axes, relevance: Tensor, labels: Sequence[str]) -> AxesImage:
     columns = torch.stack([part.mean(0) for part in _binned(relevance)])
-    # A quantile of more values than torch.quantile takes is well enough known from some of them.
-    size = columns.abs().flatten()
-    top = torch.quantile(size[:: 1 + len(size) // 10_000_000], 0.995, interpolation="higher").item()
-    top = top or size.max().item() or 1.0
+    top = top_of(columns)
     image = axes.imshow(
         columns.T.numpy(),
         aspect="auto",
@@ -194,14 +172,14 @@ def _draw_relevance(axes: Axes, relevance: Tensor, labels: Sequence[str]) -> Axe
     for edge in range(1, len(labels)):
         axes.axhline(edge - 0.5, color="white", linewidth=1.5)
     steps = _columns(len(relevance))
-    _plain(axes, "relevance" if steps == 1 else f"relevance (mean of {steps} steps)")
+    plain(axes, "relevance" if steps == 1 else f"relevance (mean of {steps} steps)")
     return image
 
 
 def _draw_actions(axes: Axes, taken: Tensor, count: int) -> None:
     from matplotlib.colors import ListedColormap
 
-    colours = [_colour(i) for i in range(count)]
+    colours = [colour_of(i) for i in range(count)]
     if _columns(len(taken)) == 1:
         axes.imshow(
             taken[None].numpy(),
@@ -218,7 +196,7 @@ def _draw_actions(axes: Axes, taken: Tensor, count: int) -> None:
         axes.stackplot(_centres(len(taken)), shares.numpy(), baseline="zero", colors=colours)
         axes.set_ylim(0.0, 1.0)
     axes.set_yticks([sum(axes.get_ylim()) / 2], ["action"])
-    _plain(axes)
+    plain(axes)
 
 
 def _draw_legend(axes: Axes, taken: Tensor, names: Sequence[str]) -> None:
@@ -226,22 +204,22 @@ def _draw_legend(axes: Axes, taken: Tensor, names: Sequence[str]) -> None:
 
     axes.axis("off")
     # Only what was done needs a colour explained; there may be many other actions.
-    handles = [Patch(color=_colour(i), label=names[i]) for i in sorted(set(taken.tolist()))][:12]
+    handles = [Patch(color=colour_of(i), label=names[i]) for i in sorted(set(taken.tolist()))][:12]
     columns = 1 + (len(handles) - 1) // 3
     axes.legend(handles=handles, loc="center left", frameon=False, ncols=columns, fontsize="small")
 
 
 def _draw_means(axes: Axes, relevance: Tensor, taken: Tensor | None, names: Sequence[str]) -> None:
-    groups = [(None, _INK)] if taken is None else [(i, _colour(i)) for i in sorted(set(taken.tolist()))]
+    groups = [(None, INK)] if taken is None else [(i, colour_of(i)) for i in sorted(set(taken.tolist()))]
     thickness = 0.72 / len(groups)
     for place, (action, colour) in enumerate(groups):
         mean = relevance.mean(0) if taken is None else relevance[taken == action].mean(0)
         offset = (place - (len(groups) - 1) / 2) * thickness
         axes.barh([i + offset for i in range(len(mean))], mean.tolist(), height=thickness * 0.9, color=colour)
-    axes.axvline(0.0, color=_INK, linewidth=0.8)
+    axes.axvline(0.0, color=INK, linewidth=0.8)
     axes.locator_params(axis="x", nbins=4)
     axes.margins(x=0.1)
-    _plain(axes, "mean" if taken is None else "mean by action")
+    plain(axes, "mean" if taken is None else "mean by action")
     axes.tick_params(left=False, labelleft=False)
 
 
@@ -252,35 +230,18 @@ def _draw_observation(axes: Axes, observation: Tensor, labels: Sequence[str]) ->
         size = observation[:, lane].abs().max().item()
         # Rows count downwards, as in the picture of relevance above, and values upwards.
         unit = -0.42 / (size or 1.0)
-        axes.axhline(lane, color=_FAINT, linewidth=0.6, zorder=0)
+        axes.axhline(lane, color=FAINT, linewidth=0.6, zorder=0)
         if len(parts) < len(observation):
             low = [lane + unit * part[:, lane].min().item() for part in parts]
             high = [lane + unit * part[:, lane].max().item() for part in parts]
-            axes.fill_between(centres, low, high, color=_FAINT, linewidth=0)
+            axes.fill_between(centres, low, high, color=FAINT, linewidth=0)
         means = [lane + unit * part[:, lane].mean().item() for part in parts]
-        axes.plot(centres, means, color=_INK, linewidth=0.9, marker=marker, markersize=4)
+        axes.plot(centres, means, color=INK, linewidth=0.9, marker=marker, markersize=4)
         beside = axes.get_yaxis_transform()
         axes.text(1.008, lane, f"±{size:.2g}", transform=beside, va="center", fontsize="x-small")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    _plain(axes, "observation")
-
-
-def _draw_scale(figure: Figure, image: AxesImage, place: dict[str, Any]) -> None:
-    bar = figure.colorbar(image, orientation="horizontal", extend=_beyond(image), **place)
-    bar.set_label("against ← relevance → for", fontsize="small", color=_INK)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize="x-small", length=2, colors=_INK)
-    low, high = image.get_clim()
-    bar.set_ticks([low, 0.0, high], labels=[f"−{-low:.2g}", "0", f"{high:.2g}"])
-
-
-def _beyond(image: AxesImage) -> str:
-    """On which side of the scale there are values that it does not reach."""
-    low, high = image.get_clim()
-    values: Any = image.get_array()
-    below, above = bool(values.min() < low), bool(values.max() > high)
-    return "both" if below and above else "min" if below else "max" if above else "neither"
+    plain(axes, "observation")
 
 
 def _draw_time(timed: dict[str, Axes], time: int, episode_starts: Sequence[int]) -> None:
@@ -290,18 +251,7 @@ def _draw_time(timed: dict[str, Axes], time: int, episode_starts: Sequence[int])
     for axes in timed.values():
         axes.set_xlim(-0.5, time - 0.5)
         for start in episode_starts:
-            axes.axvline(start - 0.5, color=_INK, linewidth=0.8, linestyle=(0, (2, 2)))
+            axes.axvline(start - 0.5, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
         axes.tick_params(bottom=axes is last, labelbottom=axes is last)
     last.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
-    last.set_xlabel("step", fontsize="small", color=_INK)
-
-
-def _colour(action: int) -> str:
-    return _ACTION_COLOURS[action % len(_ACTION_COLOURS)]
-
-
-def _plain(axes: Axes, title: str = "") -> None:
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    axes.tick_params(length=2, labelsize="small", colors=_INK)
-    axes.set_title(title, loc="left", fontsize="medium", color=_INK)
+    last.set_xlabel("step", fontsize="small", color=INK)

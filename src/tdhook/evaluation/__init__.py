@@ -1,0 +1,59 @@
+"""Does an explanation mean anything? Measures of explanations, and what to compare them with."""
+
+from tdhook.evaluation.baselines import Baseline, blurred
+from tdhook.evaluation.bridges import Classifier, as_classifier, quantus_explain_func
+from tdhook.evaluation.comparison import Metric, as_markdown, compare
+from tdhook.evaluation.controls import Gradient, GradientTimesInput, RandomMap
+from tdhook.evaluation.features import Groups, along, patches
+from tdhook.evaluation.measures import Measure
+from tdhook.evaluation.perturbation import (
+    Curve,
+    InsertionDeletion,
+    PerturbationCurves,
+    insertion_deletion,
+    perturbation_curve,
+)
+from tdhook.evaluation.randomisation import Randomisation, Similarity, layers_of, randomisation
+from tdhook.evaluation.returns import MaskedPolicy, ReturnLost, Which, return_lost
+from tdhook.evaluation.runs import Explainer, Method
+from tdhook.evaluation.sensitivity import Radius, Sensitivity, sensitivity
+from tdhook.evaluation.similarity import cosine, spearman, ssim
+
+__all__ = [
+    "Baseline",
+    "Classifier",
+    "Curve",
+    "Explainer",
+    "Gradient",
+    "GradientTimesInput",
+    "Groups",
+    "InsertionDeletion",
+    "MaskedPolicy",
+    "Measure",
+    "Method",
+    "Metric",
+    "PerturbationCurves",
+    "Radius",
+    "RandomMap",
+    "Randomisation",
+    "ReturnLost",
+    "Sensitivity",
+    "Similarity",
+    "Which",
+    "along",
+    "as_classifier",
+    "as_markdown",
+    "blurred",
+    "compare",
+    "cosine",
+    "insertion_deletion",
+    "layers_of",
+    "patches",
+    "perturbation_curve",
+    "quantus_explain_func",
+    "randomisation",
+    "return_lost",
+    "sensitivity",
+    "spearman",
+    "ssim",
+]

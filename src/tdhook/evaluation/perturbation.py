@@ -1,0 +1,392 @@
+"""Perturbation curves: what becomes of the target while features are replaced, in order of their relevance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor, nn
+
+from tdhook.evaluation.baselines import Baseline, Replacements
+from tdhook.evaluation.features import Features, Groups
+from tdhook.evaluation.measures import Measure, Measured
+from tdhook.evaluation.runs import (
+    Method,
+    Question,
+    asked,
+    axes_of,
+    bound,
+    quiet,
+    relevance_of,
+    rows_of,
+    shaped_like,
+    target_of,
+)
+from tdhook.targets import TargetLike
+
+__all__ = ["Curve", "InsertionDeletion", "PerturbationCurves", "insertion_deletion", "perturbation_curve"]
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """What is measured, while more and more of the features are replaced.
+
+    Attributes:
+        fraction: ``[points]``, share of the features that are replaced (that are there, for insertion), from 0 to 1.
+        value: ``[*batch, points]``.
+    """
+
+    fraction: Tensor
+    value: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """The curve of the whole batch, ``[points]``."""
+        return self.value.flatten(0, -2).mean(0) if self.value.dim() > 1 else self.value
+
+    @property
+    def areas(self) -> Tensor:
+        """The area under the curve of each element, ``[*batch]``, by the trapezoid rule."""
+        return torch.trapezoid(self.value, self.fraction)
+
+    @property
+    def area(self) -> float:
+        """The area under :attr:`mean`."""
+        return self.areas.mean().item()
+
+    @property
+    def aopc(self) -> float:
+        """How far the value lies below that of the whole input, mean over points and batch (Samek 2017, eq. 12)."""
+        return (self.value[..., :1] - self.value).mean().item()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The mean curve and its area as plain data."""
+        return {"fraction": self.fraction.tolist(), "value": self.mean.tolist(), "area": self.area}
+
+
+@dataclass(frozen=True, eq=False)
+class PerturbationCurves:
+    """The curves of one explanation.
+
+    Attributes:
+        most: the most relevant features are replaced first (MoRF): falls early, if the explanation is right.
+        least: the least relevant features are replaced first (LeRF): falls late.
+    """
+
+    most: Curve
+    least: Curve
+
+    @property
+    def between(self) -> float:
+        """The area between the curves, ``least`` minus ``most``: the larger the better, about 0 for a random order."""
+        return self.least.area - self.most.area
+
+    def to_dict(self) -> dict[str, Any]:
+        """Both curves and the area between them as plain data."""
+        return {"most": self.most.to_dict(), "least": self.least.to_dict(), "between": self.between}
+
+
+@dataclass(frozen=True, eq=False)
+class InsertionDeletion:
+    """The two curves of Petsiuk, Das and Saenko (2018).
+
+    Attributes:
+        insertion: the most relevant features are put back first into an input that is all baseline; a large area is
+            good.
+        deletion: the most relevant features are taken out first; a small area is good.
+    """
+
+    insertion: Curve
+    deletion: Curve
+
+    def to_dict(self) -> dict[str, Any]:
+        """Both curves as plain data."""
+        return {"insertion": self.insertion.to_dict(), "deletion": self.deletion.to_dict()}
+
+
+Order: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
+"""``(rank [rows, features], number of features in question, how many there are) -> which are replaced``."""
+
+
+def _most_first(rank: Tensor, k: Tensor, count: int) -> Tensor:
+    return rank < k
+
+
+def _least_first(rank: Tensor, k: Tensor, count: int) -> Tensor:
+    return rank >= count - k
+
+
+def _all_but_most(rank: Tensor, k: Tensor, count: int) -> Tensor:
+    return rank >= k
+
+
+def perturbation_curve(
+    module: nn.Module,
+    td: TensorDictBase,
+    method: Method | None = None,
+    *,
+    target: TargetLike = None,
+    keys: Sequence[NestedKey] | None = None,
+    groups: Groups = None,
+    baseline: Baseline = 0.0,
+    measure: Measure = "target",
+    steps: int | None = None,
+    absolute: bool = False,
+    data: TensorDictBase | None = None,
+    attribution_key: NestedKey = "attr",
+    batch_dims: int | None = None,
+    chunk_size: int = 1024,
+    seed: int = 0,
+) -> PerturbationCurves:
+    """Replace features in order of relevance, and measure the model after each step (Samek et al. 2017, section III).
+
+    What is explained is chosen once, on the inputs as they are: the action that the policy takes there is asked about
+    all along. Among features of the same relevance, chance decides the order.
+
+    Args:
+        module: the model, not explained; a TensorDictModule, or a plain module that reads ``"input"`` and writes
+            ``"output"``.
+        td: inputs, with any batch shape; and their relevance, if there is no ``method``.
+        method: what explains them.
+        target: what is explained; by default what ``method`` explains, or the only output there is.
+        keys: inputs whose features are replaced; by default all that have relevance.
+        groups: features that are replaced together (:func:`patches`, :func:`along`); their relevance is summed.
+        baseline: what a feature is replaced by (:data:`Baseline`).
+        measure: what is measured: ``"target"``, the value that is explained; ``"probability"``, that of the chosen
+            output in a softmax over its last axis; ``"agreement"``, whether the action is still the same (1 or 0); or
+            a function ``outputs -> [rows]``.
+        steps: how many; by default one for each feature, 50 at most.
+        absolute: whether features are ordered by the size of their relevance, whatever its sign.
+        data: what baselines ``"mean"`` and ``"sample"`` are taken of, with any batch shape (but for the axes that
+            belong to the features); by default ``td``.
+        attribution_key: where relevance is.
+        batch_dims: how many batch axes tell apart what is explained; the others (time, for a recurrent policy) belong
+            to its features, and what is measured is summed over them (the mean, but for the target). By default all.
+        chunk_size: how many inputs the model sees at once.
+        seed: of all random numbers; global ones are left as they are.
+
+    Returns:
+        The two curves, with values ``[*batch, points]`` in double precision.
+
+    Raises:
+        KeyError: a key or its relevance is missing.
+        TypeError: an input is not floating-point.
+        ValueError: the batch is empty, shapes do not fit, or the target explains several outputs.
+    """
+    plan = _Plan(
+        module,
+        td,
+        method,
+        target,
+        keys,
+        groups,
+        measure,
+        steps,
+        absolute,
+        attribution_key,
+        batch_dims,
+        chunk_size,
+    )
+    most, least = plan.curves([(_most_first, baseline), (_least_first, baseline)], data, seed)
+    return PerturbationCurves(most, least)
+
+
+def insertion_deletion(
+    module: nn.Module,
+    td: TensorDictBase,
+    method: Method | None = None,
+    *,
+    target: TargetLike = None,
+    keys: Sequence[NestedKey] | None = None,
+    groups: Groups = None,
+    insertion_baseline: Baseline = 0.0,
+    deletion_baseline: Baseline = 0.0,
+    measure: Measure = "probability",
+    steps: int | None = None,
+    absolute: bool = False,
+    data: TensorDictBase | None = None,
+    attribution_key: NestedKey = "attr",
+    batch_dims: int | None = None,
+    chunk_size: int = 1024,
+    seed: int = 0,
+) -> InsertionDeletion:
+    """Put the most relevant features in first, and take them out first (Petsiuk, Das and Saenko 2018, section 3.3).
+
+    There, what is measured is the probability of the class, features are put into a :func:`blurred` picture, and taken
+    out by setting them to a constant. With the same baseline for both, ``insertion`` is the curve ``least`` of
+    :func:`perturbation_curve` read from its end, and ``deletion`` is ``most``.
+
+    Args:
+        module: the model, not explained.
+        td: inputs, with any batch shape; and their relevance, if there is no ``method``.
+        method: what explains them.
+        target: what is explained; by default what ``method`` explains, or the only output there is.
+        keys: inputs whose features are replaced; by default all that have relevance.
+        groups: features that are replaced together.
+        insertion_baseline: where features are put in.
+        deletion_baseline: what they are replaced by.
+        measure: what is measured, as in :func:`perturbation_curve`.
+        steps: how many; by default one for each feature, 50 at most.
+        absolute: whether features are ordered by the size of their relevance.
+        data: what baselines ``"mean"`` and ``"sample"`` are taken of; by default ``td``.
+        attribution_key: where relevance is.
+        batch_dims: how many batch axes tell apart what is explained, as in :func:`perturbation_curve`.
+        chunk_size: how many inputs the model sees at once.
+        seed: of all random numbers.
+
+    Raises:
+        KeyError: a key or its relevance is missing.
+        TypeError: an input is not floating-point.
+        ValueError: the batch is empty, shapes do not fit, or the target has no probability.
+    """
+    plan = _Plan(
+        module,
+        td,
+        method,
+        target,
+        keys,
+        groups,
+        measure,
+        steps,
+        absolute,
+        attribution_key,
+        batch_dims,
+        chunk_size,
+    )
+    wanted = [(_all_but_most, insertion_baseline), (_most_first, deletion_baseline)]
+    return InsertionDeletion(*plan.curves(wanted, data, seed))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    module: nn.Module
+    td: TensorDictBase
+    method: Method | None
+    target: TargetLike
+    keys: Sequence[NestedKey] | None
+    groups: Groups
+    measure: Measure
+    steps: int | None
+    absolute: bool
+    attribution_key: NestedKey
+    batch_dims: int | None
+    chunk_size: int
+
+    def curves(
+        self, wanted: Sequence[tuple[Order, Baseline]], data: TensorDictBase | None, seed: int
+    ) -> list[Curve]:
+        """One curve for each order and baseline."""
+        chance = torch.Generator().manual_seed(seed)
+        target = target_of(self.method, self.target)
+        axes = axes_of(self.td, self.batch_dims, target)
+        explain, features, points = None, None, torch.empty(0)
+        replacements: list[Replacements] = []
+        found: list[list[Tensor]] = [[] for _ in wanted]
+        with quiet(self.module, seed):
+            question, whole = asked(self.module, self.td, target, axes, self.chunk_size)
+            within = self.td.batch_dims - axes
+            source = whole if data is None else rows_of(data, data.batch_dims - within)
+            if self.method is not None:
+                explain = bound(self.method, self.module, question.seeder)
+            for rows in whole.split(self.chunk_size):
+                relevance = relevance_of(
+                    rows if explain is None else explain(rows.copy()), self.attribution_key
+                )
+                if features is None:
+                    features = Features.of(rows, self._keys(relevance), self.groups)
+                    points = _points(features.count, self.steps)
+                    # The same draws for each curve, so that these differ in the order alone.
+                    replacements = [
+                        Replacements(b, features, source, torch.Generator().manual_seed(seed + 1))
+                        for _, b in wanted
+                    ]
+                rank = self._rank(features, relevance, rows, chance)
+                measured = Measured(self.measure, question, rows)
+                for values, (order, _), replace in zip(found, wanted, replacements, strict=True):
+                    values.append(
+                        self._one(question, rows, features, order, replace(rows), rank, points, measured)
+                    )
+        assert features is not None
+        fraction = points.to(torch.float64) / features.count
+        return [Curve(fraction, shaped_like(torch.cat(values), self.td, axes)) for values in found]
+
+    def _one(
+        self,
+        question: Question,
+        rows: TensorDictBase,
+        features: Features,
+        order: Order,
+        baseline: Mapping[NestedKey, Tensor],
+        rank: Tensor,
+        points: Tensor,
+        measured: Measured,
+    ) -> Tensor:
+        """The curve of some rows, ``[rows, points]``."""
+        small, count = question.reads(rows), len(rows)
+        values = []
+        for some in points.split(max(1, self.chunk_size // count)):
+            chosen = order(rank, some.to(rank.device)[:, None, None], features.count).flatten(0, 1)
+            inputs = small.expand(len(some), *small.batch_size).reshape(-1, *small.batch_size[1:])
+            replacing = {
+                key: value.expand(len(some), *value.shape).flatten(0, 1) for key, value in baseline.items()
+            }
+            changed = features.replaced(inputs, replacing, chosen)
+            values.append(measured(question.outputs(changed), changed, len(some)))
+        return torch.cat(values).T.cpu()
+
+    def _rank(
+        self,
+        features: Features,
+        relevance: Mapping[NestedKey, Tensor],
+        rows: TensorDictBase,
+        chance: torch.Generator,
+    ) -> Tensor:
+        """The place of each feature in the order from most to least relevant, ``[rows, features]``."""
+        for key in features.keys:
+            if key not in relevance:
+                raise KeyError(
+                    f"{key!r} has no relevance; there is that of {', '.join(map(repr, relevance))}"
+                )
+            if relevance[key].shape != rows.get(key).shape:
+                raise ValueError(
+                    f"the relevance of {key!r} has shape {list(relevance[key].shape)} for inputs of shape "
+                    f"{list(rows.get(key).shape)}: explain one output at a time"
+                )
+        return ranked(features.summed(relevance), self.absolute, chance)
+
+    def _keys(self, relevance: Mapping[NestedKey, Tensor]) -> list[NestedKey]:
+        return list(relevance) if self.keys is None else [unravel_key(key) for key in self.keys]
+
+
+def ranked(relevance: Tensor, absolute: bool, chance: torch.Generator) -> Tensor:
+    """The place of each feature in the order from most to least relevant, drawn by lot among equals.
+
+    Args:
+        relevance: ``[rows, features]``.
+        absolute: whether to go by its size.
+        chance: draws the lots.
+
+    Raises:
+        ValueError: relevance is not finite.
+    """
+    if not bool(relevance.isfinite().all()):
+        raise ValueError("relevance has NaN or infinite values, which have no order")
+    if absolute:
+        relevance = relevance.abs()
+    lots = torch.rand(relevance.shape, generator=chance, dtype=torch.float64).argsort(-1).to(relevance.device)
+    order = lots.gather(-1, relevance.gather(-1, lots).argsort(dim=-1, descending=True, stable=True))
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def _points(count: int, steps: int | None) -> Tensor:
+    """How many features are replaced at each point of a curve."""
+    if steps is None:
+        steps = min(count, 50)
+    if steps < 1:
+        raise ValueError(f"a curve has at least one step, got steps={steps}")
+    return torch.linspace(0, count, min(steps, count) + 1, dtype=torch.float64).round().to(torch.int64)

@@ -1,0 +1,154 @@
+"""Sensitivity: how much an explanation changes when its input hardly does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor, nn
+
+from tdhook.evaluation.features import Features
+from tdhook.evaluation.runs import Method, asked, axes_of, bound, quiet, relevance_of, shaped_like, target_of
+from tdhook.targets import TargetLike
+
+__all__ = ["Radius", "Sensitivity", "sensitivity"]
+
+Radius: TypeAlias = "float | Tensor | Mapping[NestedKey, float | Tensor]"
+"""How far each entry of an input is moved at most; a tensor has the shape of one element of the batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """How much explanations change under noise.
+
+    Attributes:
+        maximum: ``[*batch]``, the largest change among the draws (Yeh et al. 2019, Definition 2).
+        average: ``[*batch]``, the mean change over the draws.
+        lipschitz: ``[*batch]``, the largest ratio of the change of the explanation to that of the input (Alvarez-Melis
+            and Jaakkola 2018, eq. 2).
+    """
+
+    maximum: Tensor
+    average: Tensor
+    lipschitz: Tensor
+
+    def to_dict(self) -> dict[str, float]:
+        """Means over the batch."""
+        return {name: getattr(self, name).mean().item() for name in ("maximum", "average", "lipschitz")}
+
+
+def sensitivity(
+    module: nn.Module,
+    td: TensorDictBase,
+    method: Method,
+    *,
+    target: TargetLike = None,
+    keys: Sequence[NestedKey] | None = None,
+    radius: Radius = 0.02,
+    draws: int = 10,
+    relative: bool = True,
+    attribution_key: NestedKey = "attr",
+    batch_dims: int | None = None,
+    chunk_size: int = 1024,
+    seed: int = 0,
+) -> Sensitivity:
+    """Explain inputs with a little noise, and compare the explanations with that of the inputs as they are.
+
+    Noise is uniform in ``[-radius, radius]`` for each entry. What is explained is chosen once, on the inputs as they
+    are: where noise changes the action, the explanation is still that of the action before. Changes are Euclidean, over
+    all explained inputs together.
+
+    Args:
+        module: the model, not explained.
+        td: inputs, with any batch shape.
+        method: what explains them.
+        target: what is explained; by default what ``method`` explains, or the only output there is.
+        keys: inputs that get noise and whose relevance is compared; by default all that have relevance.
+        radius: how far entries are moved; the features of an observation often have scales of their own, so that a
+            tensor does them more justice: ``0.02 * td["observation"].std(0)``.
+        draws: how many noisy inputs for each; the maximum grows with them.
+        relative: whether changes of the explanation are divided by its norm, so that methods can be compared;
+            in the definition they are not. The change of an explanation that is all zero is divided by one.
+        attribution_key: where relevance is.
+        batch_dims: how many batch axes tell apart what is explained, as in
+            :func:`~tdhook.evaluation.perturbation_curve`.
+        chunk_size: how many inputs the model sees at once.
+        seed: of all random numbers; global ones are left as they are.
+
+    Raises:
+        KeyError: a key or its relevance is missing.
+        TypeError: an input is not floating-point.
+        ValueError: the batch is empty, the radius does not fit, or there is no draw.
+    """
+    if draws < 1:
+        raise ValueError(f"sensitivity is estimated from draws of noise, at least one; got draws={draws}")
+    noise = torch.Generator().manual_seed(seed)
+    found: dict[str, list[Tensor]] = {"maximum": [], "average": [], "lipschitz": []}
+    features = None
+    target = target_of(method, target)
+    axes = axes_of(td, batch_dims, target)
+    with quiet(module, seed):
+        question, whole = asked(module, td, target, axes, chunk_size)
+        explain = bound(method, module, question.seeder)
+        for rows in whole.split(chunk_size):
+            relevance = relevance_of(explain(rows.copy()), attribution_key)
+            if features is None:
+                chosen = relevance if keys is None else [unravel_key(key) for key in keys]
+                features = Features.of(rows, list(chosen))
+            for key in features.keys:
+                if key not in relevance:
+                    raise KeyError(
+                        f"{key!r} has no relevance; there is that of {', '.join(map(repr, relevance))}"
+                    )
+            before = features.flat(relevance).to(torch.float64)
+            inputs = features.flat({key: rows.get(key) for key in features.keys})
+            reach = _reach(radius, features, rows)
+            small = question.reads(rows)
+            units = torch.rand(len(rows), draws, inputs.shape[1], generator=noise, dtype=torch.float64)
+            changes, ratios = [], []
+            for unit in units.unbind(1):
+                moved = inputs + ((2 * unit - 1).to(reach) * reach)
+                noisy = small.copy()
+                for key, value in zip(features.keys, moved.split(features.sizes, 1), strict=True):
+                    noisy.set(key, value.reshape(rows.get(key).shape).to(rows.get(key).dtype))
+                after = features.flat(relevance_of(explain(noisy), attribution_key)).to(torch.float64)
+                size = before.norm(dim=1) if relative else torch.ones(len(before))
+                change = (after - before).norm(dim=1) / torch.where(size == 0, 1.0, size).to(before)
+                distance = (moved - inputs).to(torch.float64).norm(dim=1)
+                changes.append(change)
+                ratios.append(torch.where(distance == 0, 0.0, change / distance))
+            together = torch.stack(changes)
+            found["maximum"].append(together.amax(0).cpu())
+            found["average"].append(together.mean(0).cpu())
+            found["lipschitz"].append(torch.stack(ratios).amax(0).cpu())
+    return Sensitivity(**{name: shaped_like(torch.cat(parts), td, axes) for name, parts in found.items()})
+
+
+def _reach(radius: Radius, features: Features, rows: TensorDictBase) -> Tensor:
+    """The radius of each entry, ``[entries]``."""
+    if isinstance(radius, Mapping):
+        named = {unravel_key(key): value for key, value in radius.items()}
+        missing = [key for key in features.keys if key not in named]
+        if missing:
+            raise ValueError(f"radii are given by key, and {', '.join(map(repr, missing))} has none")
+    else:
+        named = dict.fromkeys(features.keys, radius)
+    parts = []
+    for key in features.keys:
+        value = rows.get(key)
+        one = torch.as_tensor(named[key]).to(value)
+        try:
+            parts.append(one.expand(value.shape[1:]).flatten())
+        except RuntimeError:
+            raise ValueError(
+                f"the radius of {key!r} has shape {list(one.shape)}; one element of the batch has "
+                f"{list(value.shape[1:])}"
+            ) from None
+    reach = torch.cat(parts)
+    if not bool((reach >= 0).all()):
+        raise ValueError("a radius is not negative, and a number")
+    return reach

@@ -1,0 +1,130 @@
+"""What stands still on a page, as HTML: tables of the summary, the account, the composite, versions.
+
+Every text of a user goes through :func:`html.escape`.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib import metadata
+from typing import Any
+
+import tdhook
+from tdhook.composites import Composite
+from tdhook.configuration import write_target
+from tdhook.pages.preparation import View
+from tdhook.rl.rollouts import Conservation
+from tdhook.targets import Contrast, Target
+
+__all__ = ["account_html", "composite_html", "list_html", "summary_html", "target_text", "versions"]
+
+_PACKAGES = ("torch", "tensordict", "torchrl")
+
+
+def versions() -> dict[str, str]:
+    """Of everything that has a part in an explanation, as far as it is installed."""
+    found = {"tdhook": tdhook.__version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {**found, "python": platform.python_version()}
+
+
+def target_text(target: object) -> str:
+    """A target in the words of the command line, if it has them."""
+    if isinstance(target, Contrast):
+        return f"{target_text(target.a)} − {target_text(target.b)}"
+    if isinstance(target, Target):
+        try:
+            return write_target(target)
+        except TypeError:  # an index that is a tensor or a list
+            return repr(target)
+    if isinstance(target, str):
+        return target
+    return getattr(target, "__name__", repr(target))
+
+
+def summary_html(view: View, shown: Sequence[int]) -> str:
+    """Mean relevance of each feature by action.
+
+    Args:
+        view: what is summed up.
+        shown: which rows.
+    """
+    summary = view.summary
+    taken = [i for i, count in enumerate(summary.counts) if count]
+    heads = [f"{escape(summary.actions[i])} <span>{summary.counts[i]}×</span>" for i in taken]
+    lines = []
+    for row in shown:
+        cells = [*(summary.by_action[action, row].item() for action in taken), summary.mean[row].item()]
+        signed = "".join(f'<td data-value="{cell!r}">{_signed(cell)}</td>' for cell in cells)
+        size = f"<td>{_number(summary.magnitude[row].item())}</td>"
+        lines.append(f'<tr><th scope="row">{escape(view.rows[row])}</th>{signed}{size}</tr>')
+    head = "".join(
+        f'<th scope="col">{head}</th>' for head in ("feature", *heads, "all steps", "mean |relevance|")
+    )
+    note = (
+        ""
+        if len(shown) == len(view.rows)
+        else f"; the {len(shown)} of {len(view.rows)} features that have most"
+    )
+    caption = f"Mean relevance per step, by action taken{note}" if taken else f"Mean relevance per step{note}"
+    return (
+        f'<div class="wide"><table class="numbers"><caption>{caption}</caption><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def account_html(account: Conservation | None, composite: Composite | None) -> str:
+    """Where the relevance went."""
+    if account is None:
+        if composite is not None and any(rule.yields == "sensitivity" for _, rule in composite):
+            return "<p>These rules give a modified gradient, which is not conserved: it does not sum to the target.</p>"
+        return "<p>No account was kept.</p>"
+    lines = []
+    for label, value in (
+        ("put in: the value of the target", account.target),
+        ("arrived at the inputs", account.arrived),
+        ("kept on the way by biases, stabilisers, constants", account.absorbed),
+    ):
+        share = f"{value / account.size:+.1%}".replace("-", "−") if account.size else ""
+        lines.append(f'<tr><th scope="row">{label}</th><td>{_signed(value)}</td><td>{share}</td></tr>')
+    return (
+        '<table class="numbers"><caption>Mean over the steps</caption><thead><tr><td></td><th scope="col">mean</th>'
+        f'<th scope="col">of |target|</th></tr></thead><tbody>{"".join(lines)}</tbody></table>'
+        f"<p>Conservation error: <strong>{account.error:.1e}</strong>. At the worst of the steps, this part of the "
+        "mean |target| is unaccounted for, lost or made on the way.</p>"
+    )
+
+
+def composite_html(composite: Composite | None) -> str:
+    """The pairs of a composite, in their order."""
+    if composite is None:
+        return "<p>It was not said which rules gave this relevance.</p>"
+    lines = "".join(
+        f"<tr><td><code>{escape(repr(selector))}</code></td><td><code>{escape(repr(rule))}</code></td></tr>"
+        for selector, rule in composite
+    )
+    return (
+        '<div class="wide"><table><caption>The first match wins</caption><thead><tr><th scope="col">what</th>'
+        f'<th scope="col">rule</th></tr></thead><tbody>{lines}</tbody></table></div>'
+    )
+
+
+def list_html(entries: Mapping[str, Any]) -> str:
+    """Names and values as a list of definitions."""
+    pairs: Iterable[tuple[str, Any]] = entries.items()
+    return f"<dl>{''.join(f'<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>' for k, v in pairs)}</dl>"
+
+
+def _signed(value: float) -> str:
+    return _number(value) if value <= 0 or math.isnan(value) else f"+{_number(value)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}".replace("-", "−")

@@ -1,0 +1,205 @@
+"""Relevance back through one transform of an environment."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from tdhook.attribution.lrp import LRP
+from tdhook.attribution.lrp_helpers.operation import Operation
+from tdhook.attribution.lrp_helpers.params import exact
+from tdhook.attribution.lrp_helpers.rule import Convention
+from tdhook.attribution.lrp_helpers.rules.epsilon import EpsilonRule
+from tdhook.attribution.lrp_helpers.rules.simple import PassRule
+from tdhook.attribution.lrp_helpers.tape import on_tape
+from tdhook.operations.table import AFFINE, ARITHMETIC, PRODUCTS, default_rule
+from tdhook.selectors import Op
+
+__all__ = ["Back", "applied", "nonzero"]
+
+_GIVEN = "_relevance"
+# Of the relevance of a step, what may be missing or too much behind a transform: rounding, in single precision.
+_TOLERANCE = 1e-4
+# In units of the largest value: so that of zeros, which contribute nothing, each has a share by its weight.
+_SHIFT = 1e-6
+
+
+class Back:
+    """Takes relevance back through one transform, which is explained as a model is.
+
+    Operations have their usual rules: data movement is undone, element-wise functions pass, sums hand out in proportion
+    to contributions. But a constant that is added takes no share.
+
+    Args:
+        step: the transform, which is left as it is.
+        reads: keys of the observations before it.
+        writes: keys behind it whose relevance is taken back.
+    """
+
+    def __init__(self, step: Any, reads: Sequence[NestedKey], writes: Sequence[NestedKey]) -> None:
+        self.writes = list(writes)
+        self._name = type(step).__name__
+        self._step = _Step(step, list(reads), self.writes)
+        self._reads = list(reads)
+        method = LRP(
+            [(Op("add", "sub", "rsub"), _ShiftRule()), (Op(*AFFINE, *PRODUCTS, "div"), _SharesRule(exact))],
+            target=self._seeds,
+            attribution_key="r",
+            on_unmatched="ignore",
+        )
+        self._explained = method.wrap(self._step, in_keys=self._reads, out_keys=self.writes)
+
+    def __call__(
+        self, values: Mapping[NestedKey, Tensor], relevance: Mapping[NestedKey, Tensor]
+    ) -> dict[NestedKey, Tensor]:
+        """Relevance ``[rows, *shape]`` of what the transform reads, given that of what it writes.
+
+        Raises:
+            ValueError: the transform does not let it through.
+        """
+        rows = len(relevance[self.writes[0]])
+        work = TensorDict(dict(values), [rows])
+        for key in self.writes:
+            work.set((_GIVEN, *_parts(key)), relevance[key])
+        before = _state(self._step)
+        try:
+            result = self._explained(work)
+        except Exception as error:  # a transform can do anything, and so fail in any way
+            raise ValueError(
+                f"relevance does not go back through {self._name}: {error}. {_WAY_OUT}"
+            ) from error
+        if not _same_state(before, _state(self._step)):
+            raise ValueError(
+                f"relevance does not go back through {self._name}, which remembers steps. {_WAY_OUT}"
+            )
+        like = relevance[self.writes[0]]
+        found = {key: result.get(("r", *_parts(key))).to(like) for key in self._reads}
+        arrived, put_in = (
+            _sums([parts[key] for key in keys])
+            for parts, keys in ((found, self._reads), (relevance, self.writes))
+        )
+        size = _sums([relevance[key].abs() for key in self.writes])
+        if not bool(((arrived - put_in).abs() <= _TOLERANCE * size).all()):
+            raise ValueError(f"relevance is not conserved on its way back through {self._name}. {_WAY_OUT}")
+        return found
+
+    def depends_on_values(
+        self, like: Mapping[NestedKey, Tensor], relevance: Mapping[NestedKey, Tensor]
+    ) -> bool:
+        """Whether shares depend on what the transform is given, as they do where it mixes values."""
+        generator = torch.Generator().manual_seed(0)
+
+        def drawn(x: Tensor) -> Tensor:
+            return 0.5 + torch.rand(x.shape, generator=generator).to(x)
+
+        given = {key: drawn(relevance[key]) for key in self.writes}
+        first, second = (self({key: drawn(x) for key, x in like.items()}, given) for _ in range(2))
+        return not all(torch.allclose(first[key], second[key], rtol=1e-3, atol=1e-4) for key in first)
+
+    def _seeds(self, outputs: TensorDictBase, inputs: TensorDictBase) -> TensorDictBase:
+        given = {key: inputs.get((_GIVEN, *_parts(key))).to(outputs.get(key)) for key in self.writes}
+        return TensorDict(given, outputs.batch_size)
+
+
+_WAY_OUT = "Leave it out, or do what it does inside the policy, where it is explained with it"
+
+
+class _Step(nn.Module):
+    """A copy of a transform as a function of tensors."""
+
+    def __init__(self, step: Any, reads: list[NestedKey], writes: list[NestedKey]) -> None:
+        super().__init__()
+        self.step, self.reads, self.writes = _copied(step), reads, writes
+
+    def forward(self, *tensors: Tensor) -> Any:
+        work = TensorDict(dict(zip(self.reads, tensors, strict=True)), tensors[0].shape[:1])
+        result = self.step._step(work.copy(), work)
+        written = tuple(result.get(key).clone() for key in self.writes)
+        return written[0] if len(written) == 1 else written
+
+
+class _SharesRule(EpsilonRule):
+    """Shares by contribution, of which none is kept for a stabiliser."""
+
+    def run_in(
+        self,
+        flow: Convention,
+        module: nn.Module,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run the operation: of products of values that are observed, as usual."""
+        if _observed(args, kwargs) > 1:
+            rule = default_rule(cast(Operation, module).name, args, kwargs) or ARITHMETIC
+            return rule.run_in(flow, module, original, args, kwargs)
+        return super().run_in(flow, module, original, args, kwargs)
+
+
+class _ShiftRule(PassRule):
+    """All relevance to what a constant is added to; two values that are added share it."""
+
+    def run_in(
+        self,
+        flow: Convention,
+        module: nn.Module,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run the sum."""
+        if _observed(args, kwargs) > 1:
+            return EpsilonRule(exact).run_in(flow, module, original, args, kwargs)
+        return super().run_in(flow, module, original, args, kwargs)
+
+
+def _observed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many of the arguments depend on what is observed."""
+    return sum(isinstance(x, Tensor) and on_tape(x) for x in (*args, *kwargs.values()))
+
+
+def applied(step: Any, td: TensorDictBase) -> TensorDictBase:
+    """What a transform makes of observations; neither it nor ``td`` is changed."""
+    with torch.no_grad():
+        result: TensorDictBase = _copied(step)._step(td.copy(), td.copy())
+    return result
+
+
+def nonzero(x: Tensor) -> Tensor:
+    """Values, a trifle larger, so that they contribute even where they are zero."""
+    x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
+    largest = x.abs().amax()
+    return x + _SHIFT * torch.where(largest > 0, largest, 1.0)
+
+
+def _copied(step: Any) -> Any:
+    """A transform that belongs to no environment, and whose statistics stay as they are."""
+    if hasattr(step, "frozen_copy"):
+        return step.frozen_copy()
+    return copy.deepcopy(step.clone())
+
+
+def _state(module: nn.Module) -> dict[str, Tensor | None]:
+    return {name: None if is_lazy(x) else x.clone() for name, x in module.named_buffers()}
+
+
+def _same_state(a: dict[str, Tensor | None], b: dict[str, Tensor | None]) -> bool:
+    return a.keys() == b.keys() and all(
+        x is y if x is None or y is None else torch.equal(x, y)
+        for x, y in zip(a.values(), b.values(), strict=True)
+    )
+
+
+def _sums(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack([part.double().flatten(1).sum(1) for part in parts]).sum(0)
+
+
+def _parts(key: NestedKey) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else tuple(key)

@@ -1,0 +1,105 @@
+"""Gymnasium environments as torchrl sees them, and their transforms from plain data."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torchrl.envs import EnvBase, Transform
+
+_REGISTER = {"ALE/": ("ale_py", "ale-py"), "MinAtar/": ("minatar.gym", "MinAtar")}
+"""Environments that gymnasium learns of from a package: how their ids begin, its module, and what to install."""
+
+_TRANSFORMS = (
+    "CatFrames",
+    "DTypeCastTransform",
+    "ObservationNorm",
+    "PermuteTransform",
+    "ToTensorImage",
+    "UnsqueezeTransform",
+)
+
+
+def make(env_id: str, options: Mapping[str, Any], preprocessing: Iterable[Mapping[str, Any]]) -> EnvBase:
+    """An environment with its transforms; see :func:`tdhook.rl.make_env`."""
+    envs, gymnasium = _require("torchrl.envs"), _require("gymnasium")
+    _register(env_id, gymnasium)
+    try:
+        env = envs.GymEnv(env_id, **options)
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise ImportError(f"environment {env_id!r} needs a package that is not installed: {error}") from error
+    except gymnasium.error.Error as error:
+        raise ValueError(
+            f"cannot make environment {env_id!r}: {error} (gymnasium.pprint_registry() lists what is there)"
+        ) from error
+    steps = [_transform(step) for step in preprocessing]
+    # Some environments observe in float64; a policy's weights are float32.
+    wide = [key for key, spec in env.observation_spec.items(True, True) if spec.dtype == torch.float64]
+    if wide:
+        steps.insert(0, envs.DoubleToFloat(in_keys=wide))
+    return envs.TransformedEnv(env, envs.Compose(*steps)) if steps else env
+
+
+def _transform(step: Mapping[str, Any]) -> Transform:
+    """One step of preprocessing: the class that ``"transform"`` names, with the other entries as its arguments."""
+    options = dict(step)
+    name = options.pop("transform", None)
+    if name == "CropAndPool":
+        found = importlib.import_module("tdhook.rl.frames").CropAndPool
+    elif name in _TRANSFORMS:
+        found = getattr(_require("torchrl.envs"), name)
+    else:
+        known = ", ".join(map(repr, sorted((*_TRANSFORMS, "CropAndPool"))))
+        raise ValueError(
+            f"a step of preprocessing names one of {known} as its 'transform', got {name!r}; append any other "
+            "transform to the environment: TransformedEnv(make_env(...), transform)"
+        )
+    if name == "DTypeCastTransform":  # a dtype is written by its name
+        options |= {key: _dtype(options[key]) for key in ("dtype_in", "dtype_out") if key in options}
+    try:
+        return found(**options)
+    except TypeError as error:
+        raise ValueError(f"the step of preprocessing {dict(step)} does not work: {error}") from error
+
+
+def _dtype(name: Any) -> torch.dtype:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is no dtype of torch; write it as 'float32'")
+    return dtype
+
+
+def _register(env_id: str, gymnasium: Any) -> None:
+    for start, (module, package) in _REGISTER.items():
+        if not env_id.startswith(start) or env_id in gymnasium.registry:
+            continue
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module.partition(".")[0]:
+                raise
+            raise ImportError(
+                f"environment {env_id!r} needs {package}, which is not installed: pip install {package}"
+            ) from error
+        if module == "ale_py":
+            gymnasium.register_envs(found)  # importing it has registered its environments
+        elif env_id not in gymnasium.registry:
+            found.register_envs()
+
+
+def _require(module: str) -> Any:
+    """Import a module of the ``rl`` extra, or say what to install."""
+    package = module.partition(".")[0]
+    try:
+        importlib.import_module(package)
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != package:  # installed, but broken: its own message says more
+            raise
+        raise ImportError(
+            f'tdhook.rl needs {package}, which is not installed: pip install "tdhook[rl]"'
+        ) from error

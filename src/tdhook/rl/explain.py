@@ -1,0 +1,325 @@
+"""Explain batches afterwards: a transform for replay buffers, and for what collectors bring."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from tdhook.contexts import Attribution, Conditions, InKeys, Model, Record
+from tdhook.explained import ExplainedModule
+from tdhook.rl.policies import _require
+from tdhook.state import Slot, modules_of, slots_of
+from tdhook.targets import Seeds
+
+__all__ = ["Explain"]
+
+Transform: Any = _require("torchrl.envs").Transform
+
+_VALID = "_explain_valid"
+
+
+class Explain(Transform):
+    """Adds relevance to a batch: ``buffer.append_transform(Explain(...))``, or ``Collector(..., postproc=...)``.
+
+    For policies other than the one that acted (an older one, one in training), for critics, and for every n-th batch.
+    Nothing in the batch is overwritten: what the module writes is dropped, and only relevance, and the ledger if one is
+    kept, are added. What a target takes its index from, as in ``Target("action_value", "action")``, is the entry of the
+    batch, so that the action which was taken is explained, whichever the module would take.
+
+    The module itself is left alone: a copy of it is explained, so that a buffer that prefetches in a thread of its own
+    does not meddle with training. Parameters and buffers are copied anew for each batch that is explained.
+
+    Args:
+        method: what is explained and how, say ``LRP("epsilon_plus", target=Target("action_value", "action"))``.
+        module: the policy or critic.
+        in_keys: as in :meth:`~tdhook.contexts.Attribution.wrap`: of a TensorDictModule, the keys that are attributed;
+            of a plain module, those that it reads.
+        out_keys: as there: the keys that a plain module writes.
+        at: the entry of the batch that the module reads instead of the batch itself: with ``at="next"`` a critic
+            looks at what came next, and writes ``("attr", "next", "observation")``.
+        under: a key under which all of it is put, to tell the entries of several of these transforms apart:
+            ``(under, "attr", "observation")``.
+        every: explain the first batch and each ``every``-th after it. The others get the same entries, filled with NaN,
+            so that they can be stacked and stored together.
+        snapshot: whether to explain the module as it is now, until :meth:`update` is called, whatever is trained since.
+        at_once: how many steps are explained in one pass, so that memory does not grow with the batch.
+        trajectories: whether the module looks along the last axis of the batch, which is time (recurrent policies,
+            transformers). It is then given whole trajectories; otherwise, each step for itself.
+        mask_key: truth values ``[*batch]``, if the batch has them: steps where they are false are padding, which is not
+            explained and has relevance zero.
+
+    Shapes:
+        Relevance of ``key [*batch, *features]`` is ``("attr", key) [*batch, *features]``, or ``[*batch, outputs,
+        *features]`` for a target of several outputs; entries of the ledger are ``[*batch]``.
+
+    Raises:
+        KeyError: the batch lacks what the module reads, or already has entries of the names that are to be added.
+    """
+
+    def __init__(
+        self,
+        method: Attribution,
+        module: nn.Module,
+        in_keys: InKeys | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+        *,
+        at: NestedKey | None = None,
+        under: NestedKey | None = None,
+        every: int = 1,
+        snapshot: bool = False,
+        at_once: int = 256,
+        trajectories: bool = False,
+        mask_key: NestedKey | None = ("collector", "mask"),
+    ) -> None:
+        super().__init__()
+        for name, number in (("every", every), ("at_once", at_once)):
+            if number < 1:
+                raise ValueError(f"{name} is at least 1, got {name}={number}")
+        self.at, self.under = _parts(at), _parts(under)
+        self.every, self.at_once, self.trajectories = every, at_once, trajectories
+        self.snapshot, self.mask_key = snapshot, mask_key
+        self._method, self._calls = method, 0
+        self._wrapped_with = in_keys, out_keys
+        self._lock = threading.RLock()
+        self._shapes: dict[NestedKey, tuple[torch.Size, torch.dtype]] = {}
+        # Not registered: what moves or saves a buffer must not move or save the policy.
+        root = module._model.root if isinstance(module, ExplainedModule) else module
+        self.__dict__["_module"] = root
+        self.__dict__["_explained"] = self._anew()
+        self.in_keys = [unravel_key((*self.at, *_parts(key))) for key in self._explained.in_keys]
+        written = [_parts(key) for key in self._explained.out_keys]
+        self.out_keys = [self._destination(key) for key in written if self._is_ours(key)]
+
+    def update(self) -> None:
+        """Take a new snapshot: from now on the module is explained with the weights that it has now.
+
+        Raises:
+            RuntimeError: no snapshot is kept.
+        """
+        if not self.snapshot:
+            raise RuntimeError(
+                "without snapshot=True the weights are those of the moment anyway: there is nothing to update"
+            )
+        self._take()
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Explain a batch.
+
+        Args:
+            tensordict: of any batch size; left as it is.
+
+        Returns:
+            A TensorDict with the same entries, and relevance.
+        """
+        with self._lock:  # buffers that prefetch call from several threads
+            found = self._found(tensordict)
+            self._calls += 1
+        result = tensordict.copy()
+        for key, value in found.items():
+            if result.get(key, None) is not None:
+                raise KeyError(
+                    f"the batch already has {key!r}, which is not overwritten: give LRP another attribution_key, or "
+                    "Explain a key to put its entries under, under=..."
+                )
+            result.set(key, value)
+        return result
+
+    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+        """What runs on writing, in a buffer that the transform is appended to with ``invert=True``."""
+        return self.forward(next_tensordict)
+
+    def transform_output_spec(self, output_spec: Any) -> Any:
+        raise RuntimeError(
+            "Explain is a transform of replay buffers and of what a collector brings (postproc=...); in an "
+            "environment, let the explained policy act: LRP(...).wrap(policy)"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_lock": threading.RLock()})
+
+    def _found(self, tensordict: TensorDictBase) -> dict[NestedKey, Tensor]:
+        """What is added to a batch."""
+        batch = tensordict.batch_size
+        if self._calls % self.every == 0:
+            if not self.snapshot:
+                self._take()
+            found = self._explain(tensordict)
+            self._shapes = {key: (value.shape[len(batch) :], value.dtype) for key, value in found.items()}
+            return found
+        device = tensordict.device
+        return {
+            key: torch.full((*batch, *shape), torch.nan, dtype=dtype, device=device)
+            for key, (shape, dtype) in self._shapes.items()
+        }
+
+    def _explain(self, td: TensorDictBase) -> dict[NestedKey, Tensor]:
+        source = td.get(self.at, None) if self.at else td
+        if not isinstance(source, TensorDictBase):
+            raise KeyError(f"the batch has no {unravel_key(self.at)!r} to read from; it has {_listed(td)}")
+        work = self._read(source)
+        here = next((x.device for x in work.values(True, True) if isinstance(x, Tensor)), None)
+        there = next((x.device for x in self._explained._model.root.parameters()), here)
+        if here != there:
+            work = work.to(there)
+        valid = None if self.mask_key is None else td.get(self.mask_key, None)
+        if valid is not None:
+            valid = valid.reshape(*td.batch_size, *(1,) * (work.batch_dims - td.batch_dims))
+            valid = valid.expand(work.batch_size).to(there)
+        with _random_state_kept(there):
+            whole = self._by_trajectory(work, valid) if self.trajectories else self._by_step(work, valid)
+        return {self._destination(_parts(key)): value.to(here) for key, value in whole.items()}
+
+    def _read(self, source: TensorDictBase) -> TensorDictBase:
+        """What of the batch is needed."""
+        for key in self._explained.in_keys:
+            if source.get(key, None) is None:
+                missing = unravel_key((*self.at, *_parts(key)))
+                raise KeyError(
+                    f"the batch has no {missing!r}, which the explained module reads; there are {_listed(source)}"
+                )
+        kept = source.select(*self._explained.reads(source), strict=False)
+        return kept.exclude(*(key for key in kept.keys(True, True) if self._is_ours(_parts(key))))
+
+    def _by_step(self, work: TensorDictBase, valid: Tensor | None) -> dict[NestedKey, Tensor]:
+        """Each step for itself, ``at_once`` of them together."""
+        batch = work.batch_size
+        flat = work.reshape(-1)
+        there = None if valid is None else valid.reshape(-1).nonzero()[:, 0]
+        parts = [self._entries(part) for part in (flat if there is None else flat[there]).split(self.at_once)]
+        found: dict[NestedKey, Tensor] = {}
+        for key in parts[0]:
+            value = torch.cat([part[key] for part in parts])
+            if there is not None:
+                value = value.new_zeros(batch.numel(), *value.shape[1:]).index_copy_(0, there, value)
+            found[key] = value.reshape(*batch, *value.shape[1:])
+        return found
+
+    def _by_trajectory(self, work: TensorDictBase, valid: Tensor | None) -> dict[NestedKey, Tensor]:
+        """Trajectory by trajectory, as many together as come to about ``at_once`` steps."""
+        batch = work.batch_size
+        if not batch:
+            raise ValueError("a batch of trajectories has an axis for time, and this one has no axes")
+        if valid is not None:
+            work = work.copy()
+            for key in self._method.target_entries() or ():
+                taken = work.get(key, None)
+                if taken is not None:  # what stands in the padding may be no action at all
+                    work.set(key, torch.where(_beside(valid, taken), taken, taken[valid][0]))
+            work.set(_VALID, valid)
+        rows = work.reshape(-1, batch[-1])
+        with _require("torchrl.modules").set_recurrent_mode("recurrent"):
+            parts = [self._entries(part) for part in rows.split(max(1, self.at_once // batch[-1]))]
+        whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        return {key: value.reshape(*batch, *value.shape[2:]) for key, value in whole.items()}
+
+    def _entries(self, part: TensorDictBase) -> dict[NestedKey, Tensor]:
+        found = self._explained(part)
+        return {key: value for key, value in found.items(True, True) if self._is_ours(_parts(key))}
+
+    def _is_ours(self, key: tuple[str, ...]) -> bool:
+        name = _parts(self._method.attribution_key)
+        return key[: len(name)] == name or (
+            key[0] == "ledger" and key in map(tuple, self._method.extra_out_keys())
+        )
+
+    def _destination(self, key: tuple[str, ...]) -> NestedKey:
+        name = _parts(self._method.attribution_key)
+        count = len(name) if key[: len(name)] == name else 1
+        return unravel_key((*self.under, *key[:count], *self.at, *key[count:]))
+
+    def _anew(self) -> ExplainedModule:
+        return _InHindsight(self._method, Model.of(copy.deepcopy(self._module), *self._wrapped_with))
+
+    def _take(self) -> None:
+        """Take the parameters, buffers and modes of the module over into the copy of it."""
+        theirs, ours = (modules_of(root).values() for root in (self._module, self._explained._model.root))
+        pairs = list(zip(map(_value, slots_of(theirs)), map(_value, slots_of(ours)), strict=False))
+        same = len(theirs) == len(ours) and len(slots_of(theirs)) == len(slots_of(ours))
+        if not same or any(_kind(new) != _kind(old) for new, old in pairs):
+            self.__dict__["_explained"] = self._anew()
+            return
+        with torch.no_grad():
+            for new, old in pairs:
+                old.copy_(new)
+        for their, our in zip(theirs, ours, strict=True):
+            our.training = their.training
+
+
+class _InHindsight(ExplainedModule):
+    """An explained module for which entries that are there stand, whatever the model would write in their place."""
+
+    def reads(self, td: TensorDictBase) -> list[NestedKey]:
+        return [*super().reads(td), *([_VALID] if _VALID in td else [])]
+
+    @contextmanager
+    def _forward_pass(self, td: TensorDictBase) -> Iterator[tuple[Record, Conditions]]:
+        with super()._forward_pass(td) as (record, conditions):
+            for key in self._method.target_entries() or ():
+                stored = td.get(key, None)
+                if stored is not None:
+                    record.outputs.set(key, stored)
+            yield record, conditions
+
+    def _relevance(
+        self,
+        record: Record,
+        sources: dict[NestedKey, Tensor],
+        seeds: Seeds,
+        conditions: Conditions,
+        td: TensorDictBase,
+    ) -> dict[NestedKey, Tensor]:
+        valid = td.get(_VALID, None)
+        if valid is not None:  # relevance of padding would flow back into the steps before it
+            seeds.grads = [
+                grad.masked_fill(~_beside(valid, z), 0.0)
+                for z, grad in zip(seeds.tensors, seeds.grads, strict=True)
+            ]
+        return super()._relevance(record, sources, seeds, conditions, td)
+
+
+def _random_state_kept(device: torch.device | None) -> AbstractContextManager[Any]:
+    """Have a policy that samples draw nothing from the caller's random numbers.
+
+    Not in another thread: to put the state back there would have this one draw the same numbers twice.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return nullcontext()
+    cuda = [device] if device is not None and device.type == "cuda" else []
+    return torch.random.fork_rng(devices=cuda)
+
+
+def _value(slot: Slot) -> Tensor:
+    registry, name = slot
+    value: Tensor = registry[name]
+    return value
+
+
+def _kind(x: Tensor) -> Any:
+    return object() if is_lazy(x) else (x.shape, x.dtype, x.device)
+
+
+def _beside(valid: Tensor, x: Tensor) -> Tensor:
+    """Truth values of the steps, to go with entries of theirs."""
+    return valid.reshape(*valid.shape, *(1,) * (x.dim() - valid.dim()))
+
+
+def _parts(key: NestedKey | None) -> tuple[str, ...]:
+    if key is None:
+        return ()
+    return (key,) if isinstance(key, str) else tuple(key)
+
+
+def _listed(td: TensorDictBase) -> str:
+    return ", ".join(sorted(map(repr, td.keys(True, True)))) or "nothing"

@@ -1,0 +1,127 @@
+"""A task of several agents whose truth is known: what one of them sees tells all of them what to do."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+pytest.importorskip("torchrl")
+
+from torchrl.modules import MultiAgentMLP
+
+from tdhook import LRP
+
+AGENTS, SEEN, ACTIONS, KNOWS = 4, 5, 3, 2
+PRICE = 1e-3  # of the size of weights, so that noise is not looked at
+OBSERVATION, LOGITS = ("agents", "observation"), ("agents", "logits")
+
+
+def situations(count, seed):
+    """Observations ``[count, AGENTS, SEEN]``, alike for all agents, and what is to be done, ``[count]``.
+
+    The largest of the first few numbers that the agent ``KNOWS`` sees tells the action; the rest is noise.
+    """
+    observation = torch.randn(count, AGENTS, SEEN, generator=torch.Generator().manual_seed(seed))
+    return observation, observation[:, KNOWS, :ACTIONS].argmax(-1)
+
+
+class Attending(nn.Module):
+    """Each agent asks all of them, by attention over learned names, and does what it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = nn.Parameter(torch.randn(AGENTS, 8))
+        self.ask, self.answer = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.say = nn.Linear(SEEN, 16)
+        self.act = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, ACTIONS))
+
+    def forward(self, observation):
+        weights = (self.ask(self.names) @ self.answer(self.names).T).softmax(-1)
+        return self.act(weights @ self.say(observation))
+
+
+def centralised(shared):
+    return MultiAgentMLP(
+        n_agent_inputs=SEEN,
+        n_agent_outputs=ACTIONS,
+        n_agents=AGENTS,
+        centralized=True,
+        share_params=shared,
+        depth=1,
+        num_cells=32,
+        activation_class=nn.ReLU,
+    )
+
+
+POLICIES = {
+    "shared": lambda: centralised(True),
+    "individual": lambda: centralised(False),
+    "attending": Attending,
+}
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def policy(request):
+    """Trained to do the right thing; what it need not look at is given up for a small price on weights."""
+    torch.manual_seed(0)
+    network = POLICIES[request.param]()
+    observation, told = situations(20_000, seed=0)
+    optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=600)
+    weights = [p for p in network.parameters() if p.dim() > 1]
+    for step in range(600):
+        chosen = slice(200 * step % 20_000, 200 * step % 20_000 + 200)
+        logits = network(observation[chosen])
+        loss = F.cross_entropy(logits.flatten(0, 1), told[chosen].repeat_interleave(AGENTS))
+        loss = loss + PRICE * sum(w.abs().sum() for w in weights)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    observation, told = situations(1000, seed=1)
+    with torch.no_grad():
+        assert (network(observation).argmax(-1) == told[:, None]).float().mean() > 0.93
+    return TensorDictModule(network, [OBSERVATION], [LOGITS])
+
+
+def share(policy, composite):
+    """``[AGENTS, AGENTS]``: of the relevance for what each agent does, how much lies on what each agent saw."""
+    observation, told = situations(1000, seed=1)
+    td = TensorDict({"agents": {"observation": observation}}, [1000])
+    rows = []
+    for agent in range(AGENTS):
+        # The logit of the right action, of this agent alone.
+        weight = torch.zeros(1000, AGENTS, ACTIONS, dtype=torch.bool)
+        weight[torch.arange(1000), agent, told] = True
+
+        def target(outputs, inputs, weight=weight):
+            return TensorDict({"agents": {"logits": outputs[LOGITS] * weight}}, [1000])
+
+        explained = LRP(composite, target=target, ledger=True).wrap(policy)(td.clone())
+        assert explained["ledger", "gap"].abs().max() < 1e-4 * explained["ledger", "target"].abs().mean()
+        amount = explained["attr", "agents", "observation"].abs().sum(-1).mean(0)
+        rows.append(amount / amount.sum())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("composite", ["epsilon", "attn_lrp"])
+def test_relevance_lies_on_the_agent_that_knows(policy, composite):
+    assert (share(policy, composite)[:, KNOWS] > 0.95).all()
+
+
+def test_an_agent_that_sees_for_itself_rests_on_itself():
+    torch.manual_seed(0)
+    network = MultiAgentMLP(
+        n_agent_inputs=SEEN,
+        n_agent_outputs=ACTIONS,
+        n_agents=AGENTS,
+        centralized=False,
+        share_params=False,
+        depth=1,
+        num_cells=8,
+        activation_class=nn.ReLU,
+    )
+    alone = TensorDictModule(network, [OBSERVATION], [LOGITS])
+    assert torch.equal(share(alone, "epsilon"), torch.eye(AGENTS))
