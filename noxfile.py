@@ -25,9 +25,9 @@ def install(session: nox.Session, *requirements: str) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Explain a trained policy on a real environment; results in demo-output."""
+    """Explain trained policies in real environments, one of them from pixels; results in demo-output."""
     install(session, USER)
-    session.run("tdhook", "demo", "--out", "demo-output", *session.posargs)
+    session.run("tdhook", "demo", "--frames", "--out", "demo-output", *session.posargs)
 
 
 @nox.session

@@ -66,7 +66,7 @@ ARCHITECTURE = {
 }
 GAMES, EPISODE, STEPS = 16, 2048, 300
 SETTINGS = Settings(
-    steps=16 * GAMES * EPISODE, length=64, minibatch=256, epochs=3, rate=1e-3, clip=0.1, entropy=0.005
+    steps=8 * GAMES * EPISODE, length=64, minibatch=256, epochs=3, rate=1e-3, clip=0.1, entropy=0.005
 )
 
 

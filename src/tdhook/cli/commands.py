@@ -5,6 +5,7 @@ Only typer and rich are imported with this module, so that ``tdhook --help`` ans
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -92,21 +93,32 @@ def demo(
     seed: Seed = 0,
     frames: Frames = False,
 ) -> None:
-    """Let a trained CartPole policy act, and explain each of its actions.
+    """Let trained policies act, and explain each of their actions.
 
-    The policy that comes with tdhook acts in the real environment, through an attribution context: it acts as it
-    always does, and each step also says how much every entry of the observation had to do with the value of the action
-    taken. Printed are the return, the mean relevance of each feature by action, and whether relevance was conserved;
-    written are the explained rollout, a picture of it, and the printed numbers as JSON.
+    One balances the pole of CartPole; one sees the pixels of Freeway, where ale-py is installed, and its output is in a
+    folder of its own. Each acts in the real environment, through an attribution context: it acts as it always does, and
+    each step also says how much every entry of the observation had to do with the action taken. Printed are the return,
+    the mean relevance of each feature by action, and whether relevance was conserved; written are the explained
+    rollout, pictures of it, the printed numbers as JSON, and a page to look through it step by step.
     """
     require("torchrl", "gymnasium", "matplotlib")
+    from tdhook.cli import report
     from tdhook.cli.explanations import Request, run
     from tdhook.configuration import read_composite
     from tdhook.rl import demo_policy
 
+    policies = {"cartpole": out}
+    if find_spec("ale_py") is None:
+        Console(stderr=True).print(
+            'note: ale-py is not installed, so no policy that sees pixels is shown: pip install "tdhook\\[atari]"'
+        )
+    else:
+        policies["freeway"] = out / "freeway"
     with notes():
         rules = read_composite(composite)
-        run(Request(demo_policy(), rules, composite, None, steps, seed, frames=frames), out)
+        for name, folder in policies.items():
+            run(Request(demo_policy(name), rules, composite, None, steps, seed, frames=frames), folder)
+            report.run(folder, None)
 
 
 @app.command(

@@ -23,7 +23,7 @@ from tdhook.cli.policies import Stage
 from tdhook.cli.tables import conservation_table, progress_bar, relevance_table
 from tdhook.composites import Composite
 from tdhook.configuration import write_key, write_target
-from tdhook.plots import relevance_over_time
+from tdhook.plots import relevance_on_frames, relevance_over_time
 from tdhook.rl import Policy
 from tdhook.rl.rollouts import (
     Conservation,
@@ -36,9 +36,13 @@ from tdhook.rl.rollouts import (
     summarise,
     taken_actions,
 )
+from tdhook.rl.screens import put_on_screen
 from tdhook.targets import Target
 
 __all__ = ["Request", "run"]
+
+_FRAMES = 8
+"""How many frames are drawn in one picture."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ def run(request: Request, out: Path) -> None:
         )
         progress.update(task, description="checking that relevance is conserved")
         account = conservation(rollout, policy.actor, request.composite, target)
+        put_on_screen(env, rollout)
     views = _views(rollout, keys, policy, stage.actions)
     what = f"{policy.env_id}: relevance for {write_target(target)} under {request.composite_name}"
     _show(console, what, views, account)
@@ -130,9 +135,7 @@ def _views(
         if relevance is None:  # an input without gradient, of which a note tells
             continue
         value = rollout[key]
-        if (
-            value.dim() == 4 and len(policy.features) == value.shape[1]
-        ):  # the channels of an image have the names
+        if value.dim() == 4 and len(policy.features) == value.shape[1]:  # one name per channel of an image
             relevance, value = relevance.sum((-2, -1)), value.mean((-2, -1))
         value = value.flatten(1)
         count = value.shape[1]
@@ -202,6 +205,13 @@ def _write(
         path = out / ("relevance.png" if i == 0 else f"relevance-{slug}.png")
         figure.savefig(path, dpi=130)
         written.append(path)
+    maps = rollout.get(("attr", "frame"), None)
+    if maps is not None and maps.dim() == rollout.batch_dims + 2:
+        shown = torch.linspace(0, len(rollout) - 1, min(_FRAMES, len(rollout))).long()
+        titles = [f"step {i}" for i in shown.tolist()]
+        figure = relevance_on_frames(rollout["frame"][shown], maps[shown], titles, title=what)
+        figure.savefig(out / "frames.png", dpi=130)
+        written.append(out / "frames.png")
     data: dict[str, Any] = {
         "tdhook": tdhook.__version__,
         "environment": request.policy.env_id,

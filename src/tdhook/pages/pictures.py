@@ -116,7 +116,8 @@ def pictures_of(frames: Tensor | None, views: Sequence[View]) -> Pictures | None
         return None
     environments, time = first.shape[:2]
     notes: list[str] = []
-    kind, encode = "image/png", _png
+    kind: str = "image/png"
+    encode: Encoder = _png
     shrink = 1
     if frames is not None:
         shrink = -(-max(frames.shape[2:4]) // _WIDEST_FRAME)

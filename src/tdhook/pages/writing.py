@@ -148,8 +148,13 @@ def _account(course: Course) -> Conservation | None:
     target, arrived, absorbed, gap = course.ledger.double().flatten(0, 1).unbind(-1)
     size = target.abs().mean()
     error = gap.abs().max() / size.clamp(min=torch.finfo(torch.float64).tiny)
-    means = (column.mean().item() for column in (target, arrived, absorbed))
-    return Conservation(*means, size=size.item(), error=error.item())
+    return Conservation(
+        target=target.mean().item(),
+        arrived=arrived.mean().item(),
+        absorbed=absorbed.mean().item(),
+        size=size.item(),
+        error=error.item(),
+    )
 
 
 def _frames(
