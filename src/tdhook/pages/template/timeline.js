@@ -56,6 +56,8 @@ class Strip {
     const context = this.canvas.getContext("2d");
     context.scale(ratio, ratio);
     const columns = Math.min(to - from, Math.round(wide * ratio));
+    // Where a column begins, at a whole pixel: seams would show otherwise.
+    this.left = (column) => Math.round((column * wide * ratio) / columns) / ratio;
     const edges = Array.from({ length: columns + 1 }, (_, c) => environment * data.time + from + Math.floor((c * (to - from)) / columns));
     for (const lane of lanes) this[lane.kind](context, lane, view, edges, wide, lines);
     this.episodes(context, environment, wide, bottom);
@@ -81,7 +83,7 @@ class Strip {
     );
   }
 
-  action(context, lane, view, edges, wide) {
+  action(context, lane, view, edges) {
     const columns = edges.length - 1;
     const colours = data.actions.map((_, i) => actionColour(i));
     for (let c = 0; c < columns; c++) {
@@ -92,7 +94,7 @@ class Strip {
         if (!count) return;
         const height = (lane.height * count) / (edges[c + 1] - edges[c]);
         context.fillStyle = colours[action];
-        context.fillRect((c * wide) / columns, top, wide / columns + 0.3, height);
+        context.fillRect(this.left(c), top, this.left(c + 1) - this.left(c), height);
         top += height;
       });
     }
@@ -140,7 +142,7 @@ class Strip {
       let sum = 0;
       for (let i = edges[c]; i < edges[c + 1]; i++) sum += data.reward[i];
       const height = (unit * sum) / (edges[c + 1] - edges[c]);
-      context.fillRect((c * wide) / columns, zero, Math.max(wide / columns, 1), -height);
+      context.fillRect(this.left(c), zero, this.left(c + 1) - this.left(c), -height);
     }
     context.globalAlpha = 1;
     context.fillRect(0, zero, wide, 0.6);
