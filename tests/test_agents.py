@@ -15,6 +15,8 @@ import torch
 
 AGENTS = Path(__file__).parents[1] / "examples" / "agents"
 SCRIPTS = sorted(path.stem for path in AGENTS.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+HIDDEN = {"ppo": ["Box2D"], "multiagent": ["vmas"], "transformer": ["transformers"]}
+"""What gymnasium and torchrl import for a script."""
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -39,14 +41,12 @@ def test_checkpoints_are_small() -> None:
 def missing(name: str) -> list[str]:
     """Packages that a script needs and that are not installed."""
     tree = ast.parse((AGENTS / f"{name}.py").read_text(encoding="utf-8"))
-    roots = {"Box2D"} if name == "ppo" else set()  # which gymnasium imports for the lander
+    roots = set(HIDDEN.get(name, ()))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             roots |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             roots.add(node.module.partition(".")[0])
-    if "torchrl.envs.libs.vmas" in ast.unparse(tree) or "VmasEnv" in ast.unparse(tree):
-        roots.add("vmas")
     siblings = {path.stem for path in AGENTS.glob("*.py")}
     return sorted(root for root in roots - siblings if importlib.util.find_spec(root) is None)
 

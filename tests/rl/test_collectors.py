@@ -20,6 +20,7 @@ from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequ
 from torch import nn
 
 from tdhook import LRP, Key, Target
+from tdhook.composites import epsilon_plus
 
 pytest.importorskip("torchrl")
 
@@ -68,6 +69,11 @@ ATTR = ("attr", "observation")
 cartpole = partial(make_env, "CartPole-v1")
 
 
+# One step alone is rounded otherwise than among many. With an epsilon of 1e-6, a unit whose sum is about that small
+# passes on a share that differs by a hundredth then; with this one, by a hundred-thousandth.
+STABLE = epsilon_plus(epsilon=1e-3)
+
+
 def q_actor(*cells: int, inputs: int = 4, seed: int = 0) -> TensorDictModule:
     torch.manual_seed(seed)
     architecture = {
@@ -80,7 +86,7 @@ def q_actor(*cells: int, inputs: int = 4, seed: int = 0) -> TensorDictModule:
 
 
 def explain(actor: nn.Module, **options: Any) -> Any:
-    return LRP("epsilon_plus", target=CHOSEN, **options).wrap(actor)
+    return LRP(STABLE, target=CHOSEN, **options).wrap(actor)
 
 
 def explain_q(env: Any = None) -> Any:
@@ -90,7 +96,7 @@ def explain_q(env: Any = None) -> Any:
 def recomputed(actor: nn.Module, td: TensorDictBase) -> torch.Tensor:
     """The reference: of a copy of the actor, from the stored observation, for the stored action."""
     work = td.select("observation").set("taken", td["action"])
-    method = LRP("epsilon_plus", target=Target("action_value", Key("taken")), cache_weights=False)
+    method = LRP(STABLE, target=Target("action_value", Key("taken")), cache_weights=False)
     return method.wrap(copy.deepcopy(actor))(work)[ATTR]
 
 
@@ -99,7 +105,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     But for rounding, which is another for one step than for many; of other weights they differ by far more.
     """
-    return ((a - b).abs() <= 1e-5 + 1e-3 * b.abs().amax(-1, keepdim=True)).all(-1)
+    return ((a - b).abs() <= 1e-5 + 1e-4 * b.abs().amax(-1, keepdim=True)).all(-1)
 
 
 def collecting(frames: int = 20, total: int = 40, **options: Any) -> dict[str, Any]:
@@ -283,7 +289,7 @@ def test_of_equal_values_the_first_is_explained() -> None:
             parameter[1] = parameter[0]  # both actions are worth the same
     batch = cartpole(seed=0).rollout(5, explain(actor))
     assert bool((batch["action"] == 1).all())
-    first = LRP("epsilon_plus", target=Target("action_value", 0)).wrap(actor)(batch.select("observation"))
+    first = LRP(STABLE, target=Target("action_value", 0)).wrap(actor)(batch.select("observation"))
     torch.testing.assert_close(batch[ATTR], first[ATTR])
 
 

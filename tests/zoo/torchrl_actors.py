@@ -48,7 +48,7 @@ from tdhook.attribution.lrp_helpers.rules import EpsilonRule
 from tdhook.composites import epsilon_plus
 from tdhook.selectors import Type
 
-from .cases import CUSTOM, Collection, first, inputs, keyed, ready, settled
+from .cases import Collection, first, inputs, keyed, ready, settled
 
 CASES = Collection()
 BOX = Bounded(-1, 1, (2,), dtype=torch.float64)
@@ -217,7 +217,7 @@ def _():
     return ready(stochastic(TanhNormal, safe_tanh=False)), observation(), first("action")
 
 
-@CASES.add("ProbabilisticActor of TanhNormal with a safe tanh", "TanhNormal", fails=CUSTOM)
+@CASES.add("ProbabilisticActor of TanhNormal with a safe tanh", "TanhNormal")
 def _():
     return ready(stochastic(TanhNormal)), observation(), first("action")
 
@@ -231,14 +231,13 @@ def _():
     return ready(stochastic(TanhNormal)), observation(), first("action")
 
 
-for deterministic, arguments, fails in (
-    (Delta, {}, ""),
-    (TanhDelta, {"safe": False}, ""),
-    (TanhDelta, {}, CUSTOM),
+for how, deterministic, arguments in (
+    ("Delta", Delta, {}),
+    ("TanhDelta", TanhDelta, {"safe": False}),
+    ("TanhDelta with a safe tanh", TanhDelta, {}),
 ):
-    how = f"{deterministic.__name__} with a safe tanh" if fails else deterministic.__name__
 
-    @CASES.add(f"ProbabilisticActor of {how}", deterministic.__name__, fails=fails)
+    @CASES.add(f"ProbabilisticActor of {how}", deterministic.__name__)
     def _(distribution=deterministic, arguments=arguments):
         actor = ProbabilisticActor(
             keyed(MLP(4, 2, num_cells=[5]), ["observation"], ["param"]),
