@@ -67,7 +67,7 @@ def examples(session: nox.Session) -> None:
     install(session, DEVELOPER, "transformers", "tqdm", "click")
     # Both ask for more than these environments need: the one for pictures of its own, the other for an older gym.
     install(session, "--no-deps", "minatar", "vmas")
-    install(session, "pyglet", "six", "gym")
+    install(session, "pyglet", "six", "gym", "box2d")
     session.run(
         "pytest", "--slow", "-n", "auto", *(session.posargs or ["tests/test_agents.py"]), env=ONE_THREAD
     )
