@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from evaluated_models import inputs, linear, network, random_inputs
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
@@ -22,26 +23,6 @@ from tdhook.evaluation import (
     perturbation_curve,
 )
 from tdhook.targets import AtStep, LogProb, Probability
-
-
-def linear(weights: list[float]) -> nn.Linear:
-    """One output, the sum of weights times inputs."""
-    module = nn.Linear(len(weights), 1, bias=False)
-    with torch.no_grad():
-        module.weight.copy_(torch.tensor([weights]))
-    return module
-
-
-def inputs(*rows: list[float]) -> TensorDict:
-    return TensorDict({"input": torch.tensor(rows)}, batch_size=[len(rows)])
-
-
-def network() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
-
-
-def random_inputs(*batch: int, features: int = 5) -> TensorDict:
-    return TensorDict({"input": torch.randn(*batch, features)}, batch_size=list(batch))
 
 
 def test_the_curve_of_a_linear_model_is_known() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from evaluated_models import inputs, linear, network, random_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
@@ -14,26 +15,6 @@ from torch import nn
 
 from tdhook import LRP, Target
 from tdhook.evaluation import Gradient, RandomMap, blurred, patches, perturbation_curve
-
-
-def linear(weights: list[float]) -> nn.Linear:
-    """One output, the sum of weights times inputs."""
-    module = nn.Linear(len(weights), 1, bias=False)
-    with torch.no_grad():
-        module.weight.copy_(torch.tensor([weights]))
-    return module
-
-
-def inputs(*rows: list[float]) -> TensorDict:
-    return TensorDict({"input": torch.tensor(rows)}, batch_size=[len(rows)])
-
-
-def network() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
-
-
-def random_inputs(*batch: int, features: int = 5) -> TensorDict:
-    return TensorDict({"input": torch.randn(*batch, features)}, batch_size=list(batch))
 
 
 def test_a_curve_has_as_many_steps_as_are_asked_for() -> None:
