@@ -56,7 +56,7 @@ def types(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Execute the examples of README, pages and docstrings, then build the documentation without a warning."""
     install(session, DEVELOPER)
-    session.run("pytest", "tests/test_pages.py", env=ONE_THREAD)
+    session.run("pytest", "tests/laws/test_pages.py", env=ONE_THREAD)
     for builder in ("doctest", "html"):
         session.run("sphinx-build", "-W", "-b", builder, *session.posargs, "docs", f"docs/_build/{builder}")
 
@@ -69,7 +69,7 @@ def examples(session: nox.Session) -> None:
     install(session, "--no-deps", "minatar", "vmas")
     install(session, "pyglet", "six", "gym", "box2d")
     session.run(
-        "pytest", "--slow", "-n", "auto", *(session.posargs or ["tests/test_agents.py"]), env=ONE_THREAD
+        "pytest", "--slow", "-n", "auto", *(session.posargs or ["tests/laws/test_agents.py"]), env=ONE_THREAD
     )
 
 

@@ -28,7 +28,6 @@ from torchrl.envs import EnvBase, SerialEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from tdhook import LRP, Target
-from tdhook.composites import PRESETS, preset
 from tdhook.evaluation import (
     Gradient,
     GradientTimesInput,
@@ -39,6 +38,7 @@ from tdhook.evaluation import (
     perturbation_curve,
     return_lost,
 )
+from tdhook.relevance.composites.composite import PRESETS, preset
 from tdhook.rl import demo_policy, make_env
 from tdhook.targets import Advantage, TargetLike
 

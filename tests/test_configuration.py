@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from tdhook.attribution.lrp_helpers.rules import EpsilonRule, FlatRule, GammaRule, ZBoxRule
-from tdhook.composites import PRESETS, Composite, epsilon_gamma_box, epsilon_plus
+from tdhook.composites import Composite
 from tdhook.configuration import read_composite, read_key, read_target, write_key, write_target
+from tdhook.relevance.composites.composite import PRESETS
+from tdhook.relevance.composites.presets import epsilon_gamma_box, epsilon_plus
+from tdhook.rules import EpsilonRule, FlatRule, GammaRule, ZBoxRule
 from tdhook.selectors import Last, Reads
 from tdhook.targets import Key, Target
 

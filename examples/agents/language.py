@@ -22,8 +22,8 @@ from torchrl.modules.llm.policies import Text
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tdhook import LRP, preset
-from tdhook.attribution.lrp_helpers.rules import LayerNormRule
 from tdhook.plots import relevance_of_tokens
+from tdhook.rules import LayerNormRule
 from tdhook.selectors import Type
 
 DIRECTIONS = ("north", "south", "east", "west")

@@ -19,6 +19,7 @@ from typing import Any
 from tensordict.utils import NestedKey
 
 from tdhook.composites import PRESETS, Composite, preset
+from tdhook.extras import require
 from tdhook.targets import Key, Target
 from tdhook.targets.outputs import Index
 
@@ -81,13 +82,8 @@ def _parameters(name: str, text: str) -> dict[str, Any]:
 
 
 def _parse_toml(text: str) -> dict[str, Any]:
-    module = "tomllib" if sys.version_info >= (3, 11) else "tomli"
-    try:
-        parser = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            'reading TOML on Python 3.10 needs tomli, which is not installed: pip install "tdhook[cli]"'
-        ) from error
+    newer = sys.version_info >= (3, 11)
+    parser = importlib.import_module("tomllib") if newer else require("tomli", "reading TOML on Python 3.10")
     data: dict[str, Any] = parser.loads(text)
     return data
 

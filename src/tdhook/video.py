@@ -5,7 +5,6 @@ Pictures are drawn and encoded a few at a time: a rollout that lies memory-mappe
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
+from tdhook.extras import require
 from tdhook.plots.canvas import Canvas
 from tdhook.plots.frames import as_pictures
 from tdhook.plots.style import largest, require_names, top_of
@@ -330,13 +330,5 @@ def _writer(path: Path, size: tuple[int, int], fps: float) -> Iterator[Callable[
 
 
 def _require_ffmpeg() -> Any:
-    try:
-        importlib.import_module("PIL")
-        return importlib.import_module("imageio_ffmpeg")
-    except ModuleNotFoundError as error:
-        package = {"PIL": "pillow", "imageio_ffmpeg": "imageio-ffmpeg"}.get(error.name or "")
-        if package is None:  # installed, but broken: its own message says more
-            raise
-        raise ImportError(
-            f'tdhook.video needs {package}, which is not installed: pip install "tdhook[video]"'
-        ) from error
+    require("PIL", "tdhook.video")
+    return require("imageio_ffmpeg", "tdhook.video")

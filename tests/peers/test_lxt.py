@@ -24,8 +24,9 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdhook import LRP, Target
-from tdhook.attribution.lrp_helpers.rules import ConstantRule
-from tdhook.composites import Composite, preset
+from tdhook.composites import Composite
+from tdhook.relevance.composites.composite import preset
+from tdhook.rules import ConstantRule
 from tdhook.selectors import Name
 
 from .transformer_models import ATTENTION, CASES, answer, in_double, tokens

@@ -19,9 +19,9 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdhook import LRP, Target
-from tdhook.attribution.lrp_helpers.params import stabilize
-from tdhook.attribution.lrp_helpers.rules import EpsilonPlus
-from tdhook.composites import PRESETS, preset
+from tdhook.relevance.composites.composite import PRESETS, preset
+from tdhook.relevance.propagation.stabilisers import stabilize
+from tdhook.rules import EpsilonPlus
 
 from .models import CASES, assert_equal, model, relative_errors
 

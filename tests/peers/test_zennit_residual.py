@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from tdhook import Target
-from tdhook.attribution.lrp_helpers.rules import IgnoreRule, NormRule
-from tdhook.composites import Composite, preset
+from tdhook.composites import Composite
+from tdhook.relevance.composites.composite import preset
+from tdhook.rules import IgnoreRule, NormRule
 from tdhook.selectors import Op
 
 from .models import assert_equal, relative_errors

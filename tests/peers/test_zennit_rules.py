@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tdhook.attribution.lrp_helpers.rules import (
+from tdhook.rules import (
     AlphaBetaRule,
     EpsilonRule,
     FlatRule,

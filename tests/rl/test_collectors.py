@@ -20,7 +20,7 @@ from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequ
 from torch import nn
 
 from tdhook import LRP, Key, Target
-from tdhook.composites import epsilon_plus
+from tdhook.relevance.composites.presets import epsilon_plus
 
 pytest.importorskip("torchrl")
 

@@ -32,8 +32,8 @@ from torchrl.objectives import (
 )
 
 from tdhook import LRP, Contrast, Target
-from tdhook.attribution.lrp_helpers.rules import EpsilonRule, PassRule
 from tdhook.rl import LossTerm, TDError
+from tdhook.rules import EpsilonRule, PassRule
 from tdhook.targets import Advantage, Atom, Computed, Entropy, ExpectedValue, LogProb, Probability
 
 EXACT = [(nn.Linear, EpsilonRule(1e-12)), (nn.ReLU, PassRule())]

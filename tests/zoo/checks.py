@@ -9,9 +9,9 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdhook import LRP
-from tdhook.contexts import Model
-from tdhook.reports import opens
-from tdhook.state import frozen, modules_of
+from tdhook.models.model import Model
+from tdhook.models.state import frozen, modules_of
+from tdhook.relevance.ledger.report import opens
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

@@ -44,8 +44,8 @@ from torchrl.modules import (
 from torchrl.modules.models.exploration import LazygSDEModule, gSDEModule
 
 from tdhook import Target
-from tdhook.attribution.lrp_helpers.rules import EpsilonRule
-from tdhook.composites import epsilon_plus
+from tdhook.relevance.composites.presets import epsilon_plus
+from tdhook.rules import EpsilonRule
 from tdhook.selectors import Type
 
 from .cases import Collection, first, inputs, keyed, ready, settled

@@ -15,15 +15,19 @@ from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-from tdhook.attribution.lrp_helpers.propagation import PropagationRule
-from tdhook.attribution.lrp_helpers.rule import Convention, Rule
-from tdhook.attribution.lrp_helpers.types import Linear
-from tdhook.composites import Composite, Pairs, preset
-from tdhook.contexts import Attribution, Conditions, InKeys, Model, Record
-from tdhook.graphs import Compile
-from tdhook.ledger import Ledger
-from tdhook.operations.mutation import Mutated, was_overwritten
-from tdhook.plans import Merge, Plan, make_plan, observe
+from tdhook.contexts.attribution import Attribution, Conditions, Record
+from tdhook.conventions import Convention
+from tdhook.models.families import Linear
+from tdhook.models.model import InKeys, Model
+from tdhook.passes.graphs import Compile
+from tdhook.relevance.composites.composite import Composite, Pairs, preset
+from tdhook.relevance.ledger.ledger import Ledger
+from tdhook.relevance.plans.making import make_plan, observe
+from tdhook.relevance.plans.plan import Merge, Plan
+from tdhook.relevance.plans.rehearsal import watched
+from tdhook.relevance.propagation.formula import PropagationRule
+from tdhook.relevance.propagation.rule import Rule
+from tdhook.tape.overwriting import Mutated, was_overwritten
 from tdhook.targets import Seeds, TargetLike, as_seeder
 
 __all__ = ["LRP"]
@@ -80,8 +84,8 @@ class LRP(Attribution):
             the parameters change: as much memory again as those, for each modification.
 
     With a composite, modules that it leaves open are entered, and each operation in them that it leaves open has the
-    obvious rule (:mod:`tdhook.operations.table`). What is written is relevance in either flow (but for modified
-    gradients such as guided backpropagation, which are written as they are).
+    obvious rule (:mod:`tdhook.relevance.operations.table`). What is written is relevance in either flow (but for
+    modified gradients such as guided backpropagation, which are written as they are).
 
     With a ``rule_mapper``, modules left open get no rule, operations neither, the backward pass starts from ones unless
     told, and what it brings to the inputs is written as it is.
@@ -182,7 +186,7 @@ class LRP(Attribution):
         Without ``td``, the model is not run: registration order stands in for that of execution, and the operations are
         not known. ``in_keys`` and ``out_keys`` are those of :meth:`prepare`.
         """
-        from tdhook.explained import ExplainedModule
+        from tdhook.contexts.explained import ExplainedModule
 
         model = Model.of(module, in_keys, out_keys)
         plan = self._plan(model, td)
@@ -190,7 +194,7 @@ class LRP(Attribution):
             plain = copy.copy(self)
             plain.ledger = False
             explained = ExplainedModule(plain, model, _State(plan, executed=True))
-            explained.rehearse(td, plan.watched)
+            explained.rehearse(td, lambda: watched(plan))
         return plan
 
     def extra_in_keys(self) -> tuple[NestedKey, ...]:

@@ -14,7 +14,7 @@ from tensordict.utils import NestedKey
 from tdhook.cli.folders import read_output
 from tdhook.composites import Composite
 from tdhook.configuration import write_key
-from tdhook.pages import write_report
+from tdhook.pages.writing import write_report
 from tdhook.rl.rollouts import Conservation
 
 __all__ = ["run"]

@@ -17,11 +17,11 @@ from torch import nn
 
 from tdhook.attribution.lrp import LRP
 from tdhook.attribution.lrp_helpers import rules
-from tdhook.attribution.lrp_helpers.rules import IgnoreRule
 from tdhook.composites import PRESETS, Composite
-from tdhook.operations.interception import Unmatched
-from tdhook.plans import COLUMNS
+from tdhook.relevance.operations.interception import Unmatched
+from tdhook.relevance.plans.plan import COLUMNS
 from tdhook.rl.rollouts import Conservation, Summary
+from tdhook.rules import IgnoreRule
 
 __all__ = [
     "conservation_table",

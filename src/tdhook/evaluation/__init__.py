@@ -1,10 +1,8 @@
 """Does an explanation mean anything? Measures of explanations, and what to compare them with."""
 
-from tdhook.evaluation.baselines import Baseline, blurred
 from tdhook.evaluation.bridges import Classifier, as_classifier, quantus_explain_func
 from tdhook.evaluation.comparison import Metric, as_markdown, compare
 from tdhook.evaluation.controls import Gradient, GradientTimesInput, RandomMap
-from tdhook.evaluation.features import Groups, along, patches
 from tdhook.evaluation.measures import Measure
 from tdhook.evaluation.perturbation import (
     Curve,
@@ -18,6 +16,8 @@ from tdhook.evaluation.returns import MaskedPolicy, ReturnLost, Which, return_lo
 from tdhook.evaluation.runs import Explainer, Method
 from tdhook.evaluation.sensitivity import Radius, Sensitivity, sensitivity
 from tdhook.evaluation.similarity import cosine, spearman, ssim
+from tdhook.perturbing.baselines import Baseline, blurred
+from tdhook.perturbing.features import Groups, along, patches
 
 __all__ = [
     "Baseline",

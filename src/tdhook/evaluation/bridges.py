@@ -11,7 +11,7 @@ from tensordict.nn import InteractionType, TensorDictModuleBase, set_interaction
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-from tdhook.contexts import Attribution
+from tdhook.contexts.attribution import Attribution
 from tdhook.evaluation.runs import relevance_of
 from tdhook.targets import Target
 

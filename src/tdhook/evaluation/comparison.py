@@ -8,12 +8,12 @@ from typing import Any, TypeAlias
 from tensordict import TensorDictBase
 from torch import nn
 
-from tdhook.evaluation.baselines import Baseline
-from tdhook.evaluation.features import Groups
 from tdhook.evaluation.perturbation import perturbation_curve
 from tdhook.evaluation.randomisation import randomisation
 from tdhook.evaluation.runs import Method
 from tdhook.evaluation.sensitivity import Radius, sensitivity
+from tdhook.perturbing.baselines import Baseline
+from tdhook.perturbing.features import Groups
 from tdhook.targets import TargetLike
 
 __all__ = ["Metric", "as_markdown", "compare"]

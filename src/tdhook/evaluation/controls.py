@@ -15,8 +15,9 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.attribution.lrp_helpers.rule import Convention
-from tdhook.contexts import Attribution, Conditions, Model, Record
+from tdhook.contexts.attribution import Attribution, Conditions, Record
+from tdhook.conventions import Convention
+from tdhook.models.model import Model
 from tdhook.targets import Seeds, TargetLike, as_seeder
 
 __all__ = ["Gradient", "GradientTimesInput", "RandomMap"]
@@ -27,7 +28,7 @@ class _Control(Attribution):
 
     Args:
         target: what is explained (:mod:`tdhook.targets`); by default the only output there is.
-        **options: those of :class:`~tdhook.contexts.Attribution`: ``attribute``, ``attribution_key``, ...
+        **options: those of :class:`~tdhook.contexts.attribution.Attribution`: ``attribute``, ``attribution_key``, ...
     """
 
     def __init__(self, target: TargetLike = None, **options: Any) -> None:
@@ -77,7 +78,7 @@ class Gradient(_Control):
         target: what is explained (:mod:`tdhook.targets`); by default the only output there is.
         signed: whether to write the gradient itself. It says in which direction the target grows, not what spoke for
             it, so that its size is the usual map.
-        **options: those of :class:`~tdhook.contexts.Attribution`: ``attribute``, ``attribution_key``, ...
+        **options: those of :class:`~tdhook.contexts.attribution.Attribution`: ``attribute``, ``attribution_key``, ...
     """
 
     def __init__(self, target: TargetLike = None, *, signed: bool = False, **options: Any) -> None:
@@ -94,7 +95,7 @@ class GradientTimesInput(_Control):
 
     Args:
         target: what is explained (:mod:`tdhook.targets`); by default the only output there is.
-        **options: those of :class:`~tdhook.contexts.Attribution`: ``attribute``, ``attribution_key``, ...
+        **options: those of :class:`~tdhook.contexts.attribution.Attribution`: ``attribute``, ``attribution_key``, ...
     """
 
     def relevance(self, state: Any, value: Tensor, grad: Tensor, flow: Convention) -> Tensor:
@@ -110,7 +111,7 @@ class RandomMap(_Control):
     Args:
         target: what would be explained; it changes nothing.
         seed: of the generator.
-        **options: those of :class:`~tdhook.contexts.Attribution`: ``attribute``, ``attribution_key``, ...
+        **options: those of :class:`~tdhook.contexts.attribution.Attribution`: ``attribute``, ``attribution_key``, ...
     """
 
     def __init__(self, target: TargetLike = None, *, seed: int = 0, **options: Any) -> None:

@@ -11,8 +11,6 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-from tdhook.evaluation.baselines import Baseline, Replacements
-from tdhook.evaluation.features import Features, Groups
 from tdhook.evaluation.measures import Measure, Measured
 from tdhook.evaluation.runs import (
     Method,
@@ -26,6 +24,8 @@ from tdhook.evaluation.runs import (
     shaped_like,
     target_of,
 )
+from tdhook.perturbing.baselines import Baseline, Replacements
+from tdhook.perturbing.features import Features, Groups
 from tdhook.targets import TargetLike
 
 __all__ = ["Curve", "InsertionDeletion", "PerturbationCurves", "insertion_deletion", "perturbation_curve"]

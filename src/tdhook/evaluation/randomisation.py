@@ -13,8 +13,6 @@ from tensordict.nn import TensorDictParams
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-from tdhook.contexts import Model
-from tdhook.evaluation.features import Features
 from tdhook.evaluation.runs import (
     Method,
     asked,
@@ -28,7 +26,9 @@ from tdhook.evaluation.runs import (
     target_of,
 )
 from tdhook.evaluation.similarity import cosine, spearman
-from tdhook.state import modules_of
+from tdhook.models.model import Model
+from tdhook.models.state import modules_of
+from tdhook.perturbing.features import Features
 from tdhook.targets import TargetLike
 
 __all__ = ["Randomisation", "Similarity", "layers_of", "randomisation"]

@@ -12,10 +12,10 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
-from tdhook.evaluation.baselines import Baseline, Replacements
-from tdhook.evaluation.features import Features, Groups
 from tdhook.evaluation.perturbation import ranked
 from tdhook.evaluation.runs import Method, bound, quiet, relevance_of, rows_of
+from tdhook.perturbing.baselines import Baseline, Replacements
+from tdhook.perturbing.features import Features, Groups
 from tdhook.targets import TargetLike
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ from tensordict.nn import InteractionType, set_interaction_type
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-from tdhook.attribution.lrp_helpers.rule import Convention
-from tdhook.contexts import Attribution, Model
-from tdhook.state import restored
+from tdhook.contexts.attribution import Attribution
+from tdhook.conventions import Convention
+from tdhook.models.model import Model
+from tdhook.models.state import restored
 from tdhook.targets import AtStep, Contrast, Seeder, Seeds, Target, TargetLike, as_seeder
 from tdhook.targets.outputs import Selection
 

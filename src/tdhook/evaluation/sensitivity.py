@@ -11,8 +11,8 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-from tdhook.evaluation.features import Features
 from tdhook.evaluation.runs import Method, asked, axes_of, bound, quiet, relevance_of, shaped_like, target_of
+from tdhook.perturbing.features import Features
 from tdhook.targets import TargetLike
 
 __all__ = ["Radius", "Sensitivity", "sensitivity"]

@@ -20,7 +20,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.composites import Composite, Pairs, preset
+from tdhook.composites import Composite
 from tdhook.pages.pictures import Pictures, checked_frames, frames_of_observation, pictures_of
 from tdhook.pages.preparation import Course, View, course_of, largest_rows, picture_axes, views_of
 from tdhook.pages.provenance import (
@@ -31,6 +31,7 @@ from tdhook.pages.provenance import (
     target_text,
     versions,
 )
+from tdhook.relevance.composites.composite import Pairs, preset
 from tdhook.rl.rollouts import Conservation
 from tdhook.targets import TargetLike
 

@@ -9,15 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from tdhook.plots.style import (
-    colours_of,
-    draw_scale,
-    draw_title,
-    figure_class,
-    finite,
-    plain,
-    top_of,
-)
+from tdhook.plots.style import colours_of, draw_scale, draw_title, figure_class, finite, plain, top_of
 
 if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable

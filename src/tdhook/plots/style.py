@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tdhook.extras import require
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
@@ -46,15 +48,7 @@ def figure_class() -> Any:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "matplotlib":  # installed, but broken
-            raise
-        raise ImportError(
-            'tdhook.plots needs matplotlib, which is not installed: pip install "tdhook[viz]"'
-        ) from error
-    return Figure
+    return require("matplotlib.figure", "tdhook.plots").Figure
 
 
 def top_of(relevance: Tensor) -> float:

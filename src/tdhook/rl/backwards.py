@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tdhook.attribution.lrp import LRP
-from tdhook.attribution.lrp_helpers.operation import Operation
-from tdhook.attribution.lrp_helpers.params import exact
-from tdhook.attribution.lrp_helpers.rule import Convention
-from tdhook.attribution.lrp_helpers.rules.epsilon import EpsilonRule
-from tdhook.attribution.lrp_helpers.rules.simple import PassRule
-from tdhook.attribution.lrp_helpers.tape import on_tape
-from tdhook.operations.table import AFFINE, ARITHMETIC, PRODUCTS, default_rule
+from tdhook.conventions import Convention
+from tdhook.keys import parts_of
+from tdhook.relevance.operations.table import AFFINE, ARITHMETIC, PRODUCTS, default_rule
+from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.stabilisers import exact
+from tdhook.relevance.rules.epsilon import EpsilonRule
+from tdhook.relevance.rules.simple import PassRule
 from tdhook.selectors import Op
+from tdhook.tape.functions import on_tape
 
 __all__ = ["Back", "applied", "nonzero"]
 
@@ -67,7 +68,7 @@ class Back:
         rows = len(relevance[self.writes[0]])
         work = TensorDict(dict(values), [rows])
         for key in self.writes:
-            work.set((_GIVEN, *_parts(key)), relevance[key])
+            work.set((_GIVEN, *parts_of(key)), relevance[key])
         before = _state(self._step)
         try:
             result = self._explained(work)
@@ -80,7 +81,7 @@ class Back:
                 f"relevance does not go back through {self._name}, which remembers steps. {_WAY_OUT}"
             )
         like = relevance[self.writes[0]]
-        found = {key: result.get(("r", *_parts(key))).to(like) for key in self._reads}
+        found = {key: result.get(("r", *parts_of(key))).to(like) for key in self._reads}
         arrived, put_in = (
             _sums([parts[key] for key in keys])
             for parts, keys in ((found, self._reads), (relevance, self.writes))
@@ -104,7 +105,7 @@ class Back:
         return not all(torch.allclose(first[key], second[key], rtol=1e-3, atol=1e-4) for key in first)
 
     def _seeds(self, outputs: TensorDictBase, inputs: TensorDictBase) -> TensorDictBase:
-        given = {key: inputs.get((_GIVEN, *_parts(key))).to(outputs.get(key)) for key in self.writes}
+        given = {key: inputs.get((_GIVEN, *parts_of(key))).to(outputs.get(key)) for key in self.writes}
         return TensorDict(given, outputs.batch_size)
 
 
@@ -199,7 +200,3 @@ def _same_state(a: dict[str, Tensor | None], b: dict[str, Tensor | None]) -> boo
 
 def _sums(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack([part.double().flatten(1).sum(1) for part in parts]).sum(0)
-
-
-def _parts(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else tuple(key)

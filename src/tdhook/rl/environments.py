@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tdhook.extras import require
+
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase, Transform
 
@@ -26,7 +28,7 @@ _TRANSFORMS = (
 
 def make(env_id: str, options: Mapping[str, Any], preprocessing: Iterable[Mapping[str, Any]]) -> EnvBase:
     """An environment with its transforms; see :func:`tdhook.rl.make_env`."""
-    envs, gymnasium = _require("torchrl.envs"), _require("gymnasium")
+    envs, gymnasium = require("torchrl.envs", "tdhook.rl"), require("gymnasium", "tdhook.rl")
     _register(env_id, gymnasium)
     try:
         env = envs.GymEnv(env_id, **options)
@@ -51,7 +53,7 @@ def _transform(step: Mapping[str, Any]) -> Transform:
     if name == "CropAndPool":
         found = importlib.import_module("tdhook.rl.frames").CropAndPool
     elif name in _TRANSFORMS:
-        found = getattr(_require("torchrl.envs"), name)
+        found = getattr(require("torchrl.envs", "tdhook.rl"), name)
     else:
         known = ", ".join(map(repr, sorted((*_TRANSFORMS, "CropAndPool"))))
         raise ValueError(
@@ -89,17 +91,3 @@ def _register(env_id: str, gymnasium: Any) -> None:
             gymnasium.register_envs(found)  # importing it has registered its environments
         elif env_id not in gymnasium.registry:
             found.register_envs()
-
-
-def _require(module: str) -> Any:
-    """Import a module of the ``rl`` extra, or say what to install."""
-    package = module.partition(".")[0]
-    try:
-        importlib.import_module(package)
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != package:  # installed, but broken: its own message says more
-            raise
-        raise ImportError(
-            f'tdhook.rl needs {package}, which is not installed: pip install "tdhook[rl]"'
-        ) from error

@@ -14,15 +14,17 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tdhook.contexts import Attribution, Conditions, InKeys, Model, Record
-from tdhook.explained import ExplainedModule
-from tdhook.rl.policies import _require
-from tdhook.state import Slot, modules_of, slots_of
+from tdhook.contexts.attribution import Attribution, Conditions, Record
+from tdhook.contexts.explained import ExplainedModule
+from tdhook.extras import require
+from tdhook.keys import known_keys, parts_of
+from tdhook.models.model import InKeys, Model
+from tdhook.models.state import Slot, modules_of, slots_of
 from tdhook.targets import Seeds
 
 __all__ = ["Explain"]
 
-Transform: Any = _require("torchrl.envs").Transform
+Transform: Any = require("torchrl.envs", "tdhook.rl").Transform
 
 _VALID = "_explain_valid"
 
@@ -41,8 +43,8 @@ class Explain(Transform):
     Args:
         method: what is explained and how, say ``LRP("epsilon_plus", target=Target("action_value", "action"))``.
         module: the policy or critic.
-        in_keys: as in :meth:`~tdhook.contexts.Attribution.wrap`: of a TensorDictModule, the keys that are attributed;
-            of a plain module, those that it reads.
+        in_keys: as in ``LRP(...).wrap``: of a TensorDictModule, the keys that are attributed; of a plain module,
+            those that it reads.
         out_keys: as there: the keys that a plain module writes.
         at: the entry of the batch that the module reads instead of the batch itself: with ``at="next"`` a critic
             looks at what came next, and writes ``("attr", "next", "observation")``.
@@ -84,7 +86,7 @@ class Explain(Transform):
         for name, number in (("every", every), ("at_once", at_once)):
             if number < 1:
                 raise ValueError(f"{name} is at least 1, got {name}={number}")
-        self.at, self.under = _parts(at), _parts(under)
+        self.at, self.under = parts_of(at), parts_of(under)
         self.every, self.at_once, self.trajectories = every, at_once, trajectories
         self.snapshot, self.mask_key = snapshot, mask_key
         self._method, self._calls = method, 0
@@ -95,8 +97,8 @@ class Explain(Transform):
         root = module._model.root if isinstance(module, ExplainedModule) else module
         self.__dict__["_module"] = root
         self.__dict__["_explained"] = self._anew()
-        self.in_keys = [unravel_key((*self.at, *_parts(key))) for key in self._explained.in_keys]
-        written = [_parts(key) for key in self._explained.out_keys]
+        self.in_keys = [unravel_key((*self.at, *parts_of(key))) for key in self._explained.in_keys]
+        written = [parts_of(key) for key in self._explained.out_keys]
         self.out_keys = [self._destination(key) for key in written if self._is_ours(key)]
 
     def update(self) -> None:
@@ -167,7 +169,7 @@ class Explain(Transform):
     def _explain(self, td: TensorDictBase) -> dict[NestedKey, Tensor]:
         source = td.get(self.at, None) if self.at else td
         if not isinstance(source, TensorDictBase):
-            raise KeyError(f"the batch has no {unravel_key(self.at)!r} to read from; it has {_listed(td)}")
+            raise KeyError(f"the batch has no {unravel_key(self.at)!r} to read from; it has {known_keys(td)}")
         work = self._read(source)
         here = next((x.device for x in work.values(True, True) if isinstance(x, Tensor)), None)
         there = next((x.device for x in self._explained._model.root.parameters()), here)
@@ -179,18 +181,18 @@ class Explain(Transform):
             valid = valid.expand(work.batch_size).to(there)
         with _random_state_kept(there):
             whole = self._by_trajectory(work, valid) if self.trajectories else self._by_step(work, valid)
-        return {self._destination(_parts(key)): value.to(here) for key, value in whole.items()}
+        return {self._destination(parts_of(key)): value.to(here) for key, value in whole.items()}
 
     def _read(self, source: TensorDictBase) -> TensorDictBase:
         """What of the batch is needed."""
         for key in self._explained.in_keys:
             if source.get(key, None) is None:
-                missing = unravel_key((*self.at, *_parts(key)))
+                missing = unravel_key((*self.at, *parts_of(key)))
                 raise KeyError(
-                    f"the batch has no {missing!r}, which the explained module reads; there are {_listed(source)}"
+                    f"the batch has no {missing!r}, which the explained module reads; there are {known_keys(source)}"
                 )
         kept = source.select(*self._explained.reads(source), strict=False)
-        return kept.exclude(*(key for key in kept.keys(True, True) if self._is_ours(_parts(key))))
+        return kept.exclude(*(key for key in kept.keys(True, True) if self._is_ours(parts_of(key))))
 
     def _by_step(self, work: TensorDictBase, valid: Tensor | None) -> dict[NestedKey, Tensor]:
         """Each step for itself, ``at_once`` of them together."""
@@ -219,23 +221,23 @@ class Explain(Transform):
                     work.set(key, torch.where(_beside(valid, taken), taken, taken[valid][0]))
             work.set(_VALID, valid)
         rows = work.reshape(-1, batch[-1])
-        with _require("torchrl.modules").set_recurrent_mode("recurrent"):
+        with require("torchrl.modules", "tdhook.rl").set_recurrent_mode("recurrent"):
             parts = [self._entries(part) for part in rows.split(max(1, self.at_once // batch[-1]))]
         whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         return {key: value.reshape(*batch, *value.shape[2:]) for key, value in whole.items()}
 
     def _entries(self, part: TensorDictBase) -> dict[NestedKey, Tensor]:
         found = self._explained(part)
-        return {key: value for key, value in found.items(True, True) if self._is_ours(_parts(key))}
+        return {key: value for key, value in found.items(True, True) if self._is_ours(parts_of(key))}
 
     def _is_ours(self, key: tuple[str, ...]) -> bool:
-        name = _parts(self._method.attribution_key)
+        name = parts_of(self._method.attribution_key)
         return key[: len(name)] == name or (
             key[0] == "ledger" and key in map(tuple, self._method.extra_out_keys())
         )
 
     def _destination(self, key: tuple[str, ...]) -> NestedKey:
-        name = _parts(self._method.attribution_key)
+        name = parts_of(self._method.attribution_key)
         count = len(name) if key[: len(name)] == name else 1
         return unravel_key((*self.under, *key[:count], *self.at, *key[count:]))
 
@@ -313,13 +315,3 @@ def _kind(x: Tensor) -> Any:
 def _beside(valid: Tensor, x: Tensor) -> Tensor:
     """Truth values of the steps, to go with entries of theirs."""
     return valid.reshape(*valid.shape, *(1,) * (x.dim() - valid.dim()))
-
-
-def _parts(key: NestedKey | None) -> tuple[str, ...]:
-    if key is None:
-        return ()
-    return (key,) if isinstance(key, str) else tuple(key)
-
-
-def _listed(td: TensorDictBase) -> str:
-    return ", ".join(sorted(map(repr, td.keys(True, True)))) or "nothing"

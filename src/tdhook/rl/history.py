@@ -13,8 +13,9 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.attribution.lrp import LRP
-from tdhook.attribution.lrp_helpers.rule import Convention
-from tdhook.rl.policies import _require
+from tdhook.conventions import Convention
+from tdhook.extras import require
+from tdhook.keys import next_key
 from tdhook.targets import Seeder, Seeds
 from tdhook.targets.time import time_axis
 
@@ -83,7 +84,7 @@ def memory_keys(policy: TensorDictModuleBase) -> list[NestedKey]:
     """The keys of a policy's hidden states: those that it reads, and writes for the next step."""
     written = {unravel_key(key) for key in policy.out_keys}
     read = [unravel_key(key) for key in policy.in_keys]
-    return [key for key in read if _next(key) in written]
+    return [key for key in read if next_key(key) in written]
 
 
 def _explain(
@@ -94,7 +95,7 @@ def _explain(
     if isinstance(wanted := method.attribute, tuple):
         method = copy.copy(method)
         method.attribute = tuple(dict.fromkeys([*wanted, *states]))
-    recurrent = _require("torchrl.modules").set_recurrent_mode
+    recurrent = require("torchrl.modules", "tdhook.rl").set_recurrent_mode
     with recurrent("recurrent"), method.prepare(policy, in_keys=floating) as explained:
         result: TensorDictBase = explained(window.copy())
     return result
@@ -118,7 +119,7 @@ class _Start:
     def check_follows(self, before: TensorDictBase, number: int) -> None:
         """Raise unless the window starts as the one ``before`` ended."""
         for key, state in self.states.items():
-            last = before.get(_next(key), None)
+            last = before.get(next_key(key), None)
             if last is None:
                 continue
             last = last.select(self.axis, -1)
@@ -163,7 +164,7 @@ class _Carried(Seeder):
 
     def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
         """The seeds: at the last step alone."""
-        tensors = [outputs.get(_next(key)) for key in self.relevance]
+        tensors = [outputs.get(next_key(key)) for key in self.relevance]
         grads = []
         for z, relevance in zip(tensors, self.relevance.values(), strict=True):
             if flow == "gradient":
@@ -173,9 +174,4 @@ class _Carried(Seeder):
             grad.select(self.axis + self.several, -1).copy_(relevance)
             grads.append(grad)
         count = len(grads[0]) if self.several else None
-        return Seeds([_next(key) for key in self.relevance], tensors, grads, count)
-
-
-def _next(key: NestedKey) -> NestedKey:
-    """Where the policy writes a hidden state for the next step."""
-    return ("next", key) if isinstance(key, str) else ("next", *key)
+        return Seeds([next_key(key) for key in self.relevance], tensors, grads, count)

@@ -18,8 +18,8 @@ import torch
 from tensordict.nn import TensorDictModule
 from torch import nn
 
+from tdhook.extras import require
 from tdhook.rl import environments
-from tdhook.rl.environments import _require as _require
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
@@ -89,7 +89,7 @@ def build_actor(kind: str, architecture: Mapping[str, Any]) -> TensorDictModule:
 
 
 def _mlp(architecture: Mapping[str, Any]) -> nn.Module:
-    network: nn.Module = _require("torchrl.modules").MLP(
+    network: nn.Module = require("torchrl.modules", "tdhook.rl").MLP(
         in_features=architecture["in_features"],
         out_features=architecture["out_features"],
         num_cells=list(architecture["num_cells"]),
@@ -99,7 +99,7 @@ def _mlp(architecture: Mapping[str, Any]) -> nn.Module:
 
 
 def _cnn(architecture: Mapping[str, Any]) -> nn.Module:
-    modules = _require("torchrl.modules")
+    modules = require("torchrl.modules", "tdhook.rl")
     channels, kernels, strides = (
         list(architecture[entry]) for entry in ("channels", "kernel_sizes", "strides")
     )
@@ -129,16 +129,16 @@ def _cnn(architecture: Mapping[str, Any]) -> nn.Module:
 
 
 def _q_value_actor(network: nn.Module, key: str, n_actions: int) -> TensorDictModule:
-    spec = _require("torchrl.data").OneHot(n_actions)
-    return _require("torchrl.modules").QValueActor(network, in_keys=[key], spec=spec)
+    spec = require("torchrl.data", "tdhook.rl").OneHot(n_actions)
+    return require("torchrl.modules", "tdhook.rl").QValueActor(network, in_keys=[key], spec=spec)
 
 
 def _categorical_actor(network: nn.Module, key: str, n_actions: int) -> TensorDictModule:
-    modules = _require("torchrl.modules")
+    modules = require("torchrl.modules", "tdhook.rl")
     return modules.ProbabilisticActor(
         TensorDictModule(network, in_keys=[key], out_keys=["logits"]),
         in_keys=["logits"],
-        spec=_require("torchrl.data").OneHot(n_actions),
+        spec=require("torchrl.data", "tdhook.rl").OneHot(n_actions),
         distribution_class=modules.OneHotCategorical,
     )
 

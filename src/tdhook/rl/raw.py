@@ -12,8 +12,9 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
+from tdhook.extras import require
+from tdhook.keys import known_keys
 from tdhook.rl.backwards import Back, applied, nonzero
-from tdhook.rl.policies import _require
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
@@ -61,7 +62,7 @@ def raw_relevance(
     name = (attribution_key,) if isinstance(attribution_key, str) else tuple(attribution_key)
     found = td.get(name, None)
     if not isinstance(found, TensorDictBase):
-        raise KeyError(f"there is no relevance {unravel_key(name)!r}; there are {_listed(td)}")
+        raise KeyError(f"there is no relevance {unravel_key(name)!r}; there are {known_keys(td)}")
     batch, axes = td.batch_size, td.batch_dims
     result = TensorDict(batch_size=batch)
     rows: dict[NestedKey, Tensor] = {}
@@ -151,7 +152,7 @@ class _Chain:
 
     @staticmethod
     def of(env: EnvBase) -> _Chain:
-        envs = _require("torchrl.envs")
+        envs = require("torchrl.envs", "tdhook.rl")
         steps: list[Any] = []
         base = env
         while isinstance(base, envs.TransformedEnv):
@@ -364,7 +365,7 @@ def _times(step: Any, td: TensorDictBase) -> Tensor:
         done = td.get(("next", "done"), None)
         if done is None:
             raise KeyError(
-                f"neither 'is_init' nor ('next', 'done') tells where episodes begin; there are {_listed(td)}"
+                f"neither 'is_init' nor ('next', 'done') tells where episodes begin; there are {known_keys(td)}"
             )
         done = done.reshape(td.batch_size)
         begins = torch.cat([torch.ones_like(done[..., :1]), done[..., :-1]], -1)
@@ -383,7 +384,3 @@ def _at_times(value: Tensor, times: Tensor) -> Tensor:
     found = value.flatten(0, len(batch))[first + times.clamp(min=0)]
     found[times < 0] = 1
     return found
-
-
-def _listed(td: TensorDictBase) -> str:
-    return ", ".join(sorted(map(repr, td.keys(True, True)))) or "nothing"

@@ -12,8 +12,8 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-from tdhook.contexts import Attribution
-from tdhook.state import modules_of, restored
+from tdhook.contexts.attribution import Attribution
+from tdhook.models.state import modules_of, restored
 
 __all__ = ["AttributionTracker", "Region"]
 

@@ -6,10 +6,10 @@ only a model's :class:`Site` tells whether it matches.
     Type(nn.Linear) & ~Name("head.*")
 """
 
+from tdhook.models.sites import Site
 from tdhook.selectors.base import Selector, SelectorLike, as_selector
-from tdhook.selectors.modules import First, Last, Name, Reads, Type, Where, Writes
 from tdhook.selectors.operations import Op
-from tdhook.sites import Site
+from tdhook.selectors.places import First, Last, Name, Reads, Type, Where, Writes
 
 __all__ = [
     "First",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from tdhook.sites import Site
+from tdhook.models.sites import Site
 
-__all__ = ["AllOf", "AnyOf", "NotThe", "Selector", "SelectorLike", "as_selector"]
+__all__ = ["AllOf", "AnyOf", "NotThe", "Selector", "SelectorLike", "as_selector", "reads_data", "stands_for"]
 
 
 class Selector(ABC):
@@ -57,9 +57,15 @@ class Selector(ABC):
         Raises:
             ValueError: the data is not that of a selector.
         """
-        from tdhook.selectors.data import read
-
-        return read(data)
+        if isinstance(data, str):
+            data = {"name": data}
+        kinds: list[Any] = list(data) if isinstance(data, Mapping) else []
+        if len(kinds) != 1 or kinds[0] not in _READERS:
+            raise ValueError(f"not a selector: {data!r}; expected one entry out of {', '.join(_READERS)}")
+        try:
+            return _READERS[kinds[0]](data[kinds[0]])
+        except (KeyError, TypeError, re.error) as error:
+            raise ValueError(f"not a selector: {data!r}: {error}") from error
 
 
 SelectorLike: TypeAlias = (
@@ -67,20 +73,36 @@ SelectorLike: TypeAlias = (
 )
 
 
-def as_selector(value: SelectorLike) -> Selector:
-    """The obvious selector: :class:`Type` for classes, :class:`Name` for a string, :class:`Where` for a callable."""
-    from tdhook.selectors.modules import Name, Type, Where
+_READERS: dict[str, Callable[[Any], Selector]] = {}
+_OBVIOUS: list[tuple[Callable[[Any], bool], Callable[[Any], Selector]]] = []
 
+
+def reads_data(kind: str) -> Callable[[Callable[[Any], Selector]], Callable[[Any], Selector]]:
+    """Have a function read the selectors that are written as ``{kind: value}``."""
+
+    def register(read: Callable[[Any], Selector]) -> Callable[[Any], Selector]:
+        _READERS[kind] = read
+        return read
+
+    return register
+
+
+def stands_for(fits: Callable[[Any], bool], make: Callable[[Any], Selector]) -> None:
+    """Have values that ``fits`` holds for stand for the selector that ``make`` makes of them."""
+    _OBVIOUS.append((fits, make))
+
+
+def as_selector(value: SelectorLike) -> Selector:
+    """The obvious selector: ``Type`` for classes, ``Name`` for a string, ``Where`` for a callable.
+
+    Raises:
+        TypeError: there is none.
+    """
     if isinstance(value, Selector):
         return value
-    if isinstance(value, type):
-        return Type(value)
-    if isinstance(value, tuple) and value and all(isinstance(v, type) for v in value):
-        return Type(*value)
-    if isinstance(value, str | re.Pattern):
-        return Name(value)
-    if callable(value):
-        return Where(value)
+    for fits, make in _OBVIOUS:
+        if fits(value):
+            return make(value)
     raise TypeError(
         f"{value!r} of type {type(value).__name__} selects nothing: give a selector, a class, a tuple of classes, a "
         "glob on the module path, or a predicate (name, module) -> bool"
@@ -190,3 +212,14 @@ class NotThe(Selector):
 
     def __repr__(self) -> str:
         return f"~{self.selector!r}"
+
+
+def _several(value: Any) -> tuple[Selector, ...]:
+    if not isinstance(value, list | tuple) or not value:
+        raise TypeError(f"expected a list of selectors, got {value!r}")
+    return tuple(map(Selector.from_dict, value))
+
+
+_READERS["all"] = lambda value: AllOf(_several(value))
+_READERS["any"] = lambda value: AnyOf(_several(value))
+_READERS["not"] = lambda value: NotThe(Selector.from_dict(value))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from tdhook.operations.names import name_of
-from tdhook.selectors.base import Selector
-from tdhook.sites import Site
+from tdhook.models.sites import Site
+from tdhook.selectors.base import Selector, reads_data
+from tdhook.selectors.names import name_of
 
 __all__ = ["Op"]
 
@@ -51,3 +51,6 @@ class Op(Selector):
 
     def __repr__(self) -> str:
         return f"Op({', '.join(map(repr, self.operations))})"
+
+
+reads_data("op")(lambda value: Op(*([value] if isinstance(value, str) else value)))

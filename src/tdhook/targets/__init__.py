@@ -3,8 +3,9 @@
 A target is a value. Called with the outputs and the inputs of the model it gives the seeds of the backward pass.
 """
 
+from tdhook.tape.as_one import as_one
 from tdhook.targets.base import Seeder, Seeds, require_dependence
-from tdhook.targets.computed import Computed, Derived, as_one
+from tdhook.targets.computed import Computed, Derived
 from tdhook.targets.outputs import Contrast, Key, Target, TargetLike, as_seeder
 from tdhook.targets.policies import Entropy, LogProb, Probability
 from tdhook.targets.time import AtStep

@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.attribution.lrp_helpers.rule import Convention
+from tdhook.conventions import Convention
 
 __all__ = ["Seeder", "Seeds", "require_dependence"]
 

@@ -5,43 +5,20 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import wraps
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, cast
 
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
-from torch.utils._pytree import tree_leaves
 
-from tdhook.attribution.lrp_helpers.rule import Convention
-from tdhook.operations.table import ARITHMETIC
+from tdhook.conventions import Convention
+from tdhook.tape.as_one import as_one
 from tdhook.targets.base import Seeder, Seeds
 from tdhook.targets.outputs import Index, Selection, Target, _same_index
 
 __all__ = ["Computed", "Derived", "as_one", "entry_of", "plain_keys"]
 
 Function: TypeAlias = Callable[[TensorDictBase, TensorDictBase], Tensor]
-F = TypeVar("F", bound=Callable[..., Tensor])
-
-
-def as_one(function: F) -> F:
-    """Have a function of tensors explained as one operation, and not by the operations inside it.
-
-    It runs under the generic epsilon rule, ``R_i = x_i df/dx_i R / f``: gradient times input, and what that leaves of
-    the value (the zeroth term of the linearisation) is absorbed as a constant. A composite can name it like any
-    operation, ``Op("name of the function")``, and give it another rule.
-    """
-
-    @wraps(function)
-    def whole(*args: Any, **kwargs: Any) -> Tensor:
-        tensors = tuple(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-        if has_torch_function(tensors):
-            return handle_torch_function(whole, tensors, *args, **kwargs)
-        return function(*args, **kwargs)
-
-    whole.tdhook_rule = ARITHMETIC  # type: ignore[attr-defined]
-    return cast(F, whole)
 
 
 class Derived(Selection):

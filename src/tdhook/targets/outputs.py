@@ -12,8 +12,8 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
-from tdhook.attribution.lrp_helpers.rule import Convention
-from tdhook.conditions import holds
+from tdhook.conventions import Convention
+from tdhook.tape.conditions import holds
 from tdhook.targets.base import Seeder, Seeds
 
 __all__ = ["Contrast", "Key", "Selection", "Target", "TargetLike", "as_seeder"]

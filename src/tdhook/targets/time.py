@@ -11,8 +11,8 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.attribution.lrp_helpers.rule import Convention
-from tdhook.conditions import holds
+from tdhook.conventions import Convention
+from tdhook.tape.conditions import holds
 from tdhook.targets.base import Seeder, Seeds
 from tdhook.targets.outputs import Key, TargetLike, as_seeder
 from tdhook.targets.outputs import _same_index as same_index

@@ -10,7 +10,8 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
-from tdhook.targets.computed import Derived, as_one, entry_of, plain_keys
+from tdhook.tape.as_one import as_one
+from tdhook.targets.computed import Derived, entry_of, plain_keys
 from tdhook.targets.outputs import Index, Key, Target
 
 __all__ = ["Advantage", "Atom", "ExpectedValue"]

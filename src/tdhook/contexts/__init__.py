@@ -1,0 +1,1 @@
+"""From a model to a TensorDictModule that also explains it: what all attribution methods share."""

@@ -1,0 +1,110 @@
+"""Models: a user's model and the TensorDictModule it is run as."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from tensordict.utils import NestedKey, unravel_key
+from torch import nn
+
+from tdhook.models.state import modules_of, restored
+
+if TYPE_CHECKING:
+    pass
+
+
+__all__ = ["InKeys", "Model"]
+
+# What layers of fixed rank raise.
+_OF_SHAPE = (RuntimeError, ValueError, IndexError, AssertionError)
+InKeys: TypeAlias = "Sequence[NestedKey] | Mapping[NestedKey, NestedKey]"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A user's model and the TensorDictModule it is run as: itself, or a wrapper of a plain module.
+
+    Attributes:
+        root: the model as it was given; dotted paths are relative to it.
+        runner: the TensorDictModule that runs it.
+        attributed: which of the keys it reads are attributed.
+    """
+
+    root: nn.Module
+    runner: TensorDictModuleBase
+    attributed: tuple[NestedKey, ...]
+    _flattens: dict[int, bool] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def of(
+        module: nn.Module,
+        in_keys: InKeys | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+    ) -> Model:
+        """Make a TensorDictModule of a plain module, or check the keys against those of one."""
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"expected an nn.Module or a TensorDictModule, got {type(module).__name__}")
+        if not isinstance(module, TensorDictModuleBase):
+            reads = in_keys if isinstance(in_keys, Mapping) else list(in_keys or ["input"])
+            runner = TensorDictModule(module, reads, list(out_keys or ["output"]))
+            return Model(module, runner, tuple(map(unravel_key, runner.in_keys)))
+        for name, given, known in (
+            ("in_keys", in_keys, module.in_keys),
+            ("out_keys", out_keys, module.out_keys),
+        ):
+            for key in given or ():
+                if unravel_key(key) not in map(unravel_key, known):
+                    raise ValueError(f"Key {key} not in module.{name}: {list(known)}")
+        attributed = module.in_keys if in_keys is None else in_keys
+        return Model(module, module, tuple(map(unravel_key, attributed)))
+
+    def submodule(self, path: str) -> nn.Module:
+        """The module at a dotted path; below a TensorDictModule, paths may start inside the module that it wraps."""
+        name = re.sub(r"\[(\w+)\]", r".\1", path).strip(".")
+        modules = modules_of(self.root)
+        for candidate in (name, f"module.{name}"):
+            if candidate in modules:
+                return modules[candidate]
+        raise ValueError(f"the model has no module {path!r}; it has {', '.join(n for n in modules if n)}")
+
+    def run(self, td: TensorDictBase) -> tuple[TensorDictBase, bool]:
+        """Run the model on a TensorDict of any batch shape.
+
+        Layers of fixed rank (convolutions, batch norm) take one batch axis: where the model fails for another number
+        of them, it is run with all of them made one.
+
+        Returns:
+            What the model wrote, in the batch shape of ``td``, and whether it ran on a flat batch.
+        """
+        axes = td.batch_dims
+        flattens = axes != 1 and self._flattens.get(axes)
+        if flattens is not None:
+            return self._flat(td) if flattens else self._written(td), flattens
+        try:
+            with restored(self.root, always=False):
+                written = self._written(td.copy())
+        except _OF_SHAPE as error:
+            try:
+                written = self._flat(td)
+            except _OF_SHAPE:
+                raise error from None
+            self._flattens[axes] = True
+            return written, True
+        self._flattens[axes] = False
+        return written, False
+
+    def _flat(self, td: TensorDictBase) -> TensorDictBase:
+        written = self._written(td.reshape(-1))
+        return written.reshape(td.batch_size) if td.batch_dims else written.squeeze(0)
+
+    def _written(self, td: TensorDictBase) -> TensorDictBase:
+        before = dict(td.items(True, True))
+        result = self.runner(td)
+        return result.select(
+            *(key for key, value in result.items(True, True) if before.get(key) is not value)
+        )

@@ -1,0 +1,204 @@
+"""In which order a model runs its layers, and which of them read and write the keys of its TensorDict.
+
+Found by running the model once on real input; without input, registration order stands in for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from tdhook.models.sites import Site
+from tdhook.models.state import modules_of, restored
+from tdhook.tape.overwriting import out_of_place
+
+__all__ = ["Execution", "registered", "traced"]
+
+
+@dataclass
+class Execution:
+    """What is known of how a model runs.
+
+    Attributes:
+        modules: name to module; names are dotted paths below the model.
+        order: names in order of execution, once per call.
+        reads: name of a layer to the keys that it is the first to read.
+        writes: name of a layer to the keys that it is the last to make.
+    """
+
+    modules: dict[str, nn.Module]
+    order: tuple[str, ...] = ()
+    reads: dict[str, set[NestedKey]] = field(default_factory=dict)
+    writes: dict[str, set[NestedKey]] = field(default_factory=dict)
+
+    def site(self, name: str) -> Site:
+        """A module of the model as selectors see it."""
+        return self._site(name, self.modules[name], None)
+
+    def operation(self, operation: str, name: str, module: nn.Module) -> Site:
+        """An operation inside a module of that name, as selectors see it."""
+        return self._site(name, module, operation)
+
+    def _site(self, name: str, module: nn.Module, operation: str | None) -> Site:
+        return Site(name, module, operation, self.order, self.modules, self.reads, self.writes)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module holds a weight matrix; normalisation, which scales each value alone, holds none."""
+    params: list[Any] = [p for p in module._parameters.values() if p is not None]
+    return any(is_lazy(p) or p.dim() > 1 for p in params)
+
+
+def _keyed(root: nn.Module, wrapper: TensorDictModuleBase) -> Iterator[tuple[str, TensorDictModuleBase]]:
+    """The TensorDictModules that do the work: those that hold no other, and the wrapper of a plain module."""
+    if not isinstance(root, TensorDictModuleBase):
+        yield "", wrapper
+    for name, module in modules_of(root).items():
+        if isinstance(module, TensorDictModuleBase):
+            inner = list(modules_of(module).values())[1:]
+            if not any(isinstance(m, TensorDictModuleBase) for m in inner):
+                yield name, module
+
+
+def registered(root: nn.Module, wrapper: TensorDictModuleBase) -> Execution:
+    """What registration order suggests, where the model has not run yet."""
+    execution = Execution(modules_of(root))
+    execution.order = tuple(execution.modules)
+    for name, module in _keyed(root, wrapper):
+        prefix = f"{name}." if name else ""
+        layers = [n for n, m in execution.modules.items() if n.startswith(prefix) and _is_layer(m)] or [name]
+        execution.reads.setdefault(layers[0], set()).update(map(unravel_key, module.in_keys))
+        execution.writes.setdefault(layers[-1], set()).update(map(unravel_key, module.out_keys))
+    return execution
+
+
+def traced(root: nn.Module, wrapper: TensorDictModuleBase, run: Callable[[], Any]) -> Execution:
+    """Run the model once and watch it; its buffers and the random state are put back.
+
+    Args:
+        root: the model whose dotted paths count.
+        wrapper: the TensorDictModule that is run: ``root`` itself, or what makes one of it.
+        run: runs ``wrapper`` on a TensorDict.
+    """
+    execution = Execution(modules_of(root))
+    watch = _Watch(execution)
+    handles = []
+    try:
+        for name, module in execution.modules.items():
+            handles.append(module.register_forward_pre_hook(watch.entering(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(watch.leaving(name), always_call=False))
+        for name, keyed in _keyed(root, wrapper):
+            handles.append(
+                keyed.register_forward_pre_hook(watch.reading(name), with_kwargs=True, prepend=True)
+            )
+            handles.append(keyed.register_forward_hook(watch.writing(name)))
+        with restored(root), out_of_place(execution.modules.values()), torch.no_grad(), watch:
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    execution.order = tuple(watch.order)
+    watch.finish()
+    return execution
+
+
+class _Watch(TorchFunctionMode):
+    """Labels tensors with where they come from, and passes the labels on through every operation.
+
+    A label is ``(reader, key)`` for a value that a TensorDictModule read, ``(None, layer)`` for one that a layer made.
+    """
+
+    def __init__(self, execution: Execution) -> None:
+        super().__init__()
+        self.execution = execution
+        self.order: list[str] = []
+        self.labels: dict[int, set[tuple[str | None, Any]]] = {}
+        self._alive: list[Tensor] = []  # an id is only unique among living tensors
+        self._open: set[tuple[str, NestedKey]] = set()
+        self._inside: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        found = self._labels_of((args, kwargs))
+        if found:
+            self._label(result, found)
+        return result
+
+    def _labels_of(self, tree: Any) -> set[tuple[str | None, Any]]:
+        leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+        return set().union(*(self.labels.get(id(leaf), ()) for leaf in leaves))
+
+    def _label(self, tree: Any, labels: set[tuple[str | None, Any]]) -> None:
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor):
+                self.labels[id(leaf)] = set(labels)
+                self._alive.append(leaf)
+
+    def entering(self, name: str) -> Callable[..., None]:
+        layer = _is_layer(self.execution.modules[name])
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.order.append(name)
+            if not layer:
+                return
+            if not self._inside:
+                for reader, key in self._labels_of((args, kwargs)):
+                    if reader is not None:
+                        self.execution.reads.setdefault(name, set()).add(key)
+                        self._open.discard((reader, key))
+            self._inside.append(name)
+
+        return hook
+
+    def leaving(self, name: str) -> Callable[..., None]:
+        layer = _is_layer(self.execution.modules[name])
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if layer:
+                self._inside.pop()
+                if not self._inside and not isinstance(output, TensorDictBase):
+                    self._label(output, {(None, name)})
+
+        return hook
+
+    def reading(self, name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, kwargs: Any) -> None:
+            td = args[0] if args else kwargs.get("tensordict")
+            for key in map(unravel_key, module.in_keys):
+                value = td.get(key, None) if isinstance(td, TensorDictBase) else None
+                if isinstance(value, Tensor):
+                    self._label(value, {(name, key)})
+                    self._open.add((name, key))
+
+        return hook
+
+    def writing(self, name: str) -> Callable[..., None]:
+        prefix = f"{name}." if name else ""
+
+        def hook(module: Any, args: Any, output: Any) -> None:
+            for key in map(unravel_key, module.out_keys):
+                value = output.get(key, None) if isinstance(output, TensorDictBase) else None
+                makers = [
+                    layer
+                    for reader, layer in self._labels_of(value)
+                    if reader is None and layer.startswith(prefix)
+                ]
+                for maker in makers or [name]:
+                    self.execution.writes.setdefault(maker, set()).add(key)
+
+        return hook
+
+    def finish(self) -> None:
+        """Keys that reached no layer are read by the TensorDictModule as a whole."""
+        for name, key in self._open:
+            self.execution.reads.setdefault(name, set()).add(key)

@@ -1,0 +1,1 @@
+"""The engine: how any method runs any model forwards and backwards."""

@@ -1,0 +1,205 @@
+"""Runs an explained module as one graph, inside ``torch.compile``.
+
+The tracer of ``torch.compile`` is not led through rules, modes and hooks: it takes an explanation as one function of
+tensors (``nonstrict_trace``), which runs as it always does, on tensors that note what is done to them. The parameters
+and buffers of the model are arguments of that function, so that a graph computes with those of the moment.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torch._dynamo import nonstrict_trace
+from torch._inductor import list_mode_options
+
+from tdhook.models.state import leaves_of, restored, swapped
+from tdhook.passes.graphs import Graphs
+from tdhook.tape.conditions import assuming_nonnegative, deferred
+
+if TYPE_CHECKING:
+    from tdhook.contexts.explained import ExplainedModule
+
+__all__ = ["inline", "run"]
+
+# Batch shapes, sets of keys, dtypes and modes each take a graph.
+_LIMIT = 64
+
+
+def inline(explained: ExplainedModule, td: TensorDictBase) -> dict[NestedKey, Tensor]:
+    """What a call writes into ``td``, as a part of the graph that is being traced."""
+    keys, values = _inputs(explained, td)
+    return _graph(explained, str(td.batch_dims), (), keys, values)[0]
+
+
+def run(explained: ExplainedModule, td: TensorDictBase) -> dict[NestedKey, Any]:
+    """What a call writes into ``td``, by a graph of its own; operation by operation where there can be none."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return run(explained, td)
+    graphs = explained._graphs
+    keys, values = _inputs(explained, td)
+    if not values or not all(map(Tensor.numel, values)):
+        return explained.explain(td)
+    if td.batch_dims not in graphs.rehearsed:
+        # What is wrong with a call, and what the model does to tensors, shows here; afterwards all is as before.
+        with restored(explained._model.root):
+            explained.explain(td)
+        graphs.rehearsed.add(td.batch_dims)
+    if graphs.function is None:
+        graphs.function = _compiled(graphs.options or {})
+    try:
+        signs = _nonnegative(explained, keys, values)
+        written, holds = _called(graphs, explained, str(td.batch_dims), signs, keys, values)
+    except Exception as error:
+        eagerly = explained.explain(td)  # raises where the call is at fault
+        graphs.clear()
+        warnings.warn(
+            f"{type(explained._model.root).__name__} cannot be explained as one graph and runs without, operation by "
+            f"operation ({_origin(error)})",
+            stacklevel=3,
+        )
+        return eagerly
+    return written if holds else explained.explain(td)
+
+
+def _called(graphs: Graphs, *args: Any) -> tuple[dict[NestedKey, Tensor], Tensor]:
+    assert graphs.function is not None
+    with torch.no_grad():
+        if not graphs.replays:
+            return graphs.function(*args)  # type: ignore[no-any-return]
+        torch.compiler.cudagraph_mark_step_begin()
+        written, holds = graphs.function(*args)
+        # The next run overwrites what this one returned.
+        return {key: value.clone() for key, value in written.items()}, holds
+
+
+def _origin(error: BaseException) -> str:
+    """In one line, what an error arose from."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+def _compiled(options: dict[str, Any]) -> Callable[..., Any]:
+    options = {"recompile_limit": _LIMIT, **options, "fullgraph": True, "isolate_recompiles": True}
+    backend, mode = options.get("backend", "inductor"), options.get("mode")
+    if mode is None or backend == "inductor":
+        settings = list_mode_options(options.pop("mode", None) or "default", options.get("dynamic"))
+        filtered = {"guard_filter_fn": _on_what_changes}
+        options["options"] = {**settings, **filtered, **options.get("options", {})}
+    return torch.compile(_graph, **options)
+
+
+def _on_what_changes(guards: Sequence[Any]) -> list[bool]:
+    """Which guards to look at in each call: those on tensors and modes; the rest of the module and torch stay."""
+    return [
+        guard.name.endswith("['training']")
+        or (isinstance(guard.value, Tensor) and guard.guard_type in ("TENSOR_MATCH", "DUPLICATE_INPUT"))
+        or not (guard.is_global or guard.name.startswith(("explained", "__import__")))
+        for guard in guards
+    ]
+
+
+def _inputs(explained: ExplainedModule, td: TensorDictBase) -> tuple[tuple[NestedKey, ...], list[Tensor]]:
+    """The entries that an explanation depends on; none if one of them is missing."""
+    keys: list[NestedKey] = []
+    values: list[Tensor] = []
+    for key in explained.reads(td):
+        found = td.get(key, None)
+        if found is None:
+            return (), []
+        for name, value in ((key, found),) if isinstance(found, Tensor) else leaves_of(key, found):
+            keys.append(name)
+            values.append(value.clone() if _is_inference(value) else value)
+    return tuple(keys), values
+
+
+def _nonnegative(
+    explained: ExplainedModule, keys: Sequence[NestedKey], values: Sequence[Tensor]
+) -> tuple[NestedKey, ...]:
+    """Inputs that are not negative, and never were: for them there is a graph that skips what would be zero.
+
+    On a GPU nothing is looked at, for which it would have to be waited for.
+    """
+    if not explained._method.reads_signs(explained._state):
+        return ()
+    signed = explained._graphs.signed
+    for key, value in zip(keys, values, strict=True):
+        if key not in signed and not (value.is_cpu and value.is_floating_point() and value.amin() >= 0):
+            signed.add(key)
+    return tuple(key for key in keys if key not in signed)
+
+
+def _is_inference(value: Tensor) -> bool:
+    """Whether a value has to be copied to be saved for the backward pass."""
+    return not torch.compiler.is_compiling() and value.is_inference()
+
+
+def _graph(
+    explained: ExplainedModule,
+    axes: str,
+    nonnegative: tuple[NestedKey, ...],
+    keys: tuple[NestedKey, ...],
+    values: list[Tensor],
+) -> tuple[dict[NestedKey, Tensor], Tensor]:
+    """What ``torch.compile`` traces: collects what the explanation depends on.
+
+    ``axes`` is the number of batch axes in words: a number would be taken for a size that may change.
+    """
+    graphs = explained._graphs
+    state = [registry[name] for registry, name in graphs.slots]
+    modes = [attributes[name] for attributes, name in graphs.modes]
+    return _explain(graphs.name, modes, axes, nonnegative, keys, state, values)
+
+
+@nonstrict_trace
+def _explain(
+    name: str,
+    modes: Sequence[bool],
+    axes: str,
+    nonnegative: Sequence[NestedKey],
+    keys: Sequence[NestedKey],
+    state: Sequence[Tensor],
+    values: Sequence[Tensor],
+) -> tuple[dict[NestedKey, Tensor], Tensor]:
+    """An explanation as a function of tensors; a change of the other arguments makes for another graph."""
+    explained = Graphs.owner(name)
+    td = TensorDict({}, values[0].shape[: int(axes)])
+    for key, value in zip(keys, values, strict=True):
+        td.set(key, value)
+    off_tape = {id(x): x.detach() if x.requires_grad else x for x in state}
+    with (
+        swapped(explained._graphs.slots, [off_tape[id(x)] for x in state]),
+        deferred() as conditions,
+        assuming_nonnegative(nonnegative),
+        _hooks_on_saved_tensors(),
+    ):
+        written = explained.explain(td)
+    for key, value in written.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"the model writes {key!r}, which is no tensor")
+    device = values[0].device
+    holds = (
+        torch.stack([c.to(device) for c in conditions]).all() if conditions else torch.ones((), device=device)
+    )
+    return written, holds
+
+
+@contextmanager
+def _hooks_on_saved_tensors() -> Iterator[None]:
+    """Let hooks on saved tensors run while a graph is traced, which copy what a model overwrites.
+
+    Else they are put off until the graph runs, where the tape is no more.
+    """
+    put_off = torch._C._autograd._saved_tensors_hooks_set_tracing(False)
+    try:
+        yield
+    finally:
+        torch._C._autograd._saved_tensors_hooks_set_tracing(put_off)

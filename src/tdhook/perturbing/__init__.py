@@ -1,0 +1,1 @@
+"""What is replaced by what: features of an input, and baselines."""

@@ -1,0 +1,186 @@
+"""The ledger: where relevance went, and whether any was made or lost on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from tdhook.conventions import Convention
+from tdhook.relevance.propagation.constants import with_constants
+from tdhook.relevance.propagation.conversions import live
+from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.reporting import reporting
+from tdhook.relevance.propagation.rule import Rule
+from tdhook.relevance.rules.simple import IgnoreRule
+from tdhook.tape.functions import Identity, alias, parts, unwrapped
+from tdhook.tape.overwriting import storage_of
+
+__all__ = ["REASONS", "Entry", "Ledger", "Note"]
+
+Note: TypeAlias = "tuple[Entry, str, Tensor]"
+REASONS = ("bias", "stabiliser", "stop", "constant")
+
+
+@dataclass
+class Entry:
+    """What went in and out of the calls of one module or operation. Amounts are of shape ``[batch]``.
+
+    Attributes:
+        path: dotted path of the module, or of the one around the operation.
+        name: the module's class, or the operation with ``()``.
+        rule: the rule it ran under; ``None`` for the inputs of the model.
+        amounts: ``"arrived"`` is relevance of its outputs, ``"left"`` of its inputs; reason to what was kept.
+        calls: how many calls are added up here.
+    """
+
+    path: str
+    name: str
+    rule: Rule | None
+    amounts: dict[str, Tensor] = field(default_factory=dict)
+    calls: int = 1
+
+    def of(self, column: str) -> Tensor:
+        """What arrived, left, or was kept for a reason."""
+        return self.amounts.get(column, torch.zeros(1, dtype=torch.float64))
+
+    @property
+    def absorbed(self) -> Tensor:
+        """What was kept for all reasons together."""
+        return torch.stack(torch.broadcast_tensors(*map(self.of, REASONS))).sum(0)
+
+    @property
+    def gap(self) -> Tensor:
+        """What was lost without a reason, or, where negative, made of nothing."""
+        return self.of("arrived") - self.of("left") - self.absorbed
+
+    def add(self, column: str, amount: Tensor) -> None:
+        """Add to a column."""
+        self.amounts[column] = self.amounts[column] + amount if column in self.amounts else amount
+
+
+class Ledger:
+    """Keeps accounts of one forward pass and of the backward passes through it.
+
+    Attributes:
+        entries: one per call, in execution order.
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self._notes: list[Note] | None = None
+
+    @contextmanager
+    def noting(self) -> Iterator[list[Note]]:
+        """Take down what the calls tell during a backward pass."""
+        self._notes = []
+        try:
+            yield self._notes
+        finally:
+            self._notes = None
+
+    def note(self, entry: Entry, column: str, amount: Tensor) -> None:
+        """Take down an amount, of whichever shape, if a backward pass is being taken down."""
+        if self._notes is not None:
+            self._notes.append((entry, column, unwrapped(amount).detach()))
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Do not count calls that are made once more, of checkpointed parts of a model."""
+        count = len(self.entries)
+        try:
+            yield
+        finally:
+            del self.entries[count:]
+
+    def summary(self) -> list[Entry]:
+        """One entry for each module and operation at each place, in execution order, its calls added up."""
+        found: dict[tuple[str, str, str], Entry] = {}
+        for entry in self.entries:
+            key = (entry.path, entry.name, repr(entry.rule))
+            if key not in found:
+                found[key] = Entry(entry.path, entry.name, entry.rule, calls=0)
+            found[key].calls += 1
+            for column, amount in entry.amounts.items():
+                found[key].add(column, amount)
+        return list(found.values())
+
+    def call(
+        self,
+        path: str,
+        module: nn.Module,
+        selector: Any,
+        rule: Rule,
+        flow: Convention,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Make one call, with its inputs and outputs metered, unless it is one of them in another shape."""
+        if isinstance(rule, IgnoreRule) and isinstance(module, Operation):
+            with torch.random.fork_rng(devices=[], enabled=not module.moves):
+                outputs = original(*args, **kwargs)
+            if _shares_memory(outputs, (args, kwargs)):
+                return outputs
+        name = f"{module.name}()" if isinstance(module, Operation) else type(module).__name__
+        entry = Entry(path, name, rule)
+        self.entries.append(entry)
+
+        def absorb(reason: str, amount: Tensor) -> None:
+            self.note(entry, reason, amount)
+
+        def arrive(amount: Tensor) -> None:
+            self.note(entry, "arrived", amount)
+
+        def leave(amount: Tensor) -> None:
+            self.note(entry, "left", amount)
+
+        args, kwargs = live(lambda x: Metered.apply(x, leave, flow), (args, kwargs))
+        with reporting(absorb):
+            if isinstance(rule, IgnoreRule):
+                outputs = original(*args, **kwargs)
+                outputs = with_constants(module, original, args, kwargs, outputs, moves=flow == "relevance")
+            else:
+                outputs = rule.run_in(flow, module, original, args, kwargs)
+        return live(lambda z: Metered.apply(z, arrive, flow), outputs)
+
+
+class Metered(Identity):
+    """Identity that tells how much relevance passes."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(x: Tensor, tell: Callable[[Tensor], None], flow: Convention) -> Tensor:
+        return alias(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.tell, flow = inputs
+        ctx.save_for_backward(*([x] if flow == "gradient" else []))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        amount = parts(grad)
+        for x in ctx.saved_tensors:
+            # Masked logits are infinite and have no relevance.
+            amount = torch.where(amount == 0, 0.0, parts(x) * amount)
+        ctx.tell(amount)
+        return grad, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], x: Tensor, tell: Any, flow: Convention
+    ) -> tuple[Tensor, Any]:
+        return Metered.apply(x, tell, flow), in_dims[0]
+
+
+def _shares_memory(outputs: Any, inputs: Any) -> bool:
+    """Whether overwriting an output overwrites an input."""
+    storages = {storage_of(x) for x in tree_leaves(inputs) if isinstance(x, Tensor)}
+    return any(storage_of(z) in storages for z in tree_leaves(outputs) if isinstance(z, Tensor))

@@ -1,0 +1,1 @@
+"""Rules for the torch functions that a forward pass calls."""

@@ -1,0 +1,320 @@
+"""Runs every operation of a forward pass under its rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tdhook.conventions import Convention
+from tdhook.relevance.operations.paths import Paths
+from tdhook.relevance.operations.stand_ins import standing_in
+from tdhook.relevance.operations.table import ARITHMETIC, ELEMENTWISE, MOVES, PRODUCTS, WINNER, default_rule
+from tdhook.relevance.operations.written_out import entered, written_out
+from tdhook.relevance.propagation.binding import Binding
+from tdhook.relevance.propagation.conversions import Substituted
+from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.rule import Rule
+from tdhook.relevance.rules.simple import IgnoreRule
+from tdhook.selectors.names import name_of, out_of_place_form, queries, relabels, writes_in_place
+from tdhook.tape.as_one import is_one
+from tdhook.tape.functions import maker_of, on_tape
+from tdhook.tape.overwriting import Guard, Outdated
+
+__all__ = ["Found", "Interception", "Lookup", "Observer", "Unmatched"]
+
+
+class Unmatched:
+    """Stands for the selector of an operation that nothing is known of."""
+
+
+Found: TypeAlias = "tuple[Any, Rule | None]"
+Lookup: TypeAlias = "Callable[[str, str, nn.Module], Found]"
+"""``(operation, path of the module around it, that module) -> (selector, rule)``."""
+
+
+@dataclass
+class _Known:
+    """What is known of a torch function."""
+
+    operation: Operation
+    in_place: bool
+    quick: bool = False
+    queries: bool = False
+    own: Rule | None = None
+    selector: Any = None
+    rule: Rule | None = None
+
+
+class Observer(Protocol):
+    """Makes the calls of a forward pass itself, to take note of them."""
+
+    def call(
+        self,
+        path: str,
+        module: nn.Module,
+        selector: Any,
+        rule: Rule,
+        flow: Convention,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Make one call of a module that has a rule, or of an operation."""
+
+    def again(self) -> AbstractContextManager[None]:
+        """What is entered around calls that were made before and are made once more."""
+
+
+class Interception(TorchFunctionMode):
+    """While active, runs each torch function on the tape under the rule of its operation.
+
+    Args:
+        flow: the convention of the backward pass.
+        modules: the model's modules by path.
+        lookup: asks a composite; ``None`` if it says nothing of operations.
+        by_path: whether its answer depends on the module around the operation.
+        defaults: whether what the composite leaves open has the rule of its operation in
+            :mod:`~tdhook.relevance.operations.table`.
+        unmatched: told ``(operation, path, unseen)`` of operations that nothing is known of, and of autograd functions
+            that ran unseen.
+    """
+
+    def __init__(
+        self,
+        flow: Convention,
+        modules: Mapping[str, nn.Module],
+        lookup: Lookup | None,
+        *,
+        by_path: bool,
+        defaults: bool,
+        unmatched: Callable[[str, str, bool], None],
+    ) -> None:
+        super().__init__()
+        self.flow = flow
+        self.guard = Guard()
+        self.outdated = Outdated(self.guard)
+        self.observer: Observer | None = None
+        self._lookup, self._by_path, self._defaults, self._unmatched = lookup, by_path, defaults, unmatched
+        self._known: dict[Any, _Known] = {}
+        self._paused = 0
+        self.paths = Paths(modules)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is known of torch functions is found again; they cannot all be pickled.
+        return {**self.__dict__, "_known": {}, "observer": None}
+
+    @contextmanager
+    def running(self, *, tracked: bool = False) -> Iterator[None]:
+        """Watch one forward pass; ``tracked`` where the path of each operation has to be known."""
+        self.outdated.clear()
+        follows = self._by_path or tracked or self.observer is not None
+        with ExitStack() as stack:
+            if self.guard.active:
+                stack.enter_context(self.guard.watching())
+            if follows:
+                stack.enter_context(self.paths.followed())
+            stack.enter_context(standing_in(self._again))
+            stack.enter_context(self)
+            yield
+
+    def _again(self) -> AbstractContextManager[None] | None:
+        """Watch a part of the forward pass that is run once more, in which nothing must have been overwritten."""
+        return None if self.guard.active else self._watching_again()
+
+    @contextmanager
+    def _watching_again(self) -> Iterator[None]:
+        with nullcontext() if self.observer is None else self.observer.again(), self:
+            yield
+
+    def unit(self, binding: Binding, original: Any, args: Any, kwargs: Any) -> Any:
+        """Run a module that has a rule, and leave alone the operations inside it."""
+        rule, flow, module = binding.rule, binding.flow, binding.module
+        self.outdated.check(args)
+        if self.paths.following and not self._paused:
+            self._look_for_unseen(args)
+        # Layers of torch overwrite nothing (they run out of place), so that there is nothing to see in them.
+        aside = binding.closed and _on_top() is self
+        if aside:
+            torch._C._pop_torch_function_stack()
+        self._paused += 1
+        try:
+            if self.observer is not None and self._paused == 1:
+                result = self.observer.call(
+                    self.paths.current, module, None, rule, flow, original, args, kwargs
+                )
+            else:
+                result = rule.run_in(flow, module, original, args, kwargs)
+        finally:
+            self._paused -= 1
+            if aside:
+                torch._C._push_on_torch_function_stack(self)
+        layers = self.outdated.layers
+        if not layers or id(module) not in layers or not args or not isinstance(args[0], Tensor):
+            return result
+        if not self.outdated.heeded:
+            self.outdated.add(args[0])
+            return result
+        self.guard.before(args[0])
+        return args[0].copy_(result)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = self._known.get(func)
+        if known is None:
+            known = self._known[func] = self._learn(func)
+        kwargs = kwargs or {}
+        if known.queries:
+            return func(*args, **kwargs)
+        self.outdated.check(args)
+        in_place = known.in_place or (bool(kwargs) and writes_in_place(func, kwargs))
+        if in_place and self.guard.active:
+            self.guard.before(_overwritten(args, kwargs))
+        if (known.quick and self.observer is None and not in_place) or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        if not _any_live(args) and not (kwargs and _any_live(kwargs.values())):
+            return func(*args, **kwargs)
+        if in_place and not self.guard.active:
+            self.guard.before(_overwritten(args, kwargs))
+        if self._paused or (in_place and relabels(func)):
+            return func(*args, **kwargs)
+        if self.paths.following:
+            self._look_for_unseen(args)
+        selector, rule = self._find(known, args, kwargs)
+        if in_place and not (known.in_place and _is_native(rule) and self.observer is None):
+            form = _on_a_copy(func) if known.in_place and _is_native(rule) else known.operation.function
+            return self._overwrite(known, selector, rule, form, args, kwargs)
+        return self._run(known, selector, rule, func, args, kwargs)
+
+    def _look_for_unseen(self, args: Any) -> None:
+        for unseen in _unseen(args):
+            self._unmatched(unseen, self.paths.current, True)
+
+    def _learn(self, func: Any) -> _Known:
+        name = name_of(func)
+        in_place = writes_in_place(func, {})
+        form = out_of_place_form(func) or func if in_place else func
+        operation = Operation.of(
+            name,
+            form,
+            moves=name in MOVES or name in WINNER,
+            multiplies=name in PRODUCTS or name in ELEMENTWISE,
+        )
+        known = _Known(operation, in_place, queries=queries(func), own=ARITHMETIC if is_one(func) else None)
+        if self._lookup is not None and not self._by_path:
+            known.selector, known.rule = self._lookup(name, *self.paths.innermost)
+        if not in_place and not self._by_path:
+            default = default_rule(name, (), {}) if self._defaults else IgnoreRule()
+            known.quick = _is_native(default if known.rule is None else known.rule)
+        return known
+
+    def _find(self, known: _Known, args: Any, kwargs: Any) -> Found:
+        if self._lookup is not None:
+            if self._by_path:
+                known.selector, known.rule = self._lookup(known.operation.name, *self.paths.innermost)
+            if known.rule is not None:
+                return known.selector, known.rule
+        if not self._defaults:
+            return None, IgnoreRule()
+        return None, known.own or default_rule(known.operation.name, args, kwargs)
+
+    def _overwrite(self, known: _Known, selector: Any, rule: Any, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run the out-of-place form under its rule, then move its result to where it belongs."""
+        target = _overwritten(args, kwargs)
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("out", "inplace")}
+        result = self._run(known, selector, rule, func, args, kwargs)
+        self.guard.before(target)  # again: the rule has kept of it what it needs
+        if target.shape != result.shape:
+            target.resize_(result.shape)
+        return target.copy_(result)
+
+    def _run(self, known: _Known, selector: Any, rule: Rule | None, func: Any, args: Any, kwargs: Any) -> Any:
+        operation = known.operation
+        if rule is None:
+            inside = written_out(operation.name)
+            if inside is not None:
+                return self._in_parts(inside, func, args, kwargs)
+            inside = entered(func)
+            if inside is not None:
+                with self:
+                    return inside(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if not _any_live((result,)):
+                return result
+            self._unmatched(operation.name, self.paths.current, False)
+            selector = Unmatched()
+            rule = ARITHMETIC
+        elif rule.opens:
+            with self:
+                return rule.run_in(self.flow, operation, func, args, kwargs)
+        if self.observer is not None:
+            return self.observer.call(
+                self.paths.current, operation, selector, rule, self.flow, func, args, kwargs
+            )
+        return rule.run_in(self.flow, operation, func, args, kwargs)
+
+    def _in_parts(self, inside: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> Any:
+        """The values of a fused operation, on the tape of those that it is made of."""
+        with torch.no_grad():
+            values = func(*args, **kwargs)
+        with self:
+            written = inside(*args, **kwargs)
+        if isinstance(values, Tensor):
+            return Substituted.apply(written, values)
+        return tuple(Substituted.apply(w, v) for w, v in zip(written, values, strict=True))
+
+
+def _on_top() -> Any:
+    """The mode that sees torch functions first, if any."""
+    count = torch._C._len_torch_function_stack()
+    return torch._C._get_function_stack_at(count - 1) if count else None
+
+
+def _unseen(values: Iterable[Any]) -> Iterator[str]:
+    """Names of the custom autograd functions, which no mode sees, that made some of the values."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _unseen(value)
+        elif isinstance(value, Tensor):
+            function = maker_of(value.grad_fn)
+            if (
+                function is not None
+                and not issubclass(function, Rule)
+                and not function.__module__.startswith(("tdhook.", "torch._functorch."))
+            ):
+                yield function.__name__
+
+
+def _is_native(rule: Rule | None) -> bool:
+    return isinstance(rule, IgnoreRule)
+
+
+def _overwritten(args: Any, kwargs: Any) -> Any:
+    """What a call in place writes to."""
+    target = kwargs.get("out")
+    if target is not None:
+        return target
+    return args[0] if args else kwargs["input"]
+
+
+def _on_a_copy(function: Callable[..., Any]) -> Callable[..., Any]:
+    def form(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        copy = x.clone()
+        function(copy, *args, **kwargs)
+        return copy
+
+    return form
+
+
+def _any_live(values: Iterable[Any]) -> bool:
+    for value in values:
+        if isinstance(value, Tensor):
+            if on_tape(value):
+                return True
+        elif isinstance(value, list | tuple) and _any_live(value):
+            return True
+    return False

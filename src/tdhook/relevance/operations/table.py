@@ -1,0 +1,257 @@
+"""What each operation does with relevance where no composite says otherwise.
+
+Every function is one of: data movement and winner-take-all, which plain backward passes treat rightly in both
+conventions; element-wise, which pass; arithmetic with the generic epsilon rule; or one with a rule of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdhook.relevance.propagation.rule import Rule
+from tdhook.relevance.propagation.stabilisers import rounding
+from tdhook.relevance.rules.attention import AttentionRule
+from tdhook.relevance.rules.epsilon import EpsilonRule, SoftmaxEpsilonRule, UniformEpsilonRule
+from tdhook.relevance.rules.normalisation import LayerNormRule
+from tdhook.relevance.rules.products import SignalTakeAllRule
+from tdhook.relevance.rules.recurrent import RecurrentRule
+from tdhook.relevance.rules.simple import IgnoreRule, PassRule
+from tdhook.tape.functions import on_tape
+from tdhook.tape.origins import made_by
+
+__all__ = ["AFFINE", "ARITHMETIC", "ELEMENTWISE", "MOVES", "OPERATIONS", "PRODUCTS", "WINNER", "default_rule"]
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+MOVES = _names(
+    """
+    H T adjoint alias as_strided atleast_1d atleast_2d atleast_3d bfloat16 block_diag broadcast_tensors
+    broadcast_to cat channel_shuffle chunk clone column_stack complex contiguous copy cpu cuda dequantize detach diag
+    diag_embed diagonal diagonal_scatter double dsplit dstack embedding expand expand_as fill flatten flip
+    fliplr flipud float gather getitem half hsplit hstack im2col imag index index_copy index_fill index_put
+    index_select mH mT masked_fill masked_scatter masked_select max_unpool1d max_unpool2d max_unpool3d meshgrid
+    movedim narrow native_channel_shuffle one_hot pack_padded_sequence pad pad_packed_sequence permute
+    pixel_shuffle pixel_unshuffle positive ravel real repeat repeat_interleave requires_grad reshape reshape_as
+    resolve_conj resolve_neg roll rot90 row_stack scatter select select_scatter setitem slice_scatter split
+    split_with_sizes squeeze stack swapaxes t take take_along_dim tensor_split tile to transpose tril triu type
+    type_as unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze upsample_nearest upsample_nearest1d
+    upsample_nearest2d upsample_nearest3d upsample_nearest_exact1d upsample_nearest_exact2d
+    upsample_nearest_exact3d view view_as view_as_complex view_as_real vsplit vstack where zero
+    """
+)
+WINNER = _names(
+    """
+    adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax amin aminmax cummax cummin fmax fmin
+    fractional_max_pool2d fractional_max_pool3d kthvalue max max_pool1d max_pool2d max_pool3d maximum median min
+    minimum mode msort nanmedian sort topk
+    """
+)
+ELEMENTWISE = _names(
+    """
+    abs acos acosh asin asinh atan atanh ceil celu clamp clamp_max clamp_min cos cosh digamma elu erf erfc
+    erfinv exp exp2 expm1 fix float_power floor floor_divide fmod frac gelu hardshrink hardsigmoid hardswish
+    hardtanh i0 leaky_relu lgamma log log10 log1p log2 logit logsigmoid mish nan_to_num pow prelu rdiv
+    reciprocal relu relu6 remainder round rpow rrelu rsqrt selu sgn sigmoid sign silu sin sinc sinh softplus
+    softshrink softsign sqrt square tan tanh tanhshrink threshold trunc xlogy
+    """
+)
+AFFINE = _names(
+    """
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d add alpha_dropout avg_pool1d avg_pool2d avg_pool3d
+    batch_norm col2im conj conj_physical conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+    convolution cumsum deg2rad diff dropout dropout1d dropout2d dropout3d embedding_bag feature_alpha_dropout
+    feature_dropout index_add index_reduce lerp linear mean nanmean nansum neg rad2deg rsub scatter_add
+    scatter_reduce sub sum sum_to_size trace trapezoid upsample_bicubic2d upsample_bicubic2d_aa upsample_bilinear
+    upsample_bilinear2d upsample_bilinear2d_aa upsample_linear1d upsample_trilinear3d
+    """
+)
+_HOMOGENEOUS = _names(
+    """
+    cdist dist hypot linalg_norm linalg_vector_norm norm pairwise_distance std vector_norm
+    """
+)
+_TAYLOR = _names(
+    """
+    atan2 cross_entropy_loss det inverse linalg_det linalg_inv linalg_slogdet log_softmax logaddexp logaddexp2
+    logcumsumexp logdet logsumexp polar slogdet softmin
+    """
+)
+PRODUCTS = _names(
+    """
+    bilinear chain_matmul cross dot einsum inner kron linalg_cross linalg_multi_dot linalg_vecdot matmul mul mv
+    outer tensordot vdot vecdot
+    """
+)
+_NORMS = _names(
+    """
+    group_norm instance_norm layer_norm rms_norm
+    """
+)
+_RECURRENT = _names(
+    """
+    gru gru_cell lstm lstm_cell rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell
+    """
+)
+
+_FUSED = _names(
+    """
+    addbmm addcdiv addcmul addmm addmv addr baddbmm
+    """
+)
+
+ARITHMETIC = EpsilonRule(rounding)
+"""The generic epsilon rule: for arithmetic that nothing else is known of."""
+
+OPERATIONS: Mapping[str, Rule] = {
+    **dict.fromkeys(MOVES | WINNER, IgnoreRule()),
+    **dict.fromkeys(ELEMENTWISE, PassRule()),
+    **dict.fromkeys(AFFINE | _HOMOGENEOUS | _TAYLOR, ARITHMETIC),
+    **dict.fromkeys(PRODUCTS, UniformEpsilonRule(rounding)),
+    **dict.fromkeys(("div", "grid_sampler", "grid_sample"), SignalTakeAllRule()),
+    **dict.fromkeys(_NORMS, LayerNormRule()),
+    "linalg_solve": SignalTakeAllRule(1),
+    "softmax": SoftmaxEpsilonRule(),
+    "scaled_dot_product_attention": AttentionRule(),
+    **dict.fromkeys(_RECURRENT, RecurrentRule()),
+}
+"""The rule of each operation, by name."""
+
+_MOVES = IgnoreRule()
+_NORMALISES = LayerNormRule()
+
+
+def default_rule(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+    """The rule of one call of an operation.
+
+    Args:
+        name: the operation.
+        args: its arguments, or nothing to ask whether all of its calls merely move data.
+        kwargs: its arguments by name.
+
+    Returns:
+        The rule, or ``None`` for an operation that is made of others or unknown.
+    """
+    rule = OPERATIONS.get(name)
+    if not args and not kwargs:
+        return None if name in _DEPENDS else rule
+    if name in _DEPENDS:
+        return _DEPENDS[name](rule, args, kwargs)
+    if isinstance(rule, PassRule) and not _of_one(args, kwargs):
+        return ARITHMETIC
+    return rule
+
+
+def _live(values: Iterable[Any]) -> list[Tensor]:
+    return [x for x in values if isinstance(x, Tensor) and on_tape(x)]
+
+
+def _of_one(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an element-wise function has one argument on the tape, of the shape of its result."""
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    live = _live(tensors)
+    if len(live) != 1 or live[0].is_complex():
+        return False
+    return len(tensors) == 1 or torch.broadcast_shapes(*(x.shape for x in tensors)) == live[0].shape
+
+
+def _given(args: Sequence[Any], kwargs: Mapping[str, Any], index: int, key: str, default: Any) -> Any:
+    return args[index] if len(args) > index else kwargs.get(key, default)
+
+
+def _fused(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+    """A sum and a product: of activations, it is written out."""
+    factors = [*args[1:3], *(x for key, x in kwargs.items() if key not in ("input", "out"))]
+    return None if len(_live(factors)) > 1 else ARITHMETIC
+
+
+def _linear(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+    weight = _given(args, kwargs, 1, "weight", None)
+    return None if isinstance(weight, Tensor) and on_tape(weight) else ARITHMETIC
+
+
+def _convolution(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+    weight = _given(args, kwargs, 1, "weight", None)
+    return OPERATIONS["matmul"] if isinstance(weight, Tensor) and on_tape(weight) else ARITHMETIC
+
+
+def _lerp(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+    weight = _given(args, kwargs, 2, "weight", None)
+    return None if isinstance(weight, Tensor) and on_tape(weight) else ARITHMETIC
+
+
+def _div(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+    numerator, denominator = _given(args, kwargs, 0, "input", None), _given(args, kwargs, 1, "other", None)
+    if kwargs.get("rounding_mode") is not None or not _live((numerator,)):
+        return PassRule() if _of_one(args, kwargs) else ARITHMETIC
+    return rule if _live((denominator,)) else ARITHMETIC
+
+
+def _solve(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+    """``A^-1 b`` is a quotient, whose denominator is held constant where ``b`` can take all."""
+    both = _live((_given(args, kwargs, 0, "A", None),)) and _live((_given(args, kwargs, 1, "B", None),))
+    return rule if both else ARITHMETIC
+
+
+def _batch_norm(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+    """``torch.batch_norm`` and ``torch.instance_norm``; those of ``torch.nn.functional`` are entered."""
+    if len(args) < 6:
+        return None
+    return _NORMALISES if args[5] else ARITHMETIC
+
+
+def _accumulates(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+    sums = _given(args, kwargs, 3, "accumulate", False) is True or kwargs.get("reduce") is not None
+    return ARITHMETIC if sums else _MOVES
+
+
+def _dropout(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+    """In training it passes: to run it again, as arithmetic is, would drop others."""
+    training = _given(args, kwargs, 2, "training", True)
+    return PassRule() if training else _MOVES
+
+
+def _mul(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+    """Of ``x * rsqrt(y)``, a quotient, the denominator is held constant; of ``x * exp(y)`` the scale, or decay.
+
+    Relevance of an exponential would go to an exponent that is often zero or nearly so where recurrent and state-space
+    models compute (``exp(a - max(a, b))``, ``exp(a - a)``), and that has no share in ``exp(0) = 1``.
+    """
+    factors = [_given(args, kwargs, 0, "input", None), _given(args, kwargs, 1, "other", None)]
+    if len(_live(factors)) == 2:
+        signals = [i for i, x in enumerate(factors) if not made_by(x, _SCALES)]
+        if len(signals) == 1:
+            return SignalTakeAllRule(signals[0])
+    return rule
+
+
+def _of_two(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+    """Functions of two activations that are no sum of their shares are written out."""
+    if len(_live((*args, *kwargs.values()))) > 1:
+        return None
+    return rule if _of_one(args, kwargs) else ARITHMETIC
+
+
+_SCALES = frozenset(("rsqrt", "reciprocal", "rdiv", "exp"))
+
+_DEPENDS: Mapping[str, Callable[[Rule | None, Sequence[Any], Mapping[str, Any]], Rule | None]] = {
+    **dict.fromkeys(_FUSED, _fused),
+    **dict.fromkeys((name for name in AFFINE if name.startswith("conv")), _convolution),
+    **dict.fromkeys(
+        (name for name in AFFINE if name.endswith("dropout") or name.startswith("dropout")), _dropout
+    ),
+    **dict.fromkeys(("index_put", "scatter"), _accumulates),
+    **dict.fromkeys(("batch_norm", "instance_norm"), _batch_norm),
+    **dict.fromkeys(("float_power", "floor_divide", "pow", "xlogy"), _of_two),
+    "div": _div,
+    "lerp": _lerp,
+    "linalg_solve": _solve,
+    "linear": _linear,
+    "mul": _mul,
+}

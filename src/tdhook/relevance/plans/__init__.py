@@ -1,0 +1,1 @@
+"""Which module and operation of a model runs under which rule."""

@@ -1,0 +1,172 @@
+"""Plans: which module of a model runs under which rule, worked out once and attached for each call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import nn
+
+from tdhook.conventions import Convention
+from tdhook.models.families import BatchNorm
+from tdhook.models.state import frozen
+from tdhook.relevance.operations.interception import Interception, Unmatched
+from tdhook.relevance.operations.table import MOVES, WINNER
+from tdhook.relevance.propagation.binding import Binding
+from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.rule import Rule
+from tdhook.relevance.propagation.weights import WeightCache
+from tdhook.relevance.rules.batchnorm import merging
+from tdhook.relevance.rules.simple import IgnoreRule, PassRule, StopRule
+from tdhook.selectors import Selector
+from tdhook.tape.overwriting import out_of_place, overwrites
+
+__all__ = ["COLUMNS", "Merge", "Plan", "Row"]
+
+Merge: TypeAlias = "tuple[str | Sequence[str], str]"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a plan says of one module, or of one operation.
+
+    Attributes:
+        path: dotted path of the module, or of the one around the operation.
+        module: the module, or a stand-in for the operation.
+        rule: its rule, if any.
+        selector: the selector that matched; ``None`` for a default and for a rule from a mapper.
+        open: whether it is a layer that nothing says anything about.
+        runs: whether the model called it, as far as that is known.
+    """
+
+    path: str
+    module: nn.Module
+    rule: Rule | None
+    selector: Selector | Unmatched | None = None
+    open: bool = False
+    runs: bool = True
+
+    @property
+    def operation(self) -> str | None:
+        """The name of the operation; ``None`` for a module."""
+        return self.module.name if isinstance(self.module, Operation) else None
+
+
+COLUMNS = ("module", "type", "rule", "convention", "because")
+
+
+class Plan:
+    """The rows for one model, in execution order where it is known, and the flow that follows from them.
+
+    Args:
+        rows: one per module that has a rule, or could have one.
+        modules: all modules of the model.
+        flow: the convention of the backward pass.
+        merges: batch norms to merge by name: path of the batch norm to the linear layers.
+        merge: whether batch norms right behind a linear layer are merged.
+        sensitivity: whether the result is a modified gradient.
+        interception: what runs operations under their rules; ``None`` where only modules have rules.
+        weights: keeps modified weights, if any.
+
+    Attributes:
+        operations: the operations that one run was seen to perform, in execution order with the modules that have a
+            rule; empty where none was.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        modules: Iterable[nn.Module],
+        flow: Convention,
+        merges: dict[str, list[nn.Module]],
+        merge: bool,
+        sensitivity: bool,
+        interception: Interception | None,
+        weights: WeightCache | None = None,
+    ) -> None:
+        self.rows = tuple(rows)
+        self.operations: tuple[Row, ...] = ()
+        self.flow: Convention = flow
+        self.interception = interception
+        self._modules = tuple(modules)
+        self.sensitivity = sensitivity
+        self.weights = weights
+        # Layers without a rule may overwrite what they are given: their operations are seen.
+        self._units = [row.module for row in rows if interception is None or row.rule is not None]
+        self._bindings: list[Binding] = []
+        self._custom: list[tuple[Rule, nn.Module]] = []
+        for row in rows:
+            rule = row.rule
+            # To ignore a layer of torch's own is to leave it to the rule of its operation.
+            own = type(row.module).__module__.startswith("torch.nn.")
+            if rule is None or (isinstance(rule, IgnoreRule) and (own or interception is None)):
+                continue
+            if not isinstance(rule, IgnoreRule) and type(rule).register is not Rule.register:
+                self._custom.append((rule, row.module))
+                continue
+            if type(rule) is PassRule and isinstance(row.module, BatchNorm):
+                if row.path in merges:
+                    rule = merging(merges[row.path])
+                elif merge:
+                    rule = merging()
+            self._bindings.append(Binding(row.module, rule, flow, interception))
+
+    def attach(self, stack: ExitStack) -> None:
+        """Run the model under the rules until ``stack`` is closed; operations only :meth:`within` it."""
+        overwriting = [module for module in self._units if overwrites(module)]
+        if self.interception is not None:
+            stack.enter_context(frozen(self._modules))
+            self.interception.outdated.layers = set(map(id, overwriting))
+        if overwriting:
+            stack.enter_context(out_of_place(overwriting))
+        if self.weights is not None:
+            stack.enter_context(self.weights.active())
+        stack.callback(self._detach)
+        for binding in self._bindings:
+            binding.attach()
+        for rule, module in self._custom:
+            stack.enter_context(rule.register(module))
+
+    def _detach(self) -> None:
+        for binding in reversed(self._bindings):
+            binding.detach()
+
+    def within(self, *, tracked: bool = False) -> AbstractContextManager[None]:
+        """Run operations under their rules; ``tracked`` where the path of each has to be known."""
+        return nullcontext() if self.interception is None else self.interception.running(tracked=tracked)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.operations or self.rows)
+
+    def __len__(self) -> int:
+        return len(self.operations or self.rows)
+
+    def __str__(self) -> str:
+        cells = [COLUMNS, *map(self.cells, self)]
+        widths = [max(len(cell[i]) for cell in cells) for i in range(4)]
+        lines = [
+            "  ".join([*(c.ljust(w) for c, w in zip(cell, widths, strict=False)), cell[4]]) for cell in cells
+        ]
+        return "\n".join(line.rstrip() for line in [f"flow: {self.flow}", *lines])
+
+    def cells(self, row: Row) -> tuple[str, str, str, str, str]:
+        """One row in words, in the order of :data:`COLUMNS`."""
+        path, kind = row.path or "(model)", type(row.module).__name__
+        if row.rule is None:
+            unruled = "none: plain gradient" if self.interception is None else "those of its operations"
+            return path, kind, unruled if row.open else "", "", ""
+        if row.operation is not None:
+            kind += "()"
+        because = "default" if row.selector is None else repr(row.selector)
+        if isinstance(row.selector, Unmatched):
+            because = "nothing is known of it: as arithmetic"
+        because += "" if row.runs else " (never called)"
+        if isinstance(row.rule, IgnoreRule) and row.operation is not None and row.selector is None:
+            if row.operation in WINNER:
+                return path, kind, "picks values", "", ""
+            plain = self.sensitivity and row.operation not in MOVES
+            return path, kind, "none: plain gradient" if plain else "moves data", "", ""
+        convention = "" if isinstance(row.rule, IgnoreRule | StopRule) else row.rule.convention
+        return path, kind, repr(row.rule), convention, because

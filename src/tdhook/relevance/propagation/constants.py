@@ -1,0 +1,175 @@
+"""Constants: the share of relevance that a natively executed call gives to what is no input, told to the ledger."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.reporting import _RANDOM, Report, _random_state, _set_random_state, current
+from tdhook.tape.functions import Identity, on_tape, parts
+
+__all__ = ["with_constants"]
+
+
+@contextmanager
+def _as_before() -> Iterator[None]:
+    """Draw the random numbers once more that the call drew."""
+    drawn = _random_state()
+    try:
+        _set_random_state(_RANDOM.get())
+        yield
+    finally:
+        _set_random_state(drawn)
+
+
+class Reported(Identity):
+    """Identity at which a fixed part of what travels backwards is reported."""
+
+    @staticmethod
+    def forward(z: Tensor, part: Tensor, reason: str, report: Report) -> Tensor:
+        return z.view_as(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.reason, ctx.report = inputs[2:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        (part,) = ctx.saved_tensors
+        amount = parts(grad) * parts(part)
+        ctx.report(ctx.reason, torch.where(parts(grad) == 0, 0.0, amount))
+        return grad, None, None, None
+
+
+def with_constants(
+    module: nn.Module,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    outputs: Any,
+    *,
+    factors: Sequence[float] | float = 1.0,
+    moves: bool = False,
+) -> Any:
+    """Have what a natively executed call gives to constants reported: ``(z - J x) g`` of its outputs ``z``.
+
+    Args:
+        module: the module or operation.
+        original: its forward.
+        args: what it was called with.
+        kwargs: likewise, by name.
+        outputs: what it returned.
+        factors: by which the rule multiplies the gradient of each input on the tape.
+        moves: whether what travels is relevance through mere movement, of which constants take what ``1 - J 1`` says.
+    """
+    report = current()
+    if report is None or not _is_expected(module, args, kwargs, factors, moves):
+        return outputs
+    leaves, spec = tree_flatten(outputs)
+    at = [i for i, z in enumerate(leaves) if isinstance(z, Tensor) and on_tape(z)]
+    linear = linear_part(original, args, kwargs, at, factors, moves)
+    if linear is None:
+        return outputs
+    weighted = getattr(module, "bias", None) is not None
+    named = isinstance(module, Operation) and module.name.startswith(
+        ("linear", "conv", "batch_norm", "addmm")
+    )
+    reason = "bias" if weighted or named else "constant"
+    for i, part in zip(at, linear, strict=True):
+        z = leaves[i]
+        rest = _one(z) - part if moves else z.detach() - part
+        # Masked logits are constants of minus infinity, and no share of anything.
+        leaves[i] = Reported.apply(z, rest.nan_to_num(0.0, 0.0, 0.0), reason, report)
+    return tree_unflatten(leaves, spec)
+
+
+def _one(x: Tensor) -> complex:
+    """One, in both parts of a complex number."""
+    return 1 + 1j if x.is_complex() else 1
+
+
+def _is_expected(module: nn.Module, args: Any, kwargs: Any, factors: Any, moves: bool) -> bool:
+    """Whether ``(z - J x) g`` is a share of constants, and not relevance that a wrong rule made or lost."""
+    if not isinstance(module, Operation):
+        return not moves
+    several = len([x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and on_tape(x)]) > 1
+    return module.moves if moves else not (module.multiplies and several and factors == 1.0)
+
+
+def linear_part(
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    at: Sequence[int],
+    factors: Sequence[float] | float,
+    moves: bool,
+) -> list[Tensor] | None:
+    """``J x`` of the outputs ``at``, or ``J 1``; ``None`` where the function has no derivative of the kind."""
+    leaves, spec = tree_flatten((args, kwargs))
+    live = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and on_tape(x)]
+    primals = tuple(leaves[i].detach() for i in live)
+    scales = [factors] * len(live) if isinstance(factors, int | float) else list(factors)
+    tangents = tuple(
+        torch.full_like(x, _one(x)) if moves else f * x for f, x in zip(scales, primals, strict=True)
+    )
+    # Masked logits, infinite or the least number there is, are no share of anything; casts make infinities of them.
+    tangents = tuple(torch.where(t.abs() > torch.finfo(t.dtype).max / 2, 0.0, t) for t in tangents)
+
+    def function(*inputs: Tensor) -> tuple[Tensor, ...]:
+        given = list(leaves)
+        for i, x in zip(live, inputs, strict=True):
+            given[i] = x
+        in_args, in_kwargs = tree_unflatten(given, spec)
+        made = tree_leaves(original(*in_args, **in_kwargs))
+        return tuple(made[i] for i in at)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        for derive in (_forward_mode, _twice_backward):
+            try:
+                with _as_before():
+                    return derive(function, primals, tangents)
+            except (RuntimeError, NotImplementedError):
+                continue
+    return None
+
+
+def _forward_mode(
+    function: Callable[..., tuple[Tensor, ...]], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> list[Tensor]:
+    _load_forward_mode()
+    return list(torch.func.jvp(function, primals, tangents)[1])
+
+
+@cache
+def _load_forward_mode() -> None:
+    """Use it once: the modules that torch then imports warn of functions that torch itself deprecates."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
+
+
+def _twice_backward(
+    function: Callable[..., tuple[Tensor, ...]], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> list[Tensor]:
+    with torch.enable_grad():
+        leaves = [x.clone().requires_grad_() for x in primals]
+        outputs = function(*leaves)
+        seeds = [torch.zeros_like(z).requires_grad_() for z in outputs]
+        pulled: Sequence[Tensor | None] = torch.autograd.grad(
+            outputs, leaves, seeds, create_graph=True, allow_unused=True
+        )
+        live = [(g, t) for g, t in zip(pulled, tangents, strict=True) if g is not None]
+        pushed: Sequence[Tensor | None] = torch.autograd.grad(
+            [g for g, _ in live], seeds, [t for _, t in live], allow_unused=True
+        )
+    return [torch.zeros_like(z) if p is None else p for p, z in zip(pushed, outputs, strict=True)]

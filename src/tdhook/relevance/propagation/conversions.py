@@ -1,0 +1,207 @@
+"""Identities at which what travels backwards is converted: between the two conventions, or by a factor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from tdhook.relevance.propagation.reporting import current
+from tdhook.relevance.propagation.stabilisers import Stabilizer, exact, rounding, stabilize
+from tdhook.tape.functions import Identity, TapeFunction, alias, may_look_at, on_tape, parts, whole
+
+__all__ = [
+    "Damped",
+    "NotOneTensor",
+    "PerValue",
+    "Ratio",
+    "Scaled",
+    "Substituted",
+    "TimesValue",
+    "Unchanged",
+    "live",
+]
+
+_ATOMS = (type(None), bool, int, float, str)
+
+
+def live(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Apply ``function`` to all tensors of a nested structure that gradients flow to."""
+    if isinstance(tree, Tensor):
+        return function(tree) if on_tape(tree) else tree
+    kind = type(tree)
+    if kind in _ATOMS:
+        return tree
+    if kind is tuple or kind is list:
+        return kind([live(function, value) for value in tree])
+    if kind is dict:
+        return {key: live(function, value) for key, value in tree.items()}
+    return tree_map_only(Tensor, lambda x: function(x) if on_tape(x) else x, tree)
+
+
+class TimesValue(Identity):
+    """Identity at whose input relevance per unit of activation becomes relevance: ``R = x * g``."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        """The value itself."""
+        return alias(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Keep the value."""
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        """Multiply; what is infinite (masked logits) has no relevance."""
+        (x,) = ctx.saved_tensors
+        return finite_product(x, grad)
+
+
+class PerValue(Identity):
+    """Identity at whose input relevance becomes relevance per unit of activation: ``g = R / stab(x)``.
+
+    Unless told, nothing is stabilised: where the value is zero there is none.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, stabilizer: Stabilizer = exact) -> Tensor:
+        """The value itself."""
+        return alias(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the value."""
+        ctx.save_for_backward(inputs[0])
+        ctx.stabilizer = inputs[1] if len(inputs) > 1 else exact
+        ctx.n_rest = len(inputs) - 1
+        ctx.report = current()
+
+    @staticmethod
+    def backward(ctx: Any, relevance: Any) -> Any:
+        """Divide."""
+        (value,) = ctx.saved_tensors
+        x, relevance = parts(value), parts(relevance)
+        grad = relevance / stabilize(x, ctx.stabilizer)
+        if ctx.report is not None:
+            ctx.report("stabiliser", relevance - torch.where(x.isinf(), 0.0, x * grad))
+        return whole(grad, value), *(None,) * ctx.n_rest
+
+
+class Damped(PerValue):
+    """Identity at which relevance per unit of activation loses the stabiliser's share: ``g * z / stab(z)``."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        """Multiply by a factor of at most one."""
+        (value,) = ctx.saved_tensors
+        z, grad = parts(value), parts(grad)
+        damped = grad * (z / stabilize(z, ctx.stabilizer))
+        if ctx.report is not None:
+            ctx.report("stabiliser", z * grad - z * damped)
+        return whole(damped, value), *(None,) * ctx.n_rest
+
+
+class Scaled(Identity):
+    """Identity at which what travels backwards is multiplied by a factor."""
+
+    @staticmethod
+    def forward(x: Tensor, factor: float) -> Tensor:
+        """The value itself."""
+        return alias(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        """Keep the factor."""
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        """Multiply."""
+        return grad * ctx.factor, None
+
+
+class NotOneTensor(Exception):
+    """A function returned something else than a tensor."""
+
+
+class Unchanged(TapeFunction):
+    """A function of one tensor, all relevance of whose value goes to its argument.
+
+    Raises:
+        NotOneTensor: the function returns something else.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, function: Callable[[Tensor], Any], made_by: str) -> Tensor:
+        """The function's value."""
+        z = function(x)
+        if not isinstance(z, Tensor):
+            raise NotOneTensor
+        return alias(z) if z is x or z._is_view() else z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the name of the function."""
+        ctx.made_by = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        """Hand it on."""
+        return grad, None, None
+
+
+class Ratio(Unchanged):
+    """The same in the gradient convention: ``g_x = g_z * z / stab(x)``."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep argument and value."""
+        x, _, ctx.made_by = inputs
+        ctx.save_for_backward(x, output)
+        ctx.report = current()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        """Multiply by the slope of the secant through the origin."""
+        x, z = ctx.saved_tensors
+        pulled = grad * (z / rounding(x))
+        if ctx.report is not None:
+            ctx.report("stabiliser", z * grad - finite_product(x, pulled))
+        return pulled, None, None
+
+
+class Substituted(TapeFunction):
+    """A value that one computation made, on the tape of another that makes the same."""
+
+    @staticmethod
+    def forward(written: Tensor, value: Tensor) -> Tensor:
+        """The value."""
+        return alias(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        """Hand it to the computation that is written out."""
+        return grad, None
+
+
+def finite_product(x: Tensor, grad: Tensor) -> Tensor:
+    """``x * grad``, and zero where ``x`` is infinite, as masked logits are."""
+    if x.is_complex():
+        return whole(parts(x) * parts(grad), x)
+    product = x * grad
+    if not x.is_floating_point():
+        return product
+    # One sum tells that there is nothing to mask, where a value can be looked at without waiting for it.
+    if product.is_cpu and may_look_at(product) and math.isfinite(product.sum()):
+        return product
+    return product.masked_fill_(x.isinf(), 0.0)

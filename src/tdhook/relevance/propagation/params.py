@@ -1,0 +1,89 @@
+"""Two tools that most rules share: the stabiliser, and the replacement of parameters for a while.
+
+The stabiliser keeps a denominator away from zero: ``stab(z) = z + eps * sign(z)`` with ``sign(0) = +1``. Every argument
+named ``epsilon`` or ``stabilizer`` in this library is either that ``eps`` (a float) or a callable that maps a
+denominator to its stabilised value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+__all__ = ["ParamModifier", "ZeroParams", "zero_param_names"]
+
+
+ZeroParams: TypeAlias = "str | Iterable[str] | None"
+ModifyFn: TypeAlias = Callable[[str, Tensor], Tensor]
+SelectFn: TypeAlias = Callable[[str, Tensor], bool]
+
+
+def zero_param_names(zero_params: ZeroParams) -> tuple[str, ...]:
+    """Normalise the ``zero_params`` argument of a rule: a name, several, or none."""
+    if zero_params is None:
+        return ()
+    names = (zero_params,) if isinstance(zero_params, str) else tuple(zero_params)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"zero_params takes names of parameters such as 'bias', got {name!r} of type {type(name).__name__}"
+            )
+    return names
+
+
+class ParamModifier:
+    """Replaces parameters of a module while a ``with`` block runs.
+
+    Args:
+        modify_fn: ``(name, parameter) -> tensor`` gives the replacement; by default the parameter itself.
+        select_fn: ``(name, parameter) -> bool`` says which parameters are replaced; by default none.
+
+    Calling the modifier on a module is the context manager. Afterwards the very same parameter objects are back, also
+    where the block raised. Names are dotted paths below the module, as in ``module.named_parameters()``.
+    """
+
+    def __init__(self, modify_fn: ModifyFn | None = None, select_fn: SelectFn | None = None) -> None:
+        self._modify_fn: ModifyFn = modify_fn or (lambda name, param: param)
+        self._select_fn: SelectFn = select_fn or (lambda name, param: False)
+
+    @contextmanager
+    def __call__(self, module: nn.Module) -> Iterator[nn.Module]:
+        """Yield ``module`` with the selected parameters replaced."""
+        originals: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+        try:
+            for prefix, owner in list(module.named_modules()):
+                for key, param in list(owner._parameters.items()):
+                    name = f"{prefix}.{key}" if prefix else key
+                    if param is None or not self._select_fn(name, param):
+                        continue
+                    replacement = self._modify_fn(name, param)
+                    originals.append((owner._parameters, key, param))
+                    owner._parameters[key] = replacement
+            yield module
+        finally:
+            for parameters, key, param in reversed(originals):
+                parameters[key] = param
+
+    @staticmethod
+    def from_modifiers(modifiers: Sequence[ParamModifier]) -> ParamModifier:
+        """Chain modifiers: each one that selects a parameter modifies what the ones before it left."""
+        chain = tuple(modifiers)
+
+        def select(name: str, param: Tensor) -> bool:
+            return any(modifier._select_fn(name, param) for modifier in chain)
+
+        def modify(name: str, param: Tensor) -> Tensor:
+            for modifier in chain:
+                if modifier._select_fn(name, param):
+                    param = modifier._modify_fn(name, param)
+            return param
+
+        return ParamModifier(modify_fn=modify, select_fn=select)
+
+    @staticmethod
+    def select_all(name: str, param: Tensor) -> bool:
+        """Select every parameter: a ``select_fn``."""
+        return True

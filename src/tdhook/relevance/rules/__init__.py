@@ -1,0 +1,1 @@
+"""The rules of layer-wise relevance propagation, each from its definition."""

@@ -1,0 +1,60 @@
+"""Scaled dot-product attention under one rule, at the price of its own backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from tdhook.conventions import Convention
+from tdhook.relevance.propagation.constants import with_constants
+from tdhook.relevance.propagation.conversions import Scaled
+from tdhook.relevance.propagation.rule import RunningRule
+from tdhook.tape.functions import on_tape
+
+__all__ = ["AttentionRule"]
+
+
+class AttentionRule(RunningRule):
+    """``softmax(q k^T / sqrt(d)) v`` in the gradient convention (AttnLRP, Achtibat et al. 2024).
+
+    Both products are shared equally (Prop. 3.3) and the softmax is linearised at its input (Prop. 3.1), for which the
+    plain backward pass is right. So values receive half of their gradient, queries and keys a quarter of theirs, and
+    the kernel that computes them builds no matrix of attention weights where it does not anyway.
+
+    Args:
+        values_only: hold the attention weights constant, so that values take all (Ali et al. 2022; CP-LRP).
+    """
+
+    convention: ClassVar[Convention] = "gradient"
+
+    def __init__(self, values_only: bool = False) -> None:
+        super().__init__()
+        self.values_only = values_only
+
+    def run(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call ``module`` on query, key and value with their gradients scaled."""
+        arguments = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
+        operands: list[Any] = [arguments.get(name) for name in ("query", "key", "value", "attn_mask")]
+        named = {key: x for key, x in kwargs.items() if key not in ("query", "key", "value", "attn_mask")}
+        scores = [i for i in (0, 1, 3) if isinstance(operands[i], Tensor) and on_tape(operands[i])]
+        factors = [1.0] * 4
+        if self.values_only:
+            for i in scores:
+                operands[i] = operands[i].detach()
+        elif scores:
+            shared = 0.5 if on_tape(operands[2]) else 1.0
+            n_factors = len([i for i in scores if i < 2])
+            factors = [shared / n_factors if n_factors else 1.0] * 2 + [0.5, shared]
+        scaled = [_scaled(x, factor) for x, factor in zip(operands, factors, strict=True)]
+        outputs = original(*scaled, *args[4:], **named)
+        kept = [f for x, f in zip(operands, factors, strict=True) if isinstance(x, Tensor) and on_tape(x)]
+        return with_constants(module, original, (*operands, *args[4:]), named, outputs, factors=kept)
+
+
+def _scaled(x: Any, factor: float) -> Any:
+    scales = isinstance(x, Tensor) and factor != 1 and on_tape(x)
+    return Scaled.apply(x, factor) if scales else x

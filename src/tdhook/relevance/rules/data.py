@@ -1,0 +1,42 @@
+"""Rules from plain data, by their names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from tdhook.relevance.propagation.rule import Rule
+
+# Importing a rule makes it known by its name.
+from tdhook.relevance.rules import (  # noqa: F401
+    attention,
+    epsilon,
+    gradient,
+    normalisation,
+    products,
+    recurrent,
+    signed,
+    simple,
+    squares,
+)
+
+__all__ = ["rule_from_dict"]
+
+
+def rule_from_dict(data: Mapping[str, Any] | str) -> Rule:
+    """Make a rule from plain data: ``{"rule": "EpsilonRule", "epsilon": 1e-3}``, or just its name.
+
+    Raises:
+        ValueError: no rule has that name, or it does not take these arguments.
+    """
+    arguments: dict[str, Any] = {"rule": data} if isinstance(data, str) else dict(data)
+    name = arguments.pop("rule", None)
+    cls = Rule.registry.get(name) if isinstance(name, str) else None
+    if cls is None or inspect.isabstract(cls):
+        known = ", ".join(sorted(n for n, c in Rule.registry.items() if not inspect.isabstract(c)))
+        raise ValueError(f"no rule is named {name!r}; rules are {known}")
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take {arguments}: {error}") from error

@@ -1,0 +1,193 @@
+"""Epsilon and its kin: shares by contributions ``c_ij = x_i w_ij`` to each output, or by their linearisation.
+
+``stab`` is the stabiliser (:mod:`tdhook.relevance.propagation.params`). A bias is an input that is always one: it
+takes its share, which is thereby absorbed. ``zero_params`` names parameters to treat as zero (``"bias"``, say).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from tdhook.conventions import Convention
+from tdhook.relevance.propagation.constants import with_constants
+from tdhook.relevance.propagation.conversions import Damped, PerValue, Scaled, TimesValue, live
+from tdhook.relevance.propagation.forms import closed_form
+from tdhook.relevance.propagation.formula import PropagationRule
+from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.params import ZeroParams, zero_param_names
+from tdhook.relevance.propagation.stabilisers import Stabilizer, checked, rounding
+from tdhook.relevance.propagation.steps import Grads, Step
+from tdhook.relevance.rules.shares import itself, modified_by, per_unit, report_bias, share_of
+from tdhook.tape.functions import on_tape
+from tdhook.tape.overwriting import natively
+
+__all__ = [
+    "EpsilonRule",
+    "NormRule",
+    "SoftmaxEpsilonRule",
+    "UniformEpsilonRule",
+]
+
+
+class EpsilonRule(PropagationRule):
+    """LRP-epsilon: ``R_i = x_i * sum_j w_ij R_j / stab(z_j)`` (Bach et al. 2015, eq. 58).
+
+    For any differentiable module, through its vector-Jacobian product: ``R_x = x * J^T (R_z / stab(z))``; with several
+    inputs each takes its share.
+
+    Args:
+        epsilon: the stabiliser of the denominator.
+        zero_params: names of parameters to treat as zero.
+    """
+
+    needs_outputs = True
+    needs_vjp = True
+
+    def __init__(self, epsilon: Stabilizer = 1e-6, zero_params: ZeroParams = None) -> None:
+        super().__init__()
+        self.epsilon = checked(epsilon, "epsilon")
+        self.zero_params = zero_param_names(zero_params)
+
+    def run(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call ``module``: what has no closed form is run as it is, between the two factors of the formula."""
+        if self.zero_params or closed_form(module) is not None:
+            return super().run(module, original, args, kwargs)
+        args, kwargs = live(TimesValue.apply, (args, kwargs))
+        outputs = self._natively(module, original, args, kwargs)
+        return live(lambda z: PerValue.apply(z, self.epsilon), outputs)
+
+    def run_in(
+        self,
+        flow: Convention,
+        module: nn.Module,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """In the gradient convention the plain backward pass is right, but for the stabiliser's share."""
+        if flow == "relevance":
+            return self.run(module, original, args, kwargs)
+        if self.zero_params:
+            return super().run_in(flow, module, original, args, kwargs)
+        outputs = self._natively(module, original, args, kwargs)
+        if self.epsilon is rounding:
+            return outputs
+        return live(lambda z: Damped.apply(z, self.epsilon), outputs)
+
+    def _natively(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The formula in the gradient convention, where it is the plain backward pass."""
+        factor = 1.0
+        if type(self)._share is not EpsilonRule._share:
+            leaves = tree_leaves((args, kwargs))
+            factor = self._share(sum(isinstance(x, Tensor) and on_tape(x) for x in leaves))
+        with natively(module):
+            outputs = original(*args, **kwargs)
+            if factor != 1:
+                outputs = live(lambda z: Scaled.apply(z, factor), outputs)
+            return with_constants(module, original, args, kwargs, outputs, factors=factor)
+
+    def _share(self, n_inputs: int) -> float:
+        """What each of several inputs gets of its share."""
+        return 1.0
+
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        outputs, vjp = step.outputs, step.vjp
+        modify = modified_by(itself, self.zero_params)
+        if self.zero_params:
+            outputs, vjp = step.modified(step.inputs, modify)
+        per_output = [per_unit(step, r, z, self.epsilon) for r, z in zip(relevance, outputs, strict=True)]
+        grads = vjp(*per_output)
+        report_bias(step, modify, *per_output)
+        share = self._share(len(step.inputs))
+        shares = (
+            None if g is None else share_of(step, x, g) for x, g in zip(step.inputs, grads, strict=True)
+        )
+        return tuple(shares) if share == 1 else tuple(r if r is None else r * share for r in shares)
+
+
+class UniformEpsilonRule(EpsilonRule):
+    """Epsilon, divided by the number of inputs: for products of activations (AttnLRP, Prop. 3.3)."""
+
+    in_both = True
+
+    def _share(self, n_inputs: int) -> float:
+        return 1 / max(n_inputs, 1)
+
+
+class NormRule(EpsilonRule):
+    """Epsilon for layers without weights, such as sums and average pooling: shares by ``x_i J_ij / stab(z_j)``.
+
+    Args:
+        stabilizer: the stabiliser of the denominator.
+    """
+
+    def __init__(self, stabilizer: Stabilizer = 1e-6) -> None:
+        super().__init__(stabilizer)
+
+    @property
+    def stabilizer(self) -> Stabilizer:
+        """The stabiliser of the denominator."""
+        return self.epsilon
+
+
+class SoftmaxEpsilonRule(EpsilonRule):
+    """Softmax: ``R_i = x_i (R_i - s_i sum_j R_j)`` (AttnLRP, Achtibat et al. 2024, Prop. 3.1).
+
+    The sum goes over the ``dim`` of an ``nn.Softmax``, over the last axis of anything else.
+
+    Args:
+        epsilon: kept for the signature; the formula has no denominator.
+    """
+
+    needs_vjp = False
+    in_both = True
+
+    def __init__(self, epsilon: Stabilizer = 1e-6) -> None:
+        super().__init__(epsilon)
+
+    def run(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call ``module`` under the formula."""
+        return PropagationRule.run(self, module, original, args, kwargs)
+
+    def run_in(
+        self,
+        flow: Convention,
+        module: nn.Module,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """In the gradient convention the formula is the plain backward pass."""
+        if flow == "relevance":
+            return self.run(module, original, args, kwargs)
+        return with_constants(module, original, args, kwargs, original(*args, **kwargs))
+
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        (r,), (s,) = relevance, step.outputs
+        x, *others = step.inputs
+        # Logits that are masked by minus infinity have no relevance.
+        x = torch.where(x.isinf(), 0.0, x)
+        if step.report is not None:  # the zeroth term of the linearisation
+            step.report("constant", r * (1 - x + (s * x).sum(_axis(step), keepdim=True)))
+        return (r - s * r.sum(_axis(step), keepdim=True)) * x, *(None for _ in others)
+
+
+def _axis(step: Step) -> int:
+    """The axis of a softmax."""
+    args, kwargs = step.arguments
+    if isinstance(step.module, Operation):
+        given = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    else:
+        given = step.module.dim if isinstance(step.module, nn.Softmax) else None
+    return given if isinstance(given, int) else -1

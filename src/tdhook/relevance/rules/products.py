@@ -1,0 +1,78 @@
+"""Rules for products of activations in which one factor takes all: gates, denominators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tdhook.conventions import Convention
+from tdhook.relevance.propagation.constants import with_constants
+from tdhook.relevance.propagation.conversions import Scaled, live
+from tdhook.relevance.propagation.rule import RunningRule
+from tdhook.tape.functions import on_tape
+from tdhook.tape.origins import made_by
+
+__all__ = ["ConstantRule", "SignalTakeAllRule"]
+
+_GATES = frozenset(("sigmoid", "hardsigmoid"))
+
+
+class SignalTakeAllRule(RunningRule):
+    """One factor of a product, the signal, takes all relevance; the others, the gates, are held constant.
+
+    For the gated products of recurrent cells (Arras et al. 2017, 2019), and for quotients, whose denominator is the
+    gate (AttnLRP, Achtibat et al. 2024, Prop. 3.4).
+
+    Args:
+        signal: which of the arguments is the signal. By default the first of a quotient; of a product the one that is
+            no gate, where the other one is: what a sigmoid made, or one minus that. A product without gate, and one
+            of gates alone, is shared equally.
+    """
+
+    convention: ClassVar[Convention] = "gradient"
+
+    def __init__(self, signal: int | None = None) -> None:
+        super().__init__()
+        self.signal = signal
+
+    def run(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call ``module`` with its gates taken off the tape."""
+        arguments: list[Any] = [*args, *kwargs.values()]
+        factors = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and on_tape(x)]
+        signal = self.signal
+        if signal is None and len(factors) > 1:
+            signal = self._signal(module, arguments, factors)
+        equal = 1 / max(len(factors), 1) if signal is None else 1.0
+        for i in factors:
+            if signal is not None and i != signal:
+                arguments[i] = arguments[i].detach()
+        args, kwargs = tuple(arguments[: len(args)]), dict(zip(kwargs, arguments[len(args) :], strict=True))
+        outputs = original(*args, **kwargs)
+        if equal != 1:
+            outputs = live(lambda z: Scaled.apply(z, equal), outputs)
+        return with_constants(module, original, args, kwargs, outputs, factors=equal)
+
+    @staticmethod
+    def _signal(module: nn.Module, arguments: list[Any], factors: list[int]) -> int | None:
+        if type(module).__name__ not in ("mul", "matmul"):
+            return factors[0]
+        signals = [i for i in factors if not made_by(arguments[i], _GATES)]
+        return signals[0] if len(signals) == 1 else None
+
+
+class ConstantRule(RunningRule):
+    """Hold the result constant: it takes no share where it meets others (Ali et al. 2022, of attention weights)."""
+
+    convention: ClassVar[Convention] = "gradient"
+
+    def run(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call ``module`` off the tape."""
+        with torch.no_grad():
+            return original(*args, **kwargs)

@@ -1,0 +1,143 @@
+"""Rules that do not look at values: all of it, none of it, equal parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from tdhook.conventions import Convention
+from tdhook.relevance.propagation.conversions import NotOneTensor, Ratio, Unchanged
+from tdhook.relevance.propagation.formula import PropagationRule
+from tdhook.relevance.propagation.rule import RemovableRuleHandle, RunningRule
+from tdhook.relevance.propagation.steps import Grads, Step
+from tdhook.tape.functions import on_tape
+from tdhook.tape.overwriting import natively
+
+__all__ = ["IgnoreRule", "PassRule", "StopRule", "UniformRule"]
+
+# The ratio of value and argument is the derivative, also at zero as torch has it.
+_HOMOGENEOUS = frozenset(("ReLU", "relu"))
+
+
+class PassRule(PropagationRule):
+    """All relevance through unchanged, ``R_x = R_z``: for activations (Bach et al. 2015).
+
+    Raises:
+        ValueError: on the forward pass, where inputs and outputs differ in number or shape.
+    """
+
+    needs_inputs = False
+    in_both = True
+
+    def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        if len(inputs) != len(outputs):
+            raise ValueError(
+                "PassRule requires the number of inputs and outputs to be the same, "
+                f"got {len(inputs)} inputs and {len(outputs)} outputs from {type(module).__name__}"
+            )
+        for index, (x, z) in enumerate(zip(inputs, outputs, strict=True)):
+            if x.shape != z.shape:
+                raise ValueError(
+                    f"Input (shape={x.shape}) and output (shape={z.shape}) have different shapes at index {index} "
+                    f"of {type(module).__name__}, which PassRule cannot pass on"
+                )
+
+    def run_in(
+        self,
+        flow: Convention,
+        module: nn.Module,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A function of one tensor: in the gradient convention, ``g_x = g_z * z / x``."""
+        single = args and isinstance(args[0], Tensor) and (len(args) == 1 or not _has_tensor(args[1:]))
+        if not single or (kwargs and _has_tensor(kwargs)) or not on_tape(args[0]):
+            return super().run_in(flow, module, original, args, kwargs)
+        name = type(module).__name__
+        if flow == "gradient" and name in _HOMOGENEOUS:
+            with natively(module):
+                return original(*args, **kwargs)
+
+        def function(x: Tensor) -> Any:
+            with natively(module):
+                z = original(x, *args[1:], **kwargs)
+            outputs = (z,) if isinstance(z, Tensor) else tree_leaves(z)
+            self.check(module, (x,), [leaf for leaf in outputs if isinstance(leaf, Tensor)])
+            return z
+
+        passed = Unchanged if flow == "relevance" else Ratio
+        try:
+            return passed.apply(args[0], function, name)
+        except NotOneTensor:
+            return super().run_in(flow, module, original, args, kwargs)
+
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        return relevance
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+
+
+class StopRule(PropagationRule):
+    """No relevance goes through: ``R_x = 0``. What arrives is absorbed."""
+
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        if step.report is not None:
+            for r in relevance:
+                step.report("stop", r)
+        return tuple(torch.zeros_like(x) if x.is_floating_point() else None for x in step.inputs)
+
+
+class UniformRule(PropagationRule):
+    """Equal parts to each of ``n`` inputs: ``R_x = R_z / n`` (AttnLRP, Achtibat et al. 2024, Prop. 3.3).
+
+    Raises:
+        ValueError: on the forward pass, where an input has another shape than the output.
+    """
+
+    def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        for index, x in enumerate(inputs):
+            if x.shape != outputs[0].shape:
+                raise ValueError(
+                    f"UniformRule gives each input an equal part of the output's relevance, but input {index} of "
+                    f"{type(module).__name__} has shape {tuple(x.shape)} and its output {tuple(outputs[0].shape)}; "
+                    "use UniformEpsilonRule there"
+                )
+
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        n_inputs = len(step.inputs)
+        return tuple(relevance[0] / n_inputs for _ in step.inputs)
+
+
+class IgnoreRule(RunningRule):
+    """Leave the module and its gradient alone: for data movement and winner-take-all (max pooling)."""
+
+    def register(self, module: nn.Module) -> RemovableRuleHandle:
+        """Do nothing to ``module``."""
+        return RemovableRuleHandle(self, module)
+
+    def unregister(self, module: nn.Module) -> None:
+        """Do nothing to ``module``."""
+
+    def run(
+        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the module as it is."""
+        return original(*args, **kwargs)
+
+    def run_in(
+        self,
+        flow: Convention,
+        module: nn.Module,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run the module as it is."""
+        return original(*args, **kwargs)

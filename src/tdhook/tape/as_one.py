@@ -1,0 +1,40 @@
+"""Functions of tensors that are one operation, whatever they compute inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["as_one", "is_one"]
+
+F = TypeVar("F", bound=Callable[..., Tensor])
+_MARK = "tdhook_as_one"
+
+
+def is_one(function: Callable[..., Any]) -> bool:
+    """Whether a function was made one operation by :func:`as_one`."""
+    return getattr(function, _MARK, False) is True
+
+
+def as_one(function: F) -> F:
+    """Have a function of tensors explained as one operation, and not by the operations inside it.
+
+    It runs under the generic epsilon rule, ``R_i = x_i df/dx_i R / f``: gradient times input, and what that leaves of
+    the value (the zeroth term of the linearisation) is absorbed as a constant. A composite can name it like any
+    operation, ``Op("name of the function")``, and give it another rule.
+    """
+
+    @wraps(function)
+    def whole(*args: Any, **kwargs: Any) -> Tensor:
+        tensors = tuple(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        if has_torch_function(tensors):
+            return handle_torch_function(whole, tensors, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    setattr(whole, _MARK, True)
+    return cast(F, whole)

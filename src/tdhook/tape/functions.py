@@ -1,0 +1,139 @@
+"""The tape of autograd: what is on it, who made a value, and identities that are put on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+__all__ = [
+    "Identity",
+    "TapeFunction",
+    "alias",
+    "copying",
+    "maker_of",
+    "may_look_at",
+    "on_tape",
+    "parts",
+    "transformed",
+    "unwrapped",
+    "whole",
+]
+
+transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
+"""Whether a transform such as ``torch.vmap`` is at work."""
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """The tensor inside those that ``torch.vmap`` wraps around it."""
+    while torch._C._functorch.is_batchedtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def on_tape(x: Tensor) -> bool:
+    """Whether gradients flow to ``x``; under ``torch.vmap`` it is the tensor inside that knows."""
+    if x.requires_grad or not transformed():
+        return x.requires_grad
+    while torch._C._functorch.is_batchedtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+        if x.requires_grad:
+            return True
+    return False
+
+
+def may_look_at(x: Tensor) -> bool:
+    """Whether what is done may depend on values of ``x``: not in a graph that is traced, nor on a batch of tensors."""
+    batched = transformed() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not batched and not torch.compiler.is_compiling()
+
+
+def maker_of(node: Any) -> type | None:
+    """The class of the function that made a node of the tape, if it was written in Python."""
+    return getattr(type(node), "_forward_cls", None)
+
+
+def parts(x: Tensor) -> Tensor:
+    """Real numbers as they are; complex ones as the two numbers that they are, each with relevance of its own."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def whole(x: Tensor, like: Tensor) -> Tensor:
+    """The inverse of :func:`parts`."""
+    return torch.view_as_complex(x) if like.is_complex() else x
+
+
+_COPIES: ContextVar[bool] = ContextVar("copies", default=False)
+
+
+@contextmanager
+def copying() -> Iterator[None]:
+    """Make these identities return copies, which may be overwritten, where they return views else."""
+    token = _COPIES.set(True)
+    try:
+        yield
+    finally:
+        _COPIES.reset(token)
+
+
+def alias(x: Tensor) -> Tensor:
+    """Another tensor of the same values: a view, or a copy within :func:`copying`."""
+    return x.clone() if _COPIES.get() else x.view_as(x)
+
+
+class TapeFunction(Function):
+    """A function with a backward pass of its own, written once in the form that ``torch.vmap`` can batch.
+
+    Where nothing transforms it, the same runs in one piece, which costs half as much.
+    """
+
+    generate_vmap_rule = True
+    _in_one_piece: ClassVar[Callable[..., Any]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_is_piece" in cls.__dict__:
+            return
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            outputs = cls.forward(*inputs)
+            cls.setup_context(ctx, inputs, outputs)
+            return outputs
+
+        namespace = {
+            "__doc__": cls.__doc__,
+            "_is_piece": True,
+            "generate_vmap_rule": False,
+            "forward": staticmethod(forward),
+            "setup_context": staticmethod(Function.setup_context),
+        }
+        make: Any = type(cls)
+        piece = make(cls.__name__, (cls,), namespace)
+        cls._in_one_piece = super(Function, piece).apply  # type: ignore[misc]
+
+    @classmethod
+    def apply(cls, *inputs: Any) -> Any:
+        """Run it, and put it on the tape."""
+        if transformed():
+            return super().apply(*inputs)
+        return cls._in_one_piece(*inputs)
+
+
+class Identity(TapeFunction):
+    """Returns its first argument, of the same values; what travels backwards may change there."""
+
+    @staticmethod
+    def before(node: Any) -> tuple[Any, Sequence[Any]]:
+        """The first node from ``node`` towards the inputs that is no identity, and the identities before it."""
+        passed: list[Any] = []
+        while True:
+            made = maker_of(node)
+            if made is None or not issubclass(made, Identity):
+                return node, passed
+            passed.append(node)
+            node = node.next_functions[0][0]

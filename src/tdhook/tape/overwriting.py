@@ -1,0 +1,160 @@
+"""Operations that overwrite their argument: what the backward pass still needs is copied before it is overwritten."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+
+from tdhook.tape.functions import copying
+
+__all__ = [
+    "Guard",
+    "Mutated",
+    "Outdated",
+    "natively",
+    "out_of_place",
+    "overwrites",
+    "storage_of",
+    "was_overwritten",
+]
+
+
+class Mutated(BaseException):
+    """An operation is about to overwrite a tensor while nothing guards what the backward pass kept.
+
+    The model is run again, guarded. Not an ``Exception``, so that the model's own handlers let it pass.
+    """
+
+
+class _Kept:
+    """A tensor that the backward pass needs."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class Guard:
+    """Copies what the backward pass keeps of a tensor before the tensor is overwritten.
+
+    The first operation that overwrites something raises :class:`Mutated`; from then on this guards.
+    """
+
+    def __init__(self) -> None:
+        self.active = False
+        self._kept: dict[int, weakref.WeakSet[_Kept]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"active": self.active, "_kept": {}}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Guard one forward pass, since one before it has shown the need."""
+        self._kept = {}
+        with copying(), torch.autograd.graph.saved_tensors_hooks(self._keep, _give_back):
+            yield
+        self._kept = {}
+
+    def before(self, target: Any) -> None:
+        """Copy what is kept of ``target``, which is about to be overwritten."""
+        if not self.active:
+            self.active = True
+            raise Mutated
+        for kept in self._kept.pop(storage_of(target), ()):
+            kept.tensor = kept.tensor.clone()
+
+    def _keep(self, tensor: Tensor) -> _Kept:
+        kept = _Kept(tensor.detach())
+        self._kept.setdefault(storage_of(tensor), weakref.WeakSet()).add(kept)
+        return kept
+
+
+class Outdated:
+    """Tensors that a layer with ``inplace=True`` would have overwritten, had it not been run out of place.
+
+    Mostly nobody reads them again, and nothing is to be copied. Where one is read, the model is run again, guarded, and
+    such layers overwrite what they are given.
+
+    Args:
+        guard: guards the run in which they overwrite.
+
+    Attributes:
+        layers: ids of the layers.
+        heeded: whether they overwrite.
+    """
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self.layers: set[int] = set()
+        self.heeded = False
+        self._tensors: dict[int, weakref.ref[Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "layers": set(), "_tensors": {}}
+
+    def clear(self) -> None:
+        """Begin a forward pass."""
+        self._tensors.clear()
+
+    def add(self, tensor: Tensor) -> None:
+        """Remember a tensor that should have been overwritten."""
+        self._tensors[id(tensor)] = weakref.ref(tensor)
+
+    def check(self, values: Iterable[Any]) -> None:
+        """Have the model run again if one of the values is outdated."""
+        if not self._tensors:
+            return
+        for value in values:
+            if isinstance(value, list | tuple):
+                self.check(value)
+            elif id(value) in self._tensors and self._tensors[id(value)]() is value:
+                self.heeded = self._guard.active = True
+                raise Mutated
+
+
+def _give_back(kept: _Kept) -> Tensor:
+    return kept.tensor
+
+
+def was_overwritten(error: RuntimeError) -> bool:
+    """Whether torch noticed that something the backward pass needs was overwritten, off the tape say."""
+    return "modified" in str(error) and "inplace" in str(error)
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What tells the memory of a tensor from that of others."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return int(tensor.untyped_storage()._cdata)
+
+
+def natively(module: nn.Module) -> AbstractContextManager[None]:
+    """Run a module as it is, but for what it would overwrite."""
+    single = not module._modules and not module.__dict__.get("inplace")
+    return nullcontext() if single else out_of_place(module.modules())
+
+
+def overwrites(module: nn.Module) -> bool:
+    """Whether a layer overwrites its input."""
+    # The `inplace` of a TensorDictModule is about its TensorDict.
+    return module.__dict__.get("inplace") is True and not isinstance(module, TensorDictModuleBase)
+
+
+@contextmanager
+def out_of_place(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Make what overwrites its input return a new tensor instead, so that values saved for the backward pass stay."""
+    changed = [module.__dict__ for module in modules if overwrites(module)]
+    try:
+        for attributes in changed:
+            attributes["inplace"] = False
+        yield
+    finally:
+        for attributes in changed:
+            attributes["inplace"] = True

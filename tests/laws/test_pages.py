@@ -1,0 +1,42 @@
+"""The Python that README and documentation show runs: each page, top to bottom, as one program.
+
+(Examples in docstrings, and those in a page's `{doctest}` blocks, are run by `nox -s docs`.)
+"""
+
+from __future__ import annotations
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def pages_with_python() -> list[str]:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [str(page.relative_to(ROOT)) for page in pages if page.exists() and BLOCK.search(page.read_text())]
+
+
+def test_the_readme_shows_python() -> None:
+    assert "README.md" in pages_with_python()
+
+
+@pytest.mark.parametrize("page", pages_with_python())
+def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # what an example writes goes where it is in nobody's way
+    text = (ROOT / page).read_text()
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in BLOCK.finditer(text):
+        language, source = block.groups()
+        line = text.count("\n", 0, block.start(2))
+        if language == "pycon":
+            example = doctest.DocTestParser().get_doctest(source, names, page, page, line)
+            runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+            assert runner.run(example, clear_globs=False).failed == 0, f"{page}, line {line}: see the output"
+            names = example.globs
+        else:
+            # Blank lines first, so that a traceback shows the page's line.
+            exec(compile("\n" * line + source, str(ROOT / page), "exec"), names)  # noqa: S102
