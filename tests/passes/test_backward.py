@@ -81,7 +81,7 @@ def one_by_one(model, td, pairs, targets):
 def test_each_output_under_every_preset(name, model):
     model, td = case(model, 3)
     found, module = explained(model, td, composite(name), Target("q", "all"))
-    assert module._pull_back._batches, "the backward pass was not batched"
+    assert module._setup.pull_back._batches, "the backward pass was not batched"
     loop = one_by_one(model, td, composite(name), [Target("q", i) for i in range(COUNT)])
     assert found.shape == (3, COUNT, *td["x"].shape[1:])
     torch.testing.assert_close(found, loop, rtol=1e-9, atol=1e-9)
@@ -185,7 +185,7 @@ def test_what_cannot_be_batched_is_looped_over():
     model = TensorDictModule(Stubborn().double(), ["x"], ["q"])
     td = TensorDict(x=torch.randn(3, 6).double(), batch_size=[3])
     found, module = explained(model, td, "epsilon_plus", Target("q", "all"))
-    assert not module._pull_back._batches
+    assert not module._setup.pull_back._batches
     loop = one_by_one(model, td, "epsilon_plus", [Target("q", i) for i in range(COUNT)])
     torch.testing.assert_close(found, loop)
 

@@ -218,7 +218,6 @@ from tdhook import LRP, Target
 for index in ("argmax", "all"):
     explained = LRP("epsilon_plus", target=Target("output", index)).wrap(torch.nn.Linear(3, 2))
     explained(TensorDict(input=torch.ones(2, 3), batch_size=[2]))
-loaded = [name for name in ("tdhook.passes.compiled", "torch._inductor.compile_fx") if name in sys.modules]
-assert not loaded, loaded
+assert "torch._inductor.compile_fx" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)

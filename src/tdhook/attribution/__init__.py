@@ -1,19 +1,8 @@
 """Attribution methods: what of the input made the model answer so."""
 
-from __future__ import annotations
+from tdhook.attribution.gradient import Gradient, GradientTimesInput
+from tdhook.attribution.integrated_gradients import IntegratedGradients
+from tdhook.attribution.lrp import LRP
+from tdhook.contexts.attribution import Attribution
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from tdhook.attribution.lrp import LRP
-
-__all__ = ["LRP"]
-
-
-def __getattr__(name: str) -> Any:
-    # The rules live below this package and are usable without a method, so methods are imported on demand.
-    if name == "LRP":
-        from tdhook.attribution.lrp import LRP
-
-        return LRP
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["LRP", "Attribution", "Gradient", "GradientTimesInput", "IntegratedGradients"]

@@ -1,76 +1,46 @@
 """From a model to a TensorDictModule that also explains it: what all attribution methods share.
 
-A method says what it changes while the model runs and how gradients become relevance; preparing inputs, asking for
-targets, the backward pass and writing the results happen here, once.
+A method says in one function, :meth:`Attribution.explain`, what explains a model. What is asked, which values are
+attributed, where relevance is written, several targets, any batch shape, compilation and the life of the explained
+module are the same for all.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict, TypeVar
 
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-from tdhook.conventions import Convention
+from tdhook.contexts.explained import ExplainedModule
 from tdhook.models.model import InKeys, Model
-from tdhook.models.state import leaves_of
 from tdhook.passes.graphs import Compile, compile_options
-from tdhook.relevance.ledger.ledger import Ledger
-from tdhook.targets import Seeds
+from tdhook.passes.leaves import Choose
+from tdhook.passes.runner import Runner
+from tdhook.passes.setup import Attribute, Question
+from tdhook.targets import TargetLike, as_seeder
+from tdhook.targets.base import Seeder
 
-if TYPE_CHECKING:
-    from tdhook.contexts.explained import ExplainedModule
+__all__ = ["Attribution", "Prepared", "Shared"]
 
-__all__ = ["Attribution", "Conditions", "Prepared", "Record"]
-
-
-@dataclass
-class Record:
-    """What one forward pass left behind.
-
-    Attributes:
-        inputs: the attributed inputs, leaves of the graph.
-        outputs: what the model wrote, on the graph, in the batch shape of the TensorDict.
-        flat: whether the model ran on a flat batch, whose leading axis ``modules`` and ``keys`` have.
-        modules: outputs of the modules that were asked for by path, on the graph.
-        keys: values of the inner keys that were asked for, on the graph.
-    """
-
-    inputs: dict[NestedKey, Tensor]
-    outputs: TensorDictBase
-    flat: bool
-    modules: dict[str, Tensor] = field(default_factory=dict)
-    keys: dict[NestedKey, Tensor] = field(default_factory=dict)
-
-    def shaped(self, value: Tensor, *, after: bool = False) -> Tensor:
-        """A value from inside the model in the batch shape of the TensorDict; ``after`` a leading axis if so."""
-        if not self.flat:
-            return value
-        lead = value.shape[:after]
-        return value.reshape(*lead, *self.outputs.batch_size, *value.shape[after + 1 :])
+Self = TypeVar("Self", bound="Attribution")
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """How a method wants a model to be run.
+class Shared(TypedDict, total=False):
+    """Keywords of :class:`Attribution` that methods with keywords of their own hand on."""
 
-    Attributes:
-        flow: the convention in which gradients travel.
-        forward: entered around the forward pass.
-        overwrites: whether the model overwrites tensors, so that it must not be given leaves of the graph.
-        ledger: what keeps accounts of the run, if anything does.
-    """
-
-    flow: Convention
-    forward: AbstractContextManager[None] = field(default_factory=nullcontext)
-    overwrites: bool = False
-    ledger: Ledger | None = None
+    attribute: Sequence[NestedKey] | str | Choose | None
+    attribution_key: NestedKey
+    use_inputs: bool
+    input_modules: Sequence[str] | None
+    target_modules: Sequence[str] | None
+    values: bool | Sequence[NestedKey]
+    compile: Compile
+    memory_budget: int | None
 
 
 class Prepared:
@@ -81,8 +51,6 @@ class Prepared:
         self._open: list[ExplainedModule] = []
 
     def __enter__(self) -> ExplainedModule:
-        from tdhook.contexts.explained import ExplainedModule
-
         self._open.append(ExplainedModule(self._method, self._model))
         return self._open[-1]
 
@@ -94,41 +62,106 @@ class Attribution(ABC):
     """A configured attribution method.
 
     Args:
+        target: what is explained (:mod:`tdhook.targets`); by default the only output there is.
         attribute: keys to give relevance for: keys that the model reads, keys that a ``TensorDictModule`` inside it
-            writes, or ``"all"`` of these; by default those it reads.
+            writes, or ``"all"`` of these; by default those it reads. Or a function ``(inputs, td) -> inputs`` that
+            chooses among the inputs, or puts others in their place.
         attribution_key: where relevance is written: that of ``key`` under ``(attribution_key, key)``.
         use_inputs: whether inputs get relevance.
-        input_modules: paths of modules whose outputs get relevance, under ``(attribution_key, path)``.
-        target_modules: paths of modules whose outputs may be explained, as if they were keys.
-        compile: whether to run as one graph, by ``torch.compile``; or its mode, or its options.
-        memory_budget: bytes that the gradients of several targets may take together; as many targets as fit share one
-            backward pass; by default 32 MiB on a CPU and 1 GiB elsewhere.
+        input_modules: paths of modules whose outputs get relevance, under ``(attribution_key, path)``; that of a second
+            call of the same module is under ``"path:1"``, of a third under ``"path:2"``, and so on.
+        target_modules: paths of modules whose outputs may be explained, as if they were keys: ``Target(("path",))``.
+        values: whether the values of what is attributed are written too, under ``("value", key or path)``; or the keys
+            and paths whose values are.
+        compile: whether to run as one graph, by ``torch.compile``: ``True``, or its mode, or a dictionary of its
+            options. The first call compiles, which takes seconds; where that cannot be done a warning says why, once.
+        memory_budget: bytes that the gradients of several targets (``index="all"``) may take together, counted as four
+            times the largest of them; as many targets as fit share one backward pass. By default 32 MiB on a CPU (more
+            does not fit its caches, and takes longer) and 1 GiB elsewhere; 0 for one target at a time.
     """
+
+    value_key: NestedKey = "value"
 
     def __init__(
         self,
+        target: TargetLike = None,
         *,
-        attribute: Sequence[NestedKey] | str | None = None,
+        attribute: Sequence[NestedKey] | str | Choose | None = None,
         attribution_key: NestedKey = "attr",
         use_inputs: bool = True,
         input_modules: Sequence[str] | None = None,
         target_modules: Sequence[str] | None = None,
+        values: bool | Sequence[NestedKey] = False,
         compile: Compile = False,
         memory_budget: int | None = None,
     ) -> None:
-        if isinstance(attribute, str) and attribute != "all":
-            raise ValueError(
-                f"attribute={attribute!r} is neither 'all' nor a list of keys; write [{attribute!r}]"
-            )
-        self.attribute = (
-            attribute if isinstance(attribute, str | None) else tuple(map(unravel_key, attribute))
-        )
+        self.target: TargetLike = target
+        self.seeder: Seeder = as_seeder(target)
+        self.attribute = _attribute(attribute)
         self.attribution_key: NestedKey = unravel_key(attribution_key)
         self.use_inputs = use_inputs
         self.input_modules = tuple(input_modules or ())
         self.target_modules = tuple(target_modules or ())
+        self.values = values if isinstance(values, bool) else tuple(map(unravel_key, values))
         self.compile = compile_options(compile)
         self.memory_budget = memory_budget
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(target={self.target!r})"
+
+    def start(self, model: Model) -> Any:
+        """What the method has to work out once per model, which :attr:`Runner.state` then is."""
+        return None
+
+    @abstractmethod
+    def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
+        """What explains the model on ``td``.
+
+        Args:
+            runner: runs the model, forwards and backwards.
+            td: what the explained module was called with, of any batch size.
+
+        Returns:
+            Relevance by the keys of :meth:`~tdhook.passes.forward.Run.sources`: each of the shape of the source, or
+            ``[outputs, *shape]`` where several outputs are explained. It is written as ``[*batch, *features]``, or
+            ``[*batch, outputs, *features]``.
+        """
+
+    def explaining(self: Self, target: TargetLike) -> Self:
+        """The same for another target."""
+        other = copy.copy(self)
+        other.target, other.seeder = target, as_seeder(target)
+        return other
+
+    @property
+    def question(self) -> Question:
+        """What is asked of any model."""
+        return Question(
+            self.seeder,
+            self.attribute,
+            self.use_inputs,
+            self.input_modules,
+            self.target_modules,
+            self.values,
+            self.memory_budget,
+        )
+
+    @property
+    def writes(self) -> tuple[NestedKey, ...]:
+        """Keys that are written besides outputs, relevance and values."""
+        return ()
+
+    def reads_signs(self, state: Any) -> bool:
+        """Whether it spares work to know that no input is negative."""
+        return False
+
+    def report(self, state: Any) -> Any:
+        """The accounts of the last call, as a table.
+
+        Raises:
+            RuntimeError: none were kept.
+        """
+        raise RuntimeError(f"{type(self).__name__} keeps no accounts to report; LRP(..., ledger=True) does")
 
     def prepare(
         self,
@@ -157,70 +190,14 @@ class Attribution(ABC):
         out_keys: Sequence[NestedKey] | None = None,
     ) -> ExplainedModule:
         """Like :meth:`prepare`, to stay: goes wherever ``module`` went, and has its parameters under the same names."""
-        from tdhook.contexts.explained import ExplainedModule
-
         return ExplainedModule(self, Model.of(module, in_keys, out_keys))
 
-    def extra_in_keys(self) -> tuple[NestedKey, ...]:
-        """Keys that the method reads besides those of the model."""
-        return ()
 
-    @abstractmethod
-    def start(self, model: Model) -> Any:
-        """What the method has to work out once per model; its state is kept by the explained module."""
-
-    @abstractmethod
-    def active(self, state: Any, model: Model, td: TensorDictBase) -> AbstractContextManager[Conditions]:
-        """Change the model for one forward and backward pass."""
-
-    @abstractmethod
-    def seeds(self, record: Record, td: TensorDictBase, flow: Convention) -> Seeds:
-        """Where the backward pass starts."""
-
-    @abstractmethod
-    def relevance(self, state: Any, value: Tensor, grad: Tensor, flow: Convention) -> Tensor:
-        """The relevance of ``value``, given what the backward pass brought to it."""
-
-    def reads_signs(self, state: Any) -> bool:
-        """Whether it spares work to know that no input is negative."""
-        return False
-
-    def extra_out_keys(self) -> tuple[NestedKey, ...]:
-        """Keys that the method writes besides outputs and relevance."""
-        return ()
-
-    def target_entries(self) -> Sequence[NestedKey] | None:
-        """Entries that say what is explained, besides the keys that are read anyway; ``None`` for any of them."""
-        return ()
-
-    def derive(self, outputs: TensorDictBase, inputs: TensorDictBase) -> TensorDictBase:
-        """The outputs, and what is to be explained besides them; called as a part of the model."""
-        return outputs
-
-    def differentiable(
-        self, work: TensorDictBase, keys: Sequence[NestedKey], td: TensorDictBase
-    ) -> Iterable[tuple[NestedKey, Tensor]]:
-        """Of the entries ``keys`` of ``work``, those that are attributed, with their values."""
-        return [leaf for key in keys for leaf in leaves_of(key, work.get(key))]
-
-    def extras(self, record: Record) -> dict[NestedKey, Any]:
-        """Further entries to write."""
-        return {}
-
-    def attributed_keys(self, model: Model) -> tuple[NestedKey, ...]:
-        """The keys that are asked for, as far as they are known before the model runs.
-
-        Raises:
-            ValueError: the model neither reads nor writes one of them.
-        """
-        if not isinstance(self.attribute, tuple):
-            return model.attributed if self.use_inputs else ()
-        inner = (m for m in model.runner.modules() if isinstance(m, TensorDictModuleBase))
-        known = {unravel_key(key) for module in inner for key in module.out_keys}
-        for key in self.attribute:
-            if key not in known and key not in model.attributed:
-                names = ", ".join(map(repr, [*model.attributed, *sorted(known, key=str)]))
-                raise ValueError(
-                    f"attribute names {key!r}, which the model neither reads nor writes; it has {names}"
-                )
-        return self.attribute
+def _attribute(attribute: Sequence[NestedKey] | str | Choose | None) -> Attribute:
+    if isinstance(attribute, str) and attribute != "all":
+        raise ValueError(
+            f"attribute={attribute!r} is neither 'all' nor a list of keys; write [{attribute!r}]"
+        )
+    if attribute is None or isinstance(attribute, str) or callable(attribute):
+        return attribute
+    return tuple(map(unravel_key, attribute))

@@ -1,11 +1,9 @@
-"""The explained module: one forward pass, one backward pass, and what is written."""
+"""The explained module: does what a model does, and writes what explains it."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDictBase
@@ -13,29 +11,43 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
-from tdhook.contexts.attribution import Conditions, Record
 from tdhook.keys import named_tensors, parts_of
-from tdhook.models.capture import Captured, captured
 from tdhook.models.model import Model
-from tdhook.models.state import dense_copy, leaves_of, restored
-from tdhook.passes.backward import PullBack
-from tdhook.passes.diagnosis import is_explainable, why_not_finite
+from tdhook.passes import compiled
+from tdhook.passes.forward import Run
 from tdhook.passes.graphs import Graphs
-from tdhook.relevance.ledger.balance import balance
-from tdhook.relevance.ledger.ledger import Ledger
-from tdhook.tape.conditions import is_assumed_nonnegative
-from tdhook.tape.origins import mark_nonnegative
-from tdhook.tape.overwriting import Mutated
-from tdhook.targets import Seeds, require_dependence
+from tdhook.passes.runner import Runner
+from tdhook.passes.setup import Question, Setup
 
-if TYPE_CHECKING:
-    from rich.table import Table
+__all__ = ["ExplainedModule", "Explaining"]
 
-    from tdhook.contexts.attribution import Attribution
 
-__all__ = ["ExplainedModule"]
+class Explaining(Protocol):
+    """What an explained module asks of the method that explains it."""
 
-T = TypeVar("T")
+    attribution_key: NestedKey
+    value_key: NestedKey
+    compile: dict[str, Any] | None
+
+    @property
+    def question(self) -> Question:
+        """What is asked of a model."""
+
+    @property
+    def writes(self) -> tuple[NestedKey, ...]:
+        """Keys that are written besides outputs, relevance and values."""
+
+    def start(self, model: Model) -> Any:
+        """What has to be worked out once per model."""
+
+    def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
+        """What explains one call, by source."""
+
+    def reads_signs(self, state: Any) -> bool:
+        """Whether it spares work to know that no input is negative."""
+
+    def report(self, state: Any) -> Any:
+        """The accounts of the last call, as a table."""
 
 
 class ExplainedModule(TensorDictModuleBase):
@@ -43,14 +55,9 @@ class ExplainedModule(TensorDictModuleBase):
 
     Parameters, buffers and submodules are the model's own, under the same names: ``state_dict``, optimisers, weight
     synchronisation, ``to`` and ``train`` see the model.
-
-    Attributes:
-        ledger: accounts of the last call, if they were asked for.
     """
 
-    ledger: Ledger | None
-
-    def __init__(self, method: Attribution, model: Model, state: Any = None) -> None:
+    def __init__(self, method: Explaining, model: Model, state: Any = None) -> None:
         super().__init__()
         # The very dictionaries of the model, so that whatever is registered there later is seen here too.
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -58,22 +65,26 @@ class ExplainedModule(TensorDictModuleBase):
         self.__dict__["_model"] = model
         self.training = model.root.training
         self._method = method
-        self._closed = self._ran = False
-        self.__dict__["ledger"] = None
-        self._told: set[NestedKey] = set()
-        self._paths = {
-            path: model.submodule(path) for path in (*method.input_modules, *method.target_modules)
-        }
-        self._attributed = method.attributed_keys(model)
-        sources = [*self._attributed, *method.input_modules]
-        self.in_keys = list(dict.fromkeys([*map(unravel_key, model.runner.in_keys), *method.extra_in_keys()]))
-        self.out_keys = [*model.runner.out_keys, *map(self._entry, sources), *method.extra_out_keys()]
+        self._closed = False
+        self._setup = setup = Setup(model, method.question)
+        self.in_keys = list(setup.in_keys)
+        sources = [self.entry(key) for key in setup.sources]
+        target = setup.question.target
+        self.out_keys = [*model.runner.out_keys, *sources, *target.writes, *method.writes]
         # Some models say which of the entries that they read are attributed, and read others.
-        chosen_by = None if getattr(model.runner, "reads_everything", False) else method.target_entries()
-        self._chosen_by = chosen_by and [key for key in chosen_by if key not in self.in_keys]
-        self._pull_back = PullBack(method.memory_budget)
-        self._state = method.start(model) if state is None else state
-        self._graphs = Graphs(self, method.compile)
+        entries = None if getattr(model.runner, "reads_everything", False) else target.entries
+        self._chosen_by = None if entries is None else [key for key in entries if key not in self.in_keys]
+        self.__dict__["_state"] = method.start(model) if state is None else state
+        self._graphs = self._new_graphs()
+
+    def _new_graphs(self) -> Graphs:
+        return Graphs(
+            self._model.root,
+            self.explain,
+            self.reads,
+            lambda: self._method.reads_signs(self._state),
+            self._method.compile,
+        )
 
     def close(self) -> None:
         """End the module's life: a later call is an error."""
@@ -92,7 +103,7 @@ class ExplainedModule(TensorDictModuleBase):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._graphs = Graphs(self, self._method.compile)
+        self._graphs = self._new_graphs()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -101,6 +112,27 @@ class ExplainedModule(TensorDictModuleBase):
             if name.startswith("__") or "_model" not in self.__dict__:
                 raise
             return getattr(self.__dict__["_model"].runner, name)
+
+    @property
+    def method(self) -> Explaining:
+        """How the model is explained."""
+        return self._method
+
+    @property
+    def model(self) -> Model:
+        """What is explained."""
+        model: Model = self.__dict__["_model"]
+        return model
+
+    @property
+    def attributed(self) -> tuple[NestedKey, ...]:
+        """The keys that get relevance, as far as they are known before the model runs."""
+        return self._setup.attributed
+
+    @property
+    def ledger(self) -> Any:
+        """Accounts of the last call, if they were asked for."""
+        return getattr(self.__dict__["_state"], "ledger", None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on a TensorDict and write its outputs and the relevance of its inputs into it.
@@ -115,6 +147,7 @@ class ExplainedModule(TensorDictModuleBase):
             or the values of ``out_keys``, if tensors were given.
 
         Raises:
+            RuntimeError: the ``with`` block that the module lived in has ended.
             KeyError: a key is missing.
             ValueError: the batch is empty, a value that is explained is not finite, the target depends on no input.
         """
@@ -128,13 +161,9 @@ class ExplainedModule(TensorDictModuleBase):
             values = tuple(td.get(key) for key in self.out_keys)
             return values[0] if len(values) == 1 else values
         if torch.compiler.is_compiling():
-            from tdhook.passes.compiled import inline
-
-            written = inline(self, td)
+            written = compiled.inline(self._graphs, td)
         elif self._graphs.wanted:
-            from tdhook.passes.compiled import run
-
-            written = run(self, td)
+            written = compiled.run(self._graphs, td)
         else:
             written = self.explain(td)
         for key, value in written.items():
@@ -149,195 +178,56 @@ class ExplainedModule(TensorDictModuleBase):
 
     def explain(self, td: TensorDictBase) -> dict[NestedKey, Any]:
         """What a call writes into ``td``, operation by operation."""
+        runner = Runner(self._setup, td, self._state)
         with torch.inference_mode(False), torch.enable_grad():
-            return self._carefully(lambda: self._attempt(td))
+            found, base = runner.carefully(lambda: self._explained(runner))
+            return {**base.written(), **runner.beside, **self._values(base), **self._relevance(base, found)}
 
-    def rehearse(
-        self, td: TensorDictBase, within: Callable[[], AbstractContextManager[None]] = nullcontext
-    ) -> None:
-        """Run the model on its tape, and leave everything as it was.
-
-        Args:
-            td: what to run it on, left as it is.
-            within: makes a context to run it in.
-        """
-
-        def attempt() -> None:
-            with within(), self._forward_pass(td):
+    def _explained(self, runner: Runner) -> tuple[Mapping[NestedKey, Tensor], Run]:
+        found = self._method.explain(runner, runner.td)
+        if runner.base is None:  # a method that does not run the model on the inputs as they are
+            with runner.forward(runner.td):
                 pass
+        assert runner.base is not None
+        return found, runner.base
 
-        with torch.inference_mode(False), torch.enable_grad(), restored(self._model.root):
-            self._carefully(attempt)
-
-    def _carefully(self, attempt: Callable[[], T]) -> T:
-        """Try, and try again where it turns out that the model overwrites tensors: now it is run with more care."""
-        while True:
-            try:
-                with nullcontext() if self._ran else restored(self._model.root, always=False):
-                    result = attempt()
-            except Mutated:
-                continue
-            self._ran = True
-            return result
-
-    def _attempt(self, td: TensorDictBase) -> dict[NestedKey, Any]:
-        method = self._method
-        with self._forward_pass(td) as (record, conditions):
-            seeds = method.seeds(record, td, conditions.flow)
-            sources = self._sources(record)
-            relevance = self._relevance(record, sources, seeds, conditions, td)
-            accounts = self._accounts(record, sources, seeds, conditions)
-        written = {
-            key: value.detach() if isinstance(value, Tensor) else value
-            for key, value in record.outputs.items(True, True)
-        }
-        return {**written, **method.extras(record), **relevance, **accounts}
-
-    @contextmanager
-    def _forward_pass(self, td: TensorDictBase) -> Iterator[tuple[Record, Conditions]]:
-        """Run the model, and keep it as it was run for the backward pass within."""
-        work, inputs = self._leaves(td)
-        with self._method.active(self._state, self._model, td) as conditions:
-            if conditions.overwrites:
-                for key, value in inputs.items():
-                    work.set(key, value.clone())
-            with self._captured() as (modules, keys), conditions.forward:
-                outputs, flat = self._model.run(work)
-                outputs = self._method.derive(outputs, work)
-            if outputs.batch_size != td.batch_size:
-                raise ValueError(
-                    f"the model returned a TensorDict of batch size {list(outputs.batch_size)} for one of "
-                    f"{list(td.batch_size)}, where its outputs cannot be written; wrap it in a module that moves "
-                    "the new axes behind those of the batch"
-                )
-            yield Record(inputs, outputs, flat, modules, keys), conditions
-
-    def _captured(self) -> AbstractContextManager[Captured]:
-        attribute = self._method.attribute
-        if not self._paths and attribute is None:
-            return nullcontext(({}, {}))
-        return captured(self._paths, self._model.runner, attribute)
-
-    def _leaves(self, td: TensorDictBase) -> tuple[TensorDictBase, dict[NestedKey, Tensor]]:
-        """A shallow copy of ``td`` in which attributed inputs are leaves of a new graph."""
-        work = self._readable(td)
-        inputs: dict[NestedKey, Tensor] = {}
-        if not self._method.use_inputs:
-            return work, inputs
-        for key, value in self._method.differentiable(work, self._model.attributed, td):
-            if value.is_floating_point():
-                inputs[key] = value.detach().requires_grad_()
-                if is_assumed_nonnegative(key):
-                    mark_nonnegative(inputs[key])
-                work.set(key, inputs[key])
-            else:
-                self._tell_once(key, value)
-        if not inputs and not self._method.input_modules and self._method.attribute is None:
-            raise ValueError(
-                f"none of the inputs ({', '.join(map(repr, self._model.attributed))}) is floating-point, so none can "
-                "have relevance; name the module that embeds them in input_modules"
-            )
-        return work, inputs
-
-    def _readable(self, td: TensorDictBase) -> TensorDictBase:
-        """A shallow copy of ``td``; what the model reads is there, not empty, and off the caller's graph."""
-        empty = 0 in td.batch_size
-        work = td.copy() if empty else dense_copy(td)
-        for key in self.in_keys:
-            found = work.get(key, None)
-            if found is None:
-                known = ", ".join(sorted(map(str, td.keys(True, True)))) or "nothing"
+    def _relevance(self, base: Run, found: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
+        sources = base.sources()
+        written: dict[NestedKey, Tensor] = {}
+        for key, value in found.items():
+            if key not in sources:
                 raise KeyError(
-                    f"key {key!r} is missing from the TensorDict, which has {known}; the explained module reads "
-                    f"{self.in_keys}"
+                    f"{type(self._method).__name__}.explain gave relevance of {key!r}, which is none of the attributed "
+                    f"values: {', '.join(map(repr, sources))}"
                 )
-            for name, value in leaves_of(key, found):
-                empty = empty or value.numel() == 0
-                if value.is_inference() and not torch.compiler.is_compiling():
-                    work.set(name, value.clone())  # else it could not be saved for the backward pass
-                elif value.requires_grad:
-                    work.set(name, value.detach())
-        if empty:
-            raise ValueError(
-                f"there is nothing to explain: the TensorDict is empty (batch size {list(td.batch_size)})"
-            )
-        return work
+            written[self.entry(key)] = base.in_batch_shape(key, value, sources[key])
+        self._note_keys(written)
+        return written
 
-    def _tell_once(self, key: NestedKey, value: Tensor) -> None:
-        if key not in self._told:
-            self._told.add(key)
-            entry = self._entry(key)
-            self.out_keys = [known for known in self.out_keys if known != entry]
-            warnings.warn(
-                f"input {key!r} is {value.dtype}, which has no gradient: it gets no relevance entry",
-                stacklevel=2,
-            )
+    def _note_keys(self, written: Mapping[NestedKey, Tensor]) -> None:
+        """Keep ``out_keys`` true: integers have no relevance, modules may be called several times."""
+        setup = self._setup
+        integers = [self.entry(key) for key in setup.leaves.integers]
+        if integers:
+            self.out_keys = [key for key in self.out_keys if key not in integers]
+        if setup.input_modules:
+            self.out_keys += [key for key in written if key not in self.out_keys]
 
-    def _entry(self, key: NestedKey) -> tuple[str, ...]:
+    def _values(self, base: Run) -> dict[NestedKey, Tensor]:
+        """Values beside relevance, if they are wanted."""
+        values = base.values()
+        return {
+            unravel_key((*parts_of(self._method.value_key), *parts_of(key))): v for key, v in values.items()
+        }
+
+    def entry(self, key: NestedKey) -> tuple[str, ...]:
         """Where the relevance of a key is written."""
         return (*parts_of(self._method.attribution_key), *parts_of(key))
 
-    def _sources(self, record: Record) -> dict[NestedKey, Tensor]:
-        """The tensors whose relevance is asked for, by the key to write it under."""
-        method = self._method
-        found = {**record.keys, **record.inputs}
-        wanted = list(self._attributed)
-        if method.attribute == "all":
-            wanted += [key for key in record.keys if key not in wanted]
-        sources: dict[NestedKey, Tensor] = {key: found[key] for key in wanted if key in found}
-        sources.update({(path,): record.modules[path] for path in method.input_modules})
-        return {key: value for key, value in sources.items() if value.requires_grad}
-
-    def _relevance(
-        self,
-        record: Record,
-        sources: dict[NestedKey, Tensor],
-        seeds: Seeds,
-        conditions: Conditions,
-        td: TensorDictBase,
-    ) -> dict[NestedKey, Tensor]:
-        """Run the backward pass."""
-        require_dependence(seeds, sources, [z.requires_grad for z in seeds.tensors])
-        for key, z, grad in zip(seeds.keys, seeds.tensors, seeds.grads, strict=True):
-            if not is_explainable(z, grad):
-                raise ValueError(why_not_finite(self._model, self.in_keys, key, td))
-        pulled = self._pull_back(seeds, list(sources.values()), keep=conditions.ledger is not None)
-        require_dependence(seeds, sources, [any(grad is not None for grad in pulled)])
-        written: dict[NestedKey, Tensor] = {}
-        several = seeds.several
-        for (key, value), found in zip(sources.items(), pulled, strict=True):
-            shape = value.shape if several is None else (several, *value.shape)
-            arrived = value.new_zeros(shape) if found is None else found.detach()
-            relevance = self._method.relevance(self._state, value.detach(), arrived, conditions.flow)
-            if record.flat and key not in record.inputs:
-                relevance = record.shaped(relevance, after=several is not None)
-            if several is not None:
-                relevance = relevance.movedim(0, record.outputs.batch_dims)
-            written[self._entry(key)] = relevance
-        return written
-
-    def _accounts(
-        self, record: Record, sources: dict[NestedKey, Tensor], seeds: Seeds, conditions: Conditions
-    ) -> dict[NestedKey, Tensor]:
-        """The ledger's entries, if one is kept."""
-        if conditions.ledger is None:
-            return {}
-        leaves = {id(x): x for x in (*record.inputs.values(), *sources.values()) if x.is_leaf}
-        found = list(leaves.values()) or list(sources.values())
-        self.__dict__["ledger"] = conditions.ledger
-        closed = balance(conditions.ledger, seeds, found, conditions.flow, record.outputs.batch_size)
-        return {("ledger", name): value for name, value in closed.items()}
-
-    def report(self) -> Table:
+    def report(self) -> Any:
         """The ledger of the last call as a table for ``rich.print``: one row per module or operation.
 
         Raises:
             RuntimeError: no ledger was kept.
         """
-        from tdhook.relevance.ledger.report import ledger_table
-
-        if self.ledger is None:
-            raise RuntimeError(
-                "there is no ledger to report: give LRP(..., ledger=True) and call the explained module"
-            )
-        return ledger_table(self.ledger)
+        return self._method.report(self._state)

@@ -1,8 +1,9 @@
 """Does an explanation mean anything? Measures of explanations, and what to compare them with."""
 
+from tdhook.attribution.gradient import Gradient, GradientTimesInput
 from tdhook.evaluation.bridges import Classifier, as_classifier, quantus_explain_func
 from tdhook.evaluation.comparison import Metric, as_markdown, compare
-from tdhook.evaluation.controls import Gradient, GradientTimesInput, RandomMap
+from tdhook.evaluation.controls import RandomMap
 from tdhook.evaluation.measures import Measure
 from tdhook.evaluation.perturbation import (
     Curve,

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdhook.evaluation.runs import Question
+from tdhook.passes.questions import Asked
 from tdhook.targets import Probability, Target
 
 __all__ = ["Measure", "Measured"]
@@ -30,7 +30,7 @@ class Measured:
         ValueError: there is no such measure, or it does not fit the target.
     """
 
-    def __init__(self, measure: Measure, question: Question, rows: TensorDictBase) -> None:
+    def __init__(self, measure: Measure, question: Asked, rows: TensorDictBase) -> None:
         self._question = question
         self._kept: Tensor | None = None
         if callable(measure):

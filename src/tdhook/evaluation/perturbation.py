@@ -12,18 +12,9 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
 from tdhook.evaluation.measures import Measure, Measured
-from tdhook.evaluation.runs import (
-    Method,
-    Question,
-    asked,
-    axes_of,
-    bound,
-    quiet,
-    relevance_of,
-    rows_of,
-    shaped_like,
-    target_of,
-)
+from tdhook.evaluation.runs import Method, axes_of, bound, quiet, relevance_of, target_of
+from tdhook.passes.questions import Asked, asked
+from tdhook.passes.rows import rows_of, shaped_like
 from tdhook.perturbing.baselines import Baseline, Replacements
 from tdhook.perturbing.features import Features, Groups
 from tdhook.targets import TargetLike
@@ -316,7 +307,7 @@ class _Plan:
 
     def _one(
         self,
-        question: Question,
+        question: Asked,
         rows: TensorDictBase,
         features: Features,
         order: Order,

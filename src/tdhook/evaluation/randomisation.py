@@ -13,21 +13,12 @@ from tensordict.nn import TensorDictParams
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-from tdhook.evaluation.runs import (
-    Method,
-    asked,
-    axes_of,
-    bound,
-    quiet,
-    relevance_of,
-    rows_of,
-    seed_globally,
-    shaped_like,
-    target_of,
-)
+from tdhook.evaluation.runs import Method, axes_of, bound, quiet, relevance_of, seed_globally, target_of
 from tdhook.evaluation.similarity import cosine, spearman
 from tdhook.models.model import Model
 from tdhook.models.state import modules_of
+from tdhook.passes.questions import asked
+from tdhook.passes.rows import rows_of, shaped_like
 from tdhook.perturbing.features import Features
 from tdhook.targets import TargetLike
 

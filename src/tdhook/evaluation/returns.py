@@ -13,7 +13,8 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.evaluation.perturbation import ranked
-from tdhook.evaluation.runs import Method, bound, quiet, relevance_of, rows_of
+from tdhook.evaluation.runs import Method, bound, quiet, relevance_of
+from tdhook.passes.rows import rows_of
 from tdhook.perturbing.baselines import Baseline, Replacements
 from tdhook.perturbing.features import Features, Groups
 from tdhook.targets import TargetLike

@@ -11,7 +11,9 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-from tdhook.evaluation.runs import Method, asked, axes_of, bound, quiet, relevance_of, shaped_like, target_of
+from tdhook.evaluation.runs import Method, axes_of, bound, quiet, relevance_of, target_of
+from tdhook.passes.questions import asked
+from tdhook.passes.rows import shaped_like
 from tdhook.perturbing.features import Features
 from tdhook.targets import TargetLike
 

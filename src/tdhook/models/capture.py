@@ -1,74 +1,107 @@
-"""Values from inside a model whose relevance is asked for: outputs of modules, and keys that are written on the way."""
+"""Captured values: outputs of modules, and keys that are written on the way through a model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-__all__ = ["Captured", "captured"]
-
-Captured: TypeAlias = "tuple[dict[str, Tensor], dict[NestedKey, Tensor]]"
+__all__ = ["Captured", "call_name"]
 
 
-@contextmanager
-def captured(
-    paths: Mapping[str, nn.Module], runner: nn.Module, attribute: tuple[NestedKey, ...] | str | None
-) -> Iterator[Captured]:
-    """Collect outputs of modules by path, and keys that TensorDictModules inside ``runner`` write.
+def call_name(path: str, call: int) -> str:
+    """How the output of one call of a module is named: ``path`` the first, ``path:1`` the second, and so on."""
+    return f"{path}:{call}" if call else path
+
+
+@dataclass
+class Captured:
+    """What is collected in one forward pass.
 
     Args:
-        paths: the modules.
-        runner: the model.
-        attribute: which keys; ``"all"`` of them, or ``None``.
+        replaced: values that take the place of those that are collected, by the same names, as leaves.
+
+    Attributes:
+        modules: outputs of modules, by path and call (:func:`call_name`).
+        keys: values of keys; of one that is written several times, the last.
     """
-    modules: dict[str, Tensor] = {}
-    keys: dict[NestedKey, Tensor] = {}
-    handles = [m.register_forward_hook(_capture_output(path, modules)) for path, m in paths.items()]
-    if attribute is not None:
-        for module in runner.modules():
-            if isinstance(module, TensorDictModuleBase):
-                handles.append(module.register_forward_hook(_capture_keys(attribute, keys)))
-    try:
-        yield modules, keys
-    finally:
-        for handle in handles:
-            handle.remove()
 
+    replaced: Mapping[NestedKey, Tensor] = field(default_factory=dict)
+    modules: dict[str, Tensor] = field(default_factory=dict)
+    keys: dict[NestedKey, Tensor] = field(default_factory=dict)
 
-def _capture_output(path: str, found: dict[str, Tensor]) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"module {path!r} ({type(module).__name__}) returned {type(output).__name__}; only modules that return "
-                "one tensor can be attributed or explained by path"
-            )
-        if not output.requires_grad and output.is_floating_point():
-            output = output.detach().requires_grad_()
-        found[path] = output
-        return output
+    def clear(self) -> None:
+        """Forget what was collected: the model runs once more."""
+        self.modules.clear()
+        self.keys.clear()
 
-    return hook
+    @contextmanager
+    def within(
+        self,
+        paths: Mapping[str, nn.Module],
+        runner: nn.Module,
+        attribute: tuple[NestedKey, ...] | str | None,
+    ) -> Iterator[None]:
+        """Collect while the block runs.
 
+        Args:
+            paths: modules by path.
+            runner: the model, whose inner TensorDictModules are watched for keys.
+            attribute: which keys; ``"all"`` of them, or ``None``.
+        """
+        handles = [m.register_forward_hook(self._output_of(path)) for path, m in paths.items()]
+        if attribute:
+            for module in runner.modules():
+                if isinstance(module, TensorDictModuleBase):
+                    handles.append(module.register_forward_hook(self._keys_of(attribute)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
-def _capture_keys(
-    attribute: tuple[NestedKey, ...] | str, found: dict[NestedKey, Tensor]
-) -> Callable[..., None]:
-    def hook(module: Any, args: Any, output: Any) -> None:
-        if not isinstance(output, TensorDictBase):
-            return
-        for key in map(unravel_key, module.out_keys):
-            value = output.get(key, None)
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                continue
-            if attribute == "all" or key in attribute:
-                found[key] = value if value.requires_grad else value.detach().requires_grad_()
-                if found[key] is not value:  # made of integers by a frozen module: here the graph begins
-                    output.set(key, found[key])
+    def _output_of(self, path: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: object, output: object) -> Tensor:
+            if not isinstance(output, Tensor):
+                raise TypeError(
+                    f"module {path!r} ({type(module).__name__}) returned {type(output).__name__}; only modules that "
+                    "return one tensor can be attributed or explained by path"
+                )
+            call = 0
+            while call_name(path, call) in self.modules:
+                call += 1
+            name = call_name(path, call)
+            self.modules[name] = value = self._on_tape(output, (name,))
+            return value
 
-    return hook
+        return hook
+
+    def _on_tape(self, value: Tensor, key: NestedKey) -> Tensor:
+        """The value, or what takes its place; off the tape the graph begins here."""
+        other = self.replaced.get(key)
+        if other is not None:
+            return other.detach().requires_grad_()
+        if value.requires_grad or not value.is_floating_point():
+            return value
+        return value.detach().requires_grad_()
+
+    def _keys_of(self, attribute: tuple[NestedKey, ...] | str) -> Callable[..., None]:
+        def hook(module: Any, args: object, output: object) -> None:
+            if not isinstance(output, TensorDictBase):
+                return
+            for key in map(unravel_key, module.out_keys):
+                value = output.get(key, None)
+                if not isinstance(value, Tensor) or not value.is_floating_point():
+                    continue
+                if attribute == "all" or key in attribute:
+                    self.keys[key] = self._on_tape(value, key)
+                    if self.keys[key] is not value:
+                        output.set(key, self.keys[key])
+
+        return hook

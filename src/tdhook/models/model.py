@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
@@ -13,10 +13,6 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import nn
 
 from tdhook.models.state import modules_of, restored
-
-if TYPE_CHECKING:
-    pass
-
 
 __all__ = ["InKeys", "Model"]
 
@@ -72,11 +68,17 @@ class Model:
                 return modules[candidate]
         raise ValueError(f"the model has no module {path!r}; it has {', '.join(n for n in modules if n)}")
 
-    def run(self, td: TensorDictBase) -> tuple[TensorDictBase, bool]:
+    def run(
+        self, td: TensorDictBase, again: Callable[[], None] = lambda: None
+    ) -> tuple[TensorDictBase, bool]:
         """Run the model on a TensorDict of any batch shape.
 
         Layers of fixed rank (convolutions, batch norm) take one batch axis: where the model fails for another number
         of them, it is run with all of them made one.
+
+        Args:
+            td: what the model reads; it may be written to.
+            again: called where the model is run once more.
 
         Returns:
             What the model wrote, in the batch shape of ``td``, and whether it ran on a flat batch.
@@ -89,6 +91,7 @@ class Model:
             with restored(self.root, always=False):
                 written = self._written(td.copy())
         except _OF_SHAPE as error:
+            again()
             try:
                 written = self._flat(td)
             except _OF_SHAPE:

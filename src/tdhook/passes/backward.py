@@ -31,7 +31,6 @@ class PullBack:
     def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
         self._batches = True
-        self._tried = False
 
     def __call__(self, seeds: Seeds, sources: Sequence[Tensor], *, keep: bool = False) -> list[Tensor | None]:
         """What arrives at each source, ``None`` where nothing does; with several targets after a leading axis.
@@ -46,26 +45,41 @@ class PullBack:
         if seeds.several == 0:
             return [x.new_empty(0, *x.shape) for x in sources]
         size = self._at_once(seeds) if self._batches else 1
-        found = []
-        for start in range(0, seeds.several, size):
-            last = start + size >= seeds.several
+        found: list[list[Tensor | None]] = []
+        start = 0
+        while start < seeds.several:
             grads = [grad[start : start + size] for grad in seeds.grads]
-            found.append(self._part(seeds.tensors, sources, grads, keep=keep or not last))
+            last = start + size >= seeds.several
+            try:
+                found.append(self._part(seeds.tensors, sources, grads, keep=keep or not last))
+            except torch.OutOfMemoryError:  # too many for the moment: fewer, in this call alone
+                if size == 1:
+                    raise
+                size = (size + 1) // 2
+                continue
+            start += size
         if len(found) == 1:
             return found[0]
-        return [None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True)]
+        return [
+            None if all(part is None for part in parts) else torch.cat([p for p in parts if p is not None])
+            for parts in zip(*found, strict=True)
+        ]
 
     def _part(
         self, tensors: list[Tensor], sources: Sequence[Tensor], grads: list[Tensor], *, keep: bool
     ) -> list[Tensor | None]:
+        """A batched backward pass, and one for each target where there can be none.
+
+        What torch says of a pass that cannot be batched holds for later calls too; any other error does not.
+        """
         if len(grads[0]) > 1 and self._batches:
             try:
-                pulled = _pull_batched(tensors, sources, grads, keep=keep or not self._tried)
-            except RuntimeError:  # a backward pass that cannot be batched
-                self._batches = False
-            else:
-                self._tried = True
-                return pulled
+                # The graph is needed again where this fails half way.
+                return _pull_batched(tensors, sources, grads, keep=True)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self._batches = not _is_of_batching(error)
         rows = range(len(grads[0]))
         each = [
             _pull(tensors, sources, [grad[i] for grad in grads], keep=keep or i != rows[-1]) for i in rows
@@ -86,6 +100,12 @@ class PullBack:
         while size < seeds.several and 2 * size * each <= budget:
             size *= 2
         return min(size, seeds.several)
+
+
+def _is_of_batching(error: RuntimeError) -> bool:
+    """Whether torch says that a function cannot be vectorised."""
+    text = str(error).lower()
+    return any(word in text for word in ("vmap", "batching rule", "functorch", "batchedtensor"))
 
 
 def _pull(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -23,59 +23,55 @@ from tdhook.models.state import leaves_of, restored, swapped
 from tdhook.passes.graphs import Graphs
 from tdhook.tape.conditions import assuming_nonnegative, deferred
 
-if TYPE_CHECKING:
-    from tdhook.contexts.explained import ExplainedModule
-
 __all__ = ["inline", "run"]
 
 # Batch shapes, sets of keys, dtypes and modes each take a graph.
 _LIMIT = 64
 
 
-def inline(explained: ExplainedModule, td: TensorDictBase) -> dict[NestedKey, Tensor]:
+def inline(graphs: Graphs, td: TensorDictBase) -> dict[NestedKey, Tensor]:
     """What a call writes into ``td``, as a part of the graph that is being traced."""
-    keys, values = _inputs(explained, td)
-    return _graph(explained, str(td.batch_dims), (), keys, values)[0]
+    keys, values = _inputs(graphs, td)
+    return _graph(graphs, str(td.batch_dims), (), keys, values)[0]
 
 
-def run(explained: ExplainedModule, td: TensorDictBase) -> dict[NestedKey, Any]:
+def run(graphs: Graphs, td: TensorDictBase) -> dict[NestedKey, Any]:
     """What a call writes into ``td``, by a graph of its own; operation by operation where there can be none."""
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
-            return run(explained, td)
-    graphs = explained._graphs
-    keys, values = _inputs(explained, td)
+            return run(graphs, td)
+    keys, values = _inputs(graphs, td)
     if not values or not all(map(Tensor.numel, values)):
-        return explained.explain(td)
+        return graphs.explain(td)
     if td.batch_dims not in graphs.rehearsed:
         # What is wrong with a call, and what the model does to tensors, shows here; afterwards all is as before.
-        with restored(explained._model.root):
-            explained.explain(td)
+        with restored(graphs.root):
+            graphs.explain(td)
         graphs.rehearsed.add(td.batch_dims)
     if graphs.function is None:
         graphs.function = _compiled(graphs.options or {})
     try:
-        signs = _nonnegative(explained, keys, values)
-        written, holds = _called(graphs, explained, str(td.batch_dims), signs, keys, values)
+        signs = _nonnegative(graphs, keys, values)
+        written, holds = _called(graphs, str(td.batch_dims), signs, keys, values)
     except Exception as error:
-        eagerly = explained.explain(td)  # raises where the call is at fault
+        eagerly = graphs.explain(td)  # raises where the call is at fault
         graphs.clear()
         warnings.warn(
-            f"{type(explained._model.root).__name__} cannot be explained as one graph and runs without, operation by "
+            f"{type(graphs.root).__name__} cannot be explained as one graph and runs without, operation by "
             f"operation ({_origin(error)})",
             stacklevel=3,
         )
         return eagerly
-    return written if holds else explained.explain(td)
+    return written if holds else graphs.explain(td)
 
 
 def _called(graphs: Graphs, *args: Any) -> tuple[dict[NestedKey, Tensor], Tensor]:
     assert graphs.function is not None
     with torch.no_grad():
         if not graphs.replays:
-            return graphs.function(*args)  # type: ignore[no-any-return]
+            return graphs.function(graphs, *args)  # type: ignore[no-any-return]
         torch.compiler.cudagraph_mark_step_begin()
-        written, holds = graphs.function(*args)
+        written, holds = graphs.function(graphs, *args)
         # The next run overwrites what this one returned.
         return {key: value.clone() for key, value in written.items()}, holds
 
@@ -102,16 +98,16 @@ def _on_what_changes(guards: Sequence[Any]) -> list[bool]:
     return [
         guard.name.endswith("['training']")
         or (isinstance(guard.value, Tensor) and guard.guard_type in ("TENSOR_MATCH", "DUPLICATE_INPUT"))
-        or not (guard.is_global or guard.name.startswith(("explained", "__import__")))
+        or not (guard.is_global or guard.name.startswith(("graphs", "__import__")))
         for guard in guards
     ]
 
 
-def _inputs(explained: ExplainedModule, td: TensorDictBase) -> tuple[tuple[NestedKey, ...], list[Tensor]]:
+def _inputs(graphs: Graphs, td: TensorDictBase) -> tuple[tuple[NestedKey, ...], list[Tensor]]:
     """The entries that an explanation depends on; none if one of them is missing."""
     keys: list[NestedKey] = []
     values: list[Tensor] = []
-    for key in explained.reads(td):
+    for key in graphs.reads(td):
         found = td.get(key, None)
         if found is None:
             return (), []
@@ -122,15 +118,15 @@ def _inputs(explained: ExplainedModule, td: TensorDictBase) -> tuple[tuple[Neste
 
 
 def _nonnegative(
-    explained: ExplainedModule, keys: Sequence[NestedKey], values: Sequence[Tensor]
+    graphs: Graphs, keys: Sequence[NestedKey], values: Sequence[Tensor]
 ) -> tuple[NestedKey, ...]:
     """Inputs that are not negative, and never were: for them there is a graph that skips what would be zero.
 
     On a GPU nothing is looked at, for which it would have to be waited for.
     """
-    if not explained._method.reads_signs(explained._state):
+    if not graphs.reads_signs():
         return ()
-    signed = explained._graphs.signed
+    signed = graphs.signed
     for key, value in zip(keys, values, strict=True):
         if key not in signed and not (value.is_cpu and value.is_floating_point() and value.amin() >= 0):
             signed.add(key)
@@ -143,7 +139,7 @@ def _is_inference(value: Tensor) -> bool:
 
 
 def _graph(
-    explained: ExplainedModule,
+    graphs: Graphs,
     axes: str,
     nonnegative: tuple[NestedKey, ...],
     keys: tuple[NestedKey, ...],
@@ -153,7 +149,6 @@ def _graph(
 
     ``axes`` is the number of batch axes in words: a number would be taken for a size that may change.
     """
-    graphs = explained._graphs
     state = [registry[name] for registry, name in graphs.slots]
     modes = [attributes[name] for attributes, name in graphs.modes]
     return _explain(graphs.name, modes, axes, nonnegative, keys, state, values)
@@ -170,18 +165,18 @@ def _explain(
     values: Sequence[Tensor],
 ) -> tuple[dict[NestedKey, Tensor], Tensor]:
     """An explanation as a function of tensors; a change of the other arguments makes for another graph."""
-    explained = Graphs.owner(name)
+    graphs = Graphs.named(name)
     td = TensorDict({}, values[0].shape[: int(axes)])
     for key, value in zip(keys, values, strict=True):
         td.set(key, value)
     off_tape = {id(x): x.detach() if x.requires_grad else x for x in state}
     with (
-        swapped(explained._graphs.slots, [off_tape[id(x)] for x in state]),
+        swapped(graphs.slots, [off_tape[id(x)] for x in state]),
         deferred() as conditions,
         assuming_nonnegative(nonnegative),
         _hooks_on_saved_tensors(),
     ):
-        written = explained.explain(td)
+        written = graphs.explain(td)
     for key, value in written.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"the model writes {key!r}, which is no tensor")

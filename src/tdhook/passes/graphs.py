@@ -4,29 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import count
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
 
+from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
+from torch import nn
 
 from tdhook.models.state import Slot, modules_of, slots_of
-
-if TYPE_CHECKING:
-    from tdhook.contexts.explained import ExplainedModule
 
 __all__ = ["Compile", "Graphs", "compile_options"]
 
 Compile: TypeAlias = "bool | str | Mapping[str, Any]"
 
 _NUMBERS = count()
-_OWNERS: WeakValueDictionary[str, ExplainedModule] = WeakValueDictionary()
+_NAMED: WeakValueDictionary[str, Graphs] = WeakValueDictionary()
 
 
 class Graphs:
     """The graphs of one explained module, and what they are given besides the entries of a TensorDict.
 
     Args:
-        owner: the explained module.
+        root: the model.
+        explain: what a call writes into a TensorDict, operation by operation.
+        reads: the entries of a TensorDict that a call depends on.
+        reads_signs: whether it spares work to know that no input is negative.
         options: those of ``torch.compile``; ``None`` to make no graph unless inside somebody else's.
 
     Attributes:
@@ -39,10 +41,18 @@ class Graphs:
         signed: inputs that were seen to have negative values.
     """
 
-    def __init__(self, owner: ExplainedModule, options: dict[str, Any] | None) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        explain: Callable[[TensorDictBase], dict[NestedKey, Any]],
+        reads: Callable[[TensorDictBase], list[NestedKey]],
+        reads_signs: Callable[[], bool],
+        options: dict[str, Any] | None,
+    ) -> None:
+        self.root, self.explain, self.reads, self.reads_signs = root, explain, reads, reads_signs
         self.name = f"explained module {next(_NUMBERS)}"
-        _OWNERS[self.name] = owner
-        modules = modules_of(owner._model.root).values()
+        _NAMED[self.name] = self
+        modules = modules_of(root).values()
         self.slots = slots_of(modules)
         self.modes: tuple[Slot, ...] = tuple((module.__dict__, "training") for module in modules)
         self.options = options
@@ -59,9 +69,9 @@ class Graphs:
         return bool(wanted) or options.get("mode") in ("reduce-overhead", "max-autotune")
 
     @staticmethod
-    def owner(name: str) -> ExplainedModule:
-        """The explained module of that name."""
-        return _OWNERS[name]
+    def named(name: str) -> Graphs:
+        """The graphs of the explained module of that name."""
+        return _NAMED[name]
 
     def clear(self) -> None:
         """Drop what was compiled, and compile no more."""

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
@@ -105,6 +105,37 @@ class Replacements:
                     f"{list(value.shape)}"
                 ) from None
         return found
+
+
+def references(
+    baseline: Baseline, values: Mapping[NestedKey, Tensor], seed: int = 0
+) -> dict[NestedKey, Tensor]:
+    """What a baseline is for each of some values.
+
+    Args:
+        baseline: what was asked for.
+        values: ``[rows, *shape]`` by key, or ``[]``; these are the data that ``"mean"`` and ``"sample"`` are taken of.
+        seed: of what is drawn.
+
+    Returns:
+        Baselines of the same shapes.
+
+    Raises:
+        ValueError: there is no such baseline, or it does not fit.
+    """
+    plain = {unravel_key(key): x if x.dim() else x.unsqueeze(0) for key, x in values.items()}
+    rows: dict[NestedKey, TensorDictBase] = {
+        key: TensorDict({key: x}, x.shape[:1]) for key, x in plain.items()
+    }
+    found = {}
+    for key, x in values.items():
+        name = unravel_key(key)
+        given = _by_key(baseline, tuple(plain))[name]
+        features = Features.of(rows[name], [name])
+        generator = torch.Generator().manual_seed(seed)
+        made = Replacements({name: given}, features, rows[name], generator)(rows[name])
+        found[key] = made[name].reshape(x.shape)
+    return found
 
 
 def _by_key(baseline: Baseline, keys: tuple[NestedKey, ...]) -> dict[NestedKey, OneBaseline]:

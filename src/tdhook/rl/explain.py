@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,13 +14,14 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tdhook.contexts.attribution import Attribution, Conditions, Record
+from tdhook.contexts.attribution import Attribution
 from tdhook.contexts.explained import ExplainedModule
 from tdhook.extras import require
 from tdhook.keys import known_keys, parts_of
-from tdhook.models.model import InKeys, Model
+from tdhook.models.model import InKeys
 from tdhook.models.state import Slot, modules_of, slots_of
-from tdhook.targets import Seeds
+from tdhook.passes.rows import beside
+from tdhook.targets.hindsight import InHindsight
 
 __all__ = ["Explain"]
 
@@ -94,7 +95,7 @@ class Explain(Transform):
         self._lock = threading.RLock()
         self._shapes: dict[NestedKey, tuple[torch.Size, torch.dtype]] = {}
         # Not registered: what moves or saves a buffer must not move or save the policy.
-        root = module._model.root if isinstance(module, ExplainedModule) else module
+        root = module.model.root if isinstance(module, ExplainedModule) else module
         self.__dict__["_module"] = root
         self.__dict__["_explained"] = self._anew()
         self.in_keys = [unravel_key((*self.at, *parts_of(key))) for key in self._explained.in_keys]
@@ -172,7 +173,7 @@ class Explain(Transform):
             raise KeyError(f"the batch has no {unravel_key(self.at)!r} to read from; it has {known_keys(td)}")
         work = self._read(source)
         here = next((x.device for x in work.values(True, True) if isinstance(x, Tensor)), None)
-        there = next((x.device for x in self._explained._model.root.parameters()), here)
+        there = next((x.device for x in self._explained.model.root.parameters()), here)
         if here != there:
             work = work.to(there)
         valid = None if self.mask_key is None else td.get(self.mask_key, None)
@@ -215,10 +216,10 @@ class Explain(Transform):
             raise ValueError("a batch of trajectories has an axis for time, and this one has no axes")
         if valid is not None:
             work = work.copy()
-            for key in self._method.target_entries() or ():
+            for key in self._method.seeder.entries or ():
                 taken = work.get(key, None)
                 if taken is not None:  # what stands in the padding may be no action at all
-                    work.set(key, torch.where(_beside(valid, taken), taken, taken[valid][0]))
+                    work.set(key, torch.where(beside(valid, taken), taken, taken[valid][0]))
             work.set(_VALID, valid)
         rows = work.reshape(-1, batch[-1])
         with require("torchrl.modules", "tdhook.rl").set_recurrent_mode("recurrent"):
@@ -232,9 +233,7 @@ class Explain(Transform):
 
     def _is_ours(self, key: tuple[str, ...]) -> bool:
         name = parts_of(self._method.attribution_key)
-        return key[: len(name)] == name or (
-            key[0] == "ledger" and key in map(tuple, self._method.extra_out_keys())
-        )
+        return key[: len(name)] == name or (key[0] == "ledger" and key in map(tuple, self._method.writes))
 
     def _destination(self, key: tuple[str, ...]) -> NestedKey:
         name = parts_of(self._method.attribution_key)
@@ -242,11 +241,12 @@ class Explain(Transform):
         return unravel_key((*self.under, *key[:count], *self.at, *key[count:]))
 
     def _anew(self) -> ExplainedModule:
-        return _InHindsight(self._method, Model.of(copy.deepcopy(self._module), *self._wrapped_with))
+        method = self._method.explaining(InHindsight(self._method.seeder, _VALID))
+        return method.wrap(copy.deepcopy(self._module), *self._wrapped_with)
 
     def _take(self) -> None:
         """Take the parameters, buffers and modes of the module over into the copy of it."""
-        theirs, ours = (modules_of(root).values() for root in (self._module, self._explained._model.root))
+        theirs, ours = (modules_of(root).values() for root in (self._module, self._explained.model.root))
         pairs = list(zip(map(_value, slots_of(theirs)), map(_value, slots_of(ours)), strict=False))
         same = len(theirs) == len(ours) and len(slots_of(theirs)) == len(slots_of(ours))
         if not same or any(_kind(new) != _kind(old) for new, old in pairs):
@@ -257,38 +257,6 @@ class Explain(Transform):
                 old.copy_(new)
         for their, our in zip(theirs, ours, strict=True):
             our.training = their.training
-
-
-class _InHindsight(ExplainedModule):
-    """An explained module for which entries that are there stand, whatever the model would write in their place."""
-
-    def reads(self, td: TensorDictBase) -> list[NestedKey]:
-        return [*super().reads(td), *([_VALID] if _VALID in td else [])]
-
-    @contextmanager
-    def _forward_pass(self, td: TensorDictBase) -> Iterator[tuple[Record, Conditions]]:
-        with super()._forward_pass(td) as (record, conditions):
-            for key in self._method.target_entries() or ():
-                stored = td.get(key, None)
-                if stored is not None:
-                    record.outputs.set(key, stored)
-            yield record, conditions
-
-    def _relevance(
-        self,
-        record: Record,
-        sources: dict[NestedKey, Tensor],
-        seeds: Seeds,
-        conditions: Conditions,
-        td: TensorDictBase,
-    ) -> dict[NestedKey, Tensor]:
-        valid = td.get(_VALID, None)
-        if valid is not None:  # relevance of padding would flow back into the steps before it
-            seeds.grads = [
-                grad.masked_fill(~_beside(valid, z), 0.0)
-                for z, grad in zip(seeds.tensors, seeds.grads, strict=True)
-            ]
-        return super()._relevance(record, sources, seeds, conditions, td)
 
 
 def _random_state_kept(device: torch.device | None) -> AbstractContextManager[Any]:
@@ -310,8 +278,3 @@ def _value(slot: Slot) -> Tensor:
 
 def _kind(x: Tensor) -> Any:
     return object() if is_lazy(x) else (x.shape, x.dtype, x.device)
-
-
-def _beside(valid: Tensor, x: Tensor) -> Tensor:
-    """Truth values of the steps, to go with entries of theirs."""
-    return valid.reshape(*valid.shape, *(1,) * (x.dim() - valid.dim()))

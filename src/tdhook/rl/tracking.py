@@ -75,7 +75,7 @@ class AttributionTracker:
         if every < 1:
             raise ValueError(f"every={every}: every how many batches to explain, at least 1")
         self.explained = method.wrap(module)
-        inputs = method.attributed_keys(self.explained._model)
+        inputs = self.explained.attributed
         if key is None and len(inputs) != 1:
             raise ValueError(f"the policy reads {', '.join(map(repr, inputs))}: say with key= which to track")
         self.key: NestedKey = inputs[0] if key is None else unravel_key(key)
@@ -83,7 +83,7 @@ class AttributionTracker:
         self.regions = dict(regions or {})
         self.every, self.logger, self.prefix = every, logger, prefix
         self.history: dict[str, list[float]] = {"step": []}
-        self._entry = self.explained._entry(self.key)
+        self._entry = self.explained.entry(self.key)
         self._root = module
         self._probe = None if probe is None else probe.detach().clone()
         self._first: Tensor | None = None

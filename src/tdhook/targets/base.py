@@ -42,6 +42,19 @@ class Seeder(ABC):
         return ()
 
     @property
+    def in_keys(self) -> Sequence[NestedKey]:
+        """Of those entries, the ones without which nothing is explained: the explained module reads them."""
+        return ()
+
+    @property
+    def explains(self) -> Sequence[NestedKey] | None:
+        """Keys of the outputs that it starts from, or computes with; ``None`` for any of them.
+
+        What the model computes behind these is not needed for the backward pass.
+        """
+        return None
+
+    @property
     def writes(self) -> Sequence[NestedKey]:
         """Keys of what it computes and writes besides what the model writes."""
         return ()

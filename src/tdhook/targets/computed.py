@@ -14,7 +14,7 @@ from torch import Tensor
 from tdhook.conventions import Convention
 from tdhook.tape.as_one import as_one
 from tdhook.targets.base import Seeder, Seeds
-from tdhook.targets.outputs import Index, Selection, Target, _same_index
+from tdhook.targets.outputs import Index, Selection, Target, same_index
 
 __all__ = ["Computed", "Derived", "as_one", "entry_of", "plain_keys"]
 
@@ -72,14 +72,14 @@ class Derived(Selection):
         if type(other) is not type(self):
             return NotImplemented
         names = [field.name for field in fields(cast(Any, self))]
-        return all(_same_index(getattr(self, name), getattr(other, name)) for name in names)
+        return all(same_index(getattr(self, name), getattr(other, name)) for name in names)
 
     def __hash__(self) -> int:
         return hash((type(self), self.key))
 
     def is_of_the_value_of(self, other: Selection) -> bool:
         """Whether another target computes the same value, of which it may explain another part."""
-        return isinstance(other, type(self)) and all(map(_same_index, self.source, other.source))
+        return isinstance(other, type(self)) and all(map(same_index, self.source, other.source))
 
     def derive(self, outputs: TensorDictBase, inputs: TensorDictBase) -> TensorDictBase:
         """Compute the value.

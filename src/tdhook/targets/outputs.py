@@ -12,7 +12,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
-from tdhook.conventions import Convention
+from tdhook.conventions import Convention, per_value
 from tdhook.tape.conditions import holds
 from tdhook.targets.base import Seeder, Seeds
 
@@ -134,10 +134,15 @@ class Target(Selection):
                 found.append(index)
         return found
 
+    @property
+    def explains(self) -> list[NestedKey]:
+        """Its key."""
+        return [self.key]
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Target):
             return NotImplemented
-        return self.key == other.key and _same_index(self.index, other.index)
+        return self.key == other.key and same_index(self.index, other.index)
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -253,10 +258,10 @@ def _check_index(index: Any) -> None:
         )
 
 
-def _same_index(a: Any, b: Any) -> bool:
+def same_index(a: Any, b: Any) -> bool:
     """Whether two indices, or other arguments, are equal, tensors by their values."""
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_same_index, a, b))
+        return len(a) == len(b) and all(map(same_index, a, b))
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
     return bool(a == b)
@@ -301,6 +306,12 @@ class Contrast(Seeder):
                 return None
             found += entries
         return found
+
+    @property
+    def explains(self) -> list[NestedKey] | None:
+        """What is compared, and what that is computed from."""
+        a, b = self.a.explains, self.b.explains
+        return None if a is None or b is None else [*a, *b]
 
     @property
     def writes(self) -> Sequence[NestedKey]:
@@ -389,6 +400,6 @@ class _Computed(Seeder):
                     f"{tuple(z.shape)}"
                 )
             if flow == "gradient":
-                r = torch.where(z == 0, 0.0, r / torch.where(z == 0, 1.0, z.detach()))
+                r = per_value(z, r)
             grads.append(r)
         return Seeds(keys, tensors, grads)

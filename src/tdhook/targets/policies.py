@@ -106,6 +106,11 @@ class _OfAPolicy(Derived):
         return list(self.parameters.values()) if isinstance(self.parameters, dict) else [self._logits]
 
     @property
+    def explains(self) -> list[NestedKey]:
+        """The parameters."""
+        return list(self.parameters.values()) if isinstance(self.parameters, dict) else [self._logits]
+
+    @property
     def _logits(self) -> NestedKey:
         return cast(NestedKey, self.parameters)
 
@@ -257,6 +262,11 @@ class Probability(Derived):
 
     def __post_init__(self) -> None:
         plain_keys(self, "logits", "key")
+
+    @property
+    def explains(self) -> list[NestedKey]:
+        """The logits."""
+        return [self.logits]
 
     def value(self, outputs: TensorDictBase, inputs: TensorDictBase) -> Tensor:
         """The probability of each action."""

@@ -14,8 +14,7 @@ from torch import Tensor
 from tdhook.conventions import Convention
 from tdhook.tape.conditions import holds
 from tdhook.targets.base import Seeder, Seeds
-from tdhook.targets.outputs import Key, TargetLike, as_seeder
-from tdhook.targets.outputs import _same_index as same_index
+from tdhook.targets.outputs import Key, TargetLike, as_seeder, same_index
 
 __all__ = ["AtStep", "time_axis"]
 
@@ -90,6 +89,16 @@ class AtStep(Seeder):
         if entries is None:
             return None
         return [*entries, self.step.key] if isinstance(self.step, Key) else list(entries)
+
+    @property
+    def in_keys(self) -> Sequence[NestedKey]:
+        """Those of its target."""
+        return self._of.in_keys
+
+    @property
+    def explains(self) -> Sequence[NestedKey] | None:
+        """What its target explains."""
+        return self._of.explains
 
     @property
     def writes(self) -> Sequence[NestedKey]:

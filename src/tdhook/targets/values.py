@@ -59,6 +59,11 @@ class Advantage(Derived):
         """The baseline, if it is an entry."""
         return [self.baseline.key] if isinstance(self.baseline, Key) else []
 
+    @property
+    def explains(self) -> list[NestedKey]:
+        """The values, and the baseline."""
+        return [self.action_value, *self.reads]
+
     def value(self, outputs: TensorDictBase, inputs: TensorDictBase) -> Tensor:
         """The advantage of each action."""
         q = entry_of(self.action_value, outputs, inputs, self)
@@ -108,6 +113,11 @@ class ExpectedValue(Derived):
 
     def __post_init__(self) -> None:
         plain_keys(self, "action_value", "key")
+
+    @property
+    def explains(self) -> list[NestedKey]:
+        """The distributions."""
+        return [self.action_value]
 
     def value(self, outputs: TensorDictBase, inputs: TensorDictBase) -> Tensor:
         """The expectation of each action's return."""
@@ -163,6 +173,11 @@ class Atom(Derived):
     def reads(self) -> list[NestedKey]:
         """Where the action is."""
         return list(self._of_action.entries)
+
+    @property
+    def explains(self) -> list[NestedKey]:
+        """The distributions."""
+        return [self.action_value]
 
     def value(self, outputs: TensorDictBase, inputs: TensorDictBase) -> Tensor:
         """The atoms of the action."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.conventions import Convention
+from tdhook.conventions import Convention, relevance_of
+from tdhook.passes.forward import Run
 from tdhook.relevance.ledger.ledger import Entry, Ledger, Note
 from tdhook.targets import Seeds
 
@@ -18,25 +20,29 @@ _AT_ONCE = 128
 
 
 def balance(
-    ledger: Ledger, seeds: Seeds, leaves: Sequence[Tensor], flow: Convention, batch: torch.Size
-) -> dict[str, Tensor]:
+    ledger: Ledger, run: Run, seeds: Seeds, sources: Mapping[NestedKey, Tensor], flow: Convention
+) -> dict[NestedKey, Tensor]:
     """Account for the relevance of each batch element: two backward passes for each 128 of them.
 
     Args:
         ledger: what metered the forward pass; its entries get their amounts.
+        run: the forward pass.
         seeds: what was put in.
-        leaves: where relevance can arrive.
+        sources: where relevance can arrive, besides at the inputs of the run.
         flow: the convention of the backward pass.
-        batch: the batch shape.
 
     Returns:
-        ``target``, ``inputs``, ``absorbed`` and ``gap`` of shape ``[*batch]``, or ``[*batch, targets]`` where several
-        are explained; the entries of the ledger then hold the amounts of the last of these.
+        ``("ledger", "target")``, ``"inputs"``, ``"absorbed"`` and ``"gap"`` of shape ``[*batch]``, or
+        ``[*batch, targets]`` where several are explained; the entries of the ledger then hold the amounts of the
+        last of these.
     """
+    batch = run.outputs.batch_size
+    found = {id(x): x for x in (*run.inputs.values(), *sources.values()) if x.is_leaf}
+    leaves = list(found.values()) or list(sources.values())
     columns: dict[str, list[Tensor]] = {"target": [], "inputs": [], "absorbed": []}
     for i in range(seeds.several or 1):
         grads = [grad if seeds.several is None else grad[i] for grad in seeds.grads]
-        books = _Books(ledger, seeds.tensors, grads, list(leaves), flow, batch)
+        books = _Books(ledger, seeds.tensors, grads, leaves, flow, batch)
         books.close()
         columns["target"].append(books.target)
         columns["inputs"].append(books.inputs.of("arrived").expand(books.count))
@@ -46,7 +52,7 @@ def balance(
     shaped = {name: torch.stack(column, -1).reshape(*batch, len(column)) for name, column in columns.items()}
     shaped["gap"] = shaped["target"] - shaped["inputs"] - shaped["absorbed"]
     return {
-        name: (value if seeds.several else value.squeeze(-1)).to(like.device, like.dtype)
+        ("ledger", name): (value if seeds.several else value.squeeze(-1)).to(like.device, like.dtype)
         for name, value in shaped.items()
     }
 
@@ -73,7 +79,7 @@ class _Books:
         self.inputs = Entry("", "inputs", None)
         self.target = torch.zeros(self.count, dtype=torch.float64)
         for z, grad in zip(self.tensors, self.grads, strict=True):
-            self.target += _relevance(z, grad, self.flow).double().reshape(self.count, -1).sum(1).cpu()
+            self.target += relevance_of(z, grad, self.flow).double().reshape(self.count, -1).sum(1).cpu()
 
     def close(self) -> None:
         """Find the amounts of all entries."""
@@ -124,7 +130,7 @@ class _Books:
             )
         for x, grad in zip(self.leaves, pulled, strict=True):
             if grad is not None:
-                notes.append((self.inputs, "arrived", _relevance(x, grad, self.flow).detach()))
+                notes.append((self.inputs, "arrived", relevance_of(x, grad, self.flow).detach()))
         return notes
 
     def _rows(self, value: Tensor) -> Tensor:
@@ -134,7 +140,3 @@ class _Books:
         rows = self._rows(grad)
         weights = weights.to(grad.device, grad.dtype).reshape(-1, *(1,) * (rows.dim() - 1))
         return (rows * weights).reshape(grad.shape)
-
-
-def _relevance(x: Tensor, grad: Tensor, flow: Convention) -> Tensor:
-    return grad if flow == "relevance" else torch.where(grad == 0, 0.0, x.detach() * grad)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from tdhook.conventions import Convention
 from tdhook.models.families import BatchNorm
 from tdhook.models.state import frozen
-from tdhook.relevance.operations.interception import Interception, Unmatched
+from tdhook.relevance.ledger.ledger import Ledger
+from tdhook.relevance.operations.interception import Interception, Observer, Unmatched
 from tdhook.relevance.operations.table import MOVES, WINNER
 from tdhook.relevance.propagation.binding import Binding
 from tdhook.relevance.propagation.operation import Operation
@@ -21,7 +22,7 @@ from tdhook.relevance.propagation.weights import WeightCache
 from tdhook.relevance.rules.batchnorm import merging
 from tdhook.relevance.rules.simple import IgnoreRule, PassRule, StopRule
 from tdhook.selectors import Selector
-from tdhook.tape.overwriting import out_of_place, overwrites
+from tdhook.tape.overwriting import Mutated, out_of_place, overwrites, was_overwritten
 
 __all__ = ["COLUMNS", "Merge", "Plan", "Row"]
 
@@ -54,6 +55,50 @@ class Row:
         return self.module.name if isinstance(self.module, Operation) else None
 
 
+class RulesOn:
+    """A model under the rules of a plan: :class:`~tdhook.passes.forward.Within`.
+
+    Args:
+        plan: the plan.
+        observer: what takes note of the calls, if anything does.
+    """
+
+    def __init__(self, plan: Plan, observer: Observer | None) -> None:
+        self.plan, self.observer = plan, observer
+        self.whole = observer is not None
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether the model was seen to overwrite tensors."""
+        interception = self.plan.interception
+        return interception is not None and interception.guard.active
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Attach the rules."""
+        plan, interception = self.plan, self.plan.interception
+        with ExitStack() as stack:
+            plan.attach(stack)
+            if interception is not None:
+                interception.observer = self.observer
+            overwrites = self.overwrites
+            try:
+                yield
+            except RuntimeError as error:
+                if overwrites or interception is None or not was_overwritten(error):
+                    raise
+                interception.guard.active = True
+                raise Mutated from error
+            finally:
+                if interception is not None:
+                    interception.observer = None
+            plan.seen = True
+
+    def running(self) -> AbstractContextManager[None]:
+        """Run operations under their rules. The first run tells the path of operations that nothing is known of."""
+        return self.plan.within(tracked=not self.plan.seen)
+
+
 COLUMNS = ("module", "type", "rule", "convention", "because")
 
 
@@ -71,6 +116,7 @@ class Plan:
         weights: keeps modified weights, if any.
 
     Attributes:
+        seen: whether the model was run under it.
         operations: the operations that one run was seen to perform, in execution order with the modules that have a
             rule; empty where none was.
     """
@@ -95,6 +141,7 @@ class Plan:
         self.weights = weights
         # Layers without a rule may overwrite what they are given: their operations are seen.
         self._units = [row.module for row in rows if interception is None or row.rule is not None]
+        self.seen = False
         self._bindings: list[Binding] = []
         self._custom: list[tuple[Rule, nn.Module]] = []
         for row in rows:
@@ -132,6 +179,24 @@ class Plan:
     def _detach(self) -> None:
         for binding in reversed(self._bindings):
             binding.detach()
+
+    def rules_on(self, ledger: Ledger | None = None, *, observer: Observer | None = None) -> RulesOn:
+        """How to run the model under its rules.
+
+        Args:
+            ledger: what keeps accounts of the run.
+            observer: what takes note of its calls instead.
+        """
+        return RulesOn(self, ledger or observer)
+
+    def relevance(self, value: Tensor, found: Tensor) -> Tensor:
+        """The relevance of a value, given what the backward pass brought to it.
+
+        In the gradient flow that is value times gradient, unless the gradient is the result: that of a rule that makes
+        it a modified one, and of a mapper, which says what is meant by its rules.
+        """
+        as_it_is = self.flow == "relevance" or self.interception is None or self.sensitivity
+        return found if as_it_is else value.detach() * found
 
     def within(self, *, tracked: bool = False) -> AbstractContextManager[None]:
         """Run operations under their rules; ``tracked`` where the path of each has to be known."""

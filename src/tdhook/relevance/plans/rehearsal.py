@@ -1,22 +1,79 @@
-"""Rehearsing: the operations of one run, taken down for a plan."""
+"""Rehearsing: the operations of one run, taken down for a plan; and the plan that is made once a model has run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+from tensordict import TensorDictBase
 from torch import nn
 
 from tdhook.conventions import Convention
+from tdhook.models.state import restored
+from tdhook.passes.runner import Runner
+from tdhook.relevance.ledger.ledger import Ledger
 from tdhook.relevance.operations.interception import Unmatched
 from tdhook.relevance.plans.plan import Plan, Row
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule
 from tdhook.selectors import Selector
 
-__all__ = ["watched"]
+__all__ = ["Ready", "rehearse"]
+
+
+class Ready:
+    """The plan of one model: made from the order of its execution, where the composite depends on it.
+
+    Args:
+        make: makes the plan, given what the model is run on; ``None`` where the order of registration will do.
+        check: told of a plan once it is settled.
+        needs_execution: whether the plan depends on the order in which modules run.
+
+    Attributes:
+        plan: the plan, as far as it is known.
+        ledger: accounts of the last call, if they were asked for.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[TensorDictBase | None], Plan],
+        check: Callable[[Plan], None],
+        needs_execution: bool,
+    ) -> None:
+        self._make, self._check = make, check
+        self._pending = needs_execution
+        self.plan = make(None)
+        self.ledger: Ledger | None = None
+        if not needs_execution:
+            check(self.plan)
+
+    def ready(self, runner: Runner) -> Plan:
+        """The plan to run what an explained module was called with."""
+        if self._pending:
+            runner.check()
+            plan = self._make(runner.td)
+            self._check(plan)
+            self.plan, self._pending = plan, False
+        return self.plan
+
+
+def rehearse(plan: Plan, runner: Runner) -> None:
+    """Run a model once under a plan, take down its operations as ``plan.operations``, and leave all as it was."""
+    watch = _Watch(plan)
+
+    def attempt() -> None:
+        watch.rows.clear()
+        with runner.forward(runner.td, plan.rules_on(observer=watch)):
+            pass
+
+    with restored(runner.setup.model.root):
+        runner.carefully(attempt)
+    called = {id(row.module) for row in watch.rows}
+    ruled = (row for row in plan.rows if row.rule and not isinstance(row.rule, IgnoreRule))
+    idle = (replace(row, runs=False) for row in ruled if id(row.module) not in called)
+    plan.operations = (*watch.rows, *idle)
 
 
 class _Watch:
@@ -44,21 +101,3 @@ class _Watch:
     def again(self) -> AbstractContextManager[None]:
         """A rehearsal has no backward pass, in which anything would be run once more."""
         return nullcontext()
-
-
-@contextmanager
-def watched(plan: Plan) -> Iterator[None]:
-    """Take down the operations of the forward pass within as ``plan.operations``."""
-    if plan.interception is None:
-        yield
-        return
-    watch = _Watch(plan)
-    plan.interception.observer = watch
-    try:
-        yield
-    finally:
-        plan.interception.observer = None
-    called = {id(row.module) for row in watch.rows}
-    ruled = (row for row in plan.rows if row.rule and not isinstance(row.rule, IgnoreRule))
-    idle = (replace(row, runs=False) for row in ruled if id(row.module) not in called)
-    plan.operations = (*watch.rows, *idle)

@@ -1,0 +1,51 @@
+"""The gradient of the target, and the gradient times the input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from tdhook.contexts.attribution import Attribution, Shared
+from tdhook.passes.runner import Runner
+from tdhook.targets import TargetLike
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Gradient", "GradientTimesInput"]
+
+
+class Gradient(Attribution):
+    """The size of the gradient of the target: the saliency map (Simonyan, Vedaldi and Zisserman 2014, section 3).
+
+    Args:
+        target: what is explained (:mod:`tdhook.targets`); by default the only output there is.
+        signed: whether to write the gradient itself. It says in which direction the target grows, not what spoke for
+            it, so that its size is the usual map.
+        **options: those of :class:`~tdhook.contexts.attribution.Attribution`: ``attribute``, ``attribution_key``, ...
+    """
+
+    def __init__(self, target: TargetLike = None, *, signed: bool = False, **options: Unpack[Shared]) -> None:
+        super().__init__(target, **options)
+        self.signed = signed
+
+    def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
+        """One forward pass, one backward pass."""
+        with runner.forward(td) as run:
+            pulled = run.pull(run.seeds(self.seeder), run.sources())
+        return pulled if self.signed else {key: grad.abs() for key, grad in pulled.items()}
+
+
+class GradientTimesInput(Attribution):
+    """The gradient of the target times the input: the first-order share of each input (Shrikumar et al. 2016)."""
+
+    def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
+        """One forward pass, one backward pass, value times gradient."""
+        with runner.forward(td) as run:
+            sources = run.sources()
+            pulled = run.pull(run.seeds(self.seeder), sources)
+            return {key: sources[key].detach() * grad for key, grad in pulled.items()}

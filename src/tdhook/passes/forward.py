@@ -1,0 +1,199 @@
+"""Runs: what one forward pass on the tape left behind, and how it is pulled back from there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from tdhook.conventions import Convention
+from tdhook.keys import parts_of
+from tdhook.models.capture import call_name
+from tdhook.passes.diagnosis import is_explainable, why_not_finite
+from tdhook.passes.setup import Setup
+from tdhook.targets.base import Seeder, Seeds, require_dependence
+
+__all__ = ["AsItIs", "Run", "Within"]
+
+
+class Within(Protocol):
+    """How a method wants a model to be run."""
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether the model may overwrite what it is given, which then are no leaves of the graph."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the model is wanted on the tape, and not only what the target depends on."""
+
+    def attached(self) -> AbstractContextManager[object]:
+        """Entered around the forward pass and the backward passes."""
+
+    def running(self) -> AbstractContextManager[object]:
+        """Entered around the forward pass alone."""
+
+
+class AsItIs:
+    """The model as it is; it may overwrite what it is given."""
+
+    overwrites = True
+    whole = False
+
+    def attached(self) -> AbstractContextManager[object]:
+        """Nothing is changed."""
+        return nullcontext()
+
+    def running(self) -> AbstractContextManager[object]:
+        """Nothing is changed."""
+        return nullcontext()
+
+
+@dataclass
+class Run:
+    """What one forward pass left behind.
+
+    Attributes:
+        setup: what the explained module keeps from call to call.
+        td: what the model was run on.
+        inputs: the attributed inputs, leaves of the graph.
+        outputs: what the model wrote and the target computed of it, on the graph, in the batch shape of ``td``.
+        flat: whether the model ran on a flat batch, whose leading axis ``modules`` and ``keys`` have.
+        modules: outputs of the modules that were asked for, by path and call, on the graph.
+        keys: values of the inner keys that were asked for, on the graph.
+    """
+
+    setup: Setup
+    td: TensorDictBase
+    inputs: dict[NestedKey, Tensor]
+    outputs: TensorDictBase
+    flat: bool
+    modules: dict[str, Tensor] = field(default_factory=dict)
+    keys: dict[NestedKey, Tensor] = field(default_factory=dict)
+
+    def seeds(self, target: Seeder, flow: Convention = "gradient") -> Seeds:
+        """Where the backward pass starts.
+
+        Args:
+            target: what is explained.
+            flow: the convention in which the backward pass runs.
+
+        Raises:
+            ValueError: a value that is explained is not finite.
+        """
+        seeds = target(self.offered(), self.td, flow)
+        for key, z, grad in zip(seeds.keys, seeds.tensors, seeds.grads, strict=True):
+            if not is_explainable(z, grad):
+                raise ValueError(why_not_finite(self.setup.model, self.setup.leaves.in_keys, key, self.td))
+        return seeds
+
+    def offered(self) -> TensorDictBase:
+        """What may be explained: the outputs, and those of ``target_modules`` by path and call."""
+        if not self.setup.target_modules:
+            return self.outputs
+        outputs: TensorDictBase = self.outputs.copy()
+        for name in self._calls(self.setup.target_modules):
+            outputs.set((name,), self.shaped(self.modules[name]))
+        return outputs
+
+    def sources(self) -> dict[NestedKey, Tensor]:
+        """The values that are attributed, on the graph, by the key that their relevance is written under."""
+        setup = self.setup
+        found = {**self.keys, **self.inputs}
+        wanted = list(setup.attributed)
+        if setup.attribute == "all":
+            wanted += [key for key in self.keys if key not in wanted]
+        elif callable(setup.attribute):
+            wanted = list(self.inputs)
+        sources: dict[NestedKey, Tensor] = {}
+        for key in wanted:
+            below = (
+                [key]
+                if key in found
+                else [k for k in self.inputs if parts_of(k)[: len(parts_of(key))] == parts_of(key)]
+            )
+            sources.update((k, found[k]) for k in below)
+        sources.update({(name,): self.modules[name] for name in self._calls(setup.input_modules)})
+        return {key: value for key, value in sources.items() if value.requires_grad}
+
+    def _calls(self, paths: tuple[str, ...]) -> list[str]:
+        """The names of all calls of some modules, as far as they were called."""
+        found = []
+        for path in paths:
+            call = 0
+            while call_name(path, call) in self.modules:
+                found.append(call_name(path, call))
+                call += 1
+        return found
+
+    def pull(
+        self, seeds: Seeds, sources: Mapping[NestedKey, Tensor], *, keep: bool = False
+    ) -> dict[NestedKey, Tensor]:
+        """Run the backward pass.
+
+        Args:
+            seeds: where it starts.
+            sources: where it ends.
+            keep: whether the graph is needed again.
+
+        Returns:
+            What arrives at each source, detached and of its shape, after a leading axis ``[outputs]`` where several
+            are explained; zero where nothing does.
+
+        Raises:
+            ValueError: the target depends on none of the sources.
+        """
+        require_dependence(seeds, sources, [z.requires_grad for z in seeds.tensors])
+        pulled = self.setup.pull_back(seeds, list(sources.values()), keep=keep)
+        require_dependence(seeds, sources, [any(grad is not None for grad in pulled)])
+        several = () if seeds.several is None else (seeds.several,)
+        return {
+            key: value.new_zeros(*several, *value.shape) if grad is None else grad.detach()
+            for (key, value), grad in zip(sources.items(), pulled, strict=True)
+        }
+
+    def in_batch_shape(self, key: NestedKey, value: Tensor, source: Tensor) -> Tensor:
+        """What belongs to a source, as ``[*batch, *features]`` or ``[*batch, outputs, *features]``.
+
+        Args:
+            key: the source.
+            value: of the shape of the source, or after one more leading axis ``[outputs]``.
+            source: its value.
+        """
+        several = value.dim() > source.dim()
+        if key not in self.inputs:
+            value = self.shaped(value, after=several)
+        return value.movedim(0, self.outputs.batch_dims) if several else value
+
+    def shaped(self, value: Tensor, *, after: bool = False) -> Tensor:
+        """A value from inside the model in the batch shape of ``td``; ``after`` a leading axis if so."""
+        if not self.flat:
+            return value
+        lead = value.shape[:after]
+        return value.reshape(*lead, *self.outputs.batch_size, *value.shape[after + 1 :])
+
+    def values(self) -> dict[NestedKey, Tensor]:
+        """The values that are wanted, ``[*batch, *features]``, by key or by path and call."""
+        setup, wanted = self.setup, self.setup.question.values
+        if wanted is True:
+            return {key: self.in_batch_shape(key, x, x).detach() for key, x in self.sources().items()}
+        found: dict[NestedKey, Tensor] = {}
+        for key in setup.valued_keys:
+            value = self.keys.get(key, None)
+            value = self.td.get(key) if value is None else self.shaped(value)
+            found[key] = value.detach()
+        for name in self._calls(tuple(setup.valued_modules)):
+            found[(name,)] = self.shaped(self.modules[name]).detach()
+        return found
+
+    def written(self) -> dict[NestedKey, Any]:
+        """What the model wrote, detached."""
+        return {
+            key: value.detach() if isinstance(value, Tensor) else value
+            for key, value in self.outputs.items(True, True)
+        }

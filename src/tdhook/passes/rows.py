@@ -1,0 +1,40 @@
+"""Rows: a batch of any shape as a line of them, so many at once, put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+__all__ = ["beside", "copies_of", "joined", "rows_of", "shaped_like"]
+
+
+def rows_of(td: TensorDictBase, axes: int) -> TensorDictBase:
+    """``td`` with its first ``axes`` batch axes made one: ``[rows, *rest]``, a row for each thing to explain."""
+    return td.reshape(-1, *td.batch_size[axes:]) if axes else td.unsqueeze(0)
+
+
+def shaped_like(values: Tensor, td: TensorDictBase, axes: int) -> Tensor:
+    """``values [rows, *rest]`` of :func:`rows_of` as ``[*batch, *rest]``."""
+    return values.reshape((*td.batch_size[:axes], *values.shape[1:]))
+
+
+def copies_of(td: TensorDictBase, count: int) -> TensorDictBase:
+    """``count`` copies of ``td [*batch]`` along a new first axis, ``[count, *batch]``; no memory is taken."""
+    return td.expand(count, *td.batch_size)
+
+
+def joined(
+    parts: Iterable[TensorDictBase], found: Callable[[TensorDictBase], Mapping[NestedKey, Tensor]]
+) -> dict[NestedKey, Tensor]:
+    """What is found of each part, ``[part, *rest]`` by key, in one line: ``[rows, *rest]``."""
+    each = [found(part) for part in parts]
+    return {key: torch.cat([part[key] for part in each]) for key in each[0]}
+
+
+def beside(batch: Tensor, x: Tensor) -> Tensor:
+    """Values of batch elements, ``[*batch]``, with axes added to go with ``x [*batch, *features]``."""
+    return batch.reshape(*batch.shape, *(1,) * (x.dim() - batch.dim()))

@@ -1,0 +1,136 @@
+"""The runner: what an attribution method runs a model with, in one call of an explained module.
+
+The careful retry: a model that overwrites tensors which the backward pass needs is noticed while it runs. It is then
+put back as it was and run again with more care, and so are later calls. :meth:`Runner.carefully` is the only place that
+catches what says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from tdhook.models.capture import Captured
+from tdhook.models.state import restored
+from tdhook.passes.forward import AsItIs, Run, Within
+from tdhook.passes.heads import NotBehind
+from tdhook.passes.setup import Setup
+from tdhook.tape.overwriting import Mutated
+from tdhook.targets.base import Seeder
+from tdhook.targets.pinned import pin
+
+__all__ = ["Runner"]
+
+T = TypeVar("T")
+
+
+class Runner:
+    """Runs one model for one call.
+
+    Args:
+        setup: what is known of the model and of what is asked.
+        td: what the explained module was called with.
+        state: what the method worked out for the model when it started.
+
+    Attributes:
+        base: the run on ``td`` as it is: its outputs are what the explained module writes.
+        beside: further entries to write, by key.
+    """
+
+    def __init__(self, setup: Setup, td: TensorDictBase, state: Any = None) -> None:
+        self.setup, self.td, self.state = setup, td, state
+        self.base: Run | None = None
+        self.beside: dict[NestedKey, Tensor] = {}
+
+    @property
+    def target(self) -> Seeder:
+        """What is explained."""
+        return self.setup.question.target
+
+    def check(self) -> None:
+        """Raise where the model cannot be run on ``td``, as :meth:`forward` does."""
+        self.setup.leaves(self.td, {})
+
+    @contextmanager
+    def forward(
+        self,
+        td: TensorDictBase,
+        within: Within | None = None,
+        *,
+        target: Seeder | None = None,
+        replaced: Mapping[NestedKey, Tensor] | None = None,
+    ) -> Iterator[Run]:
+        """Run the model on the tape, and keep it as it was run for the backward passes within.
+
+        Args:
+            td: what it is run on, with any batch size; left as it is.
+            within: how; by default the model as it is.
+            target: what is explained, by default what was asked: it computes its value as a part of the model.
+            replaced: values that take the place of attributed ones, by the keys of :meth:`Run.sources`.
+
+        Raises:
+            KeyError: an entry is missing.
+            ValueError: the batch is empty, or the model returned another batch size.
+        """
+        setup, replaced, how = self.setup, replaced or {}, within or AsItIs()
+        asked = target or self.target
+        work, inputs = setup.leaves(td, replaced)
+        with how.attached():
+            if how.overwrites:
+                for key, value in inputs.items():
+                    work.set(key, value.clone())
+            captured = Captured(replaced)
+            heads = nullcontext() if how.whole else setup.heads.off_the_tape()
+            with captured.within(setup.paths, setup.model.runner, setup.watched), how.running():
+                given = work.copy() if asked.writes else work  # what the model writes goes into it
+                with heads:
+                    outputs, flat = setup.model.run(work, captured.clear)
+                outputs = asked.derive(outputs, given)
+            if outputs.batch_size != td.batch_size:
+                raise ValueError(
+                    f"the model returned a TensorDict of batch size {list(outputs.batch_size)} for one of "
+                    f"{list(td.batch_size)}, where its outputs cannot be written; wrap it in a module that moves "
+                    "the new axes behind those of the batch"
+                )
+            run = Run(setup, td, inputs, outputs, flat, captured.modules, captured.keys)
+            if td is self.td and not replaced and self.base is None:
+                self.base = run
+            yield run
+
+    def pinned(self, run: Run) -> tuple[Seeder, TensorDictBase]:
+        """What is asked, the same of every changed input: the target chooses by a run of the inputs as they are.
+
+        Returns:
+            The target that has chosen, and the TensorDict of the run with what it chose.
+        """
+        target, chosen = pin(self.target, run.offered(), run.td)
+        asked = run.td.copy()
+        for key, value in chosen.items():
+            asked.set(key, value)
+        return target, asked
+
+    def values(self, td: TensorDictBase) -> TensorDictBase:
+        """What the model writes and the target computes of it, off the tape."""
+        with torch.no_grad():
+            work = self.setup.leaves.readable(td)
+            return self.target.derive(self.setup.model.run(work)[0], work)
+
+    def carefully(self, attempt: Callable[[], T]) -> T:
+        """Make an attempt, and another where it turns out that the model must be run with more care."""
+        setup = self.setup
+        while True:
+            self.base = None
+            self.beside.clear()
+            try:
+                with restored(setup.model.root, always=False) if setup.careful else nullcontext():
+                    result = attempt()
+            except (Mutated, NotBehind):
+                continue
+            setup.careful = False
+            return result

@@ -1,0 +1,123 @@
+"""The setup of an explained module: what is known of a model and of what is asked, kept from call to call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey, unravel_key
+from torch import nn
+
+from tdhook.models.model import Model
+from tdhook.passes.backward import PullBack
+from tdhook.passes.heads import Heads
+from tdhook.passes.leaves import Choose, Leaves
+from tdhook.targets.base import Seeder
+
+__all__ = ["Attribute", "Question", "Setup"]
+
+Attribute: TypeAlias = "tuple[NestedKey, ...] | str | Choose | None"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a method asks of any model.
+
+    Attributes:
+        target: what is explained.
+        attribute: keys to attribute, ``"all"``, a choice among the inputs, or ``None`` for the inputs.
+        use_inputs: whether inputs are attributed.
+        input_modules: paths of modules whose outputs are attributed.
+        target_modules: paths of modules whose outputs may be explained.
+        values: paths of modules, and keys, whose values are written; or whether those of what is attributed are.
+        memory_budget: bytes that the gradients of several targets may take together.
+    """
+
+    target: Seeder
+    attribute: Attribute = None
+    use_inputs: bool = True
+    input_modules: tuple[str, ...] = ()
+    target_modules: tuple[str, ...] = ()
+    values: bool | tuple[NestedKey, ...] = False
+    memory_budget: int | None = None
+
+
+class Setup:
+    """What is known of one model that one question is asked of.
+
+    Args:
+        model: the model.
+        question: what is asked.
+
+    Attributes:
+        paths: the modules whose outputs are wanted, by path.
+        attributed: keys that are asked for, as far as they are known before the model runs.
+        watched: inner keys that are collected; ``"all"`` of them.
+        in_keys: what has to be in a TensorDict.
+        leaves: makes the leaves of each run.
+        pull_back: runs backward passes.
+        heads: what of the model is behind the target.
+        careful: whether a call has yet to show that it need not be run again.
+
+    Raises:
+        ValueError: the question names a module or a key that the model does not have.
+    """
+
+    def __init__(self, model: Model, question: Question) -> None:
+        self.model, self.question = model, question
+        self.attribute, self.input_modules = question.attribute, question.input_modules
+        self.target_modules = question.target_modules
+        named = () if isinstance(question.values, bool) else question.values
+        named_keys = bool(named) or isinstance(question.attribute, tuple)
+        known = _inner_keys(model) if named_keys else set()
+        self.valued_keys = [key for key in named if key in known or key in model.attributed]
+        self.valued_modules = [_path(key) for key in named if key not in self.valued_keys]
+        paths = (*question.input_modules, *question.target_modules, *self.valued_modules)
+        self.paths: Mapping[str, nn.Module] = {path: model.submodule(path) for path in paths}
+        self.attributed = _attributed(model, question, known)
+        self.watched = _watched(question.attribute, self.valued_keys)
+        self.in_keys = list(
+            dict.fromkeys([*map(unravel_key, model.runner.in_keys), *question.target.in_keys])
+        )
+        inputs = question.attribute if callable(question.attribute) else question.use_inputs
+        others = bool(question.input_modules) or question.attribute is not None
+        self.leaves = Leaves(model, self.in_keys, inputs, others)
+        self.pull_back = PullBack(question.memory_budget)
+        self.heads = Heads(model.runner, question.target.explains)
+        self.careful = True
+
+    @property
+    def sources(self) -> list[NestedKey]:
+        """The keys that relevance is written for, as far as they are known before the model runs."""
+        return [*self.attributed, *self.input_modules]
+
+
+def _path(key: NestedKey) -> str:
+    return key if isinstance(key, str) else ".".join(key)
+
+
+def _inner_keys(model: Model) -> set[NestedKey]:
+    inner = (m for m in model.runner.modules() if isinstance(m, TensorDictModuleBase))
+    return {unravel_key(key) for module in inner for key in module.out_keys}
+
+
+def _attributed(model: Model, question: Question, known: set[NestedKey]) -> tuple[NestedKey, ...]:
+    attribute = question.attribute
+    if not isinstance(attribute, tuple):
+        return model.attributed if question.use_inputs else ()
+    for key in attribute:
+        if key not in known and key not in model.attributed:
+            names = ", ".join(map(repr, [*model.attributed, *sorted(known, key=str)]))
+            raise ValueError(
+                f"attribute names {key!r}, which the model neither reads nor writes; it has {names}"
+            )
+    return attribute
+
+
+def _watched(attribute: Attribute, valued: Sequence[NestedKey]) -> tuple[NestedKey, ...] | str | None:
+    if isinstance(attribute, str):
+        return attribute
+    keys = (*(attribute if isinstance(attribute, tuple) else ()), *valued)
+    return keys or None
