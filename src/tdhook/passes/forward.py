@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 
 from tdhook.conventions import Convention
 from tdhook.keys import parts_of
@@ -52,6 +53,36 @@ class AsItIs:
     def running(self) -> AbstractContextManager[object]:
         """Nothing is changed."""
         return nullcontext()
+
+
+def _independent(sources: Mapping[NestedKey, Tensor]) -> list[list[NestedKey]]:
+    """Keys of sources in groups, each of which depends on none of its own group, the nearest to the inputs first."""
+    nodes = {key: get_gradient_edge(x).node for key, x in sources.items()}
+    before = {key: _nodes_before(node) for key, node in nodes.items()}
+    levels: dict[NestedKey, int] = {}
+
+    def level(key: NestedKey) -> int:
+        if key not in levels:
+            deeper = [level(other) for other, node in nodes.items() if other != key and node in before[key]]
+            levels[key] = 1 + max(deeper, default=-1)
+        return levels[key]
+
+    groups: dict[int, list[NestedKey]] = {}
+    for key in sources:
+        groups.setdefault(level(key), []).append(key)
+    return [groups[depth] for depth in sorted(groups)]
+
+
+def _nodes_before(node: Node) -> set[Node]:
+    """The nodes of the tape between a node and the leaves, without itself."""
+    seen: set[Node] = set()
+    ahead = [node]
+    while ahead:
+        for parent, _ in ahead.pop().next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                ahead.append(parent)
+    return seen
 
 
 @dataclass
@@ -101,8 +132,17 @@ class Run:
             outputs.set((name,), self.shaped(self.modules[name]))
         return outputs
 
-    def sources(self) -> dict[NestedKey, Tensor]:
-        """The values that are attributed, on the graph, by the key that their relevance is written under."""
+    def independent_sources(self) -> list[dict[NestedKey, Tensor]]:
+        """The values that are attributed, detached, in groups that depend on none of their own group."""
+        sources = self.sources()
+        return [{key: sources[key].detach() for key in group} for group in _independent(sources)]
+
+    def sources(self, among: Iterable[NestedKey] | None = None) -> dict[NestedKey, Tensor]:
+        """The values that are attributed, on the graph, by the key that their relevance is written under.
+
+        Args:
+            among: which of them; all by default.
+        """
         setup = self.setup
         found = {**self.keys, **self.inputs}
         wanted = list(setup.attributed)
@@ -119,7 +159,8 @@ class Run:
             )
             sources.update((k, found[k]) for k in below)
         sources.update({(name,): self.modules[name] for name in self._calls(setup.input_modules)})
-        return {key: value for key, value in sources.items() if value.requires_grad}
+        chosen = sources if among is None else set(among)
+        return {key: x for key, x in sources.items() if x.requires_grad and key in chosen}
 
     def _calls(self, paths: tuple[str, ...]) -> list[str]:
         """The names of all calls of some modules, as far as they were called."""
