@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from drawing import drawing
+from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
@@ -239,7 +240,7 @@ STEPS = {
 }
 
 
-@settings(max_examples=15)
+@drawing(15)
 @given(
     before=st.permutations(["norm", "clip", "unsqueeze"]),
     image=st.sampled_from(
