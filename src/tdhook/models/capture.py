@@ -11,6 +11,8 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
+from tdhook.models.turns import here
+
 __all__ = ["Captured", "captured"]
 
 Captured: TypeAlias = "tuple[dict[str, Tensor], dict[NestedKey, Tensor]]"
@@ -29,11 +31,11 @@ def captured(
     """
     modules: dict[str, Tensor] = {}
     keys: dict[NestedKey, Tensor] = {}
-    handles = [m.register_forward_hook(_capture_output(path, modules)) for path, m in paths.items()]
+    handles = [m.register_forward_hook(here(_capture_output(path, modules))) for path, m in paths.items()]
     if attribute is not None:
         for module in runner.modules():
             if isinstance(module, TensorDictModuleBase):
-                handles.append(module.register_forward_hook(_capture_keys(attribute, keys)))
+                handles.append(module.register_forward_hook(here(_capture_keys(attribute, keys))))
     try:
         yield modules, keys
     finally:

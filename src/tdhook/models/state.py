@@ -31,7 +31,8 @@ def modules_of(root: nn.Module) -> dict[str, nn.Module]:
             return
         seen.add(id(module))
         found[prefix] = module
-        hidden = [(name, m) for name, m in vars(module).items() if isinstance(m, nn.Module)]
+        # A copy: another thread may put something on the module meanwhile.
+        hidden = [(name, m) for name, m in list(vars(module).items()) if isinstance(m, nn.Module)]
         for name, child in [*module._modules.items(), *hidden]:
             if child is not None:
                 visit(f"{prefix}.{name}" if prefix else name, child)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from threading import get_ident
 from typing import TypeAlias
 
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from tdhook.conventions import Convention
 from tdhook.models.families import BatchNorm
 from tdhook.models.state import frozen
+from tdhook.models.turns import Turn
 from tdhook.relevance.operations.interception import Interception, Unmatched
 from tdhook.relevance.operations.table import MOVES, WINNER
 from tdhook.relevance.propagation.binding import Binding
@@ -91,6 +93,7 @@ class Plan:
         self.flow: Convention = flow
         self.interception = interception
         self._modules = tuple(modules)
+        self._turn = Turn(self._modules)
         self.sensitivity = sensitivity
         self.weights = weights
         # Layers without a rule may overwrite what they are given: their operations are seen.
@@ -115,6 +118,7 @@ class Plan:
 
     def attach(self, stack: ExitStack) -> None:
         """Run the model under the rules until ``stack`` is closed; operations only :meth:`within` it."""
+        stack.enter_context(self._turn)
         overwriting = [module for module in self._units if overwrites(module)]
         if self.interception is not None:
             stack.enter_context(frozen(self._modules))
@@ -125,7 +129,7 @@ class Plan:
             stack.enter_context(self.weights.active())
         stack.callback(self._detach)
         for binding in self._bindings:
-            binding.attach()
+            binding.attach(get_ident())
         for rule, module in self._custom:
             stack.enter_context(rule.register(module))
 
