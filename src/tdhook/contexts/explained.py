@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdhook.contexts.attribution import Conditions, Record
 from tdhook.keys import named_tensors, parts_of
@@ -58,7 +58,8 @@ class ExplainedModule(TensorDictModuleBase):
         self.__dict__["_model"] = model
         self.training = model.root.training
         self._method = method
-        self._closed = self._ran = False
+        self._closed = False
+        self._moving: tuple[nn.Module, ...] | None = None
         self.__dict__["ledger"] = None
         self._told: set[NestedKey] = set()
         self._paths = {
@@ -173,11 +174,14 @@ class ExplainedModule(TensorDictModuleBase):
         """Try, and try again where it turns out that the model overwrites tensors: now it is run with more care."""
         while True:
             try:
-                with nullcontext() if self._ran else restored(self._model.root, always=False):
+                if self._moving == ():
+                    return attempt()
+                with restored(self._model.root, always=False, among=self._moving) as held:
                     result = attempt()
+                    moving = held.moved
             except Mutated:
                 continue
-            self._ran = True
+            self._moving = moving
             return result
 
     def _attempt(self, td: TensorDictBase) -> dict[NestedKey, Any]:
