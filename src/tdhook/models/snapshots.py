@@ -114,6 +114,7 @@ class Snapshot:
         modules = tuple(modules)
         self._wanted = frozenset(map(id, modules)) if alone else None
         self._first = modules[:1]
+        self._buffers = frozenset(id(x) for module in modules for x in module._buffers.values())
         self._held: list[tuple[nn.Module, Held]] = []
         # What was seen is kept alive, lest something else come to have its id.
         self._seen: dict[int, Any] = {}
@@ -145,6 +146,8 @@ class Snapshot:
                 continue
             if self._wanted is not None and isinstance(value, nn.Module) and id(value) not in self._wanted:
                 continue
+            if isinstance(value, Tensor) and _is_traced(value) and id(value) not in self._buffers:
+                continue
             held, below = _look_into(value)
             if held is None and not below:
                 continue
@@ -153,6 +156,11 @@ class Snapshot:
             if held is not None:
                 self._held.append((owner, held))
             ahead += [(owner, one) for one in below if type(one) not in _PLAIN]
+
+
+def _is_traced(value: Tensor) -> bool:
+    """Whether it belongs to a graph that is being made, or was left behind by one, and has no values to look at."""
+    return torch.compiler.is_compiling() or type(value).__module__.startswith("torch._subclasses.")
 
 
 def _look_into(value: Any) -> tuple[Held | None, Iterable[Any]]:
