@@ -4,6 +4,7 @@ Each runs in a fresh virtual environment of the interpreter that runs nox, with 
 """
 
 import os
+import random
 
 import nox
 
@@ -35,6 +36,21 @@ def tests(session: nox.Session) -> None:
     """Run the tests (the slow ones too with `-- --slow`, or where CI is set)."""
     install(session, DEVELOPER)
     session.run("pytest", "-n", "auto", "--maxprocesses", "4", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def explore(session: nox.Session) -> None:
+    """Draw other examples than the tests do, ten times as many (`-- --hypothesis-seed N` for those of a run before)."""
+    install(session, DEVELOPER)
+    given = list(session.posargs)
+    if not any(argument.startswith("--hypothesis-seed") for argument in given):
+        given.append(f"--hypothesis-seed={random.randrange(2**32)}")
+    session.log("drawing by " + " ".join(given))
+    session.run(
+        *("pytest", "-m", "hypothesis", "--hypothesis-profile", "explore"),
+        *("-n", "auto", "--maxprocesses", "4", *given),
+        env=ONE_THREAD,
+    )
 
 
 @nox.session

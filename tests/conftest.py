@@ -1,4 +1,4 @@
-"""What all tests share: reproducible randomness, one thread, and when slow tests run."""
+"""What all tests share: the same random numbers in every run, one thread, and when slow tests run."""
 
 from __future__ import annotations
 
@@ -6,23 +6,50 @@ import os
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import register_random, settings
+from torch import Tensor
 
 CI = bool(os.environ.get("CI"))
 
-# No deadline: how long one example takes says more about the machine than about the code.
-settings.register_profile("local", deadline=None)
-settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
-settings.load_profile("ci" if CI else "local")
+# No deadline: how long one example takes says more about the machine than about the code. The same examples in every
+# run and every clone; `nox -s explore` draws others, and more.
+settings.register_profile("same", deadline=None, derandomize=True, database=None, print_blob=True)
+settings.register_profile("explore", deadline=None, database=None, print_blob=True, max_examples=1000)
+settings.load_profile("same")
 
 torch.set_num_threads(1)
+
+
+class _Torch:
+    """The random state of torch, which is the same at the beginning of each example of hypothesis."""
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def getstate(self) -> Tensor:
+        return torch.get_rng_state()
+
+    def setstate(self, state: Tensor) -> None:
+        torch.set_rng_state(state)
+
+
+_TORCH = _Torch()  # hypothesis does not keep it alive
+register_random(_TORCH)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    # A module of tests is imported now: what it draws there is the same, whatever else is collected.
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "given" in vars(getattr(item, "module", None) or object):
+            item.add_marker("hypothesis")  # its own plugin overlooks draws that are nested in a test
     if CI or config.getoption("--slow"):
         return
     skip = pytest.mark.skip(reason="slow: runs with --slow or where CI is set")

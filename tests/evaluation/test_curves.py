@@ -10,6 +10,7 @@ import torch
 from evaluated_models import inputs, linear, network, random_inputs
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
+from tolerances import assert_close
 from torch import Tensor, nn
 
 from tdhook import LRP, Contrast, Key, Target
@@ -72,8 +73,8 @@ def test_curves_are_those_made_feature_by_feature(batch: tuple[int, ...]) -> Non
     with torch.no_grad():
         most = [by_hand(model, *row, base) for row in zip(x, r, chosen, strict=True)]
         least = [by_hand(model, *row, base) for row in zip(x, -r, chosen, strict=True)]
-    torch.testing.assert_close(curves.most.value.reshape(-1, 6), torch.tensor(most).double())
-    torch.testing.assert_close(curves.least.value.reshape(-1, 6), torch.tensor(least).double())
+    assert_close(curves.most.value.reshape(-1, 6), torch.tensor(most).double(), torch.float32)
+    assert_close(curves.least.value.reshape(-1, 6), torch.tensor(least).double(), torch.float32)
 
 
 def test_relevance_may_be_there_already() -> None:
@@ -82,7 +83,7 @@ def test_relevance_may_be_there_already() -> None:
     explained = LRP("epsilon_plus", target=target).wrap(model)(td.clone())
     of_entry = perturbation_curve(model, explained, target=target)
     of_method = perturbation_curve(model, td, LRP("epsilon_plus", target=target))
-    torch.testing.assert_close(of_entry.most.value, of_method.most.value)
+    assert_close(of_entry.most.value, of_method.most.value, torch.float32)
     with pytest.raises(KeyError, match="there is no relevance under 'attr'; the TensorDict has input"):
         perturbation_curve(model, td, target=target)
 
@@ -99,7 +100,7 @@ def test_any_function_of_the_model_may_explain() -> None:
     model, td = network(), random_inputs(4)
     mine = perturbation_curve(model, td, explainer_of, target=Target("output", 0))
     its = perturbation_curve(model, td, GradientTimesInput(), target=Target("output", 0))
-    torch.testing.assert_close(mine.most.value, its.most.value)
+    assert_close(mine.most.value, its.most.value, torch.float32)
 
 
 def test_the_output_that_was_chosen_is_asked_about_all_along() -> None:
@@ -136,11 +137,11 @@ def test_other_targets_are_measured_as_they_are_explained() -> None:
     taken = logits.argmax(-1, keepdim=True)
     log_prob = perturbation_curve(policy, td, LRP("epsilon", target=LogProb("logits")))
     start = logits.log_softmax(-1).gather(-1, taken)[:, 0]
-    torch.testing.assert_close(log_prob.most.value[:, 0], start.detach().double())
+    assert_close(log_prob.most.value[:, 0], start.detach().double(), torch.float32)
     end = policy(inputs([0.0] * 5))["logits"].log_softmax(-1).expand(6, 3).gather(-1, taken)[:, 0]
-    torch.testing.assert_close(log_prob.most.value[:, -1], end.detach().double())
+    assert_close(log_prob.most.value[:, -1], end.detach().double(), torch.float32)
     probability = perturbation_curve(policy, td, LRP("epsilon", target=Probability("logits")))
-    torch.testing.assert_close(probability.most.value[:, -1], end.detach().double().exp())
+    assert_close(probability.most.value[:, -1], end.detach().double().exp(), torch.float32)
     same = perturbation_curve(policy, td, LRP("epsilon", target=Probability()), measure="probability")
     assert torch.equal(same.most.value, probability.most.value)
 
@@ -148,7 +149,7 @@ def test_other_targets_are_measured_as_they_are_explained() -> None:
         return TensorDict({"logits": 2 * outputs["logits"]}, batch_size=outputs.batch_size)
 
     function = perturbation_curve(policy, td, GradientTimesInput(doubled))
-    torch.testing.assert_close(function.most.value[:, 0], 2 * logits.sum(-1).detach().double())
+    assert_close(function.most.value[:, 0], 2 * logits.sum(-1).detach().double(), torch.float32)
 
 
 def test_the_choice_may_be_an_entry() -> None:
@@ -158,7 +159,7 @@ def test_the_choice_may_be_an_entry() -> None:
     by_tensor = perturbation_curve(
         model, td, LRP("epsilon", target=Target("output", td["taken"])), chunk_size=2
     )
-    torch.testing.assert_close(by_entry.most.value, by_tensor.most.value)
+    assert_close(by_entry.most.value, by_tensor.most.value, torch.float32)
 
 
 def test_measures() -> None:
@@ -166,9 +167,9 @@ def test_measures() -> None:
     target = Target("output", "argmax")
     probability = perturbation_curve(model, td, RandomMap(), target=target, measure="probability")
     softmax = model(td["input"]).softmax(-1).amax(-1).detach().double()
-    torch.testing.assert_close(probability.most.value[:, 0], softmax)
+    assert_close(probability.most.value[:, 0], softmax, torch.float32)
     zero = model(torch.zeros(5)).softmax(-1)[model(td["input"]).argmax(-1)].detach().double()
-    torch.testing.assert_close(probability.most.value[:, -1], zero)
+    assert_close(probability.most.value[:, -1], zero, torch.float32)
     agreement = perturbation_curve(model, td, RandomMap(), target=target, measure="agreement")
     assert agreement.most.value[:, 0].tolist() == [1.0] * 7
     kept = model(td["input"]).argmax(-1) == model(torch.zeros(5)).argmax(-1)
@@ -176,7 +177,7 @@ def test_measures() -> None:
     norm = perturbation_curve(
         model, td, RandomMap(), target=target, measure=lambda out: out["output"].norm(dim=-1)
     )
-    torch.testing.assert_close(norm.most.value[:, 0], model(td["input"]).norm(dim=-1).detach().double())
+    assert_close(norm.most.value[:, 0], model(td["input"]).norm(dim=-1).detach().double(), torch.float32)
 
 
 def test_insertion_and_deletion_are_the_curves_read_from_both_ends() -> None:
@@ -185,7 +186,7 @@ def test_insertion_and_deletion_are_the_curves_read_from_both_ends() -> None:
     curves = perturbation_curve(model, td, LRP("epsilon"), target=target, measure="probability")
     both = insertion_deletion(model, td, LRP("epsilon"), target=target)
     assert torch.equal(both.deletion.value, curves.most.value)
-    torch.testing.assert_close(both.insertion.value, curves.least.value.flip(-1))
+    assert_close(both.insertion.value, curves.least.value.flip(-1), torch.float32)
     plain = both.to_dict()
     assert plain["insertion"]["area"] == both.insertion.area
     assert plain["deletion"]["area"] == both.deletion.area

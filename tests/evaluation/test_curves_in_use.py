@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from drawing import drawing
 from evaluated_models import inputs, linear, network, random_inputs
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
+from tolerances import assert_close
 from torch import nn
 
 from tdhook import LRP, Target
@@ -39,7 +41,7 @@ def test_equals_are_ordered_by_lot_and_the_lots_follow_the_seed() -> None:
     assert not torch.equal(111.0 - other.most.value[:, 1], first)
 
 
-@settings(max_examples=15)
+@drawing(15)
 @given(
     chunk=st.integers(1, 12),
     baseline=st.sampled_from([0.0, "mean", "sample"]),
@@ -52,11 +54,11 @@ def test_chunks_change_nothing(chunk: int, baseline: Any, method: Any, seed: int
     options: dict[str, Any] = {"target": Target("output", "argmax"), "baseline": baseline, "seed": seed}
     whole = perturbation_curve(model, td, method, **options)
     parts = perturbation_curve(model, td, method, chunk_size=chunk, **options)
-    torch.testing.assert_close(parts.most.value, whole.most.value)
-    torch.testing.assert_close(parts.least.value, whole.least.value)
+    assert_close(parts.most.value, whole.most.value, torch.float32)
+    assert_close(parts.least.value, whole.least.value, torch.float32)
 
 
-@settings(max_examples=15)
+@drawing(15)
 @given(seed=st.integers(0, 1000), features=st.integers(1, 6))
 def test_curves_begin_and_end_alike_whatever_the_order(seed: int, features: int) -> None:
     torch.manual_seed(seed)
@@ -65,12 +67,12 @@ def test_curves_begin_and_end_alike_whatever_the_order(seed: int, features: int)
         random_inputs(3, features=features),
     )
     curves = perturbation_curve(model, td, RandomMap(seed=seed))
-    torch.testing.assert_close(curves.most.value[:, 0], model(td["input"])[:, 0].detach().double())
-    torch.testing.assert_close(curves.most.value[:, [0, -1]], curves.least.value[:, [0, -1]])
+    assert_close(curves.most.value[:, 0], model(td["input"])[:, 0].detach().double(), torch.float32)
+    assert_close(curves.most.value[:, [0, -1]], curves.least.value[:, [0, -1]], torch.float32)
     reversed_ = perturbation_curve(model, td.set(("attr", "input"), torch.rand(3, features)))
     td["attr", "input"] = -td["attr", "input"]
     again = perturbation_curve(model, td)
-    torch.testing.assert_close(again.most.value, reversed_.least.value)
+    assert_close(again.most.value, reversed_.least.value, torch.float32)
 
 
 def test_nothing_of_the_callers_is_changed() -> None:

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, note, settings
+from drawing import drawing
+from hypothesis import HealthCheck, assume, given, note
 from hypothesis import strategies as st
 from rules import reference
 from rules.checks import assert_close
@@ -37,12 +38,10 @@ from tdhook.targets import Target
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
-# On top of the profile that is loaded: whether draws are the same every time is for the whole suite to say. Many a
-# network is turned down, because somewhere it has no input to give relevance to.
-drawn_often = settings(
-    max_examples=40,
-    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+# Many a network is turned down, because somewhere it has no input to give relevance to.
+OFTEN = {
+    "suppress_health_check": [HealthCheck.filter_too_much, HealthCheck.too_slow, HealthCheck.data_too_large]
+}
 
 TINY = 1e-14  # a stabiliser that keeps nothing to speak of, and makes zero over zero a zero
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -127,7 +126,7 @@ def assert_conserved(target, attr, batch, tolerance):
 def test_conserving_rules_conserve(name, networks):
     first, rule, needs = CONSERVING[name]
 
-    @drawn_often
+    @drawing(40, **OFTEN)
     @given(networks(family(needs)), st.sampled_from([torch.float64, torch.float64, torch.float32]))
     def run(drawn, dtype):
         assume(well_posed(drawn, needs))
@@ -142,7 +141,7 @@ def test_conserving_rules_conserve(name, networks):
 def test_of_one_output_the_relevance_is_its_value(name, index):
     first, rule, needs = CONSERVING[name]
 
-    @settings(drawn_often, max_examples=15)
+    @drawing(15, **OFTEN)
     @given(dense_networks(family(needs)), st.integers(0, 7))
     def run(drawn, number):
         assume(well_posed(drawn, needs))
@@ -166,7 +165,7 @@ def test_the_two_conventions_meet(name, activation):
         rule, first, activation
     )
 
-    @settings(drawn_often, max_examples=25)
+    @drawing(25, **OFTEN)
     @given(dense_networks(family(needs, norms=(nn.LayerNorm, nn.RMSNorm))))
     def run(drawn):
         assume(well_posed(drawn, needs))
@@ -204,7 +203,7 @@ def test_what_is_missing_is_the_share_of_the_biases(name):
         name, "sum"
     )
 
-    @settings(drawn_often, max_examples=15)
+    @drawing(15, **OFTEN)
     @given(dense_networks(family(needs, batch_norm=False)).map(with_biases))
     def run(drawn):
         assume(well_posed(drawn, needs))

@@ -2,121 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 import re
-import sys
-import zlib
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from reports import ACTIONS, FEATURES, close, rollout, with_frames
 from tensordict import TensorDict
-from torch import Tensor
 
 from tdhook import Contrast, Target
-from tdhook.pages import pictures, writing
+from tdhook.pages import writing
 from tdhook.pages.writing import write_report
 from tdhook.relevance.composites.presets import epsilon_plus, guided_backprop
 from tdhook.rl.rollouts import Conservation
 
-FEATURES, ACTIONS = ("angle", "speed", "height"), ("left", "right")
 HOSTILE = "</script><script>alert('x')</script><!-- & \u2028 {{data}}"
-
-
-def rollout(*size: int, outputs: int = 0) -> TensorDict:
-    middle = (outputs,) if outputs else ()
-    taken = torch.arange(torch.Size(size).numel()).reshape(size) % 2
-    return TensorDict(
-        {
-            "observation": torch.randn(*size, 3),
-            "attr": {"observation": torch.randn(*size, *middle, 3)},
-            "action": torch.nn.functional.one_hot(taken, 2),
-            "next": {"reward": torch.randn(*size, 1), "done": torch.rand(*size, 1) < 0.2},
-        },
-        size,
-    )
-
-
-def with_frames(made: TensorDict, height: int = 12, width: int = 10) -> TensorDict:
-    made["frame"] = torch.randint(0, 256, (*made.batch_size, height, width, 3), dtype=torch.uint8)
-    made["attr", "frame"] = torch.randn(*made.batch_size, height, width)
-    return made
-
-
-class Elements(HTMLParser):
-    """What a browser makes of the page: the text of each script, and of everything else together."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.scripts: list[str] = []
-        self.text: list[str] = []
-        self.tags: list[str] = []
-        self.inside: str | None = None
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.inside = tag
-        self.tags.append(tag)
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = None
-
-    def handle_data(self, data: str) -> None:
-        if self.inside == "script":
-            self.scripts[-1] += data
-        elif self.inside != "style":
-            self.text.append(data)
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(self.text).split())
-
-
-class Written:
-    """A page that was written, taken apart again."""
-
-    def __init__(self, made: TensorDict, path: Path, **options: Any) -> None:
-        self.path = write_report(
-            made, path / "page.html", **{"features": FEATURES, "actions": ACTIONS, **options}
-        )
-        self.page = self.path.read_text(encoding="utf-8")
-        self.elements = Elements(self.page)
-        self.words = self.elements.words
-        self.data = json.loads(self.elements.scripts[0])
-        self.size = (self.data["environments"], self.data["time"])
-        self.pictures = self.data["pictures"]
-
-    def numbers(self, packed: dict[str, str] | None) -> Tensor:
-        assert packed is not None
-        array = np.frombuffer(zlib.decompress(base64.b64decode(packed["data"])), packed["kind"])
-        return torch.from_numpy(array.copy()).reshape(*self.size, -1)
-
-    def view(self, place: int = 0, name: str = "relevance") -> Tensor:
-        return self.numbers(self.data["views"][place][name])
-
-    def rows(self, place: int = 0) -> list[str]:
-        return list(self.data["views"][place]["rows"])
-
-    def map(self, environment: int, place: int, view: int = 0) -> Tensor:
-        packed = zlib.decompress(base64.b64decode(self.pictures["maps"][view][environment][place]))
-        values = torch.from_numpy(np.frombuffer(packed, np.int8).copy()).reshape(self.pictures["shape"])
-        return values * (self.pictures["tops"][view] / 127)
-
-
-@pytest.fixture
-def written(tmp_path: Path) -> Any:
-    return lambda made, **options: Written(made, tmp_path, **options)
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b.float(), rtol=1e-4, atol=1e-6)
 
 
 def test_the_numbers_of_the_rollout_are_in_the_page(written: Any) -> None:
@@ -177,102 +78,6 @@ def test_names_stay_names(written: Any) -> None:
     assert "alert('x')</script>" not in page.page
     for place in range(4):  # title, heading, table, facts
         assert page.words.count("alert('x')") > place
-
-
-def test_frames_and_their_relevance_come_through(written: Any) -> None:
-    image = pytest.importorskip("PIL.Image")
-    made = with_frames(rollout(2, 5))
-    page = written(made)
-    assert page.pictures["every"] == 1 and page.pictures["kind"] == "image/webp"
-    for environment, step in ((0, 0), (1, 4)):
-        decoded = image.open(io.BytesIO(base64.b64decode(page.pictures["images"][environment][step])))
-        assert torch.equal(torch.from_numpy(np.array(decoded)), made["frame"][environment, step])
-        expected = made["attr", "frame"][environment, step].clamp(
-            -page.pictures["tops"][0], page.pictures["tops"][0]
-        )
-        assert torch.allclose(page.map(environment, step), expected, atol=page.pictures["tops"][0] / 200)
-
-
-def test_without_pillow_frames_are_png(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    image = pytest.importorskip("PIL.Image")
-    made = with_frames(rollout(2), height=7, width=5)
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "PIL", None)
-        page = written(made)
-    assert page.pictures["kind"] == "image/png"
-    for step in range(2):
-        decoded = image.open(io.BytesIO(base64.b64decode(page.pictures["images"][0][step])))
-        assert torch.equal(torch.from_numpy(np.array(decoded)), made["frame"][step])
-
-
-def test_frames_of_many_colours_may_lose_a_little(written: Any) -> None:
-    pytest.importorskip("PIL.Image")
-    noise = with_frames(rollout(2), 90, 90)
-    assert len(base64.b64decode(written(noise).pictures["images"][0][0])) < 90 * 90 * 2
-
-
-@pytest.mark.parametrize("shape", [(12, 10), (12, 10, 1)])
-def test_grey_frames_are_frames_too(written: Any, shape: tuple[int, ...]) -> None:
-    image = pytest.importorskip("PIL.Image")
-    made = rollout(2)
-    made["frame"] = torch.randint(0, 256, (2, *shape), dtype=torch.uint8)
-    decoded = image.open(io.BytesIO(base64.b64decode(written(made).pictures["images"][0][1])))
-    expected = made["frame"][1].reshape(12, 10, 1).expand(12, 10, 3)
-    assert torch.equal(torch.from_numpy(np.array(decoded)), expected)
-
-
-def test_pictures_are_thinned_to_what_has_room(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = with_frames(rollout(40))
-    whole = written(made).path.stat().st_size
-    monkeypatch.setattr(pictures, "_CHARACTERS", 6_000)
-    page = written(made)
-    every = page.pictures["every"]
-    assert every > 1 and page.path.stat().st_size < whole - 10_000
-    assert len(page.pictures["images"][0]) == len(page.pictures["maps"][0][0]) == -(-40 // every)
-    assert sum(map(len, page.pictures["images"][0] + page.pictures["maps"][0][0])) < 7_000
-    assert f"Of every {every} steps the first has a picture" in page.words
-    top = page.pictures["tops"][0]
-    assert torch.allclose(page.map(0, 1), made["attr", "frame"][every].clamp(-top, top), atol=top / 200)
-
-
-def test_large_frames_are_shrunk(written: Any) -> None:
-    image = pytest.importorskip("PIL.Image")
-    made = rollout(1)
-    made["frame"] = torch.full((1, 900, 1300, 3), 7, dtype=torch.uint8)
-    made["attr", "frame"] = torch.zeros(1, 300, 260)
-    made["attr", "frame"][0, 297:, :] = 3.0
-    page = written(made)
-    assert image.open(io.BytesIO(base64.b64decode(page.pictures["images"][0][0]))).size == (434, 300)
-    assert "1/3 of their size" in page.words and "mean of 3×3 pixels" in page.words
-    assert page.pictures["shape"] == [100, 87] and page.pictures["reach"] == [1.0, 87 * 3 / 260]
-    expected = torch.zeros(100, 87)
-    expected[99] = 3.0
-    assert torch.allclose(page.map(0, 0), expected, atol=0.02)
-
-
-def test_an_observed_picture_is_shown_where_there_is_no_frame(written: Any) -> None:
-    image = pytest.importorskip("PIL.Image")
-    made = rollout(3)
-    made["observation"] = torch.zeros(3, 10, 9, 4)
-    made["observation"][:, 2, 5, 1] = 1.0
-    made["attr", "observation"] = torch.randn(3, 10, 9, 4)
-    page = written(made, features=("paddle", "ball", "trail", "brick"))
-    assert page.rows() == ["paddle", "ball", "trail", "brick"]
-    assert close(page.view(), made["attr", "observation"].sum((1, 2))[None])
-    expected = made["attr", "observation"][1].sum(-1)
-    assert torch.allclose(page.map(0, 1), expected, atol=page.pictures["tops"][0] / 100)
-    frame = np.array(image.open(io.BytesIO(base64.b64decode(page.pictures["images"][0][0]))))
-    assert frame.shape == (10, 9, 3) and frame[2, 5].tolist() == [255] * 3 and frame.sum() == 255 * 3
-
-
-def test_channels_may_come_first(written: Any) -> None:
-    made = rollout(2)
-    made["pixels"], made["attr", "pixels"] = torch.rand(2, 3, 8, 9), torch.randn(2, 5, 3, 8, 9)
-    page = written(made, features=None, key=("attr", "pixels"))
-    assert page.rows() == ["channel 0", "channel 1", "channel 2"]
-    assert [view["label"] for view in page.data["views"]] == [f"output {i}" for i in range(5)]
-    assert close(page.view(4), made["attr", "pixels"][:, 4].sum((-1, -2))[None])
-    assert torch.allclose(page.map(0, 1, 4), made["attr", "pixels"][1, 4].sum(0), atol=0.05)
 
 
 def test_several_outputs_and_keys_are_views(written: Any) -> None:
@@ -452,55 +257,3 @@ def test_a_folder_is_no_page(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match="is a folder, where the page is to be a file"):
         write_report(rollout(2), tmp_path)
     assert write_report(rollout(2), tmp_path / "new" / "page.html").exists()
-
-
-class TestCommand:
-    @pytest.fixture(autouse=True)
-    def _folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        pytest.importorskip("typer")
-        pytest.importorskip("torchrl")
-        pytest.importorskip("matplotlib")
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(sys, "path", [*sys.path])
-
-    def tdhook(self, *arguments: str) -> Any:
-        from typer.testing import CliRunner
-
-        from tdhook.cli.commands import app
-
-        return CliRunner().invoke(app, [*arguments], prog_name="tdhook")
-
-    def test_it_makes_a_page_of_what_demo_wrote(self) -> None:
-        assert self.tdhook("demo", "--steps", "5", "--out", "out").exit_code == 0
-        result = self.tdhook("report", "out")
-        assert result.exit_code == 0, result.output
-        assert re.fullmatch(r"wrote out/report.html \(0.\d MB\)\n", result.output)
-        page = Path("out/report.html").read_text(encoding="utf-8")
-        words = Elements(page).words
-        assert "CartPole-v1: relevance for action_value:action under epsilon_plus" in words
-        assert "pole angular velocity" in words and "Conservation error: " in words
-        assert "seed 0" in words and "EpsilonRule()" in words
-
-    def test_it_has_every_key_and_output(self) -> None:
-        explain = ("explain", "--policy", "cli_policies:cartpole", "--env", "CartPole-v1")
-        what = ("--target", "scores:all", "--attribute", "hidden", "--steps", "3", "--out", "out")
-        assert self.tdhook(*explain, *what).exit_code == 0
-        result = self.tdhook("report", "out", "--out", "elsewhere/why.html")
-        assert result.exit_code == 0, result.output
-        data = json.loads(Elements(Path("elsewhere/why.html").read_text(encoding="utf-8")).scripts[0])
-        labels = [view["label"] for view in data["views"]]
-        assert labels == [f"{key}, action {i}" for key in ("observation", "hidden") for i in range(2)]
-
-    def test_mistakes_end_in_one_line(self) -> None:
-        Path("empty").mkdir()
-        Path("odd/rollout").mkdir(parents=True)
-        Path("odd/summary.json").write_text("{}")
-        rollout(2).memmap("odd/rollout")
-        for folder, message in (
-            ("empty", "error: empty is no output folder of tdhook"),
-            ("odd", "error: odd/summary.json is not as tdhook writes it: KeyError"),
-        ):
-            result = self.tdhook("report", folder)
-            assert result.exit_code == 2
-            assert result.stderr.startswith(message), result.stderr

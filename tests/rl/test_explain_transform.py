@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from explained_batches import ATTR, CHOSEN, METHOD, collected, of_the_stored, q_actor
+from tensordict import TensorDictBase
 from torch import nn
 
 from tdhook import LRP, Contrast, Key, Target
@@ -18,7 +16,6 @@ from tdhook import LRP, Contrast, Key, Target
 pytest.importorskip("torchrl")
 
 from torchrl.collectors import Collector
-from torchrl.collectors.utils import split_trajectories
 from torchrl.data import (
     LazyMemmapStorage,
     LazyStackStorage,
@@ -27,37 +24,9 @@ from torchrl.data import (
     TensorDictPrioritizedReplayBuffer,
     TensorDictReplayBuffer,
 )
-from torchrl.envs import SerialEnv, TransformedEnv
-from torchrl.modules import MLP, LSTMModule, MultiAgentMLP, ValueOperator, set_recurrent_mode
+from torchrl.modules import MLP, ValueOperator
 
-from tdhook.rl import Explain, build_actor, make_env
-
-CHOSEN = Target("action_value", "action")
-METHOD = LRP("epsilon_plus", target=CHOSEN)
-ATTR = ("attr", "observation")
-
-
-def q_actor(seed: int = 0, cells: int = 16) -> TensorDictModule:
-    torch.manual_seed(seed)
-    architecture = {"in_features": 4, "out_features": 2, "num_cells": [cells], "activation": "ReLU"}
-    return build_actor("dqn_mlp", architecture)
-
-
-def categorical() -> TensorDictModule:
-    architecture = {"in_features": 4, "out_features": 2, "num_cells": [16], "activation": "Tanh"}
-    return build_actor("ppo_mlp", architecture)
-
-
-def collected(steps: int = 24) -> TensorDict:
-    """Steps of a random policy, so that the stored actions are not those of any other."""
-    return make_env("CartPole-v1", seed=0).rollout(steps, break_when_any_done=False)
-
-
-def of_the_stored(actor: nn.Module, td: TensorDictBase, target: Any = None) -> torch.Tensor:
-    """The reference: the target points at a copy of the stored action, which nothing overwrites."""
-    work = td.select("observation").set("taken", td["action"])
-    target = target or Target("action_value", Key("taken"))
-    return LRP("epsilon_plus", target=target).wrap(copy.deepcopy(actor))(work)[ATTR]
+from tdhook.rl import Explain, make_env
 
 
 def equal(a: TensorDictBase, b: TensorDictBase) -> bool:
@@ -252,169 +221,3 @@ def test_what_is_there_is_not_overwritten() -> None:
     assert not torch.allclose(found["other", "attr", "observation"], batch[ATTR])
     explaining = LRP("epsilon_plus", target=CHOSEN, attribution_key=("why", "not"))
     assert Explain(explaining, METHOD.wrap(actor))(batch)["why", "not", "observation"].shape == (5, 4)
-
-
-@pytest.mark.parametrize("at_once", [1, 7, 256])
-def test_memory_does_not_grow_with_the_batch_and_shapes_are_any(at_once: int) -> None:
-    actor, seen = q_actor(), []
-    actor[0].module.register_forward_hook(lambda module, args, result: seen.append(len(args[0])))
-    env = SerialEnv(3, lambda: make_env("CartPole-v1"))
-    batch = env.rollout(10, break_when_any_done=False)
-    env.close()
-    transform = Explain(METHOD, actor, at_once=at_once)
-    found = transform(batch)
-    assert max(seen) <= at_once
-    assert found[ATTR].shape == (3, 10, 4)
-    torch.testing.assert_close(found[ATTR], of_the_stored(actor, batch))
-    one = transform(batch[0, 3])
-    assert one.batch_size == ()
-    torch.testing.assert_close(one[ATTR], found[ATTR][0, 3])
-    lazy = transform(TensorDict.lazy_stack(list(batch.unbind(0))))
-    torch.testing.assert_close(lazy[ATTR], found[ATTR])
-    assert transform(batch.lock_())[ATTR].shape == (3, 10, 4)
-
-
-def test_padding_is_not_explained() -> None:
-    actor, batch = q_actor(), collected(60)
-    batch["collector", "traj_ids"] = torch.cat(
-        [torch.zeros(1), batch["next", "done"][:-1, 0].cumsum(0)]
-    ).long()
-    split = split_trajectories(batch, prefix="collector")
-    mask = split["collector", "mask"]
-    assert not mask.all()
-    assert bool((split["action"][~mask] == 0).all())  # no action at all
-    found = Explain(METHOD, actor, at_once=7)(split)[ATTR]
-    assert bool((found[~mask] == 0).all())
-    torch.testing.assert_close(found[mask], of_the_stored(actor, split[mask]))
-
-
-def recurrent() -> TensorDictModule:
-    torch.manual_seed(3)
-    lstm = LSTMModule(
-        input_size=4,
-        hidden_size=8,
-        in_keys=["observation", "h", "c"],
-        out_keys=["hidden", ("next", "h"), ("next", "c")],
-    )
-    return TensorDictSequential(lstm, TensorDictModule(nn.Linear(8, 2), ["hidden"], ["action_value"]))
-
-
-def trajectories(*shape: int) -> TensorDict:
-    action = nn.functional.one_hot(torch.randint(2, shape), 2)
-    state = torch.zeros(*shape, 1, 8)
-    entries = {"observation": torch.randn(*shape, 4), "h": state, "c": state.clone(), "action": action}
-    entries["is_init"] = torch.zeros(*shape, 1, dtype=torch.bool)
-    return TensorDict(entries, shape)
-
-
-def test_whole_trajectories_and_their_padding() -> None:
-    policy, batch = recurrent(), trajectories(3, 6)
-    method = LRP("epsilon_plus", target=CHOSEN)
-    transform = Explain(method, policy, ["observation"], trajectories=True, at_once=6)
-    found = transform(batch)[ATTR]
-    with set_recurrent_mode("recurrent"):
-        expected = method.wrap(policy, ["observation"])(batch.clone())[ATTR]
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(transform(batch[0])[ATTR], expected[0])
-    # Whatever is behind the end of a trajectory, its relevance is that of the shorter one.
-    mask = torch.arange(6) < torch.tensor([6, 4, 2])[:, None]
-    padded = batch.clone()
-    padded["collector", "mask"] = mask
-    padded["action"] = padded["action"] * mask[..., None]
-    masked = transform(padded)[ATTR]
-    assert bool((masked[~mask] == 0).all())
-    torch.testing.assert_close(masked[1, :4], transform(batch[1, :4])[ATTR])
-    assert not torch.allclose(masked[1, :4], found[1, :4])
-
-
-def test_many_agents() -> None:
-    net = MultiAgentMLP(
-        n_agent_inputs=4,
-        n_agent_outputs=2,
-        n_agents=3,
-        centralised=False,
-        share_params=False,
-        num_cells=[8],
-        depth=1,
-    )
-    policy = TensorDictModule(net, [("agents", "observation")], [("agents", "action_value")])
-    entries = {
-        "observation": torch.randn(5, 3, 4),
-        "action": nn.functional.one_hot(torch.randint(2, (5, 3)), 2),
-    }
-    batch = TensorDict({"agents": TensorDict(entries, [5, 3])}, [5])
-    method = LRP("epsilon_plus", target=Target(("agents", "action_value"), ("agents", "action")))
-    transform = Explain(method, policy)
-    for _ in range(2):
-        with torch.no_grad():
-            for parameter in policy.parameters():
-                parameter.mul_(1.3)
-        expected = method.wrap(policy)(batch.clone())["attr", "agents", "observation"]
-        torch.testing.assert_close(transform(batch)["attr", "agents", "observation"], expected)
-
-
-def test_what_belongs_to_the_caller_is_left_alone() -> None:
-    actor, batch = categorical(), collected()
-    state = copy.deepcopy(actor.state_dict())
-    transform = Explain(LRP("epsilon_plus", target=Target("logits", "action")), actor)
-    from torchrl.envs.utils import ExplorationType, set_exploration_type
-
-    with set_exploration_type(ExplorationType.RANDOM):
-        random = torch.get_rng_state()
-        transform(batch)
-        assert torch.equal(torch.get_rng_state(), random)
-    assert not list(transform.parameters()) and not transform.state_dict()
-    transform.to(torch.float64)
-    assert all(torch.equal(value, state[name]) for name, value in actor.state_dict().items())
-    assert all(p.requires_grad for p in actor.parameters())
-    assert all("forward" not in vars(module) for module in actor.modules())
-    with torch.no_grad():
-        transform(batch)
-    with torch.inference_mode():
-        transform(batch)
-
-
-def test_it_pickles(tmp_path: Path) -> None:
-    actor, batch = q_actor(), collected()
-    transform = Explain(METHOD, actor, every=2)
-    first = transform(batch)
-    again = pickle.loads(pickle.dumps(transform))
-    assert again(batch)[ATTR].isnan().all()
-    torch.testing.assert_close(again(batch)[ATTR], first[ATTR])
-    torch.testing.assert_close(copy.deepcopy(transform).forward(batch).shape, first.shape)
-
-
-@pytest.mark.slow
-def test_as_one_graph() -> None:
-    actor, batch = q_actor(), collected()
-    transform = Explain(LRP("epsilon_plus", target=CHOSEN, compile={"backend": "eager"}), actor)
-    for _ in range(2):
-        torch.testing.assert_close(transform(batch)[ATTR], of_the_stored(actor, batch))
-        with torch.no_grad():
-            for parameter in actor.parameters():
-                parameter.mul_(1.3)
-
-
-def test_keys_are_told() -> None:
-    transform = Explain(LRP("epsilon_plus", target=CHOSEN, ledger=True), q_actor(), at="next", under="x")
-    assert transform.in_keys == [("next", "observation")]
-    assert ("x", "attr", "next", "observation") in transform.out_keys
-    assert ("x", "ledger", "next", "gap") in transform.out_keys
-    assert len(transform.out_keys) == 5
-
-
-def test_errors_say_what_to_do() -> None:
-    actor, batch = q_actor(), collected(4)
-    with pytest.raises(ValueError, match="every is at least 1, got every=0"):
-        Explain(METHOD, actor, every=0)
-    with pytest.raises(ValueError, match="at_once is at least 1, got at_once=-2"):
-        Explain(METHOD, actor, at_once=-2)
-    with pytest.raises(KeyError, match="the batch has no 'observation', which the explained module reads"):
-        Explain(METHOD, actor)(batch.exclude("observation"))
-    with pytest.raises(KeyError, match="the batch has no 'after' to read from"):
-        Explain(METHOD, actor, at="after")(batch)
-    with pytest.raises(ValueError, match="a batch of trajectories has an axis for time"):
-        Explain(METHOD, actor, trajectories=True)(batch[0])
-    env = TransformedEnv(make_env("CartPole-v1"), Explain(METHOD, actor), auto_unwrap=False)
-    with pytest.raises(RuntimeError, match="in an environment, let the explained policy act"):
-        env.rollout(2)

@@ -24,10 +24,14 @@ __all__ = ["Curve", "InsertionDeletion", "PerturbationCurves", "insertion_deleti
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """What is measured, while more and more of the features are replaced.
+    """What is measured, while more and more of the entries of the inputs are replaced.
+
+    Where features have different numbers of entries, each element of the batch reaches other shares at its steps; its
+    values are interpolated between them, so that all are told at the same shares.
 
     Attributes:
-        fraction: ``[points]``, share of the features that are replaced (that are there, for insertion), from 0 to 1.
+        fraction: ``[points]``, share of the entries that are replaced (that are there, for insertion), from 0 to 1, of
+            those that belong to a feature.
         value: ``[*batch, points]``.
     """
 
@@ -135,6 +139,9 @@ def perturbation_curve(
 ) -> PerturbationCurves:
     """Replace features in order of relevance, and measure the model after each step (Samek et al. 2017, section III).
 
+    Features may be of different sizes. A curve counts their entries, and the order goes by relevance per entry, so that
+    a random map, which knows nothing, gains nothing from what is large.
+
     What is explained is chosen once, on the inputs as they are: the action that the policy takes there is asked about
     all along. Among features of the same relevance, chance decides the order.
 
@@ -145,7 +152,8 @@ def perturbation_curve(
         method: what explains them.
         target: what is explained; by default what ``method`` explains, or the only output there is.
         keys: inputs whose features are replaced; by default all that have relevance.
-        groups: features that are replaced together (:func:`patches`, :func:`along`); their relevance is summed.
+        groups: entries that are one feature and are replaced together (:func:`patches`, :func:`along`); what counts is
+            the mean of their relevance.
         baseline: what a feature is replaced by (:data:`Baseline`).
         measure: what is measured: ``"target"``, the value that is explained; ``"probability"``, that of the chosen
             output in a softmax over its last axis; ``"agreement"``, whether the action is still the same (1 or 0); or
@@ -302,7 +310,7 @@ class _Plan:
                         self._one(question, rows, features, order, replace(rows), rank, points, measured)
                     )
         assert features is not None
-        fraction = points.to(torch.float64) / features.count
+        fraction = _shares(points, features)
         return [Curve(fraction, shaped_like(torch.cat(values), self.td, axes)) for values in found]
 
     def _one(
@@ -318,7 +326,8 @@ class _Plan:
     ) -> Tensor:
         """The curve of some rows, ``[rows, points]``."""
         small, count = question.reads(rows), len(rows)
-        values = []
+        values, replaced = [], []
+        extent = features.extent.to(rank.device, torch.float64)
         for some in points.split(max(1, self.chunk_size // count)):
             chosen = order(rank, some.to(rank.device)[:, None, None], features.count).flatten(0, 1)
             inputs = small.expand(len(some), *small.batch_size).reshape(-1, *small.batch_size[1:])
@@ -327,7 +336,12 @@ class _Plan:
             }
             changed = features.replaced(inputs, replacing, chosen)
             values.append(measured(question.outputs(changed), changed, len(some)))
-        return torch.cat(values).T.cpu()
+            replaced.append((chosen.to(torch.float64) @ extent).unflatten(0, (len(some), count)))
+        curve = torch.cat(values).T.cpu()
+        if features.alike:
+            return curve
+        share = torch.cat(replaced).T.cpu() / extent.sum().cpu()
+        return _interpolated(_shares(points, features), (share - share[:, :1]).abs(), curve)
 
     def _rank(
         self,
@@ -347,7 +361,7 @@ class _Plan:
                     f"the relevance of {key!r} has shape {list(relevance[key].shape)} for inputs of shape "
                     f"{list(rows.get(key).shape)}: explain one output at a time"
                 )
-        return ranked(features.summed(relevance), self.absolute, chance)
+        return ranked(features.by_entry(relevance), self.absolute, chance)
 
     def _keys(self, relevance: Mapping[NestedKey, Tensor]) -> list[NestedKey]:
         return list(relevance) if self.keys is None else [unravel_key(key) for key in self.keys]
@@ -381,3 +395,16 @@ def _points(count: int, steps: int | None) -> Tensor:
     if steps < 1:
         raise ValueError(f"a curve has at least one step, got steps={steps}")
     return torch.linspace(0, count, min(steps, count) + 1, dtype=torch.float64).round().to(torch.int64)
+
+
+def _shares(points: Tensor, features: Features) -> Tensor:
+    """The shares that a curve is told at, ``[points]``."""
+    return points.to(torch.float64) / features.count
+
+
+def _interpolated(fraction: Tensor, share: Tensor, value: Tensor) -> Tensor:
+    """Values that are known at ``share [rows, points]``, which grows from 0 to 1, at ``fraction [points]`` instead."""
+    wanted = fraction.expand_as(share).contiguous()
+    right = torch.searchsorted(share.contiguous(), wanted).clamp(1, share.shape[1] - 1)
+    start, end = share.gather(1, right - 1), share.gather(1, right)
+    return value.gather(1, right - 1).lerp(value.gather(1, right), (wanted - start) / (end - start))

@@ -33,7 +33,8 @@ class ReturnLost:
     """Returns of the same episodes, with and without some of the features.
 
     Attributes:
-        count: how many features were hidden at each step.
+        count: how many features were hidden at each step; where they differ in size, as many entries as so many
+            features have on average.
         features: of how many.
         seen: ``[episodes]``, returns of the agent that sees all.
         most: ``[episodes]``, without the most relevant features.
@@ -73,7 +74,7 @@ class MaskedPolicy(TensorDictModuleBase):
     Args:
         actor: the policy, not explained.
         method: what explains it.
-        count: how many features are hidden.
+        count: how many features are hidden; where they differ in size, as many entries as so many have on average.
         which: which of them.
         target: what is explained; by default what ``method`` explains.
         keys: inputs whose features are hidden; by default all that have relevance.
@@ -146,11 +147,26 @@ class MaskedPolicy(TensorDictModuleBase):
         if not 0 <= self.count <= count:
             raise ValueError(f"{self.count} features are to be hidden, and there are {count}")
         if self.which == "random":
-            summed = torch.zeros(len(rows), count, device=rows.device)
+            worth = torch.zeros(len(rows), count, device=rows.device)
         else:
-            summed = self._features.summed(relevance)
-        rank = ranked(summed, self._absolute, self._chance)
-        return rank >= count - self.count if self.which == "least" else rank < self.count
+            worth = self._features.by_entry(relevance)
+        rank = ranked(worth, self._absolute, self._chance)
+        if self.which == "least":
+            rank = count - 1 - rank
+        return rank < self.count if self._features.alike else self._within_share(rank)
+
+    def _within_share(self, rank: Tensor) -> Tensor:
+        """The first features that have the share of the entries that ``count`` of them have on average.
+
+        One that is larger than what is left of the share is hidden so often that the share is kept on average.
+        """
+        assert self._features is not None
+        extent = self._features.extent.to(rank.device)
+        sorted_ = torch.zeros_like(rank).scatter_(1, rank, extent.expand_as(rank))
+        before = (sorted_.cumsum(1) - sorted_).gather(1, rank)
+        left = self.count * extent.sum() / self._features.count - before
+        lots = torch.rand(rank.shape[0], 1, generator=self._chance, dtype=torch.float64).to(rank.device)
+        return lots < left / extent
 
     def _relevance(self, rows: TensorDictBase) -> dict[NestedKey, Tensor]:
         if self._explain is None:
@@ -185,7 +201,8 @@ def return_lost(
         env: a torchrl environment, also of several at once; it is seeded and reset.
         actor: the policy, not explained.
         method: what explains it.
-        count: how many features are hidden at each step.
+        count: how many features are hidden at each step; where they differ in size, as many entries as so many have
+            on average, so that the most relevant ones are not more of the observation than those drawn by lot.
         fraction: or which share of them, at least one.
         target: what is explained; by default what ``method`` explains.
         keys: inputs whose features are hidden; by default all that have relevance.

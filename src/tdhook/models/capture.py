@@ -12,6 +12,8 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
+from tdhook.models.turns import here
+
 __all__ = ["Captured", "call_name"]
 
 
@@ -55,11 +57,11 @@ class Captured:
             runner: the model, whose inner TensorDictModules are watched for keys.
             attribute: which keys; ``"all"`` of them, or ``None``.
         """
-        handles = [m.register_forward_hook(self._output_of(path)) for path, m in paths.items()]
+        handles = [m.register_forward_hook(here(self._output_of(path))) for path, m in paths.items()]
         if attribute:
             for module in runner.modules():
                 if isinstance(module, TensorDictModuleBase):
-                    handles.append(module.register_forward_hook(self._keys_of(attribute)))
+                    handles.append(module.register_forward_hook(here(self._keys_of(attribute))))
         try:
             yield
         finally:

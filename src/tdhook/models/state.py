@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-import torch
 from tensordict import LazyStackedTensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
+
+from tdhook.models.snapshots import Snapshot
+from tdhook.models.turns import Turn
 
 __all__ = ["Slot", "dense_copy", "frozen", "leaves_of", "modules_of", "restored", "slots_of", "swapped"]
 
@@ -31,7 +33,8 @@ def modules_of(root: nn.Module) -> dict[str, nn.Module]:
             return
         seen.add(id(module))
         found[prefix] = module
-        hidden = [(name, m) for name, m in vars(module).items() if isinstance(m, nn.Module)]
+        # A copy: another thread may put something on the module meanwhile.
+        hidden = [(name, m) for name, m in list(vars(module).items()) if isinstance(m, nn.Module)]
         for name, child in [*module._modules.items(), *hidden]:
             if child is not None:
                 visit(f"{prefix}.{name}" if prefix else name, child)
@@ -70,30 +73,31 @@ def swapped(slots: Sequence[Slot], values: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def restored(root: nn.Module, *, always: bool = True) -> Iterator[None]:
-    """Put back the buffers of a model and the random state afterwards, always or only where the block raised."""
-    buffers = [
-        (module._buffers, name, buffer, buffer.clone())
-        for module in modules_of(root).values()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    random = [] if torch.compiler.is_compiling() else [torch.get_rng_state()]  # a graph keeps its own
-    if random and torch.cuda.is_initialized():
-        random += torch.cuda.get_rng_state_all()
-    put_back = True
-    try:
-        yield
-        put_back = always
-    finally:
-        if put_back:
-            if random:
-                torch.set_rng_state(random[0])
-            if random[1:]:
-                torch.cuda.set_rng_state_all(random[1:])
-            with torch.no_grad():
-                for registry, name, buffer, value in buffers:
-                    registry[name] = buffer.copy_(value)
+def restored(
+    root: nn.Module, *, always: bool = True, among: Iterable[nn.Module] | None = None
+) -> Iterator[Snapshot]:
+    """Put back afterwards what a model holds, and the random state, always or only where the block raised.
+
+    No other thread that does so, or explains the model, gets hold of it meanwhile.
+
+    Args:
+        root: the model.
+        always: whether also where the block did not raise.
+        among: those of its modules that are known to change, if they are known.
+
+    Yields:
+        What is put back: :class:`~tdhook.models.snapshots.Snapshot`.
+    """
+    modules = tuple(modules_of(root).values() if among is None else among)
+    with Turn(modules):
+        snapshot = Snapshot(modules, alone=among is not None)
+        put_back = True
+        try:
+            yield snapshot
+            put_back = always
+        finally:
+            if put_back:
+                snapshot.put_back()
 
 
 class frozen:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from tdhook.models.sites import Site
 from tdhook.models.state import modules_of, restored
+from tdhook.models.turns import here
 from tdhook.tape.overwriting import out_of_place
 
 __all__ = ["Execution", "registered", "traced"]
@@ -95,13 +96,13 @@ def traced(root: nn.Module, wrapper: TensorDictModuleBase, run: Callable[[], Any
     handles = []
     try:
         for name, module in execution.modules.items():
-            handles.append(module.register_forward_pre_hook(watch.entering(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(watch.leaving(name), always_call=False))
+            handles.append(module.register_forward_pre_hook(here(watch.entering(name)), with_kwargs=True))
+            handles.append(module.register_forward_hook(here(watch.leaving(name)), always_call=False))
         for name, keyed in _keyed(root, wrapper):
             handles.append(
-                keyed.register_forward_pre_hook(watch.reading(name), with_kwargs=True, prepend=True)
+                keyed.register_forward_pre_hook(here(watch.reading(name)), with_kwargs=True, prepend=True)
             )
-            handles.append(keyed.register_forward_hook(watch.writing(name)))
+            handles.append(keyed.register_forward_hook(here(watch.writing(name))))
         with restored(root), out_of_place(execution.modules.values()), torch.no_grad(), watch:
             run()
     finally:

@@ -16,6 +16,8 @@ from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from tdhook.models.turns import here
+
 __all__ = ["Heads", "NotBehind"]
 
 _Seen: TypeAlias = "list[tuple[Tensor, int]]"
@@ -74,7 +76,10 @@ class Heads:
             torch.set_grad_enabled(True)
             after[:] = self._values((output,))
 
-        handles = (first.register_forward_pre_hook(entering), self._runner.register_forward_hook(leaving))
+        handles = (
+            first.register_forward_pre_hook(here(entering)),
+            self._runner.register_forward_hook(here(leaving)),
+        )
         try:
             yield
         finally:
@@ -101,7 +106,7 @@ class Heads:
 
             return hook
 
-        handles = [part.register_forward_hook(leaving(i)) for i, part in enumerate(self._parts)]
+        handles = [part.register_forward_hook(here(leaving(i))) for i, part in enumerate(self._parts)]
         try:
             yield
         finally:

@@ -81,7 +81,7 @@ class Runner:
         setup, replaced, how = self.setup, replaced or {}, within or AsItIs()
         asked = target or self.target
         work, inputs = setup.leaves(td, replaced)
-        with how.attached():
+        with setup.turn, how.attached():
             if how.overwrites:
                 for key, value in inputs.items():
                     work.set(key, value.clone())
@@ -128,9 +128,12 @@ class Runner:
             self.base = None
             self.beside.clear()
             try:
-                with restored(setup.model.root, always=False) if setup.careful else nullcontext():
+                if setup.moving == ():
+                    return attempt()
+                with restored(setup.model.root, always=False, among=setup.moving) as held:
                     result = attempt()
+                    moving = held.moved
             except (Mutated, NotBehind):
                 continue
-            setup.careful = False
+            setup.moving = moving
             return result

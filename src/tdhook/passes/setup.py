@@ -11,6 +11,8 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import nn
 
 from tdhook.models.model import Model
+from tdhook.models.state import modules_of
+from tdhook.models.turns import Turn
 from tdhook.passes.backward import PullBack
 from tdhook.passes.heads import Heads
 from tdhook.passes.leaves import Choose, Leaves
@@ -59,7 +61,8 @@ class Setup:
         leaves: makes the leaves of each run.
         pull_back: runs backward passes.
         heads: what of the model is behind the target.
-        careful: whether a call has yet to show that it need not be run again.
+        turn: the right to change the model for a while, which one thread at a time has.
+        moving: modules that were seen to change what they hold when they run; ``None`` where none was seen to run.
 
     Raises:
         ValueError: the question names a module or a key that the model does not have.
@@ -86,7 +89,8 @@ class Setup:
         self.leaves = Leaves(model, self.in_keys, inputs, others)
         self.pull_back = PullBack(question.memory_budget)
         self.heads = Heads(model.runner, question.target.explains)
-        self.careful = True
+        self.turn = Turn(modules_of(model.root).values())
+        self.moving: tuple[nn.Module, ...] | None = None
 
     @property
     def sources(self) -> list[NestedKey]:

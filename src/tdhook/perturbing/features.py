@@ -131,11 +131,26 @@ class Features:
         """Values by key, ``[rows, *shape]``, in one line: ``[rows, entries]``."""
         return torch.cat([values[key].flatten(1) for key in self.keys], 1)
 
-    def summed(self, relevance: Mapping[NestedKey, Tensor]) -> Tensor:
-        """Relevance of each feature, ``[rows, features]``: the sum over its entries."""
+    @property
+    def extent(self) -> Tensor:
+        """How many entries each feature has, ``[features]``."""
+        return self.groups.bincount(minlength=self.count + 1)[: self.count]
+
+    @property
+    def alike(self) -> bool:
+        """Whether all features have as many entries."""
+        extent = self.extent
+        return bool((extent == extent[0]).all())
+
+    def by_entry(self, relevance: Mapping[NestedKey, Tensor]) -> Tensor:
+        """Relevance of each feature for each of its entries, ``[rows, features]``: the mean over them.
+
+        By the sum, a large feature would come first wherever relevance is mostly positive, whatever it is worth.
+        """
         flat = self.flat(relevance).to(torch.float64)
         total = flat.new_zeros(len(flat), self.count + 1)
-        return total.index_add_(1, self.groups.to(flat.device), flat)[:, : self.count]
+        total = total.index_add_(1, self.groups.to(flat.device), flat)[:, : self.count]
+        return total if self.alike else total / self.extent.to(flat.device)
 
     def entries(self, chosen: Tensor) -> dict[NestedKey, Tensor]:
         """Which entries belong to chosen features.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = ["name_of", "out_of_place_form", "queries", "relabels", "writes_in_place"]
+__all__ = ["initialises", "name_of", "out_of_place_form", "queries", "relabels", "writes_in_place"]
 
 _SYNONYMS = {
     "absolute": "abs",
@@ -133,6 +133,11 @@ def queries(function: Callable[..., Any]) -> bool:
     if name == "__get__":
         return getattr(getattr(function, "__self__", None), "__name__", "") in _QUERIES
     return name in _QUERIES
+
+
+def initialises(function: Callable[..., Any]) -> bool:
+    """Whether a function fills a new parameter, as layers do that a model makes on its way: off the tape."""
+    return getattr(function, "__module__", None) == "torch.nn.init"
 
 
 def relabels(function: Callable[..., Any]) -> bool:

@@ -10,7 +10,8 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, note, settings
+from drawing import drawing
+from hypothesis import HealthCheck, given, note
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -221,7 +222,7 @@ lines = st.one_of(
         Line, st.just("in place"), st.sampled_from(sorted(IN_PLACE)), st.integers(0, 7), st.integers(0, 7)
     ),
 )
-often = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+often = drawing(40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 
 
 @contextmanager

@@ -21,7 +21,14 @@ from tdhook.relevance.propagation.conversions import Substituted
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule
-from tdhook.selectors.names import name_of, out_of_place_form, queries, relabels, writes_in_place
+from tdhook.selectors.names import (
+    initialises,
+    name_of,
+    out_of_place_form,
+    queries,
+    relabels,
+    writes_in_place,
+)
 from tdhook.tape.as_one import is_one
 from tdhook.tape.functions import maker_of, on_tape
 from tdhook.tape.overwriting import Guard, Outdated
@@ -45,7 +52,7 @@ class _Known:
     operation: Operation
     in_place: bool
     quick: bool = False
-    queries: bool = False
+    aside: bool = False
     own: Rule | None = None
     selector: Any = None
     rule: Rule | None = None
@@ -168,7 +175,7 @@ class Interception(TorchFunctionMode):
         if known is None:
             known = self._known[func] = self._learn(func)
         kwargs = kwargs or {}
-        if known.queries:
+        if known.aside:
             return func(*args, **kwargs)
         self.outdated.check(args)
         in_place = known.in_place or (bool(kwargs) and writes_in_place(func, kwargs))
@@ -204,7 +211,8 @@ class Interception(TorchFunctionMode):
             moves=name in MOVES or name in WINNER,
             multiplies=name in PRODUCTS or name in ELEMENTWISE,
         )
-        known = _Known(operation, in_place, queries=queries(func), own=ARITHMETIC if is_one(func) else None)
+        aside = queries(func) or initialises(func)
+        known = _Known(operation, in_place, aside=aside, own=ARITHMETIC if is_one(func) else None)
         if self._lookup is not None and not self._by_path:
             known.selector, known.rule = self._lookup(name, *self.paths.innermost)
         if not in_place and not self._by_path:

@@ -1,67 +1,82 @@
-"""Inside which module of the model the forward pass is."""
+"""Paths: inside which module of the model the forward pass is."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 __all__ = ["Paths"]
 
+_CALL = nn.Module._call_impl.__code__
+
 
 class Paths:
-    """Follows a forward pass through the modules of a model.
+    """Tells the innermost module that is running, from the calls that this thread is in the midst of.
+
+    Nothing is put on a module or kept while it runs, so that other threads neither notice nor are noticed.
 
     Args:
         modules: the modules by dotted path.
+
+    Attributes:
+        following: whether a forward pass is being followed.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = modules
-        self._names: dict[int, str] = {}
-        self._open: list[tuple[str, nn.Module]] = []
+        self._names: dict[int, str] | None = None
+        self._around: nn.Module | None = None
+        self.following = False
 
-    @property
-    def following(self) -> bool:
-        """Whether a forward pass is being followed."""
-        return bool(self._names)
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has other modules, of other ids.
+        return {**self.__dict__, "_names": None}
 
     @property
     def current(self) -> str:
         """Path of the innermost module that is running; ``""`` for the model itself."""
-        return self._open[-1][0] if self._open else ""
+        return self.innermost[0]
 
     @property
     def innermost(self) -> tuple[str, nn.Module]:
-        """Path and module of the innermost one that is running."""
-        return self._open[-1] if self._open else ("", self._modules[""])
+        """Path and module of the innermost one that is running.
+
+        One that the model does not hold, since it is made on the way say, is named by the module that called it.
+        """
+        if self._names is None:
+            self._names = {id(module): path for path, module in self._modules.items()}
+        found: nn.Module | None = None
+        unknown: list[str] = []
+        for module in _calls():
+            if module is self._around:
+                break
+            path = self._names.get(id(module))
+            found = module if found is None else found
+            if path is not None:
+                return ".".join([path, *reversed(unknown)]).lstrip("."), found
+            unknown.append(f"({type(module).__name__})")
+        return ".".join(reversed(unknown)), found or self._modules[""]
 
     @contextmanager
     def followed(self) -> Iterator[None]:
         """Follow one forward pass."""
-        self._names = {id(module): path for path, module in self._modules.items()}
-        handles = (
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
-        )
+        self._around = next(_calls(), None)
+        self.following = True
         try:
             yield
         finally:
-            self._names.clear()
-            self._open.clear()
-            for handle in handles:
-                handle.remove()
+            self._around, self.following = None, False
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        path = self._names.get(id(module))
-        if path is None:  # made on the way: it belongs to the module that made it
-            path = f"{self.current}.({type(module).__name__})".lstrip(".")
-        self._open.append((path, module))
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        # A module that raised and was caught leaves those above it on the stack.
-        while self._open and self._open.pop()[1] is not module:
-            pass
+def _calls() -> Iterator[nn.Module]:
+    """The modules whose calls this thread is in the midst of, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            yield frame.f_locals["self"]
+        frame = frame.f_back

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from threading import get_ident
 from typing import TypeAlias
 
 from torch import Tensor, nn
@@ -172,7 +173,7 @@ class Plan:
             stack.enter_context(self.weights.active())
         stack.callback(self._detach)
         for binding in self._bindings:
-            binding.attach()
+            binding.attach(get_ident())
         for rule, module in self._custom:
             stack.enter_context(rule.register(module))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tdhook.conventions import Convention
 from tdhook.keys import named_tensors
+from tdhook.models.turns import elsewhere
 from tdhook.relevance.propagation.rule import Rule
 
 __all__ = ["Around", "Binding"]
@@ -56,6 +57,7 @@ class Binding:
         self._on_tensordict = isinstance(module, TensorDictModuleBase)
         self.closed = type(module).__module__.startswith("torch.nn.modules.") and not module._modules
         self.original: Any = None
+        self.thread: int | None = None
         self._replaced: tuple[Any, ...] = ()
 
     @staticmethod
@@ -64,8 +66,9 @@ class Binding:
         current = module.__dict__.get("forward")
         return current if isinstance(current, Binding) else None
 
-    def attach(self) -> None:
-        """Take the place of the module's ``forward``."""
+    def attach(self, thread: int | None = None) -> None:
+        """Take the place of the module's ``forward``, in one thread alone or in all of them."""
+        self.thread = thread
         attributes = self.module.__dict__
         current = attributes.get("forward", _ABSENT)
         self.original = current.original if isinstance(current, Binding) else self.module.forward
@@ -86,6 +89,8 @@ class Binding:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module."""
+        if elsewhere(self.thread):
+            return (self.original or self.module.forward)(*args, **kwargs)
         if self._on_tensordict:
             return self._call_on_tensordict(cast(TensorDictModuleBase, self.module), *args, **kwargs)
         return self._call(self.original, args, kwargs)

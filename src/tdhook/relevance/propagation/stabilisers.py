@@ -13,6 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from tdhook.tape.functions import on_tape
+
 __all__ = ["Stabilizer", "checked", "exact", "moved_away", "rounding", "stabilize"]
 
 Stabilizer: TypeAlias = "float | Callable[[Tensor], Tensor]"
@@ -36,12 +38,19 @@ def stabilize(tensor: Tensor, epsilon: Stabilizer = 1e-6) -> Tensor:
 
 def _moved(tensor: Tensor, epsilon: float) -> Tensor:
     # Negative zero is zero: adding zero makes it positive.
-    return torch.copysign(_distance(tensor, epsilon), tensor + 0.0).add_(tensor)
+    return _added(torch.copysign(_distance(tensor, epsilon), tensor + 0.0), tensor)
 
 
 def moved_away(tensor: Tensor, epsilon: float) -> Tensor:
     """:func:`stabilize` where it does not matter which way a negative zero is moved."""
-    return torch.copysign(_distance(tensor, epsilon), tensor).add_(tensor)
+    return _added(torch.copysign(_distance(tensor, epsilon), tensor), tensor)
+
+
+def _added(step: Tensor, tensor: Tensor) -> Tensor:
+    """Their sum, in the memory of ``step`` unless the tape has kept it."""
+    if torch.is_grad_enabled() and on_tape(step):
+        return step + tensor
+    return step.add_(tensor)
 
 
 def _distance(tensor: Tensor, epsilon: float) -> Tensor:

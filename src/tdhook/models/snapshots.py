@@ -1,0 +1,337 @@
+"""Snapshots: all that the modules of a model hold besides the values of its parameters, to be put back later.
+
+Looked into are the attributes of modules, the containers of Python (list, dict, set, deque, tuple) and TensorDicts that
+they lead to, arrays of numpy, random generators, and objects of classes that are the user's. Not looked into, and so
+not put back, are objects of the standard library and of the libraries in :data:`LEFT_ALONE` (a replay buffer, a file),
+iterators, what a function closes over, attributes of classes, lazy modules that were not made yet, what a module
+registers as a hook while it runs, and a parameter whose values are overwritten.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from operator import is_not
+from threading import current_thread, main_thread
+from typing import Any, Protocol
+
+import torch
+from tensordict import LazyStackedTensorDict, TensorDict
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+__all__ = ["LEFT_ALONE", "Snapshot"]
+
+LEFT_ALONE = frozenset(
+    (
+        "torch",
+        "torchrl",
+        "tensordict",
+        "tdhook",
+        "numpy",
+        "gym",
+        "gymnasium",
+        "ale_py",
+        "transformers",
+        "wandb",
+    )
+) | frozenset(sys.stdlib_module_names)
+"""Top-level packages whose objects are not looked into, but for containers, tensors and generators."""
+
+_MOST = 10_000  # of objects: beyond, a module has got hold of something that is not its state
+_PLAIN = frozenset(
+    (type(None), bool, int, float, complex, str, bytes, type, nn.Parameter)
+)  # nothing to look into
+_REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
+_MACHINERY = frozenset(vars(nn.Module())) - frozenset(_REGISTRIES)
+
+
+class Held(Protocol):
+    """Something as it was."""
+
+    def changed(self) -> bool:
+        """Whether it no longer is."""
+
+    def restore(self) -> object:
+        """Make it so again."""
+
+
+class _By:
+    """Something that two functions tell of, and put back."""
+
+    __slots__ = ("changed", "restore")
+
+    def __init__(self, changed: Callable[[], bool], restore: Callable[[], object]) -> None:
+        self.changed, self.restore = changed, restore
+
+
+class _Entries:
+    """A dictionary, in the order of its entries, but for some of them."""
+
+    __slots__ = ("_before", "_held", "_kind", "_without")
+
+    def __init__(self, held: dict[Any, Any], without: frozenset[str] = frozenset()) -> None:
+        self._kind: Any = OrderedDict if isinstance(held, OrderedDict) else dict
+        self._held, self._before, self._without = held, dict(self._kind.items(held)), without
+
+    def values(self) -> list[Any]:
+        return [value for name, value in self._before.items() if name not in self._without]
+
+    def changed(self) -> bool:
+        held, before = self._held, self._before
+        same = len(held) == len(before) and all(
+            a is b and held[a] is before[b] for a, b in zip(held, before, strict=True)
+        )
+        return not same and list(self._counting(held)) != list(self._counting(before))
+
+    def _counting(self, entries: dict[Any, Any]) -> Iterator[tuple[Any, int]]:
+        return ((name, id(value)) for name, value in entries.items() if name not in self._without)
+
+    def restore(self) -> None:
+        held, without = self._held, self._without
+        wanted = {
+            name: held[name] if name in without else value
+            for name, value in self._before.items()
+            if name not in without or name in held
+        }
+        wanted.update((name, value) for name, value in list(held.items()) if name in without)
+        if list(held) != list(wanted):
+            self._kind.clear(held)
+        self._kind.update(held, wanted)
+
+
+class Snapshot:
+    """What some modules hold at this moment.
+
+    Args:
+        modules: the modules.
+        alone: whether to leave out other modules that they lead to.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], *, alone: bool = False) -> None:
+        modules = tuple(modules)
+        self._wanted = frozenset(map(id, modules)) if alone else None
+        self._first = modules[:1]
+        self._buffers = frozenset(id(x) for module in modules for x in module._buffers.values())
+        self._held: list[tuple[nn.Module, Held]] = []
+        # What was seen is kept alive, lest something else come to have its id.
+        self._seen: dict[int, Any] = {}
+        self._random = [] if torch.compiler.is_compiling() else list(_random_states())
+        for module in modules:
+            self._visit(module, module)
+
+    @property
+    def moved(self) -> tuple[nn.Module, ...]:
+        """The modules that no longer hold what they held; random numbers that were drawn count as the first one's."""
+        drawn = self._first if any(held.changed() for held in self._random) else ()
+        owners = (owner for owner, held in self._held if held.changed())
+        return tuple({id(owner): owner for owner in (*drawn, *owners)}.values())
+
+    def put_back(self) -> None:
+        """Make everything what it was."""
+        for drawn in self._random:
+            drawn.restore()
+        with torch.no_grad():
+            for _, held in self._held:
+                if held.changed():
+                    held.restore()
+
+    def _visit(self, owner: nn.Module, value: Any) -> None:
+        ahead = [(owner, value)]
+        while ahead and len(self._seen) < _MOST:
+            owner, value = ahead.pop()
+            if id(value) in self._seen:
+                continue
+            if self._wanted is not None and isinstance(value, nn.Module) and id(value) not in self._wanted:
+                continue
+            if isinstance(value, Tensor) and _is_traced(value) and id(value) not in self._buffers:
+                continue
+            held, below = _look_into(value)
+            if held is None and not below:
+                continue
+            self._seen[id(value)] = value
+            owner = value if isinstance(value, nn.Module) else owner
+            if held is not None:
+                self._held.append((owner, held))
+            ahead += [(owner, one) for one in below if type(one) not in _PLAIN]
+
+
+def _is_traced(value: Tensor) -> bool:
+    """Whether it belongs to a graph that is being made, or was left behind by one, and has no values to look at."""
+    return torch.compiler.is_compiling() or type(value).__module__.startswith("torch._subclasses.")
+
+
+def _look_into(value: Any) -> tuple[Held | None, Iterable[Any]]:
+    """How to put back what a value is, and the values in it."""
+    if isinstance(value, nn.Parameter):
+        return None, ()
+    if isinstance(value, nn.Module):
+        if any(is_lazy(parameter) for parameter in value._parameters.values() if parameter is not None):
+            return None, ()
+        return _below(_Entries(value.__dict__, _MACHINERY))
+    if isinstance(value, Tensor):
+        return _tensor(value), ()
+    if isinstance(value, TensorDict):
+        return _below(_Entries(value._tensordict))
+    if isinstance(value, LazyStackedTensorDict):
+        return None, value.tensordicts
+    if isinstance(value, dict):
+        held = _Entries(value)
+        return held, [*value, *held.values()]
+    if isinstance(value, list | deque):
+        return _sequence(value), list(value)
+    if isinstance(value, set):
+        return _set(value), list(value)
+    if isinstance(value, tuple | frozenset):
+        return None, value
+    generator = _generator(value)
+    if generator is not None:
+        return generator, ()
+    if type(value).__module__ == "numpy" and hasattr(value, "flat"):
+        return _array(value), ()
+    if type(value).__module__.partition(".")[0] in LEFT_ALONE or not _is_plain(value):
+        return None, ()
+    return _object(value)
+
+
+def _below(held: _Entries) -> tuple[Held, list[Any]]:
+    return held, held.values()
+
+
+def _is_plain(value: Any) -> bool:
+    return not callable(getattr(type(value), "__get__", None)) and not hasattr(type(value), "__next__")
+
+
+def _sequence(held: Any) -> Held:
+    before = list(held)
+
+    def restore() -> None:
+        held.clear()
+        held.extend(before)
+
+    return _By(lambda: len(held) != len(before) or any(map(is_not, held, before)), restore)
+
+
+def _set(held: set[Any]) -> Held:
+    before = set(held)
+
+    def restore() -> None:
+        held.clear()
+        held.update(before)
+
+    return _By(lambda: held != before, restore)
+
+
+def _object(value: Any) -> tuple[Held | None, list[Any]]:
+    """An object of the user's: its attributes, in a dictionary or in slots."""
+    inside = getattr(value, "__dict__", None)
+    held = _Entries(inside) if isinstance(inside, dict) else None
+    names = [name for kind in type(value).__mro__ for name in _names(getattr(kind, "__slots__", ()))]
+    slots = [name for name in names if name not in ("__dict__", "__weakref__")]
+    if not slots:
+        return (None, []) if held is None else _below(held)
+    absent = object()
+    before = {name: getattr(value, name, absent) for name in slots}
+
+    def changed() -> bool:
+        outside = any(getattr(value, name, absent) is not old for name, old in before.items())
+        return outside or (held is not None and held.changed())
+
+    def restore() -> None:
+        for name, old in before.items():
+            if old is not absent:
+                object.__setattr__(value, name, old)
+            elif hasattr(value, name):
+                object.__delattr__(value, name)
+        if held is not None:
+            held.restore()
+
+    found = [old for old in before.values() if old is not absent]
+    return _By(changed, restore), [*found, *(() if held is None else held.values())]
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _tensor(value: Tensor) -> Held:
+    """A tensor that may be overwritten."""
+    before = value.detach().clone()
+    looked_at = not torch.compiler.is_compiling() and value.device.type != "meta"
+    version = None if value.is_inference() else value._version
+
+    def changed() -> bool:
+        if value.shape != before.shape or (version is not None and value._version != version):
+            return True
+        # Writes through `.data`, and those of numpy, raise no version.
+        return looked_at and not _equal(value.detach(), before)
+
+    def restore() -> None:
+        if value.shape != before.shape:
+            value.data = before
+            return
+        with torch.inference_mode(value.is_inference()):
+            value.copy_(before)
+
+    return _By(changed, restore)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether they have the same values, of which some may be no numbers."""
+    if torch.equal(one, other):
+        return True
+    missing = one.isnan()
+    return torch.equal(missing, other.isnan()) and torch.equal(one[~missing], other[~missing])
+
+
+def _array(value: Any) -> Held:
+    before = value.copy()
+    return _By(lambda: bool((value != before).any()), lambda: value.__setitem__(..., before))
+
+
+def _generator(value: Any) -> Held | None:
+    """The state of a random generator."""
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return _By(lambda: not torch.equal(value.get_state(), state), lambda: value.set_state(state))
+    if isinstance(value, random.Random):
+        own = value.getstate()
+        return _By(lambda: value.getstate() != own, lambda: value.setstate(own))
+    numpy: Any = sys.modules.get("numpy.random")
+    if numpy is not None and isinstance(value, numpy.Generator):
+        value = value.bit_generator
+    if numpy is not None and isinstance(value, numpy.BitGenerator):
+        its = value.state
+        return _By(lambda: repr(value.state) != repr(its), lambda: setattr(value, "state", its))
+    if numpy is not None and isinstance(value, numpy.RandomState):
+        return _legacy(value.get_state, value.set_state)
+    return None
+
+
+def _random_states() -> Iterator[Held]:
+    """The states of the random numbers that are shared by all.
+
+    Not from another thread: the main one would draw the same numbers twice.
+    """
+    if current_thread() is not main_thread():
+        return
+    state, own = torch.get_rng_state(), random.getstate()
+    yield _By(lambda: not torch.equal(torch.get_rng_state(), state), lambda: torch.set_rng_state(state))
+    yield _By(lambda: random.getstate() != own, lambda: random.setstate(own))
+    if torch.cuda.is_initialized():
+        devices = torch.cuda.get_rng_state_all()
+        yield _By(
+            lambda: not all(map(torch.equal, torch.cuda.get_rng_state_all(), devices)),
+            lambda: torch.cuda.set_rng_state_all(devices),
+        )
+    numpy: Any = sys.modules.get("numpy.random")
+    if numpy is not None:
+        yield _legacy(numpy.get_state, numpy.set_state)
+
+
+def _legacy(get_state: Callable[..., Any], set_state: Callable[[Any], None]) -> Held:
+    """The state of one of numpy's older generators."""
+    before = get_state(legacy=False)
+    return _By(lambda: repr(get_state(legacy=False)) != repr(before), lambda: set_state(before))

@@ -1,0 +1,78 @@
+"""Threads: who may change a model for a while, and who is somebody else meanwhile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from functools import wraps
+from threading import Condition, get_ident
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Turn", "elsewhere", "here"]
+
+_FREE = Condition()
+_CLAIMS: list[tuple[int, frozenset[int]]] = []
+"""Which threads have which modules, by their ids."""
+
+
+def _forget() -> None:
+    """In a forked process there are no other threads."""
+    global _FREE
+    _FREE = Condition()
+    _CLAIMS.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+class Turn:
+    """The right to change some modules, which one thread at a time has; others wait until they are free.
+
+    All modules are taken at once, so that two threads that want some of the same cannot each wait for the other. A
+    thread may take again what it has.
+
+    Args:
+        modules: the modules.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = tuple(modules)
+        self._ids = frozenset(map(id, self._modules))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Turn, (self._modules,)
+
+    def __enter__(self) -> None:
+        claim = get_ident(), self._ids
+        with _FREE:
+            while any(thread != claim[0] and not self._ids.isdisjoint(ids) for thread, ids in _CLAIMS):
+                _FREE.wait()
+            _CLAIMS.append(claim)
+
+    def __exit__(self, *exception: object) -> None:
+        with _FREE:
+            _CLAIMS.remove((get_ident(), self._ids))
+            _FREE.notify_all()
+
+
+def elsewhere(thread: int | None) -> bool:
+    """Whether this is another thread than the one named, and does work of its own.
+
+    Autograd runs parts of a backward pass in threads of its own, which belong to whoever runs the pass.
+    """
+    return thread is not None and get_ident() != thread and torch._C._current_graph_task_id() == -1
+
+
+def here(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that does nothing where another thread calls the module."""
+    thread = get_ident()
+
+    @wraps(hook)
+    def in_this_thread(*args: Any, **kwargs: Any) -> Any:
+        return None if elsewhere(thread) else hook(*args, **kwargs)
+
+    return in_this_thread
