@@ -19,6 +19,7 @@ HOMES = (
     "tdhook", "tdhook.attribution", "tdhook.rules", "tdhook.composites", "tdhook.selectors", "tdhook.targets",
     "tdhook.evaluation", "tdhook.models.families",
 )  # fmt: skip
+KEYWORDS = set(inspect.signature(LRP).parameters)
 
 
 def ours(page: Path) -> list[str]:
@@ -46,7 +47,7 @@ def test_what_is_said_to_be_here_is_here(page: Path) -> None:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert known(node.func.id), code
                 if node.func.id == "LRP":
-                    assert {keyword.arg for keyword in node.keywords} <= inspect.signature(LRP).parameters.keys()
+                    assert {keyword.arg for keyword in node.keywords} <= KEYWORDS, code
                     assert all(ast.literal_eval(name) in PRESETS for name in node.args), code
             elif isinstance(node, ast.Name) and node.id[0].isupper():
                 assert known(node.id), code
