@@ -12,7 +12,7 @@ __all__ = ["page"]
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGE = ROOT / "docs" / "fast-and-large" / "what-an-explanation-costs.md"
 
 INTRODUCTION = """\
 # What an explanation costs

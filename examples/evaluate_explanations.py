@@ -3,8 +3,8 @@
     python examples/evaluate_explanations.py --out evaluation.json --picture evaluation.png
 
 It takes the policy that comes with tdhook, and those of examples/agents that have a checkpoint. For each it prints a
-table, whose columns are explained in docs/evaluation.md; what is there was printed by this script. An agent takes about
-a minute on one core. Needs the extras ``rl`` and ``viz``.
+table, whose columns are explained in docs/show-and-test/evaluation.md; what is there was printed by this script. An
+agent takes about a minute on one core. Needs the extras ``rl`` and ``viz``.
 """
 
 from __future__ import annotations

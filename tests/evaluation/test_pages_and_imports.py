@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_tables_of_the_page_are_the_figures_of_the_script() -> None:
-    page = (ROOT / "docs" / "evaluation.md").read_text()
+    page = (ROOT / "docs" / "show-and-test" / "evaluation.md").read_text()
     measured = json.loads((ROOT / "examples" / "evaluation.json").read_text())
     assert measured
     for agent in measured.values():

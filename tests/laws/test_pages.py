@@ -15,13 +15,37 @@ ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
+def pages() -> list[Path]:
+    built = ROOT / "docs" / "_build"
+    return [page for page in sorted((ROOT / "docs").rglob("*.md")) if built not in page.parents]
+
+
 def pages_with_python() -> list[str]:
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    return [str(page.relative_to(ROOT)) for page in pages if page.exists() and BLOCK.search(page.read_text())]
+    all_pages = [ROOT / "README.md", *pages()]
+    return [str(page.relative_to(ROOT)) for page in all_pages if BLOCK.search(page.read_text())]
+
+
+def slug(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 def test_the_readme_shows_python() -> None:
     assert "README.md" in pages_with_python()
+
+
+def test_a_page_is_found_by_its_title() -> None:
+    for page in pages():
+        title = page.read_text().partition("\n")[0].removeprefix("# ")
+        if page.name != "index.md" and not title.startswith("```"):
+            names = {page.stem, f"{page.parent.name}-{page.stem}", f"tdhook-{page.stem}"}
+            assert slug(title) in names, f"{page}: {title}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_what_a_page_outside_the_documentation_links_to_is_there(page: str) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 @pytest.mark.parametrize("page", pages_with_python())

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.zoo
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "sentence_similarity.py"
+PAGE = ROOT / "docs" / "explain" / "transformers-and-recurrent-networks.md"
 NUMBER = re.compile(r"[+-]?\d+\.\d+")
 
 
@@ -33,7 +34,7 @@ def example() -> SimpleNamespace:
 
 def shown() -> str:
     """What the page says that the script prints."""
-    page = (ROOT / "docs" / "transformers.md").read_text()
+    page = PAGE.read_text()
     (block,) = re.findall(r"^```text\n(similarity .*?)^```$", page, re.MULTILINE | re.DOTALL)
     return str(block)
 
@@ -53,7 +54,7 @@ def test_the_script_prints_what_the_page_shows(
 
 
 def test_the_picture_of_the_page_is_small() -> None:
-    assert (ROOT / "docs" / "similarity.png").stat().st_size < 60_000
+    assert (ROOT / "docs" / "pictures" / "similarity.png").stat().st_size < 60_000
 
 
 @pytest.mark.parametrize("composite", ["attn_lrp", "cp_lrp"])
@@ -92,5 +93,5 @@ def test_attention_weights_that_are_held_constant_keep_less(example: SimpleNames
     )
     assert (constant.td["ledger", "inputs"] > linearised.td["ledger", "inputs"]).all()
     account = constant.td["ledger"][0]
-    page = " ".join((ROOT / "docs" / "transformers.md").read_text().split())
+    page = " ".join(PAGE.read_text().split())
     assert f"{account['inputs']:.3f} of the first {account['target']:.3f} arrive" in page
