@@ -58,7 +58,11 @@ def running_layer(rule: Formula, layer: nn.Module, form: ClosedForm, otherwise: 
 
     def run(call: Call) -> Any:
         args = call.args
-        if len(args) != 1 or call.kwargs or not isinstance(args[0], Tensor):
+        if call.kwargs and not args and list(call.kwargs) == ["input"]:
+            args = (call.kwargs["input"],)
+        elif len(args) != 1 or call.kwargs:
+            return otherwise(call)
+        if not isinstance(args[0], Tensor):
             return otherwise(call)
         x = args[0]
         if on_tape(x):

@@ -38,7 +38,8 @@ class _MergedBatchNormRule(PassRule):
         passed = super().running(module, flow)
 
         def run(call: Call) -> Any:
-            merges, (x, *_) = call.setting.merges, call.args or (None,)
+            merges = call.setting.merges
+            x = call.args[0] if call.args else call.kwargs.get("input")
             if merges is None or not isinstance(x, Tensor) or module.training or module.running_mean is None:
                 return passed(call)
             node, stabilizing = _maker(x)
