@@ -18,8 +18,6 @@ DOORS = ("tdhook", "tdhook.rl")
 
 # What derives from classes of an extra is loaded once the extra is there.
 NEEDS_AN_EXTRA = {("tdhook.rl.environments", "tdhook.rl.frames")}
-# Edges that are still to go, each as (file, what it imports).
-PENDING = (("tdhook.relevance.propagation.rule", "tdhook.relevance.propagation.binding"),)
 
 
 def runs_up(edge: Edge) -> bool:
@@ -28,12 +26,6 @@ def runs_up(edge: Edge) -> bool:
 
 def is_hidden(edge: Edge) -> bool:
     return edge.hidden and not f"{edge.source}.".startswith(f"{LOADS_LATE}.")
-
-
-def wrong(pending: bool = False) -> list[Edge]:
-    """Edges that run up or are hidden, but for those that are still to go; or those alone."""
-    found = [edge for edge in SOURCES.edges if runs_up(edge) or is_hidden(edge)]
-    return [edge for edge in found if ((edge.source, edge.to) in PENDING) is pending]
 
 
 def described(edges: list[Edge]) -> list[str]:
@@ -46,24 +38,15 @@ def package(module: str) -> str:
 
 
 def test_no_files_import_each_other() -> None:
-    graph = SOURCES.graph()
-    for source, to in PENDING:
-        graph[source].discard(to)
-    assert circles(graph) == []
+    assert circles(SOURCES.graph()) == []
 
 
 def test_imports_run_down() -> None:
-    assert described(list(filter(runs_up, wrong()))) == []
+    assert described(list(filter(runs_up, SOURCES.edges))) == []
 
 
 def test_no_import_is_hidden_in_a_function() -> None:
-    assert described(list(filter(is_hidden, wrong()))) == []
-
-
-@pytest.mark.xfail(strict=True, reason="still to go")
-@pytest.mark.parametrize("source, to", PENDING)
-def test_what_is_still_to_go(source: str, to: str) -> None:
-    assert not [edge for edge in wrong(pending=True) if (edge.source, edge.to) == (source, to)]
+    assert described(list(filter(is_hidden, SOURCES.edges))) == []
 
 
 def test_every_file_has_its_place() -> None:

@@ -9,6 +9,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from tdhook import LRP, Target
+from tdhook.relevance.propagation.call import Call
 from tdhook.relevance.propagation.conversions import Damped, Ratio, TimesValue, Unchanged
 from tdhook.rules import PassRule, ZPlusRule
 from tdhook.tape.origins import is_nonnegative, made_by
@@ -66,7 +67,7 @@ def test_it_is_known_under_vmap():
     found = []
 
     def function(x):
-        y = PassRule().run_in("relevance", nn.ReLU(), torch.relu, (x,), {})
+        y = PassRule().bound(nn.ReLU(), "relevance")(Call(nn.ReLU(), torch.relu, (x,), {}))
         found.extend([is_nonnegative(x), is_nonnegative(y)])
         return y
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from tdhook.attribution.lrp import LRP
 from tdhook.conventions import Convention
 from tdhook.keys import parts_of
 from tdhook.relevance.operations.table import AFFINE, ARITHMETIC, PRODUCTS, default_rule
+from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.stabilisers import exact
 from tdhook.relevance.rules.epsilon import EpsilonRule
@@ -129,41 +130,31 @@ class _Step(nn.Module):
 class _SharesRule(EpsilonRule):
     """Shares by contribution, of which none is kept for a stabiliser."""
 
-    def run_in(
-        self,
-        flow: Convention,
-        module: nn.Module,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Run the operation: of products of values that are observed, as usual."""
-        if _observed(args, kwargs) > 1:
-            rule = default_rule(cast(Operation, module).name, args, kwargs) or ARITHMETIC
-            return rule.run_in(flow, module, original, args, kwargs)
-        return super().run_in(flow, module, original, args, kwargs)
+    def running(self, module: nn.Module, flow: Convention) -> Run:
+        """Products of values that are observed run as usual."""
+        shares = super().running(module, flow)
+
+        def run(call: Call) -> Any:
+            if _observed(call) < 2:
+                return shares(call)
+            rule = default_rule(cast(Operation, module).name, call.args, call.kwargs) or ARITHMETIC
+            return rule.bound(module, flow)(call)
+
+        return run
 
 
 class _ShiftRule(PassRule):
     """All relevance to what a constant is added to; two values that are added share it."""
 
-    def run_in(
-        self,
-        flow: Convention,
-        module: nn.Module,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Run the sum."""
-        if _observed(args, kwargs) > 1:
-            return EpsilonRule(exact).run_in(flow, module, original, args, kwargs)
-        return super().run_in(flow, module, original, args, kwargs)
+    def running(self, module: nn.Module, flow: Convention) -> Run:
+        """Values that are observed share it when they are added."""
+        passed, shares = super().running(module, flow), EpsilonRule(exact).bound(module, flow)
+        return lambda call: passed(call) if _observed(call) < 2 else shares(call)
 
 
-def _observed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def _observed(call: Call) -> int:
     """How many of the arguments depend on what is observed."""
-    return sum(isinstance(x, Tensor) and on_tape(x) for x in (*args, *kwargs.values()))
+    return sum(isinstance(x, Tensor) and on_tape(x) for x in (*call.args, *call.kwargs.values()))
 
 
 def applied(step: Any, td: TensorDictBase) -> TensorDictBase:

@@ -10,12 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
+from torch.utils._pytree import tree_map_only
 
 __all__ = [
     "Identity",
     "TapeFunction",
     "alias",
     "copying",
+    "live",
     "maker_of",
     "may_look_at",
     "on_tape",
@@ -45,6 +47,23 @@ def on_tape(x: Tensor) -> bool:
         if x.requires_grad:
             return True
     return False
+
+
+_ATOMS = (type(None), bool, int, float, str)
+
+
+def live(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Apply ``function`` to all tensors of a nested structure that gradients flow to."""
+    if isinstance(tree, Tensor):
+        return function(tree) if on_tape(tree) else tree
+    kind = type(tree)
+    if kind in _ATOMS:
+        return tree
+    if kind is tuple or kind is list:
+        return kind([live(function, value) for value in tree])
+    if kind is dict:
+        return {key: live(function, value) for key, value in tree.items()}
+    return tree_map_only(Tensor, lambda x: function(x) if on_tape(x) else x, tree)
 
 
 def may_look_at(x: Tensor) -> bool:

@@ -52,10 +52,7 @@ def _made_by(x: Tensor, names: Set[str], through: tuple[str, ...], marked: bool 
     while node is not None:
         kind = type(node).__name__
         made = maker_of(node)
-        maker = kind
-        if made is not None:
-            call = getattr(node, "call", None)
-            maker = getattr(node, "made_by", None) or (kind if call is None else type(call.module).__name__)
+        maker = kind if made is None else getattr(node, "made_by", kind)
         if maker.removesuffix("Backward0").lower() in names:
             return True
         identity = made is not None and issubclass(made, Identity)

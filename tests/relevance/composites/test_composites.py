@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import re
+from collections import OrderedDict
 
 import pytest
 import tomllib
@@ -358,3 +359,38 @@ def test_a_users_mapper_stays_with_the_composite():
     assert mapper != EpsilonPlus()
     with pytest.raises(TypeError, match="callable"):
         mapper.to_dict()
+
+
+class Stopping(EpsilonPlus):
+    """As mappers were written for tdhook 0.3."""
+
+    def _call(self, name, module):
+        return StopRule() if name == "head" else super()._call(name, module)
+
+
+class StoppingByCall(Composite):
+    def __call__(self, name, module):
+        return StopRule() if name == "head" else super().__call__(name, module)
+
+
+@pytest.mark.parametrize(
+    "mapper",
+    [Stopping(), StoppingByCall(epsilon_plus()), Stopping(rule_mapper=lambda name, module: None)],
+    ids=["_call", "__call__", "asked first"],
+)
+def test_a_subclass_that_decides_itself_is_honoured(mapper):
+    model = nn.Sequential(OrderedDict(body=nn.Linear(3, 3), head=nn.Linear(3, 2)))
+    td = TensorDict(input=torch.rand(2, 3), batch_size=[2])
+    others = mapper + [("nothing", FlatRule())]  # noqa: RUF005
+    by_mapper = LRP(rule_mapper=mapper, warn_on_missing_rule=False)
+    for method in (LRP(mapper), by_mapper, LRP(others)):
+        rules = {row.path: row.rule for row in method.plan(model)}
+        assert rules["head"] == StopRule() and rules["body"] == EpsilonRule()
+        with method.prepare(model) as explained:
+            assert not explained(td.clone())["attr", "input"].any()
+
+
+def test_a_users_mapper_comes_before_what_a_subclass_decides():
+    mapper = Stopping(rule_mapper=mine)
+    assert mapper("head", nn.Linear(1, 1)) == FlatRule()
+    assert LRP(mapper).plan(nn.Sequential(OrderedDict(head=nn.Linear(3, 2)))).rows[-1].rule == FlatRule()

@@ -13,13 +13,13 @@ from torch import nn
 from tdhook.models.sites import Site
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.data import rule_from_dict
-from tdhook.relevance.rules.simple import IgnoreRule
-from tdhook.selectors import Selector, SelectorLike, as_selector
+from tdhook.selectors import Selector, SelectorLike, Where, as_selector
 
 __all__ = ["PRESETS", "Composite", "Pairs", "RuleMapper", "preset"]
 
 RuleMapper: TypeAlias = "Callable[[str, nn.Module], Rule | None]"
 Pairs: TypeAlias = "Iterable[tuple[SelectorLike, Rule]]"
+Entry: TypeAlias = "tuple[Selector, Rule] | tuple[Selector, RuleMapper]"
 
 
 class Composite:
@@ -28,29 +28,38 @@ class Composite:
     It is a value: printed, compared, concatenated with ``+``, written to plain data. It is also a rule mapper,
     ``composite(name, module) -> Rule or None``.
 
+    A subclass may decide on modules in its own way by overriding that call.
+
     Args:
         pairs: the list; what is not a selector stands for the obvious one (see
             :func:`tdhook.selectors.as_selector`).
+
+    Attributes:
+        entries: the pairs, and, where a user's mapper is asked in between, the mapper in place of a rule.
 
     Raises:
         TypeError: a pair is not one of a selector and a rule.
     """
 
     def __init__(self, pairs: Pairs = ()) -> None:
-        self.pairs: tuple[tuple[Selector, Rule], ...] = tuple(_as_pair(pair) for pair in pairs)
+        self.entries: tuple[Entry, ...] = _entries_of(pairs)
+
+    @property
+    def pairs(self) -> tuple[tuple[Selector, Rule], ...]:
+        """The pairs of a selector and a rule."""
+        return tuple((selector, rule) for selector, rule in self.entries if isinstance(rule, Rule))
 
     def find(self, site: Site) -> tuple[Selector, Rule] | None:
-        """The first pair whose selector matches ``site``."""
-        for selector, rule in self.pairs:
-            if site.operation is not None and not selector.reaches_operations:
-                continue
-            if isinstance(rule, _Mapped):
-                found = rule.mapper(site.name, site.module)
-                if found is not None:
-                    return selector, found
-            elif selector.matches(site):
-                return selector, rule
-        return None
+        """The first pair whose selector matches ``site``, or the rule that a subclass or a mapper says."""
+        if site.operation is None and self.decides_itself:
+            rule = self(site.name, site.module)
+            return None if rule is None else (Where(self), rule)
+        return _first(self.entries, site)
+
+    @property
+    def decides_itself(self) -> bool:
+        """Whether a subclass has its own way to decide on modules."""
+        return type(self).__call__ is not Composite.__call__
 
     def __call__(self, name: str, module: nn.Module) -> Rule | None:
         """The rule for one module, seen without the model around it.
@@ -58,7 +67,11 @@ class Composite:
         Raises:
             ValueError: a selector depends on the execution order of a whole model.
         """
-        pair = self.find(Site(name, module))
+        return self._rule_for(self.entries, name, module)
+
+    @staticmethod
+    def _rule_for(entries: Iterable[Entry], name: str, module: nn.Module) -> Rule | None:
+        pair = _first(entries, Site(name, module))
         return None if pair is None else pair[1]
 
     @property
@@ -72,7 +85,9 @@ class Composite:
         return tuple(pair for pair in self.pairs if pair[0].reaches_operations)
 
     def __add__(self, other: Composite | Pairs) -> Composite:
-        return Composite((*self.pairs, *Composite(other).pairs))
+        joined = Composite()
+        joined.entries = (*_entries_of(self), *_entries_of(other))
+        return joined
 
     def __radd__(self, other: Pairs) -> Composite:
         return Composite(other) + self
@@ -84,13 +99,13 @@ class Composite:
         return len(self.pairs)
 
     def __eq__(self, other: object) -> bool:
-        return self.pairs == other.pairs if isinstance(other, Composite) else NotImplemented
+        return self.entries == other.entries if isinstance(other, Composite) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(self.pairs)
+        return hash(self.entries)
 
     def __repr__(self) -> str:
-        lines = "".join(f"\n    ({selector!r}, {rule!r})," for selector, rule in self.pairs)
+        lines = "".join(f"\n    ({selector!r}, {rule!r})," for selector, rule in self.entries)
         return f"{type(self).__name__}([{lines}\n])" if lines else f"{type(self).__name__}([])"
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,6 +114,11 @@ class Composite:
         Raises:
             TypeError: it holds a callable, which is not data.
         """
+        for _, rule in self.entries:
+            if not isinstance(rule, Rule):
+                raise TypeError(
+                    f"the composite asks {rule!r}, a callable, which cannot be written as plain data"
+                )
         return {"pairs": [{"select": selector.to_dict(), **rule.to_dict()} for selector, rule in self.pairs]}
 
     @staticmethod
@@ -128,12 +148,23 @@ class Composite:
         return Composite(own) if name is None else own + preset(name, **content)
 
 
-class _Mapped(IgnoreRule):
-    """Stands in a composite for the rule that a user's mapper gives, where it gives one."""
+def _first(entries: Iterable[Entry], site: Site) -> tuple[Selector, Rule] | None:
+    for selector, rule in entries:
+        if site.operation is not None and not selector.reaches_operations:
+            continue
+        if not isinstance(rule, Rule):
+            found = rule(site.name, site.module)
+            if found is not None:
+                return selector, found
+        elif selector.matches(site):
+            return selector, rule
+    return None
 
-    def __init__(self, mapper: RuleMapper) -> None:
-        super().__init__()
-        self.mapper = mapper
+
+def _entries_of(pairs: Composite | Pairs) -> tuple[Entry, ...]:
+    if not isinstance(pairs, Composite):
+        return tuple(_as_pair(pair) for pair in pairs)
+    return ((Where(pairs), pairs),) if pairs.decides_itself else pairs.entries
 
 
 def _as_pair(pair: Any) -> tuple[Selector, Rule]:

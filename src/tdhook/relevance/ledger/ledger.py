@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from tdhook.conventions import Convention
+from tdhook.relevance.propagation.binding import Bindable, Bound
+from tdhook.relevance.propagation.call import Call, Setting
 from tdhook.relevance.propagation.constants import with_constants
-from tdhook.relevance.propagation.conversions import live
 from tdhook.relevance.propagation.operation import Operation
-from tdhook.relevance.propagation.reporting import reporting
-from tdhook.relevance.propagation.rule import Rule
-from tdhook.relevance.rules.simple import IgnoreRule
-from tdhook.tape.functions import Identity, alias, parts, unwrapped
+from tdhook.relevance.propagation.reporting import Report
+from tdhook.tape.functions import Identity, alias, live, parts, unwrapped
 from tdhook.tape.overwriting import storage_of
 
 __all__ = ["REASONS", "Entry", "Ledger", "Note"]
@@ -41,7 +40,7 @@ class Entry:
 
     path: str
     name: str
-    rule: Rule | None
+    rule: Bindable | None
     amounts: dict[str, Tensor] = field(default_factory=dict)
     calls: int = 1
 
@@ -74,6 +73,7 @@ class Ledger:
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self._notes: list[Note] | None = None
+        self._within: Setting | None = None
 
     @contextmanager
     def noting(self) -> Iterator[list[Note]]:
@@ -110,22 +110,14 @@ class Ledger:
                 found[key].add(column, amount)
         return list(found.values())
 
-    def call(
-        self,
-        path: str,
-        module: nn.Module,
-        selector: Any,
-        rule: Rule,
-        flow: Convention,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def call(self, path: str, selector: object, bound: Bound, call: Call) -> Any:
         """Make one call, with its inputs and outputs metered, unless it is one of them in another shape."""
-        if isinstance(rule, IgnoreRule) and isinstance(module, Operation):
+        rule, flow, run = bound
+        module = call.module
+        if rule.native and isinstance(module, Operation):
             with torch.random.fork_rng(devices=[], enabled=not module.moves):
-                outputs = original(*args, **kwargs)
-            if _shares_memory(outputs, (args, kwargs)):
+                outputs = call.execute()
+            if _shares_memory(outputs, (call.args, call.kwargs)):
                 return outputs
         name = f"{module.name}()" if isinstance(module, Operation) else type(module).__name__
         entry = Entry(path, name, rule)
@@ -140,14 +132,20 @@ class Ledger:
         def leave(amount: Tensor) -> None:
             self.note(entry, "left", amount)
 
-        args, kwargs = live(lambda x: Metered.apply(x, leave, flow), (args, kwargs))
-        with reporting(absorb):
-            if isinstance(rule, IgnoreRule):
-                outputs = original(*args, **kwargs)
-                outputs = with_constants(module, original, args, kwargs, outputs, moves=flow == "relevance")
-            else:
-                outputs = rule.run_in(flow, module, original, args, kwargs)
+        setting = replace(call.setting, report=Report(absorb))
+        call = call.live(lambda x: Metered.apply(x, leave, flow))._replace(setting=setting)
+        outer, self._within = self._within, setting
+        try:
+            outputs = run(call)
+        finally:
+            self._within = outer
+        if rule.native:
+            outputs = with_constants(call, outputs, moves=flow == "relevance")
         return live(lambda z: Metered.apply(z, arrive, flow), outputs)
+
+    def inside(self, call: Call) -> Call:
+        """A call inside another one, which reports what is kept there."""
+        return call if self._within is None else call._replace(setting=self._within)
 
 
 class Metered(Identity):

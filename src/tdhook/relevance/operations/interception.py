@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -16,7 +16,8 @@ from tdhook.relevance.operations.paths import Paths
 from tdhook.relevance.operations.stand_ins import standing_in
 from tdhook.relevance.operations.table import ARITHMETIC, ELEMENTWISE, MOVES, PRODUCTS, WINNER, default_rule
 from tdhook.relevance.operations.written_out import entered, written_out
-from tdhook.relevance.propagation.binding import Binding
+from tdhook.relevance.propagation.binding import Binding, Bound
+from tdhook.relevance.propagation.call import ALONE, Call, Setting
 from tdhook.relevance.propagation.conversions import Substituted
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import Rule
@@ -34,6 +35,9 @@ from tdhook.tape.functions import maker_of, on_tape
 from tdhook.tape.overwriting import Guard, Outdated
 
 __all__ = ["Found", "Interception", "Lookup", "Observer", "Unmatched"]
+
+
+_NATIVE = IgnoreRule()
 
 
 class Unmatched:
@@ -56,23 +60,24 @@ class _Known:
     own: Rule | None = None
     selector: Any = None
     rule: Rule | None = None
+    bounds: dict[int, Bound] = field(default_factory=dict)
+
+    def bound(self, rule: Rule, flow: Convention) -> Bound:
+        """A rule on the operation, decided once."""
+        found = self.bounds.get(id(rule))
+        if found is None:
+            found = self.bounds[id(rule)] = Bound(rule, flow, rule.bound(self.operation, flow))
+        return found
 
 
 class Observer(Protocol):
     """Makes the calls of a forward pass itself, to take note of them."""
 
-    def call(
-        self,
-        path: str,
-        module: nn.Module,
-        selector: Any,
-        rule: Rule,
-        flow: Convention,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def call(self, path: str, selector: Any, bound: Bound, call: Call) -> Any:
         """Make one call of a module that has a rule, or of an operation."""
+
+    def inside(self, call: Call) -> Call:
+        """A call inside such a module, as it is to be made."""
 
     def again(self) -> AbstractContextManager[None]:
         """What is entered around calls that were made before and are made once more."""
@@ -90,6 +95,7 @@ class Interception(TorchFunctionMode):
             :mod:`~tdhook.relevance.operations.table`.
         unmatched: told ``(operation, path, unseen)`` of operations that nothing is known of, and of autograd functions
             that ran unseen.
+        setting: what the calls of the plan share.
     """
 
     def __init__(
@@ -101,8 +107,10 @@ class Interception(TorchFunctionMode):
         by_path: bool,
         defaults: bool,
         unmatched: Callable[[str, str, bool], None],
+        setting: Setting = ALONE,
     ) -> None:
         super().__init__()
+        self.setting = setting
         self.flow = flow
         self.guard = Guard()
         self.outdated = Outdated(self.guard)
@@ -139,9 +147,9 @@ class Interception(TorchFunctionMode):
         with nullcontext() if self.observer is None else self.observer.again(), self:
             yield
 
-    def unit(self, binding: Binding, original: Any, args: Any, kwargs: Any) -> Any:
+    def unit(self, binding: Binding, call: Call) -> Any:
         """Run a module that has a rule, and leave alone the operations inside it."""
-        rule, flow, module = binding.rule, binding.flow, binding.module
+        bound, module, args = binding.bound, call.module, call.args
         self.outdated.check(args)
         if self.paths.following and not self._paused:
             self._look_for_unseen(args)
@@ -151,12 +159,12 @@ class Interception(TorchFunctionMode):
             torch._C._pop_torch_function_stack()
         self._paused += 1
         try:
-            if self.observer is not None and self._paused == 1:
-                result = self.observer.call(
-                    self.paths.current, module, None, rule, flow, original, args, kwargs
-                )
+            if self.observer is None:
+                result = bound.run(call)
+            elif self._paused == 1:
+                result = self.observer.call(self.paths.current, None, bound, call)
             else:
-                result = rule.run_in(flow, module, original, args, kwargs)
+                result = bound.run(self.observer.inside(call))
         finally:
             self._paused -= 1
             if aside:
@@ -192,8 +200,9 @@ class Interception(TorchFunctionMode):
         if self.paths.following:
             self._look_for_unseen(args)
         selector, rule = self._find(known, args, kwargs)
-        if in_place and not (known.in_place and _is_native(rule) and self.observer is None):
-            form = _on_a_copy(func) if known.in_place and _is_native(rule) else known.operation.function
+        native = known.in_place and rule is not None and rule.native
+        if in_place and not (native and self.observer is None):
+            form = _on_a_copy(func) if native else known.operation.function
             return self._overwrite(known, selector, rule, form, args, kwargs)
         return self._run(known, selector, rule, func, args, kwargs)
 
@@ -216,8 +225,9 @@ class Interception(TorchFunctionMode):
         if self._lookup is not None and not self._by_path:
             known.selector, known.rule = self._lookup(name, *self.paths.innermost)
         if not in_place and not self._by_path:
-            default = default_rule(name, (), {}) if self._defaults else IgnoreRule()
-            known.quick = _is_native(default if known.rule is None else known.rule)
+            default = default_rule(name, (), {}) if self._defaults else _NATIVE
+            rule = default if known.rule is None else known.rule
+            known.quick = rule is not None and rule.native
         return known
 
     def _find(self, known: _Known, args: Any, kwargs: Any) -> Found:
@@ -227,7 +237,7 @@ class Interception(TorchFunctionMode):
             if known.rule is not None:
                 return known.selector, known.rule
         if not self._defaults:
-            return None, IgnoreRule()
+            return None, _NATIVE
         return None, known.own or default_rule(known.operation.name, args, kwargs)
 
     def _overwrite(self, known: _Known, selector: Any, rule: Any, func: Any, args: Any, kwargs: Any) -> Any:
@@ -256,14 +266,14 @@ class Interception(TorchFunctionMode):
             self._unmatched(operation.name, self.paths.current, False)
             selector = Unmatched()
             rule = ARITHMETIC
-        elif rule.opens:
+        bound = known.bound(rule, self.flow)
+        call = Call(operation, func, args, kwargs, self.setting)
+        if rule.opens:
             with self:
-                return rule.run_in(self.flow, operation, func, args, kwargs)
+                return bound.run(call)
         if self.observer is not None:
-            return self.observer.call(
-                self.paths.current, operation, selector, rule, self.flow, func, args, kwargs
-            )
-        return rule.run_in(self.flow, operation, func, args, kwargs)
+            return self.observer.call(self.paths.current, selector, bound, call)
+        return bound.run(call)
 
     def _in_parts(self, inside: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> Any:
         """The values of a fused operation, on the tape of those that it is made of."""
@@ -295,10 +305,6 @@ def _unseen(values: Iterable[Any]) -> Iterator[str]:
                 and not function.__module__.startswith(("tdhook.", "torch._functorch."))
             ):
                 yield function.__name__
-
-
-def _is_native(rule: Rule | None) -> bool:
-    return isinstance(rule, IgnoreRule)
 
 
 def _overwritten(args: Any, kwargs: Any) -> Any:

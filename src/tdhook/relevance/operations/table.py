@@ -123,8 +123,8 @@ OPERATIONS: Mapping[str, Rule] = {
 }
 """The rule of each operation, by name."""
 
-_MOVES = IgnoreRule()
-_NORMALISES = LayerNormRule()
+_MOVES, _PASSES, _NORMALISES = IgnoreRule(), PassRule(), LayerNormRule()
+_TAKES_ALL = SignalTakeAllRule(0), SignalTakeAllRule(1)
 
 
 def default_rule(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
@@ -143,7 +143,7 @@ def default_rule(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> R
         return None if name in _DEPENDS else rule
     if name in _DEPENDS:
         return _DEPENDS[name](rule, args, kwargs)
-    if isinstance(rule, PassRule) and not _of_one(args, kwargs):
+    if name in ELEMENTWISE and not _of_one(args, kwargs):
         return ARITHMETIC
     return rule
 
@@ -189,7 +189,7 @@ def _lerp(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 def _div(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
     numerator, denominator = _given(args, kwargs, 0, "input", None), _given(args, kwargs, 1, "other", None)
     if kwargs.get("rounding_mode") is not None or not _live((numerator,)):
-        return PassRule() if _of_one(args, kwargs) else ARITHMETIC
+        return _PASSES if _of_one(args, kwargs) else ARITHMETIC
     return rule if _live((denominator,)) else ARITHMETIC
 
 
@@ -214,7 +214,7 @@ def _accumulates(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, An
 def _dropout(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
     """In training it passes: to run it again, as arithmetic is, would drop others."""
     training = _given(args, kwargs, 2, "training", True)
-    return PassRule() if training else _MOVES
+    return _PASSES if training else _MOVES
 
 
 def _mul(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
@@ -227,7 +227,7 @@ def _mul(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> R
     if len(_live(factors)) == 2:
         signals = [i for i, x in enumerate(factors) if not made_by(x, _SCALES)]
         if len(signals) == 1:
-            return SignalTakeAllRule(signals[0])
+            return _TAKES_ALL[signals[0]]
     return rule
 
 

@@ -18,11 +18,13 @@ from tdhook.models.tracing import Execution, registered, traced
 from tdhook.relevance.composites.composite import Composite
 from tdhook.relevance.operations.interception import Interception
 from tdhook.relevance.plans.plan import Merge, Plan, Row
+from tdhook.relevance.propagation.call import Setting
+from tdhook.relevance.propagation.merges import Merges
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.relevance.propagation.weights import WeightCache
 from tdhook.relevance.rules.epsilon import EpsilonRule
-from tdhook.relevance.rules.simple import IgnoreRule, PassRule, StopRule
+from tdhook.relevance.rules.simple import PassRule
 from tdhook.selectors import Selector, SelectorLike, Type, as_selector
 
 __all__ = ["DEFAULTS", "make_plan", "observe", "select"]
@@ -94,6 +96,7 @@ def make_plan(
     rows = [replace(row, runs=row.path in called) for row in rows]
     rank = {name: i for i, name in reversed(list(enumerate(execution.order)))}
     rows.sort(key=lambda row: rank.get(row.path, len(rank)))
+    setting = Setting(None, WeightCache() if cache_weights else None, Merges() if merge_batch_norm else None)
     merges: dict[str, list[nn.Module]] = {}
     if not isinstance(merge_batch_norm, bool):
         merges = _named_merges(merge_batch_norm, execution)
@@ -106,6 +109,7 @@ def make_plan(
             by_path=any(selector.depends_on_path for selector, _ in composite.on_operations),
             defaults=not sensitivity,
             unmatched=unmatched,
+            setting=setting,
         )
     return Plan(
         rows,
@@ -115,7 +119,7 @@ def make_plan(
         bool(merge_batch_norm),
         sensitivity,
         interception,
-        WeightCache() if cache_weights else None,
+        setting,
     )
 
 
@@ -127,13 +131,14 @@ def _flow_of(rules: Sequence[Rule], damped: bool) -> Convention:
         damped: whether epsilon's stabiliser may be a factor there.
     """
     # Nothing, and no relevance, are the same in both conventions.
-    telling = [rule for rule in rules if not isinstance(rule, IgnoreRule | StopRule)]
+    telling = [rule for rule in rules if not (rule.native or rule.absorbs_all)]
     if not any(rule.convention == "gradient" for rule in telling):
         return "relevance"
 
     def fits(rule: Rule) -> bool:
-        damps = damped and isinstance(rule, EpsilonRule) and not rule.zero_params
-        return rule.convention == "gradient" or rule.in_both or damps
+        if rule.convention == "gradient":
+            return True
+        return "gradient" in rule.conventions if damped else rule.in_both
 
     return "gradient" if all(map(fits, telling)) else "relevance"
 

@@ -17,11 +17,11 @@ from tdhook.relevance.ledger.ledger import Ledger
 from tdhook.relevance.operations.interception import Interception, Observer, Unmatched
 from tdhook.relevance.operations.table import MOVES, WINNER
 from tdhook.relevance.propagation.binding import Binding
+from tdhook.relevance.propagation.call import ALONE, Setting
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import Rule
-from tdhook.relevance.propagation.weights import WeightCache
 from tdhook.relevance.rules.batchnorm import merging
-from tdhook.relevance.rules.simple import IgnoreRule, PassRule, StopRule
+from tdhook.relevance.rules.simple import PassRule
 from tdhook.selectors import Selector
 from tdhook.tape.overwriting import Mutated, out_of_place, overwrites, was_overwritten
 
@@ -114,7 +114,7 @@ class Plan:
         merge: whether batch norms right behind a linear layer are merged.
         sensitivity: whether the result is a modified gradient.
         interception: what runs operations under their rules; ``None`` where only modules have rules.
-        weights: keeps modified weights, if any.
+        setting: what the calls share.
 
     Attributes:
         seen: whether the model was run under it.
@@ -131,7 +131,7 @@ class Plan:
         merge: bool,
         sensitivity: bool,
         interception: Interception | None,
-        weights: WeightCache | None = None,
+        setting: Setting = ALONE,
     ) -> None:
         self.rows = tuple(rows)
         self.operations: tuple[Row, ...] = ()
@@ -139,7 +139,7 @@ class Plan:
         self.interception = interception
         self._modules = tuple(modules)
         self.sensitivity = sensitivity
-        self.weights = weights
+        self.setting = setting
         # Layers without a rule may overwrite what they are given: their operations are seen.
         self._units = [row.module for row in rows if interception is None or row.rule is not None]
         self.seen = False
@@ -149,9 +149,9 @@ class Plan:
             rule = row.rule
             # To ignore a layer of torch's own is to leave it to the rule of its operation.
             own = type(row.module).__module__.startswith("torch.nn.")
-            if rule is None or (isinstance(rule, IgnoreRule) and (own or interception is None)):
+            if rule is None or (rule.native and (own or interception is None)):
                 continue
-            if not isinstance(rule, IgnoreRule) and type(rule).register is not Rule.register:
+            if rule.binds_itself and not rule.native:
                 self._custom.append((rule, row.module))
                 continue
             if type(rule) is PassRule and isinstance(row.module, BatchNorm):
@@ -159,7 +159,7 @@ class Plan:
                     rule = merging(merges[row.path])
                 elif merge:
                     rule = merging()
-            self._bindings.append(Binding(row.module, rule, flow, interception))
+            self._bindings.append(Binding(row.module, rule, flow, interception, setting))
 
     def attach(self, stack: ExitStack) -> None:
         """Run the model under the rules until ``stack`` is closed; operations only :meth:`within` it."""
@@ -169,8 +169,6 @@ class Plan:
             self.interception.outdated.layers = set(map(id, overwriting))
         if overwriting:
             stack.enter_context(out_of_place(overwriting))
-        if self.weights is not None:
-            stack.enter_context(self.weights.active())
         stack.callback(self._detach)
         for binding in self._bindings:
             binding.attach(get_ident())
@@ -229,10 +227,10 @@ class Plan:
         if isinstance(row.selector, Unmatched):
             because = "nothing is known of it: as arithmetic"
         because += "" if row.runs else " (never called)"
-        if isinstance(row.rule, IgnoreRule) and row.operation is not None and row.selector is None:
+        if row.rule.native and row.operation is not None and row.selector is None:
             if row.operation in WINNER:
                 return path, kind, "picks values", "", ""
             plain = self.sensitivity and row.operation not in MOVES
             return path, kind, "none: plain gradient" if plain else "moves data", "", ""
-        convention = "" if isinstance(row.rule, IgnoreRule | StopRule) else row.rule.convention
+        convention = "" if row.rule.native or row.rule.absorbs_all else row.rule.convention
         return path, kind, repr(row.rule), convention, because

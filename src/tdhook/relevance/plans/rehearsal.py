@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from tensordict import TensorDictBase
-from torch import nn
 
-from tdhook.conventions import Convention
 from tdhook.models.state import restored
 from tdhook.passes.runner import Runner
 from tdhook.relevance.ledger.ledger import Ledger
 from tdhook.relevance.operations.interception import Unmatched
 from tdhook.relevance.plans.plan import Plan, Row
+from tdhook.relevance.propagation.binding import Bound
+from tdhook.relevance.propagation.call import Call
 from tdhook.relevance.propagation.rule import Rule
-from tdhook.relevance.rules.simple import IgnoreRule
 from tdhook.selectors import Selector
 
 __all__ = ["Ready", "rehearse"]
@@ -71,7 +70,7 @@ def rehearse(plan: Plan, runner: Runner) -> None:
     with restored(runner.setup.model.root):
         runner.carefully(attempt)
     called = {id(row.module) for row in watch.rows}
-    ruled = (row for row in plan.rows if row.rule and not isinstance(row.rule, IgnoreRule))
+    ruled = (row for row in plan.rows if row.rule and not row.rule.native)
     idle = (replace(row, runs=False) for row in ruled if id(row.module) not in called)
     plan.operations = (*watch.rows, *idle)
 
@@ -83,20 +82,15 @@ class _Watch:
         self.rows: list[Row] = []
         self._known = {id(row.module): row for row in plan.rows}
 
-    def call(
-        self,
-        path: str,
-        module: nn.Module,
-        selector: Selector | Unmatched | None,
-        rule: Rule,
-        flow: Convention,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def call(self, path: str, selector: Selector | Unmatched | None, bound: Bound, call: Call) -> Any:
         """Make one call and take it down."""
-        self.rows.append(self._known.get(id(module), Row(path, module, rule, selector)))
-        return rule.run_in(flow, module, original, args, kwargs)
+        module = call.module
+        self.rows.append(self._known.get(id(module), Row(path, module, cast(Rule, bound.rule), selector)))
+        return bound.run(call)
+
+    def inside(self, call: Call) -> Call:
+        """Calls inside units are not taken down."""
+        return call
 
     def again(self) -> AbstractContextManager[None]:
         """A rehearsal has no backward pass, in which anything would be run once more."""

@@ -1,8 +1,10 @@
-"""A rule on one module: the object that stands in for the module's ``forward`` while the rule is on."""
+"""Bindings: a rule on one module, as the object that stands in for the module's ``forward`` while the rule is on."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from tensordict import TensorDictBase
@@ -13,17 +15,46 @@ from torch import Tensor, nn
 from tdhook.conventions import Convention
 from tdhook.keys import named_tensors
 from tdhook.models.turns import elsewhere
-from tdhook.relevance.propagation.rule import Rule
+from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
 
-__all__ = ["Around", "Binding"]
+__all__ = ["Around", "Bindable", "Binding", "Bound"]
 
-_ABSENT: Any = object()
+
+class Bindable(Protocol):
+    """What a binding asks of a rule."""
+
+    @property
+    def convention(self) -> Convention:
+        """The convention of its values."""
+
+    @property
+    def opens(self) -> bool:
+        """Whether it writes its call out as operations that are ruled in turn."""
+
+    @property
+    def native(self) -> bool:
+        """Whether it leaves the call alone."""
+
+    @property
+    def applied(self) -> bool:
+        """Whether it asks the module for ``_prev_forward``."""
+
+    def bound(self, module: nn.Module, flow: Convention) -> Run:
+        """How calls of the module run."""
+
+
+class Bound(NamedTuple):
+    """A rule, and how it runs the calls of one module or operation in one flow."""
+
+    rule: Bindable
+    flow: Convention
+    run: Run
 
 
 class Around(Protocol):
     """What wants to know of the calls that are units."""
 
-    def unit(self, binding: Binding, original: Any, args: Any, kwargs: Any) -> Any:
+    def unit(self, binding: Binding, call: Call) -> Any:
         """Make the call under its rule."""
 
 
@@ -38,27 +69,39 @@ class Binding:
         flow: the convention of the values that arrive from outside; the rule's own by default. Where the two differ
             they are converted.
         around: runs the call in its surroundings, as one unit.
+        setting: what the calls of one plan share.
 
     Attributes:
         closed: whether the module is a layer of torch's own.
+        original: the module's own forward, while attached.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        rule: Rule,
+        rule: Bindable,
         flow: Convention | None = None,
         around: Around | None = None,
+        setting: Setting = ALONE,
     ) -> None:
-        self.module = module
+        self.module, self.rule, self.setting = module, rule, setting
         self.around = None if rule.opens else around
-        self.rule = rule
-        self.flow = flow or rule.convention
+        self.flow: Convention = flow or rule.convention
         self._on_tensordict = isinstance(module, TensorDictModuleBase)
         self.closed = type(module).__module__.startswith("torch.nn.modules.") and not module._modules
-        self.original: Any = None
+        self.original: Callable[..., Any] | None = None
         self.thread: int | None = None
-        self._replaced: tuple[Any, ...] = ()
+        self._applied = rule.applied
+        self._replaced: tuple[Any, Any] = (None, None)
+
+    @cached_property
+    def bound(self) -> Bound:
+        """The rule on the module."""
+        return Bound(self.rule, self.flow, self.rule.bound(self.module, self.flow))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # How a rule runs is decided again in a copy: functions that are made on the way cannot be written.
+        return {name: value for name, value in self.__dict__.items() if name != "bound"}
 
     @staticmethod
     def of(module: nn.Module) -> Binding | None:
@@ -70,22 +113,28 @@ class Binding:
         """Take the place of the module's ``forward``, in one thread alone or in all of them."""
         self.thread = thread
         attributes = self.module.__dict__
-        current = attributes.get("forward", _ABSENT)
+        current = attributes.get("forward")
         self.original = current.original if isinstance(current, Binding) else self.module.forward
-        self._replaced = current, attributes.get("_prev_forward", _ABSENT)
-        attributes["_prev_forward"] = self.original
+        self._replaced = current, attributes.get("_prev_forward")
         attributes["forward"] = self
+        if self._applied:
+            attributes["_prev_forward"] = self.original
 
     def detach(self) -> None:
         """Put back what :meth:`attach` replaced, if it did."""
+        if self.original is None:
+            return
         attributes = self.module.__dict__
-        for name, value in zip(("forward", "_prev_forward"), self._replaced, strict=False):
-            if value is _ABSENT:
-                attributes.pop(name, None)
-            else:
-                attributes[name] = value
-        self._replaced = ()
-        self.original = None
+        forward, previous = self._replaced
+        if forward is None:
+            attributes.pop("forward", None)
+        else:
+            attributes["forward"] = forward
+        if previous is not None:
+            attributes["_prev_forward"] = previous
+        elif self._applied:
+            attributes.pop("_prev_forward", None)
+        self.original, self._replaced = None, (None, None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module."""
@@ -93,14 +142,14 @@ class Binding:
             return (self.original or self.module.forward)(*args, **kwargs)
         if self._on_tensordict:
             return self._call_on_tensordict(cast(TensorDictModuleBase, self.module), *args, **kwargs)
+        assert self.original is not None
         return self._call(self.original, args, kwargs)
 
-    def _call(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             return original(*args, **kwargs)
-        if self.around is not None:
-            return self.around.unit(self, original, args, kwargs)
-        return self.rule.run_in(self.flow, self.module, original, args, kwargs)
+        call = Call(self.module, original, args, kwargs, self.setting)
+        return self.bound.run(call) if self.around is None else self.around.unit(self, call)
 
     def _call_on_tensordict(self, module: TensorDictModuleBase, *args: Any, **kwargs: Any) -> Any:
         """Run a TensorDictModule as the function from the tensors it reads to those it writes."""
@@ -112,6 +161,7 @@ class Binding:
         destination = kwargs.pop("tensordict_out", None)
         reads = [key for key in module.in_keys if isinstance(td.get(key, None), Tensor)]
         original, result = self.original, td
+        assert original is not None
 
         def on_tensors(*tensors: Tensor) -> Any:
             nonlocal result
@@ -125,12 +175,16 @@ class Binding:
         def writes() -> list[NestedKey]:
             return [key for key in module.out_keys if isinstance(result.get(key, None), Tensor)]
 
-        attributes = self.module.__dict__
-        attributes["_prev_forward"] = on_tensors
-        try:
-            outputs = self._call(on_tensors, tuple(td.get(key) for key in reads), {})
-        finally:
-            attributes["_prev_forward"] = original
+        tensors = tuple(td.get(key) for key in reads)
+        if self._applied:
+            attributes = self.module.__dict__
+            attributes["_prev_forward"] = on_tensors
+            try:
+                outputs = self._call(on_tensors, tensors, {})
+            finally:
+                attributes["_prev_forward"] = original
+        else:
+            outputs = self._call(on_tensors, tensors, {})
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         destination = td if destination is None else destination
         written = writes()

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from tdhook.relevance.propagation.call import Call
 from tdhook.relevance.propagation.operation import Operation
-from tdhook.relevance.propagation.reporting import _RANDOM, Report, _random_state, _set_random_state, current
+from tdhook.relevance.propagation.reporting import Report
 from tdhook.tape.functions import Identity, on_tape, parts
 
 __all__ = ["with_constants"]
-
-
-@contextmanager
-def _as_before() -> Iterator[None]:
-    """Draw the random numbers once more that the call drew."""
-    drawn = _random_state()
-    try:
-        _set_random_state(_RANDOM.get())
-        yield
-    finally:
-        _set_random_state(drawn)
 
 
 class Reported(Identity):
@@ -52,32 +41,22 @@ class Reported(Identity):
 
 
 def with_constants(
-    module: nn.Module,
-    original: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    outputs: Any,
-    *,
-    factors: Sequence[float] | float = 1.0,
-    moves: bool = False,
+    call: Call, outputs: Any, *, factors: Sequence[float] | float = 1.0, moves: bool = False
 ) -> Any:
     """Have what a natively executed call gives to constants reported: ``(z - J x) g`` of its outputs ``z``.
 
     Args:
-        module: the module or operation.
-        original: its forward.
-        args: what it was called with.
-        kwargs: likewise, by name.
+        call: the call.
         outputs: what it returned.
         factors: by which the rule multiplies the gradient of each input on the tape.
         moves: whether what travels is relevance through mere movement, of which constants take what ``1 - J 1`` says.
     """
-    report = current()
-    if report is None or not _is_expected(module, args, kwargs, factors, moves):
+    report, module = call.setting.report, call.module
+    if report is None or not _is_expected(call, factors, moves):
         return outputs
     leaves, spec = tree_flatten(outputs)
     at = [i for i, z in enumerate(leaves) if isinstance(z, Tensor) and on_tape(z)]
-    linear = linear_part(original, args, kwargs, at, factors, moves)
+    linear = linear_part(call, report, at, factors, moves)
     if linear is None:
         return outputs
     weighted = getattr(module, "bias", None) is not None
@@ -98,24 +77,21 @@ def _one(x: Tensor) -> complex:
     return 1 + 1j if x.is_complex() else 1
 
 
-def _is_expected(module: nn.Module, args: Any, kwargs: Any, factors: Any, moves: bool) -> bool:
+def _is_expected(call: Call, factors: Sequence[float] | float, moves: bool) -> bool:
     """Whether ``(z - J x) g`` is a share of constants, and not relevance that a wrong rule made or lost."""
+    module = call.module
     if not isinstance(module, Operation):
         return not moves
-    several = len([x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and on_tape(x)]) > 1
-    return module.moves if moves else not (module.multiplies and several and factors == 1.0)
+    if moves:
+        return module.moves
+    return not (module.multiplies and len(call.tensors()) > 1 and factors == 1.0)
 
 
 def linear_part(
-    original: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    at: Sequence[int],
-    factors: Sequence[float] | float,
-    moves: bool,
+    call: Call, report: Report, at: Sequence[int], factors: Sequence[float] | float, moves: bool
 ) -> list[Tensor] | None:
     """``J x`` of the outputs ``at``, or ``J 1``; ``None`` where the function has no derivative of the kind."""
-    leaves, spec = tree_flatten((args, kwargs))
+    leaves, spec = tree_flatten((call.args, call.kwargs))
     live = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and on_tape(x)]
     primals = tuple(leaves[i].detach() for i in live)
     scales = [factors] * len(live) if isinstance(factors, int | float) else list(factors)
@@ -130,13 +106,14 @@ def linear_part(
         for i, x in zip(live, inputs, strict=True):
             given[i] = x
         in_args, in_kwargs = tree_unflatten(given, spec)
-        made = tree_leaves(original(*in_args, **in_kwargs))
+        again = Call(call.module, call.function, in_args, in_kwargs)
+        made = tree_leaves(again.natively())
         return tuple(made[i] for i in at)
 
     with sdpa_kernel(SDPBackend.MATH):
         for derive in (_forward_mode, _twice_backward):
             try:
-                with _as_before():
+                with report.as_before():
                     return derive(function, primals, tangents)
             except (RuntimeError, NotImplementedError):
                 continue

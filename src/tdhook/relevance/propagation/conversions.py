@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
-from tdhook.relevance.propagation.reporting import current
+from tdhook.relevance.propagation.call import ALONE, Setting
+from tdhook.relevance.propagation.merges import Place
+from tdhook.relevance.propagation.reporting import Report
 from tdhook.relevance.propagation.stabilisers import Stabilizer, exact, rounding, stabilize
-from tdhook.tape.functions import Identity, TapeFunction, alias, may_look_at, on_tape, parts, whole
+from tdhook.tape.functions import Identity, TapeFunction, alias, may_look_at, parts, whole
 
 __all__ = [
     "Damped",
@@ -23,24 +24,7 @@ __all__ = [
     "Substituted",
     "TimesValue",
     "Unchanged",
-    "live",
 ]
-
-_ATOMS = (type(None), bool, int, float, str)
-
-
-def live(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Apply ``function`` to all tensors of a nested structure that gradients flow to."""
-    if isinstance(tree, Tensor):
-        return function(tree) if on_tape(tree) else tree
-    kind = type(tree)
-    if kind in _ATOMS:
-        return tree
-    if kind is tuple or kind is list:
-        return kind([live(function, value) for value in tree])
-    if kind is dict:
-        return {key: live(function, value) for key, value in tree.items()}
-    return tree_map_only(Tensor, lambda x: function(x) if on_tape(x) else x, tree)
 
 
 class TimesValue(Identity):
@@ -66,11 +50,12 @@ class TimesValue(Identity):
 class PerValue(Identity):
     """Identity at whose input relevance becomes relevance per unit of activation: ``g = R / stab(x)``.
 
-    Unless told, nothing is stabilised: where the value is zero there is none.
+    Unless told, nothing is stabilised: where the value is zero there is none. Where a batch norm behind it stabilises
+    instead, only rounding is left to look after.
     """
 
     @staticmethod
-    def forward(x: Tensor, stabilizer: Stabilizer = exact) -> Tensor:
+    def forward(x: Tensor, stabilizer: Stabilizer = exact, setting: Setting = ALONE) -> Tensor:
         """The value itself."""
         return alias(x)
 
@@ -78,18 +63,27 @@ class PerValue(Identity):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep the value."""
         ctx.save_for_backward(inputs[0])
-        ctx.stabilizer = inputs[1] if len(inputs) > 1 else exact
         ctx.n_rest = len(inputs) - 1
-        ctx.report = current()
+        ctx.stabilizer = inputs[1] if ctx.n_rest else exact
+        ctx.setting = setting = inputs[2] if ctx.n_rest > 1 else ALONE
+        if setting.merges is not None:
+            ctx.place = Place()
+
+    @staticmethod
+    def stabilised(ctx: Any, x: Tensor) -> Tensor:
+        """The denominator ``stab(x)``."""
+        merges = ctx.setting.merges
+        postponed = merges is not None and merges.is_postponed(ctx.place)
+        return stabilize(x, rounding if postponed else ctx.stabilizer)
 
     @staticmethod
     def backward(ctx: Any, relevance: Any) -> Any:
         """Divide."""
         (value,) = ctx.saved_tensors
         x, relevance = parts(value), parts(relevance)
-        grad = relevance / stabilize(x, ctx.stabilizer)
-        if ctx.report is not None:
-            ctx.report("stabiliser", relevance - torch.where(x.isinf(), 0.0, x * grad))
+        grad = relevance / PerValue.stabilised(ctx, x)
+        if ctx.setting.report is not None:
+            ctx.setting.report("stabiliser", relevance - torch.where(x.isinf(), 0.0, x * grad))
         return whole(grad, value), *(None,) * ctx.n_rest
 
 
@@ -101,9 +95,9 @@ class Damped(PerValue):
         """Multiply by a factor of at most one."""
         (value,) = ctx.saved_tensors
         z, grad = parts(value), parts(grad)
-        damped = grad * (z / stabilize(z, ctx.stabilizer))
-        if ctx.report is not None:
-            ctx.report("stabiliser", z * grad - z * damped)
+        damped = grad * (z / PerValue.stabilised(ctx, z))
+        if ctx.setting.report is not None:
+            ctx.setting.report("stabiliser", z * grad - z * damped)
         return whole(damped, value), *(None,) * ctx.n_rest
 
 
@@ -156,15 +150,23 @@ class Unchanged(TapeFunction):
         return grad, None, None
 
 
-class Ratio(Unchanged):
+class Ratio(TapeFunction):
     """The same in the gradient convention: ``g_x = g_z * z / stab(x)``."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, function: Callable[[Tensor], Any], made_by: str, report: Report | None = None
+    ) -> Tensor:
+        """The function's value."""
+        return Unchanged.forward(x, function, made_by)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep argument and value."""
-        x, _, ctx.made_by = inputs
+        x, _, ctx.made_by, *rest = inputs
+        ctx.report = rest[0] if rest else None
+        ctx.n_rest = len(inputs) - 1
         ctx.save_for_backward(x, output)
-        ctx.report = current()
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
@@ -173,7 +175,7 @@ class Ratio(Unchanged):
         pulled = grad * (z / rounding(x))
         if ctx.report is not None:
             ctx.report("stabiliser", z * grad - finite_product(x, pulled))
-        return pulled, None, None
+        return pulled, *(None,) * ctx.n_rest
 
 
 class Substituted(TapeFunction):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from tdhook.relevance.propagation.call import LayerCall, ModuleCall
+from tdhook.conventions import Convention
+from tdhook.relevance.propagation.call import Run
+from tdhook.relevance.propagation.executed import running_layer, running_module
 from tdhook.relevance.propagation.forms import closed_form
-from tdhook.relevance.propagation.rule import Rule, RunningRule
+from tdhook.relevance.propagation.rule import RunningRule, converted
 from tdhook.relevance.propagation.steps import Grads, Step
 
 __all__ = ["PropagationRule"]
@@ -20,12 +22,18 @@ class PropagationRule(RunningRule):
     """A rule given by :meth:`propagate`, which sees a :class:`Step` and the relevance of its outputs.
 
     Class attributes say what the rule reads, so that nothing else is kept from the forward pass, or found out.
+
+    Attributes:
+        needs_inputs: whether the formula reads ``step.inputs``, ``needs_outputs``: ``step.outputs``, ``needs_vjp``:
+            ``step.vjp``, and ``needs_sign``: whether ``step.nonnegative`` saves it work.
+        abbreviates: the formula that :meth:`shortcut` is short for. A class with a :meth:`propagate` of its own has no
+            shortcut unless it names one.
     """
 
     needs_inputs: ClassVar[bool] = True
     needs_outputs: ClassVar[bool] = False
     needs_vjp: ClassVar[bool] = False
-    needs_sign: ClassVar[bool] = False
+    abbreviates: ClassVar[Callable[..., Grads] | None] = None
 
     @abstractmethod
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
@@ -34,23 +42,20 @@ class PropagationRule(RunningRule):
     def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Raise where the rule does not fit the module that it is bound to."""
 
-    def run(
-        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Call ``module`` under this rule; ``original`` is its forward without the rule."""
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            form = closed_form(module)
-            if form is not None:
-                return LayerCall(self, module, original, form).run(args[0])
-        return ModuleCall(self, module, original, args, kwargs).run()
+    def shortcut(self, module: nn.Module, flow: Convention) -> Run | None:
+        """A cheaper way to the result of the formula that the rule ``abbreviates``, if there is one for the module."""
+        return None
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "propagate" in cls.__dict__ and "run" not in cls.__dict__:
-            # A formula of its own: shortcuts for that of a built-in rule do not hold for it.
-            cls.run = PropagationRule.run  # type: ignore[method-assign]
-            if "run_in" not in cls.__dict__:
-                cls.run_in = Rule.run_in  # type: ignore[method-assign]
-        if "forward" in cls.__dict__:
-            # A user's rule that derives from a built-in one and is written against the contract of Rule.
-            cls.run = Rule.run  # type: ignore[method-assign]
+    def running(self, module: nn.Module, flow: Convention) -> Run:
+        """How calls run: by the shortcut, if it is one for this very formula, or by the formula."""
+        short = None
+        if type(self).propagate is type(self).abbreviates:
+            short = self.shortcut(module, flow)
+        return self.by_formula(module, flow) if short is None else short
+
+    def by_formula(self, module: nn.Module, flow: Convention) -> Run:
+        """How calls run by :meth:`propagate`: in closed form where the module has one."""
+        run, form = running_module(self), closed_form(module)
+        if form is not None:
+            run = running_layer(self, module, form, run)
+        return converted(run, self.convention, flow)

@@ -1,41 +1,20 @@
-"""What rules keep of the relevance that reaches them, told to whoever keeps accounts.
+"""Reports: what rules keep of the relevance that reaches them, told to whoever keeps accounts.
 
-Nothing here runs unless a ledger is kept. Reasons are ``"bias"``, ``"stabiliser"``, ``"stop"`` and ``"constant"``: the
-share of everything that is neither an input nor a bias (a number that is added, the zeroth term of a linearisation).
+Nothing is reported unless a ledger is kept. Reasons are ``"bias"``, ``"stabiliser"``, ``"stop"`` and ``"constant"``:
+the share of everything that is neither an input nor a bias (a number that is added, the zeroth term of a
+linearisation).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import TypeAlias
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-__all__ = ["Report", "current", "reporting"]
-
-Report: TypeAlias = Callable[[str, Tensor], None]
-_REPORT: ContextVar[Report | None] = ContextVar("report", default=None)
-_RANDOM: ContextVar[list[Tensor]] = ContextVar("random")
-
-
-def current() -> Report | None:
-    """Where the call that is being made reports to, if anywhere."""
-    return _REPORT.get()
-
-
-@contextmanager
-def reporting(report: Report) -> Iterator[None]:
-    """Have the rules of the calls within report ``(reason, amount)``."""
-    token = _REPORT.set(report)
-    random = _RANDOM.set(_random_state())
-    try:
-        yield
-    finally:
-        _REPORT.reset(token)
-        _RANDOM.reset(random)
+__all__ = ["Report"]
 
 
 def _random_state() -> list[Tensor]:
@@ -46,3 +25,30 @@ def _set_random_state(state: list[Tensor]) -> None:
     torch.set_rng_state(state[0])
     if len(state) > 1:
         torch.cuda.set_rng_state_all(state[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Where one call reports ``(reason, amount)`` to.
+
+    Attributes:
+        tell: takes reports; an amount may have any shape.
+        random: the random state at the start of the call.
+    """
+
+    tell: Callable[[str, Tensor], None]
+    random: list[Tensor] = field(default_factory=_random_state)
+
+    def __call__(self, reason: str, amount: Tensor) -> None:
+        """Report an amount of relevance."""
+        self.tell(reason, amount)
+
+    @contextmanager
+    def as_before(self) -> Iterator[None]:
+        """Draw the random numbers once more that the call drew."""
+        drawn = _random_state()
+        try:
+            _set_random_state(self.random)
+            yield
+        finally:
+            _set_random_state(drawn)

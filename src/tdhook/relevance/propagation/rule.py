@@ -18,9 +18,13 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, FunctionMeta
 
 from tdhook.conventions import Convention
-from tdhook.relevance.propagation.conversions import PerValue, TimesValue, live
+from tdhook.relevance.propagation.binding import Binding
+from tdhook.relevance.propagation.call import Call, Run
+from tdhook.relevance.propagation.conversions import PerValue, TimesValue
+from tdhook.relevance.propagation.stabilisers import exact
+from tdhook.tape.functions import live
 
-__all__ = ["AbstractFunctionMeta", "RemovableRuleHandle", "Rule", "RunningRule"]
+__all__ = ["AbstractFunctionMeta", "RemovableRuleHandle", "Rule", "RunningRule", "converted"]
 
 
 class AbstractFunctionMeta(ABCMeta, FunctionMeta):
@@ -46,14 +50,20 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
             (relevance per unit of activation). A context converts where two conventions meet.
         yields: ``"relevance"``, or ``"sensitivity"`` for rules that make the result a modified gradient, which is
             explained as it is and not multiplied by the input.
-        in_both: whether the rule has an exact form in the other convention, so that nothing need be converted.
+        in_both: whether the rule is defined alike in both conventions, so that nothing need be converted.
         opens: whether the rule writes its call out as operations that are ruled in turn.
+        native: whether the rule leaves the call and its gradient alone.
+        absorbs_all: whether no relevance goes through.
+        needs_sign: whether the rule saves work where it is known that no input is negative.
     """
 
     convention: ClassVar[Convention] = "relevance"
     yields: ClassVar[Literal["relevance", "sensitivity"]] = "relevance"
     in_both: ClassVar[bool] = False
     opens: ClassVar[bool] = False
+    native: ClassVar[bool] = False
+    absorbs_all: ClassVar[bool] = False
+    needs_sign: ClassVar[bool] = False
     registry: ClassVar[weakref.WeakValueDictionary[str, type[Rule]]] = weakref.WeakValueDictionary()
 
     # Function.__init__ warns that instances are deprecated, and a rule is an instance: it is not called.
@@ -78,31 +88,32 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
     def backward(ctx: Any, *out_relevance: Any) -> Any:
         """Turn the relevance of the outputs into that of the inputs."""
 
-    def run(
-        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Call ``module`` under this rule; ``original`` is its forward without the rule."""
-        return self.apply(self._apply_kwargs, module, kwargs, *args)
+    @property
+    def conventions(self) -> tuple[Convention, ...]:
+        """The conventions in which the rule runs without being converted."""
+        return ("relevance", "gradient") if self.in_both else (self.convention,)
 
-    def run_in(
-        self,
-        flow: Convention,
-        module: nn.Module,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Call ``module`` under this rule where values arrive in the convention of ``flow``.
+    @property
+    def applied(self) -> bool:
+        """Whether calls run by the static methods, for which the module has its own forward as ``_prev_forward``."""
+        return True
 
-        Where that is not the rule's own they are converted: ``g = R / z`` at the outputs and ``R = x * g`` at the
-        inputs, or the other way round.
+    @property
+    def binds_itself(self) -> bool:
+        """Whether the rule has its own way onto a module."""
+        return type(self).register is not Rule.register
+
+    def bound(self, module: nn.Module, flow: Convention) -> Run:
+        """How calls of ``module`` run under this rule, decided once.
+
+        Args:
+            module: the module, or the operation.
+            flow: the convention in which values arrive; where it is not the rule's own they are converted.
         """
-        if flow == self.convention:
-            return self.run(module, original, args, kwargs)
-        to_gradient = self.convention == "gradient"
-        enter, leave = (TimesValue, PerValue) if to_gradient else (PerValue, TimesValue)
-        args, kwargs = live(enter.apply, (args, kwargs))
-        return live(leave.apply, self.run(module, original, args, kwargs))
+        return converted(self._apply, self.convention, flow)
+
+    def _apply(self, call: Call) -> Any:
+        return self.apply(self._apply_kwargs, call.module, call.kwargs, *call.args)
 
     def register(self, module: nn.Module) -> RemovableRuleHandle:
         """Make ``module`` run under this rule until the returned handle is removed.
@@ -110,8 +121,6 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
         Raises:
             RuntimeError: the module already runs under a rule.
         """
-        from tdhook.relevance.propagation.binding import Binding
-
         current = Binding.of(module)
         if current is not None:
             raise RuntimeError(
@@ -127,8 +136,6 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
         Raises:
             RuntimeError: this rule is not registered on the module.
         """
-        from tdhook.relevance.propagation.binding import Binding
-
         current = Binding.of(module)
         if current is None or current.rule is not self:
             raise RuntimeError(f"{self!r} is not registered on this {type(module).__name__}")
@@ -193,12 +200,23 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
 
 
 class RunningRule(Rule):
-    """A rule that makes its calls itself, in :meth:`run`, and is no autograd function but in name."""
+    """A rule that makes its calls itself, as :meth:`running` says, and is no autograd function but in name.
+
+    A user's rule that derives from such a one and overrides the static methods is run by these.
+    """
+
+    @property
+    def applied(self) -> bool:
+        """Whether a subclass is written against the contract of :class:`Rule`."""
+        return type(self).forward is not RunningRule.forward
+
+    def bound(self, module: nn.Module, flow: Convention) -> Run:
+        """How calls of ``module`` run under this rule, decided once."""
+        return super().bound(module, flow) if self.applied else self.running(module, flow)
 
     @abstractmethod
-    def run(
-        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any: ...
+    def running(self, module: nn.Module, flow: Convention) -> Run:
+        """How calls of ``module`` run where values arrive in the convention of ``flow``."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
@@ -209,6 +227,27 @@ class RunningRule(Rule):
     def backward(ctx: Any, *out_relevance: Any) -> Any:
         """Likewise."""
         raise NotImplementedError("this rule runs, it is not applied")
+
+
+def converted(run: Run, own: Convention, flow: Convention) -> Run:
+    """``run``, whose values are in its ``own`` convention, for values in that of ``flow``.
+
+    Where these differ, ``g = R / z`` at the outputs and ``R = x * g`` at the inputs, or the other way round.
+    """
+    if own == flow:
+        return run
+
+    def to_relevance(call: Call) -> Any:
+        setting = call.setting
+        outputs = run(call.live(lambda x: PerValue.apply(x, exact, setting)))
+        return live(TimesValue.apply, outputs)
+
+    def to_gradient(call: Call) -> Any:
+        setting = call.setting
+        outputs = run(call.live(TimesValue.apply))
+        return live(lambda z: PerValue.apply(z, exact, setting), outputs)
+
+    return to_gradient if own == "gradient" else to_relevance
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -231,15 +270,12 @@ class RemovableRuleHandle:
 
     def remove(self) -> None:
         """Take the rule off, if it is still on."""
-        from tdhook.relevance.propagation.binding import Binding
-
         module = self._module_ref()
         if module is None or self._removed:
             return
         self._removed = True
         current = Binding.of(module)
-        binds_itself = type(self._rule).register is not Rule.register
-        if binds_itself or (current is not None and current.rule is self._rule):
+        if self._rule.binds_itself or (current is not None and current.rule is self._rule):
             self._rule.unregister(module)
 
     def __enter__(self) -> RemovableRuleHandle:

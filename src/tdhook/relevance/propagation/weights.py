@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +11,6 @@ from torch import Tensor, nn
 
 __all__ = ["WeightCache"]
 
-_ACTIVE: ContextVar[WeightCache | None] = ContextVar("weights", default=None)
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 # To look whether a small weight is still the same takes as long as to make what is made of it.
 _SMALL = 1 << 16
@@ -33,20 +30,6 @@ class WeightCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WeightCache, ()
-
-    @staticmethod
-    def current() -> WeightCache | None:
-        """The cache that the calls of this moment use, if any."""
-        return _ACTIVE.get()
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Have the calls within use this cache."""
-        token = _ACTIVE.set(self)
-        try:
-            yield
-        finally:
-            _ACTIVE.reset(token)
 
     def get(
         self, layer: nn.Module, change: Hashable, sources: Sequence[Tensor], make: Callable[[], Tensor]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
+from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import with_constants
 from tdhook.relevance.propagation.conversions import Scaled
-from tdhook.relevance.propagation.rule import RunningRule
+from tdhook.relevance.propagation.rule import RunningRule, converted
 from tdhook.tape.functions import on_tape
 
 __all__ = ["AttentionRule"]
@@ -33,10 +33,12 @@ class AttentionRule(RunningRule):
         super().__init__()
         self.values_only = values_only
 
-    def run(
-        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Call ``module`` on query, key and value with their gradients scaled."""
+    def running(self, module: nn.Module, flow: Convention) -> Run:
+        """On query, key and value with their gradients scaled."""
+        return converted(self._scaled, self.convention, flow)
+
+    def _scaled(self, call: Call) -> Any:
+        args, kwargs = call.args, call.kwargs
         arguments = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
         operands: list[Any] = [arguments.get(name) for name in ("query", "key", "value", "attn_mask")]
         named = {key: x for key, x in kwargs.items() if key not in ("query", "key", "value", "attn_mask")}
@@ -49,12 +51,13 @@ class AttentionRule(RunningRule):
             shared = 0.5 if on_tape(operands[2]) else 1.0
             n_factors = len([i for i in scores if i < 2])
             factors = [shared / n_factors if n_factors else 1.0] * 2 + [0.5, shared]
-        scaled = [_scaled(x, factor) for x, factor in zip(operands, factors, strict=True)]
-        outputs = original(*scaled, *args[4:], **named)
+        scaled = [_times(x, factor) for x, factor in zip(operands, factors, strict=True)]
+        outputs = call.function(*scaled, *args[4:], **named)
         kept = [f for x, f in zip(operands, factors, strict=True) if isinstance(x, Tensor) and on_tape(x)]
-        return with_constants(module, original, (*operands, *args[4:]), named, outputs, factors=kept)
+        unscaled = call._replace(args=(*operands, *args[4:]), kwargs=named)
+        return with_constants(unscaled, outputs, factors=kept)
 
 
-def _scaled(x: Any, factor: float) -> Any:
+def _times(x: Any, factor: float) -> Any:
     scales = isinstance(x, Tensor) and factor != 1 and on_tape(x)
     return Scaled.apply(x, factor) if scales else x

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
-from tdhook.relevance.propagation.call import LayerCall
+from tdhook.relevance.propagation.call import Call, Run
+from tdhook.relevance.propagation.executed import ExecutedLayer
 from tdhook.relevance.propagation.forms import DenseForm
 from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.relevance.rules.epsilon import EpsilonRule
@@ -32,43 +33,44 @@ class _MergedBatchNormRule(PassRule):
         super().__init__()
         self.linears = tuple(linears)
 
-    def run_in(
-        self,
-        flow: Convention,
-        module: nn.Module,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Call the batch norm."""
-        if args and isinstance(args[0], Tensor) and not module.training and module.running_mean is not None:
-            node, stabilizers = _maker(args[0])
-            if type(node).__name__.startswith(_PLAIN):
-                # Behind a layer that runs as it is, merging amounts to the epsilon rule, stabilised once.
-                epsilon = rounding if not stabilizers else stabilizers[0].stabilizer
-                for other in stabilizers:
-                    other.stabilizer = rounding
-                return EpsilonRule(epsilon).run_in(flow, module, original, args, kwargs)
-            for call in self._producers(node):
-                # On [N, C, L] a batch norm scales the rows of what a fully connected layer made, not its features.
-                if not isinstance(call.form, DenseForm) or args[0].dim() == 2 or self.linears:
-                    call.merged = module
-        return super().run_in(flow, module, original, args, kwargs)
+    def running(self, module: nn.Module, flow: Convention) -> Run:
+        """As the pass rule does, once the layer is told; behind one that runs as it is, as the epsilon rule does."""
+        passed = super().running(module, flow)
 
-    def _producers(self, node: Any) -> list[LayerCall]:
+        def run(call: Call) -> Any:
+            merges = call.setting.merges
+            x = call.args[0] if call.args else call.kwargs.get("input")
+            if merges is None or not isinstance(x, Tensor) or module.training or module.running_mean is None:
+                return passed(call)
+            node, stabilizing = _maker(x)
+            if type(node).__name__.startswith(_PLAIN):
+                # Merging amounts to the epsilon rule, stabilised once.
+                epsilon = rounding if not stabilizing else stabilizing[0].stabilizer
+                for identity in stabilizing:
+                    merges.postpone(identity.place)
+                return EpsilonRule(epsilon).bound(module, flow)(call)
+            for layer in self._producers(node):
+                # On [N, C, L] a batch norm scales the rows of what a fully connected layer made, not its features.
+                if not isinstance(layer.form, DenseForm) or x.dim() == 2 or self.linears:
+                    merges.merge(module, layer)
+            return passed(call)
+
+        return run
+
+    def _producers(self, node: Any) -> list[ExecutedLayer]:
         if not self.linears:
-            call = getattr(node, "call", None)
-            return [call] if isinstance(call, LayerCall) else []
+            layer = getattr(node, "executed", None)
+            return [layer] if isinstance(layer, ExecutedLayer) else []
         found, seen, front = [], set(), [node]
         while front:
             node = front.pop()
             if node is None or node in seen:
                 continue
             seen.add(node)
-            call = getattr(node, "call", None)
-            if isinstance(call, LayerCall) and call.module in self.linears:
-                found.append(call)
-            elif call is None and not getattr(node, "made_by", ""):  # other layers end the search
+            layer = getattr(node, "executed", None)
+            if isinstance(layer, ExecutedLayer) and layer.module in self.linears:
+                found.append(layer)
+            elif layer is None and not getattr(node, "made_by", ""):  # other layers end the search
                 front.extend(parent for parent, _ in node.next_functions)
         return found
 
@@ -79,7 +81,7 @@ _PLAIN = ("Addmm", "Mm", "Convolution", "Addbmm", "Baddbmm", "Bmm")
 def _maker(x: Tensor) -> tuple[Any, list[Any]]:
     """The node of the tape that made ``x``, and those between at which relevance is stabilised."""
     node, passed = Identity.before(x.grad_fn)
-    return node, [identity for identity in passed if hasattr(identity, "stabilizer")]
+    return node, [identity for identity in passed if getattr(identity, "place", None) is not None]
 
 
 def merging(linears: Sequence[nn.Module] = ()) -> PassRule:

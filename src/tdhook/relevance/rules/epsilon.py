@@ -6,16 +6,15 @@ takes its share, which is thereby absorbed. ``zero_params`` names parameters to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from tdhook.conventions import Convention
+from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import with_constants
-from tdhook.relevance.propagation.conversions import Damped, PerValue, Scaled, TimesValue, live
+from tdhook.relevance.propagation.conversions import Damped, PerValue, Scaled, TimesValue
 from tdhook.relevance.propagation.forms import closed_form
 from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.operation import Operation
@@ -23,8 +22,7 @@ from tdhook.relevance.propagation.params import ZeroParams, zero_param_names
 from tdhook.relevance.propagation.stabilisers import Stabilizer, checked, rounding
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.rules.shares import itself, modified_by, per_unit, report_bias, share_of
-from tdhook.tape.functions import on_tape
-from tdhook.tape.overwriting import natively
+from tdhook.tape.functions import live
 
 __all__ = [
     "EpsilonRule",
@@ -43,61 +41,24 @@ class EpsilonRule(PropagationRule):
     Args:
         epsilon: the stabiliser of the denominator.
         zero_params: names of parameters to treat as zero.
+
+    Attributes:
+        splits: whether each of several inputs gets an equal part of its share.
     """
 
     needs_outputs = True
     needs_vjp = True
+    splits: ClassVar[bool] = False
 
     def __init__(self, epsilon: Stabilizer = 1e-6, zero_params: ZeroParams = None) -> None:
         super().__init__()
         self.epsilon = checked(epsilon, "epsilon")
         self.zero_params = zero_param_names(zero_params)
 
-    def run(
-        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Call ``module``: what has no closed form is run as it is, between the two factors of the formula."""
-        if self.zero_params or closed_form(module) is not None:
-            return super().run(module, original, args, kwargs)
-        args, kwargs = live(TimesValue.apply, (args, kwargs))
-        outputs = self._natively(module, original, args, kwargs)
-        return live(lambda z: PerValue.apply(z, self.epsilon), outputs)
-
-    def run_in(
-        self,
-        flow: Convention,
-        module: nn.Module,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """In the gradient convention the plain backward pass is right, but for the stabiliser's share."""
-        if flow == "relevance":
-            return self.run(module, original, args, kwargs)
-        if self.zero_params:
-            return super().run_in(flow, module, original, args, kwargs)
-        outputs = self._natively(module, original, args, kwargs)
-        if self.epsilon is rounding:
-            return outputs
-        return live(lambda z: Damped.apply(z, self.epsilon), outputs)
-
-    def _natively(
-        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """The formula in the gradient convention, where it is the plain backward pass."""
-        factor = 1.0
-        if type(self)._share is not EpsilonRule._share:
-            leaves = tree_leaves((args, kwargs))
-            factor = self._share(sum(isinstance(x, Tensor) and on_tape(x) for x in leaves))
-        with natively(module):
-            outputs = original(*args, **kwargs)
-            if factor != 1:
-                outputs = live(lambda z: Scaled.apply(z, factor), outputs)
-            return with_constants(module, original, args, kwargs, outputs, factors=factor)
-
-    def _share(self, n_inputs: int) -> float:
-        """What each of several inputs gets of its share."""
-        return 1.0
+    @property
+    def conventions(self) -> tuple[Convention, ...]:
+        """Both, as the stabiliser's share is a factor in the gradient convention."""
+        return (self.convention,) if self.zero_params else ("relevance", "gradient")
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         outputs, vjp = step.outputs, step.vjp
@@ -107,20 +68,50 @@ class EpsilonRule(PropagationRule):
         per_output = [per_unit(step, r, z, self.epsilon) for r, z in zip(relevance, outputs, strict=True)]
         grads = vjp(*per_output)
         report_bias(step, modify, *per_output)
-        share = self._share(len(step.inputs))
+        share = 1 / max(len(step.inputs), 1) if self.splits else 1
         shares = (
             None if g is None else share_of(step, x, g) for x, g in zip(step.inputs, grads, strict=True)
         )
         return tuple(shares) if share == 1 else tuple(r if r is None else r * share for r in shares)
+
+    def shortcut(self, module: nn.Module, flow: Convention) -> Run | None:
+        """What has no closed form runs as it is between the two factors of the formula.
+
+        In the gradient convention everything does: the plain backward pass is right, but for the stabiliser's share.
+        """
+        if self.zero_params or (flow == "relevance" and closed_form(module) is not None):
+            return None
+        return self._between_factors if flow == "relevance" else self._damped
+
+    def _between_factors(self, call: Call) -> Any:
+        setting = call.setting
+        outputs = self._natively(call.live(TimesValue.apply))
+        return live(lambda z: PerValue.apply(z, self.epsilon, setting), outputs)
+
+    def _damped(self, call: Call) -> Any:
+        outputs = self._natively(call)
+        if self.epsilon is rounding:
+            return outputs
+        setting = call.setting
+        return live(lambda z: Damped.apply(z, self.epsilon, setting), outputs)
+
+    def _natively(self, call: Call) -> Any:
+        """The formula in the gradient convention, where it is the plain backward pass."""
+        outputs, factor = call.natively(), 1.0
+        if self.splits:
+            factor = 1 / max(len(call.tensors()), 1)
+            if factor != 1:
+                outputs = live(lambda z: Scaled.apply(z, factor), outputs)
+        return outputs if call.setting.report is None else with_constants(call, outputs, factors=factor)
+
+    abbreviates = propagate
 
 
 class UniformEpsilonRule(EpsilonRule):
     """Epsilon, divided by the number of inputs: for products of activations (AttnLRP, Prop. 3.3)."""
 
     in_both = True
-
-    def _share(self, n_inputs: int) -> float:
-        return 1 / max(n_inputs, 1)
+    splits = True
 
 
 class NormRule(EpsilonRule):
@@ -154,25 +145,6 @@ class SoftmaxEpsilonRule(EpsilonRule):
     def __init__(self, epsilon: Stabilizer = 1e-6) -> None:
         super().__init__(epsilon)
 
-    def run(
-        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Call ``module`` under the formula."""
-        return PropagationRule.run(self, module, original, args, kwargs)
-
-    def run_in(
-        self,
-        flow: Convention,
-        module: nn.Module,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """In the gradient convention the formula is the plain backward pass."""
-        if flow == "relevance":
-            return self.run(module, original, args, kwargs)
-        return with_constants(module, original, args, kwargs, original(*args, **kwargs))
-
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         (r,), (s,) = relevance, step.outputs
         x, *others = step.inputs
@@ -181,6 +153,14 @@ class SoftmaxEpsilonRule(EpsilonRule):
         if step.report is not None:  # the zeroth term of the linearisation
             step.report("constant", r * (1 - x + (s * x).sum(_axis(step), keepdim=True)))
         return (r - s * r.sum(_axis(step), keepdim=True)) * x, *(None for _ in others)
+
+    def shortcut(self, module: nn.Module, flow: Convention) -> Run | None:
+        """In the gradient convention the formula is the plain backward pass."""
+        if flow == "relevance":
+            return None
+        return lambda call: with_constants(call, call.execute())
+
+    abbreviates = propagate
 
 
 def _axis(step: Step) -> int:

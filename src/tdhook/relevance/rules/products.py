@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
+from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import with_constants
-from tdhook.relevance.propagation.conversions import Scaled, live
-from tdhook.relevance.propagation.rule import RunningRule
-from tdhook.tape.functions import on_tape
+from tdhook.relevance.propagation.conversions import Scaled
+from tdhook.relevance.propagation.rule import RunningRule, converted
+from tdhook.tape.functions import live, on_tape
 from tdhook.tape.origins import made_by
 
 __all__ = ["ConstantRule", "SignalTakeAllRule"]
@@ -38,24 +38,27 @@ class SignalTakeAllRule(RunningRule):
         super().__init__()
         self.signal = signal
 
-    def run(
-        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Call ``module`` with its gates taken off the tape."""
-        arguments: list[Any] = [*args, *kwargs.values()]
+    def running(self, module: nn.Module, flow: Convention) -> Run:
+        """With the gates taken off the tape."""
+        return converted(self._ungated, self.convention, flow)
+
+    def _ungated(self, call: Call) -> Any:
+        arguments: list[Any] = [*call.args, *call.kwargs.values()]
         factors = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and on_tape(x)]
         signal = self.signal
         if signal is None and len(factors) > 1:
-            signal = self._signal(module, arguments, factors)
+            signal = self._signal(call.module, arguments, factors)
         equal = 1 / max(len(factors), 1) if signal is None else 1.0
         for i in factors:
             if signal is not None and i != signal:
                 arguments[i] = arguments[i].detach()
-        args, kwargs = tuple(arguments[: len(args)]), dict(zip(kwargs, arguments[len(args) :], strict=True))
-        outputs = original(*args, **kwargs)
+        n_args = len(call.args)
+        kwargs = dict(zip(call.kwargs, arguments[n_args:], strict=True))
+        call = call._replace(args=tuple(arguments[:n_args]), kwargs=kwargs)
+        outputs = call.execute()
         if equal != 1:
             outputs = live(lambda z: Scaled.apply(z, equal), outputs)
-        return with_constants(module, original, args, kwargs, outputs, factors=equal)
+        return with_constants(call, outputs, factors=equal)
 
     @staticmethod
     def _signal(module: nn.Module, arguments: list[Any], factors: list[int]) -> int | None:
@@ -70,9 +73,11 @@ class ConstantRule(RunningRule):
 
     convention: ClassVar[Convention] = "gradient"
 
-    def run(
-        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Call ``module`` off the tape."""
-        with torch.no_grad():
-            return original(*args, **kwargs)
+    def running(self, module: nn.Module, flow: Convention) -> Run:
+        """Off the tape."""
+
+        def run(call: Call) -> Any:
+            with torch.no_grad():
+                return call.execute()
+
+        return converted(run, self.convention, flow)

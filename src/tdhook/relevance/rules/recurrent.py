@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
+from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.conversions import Substituted
 from tdhook.relevance.propagation.rule import RunningRule
 
@@ -32,31 +33,26 @@ class RecurrentRule(RunningRule):
     opens: ClassVar[bool] = True
     in_both: ClassVar[bool] = True
 
-    def run_in(
-        self,
-        flow: Convention,
-        module: nn.Module,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Nothing to convert: the operations inside are ruled in the convention of the flow."""
-        return self.run(module, original, args, kwargs)
+    def running(self, module: nn.Module, flow: Convention) -> Run:
+        """By the fused kernel for the values, with its computation written on the tape.
 
-    def run(
-        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Call the fused kernel for its values, and write its computation on the tape."""
+        Nothing is converted: the operations inside are ruled in the convention of the flow.
+        """
         name = type(module).__name__
         if name not in _CELLS:  # a module, whose operations are ruled one by one
-            return original(*args, **kwargs)
-        with torch.no_grad():
-            values = original(*args, **kwargs)
-        written = _cell_call(name, *args, **kwargs) if name.endswith("_cell") else _network(name, *args)
-        single = isinstance(values, Tensor)
-        pairs = zip((written,) if single else written, (values,) if single else values, strict=True)
-        outputs = tuple(Substituted.apply(w, v) for w, v in pairs)
-        return outputs[0] if single else outputs
+            return Call.execute
+
+        def run(call: Call) -> Any:
+            args, kwargs = call.args, call.kwargs
+            with torch.no_grad():
+                values = call.execute()
+            written = _cell_call(name, *args, **kwargs) if name.endswith("_cell") else _network(name, *args)
+            single = isinstance(values, Tensor)
+            pairs = zip((written,) if single else written, (values,) if single else values, strict=True)
+            outputs = tuple(Substituted.apply(w, v) for w, v in pairs)
+            return outputs[0] if single else outputs
+
+        return run
 
 
 @dataclass

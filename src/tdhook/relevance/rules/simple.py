@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tdhook.conventions import Convention
+from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.conversions import NotOneTensor, Ratio, Unchanged
 from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.rule import RemovableRuleHandle, RunningRule
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.tape.functions import on_tape
-from tdhook.tape.overwriting import natively
 
 __all__ = ["IgnoreRule", "PassRule", "StopRule", "UniformRule"]
 
@@ -46,38 +46,46 @@ class PassRule(PropagationRule):
                     f"of {type(module).__name__}, which PassRule cannot pass on"
                 )
 
-    def run_in(
-        self,
-        flow: Convention,
-        module: nn.Module,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """A function of one tensor: in the gradient convention, ``g_x = g_z * z / x``."""
-        single = args and isinstance(args[0], Tensor) and (len(args) == 1 or not _has_tensor(args[1:]))
-        if not single or (kwargs and _has_tensor(kwargs)) or not on_tape(args[0]):
-            return super().run_in(flow, module, original, args, kwargs)
-        name = type(module).__name__
-        if flow == "gradient" and name in _HOMOGENEOUS:
-            with natively(module):
-                return original(*args, **kwargs)
-
-        def function(x: Tensor) -> Any:
-            with natively(module):
-                z = original(x, *args[1:], **kwargs)
-            outputs = (z,) if isinstance(z, Tensor) else tree_leaves(z)
-            self.check(module, (x,), [leaf for leaf in outputs if isinstance(leaf, Tensor)])
-            return z
-
-        passed = Unchanged if flow == "relevance" else Ratio
-        try:
-            return passed.apply(args[0], function, name)
-        except NotOneTensor:
-            return super().run_in(flow, module, original, args, kwargs)
-
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         return relevance
+
+    def shortcut(self, module: nn.Module, flow: Convention) -> Run:
+        """A function of one tensor: relevance is handed on; in the gradient convention, ``g_x = g_z * z / x``."""
+        name, formula = type(module).__name__, self.by_formula(module, flow)
+        if flow == "gradient" and name in _HOMOGENEOUS:
+            return lambda call: call.natively() if _takes_one_on_tape(call) else formula(call)
+
+        def run(call: Call) -> Any:
+            if not _takes_one_on_tape(call):
+                return formula(call)
+
+            def function(x: Tensor) -> Any:
+                z = call.on(x).natively()
+                if not isinstance(z, Tensor):
+                    z = tree_leaves(z)
+                    self.check(module, (x,), [leaf for leaf in z if isinstance(leaf, Tensor)])
+                elif z.shape != x.shape:
+                    self.check(module, (x,), (z,))
+                return z
+
+            try:
+                if flow == "relevance":
+                    return Unchanged.apply(call.args[0], function, name)
+                return Ratio.apply(call.args[0], function, name, call.setting.report)
+            except NotOneTensor:
+                return formula(call)
+
+        return run
+
+    abbreviates = propagate
+
+
+def _takes_one_on_tape(call: Call) -> bool:
+    """Whether the first argument is on the tape, and the only tensor."""
+    args, kwargs = call.args, call.kwargs
+    if not args or not isinstance(args[0], Tensor) or not on_tape(args[0]):
+        return False
+    return not (len(args) > 1 and _has_tensor(args[1:])) and not (kwargs and _has_tensor(kwargs))
 
 
 def _has_tensor(value: Any) -> bool:
@@ -86,6 +94,8 @@ def _has_tensor(value: Any) -> bool:
 
 class StopRule(PropagationRule):
     """No relevance goes through: ``R_x = 0``. What arrives is absorbed."""
+
+    absorbs_all = True
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         if step.report is not None:
@@ -118,6 +128,8 @@ class UniformRule(PropagationRule):
 class IgnoreRule(RunningRule):
     """Leave the module and its gradient alone: for data movement and winner-take-all (max pooling)."""
 
+    native = True
+
     def register(self, module: nn.Module) -> RemovableRuleHandle:
         """Do nothing to ``module``."""
         return RemovableRuleHandle(self, module)
@@ -125,19 +137,6 @@ class IgnoreRule(RunningRule):
     def unregister(self, module: nn.Module) -> None:
         """Do nothing to ``module``."""
 
-    def run(
-        self, module: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Run the module as it is."""
-        return original(*args, **kwargs)
-
-    def run_in(
-        self,
-        flow: Convention,
-        module: nn.Module,
-        original: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Run the module as it is."""
-        return original(*args, **kwargs)
+    def running(self, module: nn.Module, flow: Convention) -> Run:
+        """As it is."""
+        return Call.execute

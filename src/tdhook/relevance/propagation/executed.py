@@ -1,0 +1,277 @@
+"""Executed calls: what one call under a formula leaves on the tape for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from tdhook.relevance.propagation.call import Call, Run
+from tdhook.relevance.propagation.forms import ClosedForm
+from tdhook.relevance.propagation.merges import Place
+from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.params import ParamModifier
+from tdhook.relevance.propagation.steps import Affine, Grads, LinearStep, Modify, ModuleStep, Step
+from tdhook.tape.functions import TapeFunction, alias, on_tape, transformed
+from tdhook.tape.origins import is_nonnegative
+from tdhook.tape.overwriting import natively
+
+__all__ = [
+    "ExecutedLayer",
+    "ExecutedModule",
+    "Formula",
+    "Ruled",
+    "RuledLayer",
+    "running_layer",
+    "running_module",
+]
+
+
+class Formula(Protocol):
+    """What an executed call asks of the rule that it runs under."""
+
+    needs_inputs: ClassVar[bool]
+    needs_outputs: ClassVar[bool]
+    needs_vjp: ClassVar[bool]
+    needs_sign: ClassVar[bool]
+
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        """The relevance of each input, given that of each output."""
+
+    def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Raise where the rule does not fit the module."""
+
+
+def running_layer(rule: Formula, layer: nn.Module, form: ClosedForm, otherwise: Run) -> Run:
+    """How a linear layer or convolution runs under a formula.
+
+    Args:
+        rule: the rule.
+        layer: the layer.
+        form: how it computes.
+        otherwise: makes calls with anything else than one tensor.
+    """
+    parameters: Any = layer
+
+    def run(call: Call) -> Any:
+        args = call.args
+        if call.kwargs and not args and list(call.kwargs) == ["input"]:
+            args = (call.kwargs["input"],)
+        elif len(args) != 1 or call.kwargs:
+            return otherwise(call)
+        if not isinstance(args[0], Tensor):
+            return otherwise(call)
+        x = args[0]
+        if on_tape(x):
+            executed = ExecutedLayer(rule, form, call, rule.needs_sign and is_nonnegative(x))
+            z = RuledLayer.apply(executed, x, parameters.weight, parameters.bias)
+        else:
+            z = call.function(x)
+        rule.check(layer, args, (z,))
+        return z
+
+    return run
+
+
+class ExecutedLayer(Place):
+    """A call of a linear layer or convolution with one tensor ``x``.
+
+    Attributes:
+        rule: the rule, and ``form``: how the layer computes.
+        module: the layer.
+        nonnegative: whether no entry of ``x`` can be negative, as far as that is known.
+        dtype: the precision in which the layer computed.
+    """
+
+    __slots__ = ("_function", "_setting", "dtype", "form", "module", "nonnegative", "rule")
+
+    def __init__(self, rule: Formula, form: ClosedForm, call: Call, nonnegative: bool) -> None:
+        self.rule, self.form, self.nonnegative = rule, form, nonnegative
+        self.module, self._function, _, _, self._setting = call
+        self.dtype: torch.dtype | None = None
+
+    def execute(self, x: Tensor) -> Tensor:
+        """Run the layer itself."""
+        z: Tensor = self._function(x)
+        self.dtype = z.dtype
+        return alias(z) if z._is_view() else z
+
+    def step(self, x: Tensor, weight: Tensor, bias: Tensor | None, *outputs: Tensor) -> Step:
+        """The call as the rule sees it in the backward pass."""
+        setting = self._setting
+        cache, merged = setting.weights, None
+        norm = None if setting.merges is None else setting.merges.norm_of(self)
+        if norm is not None:
+            merged = Affine.of(norm)
+        if weight.dtype != self.dtype and self.dtype is not None:
+            # Under autocast the layer computed in another precision than it is kept in.
+            dtype, cache = self.dtype, None
+            x, weight, outputs = x.to(dtype), weight.to(dtype), tuple(z.to(dtype) for z in outputs)
+            bias = None if bias is None else bias.to(dtype)
+            merged = None if merged is None else merged.to(dtype)
+        step = LinearStep(self.module, self.form, x, outputs, weight, bias, merged, cache)
+        step.report, step.nonnegative = setting.report, self.nonnegative
+        return step
+
+
+class RuledLayer(TapeFunction):
+    """A linear layer or convolution under a formula, on the tape."""
+
+    @staticmethod
+    def forward(executed: ExecutedLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Run the layer."""
+        return executed.execute(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what the rule reads."""
+        executed, x, weight, bias = inputs
+        ctx.executed = executed
+        if executed.rule.needs_outputs:
+            ctx.save_for_backward(x, weight, bias, output)
+        else:
+            ctx.save_for_backward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, out_relevance: Tensor) -> Any:
+        """Turn the relevance of the output into that of the input."""
+        executed: ExecutedLayer = ctx.executed
+        (relevance,) = executed.rule.propagate(executed.step(*ctx.saved_tensors), (out_relevance,))
+        return None, relevance, None, None
+
+
+def running_module(rule: Formula) -> Run:
+    """How any module or operation runs under a formula, differentiated where the formula asks for that."""
+    return lambda call: ExecutedModule(rule, call).run()
+
+
+class ExecutedModule:
+    """Any call of a module or an operation: which leaves of its arguments are tensors, and how to run it on them.
+
+    A ``spec`` of ``None`` stands for a single tensor, which most calls take and return.
+    """
+
+    def __init__(self, rule: Formula, call: Call) -> None:
+        self.rule = rule
+        self.module, self._function, args, kwargs, setting = call
+        self.report = setting.report
+        self.spec: TreeSpec | None = None
+        self.leaves: list[Any] = list(args)
+        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+            self.leaves, self.spec = tree_flatten((args, kwargs))
+        self.at = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        self.names: dict[int, str] = {}
+        if isinstance(self.module, Operation):
+            names = self.module.parameter_names(args, kwargs)
+            self.names = {i: names[i] for i in self.at if not on_tape(self.leaves[i])}
+            self.at = [i for i in self.at if i not in self.names]
+        self.graph: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+        self.out_spec: TreeSpec | None = None
+        self.out_leaves: list[Any] = []
+
+    def run(self) -> Any:
+        """Run the module, with the rule on the tape if any input is on it."""
+        rule = self.rule
+        inputs = tuple(self.leaves[i] for i in self.at)
+        if not any(map(on_tape, inputs)):
+            result = self._invoke(inputs)
+            rule.check(self.module, inputs, [z for z in tree_leaves(result) if isinstance(z, Tensor)])
+            return result
+        outputs = Ruled.apply(self, *inputs)
+        rule.check(self.module, inputs, outputs)
+        # The call outlives the forward pass; its arguments and its result need not.
+        for i in self.at:
+            self.leaves[i] = None
+        leaves, self.out_leaves = self.out_leaves, []
+        if self.out_spec is None:
+            return outputs[0]
+        tensors = iter(outputs)
+        return tree_unflatten([next(tensors) if isinstance(z, Tensor) else z for z in leaves], self.out_spec)
+
+    def execute(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Run the module itself; where the rule differentiates it, on a tape of its own."""
+        with natively(self.module):
+            if not self.rule.needs_vjp:
+                # What is returned as it came in would count as an input, not as an output that has a rule.
+                return tuple(
+                    alias(z) if z._is_view() or any(z is x for x in inputs) else z
+                    for z in self._outputs(inputs)
+                )
+            if transformed():
+                raise NotImplementedError(
+                    f"{self.rule!r} differentiates {type(self.module).__name__}, which cannot be done inside "
+                    "torch.vmap; linear layers and convolutions can be ruled there"
+                )
+            with torch.enable_grad():
+                leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in inputs)
+                outputs = self._outputs(leaves)
+        self.graph = (leaves, outputs)
+        self.out_leaves = [z.detach() if isinstance(z, Tensor) else z for z in self.out_leaves]
+        return tuple(z.detach() for z in outputs)
+
+    def _outputs(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        result = self._invoke(inputs)
+        if isinstance(result, Tensor):
+            return (result,)
+        self.out_leaves, self.out_spec = tree_flatten(result)
+        return tuple(z for z in self.out_leaves if isinstance(z, Tensor))
+
+    def _invoke(self, inputs: Sequence[Tensor], modify: Modify | None = None) -> Any:
+        if self.spec is None:
+            return self._function(inputs[0])
+        leaves = list(self.leaves)
+        for i, x in zip(self.at, inputs, strict=True):
+            leaves[i] = x
+        if modify is not None:
+            for i, name in self.names.items():
+                leaves[i] = modify(name, leaves[i]) if leaves[i].is_floating_point() else leaves[i]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return self._function(*args, **kwargs)
+
+    def evaluate(self, inputs: Sequence[Tensor], modify: Modify) -> tuple[Tensor, ...]:
+        """The tensors that the module returns for other inputs and with modified parameters."""
+        modifier = ParamModifier(lambda name, p: modify(name, p.detach()), ParamModifier.select_all)
+        with natively(self.module), modifier(self.module):
+            return tuple(z for z in tree_leaves(self._invoke(inputs, modify)) if isinstance(z, Tensor))
+
+    def _arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self.spec is None:
+            return tuple(self.leaves), {}
+        args, kwargs = tree_unflatten(self.leaves, self.spec)
+        return args, kwargs
+
+    def step(self, saved: Sequence[Tensor]) -> Step:
+        """The call as the rule sees it in the backward pass, given the inputs and outputs that it needs."""
+        n_in = len(self.at) if self.rule.needs_inputs else 0
+        inputs, outputs = tuple(saved[:n_in]), tuple(saved[n_in:])
+        step = ModuleStep(self.module, self.evaluate, inputs, outputs, self.graph, self._arguments())
+        step.report = self.report
+        return step
+
+
+class Ruled(TapeFunction):
+    """Any call under a formula, on the tape."""
+
+    @staticmethod
+    def forward(executed: ExecutedModule, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the module."""
+        return executed.execute(tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep what the rule reads."""
+        ctx.executed = executed = inputs[0]
+        ctx.made_by = type(executed.module).__name__
+        rule = executed.rule
+        ctx.save_for_backward(
+            *(inputs[1:] if rule.needs_inputs else ()), *(output if rule.needs_outputs else ())
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *out_relevance: Tensor) -> Any:
+        """Turn the relevance of the outputs into that of the inputs."""
+        executed: ExecutedModule = ctx.executed
+        return None, *executed.rule.propagate(executed.step(ctx.saved_tensors), out_relevance)
