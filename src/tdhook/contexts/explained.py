@@ -68,9 +68,9 @@ class ExplainedModule(TensorDictModuleBase):
         self._closed = False
         self._setup = setup = Setup(model, method.question)
         self.in_keys = list(setup.in_keys)
-        sources = [self.entry(key) for key in setup.sources]
+        self._entries: dict[NestedKey, NestedKey] = {key: self.entry(key) for key in setup.sources}
         target = setup.question.target
-        self.out_keys = [*model.runner.out_keys, *sources, *target.writes, *method.writes]
+        self.out_keys = [*model.runner.out_keys, *self._entries.values(), *target.writes, *method.writes]
         # Some models say which of the entries that they read are attributed, and read others.
         entries = None if getattr(model.runner, "reads_everything", False) else target.entries
         self._chosen_by = None if entries is None else [key for key in entries if key not in self.in_keys]
@@ -181,7 +181,13 @@ class ExplainedModule(TensorDictModuleBase):
         runner = Runner(self._setup, td, self._state)
         with torch.inference_mode(False), torch.enable_grad():
             found, base = runner.carefully(lambda: self._explained(runner))
-            return {**base.written(), **runner.beside, **self._values(base), **self._relevance(base, found)}
+            written = base.written()
+            written.update(runner.beside)
+            if self._setup.question.values is not False:
+                written.update(self._values(base))
+            written.update(self._relevance(base, found))
+        self._note_keys(written)
+        return written
 
     def _explained(self, runner: Runner) -> tuple[Mapping[NestedKey, Tensor], Run]:
         found = self._method.explain(runner, runner.td)
@@ -200,18 +206,19 @@ class ExplainedModule(TensorDictModuleBase):
                     f"{type(self._method).__name__}.explain gave relevance of {key!r}, which is none of the attributed "
                     f"values: {', '.join(map(repr, sources))}"
                 )
-            written[self.entry(key)] = base.in_batch_shape(key, value, sources[key])
-        self._note_keys(written)
+            written[self._entries.get(key) or self.entry(key)] = base.in_batch_shape(key, value, sources[key])
         return written
 
     def _note_keys(self, written: Mapping[NestedKey, Tensor]) -> None:
         """Keep ``out_keys`` true: integers have no relevance, modules may be called several times."""
         setup = self._setup
-        integers = [self.entry(key) for key in setup.leaves.integers]
-        if integers:
+        if setup.leaves.integers:
+            integers = [self.entry(key) for key in setup.leaves.integers]
             self.out_keys = [key for key in self.out_keys if key not in integers]
         if setup.input_modules:
-            self.out_keys += [key for key in written if key not in self.out_keys]
+            ours = parts_of(self._method.attribution_key)
+            new = [key for key in written if parts_of(key)[: len(ours)] == ours and key not in self.out_keys]
+            self.out_keys += new
 
     def _values(self, base: Run) -> dict[NestedKey, Tensor]:
         """Values beside relevance, if they are wanted."""

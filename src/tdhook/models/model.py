@@ -10,7 +10,7 @@ from typing import TypeAlias
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
-from torch import nn
+from torch import Tensor, nn
 
 from tdhook.models.state import modules_of, restored
 
@@ -19,6 +19,32 @@ __all__ = ["InKeys", "Model"]
 # What layers of fixed rank raise.
 _OF_SHAPE = (RuntimeError, ValueError, IndexError, AssertionError)
 InKeys: TypeAlias = "Sequence[NestedKey] | Mapping[NestedKey, NestedKey]"
+
+
+class Wrapped(TensorDictModule):
+    """A plain module with keys.
+
+    Tensors are written as they are, where a ``TensorDictModule`` asks of each whether it is a data frame, for which it
+    looks for pandas on the disk.
+    """
+
+    def _write_to_tensordict(
+        self,
+        tensordict: TensorDictBase,
+        tensors: Sequence[Tensor],
+        tensordict_out: TensorDictBase | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+    ) -> TensorDictBase:
+        keys = self.out_keys if out_keys is None else out_keys
+        plain = len(tensors) == len(keys) and "_" not in keys and all(isinstance(z, Tensor) for z in tensors)
+        if tensordict_out is not None or self.inplace is not True or not plain:
+            written: TensorDictBase = super()._write_to_tensordict(
+                tensordict, tensors, tensordict_out, out_keys
+            )
+            return written
+        for key, z in zip(keys, tensors, strict=True):
+            tensordict.set(key, z)
+        return tensordict
 
 
 @dataclass(frozen=True)
@@ -47,7 +73,7 @@ class Model:
             raise TypeError(f"expected an nn.Module or a TensorDictModule, got {type(module).__name__}")
         if not isinstance(module, TensorDictModuleBase):
             reads = in_keys if isinstance(in_keys, Mapping) else list(in_keys or ["input"])
-            runner = TensorDictModule(module, reads, list(out_keys or ["output"]))
+            runner = Wrapped(module, reads, list(out_keys or ["output"]))
             return Model(module, runner, tuple(map(unravel_key, runner.in_keys)))
         for name, given, known in (
             ("in_keys", in_keys, module.in_keys),

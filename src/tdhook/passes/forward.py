@@ -144,6 +144,8 @@ class Run:
             among: which of them; all by default.
         """
         setup = self.setup
+        if among is None and not setup.collects and setup.attribute is None:
+            return self.inputs
         found = {**self.keys, **self.inputs}
         wanted = list(setup.attributed)
         if setup.attribute == "all":

@@ -50,6 +50,11 @@ class Heads:
         self._first: nn.Module | None = None
         self._known = len(self._parts) < 2 or len(set(map(id, self._parts))) < len(self._parts)
 
+    @property
+    def possible(self) -> bool:
+        """Whether there are heads, or may be."""
+        return not self._known or self._first is not None
+
     @contextmanager
     def off_the_tape(self) -> Iterator[None]:
         """Run the model with its heads off the tape, as far as they are known.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdhook.models.model import Model
 from tdhook.models.state import dense_copy, leaves_of
-from tdhook.tape.conditions import is_assumed_nonnegative
+from tdhook.tape.conditions import assumed_nonnegative
 from tdhook.tape.origins import mark_nonnegative
 
 __all__ = ["Choose", "Leaves"]
@@ -56,12 +56,13 @@ class Leaves:
         inputs: dict[NestedKey, Tensor] = {}
         if self._inputs is False:
             return work, inputs
+        nonnegative = assumed_nonnegative()
         for key, value in self._attributed(work, td):
             if not value.is_floating_point():
                 self._tell_once(key, value)
                 continue
             leaf = replaced.get(key, value).detach().requires_grad_()
-            if is_assumed_nonnegative(key) and key not in replaced:
+            if key in nonnegative and key not in replaced:
                 mark_nonnegative(leaf)
             inputs[key] = leaf
             work.set(key, leaf)
@@ -76,7 +77,11 @@ class Leaves:
         if callable(self._inputs):
             chosen = self._inputs(work.select(*self.model.attributed), td)
             return [(key, value) for key, value in chosen.items(True, True) if isinstance(value, Tensor)]
-        return [leaf for key in self.model.attributed for leaf in leaves_of(key, work.get(key))]
+        found: list[tuple[NestedKey, Tensor]] = []
+        for key in self.model.attributed:
+            value = work.get(key)
+            found += [(key, value)] if isinstance(value, Tensor) else leaves_of(key, value)
+        return found
 
     def readable(self, td: TensorDictBase) -> TensorDictBase:
         """A shallow copy of ``td``; what the model reads is there, not empty, and off the caller's graph."""
@@ -90,7 +95,7 @@ class Leaves:
                     f"key {key!r} is missing from the TensorDict, which has {known}; the explained module reads "
                     f"{self.in_keys}"
                 )
-            for name, value in leaves_of(key, found):
+            for name, value in ((key, found),) if isinstance(found, Tensor) else leaves_of(key, found):
                 empty = empty or value.numel() == 0
                 if value.is_inference() and not torch.compiler.is_compiling():
                     work.set(name, value.clone())  # else it could not be saved for the backward pass

@@ -28,6 +28,7 @@ from tdhook.targets.pinned import pin
 __all__ = ["Runner"]
 
 T = TypeVar("T")
+_NOTHING = nullcontext()
 
 
 class Runner:
@@ -47,11 +48,6 @@ class Runner:
         self.setup, self.td, self.state = setup, td, state
         self.base: Run | None = None
         self.beside: dict[NestedKey, Tensor] = {}
-
-    @property
-    def target(self) -> Seeder:
-        """What is explained."""
-        return self.setup.question.target
 
     def check(self) -> None:
         """Raise where the model cannot be run on ``td``, as :meth:`forward` does."""
@@ -79,15 +75,16 @@ class Runner:
             ValueError: the batch is empty, or the model returned another batch size.
         """
         setup, replaced, how = self.setup, replaced or {}, within or AsItIs()
-        asked = target or self.target
+        asked = target or self.setup.question.target
         work, inputs = setup.leaves(td, replaced)
         with setup.turn, how.attached():
             if how.overwrites:
                 for key, value in inputs.items():
                     work.set(key, value.clone())
             captured = Captured(replaced)
-            heads = nullcontext() if how.whole else setup.heads.off_the_tape()
-            with captured.within(setup.paths, setup.model.runner, setup.watched), how.running():
+            heads = setup.heads.off_the_tape() if setup.heads.possible and not how.whole else _NOTHING
+            collecting = setup.collecting(captured) if setup.collects else _NOTHING
+            with collecting, how.running():
                 given = work.copy() if asked.writes else work  # what the model writes goes into it
                 with heads:
                     outputs, flat = setup.model.run(work, captured.clear)
@@ -109,7 +106,7 @@ class Runner:
         Returns:
             The target that has chosen, and the TensorDict of the run with what it chose.
         """
-        target, chosen = pin(self.target, run.offered(), run.td)
+        target, chosen = pin(self.setup.question.target, run.offered(), run.td)
         asked = run.td.copy()
         for key, value in chosen.items():
             asked.set(key, value)
@@ -119,7 +116,7 @@ class Runner:
         """What the model writes and the target computes of it, off the tape."""
         with torch.no_grad():
             work = self.setup.leaves.readable(td)
-            return self.target.derive(self.setup.model.run(work)[0], work)
+            return self.setup.question.target.derive(self.setup.model.run(work)[0], work)
 
     def carefully(self, attempt: Callable[[], T]) -> T:
         """Make an attempt, and another where it turns out that the model must be run with more care."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -10,6 +11,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import nn
 
+from tdhook.models.capture import Captured
 from tdhook.models.model import Model
 from tdhook.models.state import modules_of
 from tdhook.models.turns import Turn
@@ -91,6 +93,15 @@ class Setup:
         self.heads = Heads(model.runner, question.target.explains)
         self.turn = Turn(modules_of(model.root).values())
         self.moving: tuple[nn.Module, ...] | None = None
+
+    @property
+    def collects(self) -> bool:
+        """Whether values from inside the model are collected."""
+        return bool(self.paths) or self.watched is not None
+
+    def collecting(self, captured: Captured) -> AbstractContextManager[None]:
+        """Collect values from inside the model."""
+        return captured.within(self.paths, self.model.runner, self.watched)
 
     @property
     def sources(self) -> list[NestedKey]:

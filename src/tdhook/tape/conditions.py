@@ -13,7 +13,7 @@ import torch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-__all__ = ["assuming_nonnegative", "deferred", "holds", "is_assumed_nonnegative"]
+__all__ = ["assumed_nonnegative", "assuming_nonnegative", "deferred", "holds"]
 
 _NONNEGATIVE: ContextVar[Collection[NestedKey]] = ContextVar("nonnegative", default=())
 _DEFERRED: ContextVar[list[Tensor] | None] = ContextVar("deferred", default=None)
@@ -38,9 +38,9 @@ def assuming_nonnegative(keys: Collection[NestedKey]) -> Iterator[None]:
         _NONNEGATIVE.reset(token)
 
 
-def is_assumed_nonnegative(key: NestedKey) -> bool:
-    """Whether the values of an input are taken to be non-negative."""
-    return key in _NONNEGATIVE.get()
+def assumed_nonnegative() -> Collection[NestedKey]:
+    """The inputs whose values are taken to be non-negative."""
+    return _NONNEGATIVE.get()
 
 
 @contextmanager
