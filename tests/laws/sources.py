@@ -15,6 +15,7 @@ ORDER = (
     "tdhook.keys",
     "tdhook.conventions",
     "tdhook.extras",
+    "tdhook.markup",
     "tdhook.tape",
     "tdhook.models",
     "tdhook.perturbing",

@@ -12,6 +12,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.keys import named_tensors, parts_of
+from tdhook.markup import html_table
 from tdhook.models.model import Model
 from tdhook.passes import compiled
 from tdhook.passes.forward import Run
@@ -230,6 +231,16 @@ class ExplainedModule(TensorDictModuleBase):
     def entry(self, key: NestedKey) -> tuple[str, ...]:
         """Where the relevance of a key is written."""
         return (*parts_of(self._method.attribution_key), *parts_of(key))
+
+    def _repr_html_(self) -> str:
+        kind = type(self._model.root).__name__
+        rows = (
+            ("reads", ", ".join(map(repr, self.in_keys))),
+            ("writes", ", ".join(map(repr, self.out_keys))),
+        )
+        table = html_table(f"{kind}, explained by {self._method!r}", ("", "keys"), rows)
+        shown = getattr(self._state, "_repr_html_", None)
+        return table if shown is None else table + str(shown())
 
     def report(self) -> Any:
         """The ledger of the last call as a table for ``rich.print``: one row per module or operation.

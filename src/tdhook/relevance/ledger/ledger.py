@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from tdhook.conventions import Convention
+from tdhook.markup import html_table
 from tdhook.relevance.propagation.binding import Bindable, Bound
 from tdhook.relevance.propagation.call import Call, Setting
 from tdhook.relevance.propagation.constants import with_constants
@@ -20,10 +21,12 @@ from tdhook.relevance.propagation.reporting import Report
 from tdhook.tape.functions import Identity, alias, live, parts, unwrapped
 from tdhook.tape.overwriting import storage_of
 
-__all__ = ["REASONS", "Entry", "Ledger", "Note"]
+__all__ = ["CAPTION", "COLUMNS", "REASONS", "Entry", "Ledger", "Note"]
 
 Note: TypeAlias = "tuple[Entry, str, Tensor]"
 REASONS = ("bias", "stabiliser", "stop", "constant")
+CAPTION = "Where relevance went"
+COLUMNS = ("module", "operation", "rule", "arrived", "left", *REASONS, "gap")
 
 
 @dataclass
@@ -57,6 +60,11 @@ class Entry:
     def gap(self) -> Tensor:
         """What was lost without a reason, or, where negative, made of nothing."""
         return self.of("arrived") - self.of("left") - self.absorbed
+
+    def opens(self, tolerance: float = 1e-4) -> bool:
+        """Whether relevance was lost or made here, beyond a part ``tolerance`` of what passed."""
+        passed = torch.maximum(self.of("arrived").abs(), self.of("left").abs())
+        return bool((self.gap.abs() > tolerance * passed).any())
 
     def add(self, column: str, amount: Tensor) -> None:
         """Add to a column."""
@@ -109,6 +117,23 @@ class Ledger:
             for column, amount in entry.amounts.items():
                 found[key].add(column, amount)
         return list(found.values())
+
+    def cells(self) -> list[tuple[Any, ...]]:
+        """Each entry of the summary in words, in the order of :data:`COLUMNS`, and whether it opens a gap."""
+        entries = self.summary()
+        scale = max((float(entry.of("arrived").abs().sum()) for entry in entries), default=1.0)
+        rows: list[tuple[Any, ...]] = []
+        for entry in entries:
+            kind = entry.name if entry.calls == 1 else f"{entry.name} x{entry.calls}"
+            sums = [float(entry.of(column).sum()) for column in ("arrived", "left", *REASONS)]
+            amounts = (_number(amount, scale) for amount in (*sums, float(entry.gap.sum())))
+            rows.append((entry.path or "(model)", kind, repr(entry.rule), *amounts, entry.opens()))
+        return rows
+
+    def _repr_html_(self) -> str:
+        rows = self.cells()
+        marked = [i for i, row in enumerate(rows) if row[-1]]
+        return html_table(CAPTION, COLUMNS, [row[:-1] for row in rows], numbers=6, marked=marked)
 
     def call(self, path: str, selector: object, bound: Bound, call: Call) -> Any:
         """Make one call, with its inputs and outputs metered, unless it is one of them in another shape."""
@@ -176,6 +201,10 @@ class Metered(Identity):
         info: Any, in_dims: tuple[Any, ...], x: Tensor, tell: Any, flow: Convention
     ) -> tuple[Tensor, Any]:
         return Metered.apply(x, tell, flow), in_dims[0]
+
+
+def _number(amount: float, scale: float) -> str:
+    return "" if abs(amount) < 1e-9 * scale else f"{amount:.4g}"
 
 
 def _shares_memory(outputs: Any, inputs: Any) -> bool:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from tdhook.extras import require
-from tdhook.relevance.ledger.ledger import REASONS, Entry, Ledger
+from tdhook.relevance.ledger.ledger import CAPTION, COLUMNS, Ledger
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,30 +20,11 @@ def ledger_table(ledger: Ledger) -> Table:
         ImportError: rich is not installed.
     """
     text = require("rich.text", "explained.report()").Text
-    table: Table = require("rich.table", "explained.report()").Table(
-        title="Where relevance went", title_justify="left"
-    )
-    for heading in ("module", "operation", "rule"):
+    table: Table = require("rich.table", "explained.report()").Table(title=CAPTION, title_justify="left")
+    for heading in COLUMNS[:3]:
         table.add_column(heading, overflow="fold")
-    for heading in ("arrived", "left", *REASONS, "gap"):
+    for heading in COLUMNS[3:]:
         table.add_column(heading, justify="right", no_wrap=True)
-    entries = ledger.summary()
-    scale = max((float(entry.of("arrived").abs().sum()) for entry in entries), default=1.0)
-    for entry in entries:
-        kind = entry.name if entry.calls == 1 else f"{entry.name} x{entry.calls}"
-        amounts = (float(entry.of(column).sum()) for column in ("arrived", "left", *REASONS))
-        gap = text(_number(float(entry.gap.sum()), scale), style="bold red" if opens(entry) else "")
-        table.add_row(
-            entry.path or "(model)", kind, repr(entry.rule), *(_number(a, scale) for a in amounts), gap
-        )
+    for *cells, gap, opens in ledger.cells():
+        table.add_row(*cells, text(gap, style="bold red" if opens else ""))
     return table
-
-
-def opens(entry: Entry, tolerance: float = 1e-4) -> bool:
-    """Whether relevance was lost or made at an entry, beyond a part ``tolerance`` of what passed."""
-    passed = torch.maximum(entry.of("arrived").abs(), entry.of("left").abs())
-    return bool((entry.gap.abs() > tolerance * passed).any())
-
-
-def _number(amount: float, scale: float) -> str:
-    return "" if abs(amount) < 1e-9 * scale else f"{amount:.4g}"

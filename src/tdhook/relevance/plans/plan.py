@@ -11,6 +11,7 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
+from tdhook.markup import html_table
 from tdhook.models.families import BatchNorm
 from tdhook.models.state import frozen
 from tdhook.relevance.ledger.ledger import Ledger
@@ -214,6 +215,9 @@ class Plan:
             "  ".join([*(c.ljust(w) for c, w in zip(cell, widths, strict=False)), cell[4]]) for cell in cells
         ]
         return "\n".join(line.rstrip() for line in [f"flow: {self.flow}", *lines])
+
+    def _repr_html_(self) -> str:
+        return html_table(f"flow: {self.flow}", COLUMNS, map(self.cells, self))
 
     def cells(self, row: Row) -> tuple[str, str, str, str, str]:
         """One row in words, in the order of :data:`COLUMNS`."""

@@ -48,6 +48,10 @@ class Ready:
         if not needs_execution:
             check(self.plan)
 
+    def _repr_html_(self) -> str:
+        accounts = "" if self.ledger is None else self.ledger._repr_html_()
+        return self.plan._repr_html_() + accounts
+
     def ready(self, runner: Runner) -> Plan:
         """The plan to run what an explained module was called with."""
         if self._pending:
