@@ -20,8 +20,10 @@ from tdhook.relevance.composites.presets import (
     guided_backprop,
     lstm_lrp,
 )
+from tdhook.relevance.plans.making import DEFAULTS, select
 
 __all__ = [
+    "DEFAULTS",
     "PRESETS",
     "BaseRuleMapper",
     "Composite",
@@ -40,4 +42,5 @@ __all__ = [
     "guided_backprop",
     "lstm_lrp",
     "preset",
+    "select",
 ]

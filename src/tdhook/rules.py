@@ -6,9 +6,11 @@ Registered alone on a module, a rule makes ``module(x).backward(R)`` leave the r
 from __future__ import annotations
 
 from tdhook.relevance.composites.mappers import BaseRuleMapper, EpsilonPlus
+from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.params import ParamModifier
 from tdhook.relevance.propagation.rule import AbstractFunctionMeta, RemovableRuleHandle, Rule
 from tdhook.relevance.propagation.stabilisers import stabilize
+from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.rules.attention import AttentionRule
 from tdhook.relevance.rules.checks import raise_for_unconserved_rel_factory
 from tdhook.relevance.rules.epsilon import EpsilonRule, NormRule, SoftmaxEpsilonRule, UniformEpsilonRule
@@ -37,11 +39,13 @@ __all__ = [
     "EpsilonRule",
     "FlatRule",
     "GammaRule",
+    "Grads",
     "IgnoreRule",
     "LayerNormRule",
     "NormRule",
     "ParamModifier",
     "PassRule",
+    "PropagationRule",
     "PseudoIdentityRule",
     "ReLUBetaSmoothRule",
     "ReLUDeconvNetRule",
@@ -51,6 +55,7 @@ __all__ = [
     "Rule",
     "SignalTakeAllRule",
     "SoftmaxEpsilonRule",
+    "Step",
     "StopRule",
     "UniformEpsilonRule",
     "UniformRule",

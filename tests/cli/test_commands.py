@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -246,7 +247,7 @@ def test_rules_lists_every_rule_and_preset_with_its_formula() -> None:
     text = succeeds("rules")
     for name in rules.__all__:
         cls = getattr(rules, name)
-        if name.endswith("Rule") and name != "Rule":
+        if name.endswith("Rule") and not inspect.isabstract(cls):
             assert name in text, cls
     for name in PRESETS:
         assert f"{name}(" in text

@@ -5,13 +5,13 @@ import torch
 from tensordict import from_module
 from torch import nn
 
-from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.rules import (
     AlphaBetaRule,
     EpsilonRule,
     FlatRule,
     GammaRule,
     PassRule,
+    PropagationRule,
     StopRule,
     WSquareRule,
     ZBoxRule,

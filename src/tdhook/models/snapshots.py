@@ -22,6 +22,8 @@ from tensordict import LazyStackedTensorDict, TensorDict
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from tdhook.tape.internals import version_of
+
 __all__ = ["LEFT_ALONE", "Snapshot"]
 
 LEFT_ALONE = frozenset(
@@ -260,10 +262,10 @@ def _tensor(value: Tensor) -> Held:
     """A tensor that may be overwritten."""
     before = value.detach().clone()
     looked_at = not torch.compiler.is_compiling() and value.device.type != "meta"
-    version = None if value.is_inference() else value._version
+    version = None if value.is_inference() else version_of(value)
 
     def changed() -> bool:
-        if value.shape != before.shape or (version is not None and value._version != version):
+        if value.shape != before.shape or (version is not None and version_of(value) != version):
             return True
         # Writes through `.data`, and those of numpy, raise no version.
         return looked_at and not _equal(value.detach(), before)

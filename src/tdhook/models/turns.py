@@ -8,8 +8,9 @@ from functools import wraps
 from threading import Condition, get_ident
 from typing import Any
 
-import torch
 from torch import nn
+
+from tdhook.tape.internals import in_backward_pass
 
 __all__ = ["Turn", "elsewhere", "here"]
 
@@ -64,7 +65,7 @@ def elsewhere(thread: int | None) -> bool:
 
     Autograd runs parts of a backward pass in threads of its own, which belong to whoever runs the pass.
     """
-    return thread is not None and get_ident() != thread and torch._C._current_graph_task_id() == -1
+    return thread is not None and get_ident() != thread and not in_backward_pass()
 
 
 def here(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tdhook.tape.internals import gradients_of
 from tdhook.targets import Seeds
 
 __all__ = ["PullBack"]
@@ -142,7 +143,7 @@ def _largest(tensors: Sequence[Tensor]) -> int:
         if node is None or node in seen:
             continue
         seen.add(node)
-        for value in node._input_metadata:
-            found = max(found, math.prod(value.shape) * value.dtype.itemsize)
+        for shape, dtype in gradients_of(node):
+            found = max(found, math.prod(shape) * dtype.itemsize)
         ahead += [before for before, _ in node.next_functions]
     return found

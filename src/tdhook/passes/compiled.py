@@ -8,20 +8,18 @@ and buffers of the model are arguments of that function, so that a graph compute
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
-from torch._dynamo import nonstrict_trace
-from torch._inductor import list_mode_options
 
 from tdhook.models.state import leaves_of, restored, swapped
 from tdhook.passes.graphs import Graphs
 from tdhook.tape.conditions import assuming_nonnegative, deferred
+from tdhook.tape.internals import hooks_on_saved_tensors, mode_options, nonstrict
 
 __all__ = ["inline", "run"]
 
@@ -87,7 +85,7 @@ def _compiled(options: dict[str, Any]) -> Callable[..., Any]:
     options = {"recompile_limit": _LIMIT, **options, "fullgraph": True, "isolate_recompiles": True}
     backend, mode = options.get("backend", "inductor"), options.get("mode")
     if mode is None or backend == "inductor":
-        settings = list_mode_options(options.pop("mode", None) or "default", options.get("dynamic"))
+        settings = mode_options(options.pop("mode", None) or "default", options.get("dynamic"))
         filtered = {"guard_filter_fn": _on_what_changes}
         options["options"] = {**settings, **filtered, **options.get("options", {})}
     return torch.compile(_graph, **options)
@@ -154,7 +152,7 @@ def _graph(
     return _explain(graphs.name, modes, axes, nonnegative, keys, state, values)
 
 
-@nonstrict_trace
+@nonstrict
 def _explain(
     name: str,
     modes: Sequence[bool],
@@ -174,7 +172,7 @@ def _explain(
         swapped(graphs.slots, [off_tape[id(x)] for x in state]),
         deferred() as conditions,
         assuming_nonnegative(nonnegative),
-        _hooks_on_saved_tensors(),
+        hooks_on_saved_tensors(),
     ):
         written = graphs.explain(td)
     for key, value in written.items():
@@ -185,16 +183,3 @@ def _explain(
         torch.stack([c.to(device) for c in conditions]).all() if conditions else torch.ones((), device=device)
     )
     return written, holds
-
-
-@contextmanager
-def _hooks_on_saved_tensors() -> Iterator[None]:
-    """Let hooks on saved tensors run while a graph is traced, which copy what a model overwrites.
-
-    Else they are put off until the graph runs, where the tape is no more.
-    """
-    put_off = torch._C._autograd._saved_tensors_hooks_set_tracing(False)
-    try:
-        yield
-    finally:
-        torch._C._autograd._saved_tensors_hooks_set_tracing(put_off)

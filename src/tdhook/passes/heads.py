@@ -17,6 +17,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from tdhook.models.turns import here
+from tdhook.tape.internals import version_of
 
 __all__ = ["Heads", "NotBehind"]
 
@@ -128,7 +129,7 @@ class Heads:
             return []
         found = [td.get(key, None) for key in self._keys]
         return (
-            [(x, x._version) for x in found if isinstance(x, Tensor)]
+            [(x, version_of(x)) for x in found if isinstance(x, Tensor)]
             if all(isinstance(x, Tensor) for x in found)
             else []
         )

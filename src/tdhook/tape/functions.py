@@ -12,29 +12,26 @@ from torch import Tensor
 from torch.autograd.function import Function
 from torch.utils._pytree import tree_map_only
 
+from tdhook.tape.internals import inside, is_batched, is_wrapped, maker_of, transformed
+
 __all__ = [
     "Identity",
     "TapeFunction",
     "alias",
     "copying",
     "live",
-    "maker_of",
     "may_look_at",
     "on_tape",
     "parts",
-    "transformed",
     "unwrapped",
     "whole",
 ]
 
-transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
-"""Whether a transform such as ``torch.vmap`` is at work."""
-
 
 def unwrapped(x: Tensor) -> Tensor:
     """The tensor inside those that ``torch.vmap`` wraps around it."""
-    while torch._C._functorch.is_batchedtensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
+    while is_batched(x):
+        x = inside(x)
     return x
 
 
@@ -42,8 +39,8 @@ def on_tape(x: Tensor) -> bool:
     """Whether gradients flow to ``x``; under ``torch.vmap`` it is the tensor inside that knows."""
     if x.requires_grad or not transformed():
         return x.requires_grad
-    while torch._C._functorch.is_batchedtensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
+    while is_batched(x):
+        x = inside(x)
         if x.requires_grad:
             return True
     return False
@@ -68,13 +65,8 @@ def live(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 def may_look_at(x: Tensor) -> bool:
     """Whether what is done may depend on values of ``x``: not in a graph that is traced, nor on a batch of tensors."""
-    batched = transformed() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+    batched = transformed() and is_wrapped(x)
     return not batched and not torch.compiler.is_compiling()
-
-
-def maker_of(node: Any) -> type | None:
-    """The class of the function that made a node of the tape, if it was written in Python."""
-    return getattr(type(node), "_forward_cls", None)
 
 
 def parts(x: Tensor) -> Tensor:

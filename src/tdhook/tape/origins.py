@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tdhook.tape.functions import Identity, maker_of, unwrapped
+from tdhook.tape.functions import Identity, unwrapped
+from tdhook.tape.internals import maker_of
 
 __all__ = ["is_nonnegative", "made_by", "mark_nonnegative"]
 

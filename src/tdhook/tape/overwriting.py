@@ -12,6 +12,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from tdhook.tape.functions import copying
+from tdhook.tape.internals import storage_of
 
 __all__ = [
     "Guard",
@@ -20,7 +21,6 @@ __all__ = [
     "natively",
     "out_of_place",
     "overwrites",
-    "storage_of",
     "was_overwritten",
 ]
 
@@ -126,13 +126,6 @@ def _give_back(kept: _Kept) -> Tensor:
 def was_overwritten(error: RuntimeError) -> bool:
     """Whether torch noticed that something the backward pass needs was overwritten, off the tape say."""
     return "modified" in str(error) and "inplace" in str(error)
-
-
-def storage_of(tensor: Tensor) -> int:
-    """What tells the memory of a tensor from that of others."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return int(tensor.untyped_storage()._cdata)
 
 
 def natively(module: nn.Module) -> AbstractContextManager[None]:

@@ -19,7 +19,7 @@ from tdhook.relevance.propagation.constants import with_constants
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.tape.functions import Identity, alias, live, parts, unwrapped
-from tdhook.tape.overwriting import storage_of
+from tdhook.tape.internals import storage_of
 
 __all__ = ["CAPTION", "COLUMNS", "REASONS", "Entry", "Ledger", "Note"]
 

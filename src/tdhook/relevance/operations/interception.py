@@ -31,7 +31,8 @@ from tdhook.selectors.names import (
     writes_in_place,
 )
 from tdhook.tape.as_one import is_one
-from tdhook.tape.functions import maker_of, on_tape
+from tdhook.tape.functions import on_tape
+from tdhook.tape.internals import maker_of, pop_mode, push_mode, top_mode
 from tdhook.tape.overwriting import Guard, Outdated
 
 __all__ = ["Found", "Interception", "Lookup", "Observer", "Unmatched"]
@@ -154,9 +155,9 @@ class Interception(TorchFunctionMode):
         if self.paths.following and not self._paused:
             self._look_for_unseen(args)
         # Layers of torch overwrite nothing (they run out of place), so that there is nothing to see in them.
-        aside = binding.closed and _on_top() is self
+        aside = binding.closed and top_mode() is self
         if aside:
-            torch._C._pop_torch_function_stack()
+            pop_mode()
         self._paused += 1
         try:
             if self.observer is None:
@@ -168,7 +169,7 @@ class Interception(TorchFunctionMode):
         finally:
             self._paused -= 1
             if aside:
-                torch._C._push_on_torch_function_stack(self)
+                push_mode(self)
         layers = self.outdated.layers
         if not layers or id(module) not in layers or not args or not isinstance(args[0], Tensor):
             return result
@@ -284,12 +285,6 @@ class Interception(TorchFunctionMode):
         if isinstance(values, Tensor):
             return Substituted.apply(written, values)
         return tuple(Substituted.apply(w, v) for w, v in zip(written, values, strict=True))
-
-
-def _on_top() -> Any:
-    """The mode that sees torch functions first, if any."""
-    count = torch._C._len_torch_function_stack()
-    return torch._C._get_function_stack_at(count - 1) if count else None
 
 
 def _unseen(values: Iterable[Any]) -> Iterator[str]:

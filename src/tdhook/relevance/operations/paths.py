@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Paths"]
+from tdhook.tape.internals import called
 
-_CALL = nn.Module._call_impl.__code__
+__all__ = ["Paths"]
 
 
 class Paths:
@@ -77,6 +77,7 @@ def _calls() -> Iterator[nn.Module]:
     """The modules whose calls this thread is in the midst of, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _CALL:
-            yield frame.f_locals["self"]
+        module = called(frame)
+        if module is not None:
+            yield module
         frame = frame.f_back

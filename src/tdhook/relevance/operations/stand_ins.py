@@ -10,8 +10,9 @@ from threading import Lock
 from typing import Any, TypeAlias
 
 import torch
-import torch.utils.checkpoint as checkpointing
 from torch import Tensor
+
+from tdhook.tape.internals import CHECKPOINTING, script_call, set_script_call, written_in_python
 
 __all__ = ["standing_in"]
 
@@ -21,9 +22,8 @@ _AGAIN: ContextVar[Again | None] = ContextVar("again", default=None)
 _LOCK = Lock()
 _count = 0
 
-_call: Any = torch._C.ScriptFunction.__dict__["__call__"]
-_Function: Any = checkpointing.CheckpointFunction
-_generator: Any = checkpointing._checkpoint_without_reentrant_generator
+_Function = CHECKPOINTING.CheckpointFunction
+_generator = CHECKPOINTING._checkpoint_without_reentrant_generator
 
 
 @contextmanager
@@ -50,13 +50,12 @@ def standing_in(again: Again) -> Iterator[None]:
 def _replace(step: int) -> None:
     """The first of the threads that are within replaces what is torch's, the last one puts it back."""
     global _count
-    torch_: Any = checkpointing
     with _LOCK:
         _count += step
         ours = _count > 0
-        torch._C.ScriptFunction.__call__ = _call_in_python if ours else _call  # type: ignore[method-assign, assignment]
-        torch_.CheckpointFunction = _Checkpoint if ours else _Function
-        torch_._checkpoint_without_reentrant_generator = _checkpointed if ours else _generator
+        set_script_call(_call_in_python if ours else script_call)
+        CHECKPOINTING.CheckpointFunction = _Checkpoint if ours else _Function
+        CHECKPOINTING._checkpoint_without_reentrant_generator = _checkpointed if ours else _generator
         _replace_squashing(sys.modules.get("torchrl.modules.distributions.continuous"), ours)
 
 
@@ -93,8 +92,8 @@ _SQUASHES = {"safetanh_noeps": _safe_tanh, "safeatanh_noeps": _safe_atanh}
 
 
 def _call_in_python(function: Any, *args: Any, **kwargs: Any) -> Any:
-    written = None if _AGAIN.get() is None else getattr(function, "_torchdynamo_inline", None)
-    return _call.__get__(function)(*args, **kwargs) if written is None else written(*args, **kwargs)
+    written = None if _AGAIN.get() is None else written_in_python(function)
+    return script_call.__get__(function)(*args, **kwargs) if written is None else written(*args, **kwargs)
 
 
 class _Checkpoint:
@@ -104,7 +103,7 @@ class _Checkpoint:
     def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
         if _AGAIN.get() is None:
             return _Function.apply(function, preserve, *args)
-        return checkpointing.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+        return CHECKPOINTING.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
 
 
 def _checkpointed(

@@ -14,6 +14,7 @@ from tdhook.relevance.propagation.merges import Place
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.relevance.propagation.stabilisers import Stabilizer, exact, rounding, stabilize
 from tdhook.tape.functions import Identity, TapeFunction, alias, may_look_at, parts, whole
+from tdhook.tape.internals import is_view
 
 __all__ = [
     "Damped",
@@ -137,7 +138,7 @@ class Unchanged(TapeFunction):
         z = function(x)
         if not isinstance(z, Tensor):
             raise NotOneTensor
-        return alias(z) if z is x or z._is_view() else z
+        return alias(z) if z is x or is_view(z) else z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

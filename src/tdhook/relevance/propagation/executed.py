@@ -15,7 +15,8 @@ from tdhook.relevance.propagation.merges import Place
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.params import ParamModifier
 from tdhook.relevance.propagation.steps import Affine, Grads, LinearStep, Modify, ModuleStep, Step
-from tdhook.tape.functions import TapeFunction, alias, on_tape, transformed
+from tdhook.tape.functions import TapeFunction, alias, on_tape
+from tdhook.tape.internals import is_view, transformed
 from tdhook.tape.origins import is_nonnegative
 from tdhook.tape.overwriting import natively
 
@@ -97,7 +98,7 @@ class ExecutedLayer(Place):
         """Run the layer itself."""
         z: Tensor = self._function(x)
         self.dtype = z.dtype
-        return alias(z) if z._is_view() else z
+        return alias(z) if is_view(z) else z
 
     def step(self, x: Tensor, weight: Tensor, bias: Tensor | None, *outputs: Tensor) -> Step:
         """The call as the rule sees it in the backward pass."""
@@ -197,7 +198,7 @@ class ExecutedModule:
             if not self.rule.needs_vjp:
                 # What is returned as it came in would count as an input, not as an output that has a rule.
                 return tuple(
-                    alias(z) if z._is_view() or any(z is x for x in inputs) else z
+                    alias(z) if is_view(z) or any(z is x for x in inputs) else z
                     for z in self._outputs(inputs)
                 )
             if transformed():

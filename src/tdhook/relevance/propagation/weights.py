@@ -9,6 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from tdhook.tape.internals import version_of
+
 __all__ = ["WeightCache"]
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -65,7 +67,7 @@ class _Kept:
 
 
 def _state(x: Tensor) -> tuple[Any, ...]:
-    return x._version, x.data_ptr(), x.dtype, x.shape, x.stride()
+    return version_of(x), x.data_ptr(), x.dtype, x.shape, x.stride()
 
 
 def _sample(x: Tensor) -> Tensor:

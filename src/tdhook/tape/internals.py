@@ -1,0 +1,150 @@
+"""Internals: all that is private in torch and used here, each under a name of ours.
+
+The upper bound on torch in ``pyproject.toml`` follows from this file: with a new release, its tests say what moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.utils.checkpoint as checkpointing
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+__all__ = [
+    "CHECKPOINTING",
+    "called",
+    "gradients_of",
+    "hooks_on_saved_tensors",
+    "in_backward_pass",
+    "inside",
+    "is_batched",
+    "is_view",
+    "is_wrapped",
+    "maker_of",
+    "mode_options",
+    "nonstrict",
+    "pop_mode",
+    "push_mode",
+    "script_call",
+    "set_script_call",
+    "storage_of",
+    "top_mode",
+    "transformed",
+    "version_of",
+    "written_in_python",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
+"""Whether a transform such as ``torch.vmap`` is at work."""
+
+is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
+"""Whether ``torch.vmap`` wrapped a tensor."""
+
+is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+"""Whether any transform wrapped a tensor."""
+
+inside: Callable[[Tensor], Tensor] = torch._C._functorch.get_unwrapped
+"""The tensor that a transform wrapped."""
+
+
+def is_view(x: Tensor) -> bool:
+    """Whether a tensor is a view of another one."""
+    return x._is_view()
+
+
+def version_of(x: Tensor) -> int:
+    """How often a tensor, or one of the same memory, was overwritten."""
+    return x._version
+
+
+def in_backward_pass() -> bool:
+    """Whether this thread runs a part of a backward pass, which may be that of another thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def called(frame: FrameType) -> nn.Module | None:
+    """The module whose call a frame of the stack is, if it is one."""
+    return frame.f_locals["self"] if frame.f_code is _CALL else None
+
+
+_CALL = nn.Module._call_impl.__code__
+
+
+def storage_of(x: Tensor) -> int:
+    """What tells the memory of a tensor from that of others."""
+    while is_wrapped(x):
+        x = inside(x)
+    return int(x.untyped_storage()._cdata)
+
+
+def maker_of(node: object) -> type | None:
+    """The class of the function that made a node of the tape, if it was written in Python."""
+    return getattr(type(node), "_forward_cls", None)
+
+
+def gradients_of(node: Any) -> list[tuple[Sequence[int], torch.dtype]]:
+    """Shape and dtype of each gradient that a node of the tape is given."""
+    return [(meta.shape, meta.dtype) for meta in node._input_metadata]
+
+
+def top_mode() -> TorchFunctionMode | None:
+    """The mode that sees torch functions first, if any."""
+    count = torch._C._len_torch_function_stack()
+    return torch._C._get_function_stack_at(count - 1) if count else None
+
+
+pop_mode: Callable[[], TorchFunctionMode] = torch._C._pop_torch_function_stack
+"""Take the uppermost mode off."""
+
+push_mode: Callable[[TorchFunctionMode], None] = torch._C._push_on_torch_function_stack
+"""Put a mode on top."""
+
+script_call: Any = torch._C.ScriptFunction.__dict__["__call__"]
+"""How functions compiled by ``torch.jit.script`` are called."""
+
+
+def set_script_call(call: Any) -> None:
+    """Have functions compiled by ``torch.jit.script`` called in another way."""
+    kind: Any = torch._C.ScriptFunction
+    kind.__call__ = call
+
+
+def written_in_python(function: object) -> Callable[..., Any] | None:
+    """The Python that a function compiled by ``torch.jit.script`` was written in."""
+    return getattr(function, "_torchdynamo_inline", None)
+
+
+CHECKPOINTING: Any = checkpointing
+"""The module of ``torch.utils.checkpoint``, whose ``CheckpointFunction`` and
+``_checkpoint_without_reentrant_generator`` do its work."""
+
+
+@contextmanager
+def hooks_on_saved_tensors() -> Iterator[None]:
+    """Let hooks on saved tensors run while a graph is traced, instead of putting them off until the graph runs."""
+    put_off = torch._C._autograd._saved_tensors_hooks_set_tracing(False)
+    try:
+        yield
+    finally:
+        torch._C._autograd._saved_tensors_hooks_set_tracing(put_off)
+
+
+def nonstrict(function: F) -> F:
+    """Have ``torch.compile`` take a function for one of tensors, and not look into it."""
+    from torch._dynamo import nonstrict_trace  # takes a second, and only those wait for it who compile
+
+    return nonstrict_trace(function)  # type: ignore[return-value]
+
+
+def mode_options(mode: str, dynamic: bool | None) -> dict[str, Any]:
+    """The options of Inductor that a mode of ``torch.compile`` stands for."""
+    from torch._inductor import list_mode_options  # likewise
+
+    return list_mode_options(mode, dynamic)

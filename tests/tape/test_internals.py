@@ -1,0 +1,153 @@
+"""What is private in torch does what is expected of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from tdhook.tape import internals
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def test_tensors_inside_transforms():
+    found = []
+
+    def function(x):
+        inner = internals.inside(x)
+        found.append((internals.transformed(), internals.is_batched(x), internals.is_wrapped(x), inner.shape))
+        return x
+
+    torch.vmap(function)(torch.zeros(3, 2))
+    assert found == [(True, True, True, (3, 2))]
+    x = torch.zeros(2)
+    assert not internals.transformed() and not internals.is_batched(x) and not internals.is_wrapped(x)
+
+
+def test_views_and_memory():
+    x = torch.zeros(4)
+    assert internals.is_view(x[:2]) and not internals.is_view(x)
+    assert internals.storage_of(x[:2]) == internals.storage_of(x) != internals.storage_of(x.clone())
+    same = []
+    torch.vmap(lambda row: same.append(internals.storage_of(row)) or row)(x)
+    assert same == [internals.storage_of(x)]
+
+
+def test_nodes_of_the_tape():
+    x = torch.zeros(2, 3, requires_grad=True)
+    assert internals.maker_of(Doubled.apply(x).grad_fn) is Doubled
+    assert internals.maker_of(x.exp().grad_fn) is None
+    assert internals.gradients_of(x.sum(0).grad_fn) == [([3], torch.float32)]
+
+
+def test_the_stack_of_modes():
+    class Mode(TorchFunctionMode):
+        pass
+
+    assert internals.top_mode() is None
+    with Mode() as mode:
+        assert internals.top_mode() is mode
+        assert internals.pop_mode() is mode and internals.top_mode() is None
+        internals.push_mode(mode)
+        assert internals.top_mode() is mode
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_scripted_functions():
+    def written(x):
+        return x + 1
+
+    function = torch.jit.script(written)
+    assert internals.written_in_python(function) is written and internals.written_in_python(written) is None
+    internals.set_script_call(lambda function, x: "called")
+    try:
+        assert function(torch.zeros(1)) == "called"
+    finally:
+        internals.set_script_call(internals.script_call)
+    assert function(torch.zeros(1)) == 1
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_call_what_is_replaced(reentrant, monkeypatch):
+    called = []
+    name = "CheckpointFunction" if reentrant else "_checkpoint_without_reentrant_generator"
+    own = getattr(internals.CHECKPOINTING, name)
+
+    class Stand:
+        apply = staticmethod(lambda *args: called.append(args) or own.apply(*args))
+
+        def __new__(cls, *args, **kwargs):
+            called.append(args)
+            return own(*args, **kwargs)
+
+    monkeypatch.setattr(internals.CHECKPOINTING, name, Stand)
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(nn.Tanh(), x, use_reentrant=reentrant).sum().backward()
+    assert len(called) == 1
+
+
+def test_hooks_on_saved_tensors_are_switched_back():
+    switch = torch._C._autograd._saved_tensors_hooks_set_tracing
+    before = switch(True)
+    try:
+        with internals.hooks_on_saved_tensors():
+            assert switch(False) is False
+        assert switch(True) is True
+    finally:
+        switch(before)
+
+
+def test_what_compiling_takes():
+    script = (
+        "from tdhook.tape.internals import mode_options, nonstrict\n"
+        "assert mode_options('reduce-overhead', None)['triton.cudagraphs'] is True\n"
+        "import torch\n"
+        "function = nonstrict(lambda x: x + 1)\n"
+        "assert torch.compile(lambda x: function(x), backend='eager', fullgraph=True)(torch.zeros(1)) == 1\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_versions_count_what_is_overwritten() -> None:
+    x = torch.zeros(3)
+    before = internals.version_of(x)
+    x[:1].add_(1)
+    assert internals.version_of(x) == before + 1
+
+
+def test_a_backward_pass_is_told() -> None:
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda grad: seen.append(internals.in_backward_pass()))
+    x.sum().backward()
+    assert seen == [True] and not internals.in_backward_pass()
+
+
+def test_the_call_of_a_module_is_a_frame_of_the_stack() -> None:
+    found = []
+
+    class Looks(nn.Module):
+        def forward(self, x):
+            frame = sys._getframe()
+            while frame is not None:
+                found.append(internals.called(frame))
+                frame = frame.f_back
+            return x
+
+    net = nn.Sequential(Looks())
+    net(torch.ones(1))
+    assert [module for module in found if module is not None] == [net[0], net]
