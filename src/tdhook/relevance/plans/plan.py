@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from threading import get_ident
+from types import TracebackType
 from typing import TypeAlias
 
 from torch import Tensor, nn
@@ -68,6 +69,8 @@ class RulesOn:
     def __init__(self, plan: Plan, observer: Observer | None) -> None:
         self.plan, self.observer = plan, observer
         self.whole = observer is not None
+        self._stack = ExitStack()
+        self._overwrote = False
 
     @property
     def overwrites(self) -> bool:
@@ -75,26 +78,32 @@ class RulesOn:
         interception = self.plan.interception
         return interception is not None and interception.guard.active
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> RulesOn:
         """Attach the rules."""
-        plan, interception = self.plan, self.plan.interception
-        with ExitStack() as stack:
-            plan.attach(stack)
-            if interception is not None:
-                interception.observer = self.observer
-            overwrites = self.overwrites
-            try:
-                yield
-            except RuntimeError as error:
-                if overwrites or interception is None or not was_overwritten(error):
-                    raise
-                interception.guard.active = True
-                raise Mutated from error
-            finally:
-                if interception is not None:
-                    interception.observer = None
-            plan.seen = True
+        return self
+
+    def __enter__(self) -> None:
+        self._overwrote = self.overwrites
+        with self._stack:  # takes off what is on, if something goes wrong here
+            self.plan.attach(self._stack)
+            if self.plan.interception is not None:
+                self.plan.interception.observer = self.observer
+            self._stack = self._stack.pop_all()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        interception = self.plan.interception
+        if interception is not None:
+            interception.observer = None
+        self._stack.close()
+        if error is None:
+            self.plan.seen = True
+        elif isinstance(error, RuntimeError) and was_overwritten(error):
+            if interception is None or self._overwrote:
+                return
+            interception.guard.active = True
+            raise Mutated from error
 
     def running(self) -> AbstractContextManager[None]:
         """Run operations under their rules. The first run tells the path of operations that nothing is known of."""
@@ -164,15 +173,16 @@ class Plan:
 
     def attach(self, stack: ExitStack) -> None:
         """Run the model under the rules until ``stack`` is closed; operations only :meth:`within` it."""
-        overwriting = [module for module in self._units if overwrites(module)]
+        overwriting = [m for m in self._units if m.__dict__.get("inplace") is True and overwrites(m)]
         if self.interception is not None:
             stack.enter_context(frozen(self._modules))
             self.interception.outdated.layers = set(map(id, overwriting))
         if overwriting:
             stack.enter_context(out_of_place(overwriting))
         stack.callback(self._detach)
+        thread = get_ident()
         for binding in self._bindings:
-            binding.attach(get_ident())
+            binding.attach(thread)
         for rule, module in self._custom:
             stack.enter_context(rule.register(module))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from threading import get_ident
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -138,7 +139,7 @@ class Binding:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module."""
-        if elsewhere(self.thread):
+        if self.thread is not None and self.thread != get_ident() and elsewhere(self.thread):
             return (self.original or self.module.forward)(*args, **kwargs)
         if self._on_tensordict:
             return self._call_on_tensordict(cast(TensorDictModuleBase, self.module), *args, **kwargs)
