@@ -13,7 +13,7 @@ import torch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-__all__ = ["assumed_nonnegative", "assuming_nonnegative", "deferred", "holds"]
+__all__ = ["assumed_nonnegative", "assuming_nonnegative", "deferred", "holds", "seen_to_hold"]
 
 _NONNEGATIVE: ContextVar[Collection[NestedKey]] = ContextVar("nonnegative", default=())
 _DEFERRED: ContextVar[list[Tensor] | None] = ContextVar("deferred", default=None)
@@ -26,6 +26,11 @@ def holds(condition: Tensor) -> bool:
         return torch.compiler.is_compiling() or bool(condition.all())
     conditions.append(condition.all())
     return True
+
+
+def seen_to_hold(condition: Tensor) -> bool:
+    """Whether a condition is seen to hold for all values, here and now; not while a graph is traced."""
+    return _DEFERRED.get() is None and not torch.compiler.is_compiling() and bool(condition.all())
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.conventions import Convention, per_value
-from tdhook.tape.conditions import holds
+from tdhook.tape.conditions import holds, seen_to_hold
 from tdhook.targets.base import Seeder, Seeds
 
 __all__ = ["Contrast", "Key", "Selection", "Target", "TargetLike", "as_seeder"]
@@ -211,10 +211,9 @@ class Target(Selection):
                 raise TypeError(
                     f"{what} is continuous: it picks no output of {self.key!r}; use index=None to explain all of it"
                 )
-            named, first = hot.sum(-1), hot.to(torch.uint8).argmax(-1, keepdim=True)
+            one, first = hot.sum(-1) == 1, hot.to(torch.uint8).argmax(-1, keepdim=True)
             # torchrl's greedy actions name all of several outputs that are equal, and the first is taken.
-            tied = (named > 1) & (~hot | (z.detach() == z.detach().gather(-1, first))).all(-1)
-            if not holds((named == 1) | tied):
+            if not seen_to_hold(one) and not holds(one | _tied(hot, first, z.detach())):
                 raise ValueError(
                     f"{what} has the shape of {self.key!r} but is not one-hot along the last axis"
                 )
@@ -240,6 +239,11 @@ class Target(Selection):
                 f"{count} outputs (shape {tuple(z.shape)})"
             )
         return _one_hot((entry.long() % count).unsqueeze(-1), z)
+
+
+def _tied(hot: Tensor, first: Tensor, z: Tensor) -> Tensor:
+    """Where an entry names several outputs, all of the value of the first of them."""
+    return (hot.sum(-1) > 1) & (~hot | (z == z.gather(-1, first))).all(-1)
 
 
 def _one_hot(index: Tensor, z: Tensor) -> Tensor:
