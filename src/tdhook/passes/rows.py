@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-__all__ = ["beside", "copies_of", "joined", "rows_of", "shaped_like"]
+__all__ = ["beside", "joined", "rows_of", "shaped_like"]
 
 
 def rows_of(td: TensorDictBase, axes: int) -> TensorDictBase:
@@ -22,16 +22,20 @@ def shaped_like(values: Tensor, td: TensorDictBase, axes: int) -> Tensor:
     return values.reshape((*td.batch_size[:axes], *values.shape[1:]))
 
 
-def copies_of(td: TensorDictBase, count: int) -> TensorDictBase:
-    """``count`` copies of ``td [*batch]`` along a new first axis, ``[count, *batch]``; no memory is taken."""
-    return td.expand(count, *td.batch_size)
-
-
 def joined(
-    parts: Iterable[TensorDictBase], found: Callable[[TensorDictBase], Mapping[NestedKey, Tensor]]
+    rows: TensorDictBase, at_once: int, found: Callable[[TensorDictBase], Mapping[NestedKey, Tensor]]
 ) -> dict[NestedKey, Tensor]:
-    """What is found of each part, ``[part, *rest]`` by key, in one line: ``[rows, *rest]``."""
-    each = [found(part) for part in parts]
+    """What is found of rows, so many at once, in one line.
+
+    Args:
+        rows: ``[rows, *rest]``.
+        at_once: how many rows are looked at together, at least.
+        found: given some rows, what there is of them by key, ``[some, ...]``.
+
+    Returns:
+        By key, ``[rows, ...]``.
+    """
+    each = [found(part) for part in rows.split(max(1, at_once))]
     return {key: torch.cat([part[key] for part in each]) for key in each[0]}
 
 

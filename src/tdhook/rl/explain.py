@@ -20,7 +20,7 @@ from tdhook.extras import require
 from tdhook.keys import known_keys, parts_of
 from tdhook.models.model import InKeys
 from tdhook.models.state import Slot, modules_of, slots_of
-from tdhook.passes.rows import beside
+from tdhook.passes.rows import beside, joined
 from tdhook.targets.hindsight import InHindsight
 
 __all__ = ["Explain"]
@@ -200,10 +200,9 @@ class Explain(Transform):
         batch = work.batch_size
         flat = work.reshape(-1)
         there = None if valid is None else valid.reshape(-1).nonzero()[:, 0]
-        parts = [self._entries(part) for part in (flat if there is None else flat[there]).split(self.at_once)]
         found: dict[NestedKey, Tensor] = {}
-        for key in parts[0]:
-            value = torch.cat([part[key] for part in parts])
+        rows = flat if there is None else flat[there]
+        for key, value in joined(rows, self.at_once, self._entries).items():
             if there is not None:
                 value = value.new_zeros(batch.numel(), *value.shape[1:]).index_copy_(0, there, value)
             found[key] = value.reshape(*batch, *value.shape[1:])
@@ -223,8 +222,7 @@ class Explain(Transform):
             work.set(_VALID, valid)
         rows = work.reshape(-1, batch[-1])
         with require("torchrl.modules", "tdhook.rl").set_recurrent_mode("recurrent"):
-            parts = [self._entries(part) for part in rows.split(max(1, self.at_once // batch[-1]))]
-        whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            whole = joined(rows, self.at_once // batch[-1], self._entries)
         return {key: value.reshape(*batch, *value.shape[2:]) for key, value in whole.items()}
 
     def _entries(self, part: TensorDictBase) -> dict[NestedKey, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tdhook.attribution.lrp import LRP
 from tdhook.composites import Composite
+from tdhook.passes.rows import joined
 from tdhook.targets import Contrast, Target
 
 if TYPE_CHECKING:
@@ -303,11 +304,13 @@ def conservation(
     if any(rule.yields == "sensitivity" for _, rule in composite):
         return None
     explained = LRP(composite, target=target, ledger=True, on_unmatched="ignore").wrap(actor)
-    kept = [explained(part)["ledger"].reshape(-1) for part in steps.reshape(-1).split(_AT_ONCE)]
-    columns = {
-        name: torch.cat([part[name].flatten() for part in kept]).double()
-        for name in ("target", "inputs", "absorbed", "gap")
-    }
+    names = ("target", "inputs", "absorbed", "gap")
+
+    def accounts(part: TensorDictBase) -> dict[NestedKey, Tensor]:
+        ledger = explained(part)["ledger"]
+        return {name: ledger[name].flatten().double() for name in names}
+
+    columns = joined(steps.reshape(-1), _AT_ONCE, accounts)
     size = columns["target"].abs().mean()
     error = columns["gap"].abs().max() / size.clamp(min=torch.finfo(torch.float64).tiny)
     return Conservation(
