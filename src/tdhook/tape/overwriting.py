@@ -88,23 +88,26 @@ class Outdated:
     Attributes:
         layers: ids of the layers.
         heeded: whether they overwrite.
+        any: whether there are any such tensors.
     """
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
         self.layers: set[int] = set()
-        self.heeded = False
+        self.heeded = self.any = False
         self._tensors: dict[int, weakref.ref[Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layers": set(), "_tensors": {}}
+        return {**self.__dict__, "layers": set(), "_tensors": {}, "any": False}
 
     def clear(self) -> None:
         """Begin a forward pass."""
+        self.any = False
         self._tensors.clear()
 
     def add(self, tensor: Tensor) -> None:
         """Remember a tensor that should have been overwritten."""
+        self.any = True
         self._tensors[id(tensor)] = weakref.ref(tensor)
 
     def check(self, values: Iterable[Any]) -> None:

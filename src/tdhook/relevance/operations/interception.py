@@ -130,6 +130,10 @@ class Interception(TorchFunctionMode):
         """Watch one forward pass; ``tracked`` where the path of each operation has to be known."""
         self.outdated.clear()
         follows = self._by_path or tracked or self.observer is not None
+        if not follows and not self.guard.active:
+            with standing_in(self._again), self:
+                yield
+            return
         with ExitStack() as stack:
             if self.guard.active:
                 stack.enter_context(self.guard.watching())
@@ -151,7 +155,8 @@ class Interception(TorchFunctionMode):
     def unit(self, binding: Binding, call: Call) -> Any:
         """Run a module that has a rule, and leave alone the operations inside it."""
         bound, module, args = binding.bound, call.module, call.args
-        self.outdated.check(args)
+        if self.outdated.any:
+            self.outdated.check(args)
         if self.paths.following and not self._paused:
             self._look_for_unseen(args)
         # Layers of torch overwrite nothing (they run out of place), so that there is nothing to see in them.
@@ -186,7 +191,8 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if known.aside:
             return func(*args, **kwargs)
-        self.outdated.check(args)
+        if self.outdated.any:
+            self.outdated.check(args)
         in_place = known.in_place or (bool(kwargs) and writes_in_place(func, kwargs))
         if in_place and self.guard.active:
             self.guard.before(_overwritten(args, kwargs))
