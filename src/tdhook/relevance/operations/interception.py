@@ -123,6 +123,10 @@ class Interception(TorchFunctionMode):
         """Watch one forward pass; ``tracked`` where the path of each operation has to be known."""
         self.outdated.clear()
         follows = self._by_path or tracked or self.observer is not None
+        if not follows and not self.guard.active:
+            with standing_in(self._again), self:
+                yield
+            return
         with ExitStack() as stack:
             if self.guard.active:
                 stack.enter_context(self.guard.watching())

@@ -51,7 +51,9 @@ def _replace(step: int) -> None:
     """The first of the threads that are within replaces what is torch's, the last one puts it back."""
     global _count
     with _LOCK:
-        _count += step
+        before, _count = _count, _count + step
+        if before and _count:
+            return
         ours = _count > 0
         set_script_call(_call_in_python if ours else script_call)
         CHECKPOINTING.CheckpointFunction = _Checkpoint if ours else _Function
