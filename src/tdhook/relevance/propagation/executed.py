@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from tdhook.relevance.propagation.call import Call, Run
-from tdhook.relevance.propagation.forms import ClosedForm
+from tdhook.relevance.propagation.forms import ClosedForm, closed_form
 from tdhook.relevance.propagation.merges import Place
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.params import ParamModifier
@@ -67,7 +67,9 @@ def running_layer(rule: Formula, layer: nn.Module, form: ClosedForm, otherwise: 
             return otherwise(call)
         x = args[0]
         if on_tape(x):
-            executed = ExecutedLayer(rule, form, call, rule.needs_sign and is_nonnegative(x))
+            # Strides and the like may have been set anew since the rule was bound.
+            now = form if form.settled else closed_form(layer) or form
+            executed = ExecutedLayer(rule, now, call, rule.needs_sign and is_nonnegative(x))
             z = RuledLayer.apply(executed, x, parameters.weight, parameters.bias)
         else:
             z = call.function(x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +15,13 @@ __all__ = ["ClosedForm", "DenseForm", "closed_form"]
 
 
 class ClosedForm(ABC):
-    """A layer that is linear in its input, written out: ``z = A(w) x + b`` and ``A(w)^T g``."""
+    """A layer that is linear in its input, written out: ``z = A(w) x + b`` and ``A(w)^T g``.
+
+    Attributes:
+        settled: whether it depends on nothing but the class of the layer.
+    """
+
+    settled: ClassVar[bool] = False
 
     @abstractmethod
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -36,6 +42,8 @@ class ClosedForm(ABC):
 
 class DenseForm(ClosedForm):
     """``nn.Linear``: ``[*batch, in]`` to ``[*batch, out]``."""
+
+    settled: ClassVar[bool] = True
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
