@@ -151,3 +151,19 @@ def test_the_call_of_a_module_is_a_frame_of_the_stack() -> None:
     net = nn.Sequential(Looks())
     net(torch.ones(1))
     assert [module for module in found if module is not None] == [net[0], net]
+
+
+def test_modes_see_nothing() -> None:
+    seen = []
+
+    class Sees(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Sees():
+        with internals.without_modes():
+            torch.relu(torch.ones(1))
+        assert not seen
+        torch.relu(torch.ones(1))
+    assert torch.relu in seen

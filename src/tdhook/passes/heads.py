@@ -7,7 +7,7 @@ gradient passes the head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeAlias
 
 import torch
@@ -17,7 +17,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from tdhook.models.turns import here
-from tdhook.tape.internals import version_of
+from tdhook.tape.internals import version_of, without_modes
 
 __all__ = ["Heads", "NotBehind"]
 
@@ -57,8 +57,11 @@ class Heads:
         return not self._known or self._first is not None
 
     @contextmanager
-    def off_the_tape(self) -> Iterator[None]:
+    def off_the_tape(self, seen: bool) -> Iterator[None]:
         """Run the model with its heads off the tape, as far as they are known.
+
+        Args:
+            seen: whether modes have to see what the heads do, which may overwrite what the backward pass needs.
 
         Raises:
             NotBehind: that was wrong; from now on they are on it.
@@ -73,12 +76,16 @@ class Heads:
             return
         before: _Seen = []
         after: _Seen = []
+        unseen = ExitStack()
 
         def entering(module: nn.Module, args: tuple[object, ...]) -> None:
             before[:] = self._values(args)
             torch.set_grad_enabled(False)
+            if not seen:
+                unseen.enter_context(without_modes())
 
         def leaving(module: nn.Module, args: object, output: object) -> None:
+            unseen.close()
             torch.set_grad_enabled(True)
             after[:] = self._values((output,))
 
@@ -89,6 +96,7 @@ class Heads:
         try:
             yield
         finally:
+            unseen.close()
             torch.set_grad_enabled(True)
             for handle in handles:
                 handle.remove()

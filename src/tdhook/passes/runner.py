@@ -82,7 +82,11 @@ class Runner:
                 for key, value in inputs.items():
                     work.set(key, value.clone())
             captured = Captured(replaced)
-            heads = setup.heads.off_the_tape() if setup.heads.possible and not how.whole else _NOTHING
+            heads = (
+                setup.heads.off_the_tape(how.overwrites)
+                if setup.heads.possible and not how.whole
+                else _NOTHING
+            )
             collecting = setup.collecting(captured) if setup.collects else _NOTHING
             with collecting, how.running():
                 given = work.copy() if asked.writes else work  # what the model writes goes into it

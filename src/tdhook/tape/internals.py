@@ -6,7 +6,7 @@ The upper bound on torch in ``pyproject.toml`` follows from this file: with a ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -36,6 +36,7 @@ __all__ = [
     "top_mode",
     "transformed",
     "version_of",
+    "without_modes",
     "written_in_python",
 ]
 
@@ -52,6 +53,10 @@ is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_
 
 inside: Callable[[Tensor], Tensor] = torch._C._functorch.get_unwrapped
 """The tensor that a transform wrapped."""
+
+
+without_modes: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunction
+"""Runs torch functions in sight of no mode."""
 
 
 def is_view(x: Tensor) -> bool:
