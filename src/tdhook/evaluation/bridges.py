@@ -107,7 +107,7 @@ def quantus_explain_func(method: Attribution) -> Callable[..., np.ndarray[Any, A
         ``(model, inputs [n, *features], targets [n], **ignored) -> relevance [n, *features]``, of NumPy arrays.
     """
 
-    def explain(model: nn.Module, inputs: Any, targets: Any, **ignored: Any) -> np.ndarray[Any, Any]:
+    def explain(model: nn.Module, inputs: object, targets: object, **ignored: object) -> np.ndarray[Any, Any]:
         weights = next(iter(model.parameters()), torch.zeros(()))
         x = torch.as_tensor(inputs).to(device=weights.device, dtype=weights.dtype)
         chosen = torch.as_tensor(targets, device=weights.device).to(torch.int64).reshape(len(x))

@@ -102,7 +102,7 @@ def compare(
     return rows
 
 
-def as_markdown(rows: Sequence[Mapping[str, Any]], digits: int = 2) -> str:
+def as_markdown(rows: Sequence[Mapping[str, object]], digits: int = 2) -> str:
     """Rows as a table in Markdown.
 
     Args:

@@ -80,7 +80,7 @@ def layers_of(
         return list(names.values())
     ran: list[str] = []
 
-    def note(layer: nn.Module, *_: Any) -> None:
+    def note(layer: nn.Module, *_: object) -> None:
         if names[id(layer)] not in ran:
             ran.append(names[id(layer)])
 

@@ -130,7 +130,7 @@ def dense_copy(td: TensorDictBase) -> TensorDictBase:
     return td.contiguous() if isinstance(td, LazyStackedTensorDict) else td.copy()
 
 
-def leaves_of(key: NestedKey, value: Any) -> Iterable[tuple[NestedKey, Tensor]]:
+def leaves_of(key: NestedKey, value: object) -> Iterable[tuple[NestedKey, Tensor]]:
     """The tensors of an entry: itself, or those below it where it is a TensorDict."""
     if isinstance(value, Tensor):
         return ((key, value),)

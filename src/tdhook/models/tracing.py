@@ -83,7 +83,7 @@ def registered(root: nn.Module, wrapper: TensorDictModuleBase) -> Execution:
     return execution
 
 
-def traced(root: nn.Module, wrapper: TensorDictModuleBase, run: Callable[[], Any]) -> Execution:
+def traced(root: nn.Module, wrapper: TensorDictModuleBase, run: Callable[[], object]) -> Execution:
     """Run the model once and watch it; its buffers and the random state are put back.
 
     Args:
@@ -135,11 +135,11 @@ class _Watch(TorchFunctionMode):
             self._label(result, found)
         return result
 
-    def _labels_of(self, tree: Any) -> set[tuple[str | None, Any]]:
+    def _labels_of(self, tree: object) -> set[tuple[str | None, Any]]:
         leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
         return set().union(*(self.labels.get(id(leaf), ()) for leaf in leaves))
 
-    def _label(self, tree: Any, labels: set[tuple[str | None, Any]]) -> None:
+    def _label(self, tree: object, labels: set[tuple[str | None, object]]) -> None:
         for leaf in tree_leaves(tree):
             if isinstance(leaf, Tensor):
                 self.labels[id(leaf)] = set(labels)
@@ -148,7 +148,7 @@ class _Watch(TorchFunctionMode):
     def entering(self, name: str) -> Callable[..., None]:
         layer = _is_layer(self.execution.modules[name])
 
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def hook(module: nn.Module, args: object, kwargs: object) -> None:
             self.order.append(name)
             if not layer:
                 return
@@ -164,7 +164,7 @@ class _Watch(TorchFunctionMode):
     def leaving(self, name: str) -> Callable[..., None]:
         layer = _is_layer(self.execution.modules[name])
 
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: object, output: object) -> None:
             if layer:
                 self._inside.pop()
                 if not self._inside and not isinstance(output, TensorDictBase):

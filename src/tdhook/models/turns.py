@@ -68,12 +68,12 @@ def elsewhere(thread: int | None) -> bool:
     return thread is not None and get_ident() != thread and not in_backward_pass()
 
 
-def here(hook: Callable[..., Any]) -> Callable[..., Any]:
+def here(hook: Callable[..., object]) -> Callable[..., Any]:
     """A hook that does nothing where another thread calls the module."""
     thread = get_ident()
 
     @wraps(hook)
-    def in_this_thread(*args: Any, **kwargs: Any) -> Any:
+    def in_this_thread(*args: object, **kwargs: object) -> Any:
         return None if elsewhere(thread) else hook(*args, **kwargs)
 
     return in_this_thread

@@ -116,7 +116,7 @@ def composite_html(composite: Composite | None) -> str:
     )
 
 
-def list_html(entries: Mapping[str, Any]) -> str:
+def list_html(entries: Mapping[str, object]) -> str:
     """Names and values as a list of definitions."""
     pairs: Iterable[tuple[str, Any]] = entries.items()
     return f"<dl>{''.join(f'<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>' for k, v in pairs)}</dl>"

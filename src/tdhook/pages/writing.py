@@ -272,7 +272,7 @@ def _packed(values: Tensor | None, kind: str) -> dict[str, str] | None:
     return {"kind": kind, "data": base64.b64encode(zlib.compress(array.tobytes(), 9)).decode("ascii")}
 
 
-def _as_json(data: dict[str, Any]) -> str:
+def _as_json(data: dict[str, object]) -> str:
     """JSON that cannot end the element that it stands in."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -151,7 +151,7 @@ def _pen(paper: Any) -> Any:
     return ImageDraw.Draw(paper)
 
 
-def _tensor(paper: Any) -> Tensor:
+def _tensor(paper: object) -> Tensor:
     return torch.from_numpy(np.array(paper))
 
 

@@ -45,7 +45,7 @@ class Back:
         writes: keys behind it whose relevance is taken back.
     """
 
-    def __init__(self, step: Any, reads: Sequence[NestedKey], writes: Sequence[NestedKey]) -> None:
+    def __init__(self, step: object, reads: Sequence[NestedKey], writes: Sequence[NestedKey]) -> None:
         self.writes = list(writes)
         self._name = type(step).__name__
         self._step = _Step(step, list(reads), self.writes)
@@ -116,7 +116,7 @@ _WAY_OUT = "Leave it out, or do what it does inside the policy, where it is expl
 class _Step(nn.Module):
     """A copy of a transform as a function of tensors."""
 
-    def __init__(self, step: Any, reads: list[NestedKey], writes: list[NestedKey]) -> None:
+    def __init__(self, step: object, reads: list[NestedKey], writes: list[NestedKey]) -> None:
         super().__init__()
         self.step, self.reads, self.writes = _copied(step), reads, writes
 
@@ -157,7 +157,7 @@ def _observed(call: Call) -> int:
     return sum(isinstance(x, Tensor) and on_tape(x) for x in (*call.args, *call.kwargs.values()))
 
 
-def applied(step: Any, td: TensorDictBase) -> TensorDictBase:
+def applied(step: object, td: TensorDictBase) -> TensorDictBase:
     """What a transform makes of observations; neither it nor ``td`` is changed."""
     with torch.no_grad():
         result: TensorDictBase = _copied(step)._step(td.copy(), td.copy())

@@ -26,7 +26,9 @@ _TRANSFORMS = (
 )
 
 
-def make(env_id: str, options: Mapping[str, Any], preprocessing: Iterable[Mapping[str, Any]]) -> EnvBase:
+def make(
+    env_id: str, options: Mapping[str, object], preprocessing: Iterable[Mapping[str, object]]
+) -> EnvBase:
     """An environment with its transforms; see :func:`tdhook.rl.make_env`."""
     envs, gymnasium = require("torchrl.envs", "tdhook.rl"), require("gymnasium", "tdhook.rl")
     _register(env_id, gymnasium)
@@ -46,7 +48,7 @@ def make(env_id: str, options: Mapping[str, Any], preprocessing: Iterable[Mappin
     return envs.TransformedEnv(env, envs.Compose(*steps)) if steps else env
 
 
-def _transform(step: Mapping[str, Any]) -> Transform:
+def _transform(step: Mapping[str, object]) -> Transform:
     """One step of preprocessing: the class that ``"transform"`` names, with the other entries as its arguments."""
     options = dict(step)
     name = options.pop("transform", None)
@@ -68,7 +70,7 @@ def _transform(step: Mapping[str, Any]) -> Transform:
         raise ValueError(f"the step of preprocessing {dict(step)} does not work: {error}") from error
 
 
-def _dtype(name: Any) -> torch.dtype:
+def _dtype(name: object) -> torch.dtype:
     dtype = getattr(torch, name, None) if isinstance(name, str) else None
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name!r} is no dtype of torch; write it as 'float32'")

@@ -140,7 +140,7 @@ class Explain(Transform):
         """What runs on writing, in a buffer that the transform is appended to with ``invert=True``."""
         return self.forward(next_tensordict)
 
-    def transform_output_spec(self, output_spec: Any) -> Any:
+    def transform_output_spec(self, output_spec: object) -> Any:
         raise RuntimeError(
             "Explain is a transform of replay buffers and of what a collector brings (postproc=...); in an "
             "environment, let the explained policy act: LRP(...).wrap(policy)"
@@ -149,7 +149,7 @@ class Explain(Transform):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_lock": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__({**state, "_lock": threading.RLock()})
 
     def _found(self, tensordict: TensorDictBase) -> dict[NestedKey, Tensor]:

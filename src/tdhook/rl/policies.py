@@ -242,8 +242,8 @@ def make_env(
     seed: int | None = None,
     render: bool = False,
     *,
-    options: Mapping[str, Any] | None = None,
-    preprocessing: Iterable[Mapping[str, Any]] | None = None,
+    options: Mapping[str, object] | None = None,
+    preprocessing: Iterable[Mapping[str, object]] | None = None,
 ) -> EnvBase:
     """A gymnasium environment as torchrl sees it, with one-hot actions and float32 observations.
 

@@ -336,7 +336,7 @@ def _maps(step: Any) -> bool:
     )
 
 
-def _calls(step: Any) -> bool:
+def _calls(step: object) -> bool:
     """Whether it is a plain function that was appended to an environment."""
     return type(step).__name__ == "_CallableTransform"
 

@@ -73,7 +73,7 @@ def explained_rollout(
         raise ValueError(f"a rollout has at least one step, got steps={steps}")
     done = 0
 
-    def step_done(*_: Any) -> None:
+    def step_done(*_: object) -> None:
         nonlocal done
         done += 1
         if progress is not None:

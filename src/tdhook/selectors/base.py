@@ -80,7 +80,7 @@ _OBVIOUS: list[tuple[Callable[[Any], bool], Callable[[Any], Selector]]] = []
 def reads_data(kind: str) -> Callable[[Callable[[Any], Selector]], Callable[[Any], Selector]]:
     """Have a function read the selectors that are written as ``{kind: value}``."""
 
-    def register(read: Callable[[Any], Selector]) -> Callable[[Any], Selector]:
+    def register(read: Callable[[object], Selector]) -> Callable[[Any], Selector]:
         _READERS[kind] = read
         return read
 
@@ -214,7 +214,7 @@ class NotThe(Selector):
         return f"~{self.selector!r}"
 
 
-def _several(value: Any) -> tuple[Selector, ...]:
+def _several(value: object) -> tuple[Selector, ...]:
     if not isinstance(value, list | tuple) or not value:
         raise TypeError(f"expected a list of selectors, got {value!r}")
     return tuple(map(Selector.from_dict, value))

@@ -28,7 +28,7 @@ class Op(Selector):
 
     operations: tuple[str, ...]
 
-    def __init__(self, *operations: str | Callable[..., Any]) -> None:
+    def __init__(self, *operations: str | Callable[..., object]) -> None:
         if not operations or not all(isinstance(o, str) or callable(o) for o in operations):
             raise TypeError(f"Op takes torch functions or names of operations, got {operations!r}")
         for operation in operations:

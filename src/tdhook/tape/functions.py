@@ -106,7 +106,7 @@ class TapeFunction(Function):
     generate_vmap_rule = True
     _in_one_piece: ClassVar[Callable[..., Any]]
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if "_is_piece" in cls.__dict__:
             return
@@ -128,7 +128,7 @@ class TapeFunction(Function):
         cls._in_one_piece = super(Function, piece).apply  # type: ignore[misc]
 
     @classmethod
-    def apply(cls, *inputs: Any) -> Any:
+    def apply(cls, *inputs: object) -> Any:
         """Run it, and put it on the tape."""
         if transformed():
             return super().apply(*inputs)

@@ -115,7 +115,7 @@ script_call: Any = torch._C.ScriptFunction.__dict__["__call__"]
 """How functions compiled by ``torch.jit.script`` are called."""
 
 
-def set_script_call(call: Any) -> None:
+def set_script_call(call: object) -> None:
     """Have functions compiled by ``torch.jit.script`` called in another way."""
     kind: Any = torch._C.ScriptFunction
     kind.__call__ = call

@@ -110,7 +110,7 @@ class Outdated:
         self.any = True
         self._tensors[id(tensor)] = weakref.ref(tensor)
 
-    def check(self, values: Iterable[Any]) -> None:
+    def check(self, values: Iterable[object]) -> None:
         """Have the model run again if one of the values is outdated."""
         if not self._tensors:
             return

@@ -250,7 +250,7 @@ def _one_hot(index: Tensor, z: Tensor) -> Tensor:
     return torch.zeros_like(z, dtype=torch.bool).scatter_(-1, index, True)
 
 
-def _check_index(index: Any) -> None:
+def _check_index(index: object) -> None:
     if isinstance(index, str) and index not in ("argmax", "action"):
         raise ValueError(
             f"index={index!r} is none of 'argmax', 'action', 'all'; to take the index from a TensorDict entry, "
@@ -262,7 +262,7 @@ def _check_index(index: Any) -> None:
         )
 
 
-def same_index(a: Any, b: Any) -> bool:
+def same_index(a: object, b: object) -> bool:
     """Whether two indices, or other arguments, are equal, tensors by their values."""
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(same_index, a, b))

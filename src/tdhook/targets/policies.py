@@ -71,7 +71,7 @@ class _OfAPolicy(Derived):
         plain_keys(self, "key", *keys)
 
     @classmethod
-    def of(cls: type[T], actor: nn.Module, **options: Any) -> T:
+    def of(cls: type[T], actor: nn.Module, **options: object) -> T:
         """The target for a policy that draws from a distribution, such as a ``ProbabilisticActor``.
 
         Args:
@@ -273,6 +273,6 @@ class Probability(Derived):
         return entry_of(self.logits, outputs, inputs, self).softmax(-1)
 
 
-def _name(make: Any) -> str:
+def _name(make: object) -> str:
     made = make.func if isinstance(make, partial) else make
     return getattr(made, "__name__", repr(made))

@@ -167,7 +167,7 @@ def _entries_of(pairs: Composite | Pairs) -> tuple[Entry, ...]:
     return ((Where(pairs), pairs),) if pairs.decides_itself else pairs.entries
 
 
-def _as_pair(pair: Any) -> tuple[Selector, Rule]:
+def _as_pair(pair: object) -> tuple[Selector, Rule]:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise TypeError(f"a composite is a list of (selector, rule) pairs, got {pair!r}")
     selector, rule = pair
@@ -182,7 +182,7 @@ PRESETS: dict[str, Callable[..., Composite]] = {}
 """Presets by name; :mod:`tdhook.relevance.composites.presets` fills it."""
 
 
-def preset(name: str, **parameters: Any) -> Composite:
+def preset(name: str, **parameters: object) -> Composite:
     """The preset of that name: ``preset("epsilon_gamma_box", low=0.0, high=1.0)``.
 
     Raises:

@@ -183,7 +183,7 @@ class Metered(Identity):
         return alias(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
         x, ctx.tell, flow = inputs
         ctx.save_for_backward(*([x] if flow == "gradient" else []))
 
@@ -198,7 +198,7 @@ class Metered(Identity):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], x: Tensor, tell: Any, flow: Convention
+        info: object, in_dims: tuple[object, ...], x: Tensor, tell: object, flow: Convention
     ) -> tuple[Tensor, Any]:
         return Metered.apply(x, tell, flow), in_dims[0]
 
@@ -207,7 +207,7 @@ def _number(amount: float, scale: float) -> str:
     return "" if abs(amount) < 1e-9 * scale else f"{amount:.4g}"
 
 
-def _shares_memory(outputs: Any, inputs: Any) -> bool:
+def _shares_memory(outputs: object, inputs: object) -> bool:
     """Whether overwriting an output overwrites an input."""
     storages = {storage_of(x) for x in tree_leaves(inputs) if isinstance(x, Tensor)}
     return any(storage_of(z) in storages for z in tree_leaves(outputs) if isinstance(z, Tensor))

@@ -22,6 +22,7 @@ from tdhook.relevance.propagation.conversions import Substituted
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule
+from tdhook.selectors import Selector
 from tdhook.selectors.names import (
     initialises,
     name_of,
@@ -74,7 +75,7 @@ class _Known:
 class Observer(Protocol):
     """Makes the calls of a forward pass itself, to take note of them."""
 
-    def call(self, path: str, selector: Any, bound: Bound, call: Call) -> Any:
+    def call(self, path: str, selector: Selector | Unmatched | None, bound: Bound, call: Call) -> Any:
         """Make one call of a module that has a rule, or of an operation."""
 
     def inside(self, call: Call) -> Call:
@@ -293,7 +294,7 @@ class Interception(TorchFunctionMode):
         return tuple(Substituted.apply(w, v) for w, v in zip(written, values, strict=True))
 
 
-def _unseen(values: Iterable[Any]) -> Iterator[str]:
+def _unseen(values: Iterable[object]) -> Iterator[str]:
     """Names of the custom autograd functions, which no mode sees, that made some of the values."""
     for value in values:
         if isinstance(value, list | tuple):
@@ -316,8 +317,8 @@ def _overwritten(args: Any, kwargs: Any) -> Any:
     return args[0] if args else kwargs["input"]
 
 
-def _on_a_copy(function: Callable[..., Any]) -> Callable[..., Any]:
-    def form(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _on_a_copy(function: Callable[..., object]) -> Callable[..., Any]:
+    def form(x: Tensor, *args: object, **kwargs: object) -> Tensor:
         copy = x.clone()
         function(copy, *args, **kwargs)
         return copy
@@ -325,7 +326,7 @@ def _on_a_copy(function: Callable[..., Any]) -> Callable[..., Any]:
     return form
 
 
-def _any_live(values: Iterable[Any]) -> bool:
+def _any_live(values: Iterable[object]) -> bool:
     for value in values:
         if isinstance(value, Tensor):
             if on_tape(value):

@@ -61,7 +61,7 @@ def _replace(step: int) -> None:
         _replace_squashing(sys.modules.get("torchrl.modules.distributions.continuous"), ours)
 
 
-def _replace_squashing(home: Any, ours: bool) -> None:
+def _replace_squashing(home: object, ours: bool) -> None:
     for name, parts in _SQUASHES.items():
         function = getattr(home, name, None)
         if isinstance(function, _Squash):
@@ -93,7 +93,7 @@ def _safe_atanh(y: Tensor) -> Tensor:
 _SQUASHES = {"safetanh_noeps": _safe_tanh, "safeatanh_noeps": _safe_atanh}
 
 
-def _call_in_python(function: Any, *args: Any, **kwargs: Any) -> Any:
+def _call_in_python(function: object, *args: object, **kwargs: object) -> Any:
     written = None if _AGAIN.get() is None else written_in_python(function)
     return script_call.__get__(function)(*args, **kwargs) if written is None else written(*args, **kwargs)
 
@@ -102,7 +102,7 @@ class _Checkpoint:
     """The variant that differentiates in an autograd function of its own, for which the other one stands in."""
 
     @staticmethod
-    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+    def apply(function: Callable[..., object], preserve: bool, *args: object) -> Any:
         if _AGAIN.get() is None:
             return _Function.apply(function, preserve, *args)
         return CHECKPOINTING.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
@@ -130,7 +130,7 @@ def _checkpointed(
 class _Reentered:
     """Is entered as often as there are backward passes."""
 
-    def __init__(self, own: AbstractContextManager[Any], again: Again) -> None:
+    def __init__(self, own: AbstractContextManager[object], again: Again) -> None:
         self._own, self._again = own, again
         self._entered: list[Any] = []
 

@@ -127,7 +127,7 @@ _MOVES, _PASSES, _NORMALISES = IgnoreRule(), PassRule(), LayerNormRule()
 _TAKES_ALL = SignalTakeAllRule(0), SignalTakeAllRule(1)
 
 
-def default_rule(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+def default_rule(name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
     """The rule of one call of an operation.
 
     Args:
@@ -148,11 +148,11 @@ def default_rule(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> R
     return rule
 
 
-def _live(values: Iterable[Any]) -> list[Tensor]:
+def _live(values: Iterable[object]) -> list[Tensor]:
     return [x for x in values if isinstance(x, Tensor) and on_tape(x)]
 
 
-def _of_one(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def _of_one(args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
     """Whether an element-wise function has one argument on the tape, of the shape of its result."""
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     live = _live(tensors)
@@ -161,63 +161,65 @@ def _of_one(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return len(tensors) == 1 or torch.broadcast_shapes(*(x.shape for x in tensors)) == live[0].shape
 
 
-def _given(args: Sequence[Any], kwargs: Mapping[str, Any], index: int, key: str, default: Any) -> Any:
+def _given(
+    args: Sequence[object], kwargs: Mapping[str, object], index: int, key: str, default: object
+) -> Any:
     return args[index] if len(args) > index else kwargs.get(key, default)
 
 
-def _fused(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+def _fused(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
     """A sum and a product: of activations, it is written out."""
     factors = [*args[1:3], *(x for key, x in kwargs.items() if key not in ("input", "out"))]
     return None if len(_live(factors)) > 1 else ARITHMETIC
 
 
-def _linear(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+def _linear(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
     weight = _given(args, kwargs, 1, "weight", None)
     return None if isinstance(weight, Tensor) and on_tape(weight) else ARITHMETIC
 
 
-def _convolution(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+def _convolution(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
     weight = _given(args, kwargs, 1, "weight", None)
     return OPERATIONS["matmul"] if isinstance(weight, Tensor) and on_tape(weight) else ARITHMETIC
 
 
-def _lerp(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+def _lerp(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
     weight = _given(args, kwargs, 2, "weight", None)
     return None if isinstance(weight, Tensor) and on_tape(weight) else ARITHMETIC
 
 
-def _div(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+def _div(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
     numerator, denominator = _given(args, kwargs, 0, "input", None), _given(args, kwargs, 1, "other", None)
     if kwargs.get("rounding_mode") is not None or not _live((numerator,)):
         return _PASSES if _of_one(args, kwargs) else ARITHMETIC
     return rule if _live((denominator,)) else ARITHMETIC
 
 
-def _solve(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+def _solve(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
     """``A^-1 b`` is a quotient, whose denominator is held constant where ``b`` can take all."""
     both = _live((_given(args, kwargs, 0, "A", None),)) and _live((_given(args, kwargs, 1, "B", None),))
     return rule if both else ARITHMETIC
 
 
-def _batch_norm(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+def _batch_norm(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
     """``torch.batch_norm`` and ``torch.instance_norm``; those of ``torch.nn.functional`` are entered."""
     if len(args) < 6:
         return None
     return _NORMALISES if args[5] else ARITHMETIC
 
 
-def _accumulates(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+def _accumulates(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
     sums = _given(args, kwargs, 3, "accumulate", False) is True or kwargs.get("reduce") is not None
     return ARITHMETIC if sums else _MOVES
 
 
-def _dropout(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+def _dropout(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
     """In training it passes: to run it again, as arithmetic is, would drop others."""
     training = _given(args, kwargs, 2, "training", True)
     return _PASSES if training else _MOVES
 
 
-def _mul(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+def _mul(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
     """Of ``x * rsqrt(y)``, a quotient, the denominator is held constant; of ``x * exp(y)`` the scale, or decay.
 
     Relevance of an exponential would go to an exponent that is often zero or nearly so where recurrent and state-space
@@ -231,7 +233,7 @@ def _mul(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> R
     return rule
 
 
-def _of_two(rule: Rule | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
+def _of_two(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
     """Functions of two activations that are no sum of their shares are written out."""
     if len(_live((*args, *kwargs.values()))) > 1:
         return None

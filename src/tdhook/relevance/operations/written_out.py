@@ -29,7 +29,7 @@ def entered(function: Function) -> Function | None:
     return _INSIDE[function]
 
 
-def _unchecked(function: Any) -> Function | None:
+def _unchecked(function: object) -> Function | None:
     if not isinstance(function, types.FunctionType) or not function.__module__.startswith("torch"):
         return None
     checks = {f"has_torch_function{suffix}": _no for suffix in ("", "_unary", "_variadic")}
@@ -44,7 +44,7 @@ def _unchecked(function: Any) -> Function | None:
     return inside
 
 
-def _no(*args: Any) -> bool:
+def _no(*args: object) -> bool:
     return False
 
 
@@ -85,7 +85,7 @@ def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) 
 def _of_difference(function: Function) -> Function:
     """A loss of the difference of two tensors: it passes relevance on to the difference, as an activation does."""
 
-    def write(*args: Any, **kwargs: Any) -> Tensor:
+    def write(*args: object, **kwargs: object) -> Tensor:
         given = inspect.signature(function).bind(*args, **kwargs).arguments
         one_by_one = {key: value for key, value in given.items() if key not in ("size_average", "reduce")}
         size = (given["input"] - given["target"]).abs()
@@ -120,7 +120,7 @@ def _of_the_first(function: Function) -> Function:
     return lambda input, other, **kwargs: function(input, other.detach(), **kwargs)
 
 
-def _xlogy(input: Tensor, other: Tensor, out: Any = None) -> Tensor:
+def _xlogy(input: Tensor, other: Tensor, out: object = None) -> Tensor:
     return torch.where(input == 0, 0.0, input * other.log())
 
 

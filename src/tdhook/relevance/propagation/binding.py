@@ -137,7 +137,7 @@ class Binding:
             attributes.pop("_prev_forward", None)
         self.original, self._replaced = None, (None, None)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """Run the module."""
         if self.thread is not None and self.thread != get_ident() and elsewhere(self.thread):
             return (self.original or self.module.forward)(*args, **kwargs)
@@ -146,7 +146,9 @@ class Binding:
         assert self.original is not None
         return self._call(self.original, args, kwargs)
 
-    def _call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(
+        self, original: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> Any:
         if not torch.is_grad_enabled():
             return original(*args, **kwargs)
         call = Call(self.module, original, args, kwargs, self.setting)

@@ -65,7 +65,7 @@ class Call(NamedTuple):
                 return self.function(*self.args, **self.kwargs)
         return self.function(*self.args, **self.kwargs)
 
-    def on(self, x: Any) -> Call:
+    def on(self, x: object) -> Call:
         """The same call with another first argument."""
         module, function, args, kwargs, setting = self
         return Call(module, function, (x, *args[1:]), kwargs, setting)

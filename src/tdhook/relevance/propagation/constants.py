@@ -28,7 +28,7 @@ class Reported(Identity):
         return z.view_as(z)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
         ctx.reason, ctx.report = inputs[2:]
 
@@ -41,7 +41,7 @@ class Reported(Identity):
 
 
 def with_constants(
-    call: Call, outputs: Any, *, factors: Sequence[float] | float = 1.0, moves: bool = False
+    call: Call, outputs: object, *, factors: Sequence[float] | float = 1.0, moves: bool = False
 ) -> Any:
     """Have what a natively executed call gives to constants reported: ``(z - J x) g`` of its outputs ``z``.
 

@@ -116,7 +116,7 @@ class Scaled(Identity):
         ctx.factor = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
+    def backward(ctx: Any, grad: object) -> Any:
         """Multiply."""
         return grad * ctx.factor, None
 
@@ -141,12 +141,12 @@ class Unchanged(TapeFunction):
         return alias(z) if z is x or is_view(z) else z
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
         """Keep the name of the function."""
         ctx.made_by = inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
+    def backward(ctx: Any, grad: object) -> Any:
         """Hand it on."""
         return grad, None, None
 
@@ -162,7 +162,7 @@ class Ratio(TapeFunction):
         return Unchanged.forward(x, function, made_by)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
         """Keep argument and value."""
         x, _, ctx.made_by, *rest = inputs
         ctx.report = rest[0] if rest else None
@@ -170,7 +170,7 @@ class Ratio(TapeFunction):
         ctx.save_for_backward(x, output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
+    def backward(ctx: Any, grad: object) -> Any:
         """Multiply by the slope of the secant through the origin."""
         x, z = ctx.saved_tensors
         pulled = grad * (z / rounding(x))
@@ -192,7 +192,7 @@ class Substituted(TapeFunction):
         """Nothing is kept."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
+    def backward(ctx: Any, grad: object) -> Any:
         """Hand it to the computation that is written out."""
         return grad, None
 

@@ -29,7 +29,7 @@ class Operation(nn.Module):
 
     @staticmethod
     def of(
-        name: str, function: Callable[..., Any], *, moves: bool = False, multiplies: bool = False
+        name: str, function: Callable[..., object], *, moves: bool = False, multiplies: bool = False
     ) -> Operation:
         """The stand-in for ``function``."""
         operation: Operation = type(name, (Operation,), {})()
@@ -41,7 +41,7 @@ class Operation(nn.Module):
         """Call the function."""
         return self.function(*args, **kwargs)
 
-    def parameter_names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    def parameter_names(self, args: tuple[object, ...], kwargs: dict[str, object]) -> list[str]:
         """A name for each leaf of a call's arguments, as parameters of modules have."""
         weighted = self.name == "linear" or self.name.startswith("conv")
         names: list[str] = []
@@ -53,5 +53,5 @@ class Operation(nn.Module):
         return names
 
 
-def _count(argument: Any) -> int:
+def _count(argument: object) -> int:
     return 1 if isinstance(argument, Tensor) else len(tree_leaves(argument))

@@ -31,7 +31,7 @@ class AbstractFunctionMeta(ABCMeta, FunctionMeta):
     """Metaclass of abstract classes that are autograd functions."""
 
 
-def _rebuild(cls: type[Rule], state: dict[str, Any]) -> Rule:
+def _rebuild(cls: type[Rule], state: dict[str, object]) -> Rule:
     rule: Rule = cls.__new__(cls)
     rule.__dict__.update(state)
     return rule
@@ -70,7 +70,7 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
     def __init__(self) -> None:
         self._apply_kwargs: dict[str, Any] = {}
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         """Make the rule known by its class name, for ``rule_from_dict``, unless it is an internal one."""
         super().__init_subclass__(**kwargs)
         if not cls.__name__.startswith("_"):
@@ -85,7 +85,7 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
 
     @staticmethod
     @abstractmethod
-    def backward(ctx: Any, *out_relevance: Any) -> Any:
+    def backward(ctx: Any, *out_relevance: object) -> Any:
         """Turn the relevance of the outputs into that of the inputs."""
 
     @property
@@ -224,7 +224,7 @@ class RunningRule(Rule):
         raise NotImplementedError("this rule runs, it is not applied")
 
     @staticmethod
-    def backward(ctx: Any, *out_relevance: Any) -> Any:
+    def backward(ctx: Any, *out_relevance: object) -> Any:
         """Likewise."""
         raise NotImplementedError("this rule runs, it is not applied")
 
@@ -250,7 +250,7 @@ def converted(run: Run, own: Convention, flow: Convention) -> Run:
     return to_gradient if own == "gradient" else to_relevance
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
     return bool(a == b)

@@ -69,7 +69,7 @@ class ModuleStep(Step):
         inputs: tuple[Tensor, ...],
         outputs: tuple[Tensor, ...],
         graph: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None,
-        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+        arguments: tuple[tuple[object, ...], dict[str, object]],
     ) -> None:
         self.module, self.evaluate = module, evaluate
         self.inputs, self.outputs, self._graph, self.arguments = inputs, outputs, graph, arguments

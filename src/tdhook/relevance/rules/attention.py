@@ -58,6 +58,6 @@ class AttentionRule(RunningRule):
         return with_constants(unscaled, outputs, factors=kept)
 
 
-def _times(x: Any, factor: float) -> Any:
+def _times(x: object, factor: float) -> Any:
     scales = isinstance(x, Tensor) and factor != 1 and on_tape(x)
     return Scaled.apply(x, factor) if scales else x

@@ -24,7 +24,7 @@ from tdhook.relevance.rules import (  # noqa: F401
 __all__ = ["rule_from_dict"]
 
 
-def rule_from_dict(data: Mapping[str, Any] | str) -> Rule:
+def rule_from_dict(data: Mapping[str, object] | str) -> Rule:
     """Make a rule from plain data: ``{"rule": "EpsilonRule", "epsilon": 1e-3}``, or just its name.
 
     Raises:

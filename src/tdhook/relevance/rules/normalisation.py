@@ -110,7 +110,7 @@ def _channels(values: Tensor | None, x: Tensor) -> Tensor | None:
 def _of_operation(name: str, x: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> _Norm:
     rest = list(args[1:])
 
-    def argument(index: int, key: str, default: Any = None) -> Any:
+    def argument(index: int, key: str, default: object = None) -> Any:
         return rest[index] if index < len(rest) else kwargs.get(key, default)
 
     if name in ("layer_norm", "rms_norm"):

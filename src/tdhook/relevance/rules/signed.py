@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -239,8 +239,8 @@ class ZBoxRule(_SignedRule):
 
     def __init__(
         self,
-        low: float | Sequence[Any] | Tensor,
-        high: float | Sequence[Any] | Tensor,
+        low: float | Sequence[object] | Tensor,
+        high: float | Sequence[object] | Tensor,
         stabilizer: Stabilizer = 1e-6,
         zero_params: ZeroParams = None,
     ) -> None:

@@ -88,7 +88,7 @@ def _takes_one_on_tape(call: Call) -> bool:
     return not (len(args) > 1 and _has_tensor(args[1:])) and not (kwargs and _has_tensor(kwargs))
 
 
-def _has_tensor(value: Any) -> bool:
+def _has_tensor(value: object) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
 
 
