@@ -77,14 +77,14 @@ def _parameters(name: str, text: str) -> dict[str, Any]:
         table = _parse_toml(f"parameters = {{{text}}}")
     except ValueError as error:
         raise ValueError(f"preset {name!r}: {text!r} are no parameters") from error
-    found: dict[str, Any] = table["parameters"]
+    found: dict[str, object] = table["parameters"]
     return found
 
 
 def _parse_toml(text: str) -> dict[str, Any]:
     newer = sys.version_info >= (3, 11)
     parser = importlib.import_module("tomllib") if newer else require("tomli", "reading TOML on Python 3.10")
-    data: dict[str, Any] = parser.loads(text)
+    data: dict[str, object] = parser.loads(text)
     return data
 
 

@@ -70,7 +70,7 @@ def _function(text: str) -> Any:
     if os.getcwd() not in sys.path:  # an installed command does not look there, and `python -m` does
         sys.path.insert(0, os.getcwd())
     try:
-        found: Any = importlib.import_module(home)
+        found: object = importlib.import_module(home)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{home}.".startswith(f"{error.name}."):
             raise ImportError(

@@ -46,6 +46,6 @@ def run(
 
 def _explanation(summary: Mapping[str, Any], key: NestedKey | None) -> Mapping[str, Any]:
     """The part of the summary that is of a key, with its names; the first where none is asked for."""
-    parts: list[Mapping[str, Any]] = summary["explanations"]
+    parts: list[Mapping[str, object]] = summary["explanations"]
     wanted = None if key is None else write_key(key)
     return next((part for part in parts if part["of"] == wanted), parts[0])

@@ -28,7 +28,7 @@ class Explaining(Protocol):
 
     attribution_key: NestedKey
     value_key: NestedKey
-    compile: dict[str, Any] | None
+    compile: dict[str, object] | None
 
     @property
     def question(self) -> Question:

@@ -88,7 +88,7 @@ class _Entries:
         )
         return not same and list(self._counting(held)) != list(self._counting(before))
 
-    def _counting(self, entries: dict[Any, Any]) -> Iterator[tuple[Any, int]]:
+    def _counting(self, entries: dict[Any, Any]) -> Iterator[tuple[object, int]]:
         return ((name, id(value)) for name, value in entries.items() if name not in self._without)
 
     def restore(self) -> None:
@@ -119,7 +119,7 @@ class Snapshot:
         self._buffers = frozenset(id(x) for module in modules for x in module._buffers.values())
         self._held: list[tuple[nn.Module, Held]] = []
         # What was seen is kept alive, lest something else come to have its id.
-        self._seen: dict[int, Any] = {}
+        self._seen: dict[int, object] = {}
         self._random = [] if torch.compiler.is_compiling() else list(_random_states())
         for module in modules:
             self._visit(module, module)
@@ -165,7 +165,7 @@ def _is_traced(value: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(value).__module__.startswith("torch._subclasses.")
 
 
-def _look_into(value: Any) -> tuple[Held | None, Iterable[Any]]:
+def _look_into(value: Any) -> tuple[Held | None, Iterable[object]]:
     """How to put back what a value is, and the values in it."""
     if isinstance(value, nn.Parameter):
         return None, ()
@@ -198,7 +198,7 @@ def _look_into(value: Any) -> tuple[Held | None, Iterable[Any]]:
     return _object(value)
 
 
-def _below(held: _Entries) -> tuple[Held, list[Any]]:
+def _below(held: _Entries) -> tuple[Held, list[object]]:
     return held, held.values()
 
 
@@ -226,7 +226,7 @@ def _set(held: set[Any]) -> Held:
     return _By(lambda: held != before, restore)
 
 
-def _object(value: Any) -> tuple[Held | None, list[Any]]:
+def _object(value: Any) -> tuple[Held | None, list[object]]:
     """An object of the user's: its attributes, in a dictionary or in slots."""
     inside = getattr(value, "__dict__", None)
     held = _Entries(inside) if isinstance(inside, dict) else None

@@ -123,7 +123,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.execution = execution
         self.order: list[str] = []
-        self.labels: dict[int, set[tuple[str | None, Any]]] = {}
+        self.labels: dict[int, set[tuple[str | None, object]]] = {}
         self._alive: list[Tensor] = []  # an id is only unique among living tensors
         self._open: set[tuple[str, NestedKey]] = set()
         self._inside: list[str] = []

@@ -217,7 +217,7 @@ def _data(
     rows: Sequence[list[int]],
     pictures: Pictures | None,
     actions: Sequence[str],
-) -> dict[str, Any]:
+) -> dict[str, object]:
     return {
         "environments": course.environments,
         "time": course.time,
@@ -242,7 +242,7 @@ def _data(
     }
 
 
-def _view_data(view: View, shown: list[int]) -> dict[str, Any]:
+def _view_data(view: View, shown: list[int]) -> dict[str, object]:
     relevance, names = view.relevance[..., shown], [view.rows[i] for i in shown]
     if len(shown) < len(view.rows):
         rest = torch.ones(len(view.rows), dtype=torch.bool)

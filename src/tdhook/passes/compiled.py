@@ -81,7 +81,7 @@ def _origin(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
-def _compiled(options: dict[str, Any]) -> Callable[..., Any]:
+def _compiled(options: dict[str, Any]) -> Callable[..., object]:
     options = {"recompile_limit": _LIMIT, **options, "fullgraph": True, "isolate_recompiles": True}
     backend, mode = options.get("backend", "inductor"), options.get("mode")
     if mode is None or backend == "inductor":

@@ -148,7 +148,7 @@ _HEADS: dict[str, Callable[[nn.Module, str, int], TensorDictModule]] = {
     "ppo": _categorical_actor,
 }
 _PERCEPTRON = ("out_features", "num_cells", "activation")
-_BODIES: dict[str, tuple[str, tuple[str, ...], Callable[[Mapping[str, Any]], nn.Module]]] = {
+_BODIES: dict[str, tuple[str, tuple[str, ...], Callable[[Mapping[str, object]], nn.Module]]] = {
     "mlp": ("observation", ("in_features", *_PERCEPTRON), _mlp),
     "cnn": ("pixels", ("in_shape", "channels", "kernel_sizes", "strides", *_PERCEPTRON), _cnn),
 }

@@ -304,7 +304,7 @@ class _Chain:
             work = applied(step, work)
         return {key: nonzero(work.get(key)) for key in self.known[i] if work.get(key, None) is not None}
 
-    def _before(self, i: int) -> tuple[set[NestedKey], list[Any]]:
+    def _before(self, i: int) -> tuple[set[NestedKey], list[object]]:
         """Which observations of the environment the transform ``i`` depends on, and through which transforms."""
         needed = {*map(unravel_key, self.steps[i].in_keys)} & {*self.known[i]} or {*self.known[i]}
         through: list[Any] = []
@@ -317,7 +317,7 @@ class _Chain:
         return needed, through
 
 
-def _flat(transform: Any, envs: Any) -> list[Any]:
+def _flat(transform: Any, envs: Any) -> list[object]:
     if transform is None:
         return []
     return (

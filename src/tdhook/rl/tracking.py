@@ -184,7 +184,7 @@ class AttributionTracker:
     def _mask(
         self, name: str, region: Region, batch: TensorDictBase, shape: torch.Size, batch_dims: int
     ) -> Tensor:
-        mask: Any = region if isinstance(region, Tensor) else region(batch)
+        mask: object = region if isinstance(region, Tensor) else region(batch)
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
             kind = getattr(mask, "dtype", type(mask).__name__)
             raise TypeError(f"the region {name!r} is {kind}; a mask is a boolean tensor")

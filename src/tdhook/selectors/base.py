@@ -59,7 +59,7 @@ class Selector(ABC):
         """
         if isinstance(data, str):
             data = {"name": data}
-        kinds: list[Any] = list(data) if isinstance(data, Mapping) else []
+        kinds: list[object] = list(data) if isinstance(data, Mapping) else []
         if len(kinds) != 1 or kinds[0] not in _READERS:
             raise ValueError(f"not a selector: {data!r}; expected one entry out of {', '.join(_READERS)}")
         try:
@@ -73,8 +73,8 @@ SelectorLike: TypeAlias = (
 )
 
 
-_READERS: dict[str, Callable[[Any], Selector]] = {}
-_OBVIOUS: list[tuple[Callable[[Any], bool], Callable[[Any], Selector]]] = []
+_READERS: dict[str, Callable[[object], Selector]] = {}
+_OBVIOUS: list[tuple[Callable[[object], bool], Callable[[object], Selector]]] = []
 
 
 def reads_data(kind: str) -> Callable[[Callable[[Any], Selector]], Callable[[Any], Selector]]:

@@ -149,7 +149,7 @@ def out_of_place_form(function: Callable[..., object]) -> Callable[..., Any] | N
     """The function that returns what an in-place one writes: ``torch.Tensor.add`` for ``torch.Tensor.add_``."""
     name = _raw_name(function)
     bare = f"__{name[3:]}" if name.startswith("__i") else name.rstrip("_")
-    homes: tuple[Any, ...] = (torch.Tensor, torch, F)
+    homes: tuple[object, ...] = (torch.Tensor, torch, F)
     if isinstance(function, types.FunctionType | types.BuiltinFunctionType) and not name.startswith("__"):
         homes = (F, torch, torch.Tensor)
     for home in homes:

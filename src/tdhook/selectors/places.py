@@ -70,7 +70,7 @@ def _class_named(name: str) -> type | str:
     if name in families.__all__:
         return getattr(families, name)  # type: ignore[no-any-return]
     if name.startswith("nn."):
-        found: Any = getattr(nn, name[3:], None)
+        found: object = getattr(nn, name[3:], None)
         if not isinstance(found, type):
             raise ValueError(f"torch.nn has no class {name[3:]!r}")
         return found

@@ -104,7 +104,7 @@ class TapeFunction(Function):
     """
 
     generate_vmap_rule = True
-    _in_one_piece: ClassVar[Callable[..., Any]]
+    _in_one_piece: ClassVar[Callable[..., object]]
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -141,7 +141,7 @@ class Identity(TapeFunction):
     @staticmethod
     def before(node: Any) -> tuple[Any, Sequence[Any]]:
         """The first node from ``node`` towards the inputs that is no identity, and the identities before it."""
-        passed: list[Any] = []
+        passed: list[object] = []
         while True:
             made = maker_of(node)
             if made is None or not issubclass(made, Identity):

@@ -287,7 +287,7 @@ class Contrast(Seeder):
     b: Selection
 
     def __post_init__(self) -> None:
-        targets: tuple[Any, ...] = (self.a, self.b)
+        targets: tuple[object, ...] = (self.a, self.b)
         for target in targets:
             if not isinstance(target, Selection):
                 raise TypeError(f"Contrast compares two targets, got {target!r}")

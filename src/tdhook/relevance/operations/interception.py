@@ -60,7 +60,7 @@ class _Known:
     quick: bool = False
     aside: bool = False
     own: Rule | None = None
-    selector: Any = None
+    selector: object = None
     rule: Rule | None = None
     bounds: dict[int, Bound] = field(default_factory=dict)
 
@@ -118,7 +118,7 @@ class Interception(TorchFunctionMode):
         self.outdated = Outdated(self.guard)
         self.observer: Observer | None = None
         self._lookup, self._by_path, self._defaults, self._unmatched = lookup, by_path, defaults, unmatched
-        self._known: dict[Any, _Known] = {}
+        self._known: dict[object, _Known] = {}
         self._paused = 0
         self.paths = Paths(modules)
 

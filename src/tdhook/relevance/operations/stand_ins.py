@@ -93,7 +93,7 @@ def _safe_atanh(y: Tensor) -> Tensor:
 _SQUASHES = {"safetanh_noeps": _safe_tanh, "safeatanh_noeps": _safe_atanh}
 
 
-def _call_in_python(function: object, *args: object, **kwargs: object) -> Any:
+def _call_in_python(function: object, *args: object, **kwargs: object) -> object:
     written = None if _AGAIN.get() is None else written_in_python(function)
     return script_call.__get__(function)(*args, **kwargs) if written is None else written(*args, **kwargs)
 

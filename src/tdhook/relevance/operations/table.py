@@ -242,7 +242,7 @@ def _of_two(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, obje
 
 _SCALES = frozenset(("rsqrt", "reciprocal", "rdiv", "exp"))
 
-_DEPENDS: Mapping[str, Callable[[Rule | None, Sequence[Any], Mapping[str, Any]], Rule | None]] = {
+_DEPENDS: Mapping[str, Callable[[Rule | None, Sequence[object], Mapping[str, object]], Rule | None]] = {
     **dict.fromkeys(_FUSED, _fused),
     **dict.fromkeys((name for name in AFFINE if name.startswith("conv")), _convolution),
     **dict.fromkeys(

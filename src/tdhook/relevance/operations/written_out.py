@@ -16,7 +16,7 @@ __all__ = ["entered", "written_out"]
 
 Function = Callable[..., Any]
 
-_INSIDE: dict[Any, Function | None] = {}
+_INSIDE: dict[object, Function | None] = {}
 
 
 def entered(function: Function) -> Function | None:

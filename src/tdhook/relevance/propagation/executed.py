@@ -222,7 +222,7 @@ class ExecutedModule:
         self.out_leaves, self.out_spec = tree_flatten(result)
         return tuple(z for z in self.out_leaves if isinstance(z, Tensor))
 
-    def _invoke(self, inputs: Sequence[Tensor], modify: Modify | None = None) -> Any:
+    def _invoke(self, inputs: Sequence[Tensor], modify: Modify | None = None) -> object:
         if self.spec is None:
             return self._function(inputs[0])
         leaves = list(self.leaves)
@@ -240,7 +240,7 @@ class ExecutedModule:
         with natively(self.module), modifier(self.module):
             return tuple(z for z in tree_leaves(self._invoke(inputs, modify)) if isinstance(z, Tensor))
 
-    def _arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
         if self.spec is None:
             return tuple(self.leaves), {}
         args, kwargs = tree_unflatten(self.leaves, self.spec)

@@ -154,7 +154,7 @@ _CONV_FORWARDS = {cls.forward for cls in _CONVOLUTIONS}
 _CONV_CORES = {cls._conv_forward for cls in _CONVOLUTIONS}
 
 
-_FORMS: WeakKeyDictionary[nn.Module, tuple[Any, ConvForm]] = WeakKeyDictionary()
+_FORMS: WeakKeyDictionary[nn.Module, tuple[object, ConvForm]] = WeakKeyDictionary()
 
 
 def closed_form(module: nn.Module) -> ClosedForm | None:

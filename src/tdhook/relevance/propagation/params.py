@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
@@ -52,7 +52,7 @@ class ParamModifier:
     @contextmanager
     def __call__(self, module: nn.Module) -> Iterator[nn.Module]:
         """Yield ``module`` with the selected parameters replaced."""
-        originals: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+        originals: list[tuple[dict[str, object], str, nn.Parameter]] = []
         try:
             for prefix, owner in list(module.named_modules()):
                 for key, param in list(owner._parameters.items()):

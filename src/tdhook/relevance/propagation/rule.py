@@ -68,7 +68,7 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
 
     # Function.__init__ warns that instances are deprecated, and a rule is an instance: it is not called.
     def __init__(self) -> None:
-        self._apply_kwargs: dict[str, Any] = {}
+        self._apply_kwargs: dict[str, object] = {}
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Make the rule known by its class name, for ``rule_from_dict``, unless it is an internal one."""
@@ -112,7 +112,7 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
         """
         return converted(self._apply, self.convention, flow)
 
-    def _apply(self, call: Call) -> Any:
+    def _apply(self, call: Call) -> object:
         return self.apply(self._apply_kwargs, call.module, call.kwargs, *call.args)
 
     def register(self, module: nn.Module) -> RemovableRuleHandle:
@@ -157,7 +157,7 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
                 f"{type(self).__name__} keeps its arguments for itself: make them attributes to write them"
             )
         defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
-        data: dict[str, Any] = {"rule": type(self).__name__}
+        data: dict[str, object] = {"rule": type(self).__name__}
         for name, value in self.params().items():
             if callable(value):
                 raise TypeError(

@@ -38,7 +38,7 @@ class Step(ABC):
         writable: whether what the step computes belongs to who asked for it, and may be overwritten.
     """
 
-    arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    arguments: tuple[tuple[object, ...], dict[str, object]] = ((), {})
     report: Report | None = None
     nonnegative: bool = False
     writable: ClassVar[bool] = False

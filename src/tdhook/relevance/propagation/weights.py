@@ -66,7 +66,7 @@ class _Kept:
         )
 
 
-def _state(x: Tensor) -> tuple[Any, ...]:
+def _state(x: Tensor) -> tuple[object, ...]:
     return version_of(x), x.data_ptr(), x.dtype, x.shape, x.stride()
 
 

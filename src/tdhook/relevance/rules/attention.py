@@ -37,7 +37,7 @@ class AttentionRule(RunningRule):
         """On query, key and value with their gradients scaled."""
         return converted(self._scaled, self.convention, flow)
 
-    def _scaled(self, call: Call) -> Any:
+    def _scaled(self, call: Call) -> object:
         args, kwargs = call.args, call.kwargs
         arguments = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
         operands: list[Any] = [arguments.get(name) for name in ("query", "key", "value", "attn_mask")]
@@ -58,6 +58,6 @@ class AttentionRule(RunningRule):
         return with_constants(unscaled, outputs, factors=kept)
 
 
-def _times(x: object, factor: float) -> Any:
+def _times(x: object, factor: float) -> object:
     scales = isinstance(x, Tensor) and factor != 1 and on_tape(x)
     return Scaled.apply(x, factor) if scales else x

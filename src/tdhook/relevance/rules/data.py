@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
 
 from tdhook.relevance.propagation.rule import Rule
 
@@ -30,7 +29,7 @@ def rule_from_dict(data: Mapping[str, object] | str) -> Rule:
     Raises:
         ValueError: no rule has that name, or it does not take these arguments.
     """
-    arguments: dict[str, Any] = {"rule": data} if isinstance(data, str) else dict(data)
+    arguments: dict[str, object] = {"rule": data} if isinstance(data, str) else dict(data)
     name = arguments.pop("rule", None)
     cls = Rule.registry.get(name) if isinstance(name, str) else None
     if cls is None or inspect.isabstract(cls):

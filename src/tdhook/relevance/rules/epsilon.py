@@ -6,7 +6,7 @@ takes its share, which is thereby absorbed. ``zero_params`` names parameters to 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -83,19 +83,19 @@ class EpsilonRule(PropagationRule):
             return None
         return self._between_factors if flow == "relevance" else self._damped
 
-    def _between_factors(self, call: Call) -> Any:
+    def _between_factors(self, call: Call) -> object:
         setting = call.setting
         outputs = self._natively(call.live(TimesValue.apply))
         return live(lambda z: PerValue.apply(z, self.epsilon, setting), outputs)
 
-    def _damped(self, call: Call) -> Any:
+    def _damped(self, call: Call) -> object:
         outputs = self._natively(call)
         if self.epsilon is rounding:
             return outputs
         setting = call.setting
         return live(lambda z: Damped.apply(z, self.epsilon, setting), outputs)
 
-    def _natively(self, call: Call) -> Any:
+    def _natively(self, call: Call) -> object:
         """The formula in the gradient convention, where it is the plain backward pass."""
         outputs, factor = call.natively(), 1.0
         if self.splits:

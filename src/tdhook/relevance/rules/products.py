@@ -42,7 +42,7 @@ class SignalTakeAllRule(RunningRule):
         """With the gates taken off the tape."""
         return converted(self._ungated, self.convention, flow)
 
-    def _ungated(self, call: Call) -> Any:
+    def _ungated(self, call: Call) -> object:
         arguments: list[Any] = [*call.args, *call.kwargs.values()]
         factors = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and on_tape(x)]
         signal = self.signal
