@@ -248,7 +248,9 @@ class Interception(TorchFunctionMode):
             return None, _NATIVE
         return None, known.own or default_rule(known.operation.name, args, kwargs)
 
-    def _overwrite(self, known: _Known, selector: Any, rule: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    def _overwrite(
+        self, known: _Known, selector: Any, rule: Any, func: Any, args: object, kwargs: Any
+    ) -> object:
         """Run the out-of-place form under its rule, then move its result to where it belongs."""
         target = _overwritten(args, kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in ("out", "inplace")}

@@ -109,7 +109,7 @@ class _Checkpoint:
 
 
 def _checkpointed(
-    function: Any, preserve: Any, contexts: Any, *args: Any, **kwargs: Any
+    function: Any, preserve: Any, contexts: Any, *args: object, **kwargs: object
 ) -> Generator[None, None, None]:
     """What surrounds a checkpointed part; it is resumed once the part has run."""
     again = _AGAIN.get()

@@ -60,7 +60,7 @@ def _sum_and_product(product: Function) -> Function:
         beta: Any = 1,
         alpha: Any = 1,
         value: Any = 1,
-        out: Any = None,
+        out: object = None,
         **named: Tensor,
     ) -> Tensor:
         # By name they are mat1 and mat2, batch1 and batch2, mat and vec, ...
