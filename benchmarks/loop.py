@@ -218,7 +218,7 @@ def _update(data: TensorDictBase, loss: Any, gae: Any, optimiser: Any, explained
 
 LOOP_CASES = (
     LoopCase("Collector, SerialEnv", _collecting(_serial), True, 0.6),
-    LoopCase("Collector, vector environment of gymnasium", _collecting(_vector), True, 0.6),
+    LoopCase("Collector, vector environment of gymnasium", _collecting(_vector), True, 0.65),
     LoopCase("PPO update, the batch explained", _updating(each=False), False, 1.3),
     LoopCase("PPO update, every minibatch explained", _updating(each=True), False, 1.3),
 )
