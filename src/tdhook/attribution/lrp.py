@@ -166,7 +166,7 @@ class LRP(Attribution):
 
     def reads_signs(self, state: Ready) -> bool:
         """Rules that treat contributions by their sign skip terms."""
-        return any(getattr(row.rule, "needs_sign", False) for row in state.plan.rows)
+        return any(row.rule is not None and row.rule.needs_sign for row in state.plan.rows)
 
     def report(self, state: Ready) -> Table:
         """The ledger of the last call as a table for ``rich.print``: one row per module or operation at each place.

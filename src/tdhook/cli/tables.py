@@ -20,7 +20,6 @@ from tdhook.composites import PRESETS, Composite
 from tdhook.relevance.operations.interception import Unmatched
 from tdhook.relevance.plans.plan import COLUMNS
 from tdhook.rl.rollouts import Conservation, Summary
-from tdhook.rules import IgnoreRule
 
 __all__ = [
     "conservation_table",
@@ -90,7 +89,7 @@ def plan_table(actor: nn.Module, composite: Composite, observed: TensorDictBase 
     table = _table(f"{type(actor).__name__}, {plan.flow} flow", *COLUMNS)
     for row in plan:
         path, *others = plan.cells(row)
-        style = "" if row.rule and not isinstance(row.rule, IgnoreRule) else "dim"
+        style = "" if row.rule and not row.rule.native else "dim"
         table.add_row(*map(Text, (path.replace("(model)", "(the policy)"), *others)), style=style)
     modules = [row for row in plan if row.operation is None]
     chosen = sum(row.selector is not None for row in modules)
@@ -98,7 +97,7 @@ def plan_table(actor: nn.Module, composite: Composite, observed: TensorDictBase 
     total = f"{chosen} modules have a rule of the composite, {default} the default of their kind"
     operations = [row for row in plan if row.operation is not None]
     if operations:
-        ruled = sum(not isinstance(row.rule, IgnoreRule) for row in operations)
+        ruled = sum(row.rule is None or not row.rule.native for row in operations)
         unknown = [row.operation or "" for row in operations if isinstance(row.selector, Unmatched)]
         total += f"; {ruled} operations have a rule, {len(operations) - ruled} need none"
         total += f"; nothing is known of {', '.join(unknown)}" if unknown else ""
