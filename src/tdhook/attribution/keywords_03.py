@@ -14,6 +14,7 @@ from tdhook.conventions import Convention
 from tdhook.passes.forward import Run
 from tdhook.passes.leaves import Choose
 from tdhook.targets import Seeder, Seeds, TargetLike, as_seeder
+from tdhook.targets.base import Around
 
 __all__ = ["Keywords03", "Translated", "copies_of", "translated"]
 
@@ -97,7 +98,7 @@ class _Chosen:
 
 
 @dataclass(frozen=True, eq=False)
-class _Initialised(Seeder):
+class _Initialised(Around):
     """``init_attr_targets`` and ``init_attr_grads``, as a target.
 
     Attributes:
@@ -116,28 +117,19 @@ class _Initialised(Seeder):
     extra: tuple[NestedKey, ...]
     modules: tuple[str, ...] | None
 
-    @property
-    def _of(self) -> Seeder:
+    def inner(self) -> Seeder:
+        """What is explained, unless ``targets`` says."""
         return as_seeder(self.target)
+
+    @property
+    def explains(self) -> None:
+        """Whatever the functions start from."""
+        return
 
     @property
     def in_keys(self) -> Sequence[NestedKey]:
         """The keys of ``extra``."""
         return self.extra
-
-    @property
-    def entries(self) -> Sequence[NestedKey] | None:
-        """Those of the target."""
-        return self._of.entries
-
-    @property
-    def writes(self) -> Sequence[NestedKey]:
-        """What the target computes."""
-        return self._of.writes
-
-    def derive(self, outputs: TensorDictBase, inputs: TensorDictBase) -> TensorDictBase:
-        """Let the target compute."""
-        return self._of.derive(outputs, inputs)
 
     def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
         """The seeds that the functions give."""
@@ -147,12 +139,12 @@ class _Initialised(Seeder):
             offered = [key for key in keys if isinstance(key, str) and key.startswith(names)]
             outputs = outputs.select(*offered)
         if self.targets is None and self.grads is None and not (self.from_ones and self.target is None):
-            return self._of(outputs, inputs, flow)
+            return self.inner()(outputs, inputs, flow)
         extra = inputs.select(*self.extra)
         if self.targets is not None:
             outputs = _tensordict(self.targets(outputs, extra), "init_attr_targets")
         elif self.target is not None:
-            outputs = outputs.select(*self._of(outputs, inputs, flow).keys)
+            outputs = outputs.select(*self.inner()(outputs, inputs, flow).keys)
         if self.grads is None:
             grads = cast(TensorDictBase, torch.ones_like(outputs))
         else:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdhook.conventions import Convention
 
-__all__ = ["Seeder", "Seeds", "require_dependence"]
+__all__ = ["Around", "Seeder", "Seeds", "require_dependence"]
 
 
 @dataclass
@@ -69,6 +69,33 @@ class Seeder(ABC):
     @abstractmethod
     def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
         """The seeds, given what the model wrote and what it was given."""
+
+
+class Around(Seeder):
+    """A target that says something else of another one, and reads, computes and writes what that one does."""
+
+    @abstractmethod
+    def inner(self) -> Seeder:
+        """The other one."""
+
+    @property
+    def entries(self) -> Sequence[NestedKey] | None:
+        return self.inner().entries
+
+    @property
+    def in_keys(self) -> Sequence[NestedKey]:
+        return self.inner().in_keys
+
+    @property
+    def explains(self) -> Sequence[NestedKey] | None:
+        return self.inner().explains
+
+    @property
+    def writes(self) -> Sequence[NestedKey]:
+        return self.inner().writes
+
+    def derive(self, outputs: TensorDictBase, inputs: TensorDictBase) -> TensorDictBase:
+        return self.inner().derive(outputs, inputs)
 
 
 def require_dependence(seeds: Seeds, sources: Iterable[NestedKey], depends: Sequence[bool]) -> None:

@@ -9,14 +9,14 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 
 from tdhook.conventions import Convention
-from tdhook.targets.base import Seeder, Seeds
+from tdhook.targets.base import Around, Seeder, Seeds
 from tdhook.targets.pinned import is_choice
 
 __all__ = ["InHindsight"]
 
 
 @dataclass(frozen=True, eq=False)
-class InHindsight(Seeder):
+class InHindsight(Around):
     """A target for which entries that are there stand, whatever the model would write in their place.
 
     Attributes:
@@ -28,26 +28,15 @@ class InHindsight(Seeder):
     of: Seeder
     mask: NestedKey
 
+    def inner(self) -> Seeder:
+        """The target."""
+        return self.of
+
     @property
     def entries(self) -> list[NestedKey] | None:
         """Those of the target, and the mask."""
         entries = self.of.entries
         return None if entries is None else [*entries, self.mask]
-
-    @property
-    def in_keys(self) -> Sequence[NestedKey]:
-        """Those of the target."""
-        return self.of.in_keys
-
-    @property
-    def explains(self) -> Sequence[NestedKey] | None:
-        """What the target explains."""
-        return self.of.explains
-
-    @property
-    def writes(self) -> Sequence[NestedKey]:
-        """What the target computes."""
-        return self.of.writes
 
     def derive(self, outputs: TensorDictBase, inputs: TensorDictBase) -> TensorDictBase:
         """Let the target compute, with what was chosen then."""

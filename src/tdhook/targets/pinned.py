@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.conventions import Convention
-from tdhook.targets.base import Seeder, Seeds
+from tdhook.targets.base import Around, Seeder, Seeds
 
 __all__ = ["ASKED", "Pinned", "pin"]
 
@@ -20,7 +19,7 @@ ASKED = "_asked"
 
 
 @dataclass(frozen=True, eq=False)
-class Pinned(Seeder):
+class Pinned(Around):
     """A target that has chosen: it explains what it explained of the inputs as they were, whatever they are now.
 
     Attributes:
@@ -35,6 +34,10 @@ class Pinned(Seeder):
     kept: tuple[NestedKey, ...]
     several: int | None = None
 
+    def inner(self) -> Seeder:
+        """The target."""
+        return self.of
+
     @property
     def entries(self) -> list[NestedKey] | None:
         """Those of the target, and what was kept."""
@@ -44,16 +47,6 @@ class Pinned(Seeder):
     @property
     def _chosen(self) -> list[NestedKey]:
         return [_entry(i) for i in range(len(self.kept))]
-
-    @property
-    def explains(self) -> Sequence[NestedKey] | None:
-        """What the target starts from, or computes with."""
-        return self.of.explains
-
-    @property
-    def writes(self) -> Sequence[NestedKey]:
-        """What the target computes."""
-        return self.of.writes
 
     def derive(self, outputs: TensorDictBase, inputs: TensorDictBase) -> TensorDictBase:
         """Let the target compute, with the entries as they were."""

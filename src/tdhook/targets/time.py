@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from tdhook.conventions import Convention
 from tdhook.tape.conditions import holds
-from tdhook.targets.base import Seeder, Seeds
+from tdhook.targets.base import Around, Seeder, Seeds
 from tdhook.targets.outputs import Key, TargetLike, as_seeder, same_index
 
 __all__ = ["AtStep", "time_axis"]
@@ -22,7 +21,7 @@ Step: TypeAlias = "int | str | list[int] | Tensor | Key"
 
 
 @dataclass(frozen=True, eq=False)
-class AtStep(Seeder):
+class AtStep(Around):
     """A target at one time step, or at some, of a batch of sequences.
 
     The model sees all of a sequence, of batch size ``[*batch, time]`` as in a rollout, and the relevance of its inputs
@@ -72,8 +71,8 @@ class AtStep(Seeder):
     def __hash__(self) -> int:
         return hash((self.target, self.time_dim))
 
-    @property
-    def _of(self) -> Seeder:
+    def inner(self) -> Seeder:
+        """What is explained at the step."""
         assert isinstance(self.target, Seeder)
         return self.target
 
@@ -85,33 +84,14 @@ class AtStep(Seeder):
     @property
     def entries(self) -> list[NestedKey] | None:
         """Those of its target, and the one that marks steps."""
-        entries = self._of.entries
+        entries = self.inner().entries
         if entries is None:
             return None
         return [*entries, self.step.key] if isinstance(self.step, Key) else list(entries)
 
-    @property
-    def in_keys(self) -> Sequence[NestedKey]:
-        """Those of its target."""
-        return self._of.in_keys
-
-    @property
-    def explains(self) -> Sequence[NestedKey] | None:
-        """What its target explains."""
-        return self._of.explains
-
-    @property
-    def writes(self) -> Sequence[NestedKey]:
-        """What the target computes."""
-        return self._of.writes
-
-    def derive(self, outputs: TensorDictBase, inputs: TensorDictBase) -> TensorDictBase:
-        """What its target computes."""
-        return self._of.derive(outputs, inputs)
-
     def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
         """The seeds of its target, at the chosen steps alone."""
-        seeds = self._of(outputs, inputs, flow)
+        seeds = self.inner()(outputs, inputs, flow)
         if seeds.several is not None and self.several:
             raise TypeError(
                 f"several outputs or several steps can be explained at once, not both: {self.target!r} at the steps "
