@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
@@ -36,7 +35,9 @@ def known_keys(*tds: TensorDictBase | Iterable[NestedKey]) -> str:
     return ", ".join(sorted(map(repr, found))) or "nothing"
 
 
-def named_tensors(in_keys: Sequence[NestedKey], args: Sequence[Any], kwargs: Mapping[str, Any]) -> TensorDict:
+def named_tensors(
+    in_keys: Sequence[NestedKey], args: Sequence[object], kwargs: Mapping[str, object]
+) -> TensorDict:
     """The TensorDict that a TensorDictModule is meant to run on where it is called with tensors.
 
     Tensors come in the order of the keys, or by name, in which the parts of a nested key are joined by an underscore.

@@ -8,7 +8,6 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -212,7 +211,7 @@ def _write(
         figure = relevance_on_frames(rollout["frame"][shown], maps[shown], titles, title=what)
         figure.savefig(out / "frames.png", dpi=130)
         written.append(out / "frames.png")
-    data: dict[str, Any] = {
+    data: dict[str, object] = {
         "tdhook": tdhook.__version__,
         "environment": request.policy.env_id,
         "seed": request.seed,

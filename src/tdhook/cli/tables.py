@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any
 
 from rich import box
 from rich.console import Console, Group
@@ -127,7 +126,7 @@ def presets_table() -> Table:
     return table
 
 
-def _signature(name: str, function: Callable[..., Any]) -> Text:
+def _signature(name: str, function: Callable[..., object]) -> Text:
     parameters = [
         p.name if p.default is p.empty else f"{p.name}={p.default!r}"
         for p in inspect.signature(function).parameters.values()

@@ -28,7 +28,7 @@ class Explaining(Protocol):
 
     attribution_key: NestedKey
     value_key: NestedKey
-    compile: dict[str, Any] | None
+    compile: dict[str, object] | None
 
     @property
     def question(self) -> Question:
@@ -58,7 +58,7 @@ class ExplainedModule(TensorDictModuleBase):
     synchronisation, ``to`` and ``train`` see the model.
     """
 
-    def __init__(self, method: Explaining, model: Model, state: Any = None) -> None:
+    def __init__(self, method: Explaining, model: Model, state: object = None) -> None:
         super().__init__()
         # The very dictionaries of the model, so that whatever is registered there later is seen here too.
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -98,11 +98,11 @@ class ExplainedModule(TensorDictModuleBase):
         self._model.root.training = mode
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # Graphs are made again.
         return {name: value for name, value in self.__dict__.items() if name != "_graphs"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
         self._graphs = self._new_graphs()
 

@@ -38,7 +38,7 @@ def compare(
     chunk_size: int = 1024,
     seed: int = 0,
     further: Mapping[str, Metric] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Measure several methods on the same inputs.
 
     Args:
@@ -102,7 +102,7 @@ def compare(
     return rows
 
 
-def as_markdown(rows: Sequence[Mapping[str, Any]], digits: int = 2) -> str:
+def as_markdown(rows: Sequence[Mapping[str, object]], digits: int = 2) -> str:
     """Rows as a table in Markdown.
 
     Args:

@@ -6,7 +6,7 @@ A family is an abstract class whose members are listed, so ``isinstance(nn.ReLU(
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -27,7 +27,7 @@ class FamilyMeta(type):
 
     members: tuple[type, ...] = ()
 
-    def __instancecheck__(cls, instance: Any) -> bool:
+    def __instancecheck__(cls, instance: object) -> bool:
         return cls.__subclasscheck__(type(instance))
 
     def __subclasscheck__(cls, subclass: type) -> bool:

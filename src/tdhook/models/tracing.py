@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from tdhook.models.sites import Site
 from tdhook.models.state import modules_of, restored
 from tdhook.models.turns import here
+from tdhook.tape.internals import parameters_of
 from tdhook.tape.overwriting import out_of_place
 
 __all__ = ["Execution", "registered", "traced"]
@@ -56,7 +57,7 @@ class Execution:
 
 def _is_layer(module: nn.Module) -> bool:
     """Whether a module holds a weight matrix; normalisation, which scales each value alone, holds none."""
-    params: list[Any] = [p for p in module._parameters.values() if p is not None]
+    params: list[Tensor] = [p for p in parameters_of(module).values() if p is not None]
     return any(is_lazy(p) or p.dim() > 1 for p in params)
 
 
@@ -83,7 +84,7 @@ def registered(root: nn.Module, wrapper: TensorDictModuleBase) -> Execution:
     return execution
 
 
-def traced(root: nn.Module, wrapper: TensorDictModuleBase, run: Callable[[], Any]) -> Execution:
+def traced(root: nn.Module, wrapper: TensorDictModuleBase, run: Callable[[], object]) -> Execution:
     """Run the model once and watch it; its buffers and the random state are put back.
 
     Args:
@@ -128,18 +129,24 @@ class _Watch(TorchFunctionMode):
         self._open: set[tuple[str, NestedKey]] = set()
         self._inside: list[str] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         found = self._labels_of((args, kwargs))
         if found:
             self._label(result, found)
         return result
 
-    def _labels_of(self, tree: Any) -> set[tuple[str | None, Any]]:
+    def _labels_of(self, tree: object) -> set[tuple[str | None, Any]]:
         leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
         return set().union(*(self.labels.get(id(leaf), ()) for leaf in leaves))
 
-    def _label(self, tree: Any, labels: set[tuple[str | None, Any]]) -> None:
+    def _label(self, tree: object, labels: set[tuple[str | None, Any]]) -> None:
         for leaf in tree_leaves(tree):
             if isinstance(leaf, Tensor):
                 self.labels[id(leaf)] = set(labels)
@@ -148,7 +155,7 @@ class _Watch(TorchFunctionMode):
     def entering(self, name: str) -> Callable[..., None]:
         layer = _is_layer(self.execution.modules[name])
 
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def hook(module: nn.Module, args: object, kwargs: object) -> None:
             self.order.append(name)
             if not layer:
                 return
@@ -164,7 +171,7 @@ class _Watch(TorchFunctionMode):
     def leaving(self, name: str) -> Callable[..., None]:
         layer = _is_layer(self.execution.modules[name])
 
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: object, output: object) -> None:
             if layer:
                 self._inside.pop()
                 if not self._inside and not isinstance(output, TensorDictBase):
@@ -173,7 +180,7 @@ class _Watch(TorchFunctionMode):
         return hook
 
     def reading(self, name: str) -> Callable[..., None]:
-        def hook(module: Any, args: Any, kwargs: Any) -> None:
+        def hook(module: TensorDictModuleBase, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             td = args[0] if args else kwargs.get("tensordict")
             for key in map(unravel_key, module.in_keys):
                 value = td.get(key, None) if isinstance(td, TensorDictBase) else None
@@ -186,7 +193,7 @@ class _Watch(TorchFunctionMode):
     def writing(self, name: str) -> Callable[..., None]:
         prefix = f"{name}." if name else ""
 
-        def hook(module: Any, args: Any, output: Any) -> None:
+        def hook(module: TensorDictModuleBase, args: object, output: object) -> None:
             for key in map(unravel_key, module.out_keys):
                 value = output.get(key, None) if isinstance(output, TensorDictBase) else None
                 makers = [

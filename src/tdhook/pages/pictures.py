@@ -8,7 +8,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -207,7 +207,7 @@ def _encoder(samples: list[Tensor]) -> tuple[str, Encoder]:
     if not features.check("webp"):
         return "image/png", _png
 
-    def writer(**options: Any) -> Encoder:
+    def writer(**options: object) -> Encoder:
         def write(frame: Tensor) -> bytes:
             file = io.BytesIO()
             Image.fromarray(frame.numpy()).save(file, "WEBP", **options)

@@ -10,7 +10,6 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import metadata
-from typing import Any
 
 import tdhook
 from tdhook.composites import Composite
@@ -116,9 +115,9 @@ def composite_html(composite: Composite | None) -> str:
     )
 
 
-def list_html(entries: Mapping[str, Any]) -> str:
+def list_html(entries: Mapping[str, object]) -> str:
     """Names and values as a list of definitions."""
-    pairs: Iterable[tuple[str, Any]] = entries.items()
+    pairs: Iterable[tuple[str, object]] = entries.items()
     return f"<dl>{''.join(f'<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>' for k, v in pairs)}</dl>"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -50,7 +49,7 @@ def _culprit(model: Model, td: TensorDictBase) -> str:
     found: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: object, output: object) -> None:
             if isinstance(output, Tensor) and not found and not bool(output.isfinite().all()):
                 found.append(f"module {name!r} ({type(module).__name__}) is the first to return such a value")
 

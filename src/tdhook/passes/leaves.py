@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from tensordict import TensorDictBase
@@ -88,7 +88,7 @@ class Leaves:
         empty = 0 in td.batch_size
         work = td.copy() if empty else dense_copy(td)
         for key in self.in_keys:
-            found: Any = work.get(key, None)
+            found: object = work.get(key, None)
             if found is None:
                 known = ", ".join(sorted(map(str, td.keys(True, True)))) or "nothing"
                 raise KeyError(

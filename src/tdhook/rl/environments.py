@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ _TRANSFORMS = (
 )
 
 
-def make(env_id: str, options: Mapping[str, Any], preprocessing: Iterable[Mapping[str, Any]]) -> EnvBase:
+def make(env_id: str, options: Mapping[str, object], preprocessing: Iterable[Mapping[str, Any]]) -> EnvBase:
     """An environment with its transforms; see :func:`tdhook.rl.make_env`."""
     envs, gymnasium = require("torchrl.envs", "tdhook.rl"), require("gymnasium", "tdhook.rl")
     _register(env_id, gymnasium)
@@ -68,14 +69,14 @@ def _transform(step: Mapping[str, Any]) -> Transform:
         raise ValueError(f"the step of preprocessing {dict(step)} does not work: {error}") from error
 
 
-def _dtype(name: Any) -> torch.dtype:
+def _dtype(name: object) -> torch.dtype:
     dtype = getattr(torch, name, None) if isinstance(name, str) else None
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name!r} is no dtype of torch; write it as 'float32'")
     return dtype
 
 
-def _register(env_id: str, gymnasium: Any) -> None:
+def _register(env_id: str, gymnasium: ModuleType) -> None:
     for start, (module, package) in _REGISTER.items():
         if not env_id.startswith(start) or env_id in gymnasium.registry:
             continue

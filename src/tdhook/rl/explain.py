@@ -259,7 +259,7 @@ class Explain(Transform):
             our.training = their.training
 
 
-def _random_state_kept(device: torch.device | None) -> AbstractContextManager[Any]:
+def _random_state_kept(device: torch.device | None) -> AbstractContextManager[object]:
     """Have a policy that samples draw nothing from the caller's random numbers.
 
     Not in another thread: to put the state back there would have this one draw the same numbers twice.
@@ -276,5 +276,5 @@ def _value(slot: Slot) -> Tensor:
     return value
 
 
-def _kind(x: Tensor) -> Any:
+def _kind(x: Tensor) -> object:
     return object() if is_lazy(x) else (x.shape, x.dtype, x.device)

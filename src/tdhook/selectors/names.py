@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +91,7 @@ _QUERIES = frozenset(
 _IN_PLACE_OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "matmul")
 
 
-def name_of(function: Callable[..., Any] | str) -> str:
+def name_of(function: Callable[..., object] | str) -> str:
     """The name of the operation that a torch function, method, operator or property getter performs.
 
     ``torch.add``, ``torch.Tensor.add_``, ``operator.iadd`` and ``"add"`` are all ``"add"``; ``torch.mm``, ``torch.bmm``
@@ -112,11 +111,11 @@ def name_of(function: Callable[..., Any] | str) -> str:
     return _SYNONYMS.get(name, name)
 
 
-def _raw_name(function: Callable[..., Any]) -> str:
+def _raw_name(function: Callable[..., object]) -> str:
     return str(getattr(function, "__name__", ""))
 
 
-def writes_in_place(function: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+def writes_in_place(function: Callable[..., object], kwargs: dict[str, object]) -> bool:
     """Whether a call overwrites its first argument, or its ``out``."""
     name = _raw_name(function)
     if name in ("requires_grad_", "share_memory_"):
@@ -127,7 +126,7 @@ def writes_in_place(function: Callable[..., Any], kwargs: dict[str, Any]) -> boo
     return in_place or kwargs.get("inplace") is True or kwargs.get("out") is not None
 
 
-def queries(function: Callable[..., Any]) -> bool:
+def queries(function: Callable[..., object]) -> bool:
     """Whether a function merely tells something of a tensor: a property such as ``shape``, a method such as ``dim``."""
     name = _raw_name(function)
     if name == "__get__":
@@ -135,21 +134,21 @@ def queries(function: Callable[..., Any]) -> bool:
     return name in _QUERIES
 
 
-def initialises(function: Callable[..., Any]) -> bool:
+def initialises(function: Callable[..., object]) -> bool:
     """Whether a function fills a new parameter, as layers do that a model makes on its way: off the tape."""
     return getattr(function, "__module__", None) == "torch.nn.init"
 
 
-def relabels(function: Callable[..., Any]) -> bool:
+def relabels(function: Callable[..., object]) -> bool:
     """Whether a function in place changes the shape of a tensor, or its history, and leaves its values alone."""
     return _raw_name(function) in _RELABEL
 
 
-def out_of_place_form(function: Callable[..., Any]) -> Callable[..., Any] | None:
+def out_of_place_form(function: Callable[..., object]) -> Callable[..., object] | None:
     """The function that returns what an in-place one writes: ``torch.Tensor.add`` for ``torch.Tensor.add_``."""
     name = _raw_name(function)
     bare = f"__{name[3:]}" if name.startswith("__i") else name.rstrip("_")
-    homes: tuple[Any, ...] = (torch.Tensor, torch, F)
+    homes: tuple[object, ...] = (torch.Tensor, torch, F)
     if isinstance(function, types.FunctionType | types.BuiltinFunctionType) and not name.startswith("__"):
         homes = (F, torch, torch.Tensor)
     for home in homes:

@@ -43,7 +43,7 @@ class Type(Selector):
             for c in self.classes
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {"type": [c if isinstance(c, str) else _class_name(c) for c in self.classes]}
 
     def __repr__(self) -> str:
@@ -70,7 +70,7 @@ def _class_named(name: str) -> type | str:
     if name in families.__all__:
         return getattr(families, name)  # type: ignore[no-any-return]
     if name.startswith("nn."):
-        found: Any = getattr(nn, name[3:], None)
+        found: object = getattr(nn, name[3:], None)
         if not isinstance(found, type):
             raise ValueError(f"torch.nn has no class {name[3:]!r}")
         return found
@@ -97,7 +97,7 @@ class Name(Selector):
             return fnmatchcase(site.name, self.pattern)
         return self.pattern.search(site.name) is not None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         if isinstance(self.pattern, str):
             return {"name": self.pattern}
         flags = re.RegexFlag(self.pattern.flags) & ~re.UNICODE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
@@ -16,7 +16,7 @@ F = TypeVar("F", bound=Callable[..., Tensor])
 _MARK = "tdhook_as_one"
 
 
-def is_one(function: Callable[..., Any]) -> bool:
+def is_one(function: Callable[..., object]) -> bool:
     """Whether a function was made one operation by :func:`as_one`."""
     return getattr(function, _MARK, False) is True
 
@@ -30,7 +30,7 @@ def as_one(function: F) -> F:
     """
 
     @wraps(function)
-    def whole(*args: Any, **kwargs: Any) -> Tensor:
+    def whole(*args: object, **kwargs: object) -> Tensor:
         tensors = tuple(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
         if has_torch_function(tensors):
             return handle_torch_function(whole, tensors, *args, **kwargs)

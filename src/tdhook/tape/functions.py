@@ -104,9 +104,9 @@ class TapeFunction(Function):
     """
 
     generate_vmap_rule = True
-    _in_one_piece: ClassVar[Callable[..., Any]]
+    _in_one_piece: ClassVar[Callable[..., object]]
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if "_is_piece" in cls.__dict__:
             return

@@ -96,7 +96,7 @@ class Outdated:
         self.heeded = False
         self._tensors: dict[int, weakref.ref[Tensor]] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "layers": set(), "_tensors": {}}
 
     def clear(self) -> None:
@@ -107,7 +107,7 @@ class Outdated:
         """Remember a tensor that should have been overwritten."""
         self._tensors[id(tensor)] = weakref.ref(tensor)
 
-    def check(self, values: Iterable[Any]) -> None:
+    def check(self, values: Iterable[object]) -> None:
         """Have the model run again if one of the values is outdated."""
         if not self._tensors:
             return

@@ -56,7 +56,7 @@ class _OfAPolicy(Derived):
     def _prepare(self, *keys: str) -> None:
         given = self.parameters
         if isinstance(given, Mapping):
-            plain: Any = {name: unravel_key(key) for name, key in given.items()}
+            plain: object = {name: unravel_key(key) for name, key in given.items()}
         elif isinstance(given, list):
             plain = {key if isinstance(key, str) else key[-1]: unravel_key(key) for key in given}
         else:
@@ -71,7 +71,7 @@ class _OfAPolicy(Derived):
         plain_keys(self, "key", *keys)
 
     @classmethod
-    def of(cls: type[T], actor: nn.Module, **options: Any) -> T:
+    def of(cls: type[T], actor: nn.Module, **options: object) -> T:
         """The target for a policy that draws from a distribution, such as a ``ProbabilisticActor``.
 
         Args:
