@@ -153,17 +153,11 @@ def test_the_call_of_a_module_is_a_frame_of_the_stack() -> None:
     assert [module for module in found if module is not None] == [net[0], net]
 
 
-def test_modes_see_nothing() -> None:
-    seen = []
-
-    class Sees(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
-    with Sees():
-        with internals.without_modes():
-            torch.relu(torch.ones(1))
-        assert not seen
-        torch.relu(torch.ones(1))
-    assert torch.relu in seen
+def test_what_a_module_holds_itself_is_held_by_name() -> None:
+    net = nn.Sequential(nn.Linear(2, 3, bias=False), nn.BatchNorm1d(3, affine=False))
+    assert internals.children_of(net) == {"0": net[0], "1": net[1]}
+    assert internals.parameters_of(net) == {} == internals.buffers_of(net)
+    assert internals.parameters_of(net[0]) == {"weight": net[0].weight, "bias": None}
+    assert internals.buffers_of(net[1])["running_mean"] is net[1].running_mean
+    internals.buffers_of(net[1])["running_mean"] = replaced = torch.ones(3)
+    assert net[1].running_mean is replaced

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypedDict, cast
+from typing import TypeAlias, TypedDict, cast
 
 import torch
 from tensordict import TensorDictBase
@@ -157,9 +157,9 @@ class _Initialised(Around):
         return Seeds(keys, [outputs.get(key) for key in keys], [grads.get(key) for key in keys])
 
 
-def copies_of(run: Run) -> dict[NestedKey, Any]:
+def copies_of(run: Run) -> dict[NestedKey, object]:
     """The copies of inputs and outputs that are written unless they are cleaned."""
-    inputs: dict[NestedKey, Any] = {key: value.detach() for key, value in run.inputs.items()}
+    inputs: dict[NestedKey, object] = {key: value.detach() for key, value in run.inputs.items()}
     groups = {"_register_in": inputs, "_mod_in": inputs, "_mod_out": run.written()}
     return {
         (group, *((key,) if isinstance(key, str) else key)): value

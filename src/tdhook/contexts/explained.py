@@ -98,7 +98,7 @@ class ExplainedModule(TensorDictModuleBase):
         self._model.root.training = mode
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # Graphs are made again.
         return {name: value for name, value in self.__dict__.items() if name != "_graphs"}
 

@@ -38,7 +38,7 @@ def compare(
     chunk_size: int = 1024,
     seed: int = 0,
     further: Mapping[str, Metric] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Measure several methods on the same inputs.
 
     Args:

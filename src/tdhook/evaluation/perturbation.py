@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from tensordict import TensorDictBase
@@ -58,7 +58,7 @@ class Curve:
         """How far the value lies below that of the whole input, mean over points and batch (Samek 2017, eq. 12)."""
         return (self.value[..., :1] - self.value).mean().item()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The mean curve and its area as plain data."""
         return {"fraction": self.fraction.tolist(), "value": self.mean.tolist(), "area": self.area}
 
@@ -80,7 +80,7 @@ class PerturbationCurves:
         """The area between the curves, ``least`` minus ``most``: the larger the better, about 0 for a random order."""
         return self.least.area - self.most.area
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Both curves and the area between them as plain data."""
         return {"most": self.most.to_dict(), "least": self.least.to_dict(), "between": self.between}
 
@@ -98,7 +98,7 @@ class InsertionDeletion:
     insertion: Curve
     deletion: Curve
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Both curves as plain data."""
         return {"insertion": self.insertion.to_dict(), "deletion": self.deletion.to_dict()}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from tensordict import TensorDictBase
@@ -52,7 +52,7 @@ class Randomisation:
         """Mean over the batch, ``[layers]``."""
         return self.similarity[measure].reshape(-1, len(self.layers)).mean(0)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Means over the batch, by measure and layer."""
         return {
             name: dict(zip(self.layers, self.mean(name).tolist(), strict=True)) for name in self.similarity

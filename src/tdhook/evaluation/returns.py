@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -59,7 +59,7 @@ class ReturnLost:
         """How much more is lost without the most relevant features than without features drawn by lot."""
         return self.lost("most") - self.lost("random")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Mean returns and what was hidden, as plain data."""
         means = {name: getattr(self, name).mean().item() for name in ("seen", "most", "least", "random")}
         return {"hidden": self.count, "features": self.features, "episodes": len(self.seen), **means}
@@ -113,7 +113,7 @@ class MaskedPolicy(TensorDictModuleBase):
         self._absolute, self._attribution_key = absolute, attribution_key
         self._chance = torch.Generator().manual_seed(seed)
         self._draws = torch.Generator().manual_seed(seed)
-        self._explain: Any = None
+        self._explain: Callable[[TensorDictBase], TensorDictBase] | None = None
         self._features: Features | None = None
         self._replace: Replacements | None = None
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import is_not
 from threading import current_thread, main_thread
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from tensordict import LazyStackedTensorDict, TensorDict
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tdhook.tape.internals import version_of
+from tdhook.tape.internals import buffers_of, parameters_of, version_of
 
 __all__ = ["LEFT_ALONE", "Snapshot"]
 
@@ -74,11 +74,11 @@ class _Entries:
 
     __slots__ = ("_before", "_held", "_kind", "_without")
 
-    def __init__(self, held: dict[Any, Any], without: frozenset[str] = frozenset()) -> None:
-        self._kind: Any = OrderedDict if isinstance(held, OrderedDict) else dict
+    def __init__(self, held: dict[Any, object], without: frozenset[str] = frozenset()) -> None:
+        self._kind: type[dict[Any, object]] = OrderedDict if isinstance(held, OrderedDict) else dict
         self._held, self._before, self._without = held, dict(self._kind.items(held)), without
 
-    def values(self) -> list[Any]:
+    def values(self) -> list[object]:
         return [value for name, value in self._before.items() if name not in self._without]
 
     def changed(self) -> bool:
@@ -88,7 +88,7 @@ class _Entries:
         )
         return not same and list(self._counting(held)) != list(self._counting(before))
 
-    def _counting(self, entries: dict[Any, Any]) -> Iterator[tuple[object, int]]:
+    def _counting(self, entries: Mapping[object, object]) -> Iterator[tuple[object, int]]:
         return ((name, id(value)) for name, value in entries.items() if name not in self._without)
 
     def restore(self) -> None:
@@ -116,7 +116,7 @@ class Snapshot:
         modules = tuple(modules)
         self._wanted = frozenset(map(id, modules)) if alone else None
         self._first = modules[:1]
-        self._buffers = frozenset(id(x) for module in modules for x in module._buffers.values())
+        self._buffers = frozenset(id(x) for module in modules for x in buffers_of(module).values())
         self._held: list[tuple[nn.Module, Held]] = []
         # What was seen is kept alive, lest something else come to have its id.
         self._seen: dict[int, object] = {}
@@ -140,7 +140,7 @@ class Snapshot:
                 if held.changed():
                     held.restore()
 
-    def _visit(self, owner: nn.Module, value: Any) -> None:
+    def _visit(self, owner: nn.Module, value: object) -> None:
         ahead = [(owner, value)]
         while ahead and len(self._seen) < _MOST:
             owner, value = ahead.pop()
@@ -165,12 +165,12 @@ def _is_traced(value: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(value).__module__.startswith("torch._subclasses.")
 
 
-def _look_into(value: Any) -> tuple[Held | None, Iterable[object]]:
+def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
     """How to put back what a value is, and the values in it."""
     if isinstance(value, nn.Parameter):
         return None, ()
     if isinstance(value, nn.Module):
-        if any(is_lazy(parameter) for parameter in value._parameters.values() if parameter is not None):
+        if any(is_lazy(parameter) for parameter in parameters_of(value).values() if parameter is not None):
             return None, ()
         return _below(_Entries(value.__dict__, _MACHINERY))
     if isinstance(value, Tensor):
@@ -202,11 +202,11 @@ def _below(held: _Entries) -> tuple[Held, list[object]]:
     return held, held.values()
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     return not callable(getattr(type(value), "__get__", None)) and not hasattr(type(value), "__next__")
 
 
-def _sequence(held: Any) -> Held:
+def _sequence(held: list[object] | deque[object]) -> Held:
     before = list(held)
 
     def restore() -> None:
@@ -216,7 +216,7 @@ def _sequence(held: Any) -> Held:
     return _By(lambda: len(held) != len(before) or any(map(is_not, held, before)), restore)
 
 
-def _set(held: set[Any]) -> Held:
+def _set(held: set[object]) -> Held:
     before = set(held)
 
     def restore() -> None:
@@ -226,7 +226,7 @@ def _set(held: set[Any]) -> Held:
     return _By(lambda: held != before, restore)
 
 
-def _object(value: Any) -> tuple[Held | None, list[object]]:
+def _object(value: object) -> tuple[Held | None, list[object]]:
     """An object of the user's: its attributes, in a dictionary or in slots."""
     inside = getattr(value, "__dict__", None)
     held = _Entries(inside) if isinstance(inside, dict) else None
@@ -254,7 +254,7 @@ def _object(value: Any) -> tuple[Held | None, list[object]]:
     return _By(changed, restore), [*found, *(() if held is None else held.values())]
 
 
-def _names(slots: Any) -> tuple[str, ...]:
+def _names(slots: str | Iterable[str]) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tdhook.models.snapshots import Snapshot
 from tdhook.models.turns import Turn
+from tdhook.tape.internals import buffers_of, children_of, parameters_of
 
 __all__ = ["Slot", "dense_copy", "frozen", "leaves_of", "modules_of", "restored", "slots_of", "swapped"]
 
@@ -35,7 +36,7 @@ def modules_of(root: nn.Module) -> dict[str, nn.Module]:
         found[prefix] = module
         # A copy: another thread may put something on the module meanwhile.
         hidden = [(name, m) for name, m in list(vars(module).items()) if isinstance(m, nn.Module)]
-        for name, child in [*module._modules.items(), *hidden]:
+        for name, child in [*children_of(module).items(), *hidden]:
             if child is not None:
                 visit(f"{prefix}.{name}" if prefix else name, child)
 
@@ -54,7 +55,7 @@ def slots_of(modules: Iterable[nn.Module]) -> tuple[Slot, ...]:
                 inside += [value for value in entries.values() if isinstance(value, TensorDictBase)]
                 found += [(entries, name) for name, value in entries.items() if isinstance(value, Tensor)]
         else:
-            for registry in (module._parameters, module._buffers):
+            for registry in (parameters_of(module), buffers_of(module)):
                 found += [(registry, name) for name, value in registry.items() if value is not None]
     return tuple(found)
 

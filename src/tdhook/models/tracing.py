@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from tdhook.models.sites import Site
 from tdhook.models.state import modules_of, restored
 from tdhook.models.turns import here
+from tdhook.tape.internals import parameters_of
 from tdhook.tape.overwriting import out_of_place
 
 __all__ = ["Execution", "registered", "traced"]
@@ -56,7 +57,7 @@ class Execution:
 
 def _is_layer(module: nn.Module) -> bool:
     """Whether a module holds a weight matrix; normalisation, which scales each value alone, holds none."""
-    params: list[Any] = [p for p in module._parameters.values() if p is not None]
+    params: list[Tensor] = [p for p in parameters_of(module).values() if p is not None]
     return any(is_lazy(p) or p.dim() > 1 for p in params)
 
 
@@ -128,7 +129,13 @@ class _Watch(TorchFunctionMode):
         self._open: set[tuple[str, NestedKey]] = set()
         self._inside: list[str] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         found = self._labels_of((args, kwargs))
         if found:
@@ -139,7 +146,7 @@ class _Watch(TorchFunctionMode):
         leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
         return set().union(*(self.labels.get(id(leaf), ()) for leaf in leaves))
 
-    def _label(self, tree: object, labels: set[tuple[str | None, object]]) -> None:
+    def _label(self, tree: object, labels: set[tuple[str | None, Any]]) -> None:
         for leaf in tree_leaves(tree):
             if isinstance(leaf, Tensor):
                 self.labels[id(leaf)] = set(labels)
@@ -173,7 +180,7 @@ class _Watch(TorchFunctionMode):
         return hook
 
     def reading(self, name: str) -> Callable[..., None]:
-        def hook(module: Any, args: Any, kwargs: Any) -> None:
+        def hook(module: TensorDictModuleBase, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             td = args[0] if args else kwargs.get("tensordict")
             for key in map(unravel_key, module.in_keys):
                 value = td.get(key, None) if isinstance(td, TensorDictBase) else None
@@ -186,7 +193,7 @@ class _Watch(TorchFunctionMode):
     def writing(self, name: str) -> Callable[..., None]:
         prefix = f"{name}." if name else ""
 
-        def hook(module: Any, args: Any, output: Any) -> None:
+        def hook(module: TensorDictModuleBase, args: object, output: object) -> None:
             for key in map(unravel_key, module.out_keys):
                 value = output.get(key, None) if isinstance(output, TensorDictBase) else None
                 makers = [

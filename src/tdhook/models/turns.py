@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterable
 from functools import wraps
 from threading import Condition, get_ident
-from typing import Any
 
 from torch import nn
 
@@ -44,7 +43,7 @@ class Turn:
         self._modules = tuple(modules)
         self._ids = frozenset(map(id, self._modules))
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return Turn, (self._modules,)
 
     def __enter__(self) -> None:
@@ -68,12 +67,12 @@ def elsewhere(thread: int | None) -> bool:
     return thread is not None and get_ident() != thread and not in_backward_pass()
 
 
-def here(hook: Callable[..., object]) -> Callable[..., Any]:
+def here(hook: Callable[..., object]) -> Callable[..., object]:
     """A hook that does nothing where another thread calls the module."""
     thread = get_ident()
 
     @wraps(hook)
-    def in_this_thread(*args: object, **kwargs: object) -> Any:
+    def in_this_thread(*args: object, **kwargs: object) -> object:
         return None if elsewhere(thread) else hook(*args, **kwargs)
 
     return in_this_thread

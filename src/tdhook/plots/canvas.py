@@ -9,7 +9,7 @@ import functools
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +17,11 @@ from torch import Tensor
 
 from tdhook.plots.frames import as_pictures, coloured, overlay
 from tdhook.plots.style import AGAINST, FAINT, FOR, INK
+
+if TYPE_CHECKING:
+    import PIL.Image
+    import PIL.ImageDraw
+    import PIL.ImageFont
 
 _HEIGHT = 320  # a frame is enlarged by a whole number until it is about as high
 _NARROWEST = 480  # of a picture, so that caption and legend have room
@@ -113,7 +118,7 @@ class Canvas:
             pen.line((self._zero, first, self._zero, last), fill=FAINT)
         return _tensor(paper)
 
-    def _draw_foot(self, width: int) -> Any:
+    def _draw_foot(self, width: int) -> PIL.Image.Image:
         """The strip below, with the legend; captions are still to be written."""
         from PIL import Image
 
@@ -139,24 +144,24 @@ class Canvas:
         return _tensor(paper)
 
 
-def _paper(height: int, width: int) -> Any:
+def _paper(height: int, width: int) -> PIL.Image.Image:
     from PIL import Image
 
     return Image.new("RGB", (width, height), "white")
 
 
-def _pen(paper: Any) -> Any:
+def _pen(paper: PIL.Image.Image) -> PIL.ImageDraw.ImageDraw:
     from PIL import ImageDraw
 
     return ImageDraw.Draw(paper)
 
 
-def _tensor(paper: object) -> Tensor:
+def _tensor(paper: PIL.Image.Image) -> Tensor:
     return torch.from_numpy(np.array(paper))
 
 
 @functools.cache
-def _font() -> Any:
+def _font() -> PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont:
     """The font of matplotlib where that is installed: Pillow's own knows no Greek and no mathematics."""
     from PIL import ImageFont
 
@@ -168,7 +173,7 @@ def _font() -> Any:
     return ImageFont.load_default(_TEXT)
 
 
-def _shortened(pen: Any, name: str, room: int) -> str:
+def _shortened(pen: PIL.ImageDraw.ImageDraw, name: str, room: int) -> str:
     if pen.textlength(name, font=_font()) <= room:
         return name
     while name and pen.textlength(f"{name}…", font=_font()) > room:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -23,6 +23,9 @@ from tdhook.relevance.rules.epsilon import EpsilonRule
 from tdhook.relevance.rules.simple import PassRule
 from tdhook.selectors import Op
 from tdhook.tape.functions import on_tape
+
+if TYPE_CHECKING:
+    from torchrl.envs import Transform
 
 __all__ = ["Back", "applied", "nonzero"]
 
@@ -45,7 +48,7 @@ class Back:
         writes: keys behind it whose relevance is taken back.
     """
 
-    def __init__(self, step: object, reads: Sequence[NestedKey], writes: Sequence[NestedKey]) -> None:
+    def __init__(self, step: Transform, reads: Sequence[NestedKey], writes: Sequence[NestedKey]) -> None:
         self.writes = list(writes)
         self._name = type(step).__name__
         self._step = _Step(step, list(reads), self.writes)
@@ -116,7 +119,7 @@ _WAY_OUT = "Leave it out, or do what it does inside the policy, where it is expl
 class _Step(nn.Module):
     """A copy of a transform as a function of tensors."""
 
-    def __init__(self, step: object, reads: list[NestedKey], writes: list[NestedKey]) -> None:
+    def __init__(self, step: Transform, reads: list[NestedKey], writes: list[NestedKey]) -> None:
         super().__init__()
         self.step, self.reads, self.writes = _copied(step), reads, writes
 
@@ -157,7 +160,7 @@ def _observed(call: Call) -> int:
     return sum(isinstance(x, Tensor) and on_tape(x) for x in (*call.args, *call.kwargs.values()))
 
 
-def applied(step: object, td: TensorDictBase) -> TensorDictBase:
+def applied(step: Transform, td: TensorDictBase) -> TensorDictBase:
     """What a transform makes of observations; neither it nor ``td`` is changed."""
     with torch.no_grad():
         result: TensorDictBase = _copied(step)._step(td.copy(), td.copy())
@@ -171,7 +174,7 @@ def nonzero(x: Tensor) -> Tensor:
     return x + _SHIFT * torch.where(largest > 0, largest, 1.0)
 
 
-def _copied(step: Any) -> Any:
+def _copied(step: Transform) -> Transform:
     """A transform that belongs to no environment, and whose statistics stay as they are."""
     if hasattr(step, "frozen_copy"):
         return step.frozen_copy()

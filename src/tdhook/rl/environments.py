@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,9 +27,7 @@ _TRANSFORMS = (
 )
 
 
-def make(
-    env_id: str, options: Mapping[str, object], preprocessing: Iterable[Mapping[str, object]]
-) -> EnvBase:
+def make(env_id: str, options: Mapping[str, object], preprocessing: Iterable[Mapping[str, Any]]) -> EnvBase:
     """An environment with its transforms; see :func:`tdhook.rl.make_env`."""
     envs, gymnasium = require("torchrl.envs", "tdhook.rl"), require("gymnasium", "tdhook.rl")
     _register(env_id, gymnasium)
@@ -77,7 +76,7 @@ def _dtype(name: object) -> torch.dtype:
     return dtype
 
 
-def _register(env_id: str, gymnasium: Any) -> None:
+def _register(env_id: str, gymnasium: ModuleType) -> None:
     for start, (module, package) in _REGISTER.items():
         if not env_id.startswith(start) or env_id in gymnasium.registry:
             continue

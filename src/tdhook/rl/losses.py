@@ -12,6 +12,8 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tdhook.tape.internals import children_of
+
 __all__ = ["LossTerm", "TDError"]
 
 
@@ -74,7 +76,9 @@ class _Attached(TorchFunctionMode):
         super().__init__()
         self._inputs = {id(x): x for x in inputs}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: object, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
         if func is Tensor.detach and id(args[0]) in self._inputs:
             return args[0]
         return func(*args, **(kwargs or {}))
@@ -94,7 +98,7 @@ def _per_element(value: Tensor, batch: torch.Size, key: NestedKey, loss: nn.Modu
 
 def _read_by_networks(loss: nn.Module) -> list[NestedKey]:
     """The inputs of the loss that its networks read, now or in the next step."""
-    held = {**vars(loss), **loss._modules}
+    held = {**vars(loss), **children_of(loss)}
     networks = [
         network
         for name, network in held.items()

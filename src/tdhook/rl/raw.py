@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -17,7 +18,7 @@ from tdhook.keys import known_keys
 from tdhook.rl.backwards import Back, applied, nonzero
 
 if TYPE_CHECKING:
-    from torchrl.envs import EnvBase
+    from torchrl.envs import EnvBase, Transform
 
 __all__ = ["frame_times", "raw_relevance", "relevance_of_frames"]
 
@@ -146,14 +147,14 @@ class _Chain:
     ``[rows, frames, *shape]``.
     """
 
-    steps: list[Any]
+    steps: list[Transform]
     known: list[Observations]
     stack: int | None
 
     @staticmethod
     def of(env: EnvBase) -> _Chain:
         envs = require("torchrl.envs", "tdhook.rl")
-        steps: list[Any] = []
+        steps: list[Transform] = []
         base = env
         while isinstance(base, envs.TransformedEnv):
             steps = [*_flat(base.transform, envs), *steps]
@@ -304,10 +305,10 @@ class _Chain:
             work = applied(step, work)
         return {key: nonzero(work.get(key)) for key in self.known[i] if work.get(key, None) is not None}
 
-    def _before(self, i: int) -> tuple[set[NestedKey], list[object]]:
+    def _before(self, i: int) -> tuple[set[NestedKey], list[Transform]]:
         """Which observations of the environment the transform ``i`` depends on, and through which transforms."""
         needed = {*map(unravel_key, self.steps[i].in_keys)} & {*self.known[i]} or {*self.known[i]}
-        through: list[Any] = []
+        through: list[Transform] = []
         for j in reversed(range(i)):
             step = self.steps[j]
             reads, writes = ({*map(unravel_key, keys)} for keys in (step.in_keys, step.out_keys))
@@ -317,7 +318,7 @@ class _Chain:
         return needed, through
 
 
-def _flat(transform: Any, envs: Any) -> list[object]:
+def _flat(transform: Transform | None, envs: ModuleType) -> list[Transform]:
     if transform is None:
         return []
     return (
@@ -327,7 +328,7 @@ def _flat(transform: Any, envs: Any) -> list[object]:
     )
 
 
-def _maps(step: Any) -> bool:
+def _maps(step: Transform) -> bool:
     """Whether a transform does something to observations: others count steps, sum rewards, add entries of their own."""
     return (
         bool(step.in_keys)
@@ -336,7 +337,7 @@ def _maps(step: Any) -> bool:
     )
 
 
-def _calls(step: object) -> bool:
+def _calls(step: Transform) -> bool:
     """Whether it is a plain function that was appended to an environment."""
     return type(step).__name__ == "_CallableTransform"
 
@@ -349,7 +350,7 @@ def _observations(spec: Any, axes: int) -> Observations:
     return found
 
 
-def _times(step: Any, td: TensorDictBase) -> Tensor:
+def _times(step: Transform, td: TensorDictBase) -> Tensor:
     """The step that each of the frames is of which ``step``, a CatFrames, stacked."""
     if not td.batch_dims:
         raise ValueError(

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -166,7 +166,7 @@ class Summary:
     mean: Tensor
     magnitude: Tensor
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """This summary as plain data; an action that was never taken has no mean relevance."""
         named = {
             action: dict(zip(self.features, row.tolist(), strict=True))

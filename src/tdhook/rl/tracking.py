@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from tensordict import TensorDictBase
@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 from tdhook.contexts.attribution import Attribution
 from tdhook.models.state import modules_of, restored
+
+if TYPE_CHECKING:
+    from torchrl.record.loggers.common import Logger
+    from torchrl.trainers import Trainer
 
 __all__ = ["AttributionTracker", "Region"]
 
@@ -69,7 +73,7 @@ class AttributionTracker:
         features: Sequence[str] | None = None,
         regions: Mapping[str, Region] | None = None,
         every: int = 1,
-        logger: Any = None,
+        logger: Logger | None = None,
         prefix: str = "attribution",
     ) -> None:
         if every < 1:
@@ -89,7 +93,7 @@ class AttributionTracker:
         self._first: Tensor | None = None
         self._previous: Tensor | None = None
         self._count = 0
-        self._trainer: Any = None
+        self._trainer: Trainer | None = None
 
     def update(self, batch: TensorDictBase, step: int | None = None) -> dict[str, float] | None:
         """Count a batch, and explain it if it is its turn.
@@ -122,7 +126,7 @@ class AttributionTracker:
             return None
         return {f"{self.prefix}/{name}": value for name, value in values.items() if not math.isnan(value)}
 
-    def register(self, trainer: Any, name: str = "attribution_tracker") -> None:
+    def register(self, trainer: Trainer, name: str = "attribution_tracker") -> None:
         """Have a trainer of torchrl track each batch before it learns from it, and keep the state in its checkpoints.
 
         Args:

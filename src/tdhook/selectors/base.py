@@ -21,7 +21,7 @@ class Selector(ABC):
         """Whether the module at ``site`` is meant."""
 
     @abstractmethod
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """This selector as plain data."""
 
     @property
@@ -80,14 +80,14 @@ _OBVIOUS: list[tuple[Callable[[object], bool], Callable[[object], Selector]]] = 
 def reads_data(kind: str) -> Callable[[Callable[[Any], Selector]], Callable[[Any], Selector]]:
     """Have a function read the selectors that are written as ``{kind: value}``."""
 
-    def register(read: Callable[[object], Selector]) -> Callable[[Any], Selector]:
+    def register(read: Callable[[object], Selector]) -> Callable[[object], Selector]:
         _READERS[kind] = read
         return read
 
     return register
 
 
-def stands_for(fits: Callable[[Any], bool], make: Callable[[Any], Selector]) -> None:
+def stands_for(fits: Callable[[object], bool], make: Callable[[Any], Selector]) -> None:
     """Have values that ``fits`` holds for stand for the selector that ``make`` makes of them."""
     _OBVIOUS.append((fits, make))
 
@@ -153,7 +153,7 @@ class AllOf(Several):
         wanted = (s for s in self.selectors if not isinstance(s, NotThe))
         return all(s.matches(site) for s in wanted) and not any(s.matches(site) for s in excluded)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {"all": [s.to_dict() for s in self.selectors]}
 
     def __repr__(self) -> str:
@@ -173,7 +173,7 @@ class AnyOf(Several):
             return any(s.reaches_operations and s.matches(site) for s in self.selectors)
         return any(s.matches(site) for s in self.selectors)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {"any": [s.to_dict() for s in self.selectors]}
 
     def __repr__(self) -> str:
@@ -207,7 +207,7 @@ class NotThe(Selector):
             return site.operation is not None and not self.selector.matches(site)
         return not any(True for _ in site.module.children()) and not self.selector.matches(site)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {"not": self.selector.to_dict()}
 
     def __repr__(self) -> str:

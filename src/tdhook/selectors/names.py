@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -145,7 +144,7 @@ def relabels(function: Callable[..., object]) -> bool:
     return _raw_name(function) in _RELABEL
 
 
-def out_of_place_form(function: Callable[..., object]) -> Callable[..., Any] | None:
+def out_of_place_form(function: Callable[..., object]) -> Callable[..., object] | None:
     """The function that returns what an in-place one writes: ``torch.Tensor.add`` for ``torch.Tensor.add_``."""
     name = _raw_name(function)
     bare = f"__{name[3:]}" if name.startswith("__i") else name.rstrip("_")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 from tdhook.models.sites import Site
 from tdhook.selectors.base import Selector, reads_data
@@ -46,7 +45,7 @@ class Op(Selector):
         name = site.operation
         return name is not None and any(fnmatchcase(name, o) for o in self.operations)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {"op": list(self.operations)}
 
     def __repr__(self) -> str:

@@ -43,7 +43,7 @@ class Type(Selector):
             for c in self.classes
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {"type": [c if isinstance(c, str) else _class_name(c) for c in self.classes]}
 
     def __repr__(self) -> str:
@@ -97,7 +97,7 @@ class Name(Selector):
             return fnmatchcase(site.name, self.pattern)
         return self.pattern.search(site.name) is not None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         if isinstance(self.pattern, str):
             return {"name": self.pattern}
         flags = re.RegexFlag(self.pattern.flags) & ~re.UNICODE

@@ -12,12 +12,14 @@ from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint as checkpointing
-from torch import Tensor, nn
+from torch import _C, Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 __all__ = [
     "CHECKPOINTING",
+    "buffers_of",
     "called",
+    "children_of",
     "gradients_of",
     "hooks_on_saved_tensors",
     "in_backward_pass",
@@ -28,6 +30,7 @@ __all__ = [
     "maker_of",
     "mode_options",
     "nonstrict",
+    "parameters_of",
     "pop_mode",
     "push_mode",
     "script_call",
@@ -40,18 +43,18 @@ __all__ = [
     "written_in_python",
 ]
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 
-transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
+transformed: Callable[[], bool] = _C._are_functorch_transforms_active
 """Whether a transform such as ``torch.vmap`` is at work."""
 
-is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
+is_batched: Callable[[Tensor], bool] = _C._functorch.is_batchedtensor
 """Whether ``torch.vmap`` wrapped a tensor."""
 
-is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+is_wrapped: Callable[[Tensor], bool] = _C._functorch.is_functorch_wrapped_tensor
 """Whether any transform wrapped a tensor."""
 
-inside: Callable[[Tensor], Tensor] = torch._C._functorch.get_unwrapped
+inside: Callable[[Tensor], Tensor] = _C._functorch.get_unwrapped
 """The tensor that a transform wrapped."""
 
 
@@ -71,7 +74,7 @@ def version_of(x: Tensor) -> int:
 
 def in_backward_pass() -> bool:
     """Whether this thread runs a part of a backward pass, which may be that of another thread."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    return bool(_C._current_graph_task_id() != -1)
 
 
 def called(frame: FrameType) -> nn.Module | None:
@@ -101,27 +104,27 @@ def gradients_of(node: Any) -> list[tuple[Sequence[int], torch.dtype]]:
 
 def top_mode() -> TorchFunctionMode | None:
     """The mode that sees torch functions first, if any."""
-    count = torch._C._len_torch_function_stack()
-    return torch._C._get_function_stack_at(count - 1) if count else None
+    count = _C._len_torch_function_stack()
+    return _C._get_function_stack_at(count - 1) if count else None
 
 
-pop_mode: Callable[[], TorchFunctionMode] = torch._C._pop_torch_function_stack
+pop_mode: Callable[[], TorchFunctionMode] = _C._pop_torch_function_stack
 """Take the uppermost mode off."""
 
-push_mode: Callable[[TorchFunctionMode], None] = torch._C._push_on_torch_function_stack
+push_mode: Callable[[TorchFunctionMode], None] = _C._push_on_torch_function_stack
 """Put a mode on top."""
 
-script_call: Any = torch._C.ScriptFunction.__dict__["__call__"]
+script_call: Any = _C.ScriptFunction.__dict__["__call__"]
 """How functions compiled by ``torch.jit.script`` are called."""
 
 
 def set_script_call(call: object) -> None:
     """Have functions compiled by ``torch.jit.script`` called in another way."""
-    kind: Any = torch._C.ScriptFunction
+    kind: Any = _C.ScriptFunction
     kind.__call__ = call
 
 
-def written_in_python(function: object) -> Callable[..., Any] | None:
+def written_in_python(function: object) -> Callable[..., object] | None:
     """The Python that a function compiled by ``torch.jit.script`` was written in."""
     return getattr(function, "_torchdynamo_inline", None)
 
@@ -134,11 +137,11 @@ CHECKPOINTING: Any = checkpointing
 @contextmanager
 def hooks_on_saved_tensors() -> Iterator[None]:
     """Let hooks on saved tensors run while a graph is traced, instead of putting them off until the graph runs."""
-    put_off = torch._C._autograd._saved_tensors_hooks_set_tracing(False)
+    put_off = _C._autograd._saved_tensors_hooks_set_tracing(False)
     try:
         yield
     finally:
-        torch._C._autograd._saved_tensors_hooks_set_tracing(put_off)
+        _C._autograd._saved_tensors_hooks_set_tracing(put_off)
 
 
 def nonstrict(function: F) -> F:
@@ -148,8 +151,23 @@ def nonstrict(function: F) -> F:
     return nonstrict_trace(function)  # type: ignore[return-value]
 
 
-def mode_options(mode: str, dynamic: bool | None) -> dict[str, Any]:
+def mode_options(mode: str, dynamic: bool | None) -> dict[str, object]:
     """The options of Inductor that a mode of ``torch.compile`` stands for."""
     from torch._inductor import list_mode_options  # likewise
 
     return list_mode_options(mode, dynamic)
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters that a module holds itself, by their names: the dictionary that it keeps them in."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers that a module holds itself, by their names: the dictionary that it keeps them in."""
+    return module._buffers
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The modules that a module holds itself, by their names: the dictionary that it keeps them in."""
+    return module._modules

@@ -97,8 +97,8 @@ class Outdated:
         self.heeded = self.any = False
         self._tensors: dict[int, weakref.ref[Tensor]] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layers": set(), "_tensors": {}, "any": False}
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "layers": set(), "_tensors": {}}
 
     def clear(self) -> None:
         """Begin a forward pass."""

@@ -93,7 +93,7 @@ class Derived(Selection):
                 f"the module writes {self.key!r} itself, where {type(self).__name__} is to be written; give key= "
                 "another name"
             )
-        value: Any = self.value(outputs, inputs)
+        value: object = self.value(outputs, inputs)
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise TypeError(
                 f"{self!r} computes {getattr(value, 'dtype', type(value).__name__)}; only floating-point tensors can "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from tensordict import TensorDictBase
@@ -123,7 +123,7 @@ class AtStep(Around):
         if isinstance(step, Tensor) and step.dtype is torch.bool:
             return _shaped(step, batch, "the tensor that marks steps")
         if isinstance(step, str):
-            chosen: Any = -1 if step == "last" else torch.arange(batch[axis])
+            chosen: object = -1 if step == "last" else torch.arange(batch[axis])
         else:
             chosen = step
         return self._at(torch.as_tensor(chosen), batch, axis)
