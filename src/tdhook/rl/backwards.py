@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -123,7 +123,7 @@ class _Step(nn.Module):
         super().__init__()
         self.step, self.reads, self.writes = _copied(step), reads, writes
 
-    def forward(self, *tensors: Tensor) -> Any:
+    def forward(self, *tensors: Tensor) -> object:
         work = TensorDict(dict(zip(self.reads, tensors, strict=True)), tensors[0].shape[:1])
         result = self.step._step(work.copy(), work)
         written = tuple(result.get(key).clone() for key in self.writes)
@@ -137,7 +137,7 @@ class _SharesRule(EpsilonRule):
         """Products of values that are observed run as usual."""
         shares = super().running(module, flow)
 
-        def run(call: Call) -> Any:
+        def run(call: Call) -> object:
             if _observed(call) < 2:
                 return shares(call)
             rule = default_rule(cast(Operation, module).name, call.args, call.kwargs) or ARITHMETIC

@@ -146,7 +146,7 @@ class Explain(Transform):
             "environment, let the explained policy act: LRP(...).wrap(policy)"
         )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "_lock": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:

@@ -111,7 +111,7 @@ class TapeFunction(Function):
         if "_is_piece" in cls.__dict__:
             return
 
-        def forward(ctx: Any, *inputs: Any) -> Any:
+        def forward(ctx: Any, *inputs: Any) -> object:
             outputs = cls.forward(*inputs)
             cls.setup_context(ctx, inputs, outputs)
             return outputs

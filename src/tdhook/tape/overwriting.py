@@ -51,7 +51,7 @@ class Guard:
         self.active = False
         self._kept: dict[int, weakref.WeakSet[_Kept]] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"active": self.active, "_kept": {}}
 
     @contextmanager

@@ -188,7 +188,7 @@ class Metered(Identity):
         ctx.save_for_backward(*([x] if flow == "gradient" else []))
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> object:
         amount = parts(grad)
         for x in ctx.saved_tensors:
             # Masked logits are infinite and have no relevance.

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 from torch import nn
 
@@ -33,7 +32,7 @@ class Paths:
         self._around: nn.Module | None = None
         self.following = False
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # A copy has other modules, of other ids.
         return {**self.__dict__, "_names": None}
 

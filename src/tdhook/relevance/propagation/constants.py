@@ -33,7 +33,7 @@ class Reported(Identity):
         ctx.reason, ctx.report = inputs[2:]
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> object:
         (part,) = ctx.saved_tensors
         amount = parts(grad) * parts(part)
         ctx.report(ctx.reason, torch.where(parts(grad) == 0, 0.0, amount))

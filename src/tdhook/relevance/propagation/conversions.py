@@ -42,7 +42,7 @@ class TimesValue(Identity):
         ctx.save_for_backward(inputs[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> object:
         """Multiply; what is infinite (masked logits) has no relevance."""
         (x,) = ctx.saved_tensors
         return finite_product(x, grad)
@@ -78,7 +78,7 @@ class PerValue(Identity):
         return stabilize(x, rounding if postponed else ctx.stabilizer)
 
     @staticmethod
-    def backward(ctx: Any, relevance: Any) -> Any:
+    def backward(ctx: Any, relevance: Tensor) -> object:
         """Divide."""
         (value,) = ctx.saved_tensors
         x, relevance = parts(value), parts(relevance)
@@ -92,7 +92,7 @@ class Damped(PerValue):
     """Identity at which relevance per unit of activation loses the stabiliser's share: ``g * z / stab(z)``."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> object:
         """Multiply by a factor of at most one."""
         (value,) = ctx.saved_tensors
         z, grad = parts(value), parts(grad)
@@ -116,7 +116,7 @@ class Scaled(Identity):
         ctx.factor = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, grad: object) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> object:
         """Multiply."""
         return grad * ctx.factor, None
 
@@ -146,7 +146,7 @@ class Unchanged(TapeFunction):
         ctx.made_by = inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, grad: object) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> object:
         """Hand it on."""
         return grad, None, None
 
@@ -170,7 +170,7 @@ class Ratio(TapeFunction):
         ctx.save_for_backward(x, output)
 
     @staticmethod
-    def backward(ctx: Any, grad: object) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> object:
         """Multiply by the slope of the secant through the origin."""
         x, z = ctx.saved_tensors
         pulled = grad * (z / rounding(x))
@@ -192,7 +192,7 @@ class Substituted(TapeFunction):
         """Nothing is kept."""
 
     @staticmethod
-    def backward(ctx: Any, grad: object) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> object:
         """Hand it to the computation that is written out."""
         return grad, None
 

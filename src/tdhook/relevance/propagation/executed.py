@@ -139,7 +139,7 @@ class RuledLayer(TapeFunction):
             ctx.save_for_backward(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, out_relevance: Tensor) -> Any:
+    def backward(ctx: Any, out_relevance: Tensor) -> object:
         """Turn the relevance of the output into that of the input."""
         executed: ExecutedLayer = ctx.executed
         (relevance,) = executed.rule.propagate(executed.step(*ctx.saved_tensors), (out_relevance,))
@@ -274,7 +274,7 @@ class Ruled(TapeFunction):
         )
 
     @staticmethod
-    def backward(ctx: Any, *out_relevance: Tensor) -> Any:
+    def backward(ctx: Any, *out_relevance: Tensor) -> object:
         """Turn the relevance of the outputs into that of the inputs."""
         executed: ExecutedModule = ctx.executed
         return None, *executed.rule.propagate(executed.step(ctx.saved_tensors), out_relevance)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
@@ -27,7 +26,7 @@ class Merges:
         self._norms: WeakKeyDictionary[Place, nn.Module] = WeakKeyDictionary()
         self._postponed: WeakSet[Place] = WeakSet()
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return Merges, ()
 
     def merge(self, norm: nn.Module, layer: Place) -> None:

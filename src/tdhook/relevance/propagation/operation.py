@@ -37,7 +37,7 @@ class Operation(nn.Module):
         operation.__dict__["function"] = function
         return operation
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> object:
         """Call the function."""
         return self.function(*args, **kwargs)
 

@@ -80,12 +80,12 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
     @abstractmethod
     def forward(
         ctx: Any, apply_kwargs: dict[str, Any], module: nn.Module, model_kwargs: dict[str, Any], *inputs: Any
-    ) -> Any:
+    ) -> object:
         """Run the module and save what :meth:`backward` needs."""
 
     @staticmethod
     @abstractmethod
-    def backward(ctx: Any, *out_relevance: object) -> Any:
+    def backward(ctx: Any, *out_relevance: object) -> object:
         """Turn the relevance of the outputs into that of the inputs."""
 
     @property
@@ -195,7 +195,7 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
             shown.append(f"{name}={value!r}" if not isinstance(value, str) else f"{name}={value}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), dict(self.__dict__))
 
 
@@ -219,12 +219,12 @@ class RunningRule(Rule):
         """How calls of ``module`` run where values arrive in the convention of ``flow``."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
+    def forward(ctx: Any, *inputs: Any) -> object:
         """For users' rules, which derive from a built-in one and are written against the contract of :class:`Rule`."""
         raise NotImplementedError("this rule runs, it is not applied")
 
     @staticmethod
-    def backward(ctx: Any, *out_relevance: object) -> Any:
+    def backward(ctx: Any, *out_relevance: object) -> object:
         """Likewise."""
         raise NotImplementedError("this rule runs, it is not applied")
 

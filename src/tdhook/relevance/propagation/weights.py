@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,7 +29,7 @@ class WeightCache:
     def __init__(self) -> None:
         self._kept: WeakKeyDictionary[nn.Module, dict[Hashable, _Kept]] = WeakKeyDictionary()
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return WeightCache, ()
 
     def get(

@@ -76,7 +76,7 @@ class ConstantRule(RunningRule):
     def running(self, module: nn.Module, flow: Convention) -> Run:
         """Off the tape."""
 
-        def run(call: Call) -> Any:
+        def run(call: Call) -> object:
             with torch.no_grad():
                 return call.execute()
 

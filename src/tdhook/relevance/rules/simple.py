@@ -55,7 +55,7 @@ class PassRule(PropagationRule):
         if flow == "gradient" and name in _HOMOGENEOUS:
             return lambda call: call.natively() if _takes_one_on_tape(call) else formula(call)
 
-        def run(call: Call) -> Any:
+        def run(call: Call) -> object:
             if not _takes_one_on_tape(call):
                 return formula(call)
 
