@@ -58,7 +58,7 @@ def test_completeness(baseline) -> None:
     net, x = smooth(), torch.randn(6, 4).double()
     method = IntegratedGradients(Target("output", 1), baseline=baseline, steps=24)
     found = method.wrap(net)(TensorDict({"input": x}, [6]))["attr", "input"]
-    begin = references(baseline, {"input": x})["input"]
+    begin = references(baseline, {"input": x}, {"input": 1})["input"]
     torch.testing.assert_close(found.sum(-1), (net(x) - net(begin))[:, 1], rtol=1e-9, atol=1e-9)
 
 
@@ -125,3 +125,14 @@ def test_values_that_depend_on_each_other_go_ways_of_their_own() -> None:
     torch.testing.assert_close(found["attr", "first"].sum(-1), value - of_layer, rtol=1e-8, atol=1e-8)
     both = found["attr", "a"].sum(-1) + found["attr", "b"].sum(-1)
     torch.testing.assert_close(both, value, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("baseline", ["mean", lambda x: x.mean(0, keepdim=True)], ids=["mean", "function"])
+def test_the_data_of_a_baseline_are_all_elements_of_the_batch(baseline) -> None:
+    net, x = smooth(), torch.randn(2, 3, 4).double()
+    method = IntegratedGradients(Target("output", 1), baseline=baseline, steps=8)
+    found = method.wrap(net)(TensorDict({"input": x}, [2, 3]))["attr", "input"]
+    flat = method.wrap(net)(TensorDict({"input": x.reshape(6, 4)}, [6]))["attr", "input"]
+    torch.testing.assert_close(found.reshape(6, 4), flat)
+    alone = method.wrap(net)(TensorDict({"input": x[0, 0]}, []))["attr", "input"]
+    torch.testing.assert_close(alone, torch.zeros(4).double())  # it is its own mean

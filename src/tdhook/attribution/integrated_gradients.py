@@ -49,7 +49,7 @@ class IntegratedGradients(Attribution):
             target, asked = runner.pinned(run)
             found: dict[NestedKey, Tensor] = {}
             for ends in run.independent_sources():
-                starts = references(self.baseline, ends)
+                starts = references(self.baseline, ends, run.batch_dims(ends))
                 for place, weight in self.way:
                     point = {key: lerp(starts[key], x, place) for key, x in ends.items()}
                     with runner.forward(asked, target=target, replaced=point) as there:

@@ -213,6 +213,11 @@ class Run:
             value = self.shaped(value, after=several)
         return value.movedim(0, self.outputs.batch_dims) if several else value
 
+    def batch_dims(self, sources: Iterable[NestedKey]) -> dict[NestedKey, int]:
+        """How many leading axes of each source are those of the batch."""
+        own = self.td.batch_dims
+        return {key: 1 if self.flat and key not in self.inputs else own for key in sources}
+
     def shaped(self, value: Tensor, *, after: bool = False) -> Tensor:
         """A value from inside the model in the batch shape of ``td``; ``after`` a leading axis if so."""
         if not self.flat:

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
@@ -66,10 +66,7 @@ class Replacements:
         for key in features.keys:
             given = named[key]
             if isinstance(given, str):
-                if given not in ("mean", "sample"):
-                    raise ValueError(
-                        f"baseline {given!r} is neither 'mean' nor 'sample', a number, a tensor or a function"
-                    )
+                _check_name(given)
                 if key not in data.keys(True):
                     raise KeyError(f"the data for baseline {given!r} has no {key!r}")
                 if given == "mean":
@@ -97,24 +94,22 @@ class Replacements:
                 made = given(value)
             else:
                 made = torch.as_tensor(given)
-            try:
-                found[key] = made.to(value).expand(value.shape)
-            except RuntimeError:
-                raise ValueError(
-                    f"the baseline of {key!r} has shape {list(made.shape)}, which does not fit inputs of shape "
-                    f"{list(value.shape)}"
-                ) from None
+            found[key] = _fitting(made, key, value)
         return found
 
 
 def references(
-    baseline: Baseline, values: Mapping[NestedKey, Tensor], seed: int = 0
+    baseline: Baseline,
+    values: Mapping[NestedKey, Tensor],
+    batch_dims: Mapping[NestedKey, int],
+    seed: int = 0,
 ) -> dict[NestedKey, Tensor]:
     """What a baseline is for each of some values.
 
     Args:
         baseline: what was asked for.
-        values: ``[rows, *shape]`` by key, or ``[]``; these are the data that ``"mean"`` and ``"sample"`` are taken of.
+        values: ``[*batch, *shape]`` by key; these are the data that ``"mean"`` and ``"sample"`` are taken of.
+        batch_dims: how many axes of each are those of the batch.
         seed: of what is drawn.
 
     Returns:
@@ -123,19 +118,40 @@ def references(
     Raises:
         ValueError: there is no such baseline, or it does not fit.
     """
-    plain = {unravel_key(key): x if x.dim() else x.unsqueeze(0) for key, x in values.items()}
-    rows: dict[NestedKey, TensorDictBase] = {
-        key: TensorDict({key: x}, x.shape[:1]) for key, x in plain.items()
-    }
+    keys = tuple(map(unravel_key, values))
+    named = _by_key(baseline, keys)
+    chance = torch.Generator().manual_seed(seed)
     found = {}
-    for key, x in values.items():
-        name = unravel_key(key)
-        given = _by_key(baseline, tuple(plain))[name]
-        features = Features.of(rows[name], [name])
-        generator = torch.Generator().manual_seed(seed)
-        made = Replacements({name: given}, features, rows[name], generator)(rows[name])
-        found[key] = made[name].reshape(x.shape)
+    for (key, x), name in zip(values.items(), keys, strict=True):
+        given, shape = named[name], x.shape[batch_dims[key] :]
+        rows = x.reshape(-1, *shape)
+        if not isinstance(given, str):
+            made = given(rows) if callable(given) else torch.as_tensor(given)
+        elif given == "mean":
+            made = rows.mean(0)
+        else:
+            _check_name(given)
+            index = torch.rand(rows.shape, generator=chance, dtype=torch.float64) * len(rows)
+            made = rows.gather(0, index.long().to(rows.device))
+        found[key] = _fitting(made, name, rows).reshape(x.shape)
     return found
+
+
+def _check_name(given: str) -> None:
+    if given not in ("mean", "sample"):
+        raise ValueError(
+            f"baseline {given!r} is neither 'mean' nor 'sample', a number, a tensor or a function"
+        )
+
+
+def _fitting(made: Tensor, key: NestedKey, value: Tensor) -> Tensor:
+    try:
+        return made.to(value).expand(value.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"the baseline of {key!r} has shape {list(made.shape)}, which does not fit inputs of shape "
+            f"{list(value.shape)}"
+        ) from None
 
 
 def _by_key(baseline: Baseline, keys: tuple[NestedKey, ...]) -> dict[NestedKey, OneBaseline]:
