@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from tdhook import LRP
 from tdhook.models.model import Model
 from tdhook.models.state import frozen, modules_of
-from tdhook.relevance.ledger.report import opens
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -118,7 +117,7 @@ def _balanced(td, ledger, flow, tolerance):
 def _culprits(ledger, tolerance):
     lines = []
     for entry in ledger.summary():
-        if opens(entry, tolerance):
+        if entry.opens(tolerance):
             amounts = [float(x.sum()) for x in (entry.of("arrived"), entry.of("left"), entry.gap)]
             where = f"{entry.path or '(model)'}: {entry.name} under {entry.rule!r}"
             lines.append("{}: {:.6g} arrived, {:.6g} left, {:.3g} is missing".format(where, *amounts))
