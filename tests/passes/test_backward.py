@@ -10,8 +10,9 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 from tdhook import LRP, Contrast, Key, Target, preset
+from tdhook.composites import PRESETS
 from tdhook.passes.backward import PullBack
-from tdhook.relevance.composites.composite import PRESETS
+from tdhook.rules import EpsilonRule
 
 COUNT = 4
 
@@ -206,3 +207,36 @@ def test_a_ledger_of_several_targets(target):
         td = module(td)
     assert td["ledger", "gap"].shape == (3, COUNT)
     assert td["ledger", "gap"].abs().max() < 1e-9
+
+
+class OutOfMemory(EpsilonRule):
+    """Runs out of memory where more than so many targets are explained at once."""
+
+    fits = COUNT
+    passes = 0
+
+    def propagate(self, step, relevance):
+        OutOfMemory.passes += 1
+        batched = torch._C._functorch.is_batchedtensor(relevance[0])
+        together = torch._C._functorch.get_unwrapped(relevance[0]).shape[0] if batched else 1
+        if together > OutOfMemory.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().propagate(step, relevance)
+
+
+def test_an_error_of_memory_makes_fewer_targets_at_once_in_that_call_alone():
+    model = TensorDictModule(nn.Linear(6, COUNT).double(), ["x"], ["q"])
+    td = TensorDict(x=torch.randn(3, 6).double(), batch_size=[3])
+    module = LRP([(nn.Linear, OutOfMemory())], target=Target("q", "all")).wrap(model)
+    whole = module(td.clone())["attr", "x"]
+    OutOfMemory.fits, OutOfMemory.passes = 2, 0
+    torch.testing.assert_close(module(td.clone())["attr", "x"], whole)
+    assert OutOfMemory.passes > 2
+    OutOfMemory.fits, OutOfMemory.passes = COUNT, 0
+    torch.testing.assert_close(module(td.clone())["attr", "x"], whole)
+    assert OutOfMemory.passes == 1
+    OutOfMemory.fits = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        module(td.clone())
+    OutOfMemory.fits = COUNT
+    torch.testing.assert_close(module(td.clone())["attr", "x"], whole)

@@ -83,3 +83,11 @@ def test_all_of_the_model_is_accounted_for() -> None:
     explained(observation())
     explained(observation())
     assert head.on == [True, True]
+
+
+def test_the_gradient_of_a_value_that_a_head_overwrites() -> None:
+    explained = Gradient(Target("logits", 0), signed=True).wrap(policy(Seen(lambda x: x.mul_(2))))
+    weight = explained.model.root[0].module.weight[0].detach()
+    for _ in range(3):
+        found = explained(observation())["attr", "observation"]
+        torch.testing.assert_close(found, 2 * weight.expand(5, 3))
