@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from tensordict.utils import NestedKey, unravel_key
+from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.keys import named_tensors, parts_of
+from tdhook.keys import named_tensors, parts_of, under
 from tdhook.markup import html_table
 from tdhook.models.model import Model
 from tdhook.passes import compiled
@@ -224,9 +224,7 @@ class ExplainedModule(TensorDictModuleBase):
     def _values(self, base: Run) -> dict[NestedKey, Tensor]:
         """Values beside relevance, if they are wanted."""
         values = base.values()
-        return {
-            unravel_key((*parts_of(self._method.value_key), *parts_of(key))): v for key, v in values.items()
-        }
+        return {under(self._method.value_key, key): v for key, v in values.items()}
 
     def entry(self, key: NestedKey) -> tuple[str, ...]:
         """Where the relevance of a key is written."""

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from tdhook.contexts.attribution import Attribution
 from tdhook.contexts.explained import ExplainedModule
 from tdhook.extras import require
-from tdhook.keys import known_keys, parts_of
+from tdhook.keys import known_keys, parts_of, under
 from tdhook.models.model import InKeys
 from tdhook.models.state import Slot, modules_of, slots_of
 from tdhook.passes.rows import beside, joined
@@ -188,7 +188,7 @@ class Explain(Transform):
         """What of the batch is needed."""
         for key in self._explained.in_keys:
             if source.get(key, None) is None:
-                missing = unravel_key((*self.at, *parts_of(key)))
+                missing = under(self.at, key)
                 raise KeyError(
                     f"the batch has no {missing!r}, which the explained module reads; there are {known_keys(source)}"
                 )

@@ -12,6 +12,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tdhook.keys import next_key
 from tdhook.tape.internals import children_of
 
 __all__ = ["LossTerm", "TDError"]
@@ -110,12 +111,7 @@ def _read_by_networks(loss: nn.Module) -> list[NestedKey]:
     now = [key for key in read if key not in written]
     if hasattr(getattr(loss, "tensor_keys", None), "advantage"):
         return now
-    return [*now, *map(_ahead, now)]
-
-
-def _ahead(key: NestedKey) -> NestedKey:
-    """The same of the next step."""
-    return ("next", key) if isinstance(key, str) else ("next", *key)
+    return [*now, *map(next_key, now)]
 
 
 class TDError(TensorDictModuleBase):
@@ -163,7 +159,7 @@ class TDError(TensorDictModuleBase):
                     f"the critic writes {network.out_keys} and not {self.value_key!r}: give value_key="
                 )
         now = list(map(unravel_key, self.value_network.in_keys))
-        ahead = [_ahead(unravel_key(key)) for key in self.target_network.in_keys]
+        ahead = [next_key(unravel_key(key)) for key in self.target_network.in_keys]
         self.in_keys = [*now, *ahead, self.reward_key]
         self.out_keys = [unravel_key(key)]
 
