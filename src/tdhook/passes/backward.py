@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -61,8 +62,9 @@ class PullBack:
             start += size
         if len(found) == 1:
             return found[0]
+        # Whether anything reaches a source is the same for all targets; where it is not, torch refuses to join them.
         return [
-            None if all(part is None for part in parts) else torch.cat([p for p in parts if p is not None])
+            None if all(part is None for part in parts) else torch.cat(cast("list[Tensor]", list(parts)))
             for parts in zip(*found, strict=True)
         ]
 
