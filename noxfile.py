@@ -110,7 +110,7 @@ def bench_peers(session: nox.Session) -> None:
 @nox.session
 def peers(session: nox.Session) -> None:
     """Compare numbers with other libraries, which are installed for it."""
-    install(session, DEVELOPER, "transformers", "tqdm", "click")
+    install(session, DEVELOPER, "transformers", "tqdm", "click", "tabulate")
     # torchvision and what needs it ask for a build of torch of their own: their Python part is all that is wanted.
     install(session, "--no-deps", "torchvision", "zennit", "lxt", "captum")
     session.run("pytest", "-m", "peers", *(session.posargs or ["tests/peers"]), env=ONE_THREAD)

@@ -14,7 +14,9 @@ CI = bool(os.environ.get("CI"))
 # No deadline: how long one example takes says more about the machine than about the code. The same examples in every
 # run and every clone; `nox -s explore` draws others, and more.
 settings.register_profile("same", deadline=None, derandomize=True, database=None, print_blob=True)
-settings.register_profile("explore", deadline=None, database=None, print_blob=True, max_examples=1000)
+settings.register_profile(
+    "explore", deadline=None, derandomize=False, database=None, print_blob=True, max_examples=1000
+)
 settings.load_profile("same")
 
 torch.set_num_threads(1)
