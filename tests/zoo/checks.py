@@ -9,8 +9,8 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdhook import LRP
-from tdhook.models.model import Model
 from tdhook.models.holding import modules_of
+from tdhook.models.model import Model
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

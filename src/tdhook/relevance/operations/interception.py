@@ -248,9 +248,7 @@ class Interception(Watching):
         selector, rule = self._find(known, args, kwargs)
         return self._run(known, selector, rule, func, args, kwargs)
 
-    def _in_place(
-        self, known: _Known, func: Any, args: Any, kwargs: Any, target: Any, live: bool
-    ) -> object:
+    def _in_place(self, known: _Known, func: Any, args: Any, kwargs: Any, target: Any, live: bool) -> object:
         """Run a function that overwrites ``target``, which is among its arguments unless it was a constant there."""
         if self._paused or not live or relabels(func):
             if live and not self.guard.active:
