@@ -5,6 +5,8 @@ Pictures are drawn and encoded a few at a time: a rollout that lies memory-mappe
 
 from __future__ import annotations
 
+import re
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.extras import require
+from tdhook.files import replacing
 from tdhook.plots.canvas import Canvas
 from tdhook.plots.frames import as_pictures
 from tdhook.plots.style import largest, require_names, top_of
@@ -113,9 +116,8 @@ def write_video(
     canvas = Canvas(
         height, width, _top(film, bars) if scale is None else scale, None if bars is None else bars.names
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _writer(path, canvas.size, fps) as write:
-        written, total = 0, len(range(0, count, every))
+    written, total = 0, len(range(0, count, every))
+    with replacing(path) as new, _writer(new, canvas.size, fps, total) as write:
         for first in range(0, count, every * _AT_ONCE):
             chosen = slice(first, min(count, first + every * _AT_ONCE), every)
             amounts = film.amounts(chosen)
@@ -301,8 +303,12 @@ def _taken(rollout: TensorDictBase, names: Sequence[str]) -> Callable[[int], str
 
 
 @contextmanager
-def _writer(path: Path, size: tuple[int, int], fps: float) -> Iterator[Callable[[Tensor], None]]:
-    """What takes the pictures, one by one; a file that could not be finished is removed."""
+def _writer(path: Path, size: tuple[int, int], fps: float, count: int) -> Iterator[Callable[[Tensor], None]]:
+    """What takes ``count`` pictures, one by one.
+
+    Raises:
+        OSError: ffmpeg has not written all of them.
+    """
     ffmpeg = _require_ffmpeg()
     options: dict[str, Any] = {
         "codec": "libx264",
@@ -317,16 +323,27 @@ def _writer(path: Path, size: tuple[int, int], fps: float) -> Iterator[Callable[
         options["output_params"] = ["-filter_complex", palettes]
     height, width = size
     encoder = ffmpeg.write_frames(
-        str(path), (width, height), fps=fps, macro_block_size=2, ffmpeg_log_level="error", **options
+        str(path), (width, height), fps=fps, macro_block_size=2, ffmpeg_log_level="quiet", **options
     )
     encoder.send(None)  # starts it
     try:
         yield lambda picture: encoder.send(picture.contiguous().numpy())
-    except BaseException:
+    except OSError as error:
+        raise OSError(f"{path.name} could not be written: ffmpeg stopped. Is the disk full?") from error
+    finally:
         encoder.close()
-        path.unlink(missing_ok=True)
-        raise
-    encoder.close()
+    if not _holds(path, count if path.suffix.lower() == ".mp4" else 1, ffmpeg.get_ffmpeg_exe()):
+        raise OSError(f"{path.name} could not be written: ffmpeg has not finished it. Is the disk full?")
+
+
+def _holds(path: Path, count: int, ffmpeg: str) -> bool:
+    """Whether a video is whole, and has so many pictures: they are counted, not decoded."""
+    copied = ("-map", "0:v:0", "-c", "copy", "-f", "null", "-progress", "pipe:1", "-nostats", "-")
+    said = subprocess.run(
+        [ffmpeg, "-nostdin", "-v", "error", "-i", str(path), *copied], capture_output=True, check=False
+    )
+    kept = re.findall(rb"^frame=\s*(\d+)", said.stdout, flags=re.MULTILINE)
+    return said.returncode == 0 and not said.stderr and bool(kept) and int(kept[-1]) >= count
 
 
 def _require_ffmpeg() -> Any:
