@@ -5,6 +5,7 @@ Pictures are drawn and encoded a few at a time: a rollout that lies memory-mappe
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,8 @@ _KNOWN = 20_000_000
 _NUMBERS = 6
 """Up to how many numbers of a continuous action are written out."""
 _FORMATS = (".mp4", ".gif")
+_FASTEST_GIF = 50.0
+"""Up to how many pictures per second a gif keeps each of them."""
 
 
 @dataclass(frozen=True)
@@ -332,18 +335,24 @@ def _writer(path: Path, size: tuple[int, int], fps: float, count: int) -> Iterat
         raise OSError(f"{path.name} could not be written: ffmpeg stopped. Is the disk full?") from error
     finally:
         encoder.close()
-    if not _holds(path, count if path.suffix.lower() == ".mp4" else 1, ffmpeg.get_ffmpeg_exe()):
+    few = path.suffix.lower() == ".gif" and fps > _FASTEST_GIF
+    if not _holds(path, 1 if few else count, ffmpeg.get_ffmpeg_exe()):
         raise OSError(f"{path.name} could not be written: ffmpeg has not finished it. Is the disk full?")
 
 
 def _holds(path: Path, count: int, ffmpeg: str) -> bool:
     """Whether a video is whole, and has so many pictures: they are counted, not decoded."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
     copied = ("-map", "0:v:0", "-c", "copy", "-f", "null", "-progress", "pipe:1", "-nostats", "-")
     said = subprocess.run(
         [ffmpeg, "-nostdin", "-v", "error", "-i", str(path), *copied], capture_output=True, check=False
     )
     kept = re.findall(rb"^frame=\s*(\d+)", said.stdout, flags=re.MULTILINE)
-    return said.returncode == 0 and not said.stderr and bool(kept) and int(kept[-1]) >= count
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        ends = path.suffix.lower() != ".gif" or file.read() == b";"
+    return ends and said.returncode == 0 and not said.stderr and bool(kept) and int(kept[-1]) >= count
 
 
 def _require_ffmpeg() -> Any:

@@ -261,7 +261,7 @@ def _require_whole(folder: Path, files: Mapping[str, Mapping[str, object]]) -> N
             else f"{path} is not as its run wrote it: its SHA-256 is another"
         )
         if read:
-            raise ValueError(f"{changed}; run tdhook explain again")
+            raise ValueError(f"{folder} cannot be read: {changed}; run tdhook explain again")
         warnings.warn(changed, stacklevel=3)
 
 
