@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.formula import PropagationRule
-from tdhook.relevance.propagation.stabilisers import Stabilizer, checked, stabilize
+from tdhook.relevance.propagation.stabilisers import Stabilizer, checked, require_finite, stabilize
 from tdhook.relevance.propagation.steps import Grads, Step
 
 __all__ = [
@@ -117,6 +117,7 @@ class ReLUBetaSmoothRule(_SensitivityRule):
     """
 
     def __init__(self, beta: float = 10.0) -> None:
+        require_finite(beta, "beta")
         if beta <= 0:
             raise ValueError(f"beta must be positive, got {beta}")
         super().__init__()

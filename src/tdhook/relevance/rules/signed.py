@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.params import ZeroParams, zero_param_names
-from tdhook.relevance.propagation.stabilisers import Stabilizer, checked
+from tdhook.relevance.propagation.stabilisers import Stabilizer, checked, require_finite
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.rules.shares import (
     itself,
@@ -134,6 +134,8 @@ class AlphaBetaRule(_SignedRule):
         stabilizer: Stabilizer = 1e-6,
         zero_params: ZeroParams = None,
     ) -> None:
+        require_finite(alpha, "alpha")
+        require_finite(beta, "beta")
         if alpha < 0 or beta < 0:
             raise ValueError("Both alpha and beta parameters must be non-negative!")
         if alpha - beta != 1.0:
@@ -190,6 +192,7 @@ class GammaRule(_SignedRule):
     def __init__(
         self, gamma: float = 0.25, stabilizer: Stabilizer = 1e-6, zero_params: ZeroParams = None
     ) -> None:
+        require_finite(gamma, "gamma")
         if gamma < 0:
             raise ValueError(f"gamma must be non-negative, got {gamma}")
         super().__init__()
@@ -249,6 +252,9 @@ class ZBoxRule(_SignedRule):
         # Plain data (a configuration file) brings bounds per channel as nested lists.
         self.low = torch.tensor(low) if isinstance(low, Sequence) else low
         self.high = torch.tensor(high) if isinstance(high, Sequence) else high
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if not bool(torch.as_tensor(bound).isfinite().all()):
+                raise ValueError(f"ZBoxRule needs finite bounds, got {name}={bound}")
         if bool((torch.as_tensor(self.low) > torch.as_tensor(self.high)).any()):
             raise ValueError(f"ZBoxRule needs low <= high, got low={low} and high={high}")
         self.stabilizer = checked(stabilizer)
