@@ -11,21 +11,24 @@ from torch import Tensor
 
 from tdhook.conventions import Convention, relevance_of
 from tdhook.passes.forward import Run
+from tdhook.relevance.ledger.elements import Account, each_sign, probes, wide
 from tdhook.relevance.ledger.ledger import Entry, Ledger, Note
 from tdhook.targets import Seeds
 
 __all__ = ["balance"]
 
-_AT_ONCE = 128
+# Batches of so many elements that meet are accounted for by a backward pass for each of them.
+_FEW = 32
 
 
 def balance(
     ledger: Ledger, run: Run, seeds: Seeds, sources: Mapping[NestedKey, Tensor], flow: Convention
 ) -> dict[NestedKey, Tensor]:
-    """Account for the relevance of each batch element: two backward passes for each 128 of them.
+    """Account for the relevance of each batch element, by a few backward passes of the whole batch.
 
     Args:
-        ledger: what metered the forward pass; its entries get their amounts.
+        ledger: what metered the forward pass; its entries get their amounts, and it is told whether these are of each
+            element.
         run: the forward pass.
         seeds: what was put in.
         sources: where relevance can arrive, besides at the inputs of the run.
@@ -39,18 +42,17 @@ def balance(
     batch = run.outputs.batch_size
     found = {id(x): x for x in (*run.inputs.values(), *sources.values()) if x.is_leaf}
     leaves = list(found.values()) or list(sources.values())
-    columns: dict[str, list[Tensor]] = {"target": [], "inputs": [], "absorbed": []}
+    columns: dict[str, list[Tensor]] = {"target": [], "inputs": [], "absorbed": [], "gap": []}
+    apart = True
     for i in range(seeds.several or 1):
         grads = [grad if seeds.several is None else grad[i] for grad in seeds.grads]
         books = _Books(ledger, seeds.tensors, grads, leaves, flow, batch)
-        books.close()
-        columns["target"].append(books.target)
-        columns["inputs"].append(books.inputs.of("arrived").expand(books.count))
-        absorbed = torch.zeros(books.count, dtype=torch.float64)
-        columns["absorbed"].append(sum((entry.absorbed.cpu() for entry in ledger.entries), absorbed))
+        apart = books.close() and apart
+        for name, amounts in books.columns().items():
+            columns[name].append(amounts)
+    ledger.per_element = apart
     like = seeds.tensors[0]
     shaped = {name: torch.stack(column, -1).reshape(*batch, len(column)) for name, column in columns.items()}
-    shaped["gap"] = shaped["target"] - shaped["inputs"] - shaped["absorbed"]
     return {
         ("ledger", name): (value if seeds.several else value.squeeze(-1)).to(like.device, like.dtype)
         for name, value in shaped.items()
@@ -61,10 +63,9 @@ def balance(
 class _Books:
     """The accounts of one explanation.
 
-    A backward pass with all batch elements tells amounts, not whose they are. A second one in which the relevance of
-    each element is multiplied by a number of its own does: everything is linear in relevance, so each amount comes back
-    multiplied by the number of the element that it belongs to. Where elements meet (batch normalisation in training),
-    amounts come back multiplied by none of the numbers; then each element gets a backward pass of its own.
+    Elements are told apart by probes (:mod:`tdhook.relevance.ledger.elements`). Where they meet, as in batch
+    normalisation in training, each of a few gets a backward pass of its own. Of many, two weighted sums over the batch
+    are known, and the elements share in them (:meth:`_whole`).
     """
 
     ledger: Ledger
@@ -77,52 +78,70 @@ class _Books:
     def __post_init__(self) -> None:
         self.count = self.batch.numel()
         self.inputs = Entry("", "inputs", None)
-        self.target = torch.zeros(self.count, dtype=torch.float64)
+        self.target = self._nothing()
         for z, grad in zip(self.tensors, self.grads, strict=True):
-            self.target += relevance_of(z, grad, self.flow).double().reshape(self.count, -1).sum(1).cpu()
+            put_in = wide(relevance_of(z, grad, self.flow).detach())
+            self.target += put_in.reshape(self.count, -1).sum(1).cpu()
+        self._shared = self.target
 
-    def close(self) -> None:
-        """Find the amounts of all entries."""
+    def close(self) -> bool:
+        """Find the amounts of all entries, and whether they are of each element."""
         for entry in self.ledger.entries:
             entry.amounts.clear()
-        for start in range(0, self.count, _AT_ONCE):
-            part = range(start, min(start + _AT_ONCE, self.count))
-            if len(part) > 1 and self._together(part):
-                continue
-            for element in part:
-                for entry, column, amount in self._pass({element: 1.0}):
-                    self._enter(entry, column, element, amount.double().sum().reshape(1))
+        first = self._pass(torch.ones_like(self.target))
+        if self._apart(first):
+            return True
+        if self.count <= _FEW:
+            for alone in torch.eye(self.count, dtype=self.target.dtype, device="cpu"):
+                for entry, column, amount in self._pass(alone):
+                    entry.add(column, alone * wide(amount).sum().cpu())
+            return True
+        self._whole(first)
+        return False
 
-    def _together(self, part: range) -> bool:
-        """Account for several elements at once, if they can be told apart."""
-        size = len(part)
-        first = self._pass(dict.fromkeys(part, 1.0))
-        second = self._pass({element: 1 + k / size for k, element in enumerate(part)})
-        found, whole, astray = [], 0.0, 0.0
-        for (entry, column, amount), (_, _, multiplied) in zip(first, second, strict=True):
-            value = amount.flatten().double()
-            number = torch.where(value == 0, 1.0, multiplied.flatten().double() / value)
-            element = ((number - 1) * size).round().clamp(0, size - 1)
-            off = (number - 1 - element / size).abs() > 0.2 / size
-            whole += float(value.abs().sum())
-            astray += float(value[off].abs().sum())
-            sums = torch.zeros(size, dtype=torch.float64, device=value.device)
-            found.append((entry, column, sums.index_add_(0, element.long(), value)))
-        if astray > 1e-3 * whole:
+    def columns(self) -> dict[str, Tensor]:
+        """What is written, each ``[count]``; the inputs have what the elements do not share of their target."""
+        absorbed = sum((entry.absorbed for entry in self.ledger.entries), self._nothing())
+        inputs = self.inputs.of("arrived").expand(self.count)
+        gap = self._shared - inputs - absorbed
+        return {
+            "target": self.target,
+            "inputs": inputs + self.target - self._shared,
+            "absorbed": absorbed,
+            "gap": gap,
+        }
+
+    def _apart(self, first: list[Note]) -> bool:
+        """Account for all elements at once, if they can be told apart."""
+        accounts = [Account(amount, self.count) for _, _, amount in first]
+        dtypes = {amount.dtype for _, _, amount in first}
+        for probe in probes(self.count, dtypes) if self.count > 1 else ():
+            for account, (_, _, amount) in zip(accounts, self._pass(probe.weights), strict=True):
+                if not account.agrees(probe, amount):
+                    return False
+        if not all(account.settle() for account in accounts):
             return False
-        for entry, column, sums in found:
-            self._enter(entry, column, part.start, sums)
+        for account, (entry, column, _) in zip(accounts, first, strict=True):
+            assert account.sums is not None
+            entry.add(column, account.sums.cpu())
         return True
 
-    def _enter(self, entry: Entry, column: str, start: int, sums: Tensor) -> None:
-        row = torch.zeros(self.count, dtype=torch.float64)
-        row[start : start + len(sums)] = sums.cpu()
-        entry.add(column, row)
+    def _whole(self, first: list[Note]) -> None:
+        """Account for the batch as a whole.
 
-    def _pass(self, factors: dict[int, float]) -> list[Note]:
-        """One backward pass with the relevance of each element times a factor, of all others none."""
-        weights = torch.zeros(self.count, dtype=torch.float64)
-        weights[list(factors)] = torch.tensor(list(factors.values()), dtype=torch.float64)
+        Two sums over the elements are known of each amount, the plain one and one in which each element has a sign.
+        Elements get the smallest amounts that have these sums. So the amounts of the batch are exact, and its gap is
+        zero only where that of each element is, even if those add up to nothing.
+        """
+        signs = each_sign(self.count)
+        second = self._pass(signs)
+        for (entry, column, amount), (_, _, signed) in zip(first, second, strict=True):
+            sums = (wide(x).sum().cpu() for x in (amount, signed))
+            entry.add(column, _smallest(signs, *sums))
+        self._shared = _smallest(signs, self.target.sum(), (signs * self.target).sum())
+
+    def _pass(self, weights: Tensor) -> list[Note]:
+        """One backward pass with what is put in for each element multiplied by its weight, ``[count]``."""
         grads = [self._weighted(grad, weights) for grad in self.grads]
         with self.ledger.noting() as notes:
             pulled: Sequence[Tensor | None] = torch.autograd.grad(
@@ -131,12 +150,20 @@ class _Books:
         for x, grad in zip(self.leaves, pulled, strict=True):
             if grad is not None:
                 notes.append((self.inputs, "arrived", relevance_of(x, grad, self.flow).detach()))
-        return notes
-
-    def _rows(self, value: Tensor) -> Tensor:
-        return value.reshape(self.count, *value.shape[len(self.batch) :])
+        # Devices run side by side, and tell in no order.
+        places = {id(entry): i for i, entry in enumerate((self.inputs, *self.ledger.entries))}
+        return sorted(notes, key=lambda note: (places[id(note[0])], note[1]))
 
     def _weighted(self, grad: Tensor, weights: Tensor) -> Tensor:
-        rows = self._rows(grad)
-        weights = weights.to(grad.device, grad.dtype).reshape(-1, *(1,) * (rows.dim() - 1))
-        return (rows * weights).reshape(grad.shape)
+        rows = grad.reshape(self.count, -1)
+        return (rows * weights.to(grad.device, grad.dtype).unsqueeze(1)).reshape(grad.shape)
+
+    def _nothing(self) -> Tensor:
+        return torch.zeros(self.count, dtype=torch.float64, device="cpu")
+
+
+def _smallest(signs: Tensor, plain: Tensor, signed: Tensor) -> Tensor:
+    """The smallest amounts, ``[count]``, that have a plain sum and a signed one."""
+    mean = plain / len(signs)
+    across = signs - signs.mean()
+    return mean + across * ((signed - signs.sum() * mean) / across.square().sum())

@@ -49,7 +49,7 @@ class Entry:
 
     def of(self, column: str) -> Tensor:
         """What arrived, left, or was kept for a reason."""
-        return self.amounts.get(column, torch.zeros(1, dtype=torch.float64))
+        return self.amounts.get(column, torch.zeros(1, dtype=torch.float64, device="cpu"))
 
     @property
     def absorbed(self) -> Tensor:
@@ -76,10 +76,13 @@ class Ledger:
 
     Attributes:
         entries: one per call, in execution order.
+        per_element: whether the amounts of each batch element are its own. Where elements meet in a large batch, its
+            sums are known, and the elements share in them.
     """
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
+        self.per_element = True
         self._notes: list[Note] | None = None
         self._within: Setting | None = None
 

@@ -1,0 +1,168 @@
+"""Elements: which element of a batch an amount belongs to, told from backward passes of the whole batch.
+
+A backward pass of all elements tells amounts, not whose they are. It is linear in what is put in. In a probe, what is
+put in for each element is multiplied by a power of two: that changes exponents alone, so that an amount of one element
+comes back multiplied by the same power, to the last bit. The exponents of all probes together are a number that no two
+elements share. Where what comes back is no such multiple, elements meet: other elements have a share in the amount.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["Account", "Probe", "each_sign", "probes", "wide"]
+
+# How many powers of two a precision has room for, with room left for the amounts themselves.
+_POWERS = {torch.float64: 256, torch.float32: 64, torch.bfloat16: 64}
+_FEWEST = 8
+
+
+def wide(x: Tensor) -> Tensor:
+    """In double precision, on the CPU where the device has none."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is put in for each element is multiplied by a power of two: ``2 ** (digit - middle)``.
+
+    Attributes:
+        digits: one of the digits of the number of each element, ``[count]``.
+        base: in which base these numbers are written.
+        place: what the digit is worth in the number, a power of the base.
+    """
+
+    digits: Tensor
+    base: int
+    place: int
+
+    @property
+    def middle(self) -> int:
+        """The digit of the factor one."""
+        return self.base // 2
+
+    @property
+    def weights(self) -> Tensor:
+        """The factors, ``[count]``."""
+        return self.powers[self.digits]
+
+    @property
+    def powers(self) -> Tensor:
+        """The factor of each digit, ``[base]``."""
+        exponents = range(-self.middle, self.base - self.middle)
+        return torch.tensor([2.0**exponent for exponent in exponents], dtype=torch.float64, device="cpu")
+
+
+def probes(count: int, dtypes: Iterable[torch.dtype]) -> list[Probe]:
+    """As few probes as give each element a number of its own.
+
+    Args:
+        count: how many elements there are, at least two.
+        dtypes: precisions in which relevance travels.
+    """
+    most = min((_POWERS.get(dtype, _FEWEST) for dtype in dtypes), default=_FEWEST)
+    needed = 1
+    while most**needed < count:
+        needed += 1
+    base = 2
+    while base**needed < count:
+        base += 1
+    numbers = torch.arange(count, device="cpu")
+    return [Probe(numbers // base**i % base, base, base**i) for i in range(needed)]
+
+
+def each_sign(count: int) -> Tensor:
+    """As many ones as minus ones, in no order that a model could know: ``[count]``."""
+    order = torch.randperm(count, generator=torch.Generator("cpu").manual_seed(count), device="cpu")
+    return torch.where(order % 2 == 0, 1.0, -1.0).double()
+
+
+@dataclass
+class Account:
+    """One amount of a backward pass of all elements, and what probes say of it.
+
+    Mostly the elements lie one behind the other in it; then sums of its rows are all that is looked at. Else each of
+    its values is traced to the element that it is of.
+
+    Attributes:
+        amount: of any shape.
+        count: how many elements there are.
+        sums: what each element has of it, ``[count]``, as far as that is known.
+    """
+
+    amount: Tensor
+    count: int
+    sums: Tensor | None = None
+    _sizes: Tensor = field(init=False)
+    _owners: Tensor | None = None
+    _off: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.amount.numel() % self.count == 0:
+            rows = wide(self.amount.reshape(self.count, -1))
+            self.sums, self._sizes = rows.sum(1), rows.abs().sum(1)
+
+    @property
+    def total(self) -> Tensor:
+        """The sum over all elements."""
+        return wide(self.amount).sum()
+
+    def agrees(self, probe: Probe, amount: Tensor) -> bool:
+        """Whether the amount that came back in a probe may consist of such of single elements."""
+        if self._owners is None and self.sums is not None:
+            if self._agrees_by_rows(probe, amount):
+                return True
+            self.sums = None
+            if probe.place > 1:  # what earlier probes said of single values is gone
+                return False
+        self._trace(probe, amount.flatten())
+        return True
+
+    def settle(self) -> bool:
+        """Once all probes have been made: whether the amount consists of such of single elements."""
+        if self._owners is None or self._off is None:
+            return True
+        values = wide(self.amount.flatten())
+        finite = values.isfinite()
+        owners = torch.where(finite & (values != 0), self._owners, 0)
+        if bool((owners >= self.count).any()):
+            return False
+        empty = torch.zeros(self.count, dtype=values.dtype, device=values.device)
+        off = empty.index_add(0, owners, torch.where(finite, self._off, 0.0))
+        sizes = empty.index_add(0, owners, torch.where(finite, values.abs(), 0.0))
+        self.sums = empty.index_add(0, owners, torch.where(finite, values, 0.0))
+        if not bool(finite.all()):  # whose it is cannot be told
+            self.sums = self.sums + values[~finite].sum()
+        return bool((off <= self._tolerance * sizes).all())
+
+    @property
+    def _tolerance(self) -> float:
+        """What rounding in another order may change, as a part of the amount."""
+        dtype = self.amount.dtype
+        return 4 * torch.finfo(torch.float32 if dtype == torch.bfloat16 else dtype).eps
+
+    def _underflow(self, probe: Probe) -> float:
+        """What the smallest factor may take from a value."""
+        return torch.finfo(self.amount.dtype).tiny * 2.0**probe.middle
+
+    def _agrees_by_rows(self, probe: Probe, amount: Tensor) -> bool:
+        assert self.sums is not None
+        rows = wide(amount.reshape(self.count, -1))
+        off = (rows.sum(1) / probe.weights.to(rows.device) - self.sums).abs()
+        allowed = self._tolerance * self._sizes + rows.shape[1] * self._underflow(probe)
+        return bool(((off <= allowed) | ~self.sums.isfinite()).all())
+
+    def _trace(self, probe: Probe, amount: Tensor) -> None:
+        values, found = wide(self.amount.flatten()), wide(amount)
+        if self._owners is None or self._off is None:
+            self._owners = torch.zeros(values.shape, dtype=torch.long, device=values.device)
+            self._off = torch.zeros_like(values)
+        ratio = torch.where(values == 0, 1.0, found / values).abs()
+        digits = (ratio.log2().round().nan_to_num(0.0) + probe.middle).clamp(0, probe.base - 1).long()
+        off = (found / probe.powers.to(values.device)[digits] - values).abs()
+        self._off = torch.maximum(self._off, (off - self._underflow(probe)).clamp(min=0))
+        self._owners += digits * probe.place
