@@ -9,10 +9,11 @@ import torch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.conventions import Convention, relevance_of
+from tdhook.conventions import Convention, masking, relevance_of
 from tdhook.passes.forward import Run
 from tdhook.relevance.ledger.elements import Account, each_sign, probes, wide
 from tdhook.relevance.ledger.ledger import Entry, Ledger, Note
+from tdhook.tape.functions import parts
 from tdhook.targets import Seeds
 
 __all__ = ["balance"]
@@ -78,23 +79,25 @@ class _Books:
     def __post_init__(self) -> None:
         self.count = self.batch.numel()
         self.inputs = Entry("", "inputs", None)
-        self.target = self._nothing()
+        self.target, self._masked = self._nothing(), self._nothing()
         for z, grad in zip(self.tensors, self.grads, strict=True):
-            put_in = wide(relevance_of(z, grad, self.flow).detach())
-            self.target += put_in.reshape(self.count, -1).sum(1).cpu()
+            counted, masked = self._split(z, grad)
+            for known, amount in ((self.target, counted), (self._masked, masked)):
+                known += wide(amount).reshape(self.count, -1).sum(1).cpu()
         self._shared = self.target
 
     def close(self) -> bool:
         """Find the amounts of all entries, and whether they are of each element."""
         for entry in self.ledger.entries:
-            entry.amounts.clear()
+            entry.clear()
         first = self._pass(torch.ones_like(self.target))
         if self._apart(first):
             return True
         if self.count <= _FEW:
             for alone in torch.eye(self.count, dtype=self.target.dtype, device="cpu"):
                 for entry, column, amount in self._pass(alone):
-                    entry.add(column, alone * wide(amount).sum().cpu())
+                    account = Account(amount, 1)
+                    entry.add(column, alone * account.sums.cpu(), alone * account.rounding.cpu())
             return True
         self._whole(first)
         return False
@@ -102,13 +105,12 @@ class _Books:
     def columns(self) -> dict[str, Tensor]:
         """What is written, each ``[count]``; the inputs have what the elements do not share of their target."""
         absorbed = sum((entry.absorbed for entry in self.ledger.entries), self._nothing())
-        inputs = self.inputs.of("arrived").expand(self.count)
-        gap = self._shared - inputs - absorbed
+        arrived, masked = self.inputs.of("arrived"), self.inputs.of("masked")
         return {
-            "target": self.target,
-            "inputs": inputs + self.target - self._shared,
-            "absorbed": absorbed,
-            "gap": gap,
+            "target": self.target + self._masked,
+            "inputs": arrived + masked + self.target - self._shared,
+            "absorbed": absorbed + self._masked - masked,
+            "gap": self._shared - arrived - absorbed,
         }
 
     def _apart(self, first: list[Note]) -> bool:
@@ -122,8 +124,7 @@ class _Books:
         if not all(account.settle() for account in accounts):
             return False
         for account, (entry, column, _) in zip(accounts, first, strict=True):
-            assert account.sums is not None
-            entry.add(column, account.sums.cpu())
+            entry.add(column, account.sums.cpu(), account.rounding.cpu())
         return True
 
     def _whole(self, first: list[Note]) -> None:
@@ -136,8 +137,9 @@ class _Books:
         signs = each_sign(self.count)
         second = self._pass(signs)
         for (entry, column, amount), (_, _, signed) in zip(first, second, strict=True):
-            sums = (wide(x).sum().cpu() for x in (amount, signed))
-            entry.add(column, _smallest(signs, *sums))
+            plain, other = (Account(x, 1) for x in (amount, signed))
+            rounding = plain.rounding.cpu() / self.count
+            entry.add(column, _smallest(signs, plain.sums.cpu(), other.sums.cpu()), rounding)
         self._shared = _smallest(signs, self.target.sum(), (signs * self.target).sum())
 
     def _pass(self, weights: Tensor) -> list[Note]:
@@ -149,10 +151,16 @@ class _Books:
             )
         for x, grad in zip(self.leaves, pulled, strict=True):
             if grad is not None:
-                notes.append((self.inputs, "arrived", relevance_of(x, grad, self.flow).detach()))
+                counted, masked = self._split(x, grad)
+                notes += [(self.inputs, "arrived", counted), (self.inputs, "masked", masked)]
         # Devices run side by side, and tell in no order.
         places = {id(entry): i for i, entry in enumerate((self.inputs, *self.ledger.entries))}
         return sorted(notes, key=lambda note: (places[id(note[0])], note[1]))
+
+    def _split(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The relevance of values, and that of values that mask, which is no input's (as metering has it)."""
+        relevance, masks = relevance_of(parts(x), parts(grad), self.flow).detach(), masking(parts(x))
+        return torch.where(masks, 0.0, relevance), torch.where(masks, relevance, 0.0)
 
     def _weighted(self, grad: Tensor, weights: Tensor) -> Tensor:
         rows = grad.reshape(self.count, -1)

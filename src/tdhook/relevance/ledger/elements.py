@@ -91,35 +91,31 @@ class Account:
     Attributes:
         amount: of any shape.
         count: how many elements there are.
-        sums: what each element has of it, ``[count]``, as far as that is known.
+        sums: what each element has of it, ``[count]``, once that is settled.
+        sizes: sums of absolute values, likewise.
     """
 
     amount: Tensor
     count: int
-    sums: Tensor | None = None
-    _sizes: Tensor = field(init=False)
+    sums: Tensor = field(init=False)
+    sizes: Tensor = field(init=False)
     _owners: Tensor | None = None
     _off: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.amount.numel() % self.count == 0:
-            rows = wide(self.amount.reshape(self.count, -1))
-            self.sums, self._sizes = rows.sum(1), rows.abs().sum(1)
-
-    @property
-    def total(self) -> Tensor:
-        """The sum over all elements."""
-        return wide(self.amount).sum()
+        self._in_rows = self.amount.numel() % self.count == 0
+        if self._in_rows:
+            rows = self._rows(self.amount)
+            self.sums, self.sizes = rows.sum(1), rows.abs().sum(1)
 
     def agrees(self, probe: Probe, amount: Tensor) -> bool:
         """Whether the amount that came back in a probe may consist of such of single elements."""
-        if self._owners is None and self.sums is not None:
-            if self._agrees_by_rows(probe, amount):
-                return True
-            self.sums = None
+        if self._in_rows and not self._agrees_by_rows(probe, amount):
+            self._in_rows = False
             if probe.place > 1:  # what earlier probes said of single values is gone
                 return False
-        self._trace(probe, amount.flatten())
+        if not self._in_rows:
+            self._trace(probe, amount)
         return True
 
     def settle(self) -> bool:
@@ -132,12 +128,17 @@ class Account:
         if bool((owners >= self.count).any()):
             return False
         empty = torch.zeros(self.count, dtype=values.dtype, device=values.device)
-        off = empty.index_add(0, owners, torch.where(finite, self._off, 0.0))
-        sizes = empty.index_add(0, owners, torch.where(finite, values.abs(), 0.0))
-        self.sums = empty.index_add(0, owners, torch.where(finite, values, 0.0))
-        if not bool(finite.all()):  # whose it is cannot be told
+        off, self.sizes, self.sums = (
+            empty.index_add(0, owners, torch.where(finite, x, 0.0)) for x in (self._off, values.abs(), values)
+        )
+        if not bool(finite.all()):  # whose these are cannot be told
             self.sums = self.sums + values[~finite].sum()
-        return bool((off <= self._tolerance * sizes).all())
+        return bool((off <= self._tolerance * self.sizes).all())
+
+    @property
+    def rounding(self) -> Tensor:
+        """What the precision of the amount can lose or make of it, ``[count]``."""
+        return torch.finfo(self.amount.dtype).eps * self.sizes
 
     @property
     def _tolerance(self) -> float:
@@ -149,20 +150,23 @@ class Account:
         """What the smallest factor may take from a value."""
         return torch.finfo(self.amount.dtype).tiny * 2.0**probe.middle
 
+    def _rows(self, amount: Tensor) -> Tensor:
+        return wide(amount.reshape(self.count, amount.numel() // self.count))
+
     def _agrees_by_rows(self, probe: Probe, amount: Tensor) -> bool:
-        assert self.sums is not None
-        rows = wide(amount.reshape(self.count, -1))
+        rows = self._rows(amount)
         off = (rows.sum(1) / probe.weights.to(rows.device) - self.sums).abs()
-        allowed = self._tolerance * self._sizes + rows.shape[1] * self._underflow(probe)
+        allowed = self._tolerance * self.sizes + rows.shape[1] * self._underflow(probe)
         return bool(((off <= allowed) | ~self.sums.isfinite()).all())
 
     def _trace(self, probe: Probe, amount: Tensor) -> None:
-        values, found = wide(self.amount.flatten()), wide(amount)
+        values, found = wide(self.amount.flatten()), wide(amount.flatten())
         if self._owners is None or self._off is None:
             self._owners = torch.zeros(values.shape, dtype=torch.long, device=values.device)
             self._off = torch.zeros_like(values)
         ratio = torch.where(values == 0, 1.0, found / values).abs()
         digits = (ratio.log2().round().nan_to_num(0.0) + probe.middle).clamp(0, probe.base - 1).long()
         off = (found / probe.powers.to(values.device)[digits] - values).abs()
-        self._off = torch.maximum(self._off, (off - self._underflow(probe)).clamp(min=0))
+        off = (off - self._underflow(probe)).clamp(min=0)
+        self._off = torch.maximum(self._off, torch.where((values == 0) & (off > 0), torch.inf, off))
         self._owners += digits * probe.place

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from tdhook.conventions import Convention
+from tdhook.conventions import Convention, masking
 from tdhook.markup import html_table
 from tdhook.relevance.propagation.binding import Bindable, Bound
 from tdhook.relevance.propagation.call import Call, Setting
 from tdhook.relevance.propagation.constants import with_constants
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reporting import Report
-from tdhook.tape.functions import Identity, alias, live, parts, unwrapped
+from tdhook.tape.functions import Identity, alias, live, may_look_at, parts, unwrapped
 from tdhook.tape.internals import storage_of
 
 __all__ = ["CAPTION", "COLUMNS", "REASONS", "Entry", "Ledger", "Note"]
@@ -39,6 +39,7 @@ class Entry:
         rule: the rule it ran under; ``None`` for the inputs of the model.
         amounts: ``"arrived"`` is relevance of its outputs, ``"left"`` of its inputs; reason to what was kept.
         calls: how many calls are added up here.
+        rounding: what the precision of the values that passed can lose or make, ``[batch]``.
     """
 
     path: str
@@ -46,6 +47,7 @@ class Entry:
     rule: Bindable | None
     amounts: dict[str, Tensor] = field(default_factory=dict)
     calls: int = 1
+    rounding: Tensor | float = 0.0
 
     def of(self, column: str) -> Tensor:
         """What arrived, left, or was kept for a reason."""
@@ -62,13 +64,19 @@ class Entry:
         return self.of("arrived") - self.of("left") - self.absorbed
 
     def opens(self, tolerance: float = 1e-4) -> bool:
-        """Whether relevance was lost or made here, beyond a part ``tolerance`` of what passed."""
+        """Whether relevance was lost or made here, beyond a part ``tolerance`` of what passed, and beyond rounding."""
         passed = torch.maximum(self.of("arrived").abs(), self.of("left").abs())
-        return bool((self.gap.abs() > tolerance * passed).any())
+        return not bool((self.gap.abs() <= tolerance * passed + self.rounding).all())
 
-    def add(self, column: str, amount: Tensor) -> None:
-        """Add to a column."""
+    def add(self, column: str, amount: Tensor, rounding: Tensor | float = 0.0) -> None:
+        """Add to a column, and what its precision can lose or make."""
         self.amounts[column] = self.amounts[column] + amount if column in self.amounts else amount
+        self.rounding = self.rounding + rounding
+
+    def clear(self) -> None:
+        """Forget what was added."""
+        self.amounts.clear()
+        self.rounding = 0.0
 
 
 class Ledger:
@@ -119,6 +127,7 @@ class Ledger:
             found[key].calls += 1
             for column, amount in entry.amounts.items():
                 found[key].add(column, amount)
+            found[key].rounding = found[key].rounding + entry.rounding
         return list(found.values())
 
     def cells(self) -> list[tuple[Any, ...]]:
@@ -188,14 +197,20 @@ class Metered(Identity):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
         x, ctx.tell, flow = inputs
-        ctx.save_for_backward(*([x] if flow == "gradient" else []))
+        masks: Tensor | None = masking(parts(x))
+        if may_look_at(x) and not bool(masks.any()):
+            masks = None
+        ctx.save_for_backward(x if flow == "gradient" else None, masks)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> object:
         amount = parts(grad)
-        for x in ctx.saved_tensors:
-            # Masked logits are infinite and have no relevance.
+        x, masks = ctx.saved_tensors
+        if x is not None:
+            # What is not a number has no relevance where nobody reads it.
             amount = torch.where(amount == 0, 0.0, parts(x) * amount)
+        if masks is not None:
+            amount = torch.where(masks, 0.0, amount)
         ctx.tell(amount)
         return grad, None, None
 

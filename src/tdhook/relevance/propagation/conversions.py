@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdhook.conventions import masking
 from tdhook.relevance.propagation.call import ALONE, Setting
 from tdhook.relevance.propagation.merges import Place
 from tdhook.relevance.propagation.reporting import Report
@@ -84,7 +85,7 @@ class PerValue(Identity):
         x, relevance = parts(value), parts(relevance)
         grad = relevance / PerValue.stabilised(ctx, x)
         if ctx.setting.report is not None:
-            ctx.setting.report("stabiliser", relevance - torch.where(x.isinf(), 0.0, x * grad))
+            ctx.setting.report("stabiliser", torch.where(masking(x), 0.0, relevance - x * grad))
         return whole(grad, value), *(None,) * ctx.n_rest
 
 
@@ -98,7 +99,7 @@ class Damped(PerValue):
         z, grad = parts(value), parts(grad)
         damped = grad * (z / PerValue.stabilised(ctx, z))
         if ctx.setting.report is not None:
-            ctx.setting.report("stabiliser", z * grad - z * damped)
+            ctx.setting.report("stabiliser", torch.where(masking(z), 0.0, z * grad - z * damped))
         return whole(damped, value), *(None,) * ctx.n_rest
 
 
@@ -175,7 +176,8 @@ class Ratio(TapeFunction):
         x, z = ctx.saved_tensors
         pulled = grad * (z / rounding(x))
         if ctx.report is not None:
-            ctx.report("stabiliser", z * grad - finite_product(x, pulled))
+            kept = torch.where(masking(z), 0.0, z * grad) - torch.where(masking(x), 0.0, x * pulled)
+            ctx.report("stabiliser", kept)
         return pulled, *(None,) * ctx.n_rest
 
 

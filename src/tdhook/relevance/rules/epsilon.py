@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from tdhook.conventions import Convention
+from tdhook.conventions import Convention, masking
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import with_constants
 from tdhook.relevance.propagation.conversions import Damped, PerValue, Scaled, TimesValue
@@ -151,7 +151,8 @@ class SoftmaxEpsilonRule(EpsilonRule):
         # Logits that are masked by minus infinity have no relevance.
         x = torch.where(x.isinf(), 0.0, x)
         if step.report is not None:  # the zeroth term of the linearisation
-            step.report("constant", r * (1 - x + (s * x).sum(_axis(step), keepdim=True)))
+            counted = torch.where(masking(x), 0.0, x)
+            step.report("constant", r * (1 - counted + (s * counted).sum(_axis(step), keepdim=True)))
         return (r - s * r.sum(_axis(step), keepdim=True)) * x, *(None for _ in others)
 
     def shortcut(self, module: nn.Module, flow: Convention) -> Run | None:

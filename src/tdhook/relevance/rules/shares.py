@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tdhook.conventions import masking
 from tdhook.relevance.propagation.stabilisers import Stabilizer, moved_away, stabilize
 from tdhook.relevance.propagation.steps import Modify, Step, unmodified
 
@@ -71,7 +72,7 @@ def per_unit(step: Step, relevance: Tensor, z: Tensor, epsilon: Stabilizer, sign
     if step.report is not None or callable(epsilon):
         per_output = relevance / stabilize(z, epsilon)
         if step.report is not None:
-            step.report("stabiliser", relevance - z * per_output)
+            step.report("stabiliser", torch.where(masking(z), 0.0, relevance - z * per_output))
         return per_output
     if sign:
         return relevance / (z.add_(sign * epsilon) if step.writable else z + sign * epsilon)
