@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Convention", "masking", "per_value", "relevance_of"]
+__all__ = ["Convention", "per_value", "relevance_of"]
 
 Convention: TypeAlias = Literal["relevance", "gradient"]
 
@@ -21,14 +21,6 @@ def relevance_of(value: Tensor, found: Tensor, flow: Convention) -> Tensor:
         flow: the convention in which it travelled.
     """
     return found if flow == "relevance" else torch.where(found == 0, 0.0, value.detach() * found)
-
-
-def masking(x: Tensor) -> Tensor:
-    """Where values mask what they stand for: infinite ones, and the least and greatest there are.
-
-    Sums of what is relative to them are nothing but rounding.
-    """
-    return x.detach().abs() > torch.finfo(x.dtype).max / 2
 
 
 def per_value(value: Tensor, relevance: Tensor) -> Tensor:

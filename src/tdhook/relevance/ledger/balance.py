@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.conventions import Convention, masking, relevance_of
+from tdhook.conventions import Convention, relevance_of
 from tdhook.passes.forward import Run
-from tdhook.relevance.ledger.elements import Account, each_sign, probes, wide
+from tdhook.relevance.ledger.elements import Account, Probe, each_sign, probes
 from tdhook.relevance.ledger.ledger import Entry, Ledger, Note
 from tdhook.tape.functions import parts
+from tdhook.tape.masks import masking
 from tdhook.targets import Seeds
 
 __all__ = ["balance"]
@@ -65,8 +66,14 @@ class _Books:
     """The accounts of one explanation.
 
     Elements are told apart by probes (:mod:`tdhook.relevance.ledger.elements`). Where they meet, as in batch
-    normalisation in training, each of a few gets a backward pass of its own. Of many, two weighted sums over the batch
-    are known, and the elements share in them (:meth:`_whole`).
+    normalisation in training, each of a few gets a backward pass of its own. Of many, two sums over the batch are
+    known, and the elements share in them (:meth:`_share`).
+
+    Attributes:
+        target: what was put in, ``[count]``, but for ``masked``: at values that mask, which is no input's.
+        shared: the target, or what the elements have of it where they share.
+        inputs: what arrived at the inputs, and at those that mask.
+        accounts: of a pass of all elements, by entry and column, in the order in which they were told.
     """
 
     ledger: Ledger
@@ -75,59 +82,75 @@ class _Books:
     leaves: list[Tensor]
     flow: Convention
     batch: torch.Size
+    inputs: Entry = field(default_factory=lambda: Entry("", "inputs", None))
+    accounts: dict[tuple[int, str], list[Account]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.count = self.batch.numel()
-        self.inputs = Entry("", "inputs", None)
-        self.target, self._masked = self._nothing(), self._nothing()
+        self.target, self.masked = self._nothing(), self._nothing()
         for z, grad in zip(self.tensors, self.grads, strict=True):
             counted, masked = self._split(z, grad)
-            for known, amount in ((self.target, counted), (self._masked, masked)):
-                known += wide(amount).reshape(self.count, -1).sum(1).cpu()
-        self._shared = self.target
+            self.target += Account(counted, self.count).sums.cpu()
+            self.masked += Account(masked, self.count).sums.cpu()
+        self.shared = self.target
 
     def close(self) -> bool:
         """Find the amounts of all entries, and whether they are of each element."""
+        opened: list[tuple[Entry, str, Account]] = []
+
+        def open_account(entry: Entry, column: str, amount: Tensor) -> None:
+            opened.append((entry, column, Account(amount, self.count)))
+            self.accounts.setdefault((id(entry), column), []).append(opened[-1][2])
+
         for entry in self.ledger.entries:
             entry.clear()
-        first = self._pass(torch.ones_like(self.target))
-        if self._apart(first):
-            return True
-        if self.count <= _FEW:
-            for alone in torch.eye(self.count, dtype=self.target.dtype, device="cpu"):
-                for entry, column, amount in self._pass(alone):
-                    account = Account(amount, 1)
-                    entry.add(column, alone * account.sums.cpu(), alone * account.rounding.cpu())
-            return True
-        self._whole(first)
-        return False
+        self._pass(torch.ones_like(self.target), open_account)
+        apart = self._are_apart([account for _, _, account in opened])
+        if apart:
+            for entry, column, account in opened:
+                entry.add(column, account.sums.cpu(), account.rounding.cpu())
+        elif self.count <= _FEW:
+            self._each_alone()
+        else:
+            self._share(opened)
+        return apart or self.count <= _FEW
 
     def columns(self) -> dict[str, Tensor]:
-        """What is written, each ``[count]``; the inputs have what the elements do not share of their target."""
+        """What is written, each ``[count]``; of the target, inputs have what the elements do not share."""
         absorbed = sum((entry.absorbed for entry in self.ledger.entries), self._nothing())
         arrived, masked = self.inputs.of("arrived"), self.inputs.of("masked")
         return {
-            "target": self.target + self._masked,
-            "inputs": arrived + masked + self.target - self._shared,
-            "absorbed": absorbed + self._masked - masked,
-            "gap": self._shared - arrived - absorbed,
+            "target": self.target + self.masked,
+            "inputs": arrived + masked + self.target - self.shared,
+            "absorbed": absorbed + self.masked - masked,
+            "gap": self.shared - arrived - absorbed,
         }
 
-    def _apart(self, first: list[Note]) -> bool:
-        """Account for all elements at once, if they can be told apart."""
-        accounts = [Account(amount, self.count) for _, _, amount in first]
-        dtypes = {amount.dtype for _, _, amount in first}
-        for probe in probes(self.count, dtypes) if self.count > 1 else ():
-            for account, (_, _, amount) in zip(accounts, self._pass(probe.weights), strict=True):
-                if not account.agrees(probe, amount):
-                    return False
-        if not all(account.settle() for account in accounts):
-            return False
-        for account, (entry, column, _) in zip(accounts, first, strict=True):
-            entry.add(column, account.sums.cpu(), account.rounding.cpu())
-        return True
+    def _are_apart(self, accounts: list[Account]) -> bool:
+        """Whether probes find that all accounts consist of amounts of single elements, which these then know."""
+        for probe in probes(self.count, {account.amount.dtype for account in accounts}):
+            odd: list[Account | None] = []
 
-    def _whole(self, first: list[Note]) -> None:
+            def look(account: Account | None, amount: Tensor, probe: Probe = probe) -> None:
+                if account is None or not (odd or account.agrees(probe, amount)):
+                    odd.append(account)
+
+            self._again(probe.weights, look)
+            if odd:
+                return False
+        return all(account.settle() for account in accounts)
+
+    def _each_alone(self) -> None:
+        """Account for each element by a pass of its own."""
+        for alone in torch.eye(self.count, dtype=self.target.dtype, device="cpu"):
+
+            def enter(entry: Entry, column: str, amount: Tensor, alone: Tensor = alone) -> None:
+                account = Account(amount, 1)
+                entry.add(column, alone * account.sums.cpu(), alone * account.rounding.cpu())
+
+            self._pass(alone, enter)
+
+    def _share(self, opened: list[tuple[Entry, str, Account]]) -> None:
         """Account for the batch as a whole.
 
         Two sums over the elements are known of each amount, the plain one and one in which each element has a sign.
@@ -135,30 +158,38 @@ class _Books:
         zero only where that of each element is, even if those add up to nothing.
         """
         signs = each_sign(self.count)
-        second = self._pass(signs)
-        for (entry, column, amount), (_, _, signed) in zip(first, second, strict=True):
-            plain, other = (Account(x, 1) for x in (amount, signed))
-            rounding = plain.rounding.cpu() / self.count
-            entry.add(column, _smallest(signs, plain.sums.cpu(), other.sums.cpu()), rounding)
-        self._shared = _smallest(signs, self.target.sum(), (signs * self.target).sum())
+        signed: dict[int, Tensor] = {}
+        self._again(signs, lambda account, amount: signed.update({id(account): Account(amount, 1).sums.cpu()}))
+        for entry, column, account in opened:
+            plain = Account(account.amount, 1)
+            amounts = _smallest(signs, plain.sums.cpu(), signed[id(account)])
+            entry.add(column, amounts, plain.rounding.cpu() / self.count)
+        self.shared = _smallest(signs, self.target.sum(), (signs * self.target).sum())
 
-    def _pass(self, weights: Tensor) -> list[Note]:
+    def _again(self, weights: Tensor, look: Callable[[Account | None, Tensor], None]) -> None:
+        """One more pass, in which each account meets its amount; ``None`` where there was none before."""
+        ahead = {key: iter(accounts) for key, accounts in self.accounts.items()}
+
+        def find(entry: Entry, column: str, amount: Tensor) -> None:
+            look(next(ahead.get((id(entry), column), iter(())), None), amount)
+
+        self._pass(weights, find)
+
+    def _pass(self, weights: Tensor, take: Note) -> None:
         """One backward pass with what is put in for each element multiplied by its weight, ``[count]``."""
         grads = [self._weighted(grad, weights) for grad in self.grads]
-        with self.ledger.noting() as notes:
+        with self.ledger.telling(take):
             pulled: Sequence[Tensor | None] = torch.autograd.grad(
                 self.tensors, self.leaves, grads, retain_graph=True, allow_unused=True
             )
         for x, grad in zip(self.leaves, pulled, strict=True):
             if grad is not None:
                 counted, masked = self._split(x, grad)
-                notes += [(self.inputs, "arrived", counted), (self.inputs, "masked", masked)]
-        # Devices run side by side, and tell in no order.
-        places = {id(entry): i for i, entry in enumerate((self.inputs, *self.ledger.entries))}
-        return sorted(notes, key=lambda note: (places[id(note[0])], note[1]))
+                take(self.inputs, "arrived", counted)
+                take(self.inputs, "masked", masked)
 
     def _split(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """The relevance of values, and that of values that mask, which is no input's (as metering has it)."""
+        """The relevance of values, and that of values that mask."""
         relevance, masks = relevance_of(parts(x), parts(grad), self.flow).detach(), masking(parts(x))
         return torch.where(masks, 0.0, relevance), torch.where(masks, relevance, 0.0)
 

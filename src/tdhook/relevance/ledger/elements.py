@@ -1,9 +1,10 @@
 """Elements: which element of a batch an amount belongs to, told from backward passes of the whole batch.
 
 A backward pass of all elements tells amounts, not whose they are. It is linear in what is put in. In a probe, what is
-put in for each element is multiplied by a power of two: that changes exponents alone, so that an amount of one element
-comes back multiplied by the same power, to the last bit. The exponents of all probes together are a number that no two
-elements share. Where what comes back is no such multiple, elements meet: other elements have a share in the amount.
+put in for each element is multiplied by a power of two with a sign: that changes exponents and signs alone, so that an
+amount of one element comes back multiplied by the same factor, to the last bit. The factors of all probes together are
+a number that no two elements share. Where what comes back is no such multiple, elements meet: others have a share in
+the amount.
 """
 
 from __future__ import annotations
@@ -14,24 +15,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Account", "Probe", "each_sign", "probes", "wide"]
+__all__ = ["Account", "Probe", "each_sign", "probes"]
 
 # How many powers of two a precision has room for, with room left for the amounts themselves.
-_POWERS = {torch.float64: 256, torch.float32: 64, torch.bfloat16: 64}
+_POWERS = {torch.float64: 256, torch.float32: 80, torch.bfloat16: 80}
 _FEWEST = 8
-
-
-def wide(x: Tensor) -> Tensor:
-    """In double precision, on the CPU where the device has none."""
-    return x.cpu().double() if x.device.type == "mps" else x.double()
+# As much as stays in a CPU's caches.
+_AT_ONCE = 2**17
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What is put in for each element is multiplied by a power of two: ``2 ** (digit - middle)``.
+    """What is put in for each element is multiplied by a factor of its own, as far as there are factors.
 
     Attributes:
-        digits: one of the digits of the number of each element, ``[count]``.
+        digits: one of the digits of the number of each element, ``[count]``: which factor it has.
         base: in which base these numbers are written.
         place: what the digit is worth in the number, a power of the base.
     """
@@ -41,35 +39,40 @@ class Probe:
     place: int
 
     @property
-    def middle(self) -> int:
-        """The digit of the factor one."""
-        return self.base // 2
-
-    @property
     def weights(self) -> Tensor:
-        """The factors, ``[count]``."""
-        return self.powers[self.digits]
+        """The factor of each element, ``[count]``."""
+        return self.factors[self.digits]
 
     @property
-    def powers(self) -> Tensor:
-        """The factor of each digit, ``[base]``."""
-        exponents = range(-self.middle, self.base - self.middle)
-        return torch.tensor([2.0**exponent for exponent in exponents], dtype=torch.float64, device="cpu")
+    def factors(self) -> Tensor:
+        """The factor of each digit, ``[base]``: powers of two around one, each with both signs."""
+        values = [(1 - 2 * (digit % 2)) * 2.0 ** (digit // 2 - self.middle) for digit in range(self.base)]
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+    @property
+    def middle(self) -> int:
+        """How often the smallest factor halves."""
+        return self.base // 4
+
+    def digits_of(self, ratio: Tensor) -> Tensor:
+        """Which factors are nearest to some numbers."""
+        powers = ratio.abs().log2().round().nan_to_num(0.0) + self.middle
+        return (2 * powers + (ratio < 0)).clamp(0, self.base - 1).long()
 
 
 def probes(count: int, dtypes: Iterable[torch.dtype]) -> list[Probe]:
     """As few probes as give each element a number of its own.
 
     Args:
-        count: how many elements there are, at least two.
+        count: how many elements there are; a single one needs none.
         dtypes: precisions in which relevance travels.
     """
-    most = min((_POWERS.get(dtype, _FEWEST) for dtype in dtypes), default=_FEWEST)
-    needed = 1
+    most = 2 * min((_POWERS.get(dtype, _FEWEST) for dtype in dtypes), default=_FEWEST)
+    needed = 0
     while most**needed < count:
         needed += 1
     base = 2
-    while base**needed < count:
+    while base**needed < count and needed:
         base += 1
     numbers = torch.arange(count, device="cpu")
     return [Probe(numbers // base**i % base, base, base**i) for i in range(needed)]
@@ -105,8 +108,12 @@ class Account:
     def __post_init__(self) -> None:
         self._in_rows = self.amount.numel() % self.count == 0
         if self._in_rows:
-            rows = self._rows(self.amount)
-            self.sums, self.sizes = rows.sum(1), rows.abs().sum(1)
+            self.sums, self.sizes = _sums(self.amount, self.count, sizes=True)
+
+    @property
+    def rounding(self) -> Tensor:
+        """What the precision of the amount can lose or make of it, ``[count]``."""
+        return torch.finfo(self.amount.dtype).eps * self.sizes
 
     def agrees(self, probe: Probe, amount: Tensor) -> bool:
         """Whether the amount that came back in a probe may consist of such of single elements."""
@@ -122,7 +129,7 @@ class Account:
         """Once all probes have been made: whether the amount consists of such of single elements."""
         if self._owners is None or self._off is None:
             return True
-        values = wide(self.amount.flatten())
+        values = _wide(self.amount.flatten())
         finite = values.isfinite()
         owners = torch.where(finite & (values != 0), self._owners, 0)
         if bool((owners >= self.count).any()):
@@ -136,11 +143,6 @@ class Account:
         return bool((off <= self._tolerance * self.sizes).all())
 
     @property
-    def rounding(self) -> Tensor:
-        """What the precision of the amount can lose or make of it, ``[count]``."""
-        return torch.finfo(self.amount.dtype).eps * self.sizes
-
-    @property
     def _tolerance(self) -> float:
         """What rounding in another order may change, as a part of the amount."""
         dtype = self.amount.dtype
@@ -150,23 +152,38 @@ class Account:
         """What the smallest factor may take from a value."""
         return torch.finfo(self.amount.dtype).tiny * 2.0**probe.middle
 
-    def _rows(self, amount: Tensor) -> Tensor:
-        return wide(amount.reshape(self.count, amount.numel() // self.count))
-
     def _agrees_by_rows(self, probe: Probe, amount: Tensor) -> bool:
-        rows = self._rows(amount)
-        off = (rows.sum(1) / probe.weights.to(rows.device) - self.sums).abs()
-        allowed = self._tolerance * self.sizes + rows.shape[1] * self._underflow(probe)
+        (sums,) = _sums(amount, self.count)
+        off = (sums / probe.weights.to(sums.device) - self.sums).abs()
+        allowed = self._tolerance * self.sizes + amount.numel() // self.count * self._underflow(probe)
         return bool(((off <= allowed) | ~self.sums.isfinite()).all())
 
     def _trace(self, probe: Probe, amount: Tensor) -> None:
-        values, found = wide(self.amount.flatten()), wide(amount.flatten())
+        values, found = _wide(self.amount.flatten()), _wide(amount.flatten())
         if self._owners is None or self._off is None:
             self._owners = torch.zeros(values.shape, dtype=torch.long, device=values.device)
             self._off = torch.zeros_like(values)
-        ratio = torch.where(values == 0, 1.0, found / values).abs()
-        digits = (ratio.log2().round().nan_to_num(0.0) + probe.middle).clamp(0, probe.base - 1).long()
-        off = (found / probe.powers.to(values.device)[digits] - values).abs()
+        digits = probe.digits_of(torch.where(values == 0, 1.0, found / values))
+        off = (found / probe.factors.to(values.device)[digits] - values).abs()
         off = (off - self._underflow(probe)).clamp(min=0)
         self._off = torch.maximum(self._off, torch.where((values == 0) & (off > 0), torch.inf, off))
         self._owners += digits * probe.place
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In double precision, on the CPU where the device has none."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
+
+
+def _sums(amount: Tensor, count: int, *, sizes: bool = False) -> list[Tensor]:
+    """Sums of the rows of an amount in double precision, ``[count]``, and of their absolute values if asked for."""
+    width = amount.numel() // count
+    rows = amount.reshape(count, width)
+    at_once = max(_AT_ONCE // max(width, 1), 1) if rows.is_cpu else count
+    found: list[list[Tensor]] = [[], []]
+    for some in rows.split(at_once):
+        exact = _wide(some)
+        found[0].append(exact.sum(1))
+        if sizes:
+            found[1].append(exact.abs().sum(1))
+    return [torch.cat(parts) for parts in found if parts]

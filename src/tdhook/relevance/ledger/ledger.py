@@ -11,19 +11,21 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from tdhook.conventions import Convention, masking
+from tdhook.conventions import Convention
 from tdhook.markup import html_table
 from tdhook.relevance.propagation.binding import Bindable, Bound
 from tdhook.relevance.propagation.call import Call, Setting
 from tdhook.relevance.propagation.constants import with_constants
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reporting import Report
-from tdhook.tape.functions import Identity, alias, live, may_look_at, parts, unwrapped
+from tdhook.tape.functions import Identity, alias, live, parts, unwrapped
 from tdhook.tape.internals import storage_of
+from tdhook.tape.masks import masks_in
 
 __all__ = ["CAPTION", "COLUMNS", "REASONS", "Entry", "Ledger", "Note"]
 
-Note: TypeAlias = "tuple[Entry, str, Tensor]"
+Note: TypeAlias = "Callable[[Entry, str, Tensor], None]"
+"""Takes down the amount of a column of an entry."""
 REASONS = ("bias", "stabiliser", "stop", "constant")
 CAPTION = "Where relevance went"
 COLUMNS = ("module", "operation", "rule", "arrived", "left", *REASONS, "gap")
@@ -91,22 +93,22 @@ class Ledger:
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.per_element = True
-        self._notes: list[Note] | None = None
+        self._take: Note | None = None
         self._within: Setting | None = None
 
     @contextmanager
-    def noting(self) -> Iterator[list[Note]]:
-        """Take down what the calls tell during a backward pass."""
-        self._notes = []
+    def telling(self, take: Note) -> Iterator[None]:
+        """Hand on what the calls tell during a backward pass."""
+        self._take = take
         try:
-            yield self._notes
+            yield
         finally:
-            self._notes = None
+            self._take = None
 
     def note(self, entry: Entry, column: str, amount: Tensor) -> None:
-        """Take down an amount, of whichever shape, if a backward pass is being taken down."""
-        if self._notes is not None:
-            self._notes.append((entry, column, unwrapped(amount).detach()))
+        """Hand on an amount, of whichever shape, if anyone wants to know."""
+        if self._take is not None:
+            self._take(entry, column, unwrapped(amount).detach())
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -197,10 +199,7 @@ class Metered(Identity):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
         x, ctx.tell, flow = inputs
-        masks: Tensor | None = masking(parts(x))
-        if may_look_at(x) and not bool(masks.any()):
-            masks = None
-        ctx.save_for_backward(x if flow == "gradient" else None, masks)
+        ctx.save_for_backward(x if flow == "gradient" else None, masks_in(parts(x)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> object:

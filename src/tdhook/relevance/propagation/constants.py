@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from tdhook.conventions import masking
 from tdhook.relevance.propagation.call import Call
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reporting import Report
-from tdhook.tape.functions import Identity, on_tape, parts, whole
+from tdhook.tape.functions import Identity, may_look_at, on_tape, parts, whole
+from tdhook.tape.masks import masking, unmasked
 
 __all__ = ["with_constants", "with_masks"]
 
 
 class Reported(Identity):
-    """Identity at which a fixed part of what travels backwards is reported."""
+    """Identity at which a fixed part, finite, of what travels backwards is reported."""
 
     @staticmethod
     def forward(z: Tensor, part: Tensor, reason: str, report: Report) -> Tensor:
@@ -36,8 +36,7 @@ class Reported(Identity):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> object:
         (part,) = ctx.saved_tensors
-        amount = parts(grad) * parts(part)
-        ctx.report(ctx.reason, torch.where(parts(grad) == 0, 0.0, amount))
+        ctx.report(ctx.reason, parts(grad) * parts(part))
         return grad, None, None, None
 
 
@@ -67,8 +66,9 @@ def with_constants(
     reason = "bias" if weighted or named else "constant"
     for i, part in zip(at, linear, strict=True):
         z = leaves[i]
-        rest = _counted(z, moves) - part
-        leaves[i] = Reported.apply(z, rest.nan_to_num(0.0, 0.0, 0.0), reason, report)
+        rest = (_counted(z, moves) - part).nan_to_num(0.0, 0.0, 0.0)
+        if not may_look_at(rest) or bool(rest.any()):
+            leaves[i] = Reported.apply(z, rest, reason, report)
     return tree_unflatten(leaves, spec)
 
 
@@ -84,6 +84,8 @@ def with_masks(call: Call, x: Tensor, z: Tensor) -> Tensor:
     if report is None:
         return z
     part = masking(x).to(z.dtype) - masking(z).to(z.dtype)
+    if may_look_at(part) and not bool(part.any()):
+        return z
     made: Tensor = Reported.apply(z, part, "constant", report)
     return made
 
@@ -91,8 +93,7 @@ def with_masks(call: Call, x: Tensor, z: Tensor) -> Tensor:
 def _counted(x: Tensor, moves: bool) -> Tensor:
     """Values, or ones in their place, where these are no share of anything in both parts of a complex number."""
     value = parts(x.detach())
-    counted = torch.where(masking(value), 0.0, torch.ones_like(value) if moves else value)
-    return whole(counted, x)
+    return whole(unmasked(torch.ones_like(value) if moves else value, value), x)
 
 
 def _is_expected(call: Call, factors: Sequence[float] | float, moves: bool) -> bool:

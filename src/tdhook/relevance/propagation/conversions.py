@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdhook.conventions import masking
 from tdhook.relevance.propagation.call import ALONE, Setting
 from tdhook.relevance.propagation.merges import Place
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.relevance.propagation.stabilisers import Stabilizer, exact, rounding, stabilize
 from tdhook.tape.functions import Identity, TapeFunction, alias, may_look_at, parts, whole
 from tdhook.tape.internals import is_view
+from tdhook.tape.masks import unmasked
 
 __all__ = [
     "Damped",
@@ -85,7 +85,7 @@ class PerValue(Identity):
         x, relevance = parts(value), parts(relevance)
         grad = relevance / PerValue.stabilised(ctx, x)
         if ctx.setting.report is not None:
-            ctx.setting.report("stabiliser", torch.where(masking(x), 0.0, relevance - x * grad))
+            ctx.setting.report("stabiliser", unmasked(relevance - x * grad, x))
         return whole(grad, value), *(None,) * ctx.n_rest
 
 
@@ -99,7 +99,7 @@ class Damped(PerValue):
         z, grad = parts(value), parts(grad)
         damped = grad * (z / PerValue.stabilised(ctx, z))
         if ctx.setting.report is not None:
-            ctx.setting.report("stabiliser", torch.where(masking(z), 0.0, z * grad - z * damped))
+            ctx.setting.report("stabiliser", unmasked(z * grad - z * damped, z))
         return whole(damped, value), *(None,) * ctx.n_rest
 
 
@@ -176,8 +176,7 @@ class Ratio(TapeFunction):
         x, z = ctx.saved_tensors
         pulled = grad * (z / rounding(x))
         if ctx.report is not None:
-            kept = torch.where(masking(z), 0.0, z * grad) - torch.where(masking(x), 0.0, x * pulled)
-            ctx.report("stabiliser", kept)
+            ctx.report("stabiliser", unmasked(z * grad, z) - unmasked(x * pulled, x))
         return pulled, *(None,) * ctx.n_rest
 
 
