@@ -1,6 +1,6 @@
 """Masks: values that say that something is to be left out, as masked logits do.
 
-They are infinite, or among the least and greatest numbers that a precision has. Relevance in proportion to them would be
+They are infinite, or among the least and greatest numbers that a precision has. Relevance in proportion to them is
 nothing but rounding: accounts of relevance count none there.
 """
 

@@ -110,7 +110,8 @@ class _Books:
             for entry, column, account in opened:
                 entry.add(column, account.sums.cpu(), account.rounding.cpu())
         elif self.count <= _FEW:
-            self._each_alone()
+            for element in torch.eye(self.count, dtype=self.target.dtype, device="cpu"):
+                self._alone(element)
         else:
             self._share(opened)
         return apart or self.count <= _FEW
@@ -128,27 +129,27 @@ class _Books:
 
     def _are_apart(self, accounts: list[Account]) -> bool:
         """Whether probes find that all accounts consist of amounts of single elements, which these then know."""
-        for probe in probes(self.count, {account.amount.dtype for account in accounts}):
-            odd: list[Account | None] = []
+        made = probes(self.count, {account.amount.dtype for account in accounts})
+        return all(map(self._agree, made)) and all(account.settle() for account in accounts)
 
-            def look(account: Account | None, amount: Tensor, probe: Probe = probe) -> None:
-                if account is None or not (odd or account.agrees(probe, amount)):
-                    odd.append(account)
+    def _agree(self, probe: Probe) -> bool:
+        odd: list[Account | None] = []
 
-            self._again(probe.weights, look)
-            if odd:
-                return False
-        return all(account.settle() for account in accounts)
+        def look(account: Account | None, amount: Tensor) -> None:
+            if account is None or not (odd or account.agrees(probe, amount)):
+                odd.append(account)
 
-    def _each_alone(self) -> None:
-        """Account for each element by a pass of its own."""
-        for alone in torch.eye(self.count, dtype=self.target.dtype, device="cpu"):
+        self._again(probe.weights, look)
+        return not odd
 
-            def enter(entry: Entry, column: str, amount: Tensor, alone: Tensor = alone) -> None:
-                account = Account(amount, 1)
-                entry.add(column, alone * account.sums.cpu(), alone * account.rounding.cpu())
+    def _alone(self, element: Tensor) -> None:
+        """Account for one element, of weight one, by a pass of its own."""
 
-            self._pass(alone, enter)
+        def enter(entry: Entry, column: str, amount: Tensor) -> None:
+            account = Account(amount, 1)
+            entry.add(column, element * account.sums.cpu(), element * account.rounding.cpu())
+
+        self._pass(element, enter)
 
     def _share(self, opened: list[tuple[Entry, str, Account]]) -> None:
         """Account for the batch as a whole.
@@ -159,7 +160,9 @@ class _Books:
         """
         signs = each_sign(self.count)
         signed: dict[int, Tensor] = {}
-        self._again(signs, lambda account, amount: signed.update({id(account): Account(amount, 1).sums.cpu()}))
+        self._again(
+            signs, lambda account, amount: signed.update({id(account): Account(amount, 1).sums.cpu()})
+        )
         for entry, column, account in opened:
             plain = Account(account.amount, 1)
             amounts = _smallest(signs, plain.sums.cpu(), signed[id(account)])

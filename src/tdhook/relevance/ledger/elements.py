@@ -22,6 +22,8 @@ _POWERS = {torch.float64: 256, torch.float32: 80, torch.bfloat16: 80}
 _FEWEST = 8
 # As much as stays in a CPU's caches.
 _AT_ONCE = 2**17
+# As many values tell mostly that elements meet.
+_A_GLANCE = 1000
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,7 @@ class Account:
             self._in_rows = False
             if probe.place > 1:  # what earlier probes said of single values is gone
                 return False
-        if not self._in_rows:
-            self._trace(probe, amount)
-        return True
+        return self._in_rows or self._agrees_by_values(probe, amount)
 
     def settle(self) -> bool:
         """Once all probes have been made: whether the amount consists of such of single elements."""
@@ -158,16 +158,29 @@ class Account:
         allowed = self._tolerance * self.sizes + amount.numel() // self.count * self._underflow(probe)
         return bool(((off <= allowed) | ~self.sums.isfinite()).all())
 
-    def _trace(self, probe: Probe, amount: Tensor) -> None:
-        values, found = _wide(self.amount.flatten()), _wide(amount.flatten())
-        if self._owners is None or self._off is None:
-            self._owners = torch.zeros(values.shape, dtype=torch.long, device=values.device)
-            self._off = torch.zeros_like(values)
+    def _agrees_by_values(self, probe: Probe, amount: Tensor) -> bool:
+        values, found = self.amount.flatten(), amount.flatten()
+        few = slice(None, None, len(values) // _A_GLANCE + 1)
+        if self._traced(probe, values[few], found[few]) is None:
+            return False
+        traced = self._traced(probe, values, found)
+        if traced is None:
+            return False
+        owners, off = traced
+        self._owners = owners if self._owners is None else self._owners + owners
+        self._off = off if self._off is None else torch.maximum(self._off, off)
+        return True
+
+    def _traced(self, probe: Probe, values: Tensor, found: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What the probe says of whose the values are, and how far off each is; ``None`` if they are far off."""
+        values, found = _wide(values), _wide(found)
         digits = probe.digits_of(torch.where(values == 0, 1.0, found / values))
         off = (found / probe.factors.to(values.device)[digits] - values).abs()
         off = (off - self._underflow(probe)).clamp(min=0)
-        self._off = torch.maximum(self._off, torch.where((values == 0) & (off > 0), torch.inf, off))
-        self._owners += digits * probe.place
+        off = torch.where((values == 0) & (off > 0), torch.inf, off)
+        finite = values.isfinite()
+        near = off[finite].sum() <= self._tolerance * values[finite].abs().sum()
+        return (digits * probe.place, off) if bool(near) else None
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -175,15 +188,14 @@ def _wide(x: Tensor) -> Tensor:
     return x.cpu().double() if x.device.type == "mps" else x.double()
 
 
-def _sums(amount: Tensor, count: int, *, sizes: bool = False) -> list[Tensor]:
-    """Sums of the rows of an amount in double precision, ``[count]``, and of their absolute values if asked for."""
+def _sums(amount: Tensor, count: int, *, sizes: bool = False) -> Tensor:
+    """Sums of the rows of an amount in double precision, ``[1, count]``, and of absolute values, ``[2, count]``."""
     width = amount.numel() // count
     rows = amount.reshape(count, width)
-    at_once = max(_AT_ONCE // max(width, 1), 1) if rows.is_cpu else count
-    found: list[list[Tensor]] = [[], []]
-    for some in rows.split(at_once):
-        exact = _wide(some)
-        found[0].append(exact.sum(1))
-        if sizes:
-            found[1].append(exact.abs().sum(1))
-    return [torch.cat(parts) for parts in found if parts]
+    high, wide = (max(_AT_ONCE // max(width, 1), 1), _AT_ONCE) if rows.is_cpu else (count, max(width, 1))
+    found = []
+    for some in rows.split(high):
+        exact = map(_wide, some.split(wide, 1))
+        parts = [torch.stack([x.sum(1), x.abs().sum(1)] if sizes else [x.sum(1)]) for x in exact]
+        found.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
+    return torch.cat(found, 1)

@@ -22,7 +22,7 @@ from tdhook.tape.functions import Identity, alias, live, parts, unwrapped
 from tdhook.tape.internals import storage_of
 from tdhook.tape.masks import masks_in
 
-__all__ = ["CAPTION", "COLUMNS", "REASONS", "Entry", "Ledger", "Note"]
+__all__ = ["COLUMNS", "REASONS", "Entry", "Ledger", "Note"]
 
 Note: TypeAlias = "Callable[[Entry, str, Tensor], None]"
 """Takes down the amount of a column of an entry."""
@@ -119,6 +119,11 @@ class Ledger:
         finally:
             del self.entries[count:]
 
+    @property
+    def caption(self) -> str:
+        """What a table of it is called: whether its amounts are of the elements, or of the batch as a whole."""
+        return CAPTION if self.per_element else f"{CAPTION} (of the batch as a whole, whose elements meet)"
+
     def summary(self) -> list[Entry]:
         """One entry for each module and operation at each place, in execution order, its calls added up."""
         found: dict[tuple[str, str, str], Entry] = {}
@@ -147,7 +152,7 @@ class Ledger:
     def _repr_html_(self) -> str:
         rows = self.cells()
         marked = [i for i, row in enumerate(rows) if row[-1]]
-        return html_table(CAPTION, COLUMNS, [row[:-1] for row in rows], numbers=6, marked=marked)
+        return html_table(self.caption, COLUMNS, [row[:-1] for row in rows], numbers=6, marked=marked)
 
     def call(self, path: str, selector: object, bound: Bound, call: Call) -> Any:
         """Make one call, with its inputs and outputs metered, unless it is one of them in another shape."""
@@ -197,7 +202,7 @@ class Metered(Identity):
         return alias(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.tell, flow = inputs
         ctx.save_for_backward(x if flow == "gradient" else None, masks_in(parts(x)))
 
