@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tdhook.relevance.propagation.call import ALONE, Setting
@@ -15,6 +14,7 @@ from tdhook.relevance.propagation.reporting import Report
 from tdhook.relevance.propagation.stabilisers import Stabilizer, exact, rounding, stabilize
 from tdhook.tape.functions import Identity, TapeFunction, alias, may_look_at, parts, whole
 from tdhook.tape.internals import is_view
+from tdhook.tape.masks import unmasked
 
 __all__ = [
     "Damped",
@@ -85,7 +85,7 @@ class PerValue(Identity):
         x, relevance = parts(value), parts(relevance)
         grad = relevance / PerValue.stabilised(ctx, x)
         if ctx.setting.report is not None:
-            ctx.setting.report("stabiliser", relevance - torch.where(x.isinf(), 0.0, x * grad))
+            ctx.setting.report("stabiliser", unmasked(relevance - x * grad, x))
         return whole(grad, value), *(None,) * ctx.n_rest
 
 
@@ -99,7 +99,7 @@ class Damped(PerValue):
         z, grad = parts(value), parts(grad)
         damped = grad * (z / PerValue.stabilised(ctx, z))
         if ctx.setting.report is not None:
-            ctx.setting.report("stabiliser", z * grad - z * damped)
+            ctx.setting.report("stabiliser", unmasked(z * grad - z * damped, z))
         return whole(damped, value), *(None,) * ctx.n_rest
 
 
@@ -217,7 +217,7 @@ class Ratio(TapeFunction):
         x, z = ctx.saved_tensors
         pulled = grad * (z / rounding(x))
         if ctx.report is not None:
-            ctx.report("stabiliser", z * grad - finite_product(x, pulled))
+            ctx.report("stabiliser", unmasked(z * grad, z) - unmasked(x * pulled, x))
         return pulled, *(None,) * ctx.n_rest
 
 
