@@ -20,6 +20,7 @@ from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.tape.functions import Identity, alias, live, parts, unwrapped
 from tdhook.tape.internals import storage_of
+from tdhook.tape.sharded import Spread, gathered, spread_of
 
 __all__ = ["CAPTION", "COLUMNS", "REASONS", "Entry", "Ledger", "Note"]
 
@@ -39,6 +40,7 @@ class Entry:
         rule: the rule it ran under; ``None`` for the inputs of the model.
         amounts: ``"arrived"`` is relevance of its outputs, ``"left"`` of its inputs; reason to what was kept.
         calls: how many calls are added up here.
+        spread: over which processes its values are spread, of which each has a part.
     """
 
     path: str
@@ -46,6 +48,7 @@ class Entry:
     rule: Bindable | None
     amounts: dict[str, Tensor] = field(default_factory=dict)
     calls: int = 1
+    spread: Spread = ()
 
     def of(self, column: str) -> Tensor:
         """What arrived, left, or was kept for a reason."""
@@ -82,6 +85,7 @@ class Ledger:
         self.entries: list[Entry] = []
         self._notes: list[Note] | None = None
         self._within: Setting | None = None
+        self._spreads: dict[object, Spread] = {}
 
     @contextmanager
     def noting(self) -> Iterator[list[Note]]:
@@ -95,7 +99,8 @@ class Ledger:
     def note(self, entry: Entry, column: str, amount: Tensor) -> None:
         """Take down an amount, of whichever shape, if a backward pass is being taken down."""
         if self._notes is not None:
-            self._notes.append((entry, column, unwrapped(amount).detach()))
+            whole = gathered(unwrapped(amount).detach(), entry.spread)
+            self._notes.append((entry, column, whole))
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -145,7 +150,7 @@ class Ledger:
             if _shares_memory(outputs, (call.args, call.kwargs)):
                 return outputs
         name = f"{module.name}()" if isinstance(module, Operation) else type(module).__name__
-        entry = Entry(path, name, rule)
+        entry = Entry(path, name, rule, spread=spread_of(call.tensors(), self._spreads))
         self.entries.append(entry)
 
         def absorb(reason: str, amount: Tensor) -> None:

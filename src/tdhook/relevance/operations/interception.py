@@ -35,6 +35,7 @@ from tdhook.tape.as_one import is_one
 from tdhook.tape.functions import on_tape
 from tdhook.tape.internals import maker_of, pop_mode, push_mode, top_mode
 from tdhook.tape.overwriting import Guard, Outdated
+from tdhook.tape.sharded import moves_between_processes
 
 __all__ = ["Found", "Interception", "Lookup", "Observer", "Unmatched"]
 
@@ -307,6 +308,7 @@ def _unseen(values: Iterable[object]) -> Iterator[str]:
                 function is not None
                 and not issubclass(function, Rule)
                 and not function.__module__.startswith(("tdhook.", "torch._functorch."))
+                and not moves_between_processes(function)
             ):
                 yield function.__name__
 

@@ -19,6 +19,7 @@ from tdhook.tape.functions import TapeFunction, alias, on_tape
 from tdhook.tape.internals import is_view, transformed
 from tdhook.tape.origins import is_nonnegative
 from tdhook.tape.overwriting import natively
+from tdhook.tape.sharded import added_up, is_sharded
 
 __all__ = [
     "ExecutedLayer",
@@ -117,6 +118,7 @@ class ExecutedLayer(Place):
             merged = None if merged is None else merged.to(dtype)
         step = LinearStep(self.module, self.form, x, outputs, weight, bias, merged, cache)
         step.report, step.nonnegative = setting.report, self.nonnegative
+        step.writable = not is_sharded(weight)
         return step
 
 
@@ -142,7 +144,8 @@ class RuledLayer(TapeFunction):
     def backward(ctx: Any, out_relevance: Tensor) -> object:
         """Turn the relevance of the output into that of the input."""
         executed: ExecutedLayer = ctx.executed
-        (relevance,) = executed.rule.propagate(executed.step(*ctx.saved_tensors), (out_relevance,))
+        step = executed.step(*ctx.saved_tensors)
+        (relevance,) = executed.rule.propagate(step, (added_up(out_relevance),))
         return None, relevance, None, None
 
 
