@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from tdhook.passes.forward import Run
 from tdhook.passes.graphs import Graphs
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Question, Setup
+from tdhook.tape.internals import top_mode, unwatched
 
 __all__ = ["ExplainedModule", "Explaining"]
 
@@ -180,7 +182,8 @@ class ExplainedModule(TensorDictModuleBase):
     def explain(self, td: TensorDictBase) -> dict[NestedKey, Any]:
         """What a call writes into ``td``, operation by operation."""
         runner = Runner(self._setup, td, self._state)
-        with torch.inference_mode(False), torch.enable_grad():
+        alone = nullcontext() if top_mode() is None else unwatched()
+        with torch.inference_mode(False), torch.enable_grad(), alone:
             found, base = runner.carefully(lambda: self._explained(runner))
             written = base.written()
             written.update(runner.beside)

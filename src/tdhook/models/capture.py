@@ -13,6 +13,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
 from tdhook.models.turns import here
+from tdhook.tape.dependence import leaf
 
 __all__ = ["Captured", "call_name"]
 
@@ -88,10 +89,10 @@ class Captured:
         """The value, or what takes its place; off the tape the graph begins here."""
         other = self.replaced.get(key)
         if other is not None:
-            return other.detach().requires_grad_()
+            return leaf(other)
         if value.requires_grad or not value.is_floating_point():
             return value
-        return value.detach().requires_grad_()
+        return leaf(value)
 
     def _keys_of(self, attribute: tuple[NestedKey, ...] | str) -> Callable[..., None]:
         def hook(module: Any, args: object, output: object) -> None:

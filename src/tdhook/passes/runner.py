@@ -76,8 +76,8 @@ class Runner:
         """
         setup, replaced, how = self.setup, replaced or {}, within or AsItIs()
         asked = target or self.setup.question.target
-        work, inputs = setup.leaves(td, replaced)
         with setup.turn, how.attached():
+            work, inputs = setup.leaves(td, replaced)
             if how.overwrites:
                 for key, value in inputs.items():
                     work.set(key, value.clone())

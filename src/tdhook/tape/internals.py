@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = [
     "CHECKPOINTING",
+    "Watching",
     "buffers_of",
     "called",
     "children_of",
@@ -29,7 +30,9 @@ __all__ = [
     "is_wrapped",
     "maker_of",
     "mode_options",
+    "nodes_made",
     "nonstrict",
+    "number_of",
     "parameters_of",
     "pop_mode",
     "push_mode",
@@ -38,6 +41,7 @@ __all__ = [
     "storage_of",
     "top_mode",
     "transformed",
+    "unwatched",
     "version_of",
     "without_modes",
     "written_in_python",
@@ -92,6 +96,15 @@ def storage_of(x: Tensor) -> int:
     return int(x.untyped_storage()._cdata)
 
 
+nodes_made: Callable[[], int] = _C._autograd._get_sequence_nr
+"""How many nodes this thread has put on the tape so far."""
+
+
+def number_of(node: Any) -> int:
+    """The number of a node of the tape among those of its thread, in the order in which they were made."""
+    return int(node._sequence_nr())
+
+
 def maker_of(node: object) -> type | None:
     """The class of the function that made a node of the tape, if it was written in Python."""
     return getattr(type(node), "_forward_cls", None)
@@ -113,6 +126,28 @@ pop_mode: Callable[[], TorchFunctionMode] = _C._pop_torch_function_stack
 
 push_mode: Callable[[TorchFunctionMode], None] = _C._push_on_torch_function_stack
 """Put a mode on top."""
+
+class Watching(TorchFunctionMode):
+    """A mode that watches one pass; a pass within another is watched by its own mode alone."""
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Run in sight of no mode that watches another pass."""
+    modes = []
+    while (mode := top_mode()) is not None:
+        modes.append(pop_mode())
+    try:
+        for mode in reversed(modes):
+            if not isinstance(mode, Watching):
+                push_mode(mode)
+        yield
+    finally:
+        while top_mode() is not None:
+            pop_mode()
+        for mode in reversed(modes):
+            push_mode(mode)
+
 
 script_call: Any = _C.ScriptFunction.__dict__["__call__"]
 """How functions compiled by ``torch.jit.script`` are called."""

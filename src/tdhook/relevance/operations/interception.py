@@ -9,7 +9,6 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from tdhook.conventions import Convention
 from tdhook.relevance.operations.paths import Paths
@@ -24,6 +23,7 @@ from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule
 from tdhook.selectors import Selector
 from tdhook.selectors.names import (
+    begins_tape,
     initialises,
     name_of,
     out_of_place_form,
@@ -32,8 +32,8 @@ from tdhook.selectors.names import (
     writes_in_place,
 )
 from tdhook.tape.as_one import is_one
-from tdhook.tape.functions import on_tape
-from tdhook.tape.internals import maker_of, pop_mode, push_mode, top_mode
+from tdhook.tape.dependence import Dependence
+from tdhook.tape.internals import Watching, maker_of, pop_mode, push_mode, top_mode
 from tdhook.tape.overwriting import Guard, Outdated
 from tdhook.tape.sharded import moves_between_processes
 
@@ -41,6 +41,11 @@ __all__ = ["Found", "Interception", "Lookup", "Observer", "Unmatched"]
 
 
 _NATIVE = IgnoreRule()
+_DERIVATIVES = (torch.autograd.grad, Tensor.backward)
+_DIFFERENTIATES = (
+    "the model differentiates in its forward pass, in module `{}`, where rules stand in for derivatives; give that "
+    "module a rule, EpsilonRule say, so that it runs as one unit"
+)
 
 
 class Unmatched:
@@ -60,6 +65,8 @@ class _Known:
     in_place: bool
     quick: bool = False
     aside: bool = False
+    begins_tape: bool = False
+    differentiates: bool = False
     own: Rule | None = None
     selector: object = None
     rule: Rule | None = None
@@ -86,7 +93,7 @@ class Observer(Protocol):
         """What is entered around calls that were made before and are made once more."""
 
 
-class Interception(TorchFunctionMode):
+class Interception(Watching):
     """While active, runs each torch function on the tape under the rule of its operation.
 
     Args:
@@ -122,6 +129,7 @@ class Interception(TorchFunctionMode):
         self._known: dict[object, _Known] = {}
         self._paused = 0
         self.paths = Paths(modules)
+        self.dependence = Dependence()
 
     def __getstate__(self) -> dict[str, Any]:
         # What is known of torch functions is found again; they cannot all be pickled.
@@ -151,16 +159,30 @@ class Interception(TorchFunctionMode):
 
     @contextmanager
     def _watching_again(self) -> Iterator[None]:
-        with nullcontext() if self.observer is None else self.observer.again(), self:
-            yield
+        before = self.dependence
+        self.dependence = before.begin_again()
+        try:
+            with nullcontext() if self.observer is None else self.observer.again(), self:
+                yield
+        finally:
+            self.dependence = before
 
     def unit(self, binding: Binding, call: Call) -> Any:
         """Run a module that has a rule, and leave alone the operations inside it."""
+        live, foreign = self.dependence.look(call.args)
+        if call.kwargs:
+            below = self.dependence.look(call.kwargs.values())
+            live, foreign = live or below[0], foreign or below[1]
+        if foreign:
+            args, kwargs = self.dependence.constants_off((call.args, call.kwargs), own=live)
+            call = call._replace(args=args, kwargs=kwargs)
         bound, module, args = binding.bound, call.module, call.args
         if self.outdated.any:
             self.outdated.check(args)
         if self.paths.following and not self._paused:
             self._look_for_unseen(args)
+        if not live:
+            return self._as_in_place(module, args, call.execute())
         # Layers of torch overwrite nothing (they run out of place), so that there is nothing to see in them.
         aside = binding.closed and top_mode() is self
         if aside:
@@ -177,6 +199,10 @@ class Interception(TorchFunctionMode):
             self._paused -= 1
             if aside:
                 push_mode(self)
+        return self._as_in_place(module, args, result)
+
+    def _as_in_place(self, module: nn.Module, args: Any, result: Any) -> Any:
+        """What a layer returns that overwrites its input, having been run out of place."""
         layers = self.outdated.layers
         if not layers or id(module) not in layers or not args or not isinstance(args[0], Tensor):
             return result
@@ -192,28 +218,58 @@ class Interception(TorchFunctionMode):
             known = self._known[func] = self._learn(func)
         kwargs = kwargs or {}
         if known.aside:
+            if known.begins_tape:
+                self.dependence.look_closely(args[0])
             return func(*args, **kwargs)
         if self.outdated.any:
             self.outdated.check(args)
         in_place = known.in_place or (bool(kwargs) and writes_in_place(func, kwargs))
         if in_place and self.guard.active:
             self.guard.before(_overwritten(args, kwargs))
-        if (known.quick and self.observer is None and not in_place) or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        if not _any_live(args) and not (kwargs and _any_live(kwargs.values())):
+        dependence = self.dependence
+        live, foreign = dependence.look(args)
+        if kwargs:
+            below = dependence.look(kwargs.values())
+            live, foreign = live or below[0], foreign or below[1]
+        given, given_by_name = args, kwargs
+        if foreign:
+            args, kwargs = dependence.constants_off((args, kwargs), own=live and not self._paused)
+        if in_place:
+            # What is overwritten stays the tensor that the model holds.
+            target = _overwritten(given, given_by_name)
+            return self._in_place(known, func, args, kwargs, target, live)
+        if (known.quick and self.observer is None) or self._paused or not live:
             return func(*args, **kwargs)
-        if in_place and not self.guard.active:
-            self.guard.before(_overwritten(args, kwargs))
-        if self._paused or (in_place and relabels(func)):
-            return func(*args, **kwargs)
+        if self.paths.following:
+            self._look_for_unseen(args)
+        if known.differentiates:
+            raise NotImplementedError(_DIFFERENTIATES.format(self.paths.current or "(model)"))
+        selector, rule = self._find(known, args, kwargs)
+        return self._run(known, selector, rule, func, args, kwargs)
+
+    def _in_place(
+        self, known: _Known, func: Any, args: Any, kwargs: Any, target: Any, live: bool
+    ) -> object:
+        """Run a function that overwrites ``target``, which is among its arguments unless it was a constant there."""
+        if self._paused or not live or relabels(func):
+            if live and not self.guard.active:
+                self.guard.before(target)
+            if live or relabels(func):
+                return func(*_writing(args, kwargs, target), **kwargs)
+            result = func(*args, **kwargs)
+            return target if result is _overwritten(args, kwargs) else result
+        if not self.guard.active:
+            self.guard.before(target)
         if self.paths.following:
             self._look_for_unseen(args)
         selector, rule = self._find(known, args, kwargs)
         native = known.in_place and rule is not None and rule.native
-        if in_place and not (native and self.observer is None):
-            form = _on_a_copy(func) if native else known.operation.function
-            return self._overwrite(known, selector, rule, form, args, kwargs)
-        return self._run(known, selector, rule, func, args, kwargs)
+        if native and self.observer is None:
+            return self._run(known, selector, rule, func, _writing(args, kwargs, target), kwargs)
+        form = _on_a_copy(func) if native else known.operation.function
+        return self._overwrite(known, selector, rule, form, args, kwargs, target)
 
     def _look_for_unseen(self, args: Any) -> None:
         for unseen in _unseen(args):
@@ -229,8 +285,9 @@ class Interception(TorchFunctionMode):
             moves=name in MOVES or name in WINNER,
             multiplies=name in PRODUCTS or name in ELEMENTWISE,
         )
-        aside = queries(func) or initialises(func)
-        known = _Known(operation, in_place, aside=aside, own=ARITHMETIC if is_one(func) else None)
+        known = _Known(operation, in_place, own=ARITHMETIC if is_one(func) else None)
+        known.begins_tape, known.differentiates = begins_tape(func), func in _DERIVATIVES
+        known.aside = known.begins_tape or queries(func) or initialises(func)
         if self._lookup is not None and not self._by_path:
             known.selector, known.rule = self._lookup(name, *self.paths.innermost)
         if not in_place and not self._by_path:
@@ -250,10 +307,9 @@ class Interception(TorchFunctionMode):
         return None, known.own or default_rule(known.operation.name, args, kwargs)
 
     def _overwrite(
-        self, known: _Known, selector: Any, rule: Any, func: Any, args: object, kwargs: Any
+        self, known: _Known, selector: Any, rule: Any, func: Any, args: object, kwargs: Any, target: Any
     ) -> object:
         """Run the out-of-place form under its rule, then move its result to where it belongs."""
-        target = _overwritten(args, kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in ("out", "inplace")}
         result = self._run(known, selector, rule, func, args, kwargs)
         self.guard.before(target)  # again: the rule has kept of it what it needs
@@ -272,7 +328,7 @@ class Interception(TorchFunctionMode):
                 with self:
                     return inside(*args, **kwargs)
             result = func(*args, **kwargs)
-            if not _any_live((result,)):
+            if not self.dependence.look((result,))[0]:
                 return result
             self._unmatched(operation.name, self.paths.current, False)
             selector = Unmatched()
@@ -321,6 +377,11 @@ def _overwritten(args: Any, kwargs: Any) -> Any:
     return args[0] if args else kwargs["input"]
 
 
+def _writing(args: Any, kwargs: Any, target: Any) -> Any:
+    """Positional arguments of a call that writes to ``target``."""
+    return (target, *args[1:]) if args and kwargs.get("out") is None else args
+
+
 def _on_a_copy(function: Callable[..., object]) -> Callable[..., Any]:
     def form(x: Tensor, *args: object, **kwargs: object) -> Tensor:
         copy = x.clone()
@@ -328,13 +389,3 @@ def _on_a_copy(function: Callable[..., object]) -> Callable[..., Any]:
         return copy
 
     return form
-
-
-def _any_live(values: Iterable[object]) -> bool:
-    for value in values:
-        if isinstance(value, Tensor):
-            if on_tape(value):
-                return True
-        elif isinstance(value, list | tuple) and _any_live(value):
-            return True
-    return False

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from tdhook.relevance.propagation.call import Call
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reporting import Report
+from tdhook.tape.dependence import leaf
 from tdhook.tape.functions import Identity, on_tape, parts
 
 __all__ = ["with_constants"]
@@ -139,7 +140,7 @@ def _twice_backward(
     function: Callable[..., tuple[Tensor, ...]], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
 ) -> list[Tensor]:
     with torch.enable_grad():
-        leaves = [x.clone().requires_grad_() for x in primals]
+        leaves = [leaf(x.clone()) for x in primals]
         outputs = function(*leaves)
         seeds = [torch.zeros_like(z).requires_grad_() for z in outputs]
         pulled: Sequence[Tensor | None] = torch.autograd.grad(
