@@ -86,7 +86,8 @@ def raw_relevance(
         raise ValueError(f"the relevances are of different numbers of outputs: {sorted(map(list, extras))}")
     for extra in extras:
         for key, value in chain.back(rows, td, extra, by_weight).items():
-            result.set(key, value.reshape(*batch, *extra, *value.shape[1:]))
+            value = value.reshape(*batch, *extra, *value.shape[1:])
+            result.set(key, value if key not in result else result.get(key) + value)
     return result
 
 
@@ -180,20 +181,35 @@ class _Chain:
     def shape_behind(self, key: NestedKey) -> torch.Size | None:
         """The shape of an observation as the policy sees it."""
         found = self.known[-1].get(key)
-        return None if found is None or self.makes(key) else found[0]
+        return None if found is None else found[0]
 
     def makes(self, key: NestedKey) -> bool:
-        """Whether a transform adds an entry by itself."""
+        """Whether a transform adds an entry that is no observation, such as the hidden state of a policy."""
         return any(key in map(unravel_key, step.out_keys) and not step.in_keys for step in self.steps)
+
+    def reads(self, i: int) -> list[NestedKey]:
+        """Which observations the transform ``i`` reads; it may read others things too, such as rewards."""
+        given = [*map(unravel_key, self.steps[i].in_keys)]
+        return [key for key in (given or self.known[i]) if key in self.known[i]]
+
+    def writes(self, i: int) -> list[NestedKey]:
+        """Which observations the transform ``i`` writes."""
+        given = [*map(unravel_key, self.steps[i].out_keys)]
+        if not given:
+            given = [*self.known[i + 1]] if _maps(self.steps[i]) else []
+        return [key for key in given if key in self.known[i + 1]]
 
     def back(
         self, relevance: dict[NestedKey, Tensor], td: TensorDictBase, extra: torch.Size, by_weight: bool
     ) -> dict[NestedKey, Tensor]:
-        """Bring relevance back to where the first transform starts."""
-        single, stacked = dict(relevance), dict[NestedKey, Tensor]()
+        """Bring relevance back to where the first transform starts, or to the transform that made an entry."""
+        single, stacked, made = dict(relevance), dict[NestedKey, Tensor](), dict[NestedKey, Tensor]()
         for i in reversed(range(len(self.steps))):
             if i == self.stack:
                 stacked = self._unstack(single)
+                continue
+            if not self.reads(i) or not _maps(self.steps[i]):
+                made.update((key, single.pop(key)) for key in self.writes(i) if key in single)
                 continue
 
             def values(i: int = i, frames: bool = False) -> dict[NestedKey, Tensor]:
@@ -210,6 +226,8 @@ class _Chain:
                 stacked[key] = r
             else:  # the policy saw it by itself too: what it saw is the last of the frames
                 stacked[key][:, -1] += r
+        for key, r in made.items():
+            stacked[key] = stacked[key] + r if key in stacked else r
         return stacked
 
     def _unstack(self, relevance: dict[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
@@ -227,11 +245,9 @@ class _Chain:
         self, i: int, relevance: dict[NestedKey, Tensor], values: Callable[[], dict[NestedKey, Tensor]] | None
     ) -> dict[NestedKey, Tensor]:
         """Relevance before the transform ``i``, given that behind it."""
-        step = self.steps[i]
-        reads, writes = ([*map(unravel_key, keys)] for keys in (step.in_keys, step.out_keys))
-        writes = [key for key in (writes or relevance) if key in relevance]
-        reads = [key for key in (reads or self.known[i]) if key in self.known[i]]
-        if not writes or not _maps(step):
+        step, reads = self.steps[i], self.reads(i)
+        writes = [key for key in self.writes(i) if key in relevance]
+        if not writes:
             return relevance
         found = {key: r for key, r in relevance.items() if key not in writes}
         if hasattr(step, "frozen_copy"):  # running normalisation, each value by itself
@@ -277,18 +293,7 @@ class _Chain:
             raise ValueError(
                 f"{name} mixes values of stacked frames, which are not at hand: pass by_weight=True"
             )
-        needed, steps = self._before(i)
-        given: dict[NestedKey, Tensor] = {}
-        for key in needed:
-            value = td.get(key, None)
-            overwritten = any(key in map(unravel_key, step.out_keys) for step in self.steps)
-            if value is None or overwritten or value.shape != (*td.batch_size, *self.known[0][key][0]):
-                raise KeyError(
-                    f"{name} mixes values, so that their shares depend on {key!r} as the environment gave it, which is "
-                    "not in the batch: give the transforms out_keys of their own, so that it stays there, or pass "
-                    "by_weight=True"
-                )
-            given[key] = value
+        given = {key: self._value(key, i, td, name) for key in self.reads(i)}
         if frames:
             assert self.stack is not None
             times = _times(self.steps[self.stack], td)
@@ -299,23 +304,30 @@ class _Chain:
             # Where several outputs are explained, each looks at the same values.
             shape = value.shape[axes:]
             each = value.reshape(count, 1, *shape).expand(count, extra.numel(), *shape)
-            rows[key] = each.flatten(0, 1 + frames)
-        work = TensorDict(rows, [len(next(iter(rows.values())))])
-        for step in steps:
-            work = applied(step, work)
-        return {key: nonzero(work.get(key)) for key in self.known[i] if work.get(key, None) is not None}
+            rows[key] = nonzero(each.flatten(0, 1 + frames))
+        return rows
 
-    def _before(self, i: int) -> tuple[set[NestedKey], list[Transform]]:
-        """Which observations of the environment the transform ``i`` depends on, and through which transforms."""
-        needed = {*map(unravel_key, self.steps[i].in_keys)} & {*self.known[i]} or {*self.known[i]}
-        through: list[Transform] = []
-        for j in reversed(range(i)):
-            step = self.steps[j]
-            reads, writes = ({*map(unravel_key, keys)} for keys in (step.in_keys, step.out_keys))
-            if _maps(step) and j != self.stack and (not writes or writes & needed):
-                needed = (needed - writes) | (reads & {*self.known[j]} if reads else {*self.known[j]})
-                through.insert(0, step)
-        return needed, through
+    def _value(self, key: NestedKey, i: int, td: TensorDictBase, name: str) -> Tensor:
+        """An observation before the transform ``i``, ``[*batch, *shape]``: as the batch has it, or made once more."""
+        value = td.get(key, None)
+        if value is not None and self._stays(key, i) and value.shape == (*td.batch_size, *self.known[i][key][0]):
+            found: Tensor = value
+            return found
+        made = [j for j in range(i) if key in self.writes(j)]
+        if not made or self.stack in range(made[-1], i):
+            raise KeyError(
+                f"{name} mixes values, so that their shares depend on {key!r} as the environment gave it, which is "
+                "not in the batch: give the transforms out_keys of their own, so that it stays there, or pass "
+                "by_weight=True"
+            )
+        before = {read: self._value(read, made[-1], td, name) for read in self.reads(made[-1])}
+        again = applied(self.steps[made[-1]], TensorDict(before, td.batch_size).reshape(-1))
+        return again.get(key).unflatten(0, td.batch_size) if td.batch_dims else again.get(key)[0]
+
+    def _stays(self, key: NestedKey, i: int) -> bool:
+        """Whether an observation before the transform ``i`` is left as it is by all that come then."""
+        later = range(i, len(self.steps))
+        return all(key not in self.writes(j) and key in self.known[j + 1] for j in later)
 
 
 def _flat(transform: Transform | None, envs: ModuleType) -> list[Transform]:
