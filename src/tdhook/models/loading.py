@@ -39,7 +39,7 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
     if wrong:
         raise ValueError(
             f"these weights do not fit a {type(model).__name__}: {', '.join(wrong)} "
-            f"{'is' if len(wrong) == 1 else 'are'} missing, too many, or of another shape; send those of a model like it"
+            f"{'is' if len(wrong) == 1 else 'are'} missing, too many, or of another shape; send those of one like it"
         )
     with torch.no_grad():
         for name, value in given.items():

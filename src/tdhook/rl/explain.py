@@ -274,8 +274,8 @@ class Explain(Transform):
         if self._away and not self._warned:
             self._warned = True
             warnings.warn(
-                f"this Explain was pickled {self.age:.0f} s ago and explains with the weights of then: send it those of "
-                "now by update(weights), or call update() if the module is trained in this process",
+                f"this Explain was pickled {self.age:.0f} s ago and explains with the weights of then: send it those "
+                "of now by update(weights), or call update() if the module is trained in this process",
                 stacklevel=5,
             )
 

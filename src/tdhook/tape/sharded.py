@@ -16,7 +16,15 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from tdhook.tape.internals import maker_of
 
-__all__ = ["Spread", "added_up", "gathered", "is_sharded", "moves_between_processes", "replicated", "spread_of"]
+__all__ = [
+    "Spread",
+    "added_up",
+    "gathered",
+    "is_sharded",
+    "moves_between_processes",
+    "replicated",
+    "spread_of",
+]
 
 Spread: TypeAlias = "tuple[tuple[DeviceMesh, int], ...]"
 """The axes of a mesh of processes along which a plain tensor is a part of a larger one: ``(mesh, axis)``."""

@@ -41,7 +41,9 @@ class WeightCache:
 
     def begin(self) -> None:
         """Look what the layers hold while nothing runs; what was made of anything else is kept no longer."""
-        self._own = {id(layer): weight for layer in self._layers if (weight := _own_weight(layer)) is not None}
+        self._own = {
+            id(layer): weight for layer in self._layers if (weight := _own_weight(layer)) is not None
+        }
         for layer in [layer for layer in self._kept if id(layer) not in self._own]:
             del self._kept[layer]
 

@@ -91,8 +91,8 @@ class _Contributions:
 def _has_negative(step: Step) -> bool:
     """Whether terms for negative inputs are needed at all: behind a ReLU they are not.
 
-    A compiled graph and ``torch.vmap`` cannot branch on values, and processes that hold parts of them would go different
-    ways: there they are, unless it is known what made the input.
+    A compiled graph and ``torch.vmap`` cannot branch on values, and processes that hold parts of them would go
+    different ways: there they are, unless it is known what made the input.
     """
     if step.nonnegative:
         return False
