@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tdhook.keys import named_tensors, parts_of, under
 from tdhook.markup import html_table
+from tdhook.models.holding import Makeup
 from tdhook.models.model import Model
 from tdhook.passes import compiled
 from tdhook.passes.forward import Run
@@ -65,10 +66,15 @@ class ExplainedModule(TensorDictModuleBase):
         # The very dictionaries of the model, so that whatever is registered there later is seen here too.
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[registry] = model.root.__dict__[registry]
-        self.__dict__["_model"] = model
         self.training = model.root.training
         self._method = method
         self._closed = False
+        self._begin(model, state)
+
+    def _begin(self, model: Model, state: object = None) -> None:
+        """Work out what is kept from call to call, for the modules that the model now consists of."""
+        method = self._method
+        self.__dict__["_model"], self.__dict__["_makeup"] = model, Makeup(model.root)
         self._setup = setup = Setup(model, method.question)
         self.in_keys = list(setup.in_keys)
         self._entries: dict[NestedKey, NestedKey] = {key: self.entry(key) for key in setup.sources}
@@ -140,6 +146,8 @@ class ExplainedModule(TensorDictModuleBase):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on a TensorDict and write its outputs and the relevance of its inputs into it.
 
+        A model that consists of other modules than in the call before is explained as it now is.
+
         Args:
             *args: the TensorDict, which holds the keys that the model reads, with any batch size; or, as with any
                 TensorDictModule, the tensors themselves in the order of ``in_keys``.
@@ -165,10 +173,10 @@ class ExplainedModule(TensorDictModuleBase):
             return values[0] if len(values) == 1 else values
         if torch.compiler.is_compiling():
             written = compiled.inline(self._graphs, td)
-        elif self._graphs.wanted:
-            written = compiled.run(self._graphs, td)
         else:
-            written = self.explain(td)
+            if not self._makeup.holds():
+                self._begin(self._model.anew())
+            written = compiled.run(self._graphs, td) if self._graphs.wanted else self.explain(td)
         for key, value in written.items():
             td.set(key, value)
         return td

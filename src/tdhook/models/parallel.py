@@ -13,13 +13,17 @@ __all__ = ["home_of", "lends_weights", "running_alone", "unwrapped", "wrappers_a
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The model inside ``DistributedDataParallel`` and ``DataParallel``.
+    """The model inside ``DistributedDataParallel``, ``DataParallel``, and what ``torch.compile`` makes of a model.
 
-    Both split batches or join gradients. An explanation needs neither, and a process may make one by itself.
+    The first two split batches or join gradients. An explanation needs neither, and a process may make one by itself.
     """
-    while isinstance(module, DataParallel | DistributedDataParallel):
-        module = module.module
-    return module
+    while True:
+        if isinstance(module, DataParallel | DistributedDataParallel):
+            module = module.module
+        elif isinstance(inside := module.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
+            module = inside
+        else:
+            return module
 
 
 def wrappers_among(modules: Sequence[nn.Module]) -> tuple[nn.Module, ...]:

@@ -12,8 +12,8 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import nn
 
 from tdhook.models.capture import Captured
+from tdhook.models.holding import modules_of
 from tdhook.models.model import Model
-from tdhook.models.state import modules_of
 from tdhook.models.turns import Turn
 from tdhook.passes.backward import PullBack
 from tdhook.passes.heads import Heads

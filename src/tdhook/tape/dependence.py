@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeVar, cast
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map_only
@@ -22,10 +23,11 @@ _LEAF, _OWN = "_leaf_of_a_pass", "_own_of_a_model"
 
 
 def leaf(x: Tensor) -> Tensor:
-    """A tensor of the same values at which the tape of a pass begins: a view, which is known by the node that made it."""
+    """A tensor of the same values, at which the tape of a pass begins: a view, known by the node that made it."""
     found = x.detach()
     setattr(found, _LEAF, True)
-    return found.requires_grad_().view_as(found)
+    with torch.enable_grad():
+        return found.requires_grad_().view_as(found)
 
 
 def _is_leaf(x: Tensor) -> bool:

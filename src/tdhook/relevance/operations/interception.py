@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from tdhook.relevance.operations.written_out import entered, written_out
 from tdhook.relevance.propagation.binding import Binding, Bound
 from tdhook.relevance.propagation.call import ALONE, Call, Setting
 from tdhook.relevance.propagation.conversions import Substituted
+from tdhook.relevance.propagation.entering import is_linear, no_operation
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule
@@ -80,6 +81,19 @@ class _Known:
         return found
 
 
+@dataclass
+class Entered:
+    """A layer that makes its weights itself is running.
+
+    Attributes:
+        rule: its rule.
+        found: whether a linear operation was seen that they reach.
+    """
+
+    rule: Rule
+    found: bool = False
+
+
 class Observer(Protocol):
     """Makes the calls of a forward pass itself, to take note of them."""
 
@@ -128,6 +142,7 @@ class Interception(Watching):
         self._lookup, self._by_path, self._defaults, self._unmatched = lookup, by_path, defaults, unmatched
         self._known: dict[object, _Known] = {}
         self._paused = 0
+        self._entered: Entered | None = None
         self.paths = Paths(modules)
         self.dependence = Dependence()
 
@@ -183,6 +198,8 @@ class Interception(Watching):
             self._look_for_unseen(args)
         if not live:
             return self._as_in_place(module, args, call.execute())
+        if binding.enters and not self._paused:
+            return self._as_in_place(module, args, self._enter(binding, call))
         # Layers of torch overwrite nothing (they run out of place), so that there is nothing to see in them.
         aside = binding.closed and top_mode() is self
         if aside:
@@ -200,6 +217,17 @@ class Interception(Watching):
             if aside:
                 push_mode(self)
         return self._as_in_place(module, args, result)
+
+    def _enter(self, binding: Binding, call: Call) -> Any:
+        """Run a layer that makes its weights itself, with its rule on the linear operation that they reach."""
+        before, self._entered = self._entered, Entered(cast(Rule, binding.rule))
+        try:
+            result = call.natively()
+            if not self._entered.found:
+                raise NotImplementedError(no_operation(call.module))
+            return result
+        finally:
+            self._entered = before
 
     def _as_in_place(self, module: nn.Module, args: Any, result: Any) -> Any:
         """What a layer returns that overwrites its input, having been run out of place."""
@@ -240,7 +268,7 @@ class Interception(Watching):
             # What is overwritten stays the tensor that the model holds.
             target = _overwritten(given, given_by_name)
             return self._in_place(known, func, args, kwargs, target, live)
-        if (known.quick and self.observer is None) or self._paused or not live:
+        if (known.quick and self.observer is None and self._entered is None) or self._paused or not live:
             return func(*args, **kwargs)
         if self.paths.following:
             self._look_for_unseen(args)
@@ -249,9 +277,7 @@ class Interception(Watching):
         selector, rule = self._find(known, args, kwargs)
         return self._run(known, selector, rule, func, args, kwargs)
 
-    def _in_place(
-        self, known: _Known, func: Any, args: Any, kwargs: Any, target: Any, live: bool
-    ) -> object:
+    def _in_place(self, known: _Known, func: Any, args: Any, kwargs: Any, target: Any, live: bool) -> object:
         """Run a function that overwrites ``target``, which is among its arguments unless it was a constant there."""
         if self._paused or not live or relabels(func):
             if live and not self.guard.active:
@@ -297,6 +323,10 @@ class Interception(Watching):
         return known
 
     def _find(self, known: _Known, args: Any, kwargs: Any) -> Found:
+        entered = self._entered
+        if entered is not None and is_linear(known.operation, args, kwargs):
+            entered.found = True
+            return None, entered.rule
         if self._lookup is not None:
             if self._by_path:
                 known.selector, known.rule = self._lookup(known.operation.name, *self.paths.innermost)

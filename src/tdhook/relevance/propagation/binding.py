@@ -41,6 +41,9 @@ class Bindable(Protocol):
     def applied(self) -> bool:
         """Whether it asks the module for ``_prev_forward``."""
 
+    def enters(self, module: nn.Module) -> bool:
+        """Whether it is the rule of the linear operation inside the module."""
+
     def bound(self, module: nn.Module, flow: Convention) -> Run:
         """How calls of the module run."""
 
@@ -75,6 +78,7 @@ class Binding:
 
     Attributes:
         closed: whether the module is a layer of torch's own.
+        enters: whether the rule is that of the linear operation inside the module.
         original: the module's own forward, while attached.
     """
 
@@ -91,6 +95,7 @@ class Binding:
         self.flow: Convention = flow or rule.convention
         self._on_tensordict = isinstance(module, TensorDictModuleBase)
         self.closed = home_of(module).startswith("torch.nn.modules.") and not module._modules
+        self.enters = rule.enters(module)
         self.original: Callable[..., Any] | None = None
         self.thread: int | None = None
         self._applied = rule.applied
