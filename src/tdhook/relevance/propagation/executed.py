@@ -73,11 +73,11 @@ def running_layer(rule: Formula, layer: nn.Module, form: ClosedForm, otherwise: 
             # Strides and the like may have been set anew since the rule was bound.
             now = form if form.settled else closed_form(layer) or form
             executed = ExecutedLayer(rule, now, call, rule.needs_sign and is_nonnegative(x))
-            if are_lent(layer):
+            weight, bias = parameters.weight, parameters.bias
+            if weight.is_meta:
                 executed.lent = Lent(layer)
-                z = RuledLayer.apply(executed, x, None, None)
-            else:
-                z = RuledLayer.apply(executed, x, parameters.weight, parameters.bias)
+                weight = bias = None
+            z = RuledLayer.apply(executed, x, weight, bias)
         else:
             z = call.function(x)
         rule.check(layer, args, (z,))
