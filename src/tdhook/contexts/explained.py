@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from tdhook.passes.forward import Run
 from tdhook.passes.graphs import Graphs
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Question, Setup
+from tdhook.tape.internals import transformed
 from tdhook.tape.internals import top_mode, unwatched
 
 __all__ = ["ExplainedModule", "Explaining"]
@@ -114,6 +116,16 @@ class ExplainedModule(TensorDictModuleBase):
         super().__setstate__(state)
         self._graphs = self._new_graphs()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorDictModuleBase:
+        model = self.model
+        if model.root is model.runner and any(parameter.is_meta for parameter in self.parameters()):
+            # A loss copies a network without its values, to run it with parameters that the loss keeps.
+            network: TensorDictModuleBase = copy.deepcopy(model.runner, memo)
+            return network
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -153,6 +165,9 @@ class ExplainedModule(TensorDictModuleBase):
                 TensorDictModule, the tensors themselves in the order of ``in_keys``.
             **kwargs: the tensors by name.
 
+        Inside ``torch.vmap`` and the other transforms of functions, as in torchrl's value estimators, the model runs as
+        it is and nothing is explained.
+
         Returns:
             The same TensorDict, with the model's outputs and relevance under ``(attribution_key, key)``, all detached;
             or the values of ``out_keys``, if tensors were given.
@@ -167,6 +182,9 @@ class ExplainedModule(TensorDictModuleBase):
                 "this explained module ended with its `with` block; use `.wrap(module)` for one that lasts"
             )
         td = args[0] if args else kwargs.get("tensordict")
+        if transformed():
+            # Losses and value estimators look at many networks at once, and want no more than what they compute.
+            return self._model.runner(*args, **kwargs)
         if not isinstance(td, TensorDictBase):
             td = self.forward(named_tensors(self.in_keys, args, kwargs))
             values = tuple(td.get(key) for key in self.out_keys)

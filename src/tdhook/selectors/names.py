@@ -52,6 +52,7 @@ _RELABEL = ("as_strided_", "detach_", "squeeze_", "swapaxes_", "swapdims_", "t_"
 _QUERIES = frozenset(
     [
         "__len__",
+        "_base",
         "_is_view",
         "_version",
         "data_ptr",

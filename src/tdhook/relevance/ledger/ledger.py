@@ -21,6 +21,7 @@ from tdhook.relevance.propagation.reporting import Report
 from tdhook.tape.functions import Identity, alias, live, parts, unwrapped
 from tdhook.tape.internals import storage_of
 from tdhook.tape.masks import masks_in
+from tdhook.tape.sharded import Spread, gathered, spread_of
 
 __all__ = ["COLUMNS", "REASONS", "Entry", "Ledger", "Note"]
 
@@ -42,6 +43,7 @@ class Entry:
         amounts: ``"arrived"`` is relevance of its outputs, ``"left"`` of its inputs; reason to what was kept.
         calls: how many calls are added up here.
         rounding: what the precision of the values that passed can lose or make, ``[batch]``.
+        spread: over which processes its values are spread, of which each has a part.
     """
 
     path: str
@@ -50,6 +52,7 @@ class Entry:
     amounts: dict[str, Tensor] = field(default_factory=dict)
     calls: int = 1
     rounding: Tensor | float = 0.0
+    spread: Spread = ()
 
     def of(self, column: str) -> Tensor:
         """What arrived, left, or was kept for a reason."""
@@ -95,6 +98,7 @@ class Ledger:
         self.per_element = True
         self._take: Note | None = None
         self._within: Setting | None = None
+        self._spreads: dict[object, Spread] = {}
 
     @contextmanager
     def telling(self, take: Note) -> Iterator[None]:
@@ -108,7 +112,7 @@ class Ledger:
     def note(self, entry: Entry, column: str, amount: Tensor) -> None:
         """Hand on an amount, of whichever shape, if anyone wants to know."""
         if self._take is not None:
-            self._take(entry, column, unwrapped(amount).detach())
+            self._take(entry, column, gathered(unwrapped(amount).detach(), entry.spread))
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -164,7 +168,7 @@ class Ledger:
             if _shares_memory(outputs, (call.args, call.kwargs)):
                 return outputs
         name = f"{module.name}()" if isinstance(module, Operation) else type(module).__name__
-        entry = Entry(path, name, rule)
+        entry = Entry(path, name, rule, spread=spread_of(call.tensors(), self._spreads))
         self.entries.append(entry)
 
         def absorb(reason: str, amount: Tensor) -> None:

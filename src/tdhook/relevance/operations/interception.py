@@ -36,6 +36,7 @@ from tdhook.tape.as_one import is_one
 from tdhook.tape.dependence import Dependence
 from tdhook.tape.internals import Watching, maker_of, pop_mode, push_mode, top_mode
 from tdhook.tape.overwriting import Guard, Outdated
+from tdhook.tape.sharded import moves_between_processes
 
 __all__ = ["Found", "Interception", "Lookup", "Observer", "Unmatched"]
 
@@ -393,6 +394,7 @@ def _unseen(values: Iterable[object]) -> Iterator[str]:
                 function is not None
                 and not issubclass(function, Rule)
                 and not function.__module__.startswith(("tdhook.", "torch._functorch."))
+                and not moves_between_processes(function)
             ):
                 yield function.__name__
 

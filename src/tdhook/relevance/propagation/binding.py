@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tdhook.conventions import Convention
 from tdhook.keys import named_tensors
+from tdhook.models.parallel import home_of
 from tdhook.models.turns import elsewhere
 from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
 
@@ -93,7 +94,7 @@ class Binding:
         self.around = None if rule.opens else around
         self.flow: Convention = flow or rule.convention
         self._on_tensordict = isinstance(module, TensorDictModuleBase)
-        self.closed = type(module).__module__.startswith("torch.nn.modules.") and not module._modules
+        self.closed = home_of(module).startswith("torch.nn.modules.") and not module._modules
         self.enters = rule.enters(module)
         self.original: Callable[..., Any] | None = None
         self.thread: int | None = None
