@@ -11,8 +11,9 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.keys import named_tensors, parts_of, under
+from tdhook.keys import named_tensors, parts_of, put, under
 from tdhook.markup import html_table
+from tdhook.models.entries import is_batch
 from tdhook.models.model import Model
 from tdhook.passes import compiled
 from tdhook.passes.forward import Run
@@ -135,41 +136,83 @@ class ExplainedModule(TensorDictModuleBase):
         """Accounts of the last call, if they were asked for."""
         return getattr(self.__dict__["_state"], "ledger", None)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, tensordict_out: TensorDictBase | None = None, **kwargs: Any) -> Any:
         """Run the model on a TensorDict and write its outputs and the relevance of its inputs into it.
 
         Args:
             *args: the TensorDict, which holds the keys that the model reads, with any batch size; or, as with any
-                TensorDictModule, the tensors themselves in the order of ``in_keys``.
+                TensorDictModule, the tensors themselves in the order of ``in_keys``. A lazy stack and a tensorclass
+                are TensorDicts, too.
+            tensordict_out: what is written to instead.
             **kwargs: the tensors by name.
 
         Returns:
             The same TensorDict, with the model's outputs and relevance under ``(attribution_key, key)``, all detached;
-            or the values of ``out_keys``, if tensors were given.
+            another one where the model returns another one (``inplace=False``); or the values of ``out_keys``, if
+            tensors were given.
 
         Raises:
             RuntimeError: the ``with`` block that the module lived in has ended.
-            KeyError: a key is missing.
-            ValueError: the batch is empty, a value that is explained is not finite, the target depends on no input.
+            KeyError: a key is missing, and the model cannot do without.
+            TypeError: there are arguments that no TensorDictModule takes.
+            ValueError: the batch is empty, a tensorclass lacks a field that is written to, a value that is explained
+                is not finite, the target depends on no input.
         """
         if self._closed:
             raise RuntimeError(
                 "this explained module ended with its `with` block; use `.wrap(module)` for one that lasts"
             )
-        td = args[0] if args else kwargs.get("tensordict")
-        if not isinstance(td, TensorDictBase):
-            td = self.forward(named_tensors(self.in_keys, args, kwargs))
-            values = tuple(td.get(key) for key in self.out_keys)
+        given = args[0] if args else kwargs.get("tensordict")
+        if not is_batch(given):
+            values = self._called_with_tensors(named_tensors(self.in_keys, args, kwargs), tensordict_out)
             return values[0] if len(values) == 1 else values
+        others = [*map(repr, args[1:]), *(name for name in kwargs if name != "tensordict")]
+        if others:
+            raise TypeError(
+                f"an explained module takes a TensorDict and tensordict_out=, and also got {', '.join(others)}; put "
+                "what the model reads into the TensorDict"
+            )
+        td = given
+        self._check_fields(td if tensordict_out is None else tensordict_out)
         if torch.compiler.is_compiling():
             written = compiled.inline(self._graphs, td)
         elif self._graphs.wanted:
             written = compiled.run(self._graphs, td)
         else:
             written = self.explain(td)
+        apart = self._setup.apart
+        into = tensordict_out
+        if into is None:
+            into = td if apart is None else apart.fresh(td)
+        self._write(written, into)
+        return into
+
+    def _called_with_tensors(self, td: TensorDictBase, into: TensorDictBase | None) -> tuple[Any, ...]:
+        td = self.forward(td, tensordict_out=into)
+        return tuple(td.get(key) for key in self.out_keys)
+
+    def _write(self, written: Mapping[NestedKey, Any], into: TensorDictBase) -> None:
+        """Write relevance beside what it tells of: ``("attr", "agents")`` has the axes of ``"agents"``."""
+        ours = [parts_of(key) for key in (self._method.attribution_key, self._method.value_key)]
         for key, value in written.items():
-            td.set(key, value)
-        return td
+            if isinstance(key, str):
+                into.set(key, value)
+                continue
+            of = next((key[len(name) :] for name in ours if key[: len(name)] == name), key)
+            put(into, key, value, of or None)
+
+    def _check_fields(self, td: TensorDictBase) -> None:
+        """A tensorclass has the fields that are written to."""
+        if isinstance(td, TensorDictBase):
+            return
+        known = set(type(td).__expected_keys__)
+        for key in self.out_keys:
+            name = parts_of(key)[0]
+            if name not in known:
+                raise ValueError(
+                    f"{type(td).__name__} has no field {name!r}, where {key!r} is written; declare `{name}: "
+                    "TensorDict | None = None`, or explain its TensorDict, to_tensordict()"
+                )
 
     def reads(self, td: TensorDictBase) -> list[NestedKey]:
         """The entries of ``td`` that a call depends on."""
@@ -179,7 +222,15 @@ class ExplainedModule(TensorDictModuleBase):
 
     def explain(self, td: TensorDictBase) -> dict[NestedKey, Any]:
         """What a call writes into ``td``, operation by operation."""
-        runner = Runner(self._setup, td, self._state)
+        try:
+            return self._written(Runner(self._setup, td, self._state))
+        except Exception as error:
+            missing = self._setup.leaves.missing(td)
+            if missing is None:
+                raise
+            raise KeyError(missing) from error
+
+    def _written(self, runner: Runner) -> dict[NestedKey, Any]:
         with torch.inference_mode(False), torch.enable_grad():
             found, base = runner.carefully(lambda: self._explained(runner))
             written = base.written()

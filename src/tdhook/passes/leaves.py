@@ -11,8 +11,8 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.models.entries import dense_copy, is_ragged, leaves_of
 from tdhook.models.model import Model
-from tdhook.models.state import dense_copy, leaves_of
 from tdhook.tape.conditions import assumed_nonnegative
 from tdhook.tape.origins import mark_nonnegative
 
@@ -49,7 +49,6 @@ class Leaves:
             replaced: values of inputs that take the place of those in ``td``, of the same shapes.
 
         Raises:
-            KeyError: an entry is missing.
             ValueError: there is nothing in ``td``, or no input can have relevance.
         """
         work = self.readable(td)
@@ -79,23 +78,16 @@ class Leaves:
             return [(key, value) for key, value in chosen.items(True, True) if isinstance(value, Tensor)]
         found: list[tuple[NestedKey, Tensor]] = []
         for key in self.model.attributed:
-            value = work.get(key)
-            found += [(key, value)] if isinstance(value, Tensor) else leaves_of(key, value)
+            value, made = work.get(key, None), self.model.made.get(key, ())
+            found += (leaf for leaf in leaves_of(key, value) if not made or leaf[0] not in made)
         return found
 
     def readable(self, td: TensorDictBase) -> TensorDictBase:
-        """A shallow copy of ``td``; what the model reads is there, not empty, and off the caller's graph."""
+        """A shallow copy of ``td``; what the model reads of it is not empty, and off the caller's graph."""
         empty = 0 in td.batch_size
         work = td.copy() if empty else dense_copy(td)
         for key in self.in_keys:
-            found: object = work.get(key, None)
-            if found is None:
-                known = ", ".join(sorted(map(str, td.keys(True, True)))) or "nothing"
-                raise KeyError(
-                    f"key {key!r} is missing from the TensorDict, which has {known}; the explained module reads "
-                    f"{self.in_keys}"
-                )
-            for name, value in ((key, found),) if isinstance(found, Tensor) else leaves_of(key, found):
+            for name, value in leaves_of(key, work.get(key, None)):
                 empty = empty or value.numel() == 0
                 if value.is_inference() and not torch.compiler.is_compiling():
                     work.set(name, value.clone())  # else it could not be saved for the backward pass
@@ -106,6 +98,24 @@ class Leaves:
                 f"there is nothing to explain: the TensorDict is empty (batch size {list(td.batch_size)})"
             )
         return work
+
+    def missing(self, td: TensorDictBase) -> str | None:
+        """What to say of entries that are not there, if the model cannot do without; ``None`` if all are."""
+        absent = [key for key in self.in_keys if key not in td.keys(True)]
+        ragged = [key for key in self.in_keys if key not in absent and is_ragged(td, key)]
+        if ragged:
+            return (
+                f"entry {ragged[0]!r} has other shapes in other elements of the lazy stack, so that it is no tensor "
+                "that a model could read; explain the elements one by one, or pad them"
+            )
+        if not absent:
+            return None
+        known = ", ".join(sorted(map(str, td.keys(True, True)))) or "nothing"
+        names, verb = ", ".join(map(repr, absent)), "key {} is" if len(absent) == 1 else "keys {} are"
+        return (
+            f"{verb.format(names)} missing from the TensorDict, which has {known}; the explained module reads "
+            f"{self.in_keys}"
+        )
 
     def _tell_once(self, key: NestedKey, value: Tensor) -> None:
         if key not in self.integers:

@@ -12,7 +12,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import nn
 
 from tdhook.models.capture import Captured
-from tdhook.models.model import Model
+from tdhook.models.model import Apart, Model
 from tdhook.models.state import modules_of
 from tdhook.models.turns import Turn
 from tdhook.passes.backward import PullBack
@@ -64,6 +64,7 @@ class Setup:
         pull_back: runs backward passes.
         heads: what of the model is behind the target.
         turn: the right to change the model for a while, which one thread at a time has.
+        apart: how the model returns a TensorDict of its own, if it was seen to.
         moving: modules that were seen to change what they hold when they run; ``None`` where none was seen to run.
 
     Raises:
@@ -83,9 +84,9 @@ class Setup:
         self.paths: Mapping[str, nn.Module] = {path: model.submodule(path) for path in paths}
         self.attributed = _attributed(model, question, known)
         self.watched = _watched(question.attribute, self.valued_keys)
-        self.in_keys = list(
-            dict.fromkeys([*map(unravel_key, model.runner.in_keys), *question.target.in_keys])
-        )
+        reads = [key for key in map(unravel_key, model.runner.in_keys) if not model.made.get(key)]
+        self.in_keys = list(dict.fromkeys([*reads, *question.target.in_keys]))
+        self.apart: Apart | None = None
         inputs = question.attribute if callable(question.attribute) else question.use_inputs
         others = bool(question.input_modules) or question.attribute is not None
         self.leaves = Leaves(model, self.in_keys, inputs, others)
@@ -121,7 +122,8 @@ def _inner_keys(model: Model) -> set[NestedKey]:
 def _attributed(model: Model, question: Question, known: set[NestedKey]) -> tuple[NestedKey, ...]:
     attribute = question.attribute
     if not isinstance(attribute, tuple):
-        return model.attributed if question.use_inputs else ()
+        reads = tuple(key for key in model.attributed if not model.made.get(key))
+        return reads if question.use_inputs else ()
     for key in attribute:
         if key not in known and key not in model.attributed:
             names = ", ".join(map(repr, [*model.attributed, *sorted(known, key=str)]))

@@ -56,7 +56,7 @@ class Ready:
         """The plan to run what an explained module was called with."""
         if self._pending:
             runner.check()
-            plan = self._make(runner.td)
+            plan = self._make(runner.given)
             self._check(plan)
             self.plan, self._pending = plan, False
         return self.plan
