@@ -24,7 +24,17 @@ from torch import Tensor
 
 from tdhook.keys import names_of, parts_of, under
 
-__all__ = ["Entry", "changed", "dense_copy", "entries_of", "is_batch", "is_ragged", "leaves_of", "plain"]
+__all__ = [
+    "Entry",
+    "changed",
+    "dense_copy",
+    "entries_of",
+    "frames_of",
+    "is_batch",
+    "is_ragged",
+    "leaves_of",
+    "plain",
+]
 
 Entry: TypeAlias = "object | tuple[object, ...]"
 """A tensor or another object that is no TensorDict; or those of each element of a lazy stack."""
@@ -131,6 +141,23 @@ def _is_uneven(td: LazyStackedTensorDict) -> bool:
         return True
     below = map(td.get, keys)
     return any(_is_uneven(value) for value in below if isinstance(value, LazyStackedTensorDict))
+
+
+def frames_of(td: TensorDictBase, within: TensorDictBase) -> Iterator[tuple[NestedKey, TensorDict]]:
+    """The TensorDicts below one that another does not have yet, and would not make: of other axes, or without entries.
+
+    Args:
+        td: whose TensorDicts are looked at.
+        within: where its entries are to be written.
+    """
+    for key, value in td.items():
+        if not isinstance(value, TensorDictBase):
+            continue
+        if within.get(key, None) is None and (value.batch_size != td.batch_size or value.is_empty()):
+            yield key, TensorDict({}, value.batch_size, names=names_of(value), device=value.device)
+        inside = within.get(key, None)
+        for name, frame in frames_of(value, TensorDict() if inside is None else inside):
+            yield under(key, name), frame
 
 
 def leaves_of(key: NestedKey, value: object) -> Iterable[tuple[NestedKey, Tensor]]:
