@@ -14,6 +14,7 @@ from torch import Tensor
 from tdhook.keys import named_tensors, parts_of, put, under
 from tdhook.markup import html_table
 from tdhook.models.entries import is_batch
+from tdhook.models.lazy import initialise, is_unmade
 from tdhook.models.model import Model
 from tdhook.passes import compiled
 from tdhook.passes.forward import Run
@@ -68,7 +69,9 @@ class ExplainedModule(TensorDictModuleBase):
         self.training = model.root.training
         self._method = method
         self._closed = False
-        self._setup = setup = Setup(model, method.question)
+        self._unmade = is_unmade(model.root)
+        self._begin(state)
+        setup = self._setup
         self.in_keys = list(setup.in_keys)
         self._entries: dict[NestedKey, NestedKey] = {key: self.entry(key) for key in setup.sources}
         target = setup.question.target
@@ -76,8 +79,23 @@ class ExplainedModule(TensorDictModuleBase):
         # Some models say which of the entries that they read are attributed, and read others.
         entries = None if getattr(model.runner, "reads_everything", False) else target.entries
         self._chosen_by = None if entries is None else [key for key in entries if key not in self.in_keys]
-        self.__dict__["_state"] = method.start(model) if state is None else state
+
+    def _begin(self, state: object = None) -> None:
+        """Work out what can be known of the model as it is."""
+        self._setup = Setup(self._model, self._method.question)
+        self.__dict__["_state"] = self._method.start(self._model) if state is None else state
         self._graphs = self._new_graphs()
+
+    def _make_lazy_layers(self, td: TensorDictBase) -> None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{type(self._model.root).__name__} has lazy layers, which tdhook makes in the first call of the "
+                "explained module; call it once before it is compiled"
+            )
+        if is_unmade(self._model.root):
+            initialise(self._model, td)
+        self._begin()
+        self._unmade = False
 
     def _new_graphs(self) -> Graphs:
         return Graphs(
@@ -174,6 +192,8 @@ class ExplainedModule(TensorDictModuleBase):
             )
         td = given
         self._check_fields(td if tensordict_out is None else tensordict_out)
+        if self._unmade:
+            self._make_lazy_layers(td)
         if torch.compiler.is_compiling():
             written = compiled.inline(self._graphs, td)
         elif self._graphs.wanted:

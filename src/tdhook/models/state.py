@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tdhook.models.snapshots import Snapshot
 from tdhook.models.turns import Turn
@@ -116,7 +117,9 @@ class frozen:
                 continue
             values = module.parameters() if isinstance(module, TensorDictParams) else own.values()
             for parameter in values:
-                if parameter is not None and parameter.requires_grad and parameter.is_leaf:
+                if parameter is None or is_lazy(parameter):
+                    continue
+                if parameter.requires_grad and parameter.is_leaf:
                     self._thawed.append(parameter)
                     parameter.requires_grad_(False)
 
