@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tdhook.models.entries import dense_copy, is_ragged, leaves_of
 from tdhook.models.model import Model
+from tdhook.tape.casts import as_numbers
 from tdhook.tape.conditions import assumed_nonnegative
 from tdhook.tape.origins import mark_nonnegative
 
@@ -30,19 +31,29 @@ class Leaves:
         in_keys: what has to be there.
         inputs: whether inputs are attributed: ``True`` for those of the model, or a choice among them.
         others: whether something else than inputs is attributed.
+        named: keys that are named to be attributed.
     """
 
     def __init__(
-        self, model: Model, in_keys: Sequence[NestedKey], inputs: bool | Choose, others: bool
+        self,
+        model: Model,
+        in_keys: Sequence[NestedKey],
+        inputs: bool | Choose,
+        others: bool,
+        named: Collection[NestedKey] = (),
     ) -> None:
         self.model, self.in_keys = model, list(in_keys)
-        self._inputs, self._others = inputs, others
+        self._inputs, self._others, self._named = inputs, others, frozenset(named)
         self.integers: set[NestedKey] = set()
 
     def __call__(
         self, td: TensorDictBase, replaced: Mapping[NestedKey, Tensor]
-    ) -> tuple[TensorDictBase, dict[NestedKey, Tensor]]:
-        """A shallow copy of ``td`` in which attributed inputs are leaves, and these by key.
+    ) -> tuple[TensorDictBase, dict[NestedKey, Tensor], dict[NestedKey, Tensor]]:
+        """A shallow copy of ``td`` in which attributed inputs are leaves; these by key; and integers by key.
+
+        Integers stay what they are, and their leaves hold their values: where the model makes numbers of them, it has
+        to be given those (:class:`~tdhook.tape.casts.Casts`). Integers are ``uint8``, as images are; others if they
+        are named to be attributed, or if there is nothing else.
 
         Args:
             td: of any batch size; left as it is.
@@ -54,23 +65,68 @@ class Leaves:
         work = self.readable(td)
         inputs: dict[NestedKey, Tensor] = {}
         if self._inputs is False:
-            return work, inputs
+            return work, inputs, {}
         nonnegative = assumed_nonnegative()
-        for key, value in self._attributed(work, td):
+        found = list(self._attributed(work, td))
+        integers = self._numbers(found)
+        for key, value in found:
+            if key in integers:
+                inputs[key] = (
+                    replaced[key].detach().requires_grad_() if key in replaced else as_numbers(value)
+                )
+                continue
             if not value.is_floating_point():
-                self._tell_once(key, value)
+                self.tell_once(key, value)
                 continue
             leaf = replaced.get(key, value).detach().requires_grad_()
             if key in nonnegative and key not in replaced:
                 mark_nonnegative(leaf)
             inputs[key] = leaf
             work.set(key, leaf)
+        self._require(inputs)
+        return work, inputs, integers
+
+    def _numbers(self, found: Sequence[tuple[NestedKey, Tensor]]) -> dict[NestedKey, Tensor]:
+        """Those of the inputs that are integers, and get relevance as numbers."""
+        kinds = {key: value.dtype for key, value in found if not value.is_floating_point()}
+        if not kinds:
+            return {}
+        only = len(kinds) == len(found) and torch.uint8 not in kinds.values() and not self._others
+        chosen = {key for key, kind in kinds.items() if only or kind is torch.uint8 or key in self._named}
+        return {key: value for key, value in found if key in chosen and not value.is_complex()}
+
+    def reached(
+        self, inputs: dict[NestedKey, Tensor], integers: Mapping[NestedKey, Tensor], by: Collection[NestedKey]
+    ) -> dict[NestedKey, Tensor]:
+        """The inputs without the integers that the model made no numbers of: they are indices.
+
+        Args:
+            inputs: all of them.
+            integers: those that are integers.
+            by: the keys of those of which numbers were made.
+
+        Raises:
+            ValueError: none are left; or some are, where nothing but integers is there and nobody named them.
+        """
+        indices = [key for key in integers if key not in by]
+        if not indices:
+            return inputs
+        for key in indices:
+            self.tell_once(key, integers[key])
+        left = {key: x for key, x in inputs.items() if key not in indices}
+        small = any(
+            key in self._named or integers[key].dtype is torch.uint8 for key in left if key in integers
+        )
+        self._require(left if small or len(left) > len(integers) - len(indices) else {})
+        return left
+
+    def _require(self, inputs: Mapping[NestedKey, Tensor]) -> None:
         if not inputs and not self._others:
             raise ValueError(
                 f"none of the inputs ({', '.join(map(repr, self.model.attributed))}) is floating-point, so none can "
-                "have relevance; name the module that embeds them in input_modules"
+                "have relevance; name the module that embeds them in input_modules, or give the numbers that are made "
+                "of them"
             )
-        return work, inputs
 
     def _attributed(self, work: TensorDictBase, td: TensorDictBase) -> Iterable[tuple[NestedKey, Tensor]]:
         if callable(self._inputs):
@@ -117,7 +173,7 @@ class Leaves:
             f"{self.in_keys}"
         )
 
-    def _tell_once(self, key: NestedKey, value: Tensor) -> None:
+    def tell_once(self, key: NestedKey, value: Tensor) -> None:
         if key not in self.integers:
             self.integers.add(key)
             warnings.warn(

@@ -22,6 +22,7 @@ from tdhook.models.state import restored
 from tdhook.passes.forward import AsItIs, Run, Within
 from tdhook.passes.heads import NotBehind
 from tdhook.passes.setup import Setup
+from tdhook.tape.casts import Casts
 from tdhook.tape.overwriting import Mutated
 from tdhook.targets.base import Seeder
 from tdhook.targets.pinned import pin
@@ -78,11 +79,12 @@ class Runner:
         """
         setup, replaced, how = self.setup, replaced or {}, within or AsItIs()
         asked = target or self.setup.question.target
-        work, inputs = setup.leaves(td, replaced)
+        work, inputs, integers = setup.leaves(td, replaced)
         with setup.turn, how.attached():
             if how.overwrites:
                 for key, value in inputs.items():
-                    work.set(key, value.clone())
+                    if key not in integers:
+                        work.set(key, value.clone())
             captured = Captured(replaced)
             heads = (
                 setup.heads.off_the_tape(how.overwrites)
@@ -92,9 +94,16 @@ class Runner:
             collecting = setup.collecting(captured) if setup.collects else _NOTHING
             with collecting, how.running():
                 given = work.copy() if asked.writes else work  # what the model writes goes into it
-                with heads:
+                casts = (
+                    Casts({key: work.get(key) for key in integers}, inputs, exact=not replaced)
+                    if integers
+                    else None
+                )
+                with heads, casts or _NOTHING:
                     outputs, flat, apart = setup.model.run(self._as_given(work), captured.clear)
                 outputs = asked.derive(outputs, given)
+                if casts is not None:
+                    inputs = setup.leaves.reached(inputs, integers, casts.reached)
             if outputs.batch_size != td.batch_size:
                 raise ValueError(
                     f"the model returned a TensorDict of batch size {list(outputs.batch_size)} for one of "

@@ -89,7 +89,8 @@ class Setup:
         self.apart: Apart | None = None
         inputs = question.attribute if callable(question.attribute) else question.use_inputs
         others = bool(question.input_modules) or question.attribute is not None
-        self.leaves = Leaves(model, self.in_keys, inputs, others)
+        named_inputs = question.attribute if isinstance(question.attribute, tuple) else ()
+        self.leaves = Leaves(model, self.in_keys, inputs, others, named_inputs)
         self.pull_back = PullBack(question.memory_budget)
         self.heads = Heads(model.runner, question.target.explains)
         self.turn = Turn(modules_of(model.root).values())

@@ -278,7 +278,7 @@ class LogProb(_OfAPolicy):
     ) -> LogProb:
         keys = [key if key == "action" else Key(key) for key in samples]
         taken: object = keys if len(keys) > 1 else keys[0]
-        return cls(parameters, distribution=distribution, **{"action": taken, **options})  # type: ignore[arg-type]
+        return cls(parameters, distribution=distribution, **{"action": taken, **options})
 
     @property
     def reads(self) -> list[NestedKey]:
