@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tdhook.models.entries import dense_copy, is_ragged, leaves_of
 from tdhook.models.model import Model
-from tdhook.tape.casts import as_numbers
+from tdhook.tape.casts import Casts, as_numbers
 from tdhook.tape.conditions import assumed_nonnegative
 from tdhook.tape.origins import mark_nonnegative
 
@@ -76,7 +77,7 @@ class Leaves:
                 )
                 continue
             if not value.is_floating_point():
-                self.tell_once(key, value)
+                self._tell_once(key, value)
                 continue
             leaf = replaced.get(key, value).detach().requires_grad_()
             if key in nonnegative and key not in replaced:
@@ -95,30 +96,46 @@ class Leaves:
         chosen = {key for key, kind in kinds.items() if only or kind is torch.uint8 or key in self._named}
         return {key: value for key, value in found if key in chosen and not value.is_complex()}
 
-    def reached(
-        self, inputs: dict[NestedKey, Tensor], integers: Mapping[NestedKey, Tensor], by: Collection[NestedKey]
-    ) -> dict[NestedKey, Tensor]:
-        """The inputs without the integers that the model made no numbers of: they are indices.
+    @contextmanager
+    def made(
+        self, inputs: dict[NestedKey, Tensor], integers: Mapping[NestedKey, Tensor], *, exact: bool
+    ) -> Iterator[None]:
+        """Follow what a model makes of integers, while the block runs.
 
         Args:
-            inputs: all of them.
+            inputs: all inputs; those are taken out that the model made no numbers of, since they are indices.
             integers: those that are integers.
-            by: the keys of those of which numbers were made.
+            exact: whether the inputs hold the values of the integers.
 
         Raises:
             ValueError: none are left; or some are, where nothing but integers is there and nobody named them.
         """
-        indices = [key for key in integers if key not in by]
-        if not indices:
-            return inputs
-        for key in indices:
-            self.tell_once(key, integers[key])
-        left = {key: x for key, x in inputs.items() if key not in indices}
-        small = any(
-            key in self._named or integers[key].dtype is torch.uint8 for key in left if key in integers
-        )
-        self._require(left if small or len(left) > len(integers) - len(indices) else {})
-        return left
+        casts = Casts(integers, inputs, exact=exact)
+        try:
+            with casts:
+                yield
+        except Exception as error:
+            try:
+                self._drop_indices(inputs, integers, casts.reached)
+            except ValueError as said:
+                raise said from error
+            raise
+        self._drop_indices(inputs, integers, casts.reached)
+
+    def _drop_indices(
+        self,
+        inputs: dict[NestedKey, Tensor],
+        integers: Mapping[NestedKey, Tensor],
+        reached: Collection[NestedKey],
+    ) -> None:
+        numbers = [key for key in integers if key in reached]
+        for key in integers:
+            if key not in reached:
+                self._tell_once(key, integers[key])
+                del inputs[key]
+        unasked = not any(key in self._named or integers[key].dtype is torch.uint8 for key in numbers)
+        if len(numbers) < len(integers):
+            self._require({} if unasked and len(inputs) == len(numbers) else inputs)
 
     def _require(self, inputs: Mapping[NestedKey, Tensor]) -> None:
         if not inputs and not self._others:
@@ -173,7 +190,7 @@ class Leaves:
             f"{self.in_keys}"
         )
 
-    def tell_once(self, key: NestedKey, value: Tensor) -> None:
+    def _tell_once(self, key: NestedKey, value: Tensor) -> None:
         if key not in self.integers:
             self.integers.add(key)
             warnings.warn(

@@ -22,7 +22,6 @@ from tdhook.models.state import restored
 from tdhook.passes.forward import AsItIs, Run, Within
 from tdhook.passes.heads import NotBehind
 from tdhook.passes.setup import Setup
-from tdhook.tape.casts import Casts
 from tdhook.tape.overwriting import Mutated
 from tdhook.targets.base import Seeder
 from tdhook.targets.pinned import pin
@@ -94,16 +93,10 @@ class Runner:
             collecting = setup.collecting(captured) if setup.collects else _NOTHING
             with collecting, how.running():
                 given = work.copy() if asked.writes else work  # what the model writes goes into it
-                casts = (
-                    Casts({key: work.get(key) for key in integers}, inputs, exact=not replaced)
-                    if integers
-                    else None
-                )
-                with heads, casts or _NOTHING:
+                numbers = setup.leaves.made(inputs, integers, exact=not replaced) if integers else _NOTHING
+                with heads, numbers:
                     outputs, flat, apart = setup.model.run(self._as_given(work), captured.clear)
                 outputs = asked.derive(outputs, given)
-                if casts is not None:
-                    inputs = setup.leaves.reached(inputs, integers, casts.reached)
             if outputs.batch_size != td.batch_size:
                 raise ValueError(
                     f"the model returned a TensorDict of batch size {list(outputs.batch_size)} for one of "
