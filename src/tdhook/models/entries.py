@@ -7,7 +7,6 @@ another shape in each element, are no tensors, and stay out; a lazy stack below 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from operator import is_
 from typing import TypeAlias, TypeGuard
 
 from tensordict import (
@@ -33,6 +32,7 @@ __all__ = [
     "is_batch",
     "is_ragged",
     "leaves_of",
+    "objects_of",
     "plain",
 ]
 
@@ -59,9 +59,26 @@ def entries_of(td: TensorDictBase) -> Iterator[tuple[NestedKey, Entry]]:
                 yield key, value
 
 
-def changed(before: Mapping[NestedKey, Entry], td: TensorDictBase) -> list[NestedKey]:
-    """The keys of entries that are others than before."""
-    return [key for key, entry in entries_of(td) if not _same(before.get(key), entry)]
+def objects_of(td: TensorDictBase) -> dict[NestedKey, Entry]:
+    """The entries of a TensorDict by key, as the objects that they are: those of a lazy stack are those it stacks."""
+    found: dict[NestedKey, Entry] = {}
+    for key, value in td.items(True, True, is_leaf=_is_whole):
+        if not isinstance(value, LazyStackedTensorDict):
+            found[key] = value
+            continue
+        each = [objects_of(element) for element in _elements(value)]
+        for name in set(each[0]).intersection(*each[1:]):
+            found[under(key, name)] = tuple(one[name] for one in each)
+    return found
+
+
+def _is_whole(kind: type) -> bool:
+    return is_leaf_nontensor(kind) or issubclass(kind, LazyStackedTensorDict)
+
+
+def changed(before: Mapping[NestedKey, Entry], after: Mapping[NestedKey, Entry]) -> list[NestedKey]:
+    """The keys of objects that are others than before."""
+    return [key for key, entry in after.items() if not _same(before.get(key), entry)]
 
 
 def _same(a: Entry, b: Entry) -> bool:
@@ -69,7 +86,7 @@ def _same(a: Entry, b: Entry) -> bool:
         return True
     if isinstance(a, NonTensorData) and isinstance(b, NonTensorData):
         return a.data is b.data
-    return isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and all(map(is_, a, b))
+    return isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and all(map(_same, a, b))
 
 
 def plain(td: TensorDictBase) -> TensorDictBase:

@@ -13,7 +13,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Size, Tensor, nn
 
 from tdhook.keys import names_of, put
-from tdhook.models.entries import changed, entries_of, plain
+from tdhook.models.entries import changed, entries_of, objects_of, plain
 from tdhook.models.reads import written_before
 from tdhook.models.state import modules_of, restored
 
@@ -171,16 +171,17 @@ class Model:
         return Ran(written.reshape(td.batch_size) if td.batch_dims else written.squeeze(0), True, apart)
 
     def _written(self, td: TensorDictBase) -> tuple[TensorDictBase, Apart | None]:
-        before = dict(entries_of(td))
+        before = objects_of(td)
         result = self.runner(td)
-        keys = changed(before, result)
+        after = objects_of(result)
+        keys = changed(before, after)
         outputs = plain(result.select(*keys))
         if result is td:
             return outputs, None
         batched = result.batch_size == td.batch_size
         if not batched and not result.batch_dims and _fit(outputs, td.batch_size):
             outputs.batch_size = td.batch_size
-        return outputs, Apart(batched, tuple(key for key, _ in entries_of(result) if key not in keys))
+        return outputs, Apart(batched, tuple(key for key in after if key not in keys))
 
 
 def _fit(td: TensorDictBase, batch: Size) -> bool:
