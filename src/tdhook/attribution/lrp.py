@@ -16,6 +16,7 @@ from tdhook.attribution.keywords_03 import Keywords03, copies_of, translated
 from tdhook.contexts.attribution import Attribution, Shared
 from tdhook.conventions import Convention
 from tdhook.models.families import Linear
+from tdhook.models.lazy import initialise, is_unmade
 from tdhook.models.model import InKeys, Model
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Setup
@@ -146,6 +147,8 @@ class LRP(Attribution):
         not known. ``in_keys`` and ``out_keys`` are those of :meth:`prepare`.
         """
         model = Model.of(module, in_keys, out_keys)
+        if td is not None and is_unmade(model.root):
+            initialise(model, td)
         plan = self._plan(model, td)
         if td is not None and plan.interception is not None:
             rehearse(plan, Runner(Setup(model, self.question), td))

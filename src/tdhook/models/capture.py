@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
+from tdhook.models.entries import is_batch
 from tdhook.models.turns import here
 from tdhook.tape.dependence import leaf
 
@@ -101,8 +101,8 @@ class Captured:
         return leaf(value)
 
     def _keys_of(self, attribute: tuple[NestedKey, ...] | str) -> Callable[..., None]:
-        def hook(module: Any, args: object, output: object) -> None:
-            if not isinstance(output, TensorDictBase):
+        def hook(module: Any, args: object, output: Any) -> None:
+            if not is_batch(output):
                 return
             for key in map(unravel_key, module.out_keys):
                 value = output.get(key, None)

@@ -11,8 +11,9 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from tdhook.models.entries import dense_copy
 from tdhook.models.model import Model
-from tdhook.models.state import dense_copy, restored
+from tdhook.models.state import restored
 from tdhook.tape.conditions import holds
 
 __all__ = ["is_explainable", "why_not_finite"]

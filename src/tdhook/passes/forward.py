@@ -16,6 +16,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from tdhook.conventions import Convention
 from tdhook.keys import parts_of
 from tdhook.models.capture import call_name
+from tdhook.models.entries import entries_of, frames_of
 from tdhook.passes.diagnosis import is_explainable, why_not_finite
 from tdhook.passes.setup import Setup
 from tdhook.targets.base import Seeder, Seeds, require_dependence
@@ -257,7 +258,7 @@ class Run:
 
     def written(self) -> dict[NestedKey, Any]:
         """What the model wrote, detached."""
-        return {
-            key: value.detach() if isinstance(value, Tensor) else value
-            for key, value in self.outputs.items(True, True)
-        }
+        found: dict[NestedKey, Any] = dict(frames_of(self.outputs, self.td))
+        for key, value in entries_of(self.outputs):
+            found[key] = value.detach() if isinstance(value, Tensor) else value
+        return found

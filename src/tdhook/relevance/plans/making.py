@@ -11,9 +11,9 @@ from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import nn
 
 from tdhook.conventions import Convention
+from tdhook.models.entries import dense_copy
 from tdhook.models.families import BatchNorm
 from tdhook.models.model import Model
-from tdhook.models.state import dense_copy
 from tdhook.models.tracing import Execution, registered, traced
 from tdhook.relevance.composites.composite import Composite
 from tdhook.relevance.operations.interception import Interception
