@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tdhook.conventions import Convention
+from tdhook.relevance.operations.applied import Applied, is_foreign, is_ours
+from tdhook.relevance.operations.own_backward import own_backward
 from tdhook.relevance.operations.paths import Paths
 from tdhook.relevance.operations.stand_ins import standing_in
 from tdhook.relevance.operations.table import ARITHMETIC, ELEMENTWISE, MOVES, PRODUCTS, WINNER, default_rule
@@ -33,13 +36,30 @@ from tdhook.selectors.names import (
 )
 from tdhook.tape.as_one import is_one
 from tdhook.tape.functions import on_tape
-from tdhook.tape.internals import maker_of, pop_mode, push_mode, top_mode
+from tdhook.tape.internals import (
+    APPLIED_IN_TRANSFORMS,
+    beneath,
+    pop_mode,
+    push_mode,
+    sees,
+    through_transforms,
+    top_mode,
+)
 from tdhook.tape.overwriting import Guard, Outdated
 
 __all__ = ["Found", "Interception", "Lookup", "Observer", "Unmatched"]
 
 
 _NATIVE = IgnoreRule()
+_OVERWRITES = (
+    "the autograd function `{}` overwrites its argument, where no rule can follow; give the module `{}`, which calls "
+    "it, a rule, EpsilonRule say, so that it runs as one unit"
+)
+_COMPILED = (
+    "the module `{}` ({}) was compiled by torch.jit, and no rule sees what is computed inside; explain the module that "
+    "it was compiled from (torch.jit.script, torch.jit.trace), or give it a rule, so that it runs as one unit: "
+    "(Type(torch.jit.ScriptModule), EpsilonRule())"
+)
 
 
 class Unmatched:
@@ -119,12 +139,13 @@ class Interception(TorchFunctionMode):
         self.observer: Observer | None = None
         self._lookup, self._by_path, self._defaults, self._unmatched = lookup, by_path, defaults, unmatched
         self._known: dict[object, _Known] = {}
+        self._functions: WeakKeyDictionary[type, _Known] = WeakKeyDictionary()
         self._paused = 0
         self.paths = Paths(modules)
 
     def __getstate__(self) -> dict[str, Any]:
         # What is known of torch functions is found again; they cannot all be pickled.
-        return {**self.__dict__, "_known": {}, "observer": None}
+        return {**self.__dict__, "_known": {}, "_functions": WeakKeyDictionary(), "observer": None}
 
     @contextmanager
     def running(self, *, tracked: bool = False) -> Iterator[None]:
@@ -132,7 +153,7 @@ class Interception(TorchFunctionMode):
         self.outdated.clear()
         follows = self._by_path or tracked or self.observer is not None
         if not follows and not self.guard.active:
-            with standing_in(self._again), self:
+            with standing_in(self), self:
                 yield
             return
         with ExitStack() as stack:
@@ -140,17 +161,17 @@ class Interception(TorchFunctionMode):
                 stack.enter_context(self.guard.watching())
             if follows:
                 stack.enter_context(self.paths.followed())
-            stack.enter_context(standing_in(self._again))
+            stack.enter_context(standing_in(self))
             stack.enter_context(self)
             yield
 
-    def _again(self) -> AbstractContextManager[None] | None:
+    def again(self) -> AbstractContextManager[None] | None:
         """Watch a part of the forward pass that is run once more, in which nothing must have been overwritten."""
         return None if self.guard.active else self._watching_again()
 
     @contextmanager
     def _watching_again(self) -> Iterator[None]:
-        with nullcontext() if self.observer is None else self.observer.again(), self:
+        with nullcontext() if self.observer is None else self.observer.again(), standing_in(self), self:
             yield
 
     def unit(self, binding: Binding, call: Call) -> Any:
@@ -158,8 +179,6 @@ class Interception(TorchFunctionMode):
         bound, module, args = binding.bound, call.module, call.args
         if self.outdated.any:
             self.outdated.check(args)
-        if self.paths.following and not self._paused:
-            self._look_for_unseen(args)
         # Layers of torch overwrite nothing (they run out of place), so that there is nothing to see in them.
         aside = binding.closed and top_mode() is self
         if aside:
@@ -205,8 +224,12 @@ class Interception(TorchFunctionMode):
             self.guard.before(_overwritten(args, kwargs))
         if self._paused or (in_place and relabels(func)):
             return func(*args, **kwargs)
-        if self.paths.following:
-            self._look_for_unseen(args)
+        if func is APPLIED_IN_TRANSFORMS:
+            # What it comes to outside of the transform is seen.
+            if is_ours(args[0]):
+                return func(*args, **kwargs)
+            with self:
+                return through_transforms(func, args, kwargs)
         selector, rule = self._find(known, args, kwargs)
         native = known.in_place and rule is not None and rule.native
         if in_place and not (native and self.observer is None):
@@ -214,26 +237,47 @@ class Interception(TorchFunctionMode):
             return self._overwrite(known, selector, rule, form, args, kwargs)
         return self._run(known, selector, rule, func, args, kwargs)
 
-    def _look_for_unseen(self, args: Any) -> None:
-        for unseen in _unseen(args):
-            self._unmatched(unseen, self.paths.current, True)
+    def applied(self, function: type, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Apply an autograd function, which no mode sees, as the operation of its name."""
+        if self._paused or is_ours(function) or not sees(self):
+            return apply(*args, **kwargs)
+        func = Applied(function, apply)
+        known = self._functions.get(func.function)
+        if known is None:
+            known = self._functions[func.function] = self._learn(func)
+        if func.overwrites and torch.is_grad_enabled() and _any_live(args):
+            raise NotImplementedError(_OVERWRITES.format(func.__name__, self.paths.current))
+        self._known[func] = known
+        try:
+            with beneath(self):
+                return self.__torch_function__(func, (), args, kwargs)
+        finally:
+            del self._known[func]
+
+    def compiled(self, kind: str, args: Any, kwargs: Any) -> None:
+        """Raise where a module is about to run that was compiled, in which nothing is seen."""
+        if self._paused or not sees(self) or not torch.is_grad_enabled():
+            return
+        if _any_live(args) or _any_live(kwargs.values()):
+            raise NotImplementedError(_COMPILED.format(self.paths.current or "(model)", kind))
 
     def _learn(self, func: Any) -> _Known:
         name = name_of(func)
         in_place = writes_in_place(func, {})
         form = out_of_place_form(func) or func if in_place else func
+        own = _own_rule(func)
         operation = Operation.of(
             name,
             form,
-            moves=name in MOVES or name in WINNER,
-            multiplies=name in PRODUCTS or name in ELEMENTWISE,
+            moves=own is None and (name in MOVES or name in WINNER),
+            multiplies=own is None and (name in PRODUCTS or name in ELEMENTWISE),
         )
         aside = queries(func) or initialises(func)
-        known = _Known(operation, in_place, aside=aside, own=ARITHMETIC if is_one(func) else None)
+        known = _Known(operation, in_place, aside=aside, own=own)
         if self._lookup is not None and not self._by_path:
             known.selector, known.rule = self._lookup(name, *self.paths.innermost)
         if not in_place and not self._by_path:
-            default = default_rule(name, (), {}) if self._defaults else _NATIVE
+            default = own or default_rule(name, (), {}) if self._defaults else _NATIVE
             rule = default if known.rule is None else known.rule
             known.quick = rule is not None and rule.native
         return known
@@ -296,19 +340,11 @@ class Interception(TorchFunctionMode):
         return tuple(Substituted.apply(w, v) for w, v in zip(written, values, strict=True))
 
 
-def _unseen(values: Iterable[object]) -> Iterator[str]:
-    """Names of the custom autograd functions, which no mode sees, that made some of the values."""
-    for value in values:
-        if isinstance(value, list | tuple):
-            yield from _unseen(value)
-        elif isinstance(value, Tensor):
-            function = maker_of(value.grad_fn)
-            if (
-                function is not None
-                and not issubclass(function, Rule)
-                and not function.__module__.startswith(("tdhook.", "torch._functorch."))
-            ):
-                yield function.__name__
+def _own_rule(function: Any) -> Rule | None:
+    """The rule of a function that has one whatever its name."""
+    if is_one(function):
+        return ARITHMETIC
+    return own_backward() if isinstance(function, Applied) or is_foreign(function) else None
 
 
 def _overwritten(args: Any, kwargs: Any) -> Any:
