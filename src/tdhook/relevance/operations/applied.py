@@ -9,7 +9,7 @@ from tdhook.relevance.propagation.rule import Rule
 from tdhook.tape.functions import TapeFunction
 from tdhook.tape.internals import function_inside, schema_of
 
-__all__ = ["Applied", "is_foreign", "is_ours"]
+__all__ = ["Applied", "is_foreign", "is_ours", "overwrites_arguments"]
 
 _TORCH = ("aten::", "prims::", "prim::")
 
@@ -29,12 +29,15 @@ class Applied:
         """Apply it."""
         return self._apply(*args, **kwargs)
 
-    @property
-    def overwrites(self) -> bool:
-        """Whether it says that it overwrites an argument."""
-        methods = (getattr(self.function, name, None) for name in ("forward", "setup_context"))
-        codes = (getattr(method, "__code__", None) for method in methods)
-        return any(code is not None and "mark_dirty" in code.co_names for code in codes)
+
+def overwrites_arguments(function: object) -> bool:
+    """Whether an autograd function or an operator says that it overwrites an argument."""
+    if not isinstance(function, Applied):
+        schema = schema_of(function)
+        return schema is not None and bool(schema.is_mutable)
+    methods = (getattr(function.function, name, None) for name in ("forward", "setup_context"))
+    codes = (getattr(method, "__code__", None) for method in methods)
+    return any(code is not None and "mark_dirty" in code.co_names for code in codes)
 
 
 def is_ours(function: object) -> bool:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tdhook.conventions import Convention
-from tdhook.relevance.operations.applied import Applied, is_foreign, is_ours
+from tdhook.relevance.operations.applied import Applied, is_foreign, is_ours, overwrites_arguments
+from tdhook.relevance.operations.kernels import first_output, positional
 from tdhook.relevance.operations.own_backward import own_backward
+from tdhook.relevance.operations.parts import one_by_one
 from tdhook.relevance.operations.paths import Paths
 from tdhook.relevance.operations.stand_ins import standing_in
 from tdhook.relevance.operations.table import ARITHMETIC, ELEMENTWISE, MOVES, PRODUCTS, WINNER, default_rule
@@ -41,6 +43,7 @@ from tdhook.tape.internals import (
     beneath,
     pop_mode,
     push_mode,
+    schema_of,
     sees,
     through_transforms,
     top_mode,
@@ -52,8 +55,8 @@ __all__ = ["Found", "Interception", "Lookup", "Observer", "Unmatched"]
 
 _NATIVE = IgnoreRule()
 _OVERWRITES = (
-    "the autograd function `{}` overwrites its argument, where no rule can follow; give the module `{}`, which calls "
-    "it, a rule, EpsilonRule say, so that it runs as one unit"
+    "`{}` overwrites an argument, and its derivative is its own, so that no rule can follow; give the module `{}`, which "
+    "calls it, a rule, EpsilonRule say, so that it runs as one unit"
 )
 _COMPILED = (
     "the module `{}` ({}) was compiled by torch.jit, and no rule sees what is computed inside; explain the module that "
@@ -79,6 +82,9 @@ class _Known:
     in_place: bool
     quick: bool = False
     aside: bool = False
+    parts: Callable[..., Any] | None = None
+    schema: Any = None
+    refused: bool = False
     own: Rule | None = None
     selector: object = None
     rule: Rule | None = None
@@ -211,6 +217,11 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if known.aside:
             return func(*args, **kwargs)
+        if known.parts is not None:
+            with self:
+                return known.parts(*args, **kwargs)
+        if kwargs and known.schema is not None:
+            args, kwargs = positional(known.schema, args, kwargs)
         if self.outdated.any:
             self.outdated.check(args)
         in_place = known.in_place or (bool(kwargs) and writes_in_place(func, kwargs))
@@ -224,6 +235,8 @@ class Interception(TorchFunctionMode):
             self.guard.before(_overwritten(args, kwargs))
         if self._paused or (in_place and relabels(func)):
             return func(*args, **kwargs)
+        if known.refused:
+            raise NotImplementedError(_OVERWRITES.format(func.__name__, self.paths.current or "(model)"))
         if func is APPLIED_IN_TRANSFORMS:
             # What it comes to outside of the transform is seen.
             if is_ours(args[0]):
@@ -239,14 +252,12 @@ class Interception(TorchFunctionMode):
 
     def applied(self, function: type, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Apply an autograd function, which no mode sees, as the operation of its name."""
-        if self._paused or is_ours(function) or not sees(self):
+        if self._paused or is_ours(function) or not self.watching:
             return apply(*args, **kwargs)
         func = Applied(function, apply)
         known = self._functions.get(func.function)
         if known is None:
             known = self._functions[func.function] = self._learn(func)
-        if func.overwrites and torch.is_grad_enabled() and _any_live(args):
-            raise NotImplementedError(_OVERWRITES.format(func.__name__, self.paths.current))
         self._known[func] = known
         try:
             with beneath(self):
@@ -254,9 +265,14 @@ class Interception(TorchFunctionMode):
         finally:
             del self._known[func]
 
+    @property
+    def watching(self) -> bool:
+        """Whether torch functions are seen right now."""
+        return sees(self)
+
     def compiled(self, kind: str, args: Any, kwargs: Any) -> None:
         """Raise where a module is about to run that was compiled, in which nothing is seen."""
-        if self._paused or not sees(self) or not torch.is_grad_enabled():
+        if self._paused or not self.watching or not torch.is_grad_enabled():
             return
         if _any_live(args) or _any_live(kwargs.values()):
             raise NotImplementedError(_COMPILED.format(self.paths.current or "(model)", kind))
@@ -264,7 +280,7 @@ class Interception(TorchFunctionMode):
     def _learn(self, func: Any) -> _Known:
         name = name_of(func)
         in_place = writes_in_place(func, {})
-        form = out_of_place_form(func) or func if in_place else func
+        form = out_of_place_form(func) or _on_a_copy(func) if in_place else func
         own = _own_rule(func)
         operation = Operation.of(
             name,
@@ -273,7 +289,8 @@ class Interception(TorchFunctionMode):
             multiplies=own is None and (name in PRODUCTS or name in ELEMENTWISE),
         )
         aside = queries(func) or initialises(func)
-        known = _Known(operation, in_place, aside=aside, own=own)
+        known = _Known(operation, in_place, aside=aside, own=own, parts=one_by_one(func), schema=schema_of(func))
+        known.refused = own is not None and overwrites_arguments(func)
         if self._lookup is not None and not self._by_path:
             known.selector, known.rule = self._lookup(name, *self.paths.innermost)
         if not in_place and not self._by_path:
@@ -310,6 +327,9 @@ class Interception(TorchFunctionMode):
             inside = written_out(operation.name)
             if inside is not None:
                 return self._in_parts(inside, func, args, kwargs)
+            first = first_output(operation.name)
+            if first is not None:
+                return self._of_a_kernel(first, func, args, kwargs)
             inside = entered(func)
             if inside is not None:
                 with self:
@@ -328,6 +348,14 @@ class Interception(TorchFunctionMode):
         if self.observer is not None:
             return self.observer.call(self.paths.current, selector, bound, call)
         return bound.run(call)
+
+    def _of_a_kernel(self, first: Callable[..., Tensor], func: Any, args: Any, kwargs: Any) -> Any:
+        """The values of a kernel, the first of them on the tape of the functions that make the same."""
+        with torch.no_grad():
+            value, *others = func(*args, **kwargs)
+        with self:
+            written = first((value, *others), *args, **kwargs)
+        return (Substituted.apply(written, value), *others)
 
     def _in_parts(self, inside: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> Any:
         """The values of a fused operation, on the tape of those that it is made of."""

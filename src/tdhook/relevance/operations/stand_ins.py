@@ -30,6 +30,10 @@ __all__ = ["Watch", "standing_in"]
 class Watch(Protocol):
     """What watches a forward pass, and is told of what no mode sees."""
 
+    @property
+    def watching(self) -> bool:
+        """Whether torch functions are seen right now."""
+
     def again(self) -> AbstractContextManager[None] | None:
         """What is entered around a part of the model that is run once more.
 
@@ -141,7 +145,10 @@ def _apply(function: type, *args: object, **kwargs: object) -> Any:
 def _in_python(
     compiled: Callable[..., object], function: Callable[..., object], args: Any, kwargs: Any
 ) -> object:
-    return compiled(function, args, kwargs) if _WATCH.get() is None else function(*args, **kwargs)
+    watch = _WATCH.get()
+    if watch is None or not watch.watching:
+        return compiled(function, args, kwargs)
+    return function(*args, **kwargs)
 
 
 class _Checkpoint:
