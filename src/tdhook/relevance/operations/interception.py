@@ -280,7 +280,9 @@ class Interception(TorchFunctionMode):
     def _learn(self, func: Any) -> _Known:
         name = name_of(func)
         in_place = writes_in_place(func, {})
-        form = out_of_place_form(func) or _on_a_copy(func) if in_place else func
+        schema = schema_of(func)
+        writes = in_place or (schema is not None and schema.is_mutable)
+        form = out_of_place_form(func) or _on_a_copy(func) if writes else func
         own = _own_rule(func)
         operation = Operation.of(
             name,
@@ -289,7 +291,7 @@ class Interception(TorchFunctionMode):
             multiplies=own is None and (name in PRODUCTS or name in ELEMENTWISE),
         )
         aside = queries(func) or initialises(func)
-        known = _Known(operation, in_place, aside=aside, own=own, parts=one_by_one(func), schema=schema_of(func))
+        known = _Known(operation, in_place, aside=aside, own=own, parts=one_by_one(func), schema=schema)
         known.refused = own is not None and overwrites_arguments(func)
         if self._lookup is not None and not self._by_path:
             known.selector, known.rule = self._lookup(name, *self.paths.innermost)

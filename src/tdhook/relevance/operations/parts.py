@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from tdhook.selectors.names import raw_name
 from tdhook.tape.internals import dense_of, schema_of
@@ -25,7 +25,10 @@ def one_by_one(function: Callable[..., object]) -> Callable[..., Any] | None:
     name = raw_name(function)
     if name.startswith(_PREFIX):
         return _of_each(name.removeprefix(_PREFIX), list if schema_of(function) is not None else tuple)
-    return _scan if name == "scan" and dense_of(function) is not None else dense_of(function)
+    if name == "copy" and schema_of(function) is not None:
+        return _copied
+    dense = dense_of(function)
+    return None if dense is None else {"cond": _cond, "scan": _scan, "while_loop": _while}.get(name, dense)
 
 
 def _of_each(name: str, kind: Callable[[list[Tensor]], Sequence[Tensor]]) -> Callable[..., Any] | None:
@@ -54,12 +57,42 @@ def _at(given: Any, index: int, *, scalar: bool = False) -> Any:
     return given[index].item() if scalar and isinstance(given, Tensor) and given.dim() else given
 
 
+def _copied(destination: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """The operator by which graphs assign, of which torch knows no derivative."""
+    return source.to(destination).expand_as(destination).clone()
+
+
+def _cond(condition: Any, if_true: Callable[..., Any], if_false: Callable[..., Any], operands: Any = ()) -> Any:
+    return if_true(*operands) if condition else if_false(*operands)
+
+
+def _while(
+    condition: Callable[..., Any], body: Callable[..., Any], carried: Sequence[Any], additional: Sequence[Any] = ()
+) -> Any:
+    """A loop: what is carried is given one by one, and returned as ``body`` returns it."""
+    made, flat = None, list(carried)
+    while condition(*flat, *additional):
+        made = body(*flat, *additional)
+        flat = tree_leaves(made)
+    if made is None:
+        with torch.no_grad():  # it tells the structure alone
+            made = body(*flat, *additional)
+    return tree_unflatten(flat, tree_structure(made))
+
+
 def _scan(combine: Callable[..., Any], init: Sequence[Any], xs: Sequence[Tensor], additional: Sequence[Any]) -> Any:
-    """``torch``'s scan over the first axis: ``combine(*carry, *x, *additional)`` returns ``(*carry, *out)``."""
-    carry, outs = list(init), []
+    """A scan over the first axis.
+
+    ``combine(*carry, *x, *additional)`` returns ``(*carry, *out)`` where a graph calls it, ``(carry, out)`` where a
+    model does; so does the scan.
+    """
+    flat, outs, made = list(init), [], None
     for i in range(len(xs[0]) if xs else 0):
-        made = tree_leaves(combine(*carry, *(x.select(0, i) for x in xs), *additional))
-        carry, out = made[: len(init)], made[len(init) :]
+        made = combine(*flat, *(x.select(0, i) for x in xs), *additional)
+        leaves = tree_leaves(made)
+        flat, out = leaves[: len(init)], leaves[len(init) :]
         outs.append(out)
     stacked = [None if column[0] is None else torch.stack(column) for column in zip(*outs, strict=True)]
-    return (*carry, *stacked)
+    if made is None:
+        return (*flat, *stacked)
+    return tree_unflatten([*flat, *stacked], tree_structure(made))
