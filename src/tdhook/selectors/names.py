@@ -8,7 +8,15 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-__all__ = ["initialises", "name_of", "out_of_place_form", "queries", "raw_name", "relabels", "writes_in_place"]
+__all__ = [
+    "initialises",
+    "name_of",
+    "out_of_place_form",
+    "queries",
+    "raw_name",
+    "relabels",
+    "writes_in_place",
+]
 
 _SYNONYMS = {
     "absolute": "abs",

@@ -33,7 +33,9 @@ def first_output(name: str) -> Written | None:
     return _KERNELS.get(name)
 
 
-def _layer_norm(values: Any, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+def _layer_norm(
+    values: Any, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Tensor:
     return F.layer_norm(x, shape, weight, bias, eps)
 
 
@@ -48,7 +50,16 @@ def _group_norm(
 
 
 def _batch_norm(
-    values: Any, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float, *rest: Any
+    values: Any,
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *rest: Any,
 ) -> Tensor:
     # The kernel has already counted the batch.
     own = (None, None) if training else (mean, var)
@@ -85,18 +96,35 @@ def _attention(values: Any, query: Tensor, key: Tensor, value: Tensor, *rest: An
 
 
 def _masked_attention(
-    values: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, statistics: bool, *rest: Any, scale: Any = None, **named: Any
+    values: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    statistics: bool,
+    *rest: Any,
+    scale: Any = None,
+    **named: Any,
 ) -> Tensor:
     return _attended(query, key, value, mask, *rest[:2], scale=scale)
 
 
-def _written_attention(values: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Tensor:
+def _written_attention(
+    values: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any
+) -> Tensor:
     mask, *others = (*rest[:3], *(None, 0.0, False)[len(rest) :])
     return _attended(query, key, value, mask, *others, scale=named.get("scale"))
 
 
 def _attended(
-    query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float = 0.0, causal: bool = False, *, scale: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: Any,
 ) -> Tensor:
     if dropout:
         raise NotImplementedError(

@@ -70,7 +70,9 @@ class _OwnBackward(EpsilonRule):
         if known is not None:
             return known
         if not all(map(may_look_at, step.inputs)):
-            return next((kind for other, kind in self._kinds.items() if _ranks(other) == _ranks(key)), _Kind.OTHER)
+            return next(
+                (kind for other, kind in self._kinds.items() if _ranks(other) == _ranks(key)), _Kind.OTHER
+            )
         found = _kind(step)
         if found is None:
             return _Kind.OTHER

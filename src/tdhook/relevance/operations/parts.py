@@ -62,12 +62,17 @@ def _copied(destination: Tensor, source: Tensor, non_blocking: bool = False) -> 
     return source.to(destination).expand_as(destination).clone()
 
 
-def _cond(condition: Any, if_true: Callable[..., Any], if_false: Callable[..., Any], operands: Any = ()) -> Any:
+def _cond(
+    condition: Any, if_true: Callable[..., Any], if_false: Callable[..., Any], operands: Any = ()
+) -> Any:
     return if_true(*operands) if condition else if_false(*operands)
 
 
 def _while(
-    condition: Callable[..., Any], body: Callable[..., Any], carried: Sequence[Any], additional: Sequence[Any] = ()
+    condition: Callable[..., Any],
+    body: Callable[..., Any],
+    carried: Sequence[Any],
+    additional: Sequence[Any] = (),
 ) -> Any:
     """A loop: what is carried is given one by one, and returned as ``body`` returns it."""
     made, flat = None, list(carried)
@@ -80,7 +85,9 @@ def _while(
     return tree_unflatten(flat, tree_structure(made))
 
 
-def _scan(combine: Callable[..., Any], init: Sequence[Any], xs: Sequence[Tensor], additional: Sequence[Any]) -> Any:
+def _scan(
+    combine: Callable[..., Any], init: Sequence[Any], xs: Sequence[Tensor], additional: Sequence[Any]
+) -> Any:
     """A scan over the first axis.
 
     ``combine(*carry, *x, *additional)`` returns ``(*carry, *out)`` where a graph calls it, ``(carry, out)`` where a

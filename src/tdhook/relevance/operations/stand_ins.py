@@ -148,7 +148,9 @@ def _in_python(
     watch = _WATCH.get()
     if watch is None or not watch.watching:
         return compiled(function, args, kwargs)
-    if function.__name__ == "_cond_op_wrapper":  # the operator itself takes tensors alone, and no containers of them
+    if (
+        function.__name__ == "_cond_op_wrapper"
+    ):  # the operator itself takes tensors alone, and no containers of them
         condition, if_true, if_false, operands = args
         return if_true(*operands) if condition else if_false(*operands)
     return function(*args, **kwargs)

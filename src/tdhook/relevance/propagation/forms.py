@@ -160,9 +160,12 @@ _FORMS: WeakKeyDictionary[nn.Module, tuple[object, ConvForm]] = WeakKeyDictionar
 def closed_form(module: nn.Module) -> ClosedForm | None:
     """The closed form of a module, or ``None``: a subclass that computes in its own way is differentiated."""
     cls = type(module)
-    if cls.forward is nn.Linear.forward:
+    forward = getattr(
+        cls, "forward", None
+    )  # modules that torch.jit compiled have none that could be asked for
+    if forward is nn.Linear.forward:
         return _DENSE
-    if cls.forward not in _CONV_FORWARDS or getattr(cls, "_conv_forward", None) not in _CONV_CORES:
+    if forward not in _CONV_FORWARDS or getattr(cls, "_conv_forward", None) not in _CONV_CORES:
         return None
     layer: Any = module
     settings = (
