@@ -76,5 +76,3 @@ def restored(
         finally:
             if put_back:
                 snapshot.put_back()
-
-

@@ -73,9 +73,7 @@ class Leaves:
         integers = self._numbers(found)
         for key, value in found:
             if key in integers:
-                inputs[key] = (
-                    leaf_of(replaced[key]) if key in replaced else as_numbers(value)
-                )
+                inputs[key] = leaf_of(replaced[key]) if key in replaced else as_numbers(value)
                 continue
             if not value.is_floating_point():
                 self._tell_once(key, value)

@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from tdhook.conventions import Convention
 from tdhook.markup import html_table
@@ -22,6 +21,7 @@ from tdhook.tape.functions import Identity, alias, live, parts, unwrapped
 from tdhook.tape.internals import storage_of
 from tdhook.tape.masks import masks_in
 from tdhook.tape.sharded import Spread, gathered, spread_of
+from tdhook.tape.trees import tree_leaves
 
 __all__ = ["COLUMNS", "REASONS", "Entry", "Ledger", "Note"]
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
+from tdhook.relevance.operations.applied import Applied, is_foreign, is_ours, overwrites_arguments
+from tdhook.relevance.operations.kernels import first_output, positional
+from tdhook.relevance.operations.own_backward import own_backward
+from tdhook.relevance.operations.parts import one_by_one
 from tdhook.relevance.operations.paths import Paths
 from tdhook.relevance.operations.stand_ins import standing_in
 from tdhook.relevance.operations.table import ARITHMETIC, ELEMENTWISE, MOVES, PRODUCTS, WINNER, default_rule
@@ -34,7 +39,17 @@ from tdhook.selectors.names import (
 )
 from tdhook.tape.as_one import is_one
 from tdhook.tape.dependence import Dependence
-from tdhook.tape.internals import Watching, maker_of, pop_mode, push_mode, top_mode
+from tdhook.tape.internals import (
+    APPLIED_IN_TRANSFORMS,
+    Watching,
+    beneath,
+    pop_mode,
+    push_mode,
+    schema_of,
+    sees,
+    through_transforms,
+    top_mode,
+)
 from tdhook.tape.overwriting import Guard, Outdated
 from tdhook.tape.sharded import moves_between_processes
 
@@ -46,6 +61,15 @@ _DERIVATIVES = (torch.autograd.grad, Tensor.backward)
 _DIFFERENTIATES = (
     "the model differentiates in its forward pass, in module `{}`, where rules stand in for derivatives; give that "
     "module a rule, EpsilonRule say, so that it runs as one unit"
+)
+_OVERWRITES = (
+    "`{}` overwrites an argument, and its derivative is its own, so that no rule can follow; give the module `{}`, "
+    "which calls it, a rule, EpsilonRule say, so that it runs as one unit"
+)
+_COMPILED = (
+    "the module `{}` ({}) was compiled by torch.jit, and no rule sees what is computed inside; explain the module that "
+    "it was compiled from (torch.jit.script, torch.jit.trace), or give it a rule, so that it runs as one unit: "
+    "(Type(torch.jit.ScriptModule), EpsilonRule())"
 )
 
 
@@ -68,6 +92,9 @@ class _Known:
     aside: bool = False
     begins_tape: bool = False
     differentiates: bool = False
+    parts: Callable[..., Any] | None = None
+    schema: Any = None
+    refused: bool = False
     own: Rule | None = None
     selector: object = None
     rule: Rule | None = None
@@ -141,6 +168,7 @@ class Interception(Watching):
         self.observer: Observer | None = None
         self._lookup, self._by_path, self._defaults, self._unmatched = lookup, by_path, defaults, unmatched
         self._known: dict[object, _Known] = {}
+        self._functions: WeakKeyDictionary[type, _Known] = WeakKeyDictionary()
         self._paused = 0
         self._entered: Entered | None = None
         self.paths = Paths(modules)
@@ -148,7 +176,7 @@ class Interception(Watching):
 
     def __getstate__(self) -> dict[str, Any]:
         # What is known of torch functions is found again; they cannot all be pickled.
-        return {**self.__dict__, "_known": {}, "observer": None}
+        return {**self.__dict__, "_known": {}, "_functions": WeakKeyDictionary(), "observer": None}
 
     @contextmanager
     def running(self, *, tracked: bool = False) -> Iterator[None]:
@@ -156,7 +184,7 @@ class Interception(Watching):
         self.outdated.clear()
         follows = self._by_path or tracked or self.observer is not None
         if not follows and not self.guard.active:
-            with standing_in(self._again), self:
+            with standing_in(self), self:
                 yield
             return
         with ExitStack() as stack:
@@ -164,11 +192,11 @@ class Interception(Watching):
                 stack.enter_context(self.guard.watching())
             if follows:
                 stack.enter_context(self.paths.followed())
-            stack.enter_context(standing_in(self._again))
+            stack.enter_context(standing_in(self))
             stack.enter_context(self)
             yield
 
-    def _again(self) -> AbstractContextManager[None] | None:
+    def again(self) -> AbstractContextManager[None] | None:
         """Watch a part of the forward pass that is run once more, in which nothing must have been overwritten."""
         return None if self.guard.active else self._watching_again()
 
@@ -177,25 +205,20 @@ class Interception(Watching):
         before = self.dependence
         self.dependence = before.begin_again()
         try:
-            with nullcontext() if self.observer is None else self.observer.again(), self:
+            with nullcontext() if self.observer is None else self.observer.again(), standing_in(self), self:
                 yield
         finally:
             self.dependence = before
 
     def unit(self, binding: Binding, call: Call) -> Any:
         """Run a module that has a rule, and leave alone the operations inside it."""
-        live, foreign = self.dependence.look(call.args)
-        if call.kwargs:
-            below = self.dependence.look(call.kwargs.values())
-            live, foreign = live or below[0], foreign or below[1]
+        live, foreign = self.dependence.look_at_call(call.args, call.kwargs)
         if foreign:
             args, kwargs = self.dependence.constants_off((call.args, call.kwargs), own=live)
             call = call._replace(args=args, kwargs=kwargs)
         bound, module, args = binding.bound, call.module, call.args
         if self.outdated.any:
             self.outdated.check(args)
-        if self.paths.following and not self._paused:
-            self._look_for_unseen(args)
         if not live:
             return self._as_in_place(module, args, call.execute())
         if binding.enters and not self._paused:
@@ -249,6 +272,11 @@ class Interception(Watching):
             if known.begins_tape:
                 self.dependence.look_closely(args[0])
             return func(*args, **kwargs)
+        if known.parts is not None:
+            with self:
+                return known.parts(*args, **kwargs)
+        if kwargs and known.schema is not None:
+            args, kwargs = positional(known.schema, args, kwargs)
         if self.outdated.any:
             self.outdated.check(args)
         in_place = known.in_place or (bool(kwargs) and writes_in_place(func, kwargs))
@@ -264,14 +292,20 @@ class Interception(Watching):
         given, given_by_name = args, kwargs
         if foreign:
             args, kwargs = dependence.constants_off((args, kwargs), own=live and not self._paused)
+        if known.refused and live and not self._paused:
+            raise NotImplementedError(_OVERWRITES.format(func.__name__, self.paths.current or "(model)"))
         if in_place:
             # What is overwritten stays the tensor that the model holds.
             target = _overwritten(given, given_by_name)
             return self._in_place(known, func, args, kwargs, target, live)
         if (known.quick and self.observer is None and self._entered is None) or self._paused or not live:
             return func(*args, **kwargs)
-        if self.paths.following:
-            self._look_for_unseen(args)
+        if func is APPLIED_IN_TRANSFORMS:
+            # What it comes to outside of the transform is seen.
+            if is_ours(args[0]):
+                return func(*args, **kwargs)
+            with self:
+                return through_transforms(func, args, kwargs)
         if known.differentiates:
             raise NotImplementedError(_DIFFERENTIATES.format(self.paths.current or "(model)"))
         selector, rule = self._find(known, args, kwargs)
@@ -288,8 +322,6 @@ class Interception(Watching):
             return target if result is _overwritten(args, kwargs) else result
         if not self.guard.active:
             self.guard.before(target)
-        if self.paths.following:
-            self._look_for_unseen(args)
         selector, rule = self._find(known, args, kwargs)
         native = known.in_place and rule is not None and rule.native
         if native and self.observer is None:
@@ -297,27 +329,55 @@ class Interception(Watching):
         form = _on_a_copy(func) if native else known.operation.function
         return self._overwrite(known, selector, rule, form, args, kwargs, target)
 
-    def _look_for_unseen(self, args: Any) -> None:
-        for unseen in _unseen(args):
-            self._unmatched(unseen, self.paths.current, True)
+    def applied(self, function: type, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Apply an autograd function, which no mode sees, as the operation of its name."""
+        aside = self._paused or is_ours(function) or moves_between_processes(function)
+        if aside or not self.watching:
+            return apply(*args, **kwargs)
+        func = Applied(function, apply)
+        known = self._functions.get(func.function)
+        if known is None:
+            known = self._functions[func.function] = self._learn(func)
+        self._known[func] = known
+        try:
+            with beneath(self):
+                return self.__torch_function__(func, (), args, kwargs)
+        finally:
+            del self._known[func]
+
+    @property
+    def watching(self) -> bool:
+        """Whether torch functions are seen right now."""
+        return sees(self)
+
+    def compiled(self, kind: str, args: Any, kwargs: Any) -> None:
+        """Raise where a module is about to run that was compiled, in which nothing is seen."""
+        if self._paused or not self.watching or not torch.is_grad_enabled():
+            return
+        if self.dependence.look((args, kwargs))[0]:
+            raise NotImplementedError(_COMPILED.format(self.paths.current or "(model)", kind))
 
     def _learn(self, func: Any) -> _Known:
         name = name_of(func)
         in_place = writes_in_place(func, {})
-        form = out_of_place_form(func) or func if in_place else func
+        schema = schema_of(func)
+        writes = in_place or (schema is not None and schema.is_mutable)
+        form = out_of_place_form(func) or _on_a_copy(func) if writes else func
+        own = _own_rule(func)
         operation = Operation.of(
             name,
             form,
-            moves=name in MOVES or name in WINNER,
-            multiplies=name in PRODUCTS or name in ELEMENTWISE,
+            moves=own is None and (name in MOVES or name in WINNER),
+            multiplies=own is None and (name in PRODUCTS or name in ELEMENTWISE),
         )
-        known = _Known(operation, in_place, own=ARITHMETIC if is_one(func) else None)
+        known = _Known(operation, in_place, own=own, parts=one_by_one(func), schema=schema)
         known.begins_tape, known.differentiates = begins_tape(func), func in _DERIVATIVES
         known.aside = known.begins_tape or queries(func) or initialises(func)
+        known.refused = own is not None and overwrites_arguments(func)
         if self._lookup is not None and not self._by_path:
             known.selector, known.rule = self._lookup(name, *self.paths.innermost)
         if not in_place and not self._by_path:
-            default = default_rule(name, (), {}) if self._defaults else _NATIVE
+            default = own or default_rule(name, (), {}) if self._defaults else _NATIVE
             rule = default if known.rule is None else known.rule
             known.quick = rule is not None and rule.native
         return known
@@ -353,6 +413,9 @@ class Interception(Watching):
             inside = written_out(operation.name)
             if inside is not None:
                 return self._in_parts(inside, func, args, kwargs)
+            first = first_output(operation.name)
+            if first is not None:
+                return self._of_a_kernel(first, func, args, kwargs)
             inside = entered(func)
             if inside is not None:
                 with self:
@@ -372,6 +435,14 @@ class Interception(Watching):
             return self.observer.call(self.paths.current, selector, bound, call)
         return bound.run(call)
 
+    def _of_a_kernel(self, first: Callable[..., Tensor], func: Any, args: Any, kwargs: Any) -> Any:
+        """The values of a kernel, the first of them on the tape of the functions that make the same."""
+        with torch.no_grad():
+            value, *others = func(*args, **kwargs)
+        with self:
+            written = first((value, *others), *args, **kwargs)
+        return (Substituted.apply(written, value), *others)
+
     def _in_parts(self, inside: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> Any:
         """The values of a fused operation, on the tape of those that it is made of."""
         with torch.no_grad():
@@ -383,20 +454,11 @@ class Interception(Watching):
         return tuple(Substituted.apply(w, v) for w, v in zip(written, values, strict=True))
 
 
-def _unseen(values: Iterable[object]) -> Iterator[str]:
-    """Names of the custom autograd functions, which no mode sees, that made some of the values."""
-    for value in values:
-        if isinstance(value, list | tuple):
-            yield from _unseen(value)
-        elif isinstance(value, Tensor):
-            function = maker_of(value.grad_fn)
-            if (
-                function is not None
-                and not issubclass(function, Rule)
-                and not function.__module__.startswith(("tdhook.", "torch._functorch."))
-                and not moves_between_processes(function)
-            ):
-                yield function.__name__
+def _own_rule(function: Any) -> Rule | None:
+    """The rule of a function that has one whatever its name."""
+    if is_one(function):
+        return ARITHMETIC
+    return own_backward() if isinstance(function, Applied) or is_foreign(function) else None
 
 
 def _overwritten(args: Any, kwargs: Any) -> Any:

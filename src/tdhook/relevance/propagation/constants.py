@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from tdhook.relevance.propagation.call import Call
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.tape.dependence import leaf
-from tdhook.tape.functions import Identity, may_look_at, on_tape, parts, whole
+from tdhook.tape.functions import Identity, TapeFunction, may_look_at, on_tape, parts, whole
+from tdhook.tape.internals import maker_of
 from tdhook.tape.masks import masking, unmasked
+from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
 
 __all__ = ["with_constants", "with_masks"]
 
@@ -41,6 +43,49 @@ class Reported(Identity):
         return grad, None, None, None
 
 
+class Difference(Identity):
+    """Identity at which is reported what a call keeps: what arrives at its output, less what goes to its inputs.
+
+    It takes one more pull-back through the call, which needs no other derivative than its own.
+    """
+
+    @staticmethod
+    def forward(z: Tensor, made: Tensor, inputs: Sequence[Tensor], report: Report) -> Tensor:
+        return z.view_as(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.made, ctx.inputs, ctx.report = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> object:
+        made, inputs = ctx.made, ctx.inputs
+        pulled = torch.autograd.grad(made, inputs, grad, retain_graph=True, allow_unused=True)
+        for x, g, sign in ((made, grad, 1), *((x, g, -1) for x, g in zip(inputs, pulled, strict=True))):
+            if g is not None:
+                ctx.report("constant", sign * torch.where(parts(g) == 0, 0.0, parts(x.detach()) * parts(g)))
+        return grad, None, None, None
+
+
+def _runs_own_functions(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether there is a function with a backward pass of its own on the tape between inputs and outputs.
+
+    Its derivatives of other kinds are missing or, of operators of ``torch.library``, zero.
+    """
+    seen = {get_gradient_edge(x).node for x in inputs}
+    ahead: list[Any] = [get_gradient_edge(z).node for z in outputs]
+    while ahead:
+        node = ahead.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        made = maker_of(node)
+        if made is not None and not issubclass(made, TapeFunction):
+            return True
+        ahead += [before for before, _ in node.next_functions if before is not None]
+    return False
+
+
 def with_constants(
     call: Call, outputs: object, *, factors: Sequence[float] | float = 1.0, moves: bool = False
 ) -> Any:
@@ -57,9 +102,14 @@ def with_constants(
         return outputs
     leaves, spec = tree_flatten(outputs)
     at = [i for i, z in enumerate(leaves) if isinstance(z, Tensor) and on_tape(z)]
-    linear = linear_part(call, report, at, factors, moves)
+    linear = None
+    if moves or not _runs_own_functions([leaves[i] for i in at], call.tensors()):
+        linear = linear_part(call, report, at, factors, moves)
     if linear is None:
-        return outputs
+        if not moves:
+            for i in at:
+                leaves[i] = Difference.apply(leaves[i], leaves[i], call.tensors(), report)
+        return tree_unflatten(leaves, spec)
     weighted = getattr(module, "bias", None) is not None
     named = isinstance(module, Operation) and module.name.startswith(
         ("linear", "conv", "batch_norm", "addmm")

@@ -180,9 +180,11 @@ def closed_form(module: nn.Module) -> ClosedForm | None:
     cls = type(module)
     if module._modules and is_parametrized(module):
         return None
-    if cls.forward is nn.Linear.forward:
+    # Modules that torch.jit compiled have none that could be asked for.
+    forward = getattr(cls, "forward", None)
+    if forward is nn.Linear.forward:
         return _DENSE
-    if cls.forward not in _CONV_FORWARDS or getattr(cls, "_conv_forward", None) not in _CONV_CORES:
+    if forward not in _CONV_FORWARDS or getattr(cls, "_conv_forward", None) not in _CONV_CORES:
         return None
     layer: Any = module
     settings = (

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Call, Run
@@ -17,6 +16,7 @@ from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.rule import RemovableRuleHandle, RunningRule
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.tape.functions import on_tape
+from tdhook.tape.trees import tree_leaves
 
 __all__ = ["IgnoreRule", "PassRule", "StopRule", "UniformRule"]
 
