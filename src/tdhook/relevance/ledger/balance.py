@@ -13,6 +13,7 @@ from tdhook.conventions import Convention, relevance_of
 from tdhook.passes.forward import Run
 from tdhook.relevance.ledger.elements import Account, Probe, each_sign, probes
 from tdhook.relevance.ledger.ledger import Entry, Ledger, Note
+from tdhook.tape.dependence import is_leaf
 from tdhook.tape.functions import parts
 from tdhook.tape.masks import masking
 from tdhook.targets import Seeds
@@ -42,7 +43,7 @@ def balance(
         last of these.
     """
     batch = run.outputs.batch_size
-    found = {id(x): x for x in (*run.inputs.values(), *sources.values()) if x.is_leaf}
+    found = {id(x): x for x in (*run.inputs.values(), *sources.values()) if is_leaf(x)}
     leaves = list(found.values()) or list(sources.values())
     columns: dict[str, list[Tensor]] = {"target": [], "inputs": [], "absorbed": [], "gap": []}
     apart = True

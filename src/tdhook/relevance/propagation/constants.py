@@ -16,7 +16,7 @@ from tdhook.relevance.propagation.call import Call
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.tape.dependence import leaf
-from tdhook.tape.functions import Identity, TapeFunction, may_look_at, on_tape, parts, whole
+from tdhook.tape.functions import Identity, TapeFunction, may_look_at, on_tape, parts, unwrapped, whole
 from tdhook.tape.internals import maker_of
 from tdhook.tape.masks import masking, unmasked
 from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
@@ -72,8 +72,8 @@ def _runs_own_functions(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> 
 
     Its derivatives of other kinds are missing or, of operators of ``torch.library``, zero.
     """
-    seen = {get_gradient_edge(x).node for x in inputs}
-    ahead: list[Any] = [get_gradient_edge(z).node for z in outputs]
+    seen = {get_gradient_edge(unwrapped(x)).node for x in inputs}
+    ahead: list[Any] = [get_gradient_edge(unwrapped(z)).node for z in outputs]
     while ahead:
         node = ahead.pop()
         if node in seen:
