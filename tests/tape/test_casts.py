@@ -57,6 +57,18 @@ def test_what_is_no_number_of_them_is_left_alone(function):
     assert torch.equal(result, function(BYTES)) and gradient is None and reached == set()
 
 
+@pytest.mark.parametrize("everywhere", [(), ("x",)])
+def test_what_masks_a_value_is_a_number_where_it_is_named(everywhere):
+    x, value = BYTES.clone(), torch.ones(3, 4, requires_grad=True)
+    numbers = as_numbers(x)
+    with Casts({"x": x}, {"x": numbers}, everywhere=everywhere) as casts:
+        result = value * x + (x * torch.nn.Parameter(torch.ones(4))).detach()
+    assert torch.equal(result, value * BYTES + BYTES)
+    assert casts.reached == {"x"}  # by the parameter
+    (gradient,) = torch.autograd.grad(result.sum(), numbers, allow_unused=True)
+    assert (gradient is None) == (not everywhere)
+
+
 def test_nothing_is_drawn_twice():
     torch.manual_seed(0)
     expected = torch.rand_like(BYTES, dtype=torch.float32), torch.rand(1)

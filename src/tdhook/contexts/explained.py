@@ -248,11 +248,12 @@ class ExplainedModule(TensorDictModuleBase):
             return
         known = set(type(td).__expected_keys__)
         for key in self.out_keys:
-            name = parts_of(key)[0]
+            name, *below = parts_of(key)
             if name not in known:
+                kind = "TensorDict" if below else "Tensor"
                 raise ValueError(
-                    f"{type(td).__name__} has no field {name!r}, where {key!r} is written; declare `{name}: "
-                    "TensorDict | None = None`, or explain its TensorDict, to_tensordict()"
+                    f"{type(td).__name__} has no field {name!r}, where {key!r} is written; declare `{name}: {kind} | "
+                    "None = None`, or explain its TensorDict, to_tensordict()"
                 )
 
     def reads(self, td: TensorDictBase) -> list[NestedKey]:

@@ -109,7 +109,8 @@ class Leaves:
         Raises:
             ValueError: none are left; or some are, where nothing but integers is there and nobody named them.
         """
-        casts = Casts(integers, inputs, exact=exact)
+        everywhere = [key for key, x in integers.items() if x.dtype is not torch.uint8 or key in self._named]
+        casts = Casts(integers, inputs, everywhere=everywhere, exact=exact)
         try:
             with casts:
                 yield

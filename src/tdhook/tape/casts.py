@@ -7,12 +7,13 @@ in their place. An index into a table stays an integer, and has none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -24,6 +25,7 @@ __all__ = ["Casts", "as_numbers"]
 
 K = TypeVar("K", bound=Hashable)
 _CONVERSIONS = ("byte", "char", "short", "int", "long", "bool", "to", "type", "type_as")
+_PRODUCTS = ("mul", "multiply", "__mul__", "__rmul__", "mul_", "multiply_", "__imul__")
 # What draws random numbers, or reads none of what it is given, is not run again.
 _NOT_AGAIN = ("rand", "bernoulli", "dropout", "multinomial", "poisson", "empty", "new_", "_like")
 
@@ -54,6 +56,8 @@ class Casts(TorchFunctionMode, Generic[K]):
     Args:
         integers: the tensors, by key.
         numbers: their values, leaves of the tape, by key.
+        everywhere: the keys of those that count in products, too. Others that are multiplied, uncast, with a value on
+            the tape are a mask of that value.
         exact: whether these are the values of the integers, and not others in their place.
 
     Attributes:
@@ -61,10 +65,15 @@ class Casts(TorchFunctionMode, Generic[K]):
     """
 
     def __init__(
-        self, integers: Mapping[K, Tensor], numbers: Mapping[K, Tensor], *, exact: bool = True
+        self,
+        integers: Mapping[K, Tensor],
+        numbers: Mapping[K, Tensor],
+        *,
+        everywhere: Collection[K] = (),
+        exact: bool = True,
     ) -> None:
         super().__init__()
-        self._exact = exact
+        self._everywhere, self._exact = frozenset(everywhere), exact
         self._followed: dict[int, _Followed[K]] = {}
         self.reached: set[K] = set()
         for key, x in integers.items():
@@ -86,10 +95,11 @@ class Casts(TorchFunctionMode, Generic[K]):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        found = [one for one in map(self._find, tree_leaves((args, kwargs))) if one is not None]
-        if not found:
-            return func(*args, **kwargs)
+        given = tree_leaves((args, kwargs))
+        found = [one for one in map(self._find, given) if one is not None]
         name = getattr(func, "__name__", "")
+        if not found or (name in _PRODUCTS and self._mask(found, given)):
+            return func(*args, **kwargs)
         first = args[0] if args else None
         if _overwrites(name, kwargs):
             if isinstance(first, Tensor) and first.is_floating_point() and "out" not in kwargs:
@@ -126,6 +136,13 @@ class Casts(TorchFunctionMode, Generic[K]):
             else:
                 self._follow(x, number, keys)
                 yield x
+
+    def _mask(self, found: Sequence[_Followed[K]], factors: Sequence[object]) -> bool:
+        """Whether integers mask a value on the tape, their other factor."""
+        if any(not one.keys.isdisjoint(self._everywhere) for one in found):
+            return False
+        values = (x for x in factors if isinstance(x, Tensor) and not isinstance(x, Parameter))
+        return any(x.requires_grad for x in values)
 
     def _with_numbers(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype | None
