@@ -294,7 +294,7 @@ def _from_bytes(data: bytes, path: Path, env_id: str | None = None) -> Policy:
             f"{path} is not a policy checkpoint of tdhook: it has no 'format' entry. If it holds bare weights, load "
             "them into the network of tdhook.rl.build_actor and write that with tdhook.rl.save_policy"
         )
-    if checkpoint["format"] != FORMAT:
+    if type(checkpoint["format"]) is not int or checkpoint["format"] != FORMAT:
         raise ValueError(
             f"{path} has checkpoint format {checkpoint['format']!r}, and this version of tdhook reads format {FORMAT}: "
             "use the version of tdhook that wrote it, or train the policy again"
