@@ -107,6 +107,13 @@ def _is_free(handle: int) -> bool:
     return True
 
 
+def _make(folder: Path) -> None:
+    for above in (folder, *folder.parents):
+        if above.exists() and not above.is_dir():
+            raise FileExistsError(f"{above} is a file, where a folder is to be written")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file, so that it takes its place when the block is done, and does not where it raises.
@@ -115,10 +122,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         IsADirectoryError: the path is a folder.
+        FileExistsError: there is a file where a folder of it is to be.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, where a file is to be written")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make(path.parent)
     if path.exists() and not path.is_file():
         yield path
         return
@@ -148,7 +156,7 @@ def together(folder: Path, outdated: Callable[[], Iterable[str]] = tuple) -> Ite
         outdated: names of entries of the folder that go before any comes; asked when nobody else changes the folder.
     """
     made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     try:
         with room(folder) as new:
             yield new
