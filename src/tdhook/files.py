@@ -204,7 +204,10 @@ def _finish(folder: Path) -> None:
 
 def _journal(path: Path) -> dict[str, list[str]]:
     """Names to be removed and to be moved: plain ones, whatever is written there."""
-    given: object = read_json(path) if is_plain_file(path) else {}
+    given: object = {}
+    if is_plain_file(path):
+        with suppress(ValueError):  # no journal: then nothing is moved
+            given = read_json(path)
     found = {}
     for part in ("remove", "move"):
         names: object = given.get(part, []) if isinstance(given, dict) else []
