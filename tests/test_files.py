@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tdhook.files import read_json, replacing, together, write_whole
+from tdhook.files import completed, read_json, replacing, together, write_whole
 
 
 def stopped(path: Path) -> None:
@@ -46,6 +46,17 @@ def test_entries_come_together_and_rooms_of_the_dead_go(tmp_path: Path) -> None:
         (new / "a.png").write_text("a")
         assert sorted(path.name for path in folder.glob("*.png")) == ["old.png"]
     assert os.listdir(folder) == ["a.png"]
+
+
+@pytest.mark.parametrize("journal", [b"", b"[" * 100_000, b"3", b'{"move": 3, "remove": {}}', None])
+def test_a_journal_that_is_none_moves_nothing_and_goes(tmp_path: Path, journal: bytes | None) -> None:
+    left = tmp_path / ".tdhook-complete"
+    left.mkdir()
+    (left / "a.png").write_text("sent")
+    if journal is not None:
+        (left / ".tdhook-journal").write_bytes(journal)
+    completed(tmp_path)
+    assert os.listdir(tmp_path) == []
 
 
 def fail(folder: Path) -> None:

@@ -107,6 +107,13 @@ def _is_free(handle: int) -> bool:
     return True
 
 
+def _make(folder: Path) -> None:
+    for above in (folder, *folder.parents):
+        if above.exists() and not above.is_dir():
+            raise FileExistsError(f"{above} is a file, where a folder is to be written")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file, so that it takes its place when the block is done, and does not where it raises.
@@ -115,10 +122,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         IsADirectoryError: the path is a folder.
+        FileExistsError: there is a file where a folder of it is to be.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, where a file is to be written")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make(path.parent)
     if path.exists() and not path.is_file():
         yield path
         return
@@ -148,7 +156,7 @@ def together(folder: Path, outdated: Callable[[], Iterable[str]] = tuple) -> Ite
         outdated: names of entries of the folder that go before any comes; asked when nobody else changes the folder.
     """
     made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     try:
         with room(folder) as new:
             yield new
@@ -196,7 +204,10 @@ def _finish(folder: Path) -> None:
 
 def _journal(path: Path) -> dict[str, list[str]]:
     """Names to be removed and to be moved: plain ones, whatever is written there."""
-    given: object = read_json(path) if is_plain_file(path) else {}
+    given: object = {}
+    if is_plain_file(path):
+        with suppress(ValueError):  # no journal: then nothing is moved
+            given = read_json(path)
     found = {}
     for part in ("remove", "move"):
         names: object = given.get(part, []) if isinstance(given, dict) else []

@@ -62,6 +62,11 @@ def test_what_is_no_tensor_is_named_and_not_read(tmp_path: Path) -> None:
         ("meta.json", lambda data: data.replace(b"float32", b"nothing"), "dtype that is none"),
         ("meta.json", lambda data: data.replace(b"float32", b"load"), "dtype that is none"),
         ("meta.json", lambda data: data.replace(b"[3,4]", b"[-3,4]"), "shape that is none"),
+        (
+            "meta.json",
+            lambda data: data.replace(b"[3,4]", b"[4294967296,4294967296]"),
+            "shape that is too large",
+        ),
         ("meta.json", lambda data: data.replace(b"[3,4]", b"[3,5]"), "has 48 bytes, and should have 60"),
         ("meta.json", lambda data: data.replace(b"[3,4]", b"[4,3]"), "do not fit together"),
         ("observation.memmap", lambda data: data[:-4], "has 44 bytes, and should have 48"),

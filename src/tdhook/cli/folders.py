@@ -78,6 +78,8 @@ def require_output(out: Path) -> None:
         FileExistsError: there is something else.
     """
     require_replaceable(out / "rollout")
+    if (out / "meta.json").exists():
+        raise FileExistsError(f"{out} holds a saved TensorDict: choose another folder")
     completed(out)
     for name in (_SUMMARY, _MANIFEST):
         if (out / name).is_dir() or _of_another(out / name):

@@ -42,6 +42,10 @@ def make(env_id: str, options: Mapping[str, object], preprocessing: Iterable[Map
         raise ValueError(
             f"cannot make environment {env_id!r}: {error} (gymnasium.pprint_registry() lists what is there)"
         ) from error
+    except (AssertionError, AttributeError, RuntimeError, TypeError) as error:  # what it says of its options
+        raise ValueError(
+            f"cannot make environment {env_id!r} with the options {dict(options)}: {error}"
+        ) from error
     steps = [_transform(step) for step in preprocessing]
     # Some environments observe in float64; a policy's weights are float32.
     wide = [key for key, spec in env.observation_spec.items(True, True) if spec.dtype == torch.float64]
@@ -98,7 +102,7 @@ def _transform(step: Mapping[str, object]) -> Transform:
         options |= {key: _dtype(options[key]) for key in ("dtype_in", "dtype_out") if key in options}
     try:
         return found(**options)
-    except TypeError as error:
+    except (TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the step of preprocessing {dict(step)} does not work: {error}") from error
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -289,12 +290,18 @@ def _from_bytes(data: bytes, path: Path, env_id: str | None = None) -> Policy:
             f"{path} is not a policy checkpoint of tdhook: it does not load as plain data ({type(error).__name__}). "
             "Write it with tdhook.rl.save_policy, which keeps numbers, strings and tensors only"
         ) from error
+    damaged = _damaged(data)
+    if damaged is not None:
+        raise ValueError(
+            f"{path} was changed or damaged after it was written: its part {damaged!r} has another checksum. "
+            "Get it once more, or train the policy again"
+        )
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise ValueError(
             f"{path} is not a policy checkpoint of tdhook: it has no 'format' entry. If it holds bare weights, load "
             "them into the network of tdhook.rl.build_actor and write that with tdhook.rl.save_policy"
         )
-    if checkpoint["format"] != FORMAT:
+    if type(checkpoint["format"]) is not int or checkpoint["format"] != FORMAT:
         raise ValueError(
             f"{path} has checkpoint format {checkpoint['format']!r}, and this version of tdhook reads format {FORMAT}: "
             "use the version of tdhook that wrote it, or train the policy again"
@@ -325,6 +332,14 @@ def _from_bytes(data: bytes, path: Path, env_id: str | None = None) -> Policy:
         actions=tuple(checkpoint["actions"]),
         metadata={key: value for key, value in checkpoint.items() if key not in names},
     )
+
+
+def _damaged(data: bytes) -> str | None:
+    """The part of a checkpoint, a zip archive, that is not as it was written; torch reads it without a word."""
+    if not zipfile.is_zipfile(io.BytesIO(data)):  # what torch wrote until 2020
+        return None
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return archive.testzip()
 
 
 def _check_names(checkpoint: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ __all__ = ["load", "require_replaceable", "save"]
 
 _DEEPEST = 64
 """How deeply entries may be nested in a folder that is read."""
+_LARGEST = 2**48
+"""How many elements an entry may have: beyond, sizes are not computed rightly."""
 
 
 def save(rollout: TensorDictBase, folder: str | os.PathLike[str]) -> Path:
@@ -147,6 +150,8 @@ def _is_tensordict(metadata: Mapping[str, object]) -> bool:
 def _shape(given: object, folder: Path) -> torch.Size:
     if not isinstance(given, list) or not all(type(size) is int and size >= 0 for size in given):
         raise ValueError(f"{folder / 'meta.json'} has a shape that is none: {given!r}")
+    if math.prod(size or 1 for size in given) > _LARGEST:
+        raise ValueError(f"{folder / 'meta.json'} has a shape that is too large: {given!r}")
     return torch.Size(given)
 
 
