@@ -139,6 +139,11 @@ class Run:
         sources = self.sources()
         return [{key: sources[key].detach() for key in group} for group in _independent(sources)]
 
+    def ends(self, sources: Mapping[NestedKey, Tensor]) -> list[Tensor]:
+        """Where what is pulled back ends: the inputs and sources that depend on no other of these, each once."""
+        found = {**self.inputs, **sources}
+        return list({id(found[key]): found[key] for key in _independent(found)[0]}.values()) if found else []
+
     def sources(self, among: Iterable[NestedKey] | None = None) -> dict[NestedKey, Tensor]:
         """The values that are attributed, on the graph, by the key that their relevance is written under.
 

@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 from tdhook.tape.internals import inside, is_batched, nodes_made, number_of, transformed
 from tdhook.tape.trees import tree_leaves, tree_map_tensors
 
-__all__ = ["Dependence", "is_leaf", "leaf"]
+__all__ = ["Dependence", "leaf"]
 
 T = TypeVar("T")
 _LEAF, _OWN = "_leaf_of_a_pass", "_own_of_a_model"
@@ -27,12 +27,10 @@ def leaf(x: Tensor) -> Tensor:
     found = x.detach()
     setattr(found, _LEAF, True)
     with torch.enable_grad():
-        found = found.requires_grad_().view_as(found)
-    setattr(found, _LEAF, True)
-    return found
+        return found.requires_grad_().view_as(found)
 
 
-def is_leaf(x: Tensor) -> bool:
+def _is_leaf(x: Tensor) -> bool:
     """Whether the tape of a pass begins at a tensor."""
     return getattr(x, _LEAF, False) is True
 
@@ -65,7 +63,7 @@ class Dependence:
 
     def look_closely(self, x: Tensor) -> None:
         """From now on look back from each value, as the model itself puts ``x`` on the tape."""
-        if not is_leaf(x):
+        if not _is_leaf(x):
             setattr(x, _OWN, True)
             self._reached = {} if self._reached is None else self._reached
 
@@ -77,7 +75,7 @@ class Dependence:
             x = inside(x)
         node = x.grad_fn
         if node is None:
-            return is_leaf(x)
+            return _is_leaf(x)
         return number_of(node) >= self._first and (self._reached is None or self._reaches(node))
 
     def look(self, values: Iterable[object]) -> tuple[bool, bool]:
@@ -135,7 +133,7 @@ class Dependence:
                 ahead += unknown
                 continue
             variable = getattr(now, "variable", None)
-            begins = isinstance(variable, Tensor) and is_leaf(variable)
+            begins = isinstance(variable, Tensor) and _is_leaf(variable)
             reached[now] = begins or any(reached.get(parent, False) for parent in before)
             ahead.pop()
         return reached[node]

@@ -401,6 +401,34 @@ def test_relevance_ends_at_embeddings_once(modules, count):
     torch.testing.assert_close(td["ledger", "inputs"], td["attr", "embed"].sum((1, 2)))
 
 
+class Both(nn.Module):
+    """Reads numbers and tokens; a copy of the numbers is handed on as it is."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.same = nn.Embedding(10, 4).double(), nn.Identity()
+        self.inner, self.head = nn.Linear(4, 4).double(), nn.Linear(4, 2).double()
+
+    def forward(self, x, tokens):
+        return self.head(self.inner(self.same(x) + self.embed(tokens)).tanh())
+
+
+@pytest.mark.filterwarnings("ignore:input 'tokens' is torch.int64")
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("modules", [["embed"], ["embed", "inner"], ["same", "embed"], ["inner"]], ids=str)
+def test_relevance_ends_at_inputs_and_embeddings_once(modules, flow):
+    td = TensorDict(x=numbers(6, 4), tokens=torch.arange(6), batch_size=[6])
+    lrp = LRP("epsilon_plus", target=Target("output", 0), flow=flow, ledger=True, input_modules=modules)
+    td = lrp.wrap(Both(), in_keys=["x", "tokens"], out_keys=["output"])(td)
+    book = td["ledger"]
+    arrived = td["attr", "x"].sum(1)
+    if "embed" in modules:
+        arrived = arrived + td["attr", "embed"].sum(1)
+    torch.testing.assert_close(book["inputs"], arrived)
+    assert (book["gap"].abs() < 1e-13).all()
+
+
 def test_an_empty_batch_is_refused():
     with pytest.raises(ValueError, match="the TensorDict is empty"):
         explain(Around(torch.tanh), numbers(0, 4))

@@ -13,7 +13,6 @@ from tdhook.conventions import Convention, relevance_of
 from tdhook.passes.forward import Run
 from tdhook.relevance.ledger.elements import Account, Probe, each_sign, probes
 from tdhook.relevance.ledger.ledger import Entry, Ledger, Note
-from tdhook.tape.dependence import is_leaf
 from tdhook.tape.functions import parts
 from tdhook.tape.masks import masking
 from tdhook.targets import Seeds
@@ -43,13 +42,12 @@ def balance(
         last of these.
     """
     batch = run.outputs.batch_size
-    found = {id(x): x for x in (*run.inputs.values(), *sources.values()) if is_leaf(x)}
-    leaves = list(found.values()) or list(sources.values())
+    ends = run.ends(sources)
     columns: dict[str, list[Tensor]] = {"target": [], "inputs": [], "absorbed": [], "gap": []}
     apart = True
     for i in range(seeds.several or 1):
         grads = [grad if seeds.several is None else grad[i] for grad in seeds.grads]
-        books = _Books(ledger, seeds.tensors, grads, leaves, flow, batch)
+        books = _Books(ledger, seeds.tensors, grads, ends, flow, batch)
         apart = books.close() and apart
         for name, amounts in books.columns().items():
             columns[name].append(amounts)
@@ -80,7 +78,7 @@ class _Books:
     ledger: Ledger
     tensors: list[Tensor]
     grads: list[Tensor]
-    leaves: list[Tensor]
+    ends: list[Tensor]
     flow: Convention
     batch: torch.Size
     inputs: Entry = field(default_factory=lambda: Entry("", "inputs", None))
@@ -184,9 +182,9 @@ class _Books:
         grads = [self._weighted(grad, weights) for grad in self.grads]
         with self.ledger.telling(take):
             pulled: Sequence[Tensor | None] = torch.autograd.grad(
-                self.tensors, self.leaves, grads, retain_graph=True, allow_unused=True
+                self.tensors, self.ends, grads, retain_graph=True, allow_unused=True
             )
-        for x, grad in zip(self.leaves, pulled, strict=True):
+        for x, grad in zip(self.ends, pulled, strict=True):
             if grad is not None:
                 counted, masked = self._split(x, grad)
                 take(self.inputs, "arrived", counted)
