@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.contexts.acting import in_an_objective, takes_one_argument
 from tdhook.keys import named_tensors, parts_of, under
 from tdhook.markup import html_table
 from tdhook.models.holding import Makeup
@@ -116,16 +116,6 @@ class ExplainedModule(TensorDictModuleBase):
         super().__setstate__(state)
         self._graphs = self._new_graphs()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TensorDictModuleBase:
-        model = self.model
-        if model.root is model.runner and any(parameter.is_meta for parameter in self.parameters()):
-            # A loss copies a network without its values, to run it with parameters that the loss keeps.
-            network: TensorDictModuleBase = copy.deepcopy(model.runner, memo)
-            return network
-        made = memo[id(self)] = type(self).__new__(type(self))
-        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return made
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -155,6 +145,7 @@ class ExplainedModule(TensorDictModuleBase):
         """Accounts of the last call, if they were asked for."""
         return getattr(self.__dict__["_state"], "ledger", None)
 
+    @takes_one_argument
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on a TensorDict and write its outputs and the relevance of its inputs into it.
 
@@ -165,8 +156,8 @@ class ExplainedModule(TensorDictModuleBase):
                 TensorDictModule, the tensors themselves in the order of ``in_keys``.
             **kwargs: the tensors by name.
 
-        Inside ``torch.vmap`` and the other transforms of functions, as in torchrl's value estimators, the model runs as
-        it is and nothing is explained.
+        In torchrl's losses and value estimators the model runs as it is, for these to differentiate, and nothing is
+        explained.
 
         Returns:
             The same TensorDict, with the model's outputs and relevance under ``(attribution_key, key)``, all detached;
@@ -174,6 +165,7 @@ class ExplainedModule(TensorDictModuleBase):
 
         Raises:
             RuntimeError: the ``with`` block that the module lived in has ended.
+            NotImplementedError: it is called inside ``torch.vmap`` or another transform of functions.
             KeyError: a key is missing.
             ValueError: the batch is empty, a value that is explained is not finite, the target depends on no input.
         """
@@ -182,9 +174,14 @@ class ExplainedModule(TensorDictModuleBase):
                 "this explained module ended with its `with` block; use `.wrap(module)` for one that lasts"
             )
         td = args[0] if args else kwargs.get("tensordict")
-        if transformed():
-            # Losses and value estimators look at many networks at once, and want no more than what they compute.
-            return self._model.runner(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            if in_an_objective():
+                return self._model.runner(*args, **kwargs)
+            if transformed():
+                raise NotImplementedError(
+                    "an explained module makes a backward pass of its own, which torch.vmap and other transforms of "
+                    "functions cannot look into: call it on the whole batch, outside of them"
+                )
         if not isinstance(td, TensorDictBase):
             td = self.forward(named_tensors(self.in_keys, args, kwargs))
             values = tuple(td.get(key) for key in self.out_keys)
