@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.contexts.acting import in_an_objective, takes_one_argument
 from tdhook.keys import named_tensors, parts_of, put, under
 from tdhook.markup import html_table
 from tdhook.models.entries import is_batch
@@ -128,16 +128,6 @@ class ExplainedModule(TensorDictModuleBase):
         super().__setstate__(state)
         self._graphs = self._new_graphs()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TensorDictModuleBase:
-        model = self.model
-        if model.root is model.runner and any(parameter.is_meta for parameter in self.parameters()):
-            # A loss copies a network without its values, to run it with parameters that the loss keeps.
-            network: TensorDictModuleBase = copy.deepcopy(model.runner, memo)
-            return network
-        made = memo[id(self)] = type(self).__new__(type(self))
-        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return made
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -167,6 +157,7 @@ class ExplainedModule(TensorDictModuleBase):
         """Accounts of the last call, if they were asked for."""
         return getattr(self.__dict__["_state"], "ledger", None)
 
+    @takes_one_argument
     def forward(self, *args: Any, tensordict_out: TensorDictBase | None = None, **kwargs: Any) -> Any:
         """Run the model on a TensorDict and write its outputs and the relevance of its inputs into it.
 
@@ -179,8 +170,8 @@ class ExplainedModule(TensorDictModuleBase):
             tensordict_out: what is written to instead.
             **kwargs: the tensors by name.
 
-        Inside ``torch.vmap`` and the other transforms of functions, as in torchrl's value estimators, the model runs as
-        it is and nothing is explained.
+        In torchrl's losses and value estimators the model runs as it is, for these to differentiate, and nothing is
+        explained.
 
         Returns:
             The same TensorDict, with the model's outputs and relevance under ``(attribution_key, key)``, all detached;
@@ -189,6 +180,7 @@ class ExplainedModule(TensorDictModuleBase):
 
         Raises:
             RuntimeError: the ``with`` block that the module lived in has ended.
+            NotImplementedError: it is called inside ``torch.vmap`` or another transform of functions.
             KeyError: a key is missing, and the model cannot do without.
             TypeError: there are arguments that no TensorDictModule takes.
             ValueError: the batch is empty, a tensorclass lacks a field that is written to, a value that is explained
@@ -199,9 +191,14 @@ class ExplainedModule(TensorDictModuleBase):
                 "this explained module ended with its `with` block; use `.wrap(module)` for one that lasts"
             )
         given = args[0] if args else kwargs.get("tensordict")
-        if transformed():
-            # Losses and value estimators look at many networks at once, and want no more than what they compute.
-            return self._model.runner(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            if in_an_objective():
+                return self._model.runner(*args, **kwargs)
+            if transformed():
+                raise NotImplementedError(
+                    "an explained module makes a backward pass of its own, which torch.vmap and other transforms of "
+                    "functions cannot look into: call it on the whole batch, outside of them"
+                )
         if not is_batch(given):
             values = self._called_with_tensors(named_tensors(self.in_keys, args, kwargs), tensordict_out)
             return values[0] if len(values) == 1 else values

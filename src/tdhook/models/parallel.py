@@ -11,6 +11,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 __all__ = ["home_of", "lends_weights", "running_alone", "unwrapped", "wrappers_among"]
 
+# Where a module keeps what its own `compile()` made of its calls.
+_COMPILED = "_compiled_call_impl"
+_ABSENT = object()
+
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The model inside ``DistributedDataParallel``, ``DataParallel``, and what ``torch.compile`` makes of a model.
@@ -27,7 +31,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def wrappers_among(modules: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
-    """Those wrappers among the modules of a model.
+    """Those wrappers among the modules of a model, and the modules that are compiled in place.
 
     Raises:
         NotImplementedError: one of them can have no backward pass that ends at inputs.
@@ -38,23 +42,27 @@ def wrappers_among(modules: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
                 "FullyShardedDataParallel gathers parameters for backward passes that end at parameters, and those of "
                 "an explanation end at inputs: shard the model with torch.distributed.fsdp.fully_shard instead"
             )
-    return tuple(m for m in modules if isinstance(m, DataParallel | DistributedDataParallel))
+    return tuple(m for m in modules if unwrapped(m) is not m or m.__dict__.get(_COMPILED) is not None)
 
 
 @contextmanager
 def running_alone(wrappers: Sequence[nn.Module]) -> Iterator[None]:
-    """Have wrappers do what the models inside them do, as if there were one process and one device."""
-    changed: list[nn.Module] = []
+    """Have wrappers do what the models inside them do, as if there were one process and one device, and no compiler."""
+    changed: list[tuple[dict[str, Any], dict[str, Any]]] = []
     try:
         for wrapper in wrappers:
             attributes: dict[str, Any] = wrapper.__dict__
-            if "forward" not in attributes:
-                attributes["forward"] = wrapper.module
-                changed.append(wrapper)
+            instead = {_COMPILED: None} if unwrapped(wrapper) is wrapper else {"forward": unwrapped(wrapper)}
+            changed.append((attributes, {name: attributes.get(name, _ABSENT) for name in instead}))
+            attributes.update(instead)
         yield
     finally:
-        for wrapper in changed:
-            wrapper.__dict__.pop("forward", None)
+        for attributes, before in reversed(changed):
+            for name, value in before.items():
+                if value is _ABSENT:
+                    attributes.pop(name, None)
+                else:
+                    attributes[name] = value
 
 
 def lends_weights(module: nn.Module) -> bool:
