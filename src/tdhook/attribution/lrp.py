@@ -57,7 +57,8 @@ class LRP(Attribution):
             and treat it as arithmetic (the generic epsilon rule), raise, or treat it so without a word.
         ledger: whether to account for all relevance, per batch element: ``("ledger", "target")`` is what was put in,
             ``("ledger", "inputs")`` what arrived, ``("ledger", "absorbed")`` what rules kept on purpose, and
-            ``("ledger", "gap")`` what was lost or made. It takes two more backward passes for each 128 batch elements.
+            ``("ledger", "gap")`` what was lost or made. It takes two to four more backward passes of the whole batch.
+            Where batch elements meet, see :attr:`~tdhook.relevance.ledger.ledger.Ledger.per_element`.
         cache_weights: whether the weights that rules modify (large ones, on the CPU) are kept from call to call, until
             the parameters change: as much memory again as those, for each modification.
         **options: those of :class:`~tdhook.contexts.attribution.Attribution` (``attribute``, ``input_modules``,

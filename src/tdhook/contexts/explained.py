@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -13,12 +15,14 @@ from torch import Tensor
 
 from tdhook.keys import named_tensors, parts_of, under
 from tdhook.markup import html_table
+from tdhook.models.holding import Makeup
 from tdhook.models.model import Model
 from tdhook.passes import compiled
 from tdhook.passes.forward import Run
 from tdhook.passes.graphs import Graphs
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Question, Setup
+from tdhook.tape.internals import top_mode, transformed, unwatched
 
 __all__ = ["ExplainedModule", "Explaining"]
 
@@ -63,10 +67,15 @@ class ExplainedModule(TensorDictModuleBase):
         # The very dictionaries of the model, so that whatever is registered there later is seen here too.
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[registry] = model.root.__dict__[registry]
-        self.__dict__["_model"] = model
         self.training = model.root.training
         self._method = method
         self._closed = False
+        self._begin(model, state)
+
+    def _begin(self, model: Model, state: object = None) -> None:
+        """Work out what is kept from call to call, for the modules that the model now consists of."""
+        method = self._method
+        self.__dict__["_model"], self.__dict__["_makeup"] = model, Makeup(model.root)
         self._setup = setup = Setup(model, method.question)
         self.in_keys = list(setup.in_keys)
         self._entries: dict[NestedKey, NestedKey] = {key: self.entry(key) for key in setup.sources}
@@ -106,6 +115,16 @@ class ExplainedModule(TensorDictModuleBase):
         super().__setstate__(state)
         self._graphs = self._new_graphs()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorDictModuleBase:
+        model = self.model
+        if model.root is model.runner and any(parameter.is_meta for parameter in self.parameters()):
+            # A loss copies a network without its values, to run it with parameters that the loss keeps.
+            network: TensorDictModuleBase = copy.deepcopy(model.runner, memo)
+            return network
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -138,10 +157,15 @@ class ExplainedModule(TensorDictModuleBase):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on a TensorDict and write its outputs and the relevance of its inputs into it.
 
+        A model that consists of other modules than in the call before is explained as it now is.
+
         Args:
             *args: the TensorDict, which holds the keys that the model reads, with any batch size; or, as with any
                 TensorDictModule, the tensors themselves in the order of ``in_keys``.
             **kwargs: the tensors by name.
+
+        Inside ``torch.vmap`` and the other transforms of functions, as in torchrl's value estimators, the model runs as
+        it is and nothing is explained.
 
         Returns:
             The same TensorDict, with the model's outputs and relevance under ``(attribution_key, key)``, all detached;
@@ -157,16 +181,19 @@ class ExplainedModule(TensorDictModuleBase):
                 "this explained module ended with its `with` block; use `.wrap(module)` for one that lasts"
             )
         td = args[0] if args else kwargs.get("tensordict")
+        if transformed():
+            # Losses and value estimators look at many networks at once, and want no more than what they compute.
+            return self._model.runner(*args, **kwargs)
         if not isinstance(td, TensorDictBase):
             td = self.forward(named_tensors(self.in_keys, args, kwargs))
             values = tuple(td.get(key) for key in self.out_keys)
             return values[0] if len(values) == 1 else values
         if torch.compiler.is_compiling():
             written = compiled.inline(self._graphs, td)
-        elif self._graphs.wanted:
-            written = compiled.run(self._graphs, td)
         else:
-            written = self.explain(td)
+            if not self._makeup.holds():
+                self._begin(self._model.anew())
+            written = compiled.run(self._graphs, td) if self._graphs.wanted else self.explain(td)
         for key, value in written.items():
             td.set(key, value)
         return td
@@ -180,7 +207,8 @@ class ExplainedModule(TensorDictModuleBase):
     def explain(self, td: TensorDictBase) -> dict[NestedKey, Any]:
         """What a call writes into ``td``, operation by operation."""
         runner = Runner(self._setup, td, self._state)
-        with torch.inference_mode(False), torch.enable_grad():
+        alone = nullcontext() if top_mode() is None else unwatched()
+        with torch.inference_mode(False), torch.enable_grad(), alone:
             found, base = runner.carefully(lambda: self._explained(runner))
             written = base.written()
             written.update(runner.beside)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from tensordict import TensorDictBase
@@ -12,7 +12,9 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-from tdhook.models.state import modules_of, restored
+from tdhook.models.holding import modules_of
+from tdhook.models.parallel import running_alone, unwrapped, wrappers_among
+from tdhook.models.state import restored
 
 __all__ = ["InKeys", "Model"]
 
@@ -61,6 +63,7 @@ class Model:
     runner: TensorDictModuleBase
     attributed: tuple[NestedKey, ...]
     _flattens: dict[int, bool] = field(default_factory=dict, repr=False)
+    _wrappers: tuple[nn.Module, ...] = field(default=(), repr=False)
 
     @staticmethod
     def of(
@@ -68,13 +71,18 @@ class Model:
         in_keys: InKeys | None = None,
         out_keys: Sequence[NestedKey] | None = None,
     ) -> Model:
-        """Make a TensorDictModule of a plain module, or check the keys against those of one."""
+        """Make a TensorDictModule of a plain module, or check the keys against those of one.
+
+        What ``DistributedDataParallel`` and ``DataParallel`` are wrapped around is run by itself.
+        """
         if not isinstance(module, nn.Module):
             raise TypeError(f"expected an nn.Module or a TensorDictModule, got {type(module).__name__}")
+        module = unwrapped(module)
+        wrappers = wrappers_among(tuple(modules_of(module).values()))
         if not isinstance(module, TensorDictModuleBase):
             reads = in_keys if isinstance(in_keys, Mapping) else list(in_keys or ["input"])
             runner = Wrapped(module, reads, list(out_keys or ["output"]))
-            return Model(module, runner, tuple(map(unravel_key, runner.in_keys)))
+            return Model(module, runner, tuple(map(unravel_key, runner.in_keys)), _wrappers=wrappers)
         for name, given, known in (
             ("in_keys", in_keys, module.in_keys),
             ("out_keys", out_keys, module.out_keys),
@@ -83,7 +91,12 @@ class Model:
                 if unravel_key(key) not in map(unravel_key, known):
                     raise ValueError(f"Key {key} not in module.{name}: {list(known)}")
         attributed = module.in_keys if in_keys is None else in_keys
-        return Model(module, module, tuple(map(unravel_key, attributed)))
+        return Model(module, module, tuple(map(unravel_key, attributed)), _wrappers=wrappers)
+
+    def anew(self) -> Model:
+        """The same model, of which nothing is known but what was asked of it."""
+        wrappers = wrappers_among(tuple(modules_of(self.root).values()))
+        return replace(self, _flattens={}, _wrappers=wrappers)
 
     def submodule(self, path: str) -> nn.Module:
         """The module at a dotted path; below a TensorDictModule, paths may start inside the module that it wraps."""
@@ -133,7 +146,11 @@ class Model:
 
     def _written(self, td: TensorDictBase) -> TensorDictBase:
         before = dict(td.items(True, True))
-        result = self.runner(td)
+        if self._wrappers:
+            with running_alone(self._wrappers):
+                result = self.runner(td)
+        else:
+            result = self.runner(td)
         return result.select(
             *(key for key, value in result.items(True, True) if before.get(key) is not value)
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from tdhook.models.capture import Captured
 from tdhook.models.state import restored
+from tdhook.passes.axes import Misread
 from tdhook.passes.forward import AsItIs, Run, Within
 from tdhook.passes.heads import NotBehind
 from tdhook.passes.setup import Setup
@@ -76,12 +78,12 @@ class Runner:
         """
         setup, replaced, how = self.setup, replaced or {}, within or AsItIs()
         asked = target or self.setup.question.target
-        work, inputs = setup.leaves(td, replaced)
         with setup.turn, how.attached():
+            work, inputs = setup.leaves(td, replaced)
             if how.overwrites:
                 for key, value in inputs.items():
                     work.set(key, value.clone())
-            captured = Captured(replaced)
+            captured = Captured(replaced, partial(setup.axis, tuple(td.batch_size)))
             heads = (
                 setup.heads.off_the_tape(how.overwrites)
                 if setup.heads.possible and not how.whole
@@ -134,7 +136,7 @@ class Runner:
                 with restored(setup.model.root, always=False, among=setup.moving) as held:
                     result = attempt()
                     moving = held.moved
-            except (Mutated, NotBehind):
+            except (Mutated, NotBehind, Misread):
                 continue
             setup.moving = moving
             return result

@@ -9,12 +9,13 @@ from typing import TypeAlias
 
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
-from torch import nn
+from torch import Tensor, nn
 
 from tdhook.models.capture import Captured
+from tdhook.models.holding import modules_of
 from tdhook.models.model import Model
-from tdhook.models.state import modules_of
 from tdhook.models.turns import Turn
+from tdhook.passes.axes import Axes
 from tdhook.passes.backward import PullBack
 from tdhook.passes.heads import Heads
 from tdhook.passes.leaves import Choose, Leaves
@@ -64,6 +65,7 @@ class Setup:
         pull_back: runs backward passes.
         heads: what of the model is behind the target.
         turn: the right to change the model for a while, which one thread at a time has.
+        axes: which axes of the outputs of modules are the batch's.
         moving: modules that were seen to change what they hold when they run; ``None`` where none was seen to run.
 
     Raises:
@@ -93,6 +95,11 @@ class Setup:
         self.heads = Heads(model.runner, question.target.explains)
         self.turn = Turn(modules_of(model.root).values())
         self.moving: tuple[nn.Module, ...] | None = None
+        self.axes = Axes()
+
+    def axis(self, batch: tuple[int, ...], name: str, output: Tensor, module: nn.Module) -> int:
+        """Which axis of a module's output is that of the batch."""
+        return self.axes.of(name, type(module).__name__, tuple(output.shape), batch)
 
     @property
     def collects(self) -> bool:

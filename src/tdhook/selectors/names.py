@@ -71,6 +71,7 @@ _RELABEL = ("as_strided_", "detach_", "squeeze_", "swapaxes_", "swapdims_", "t_"
 _QUERIES = frozenset(
     [
         "__len__",
+        "_base",
         "_is_view",
         "_version",
         "data_ptr",
@@ -154,6 +155,13 @@ def queries(function: Callable[..., object]) -> bool:
     if name == "__get__":
         return getattr(getattr(function, "__self__", None), "__name__", "") in _QUERIES
     return name in _QUERIES
+
+
+def begins_tape(function: Callable[..., object]) -> bool:
+    """Whether a function puts a tensor on the tape, or takes it off."""
+    name = raw_name(function)
+    owner = getattr(getattr(function, "__self__", None), "__name__", "")
+    return name == "requires_grad_" or (name == "__set__" and owner == "requires_grad")
 
 
 def initialises(function: Callable[..., object]) -> bool:

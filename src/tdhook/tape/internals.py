@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 __all__ = [
     "APPLIED_IN_TRANSFORMS",
     "CHECKPOINTING",
+    "Watching",
     "applying_of",
     "beneath",
     "buffers_of",
@@ -38,7 +39,9 @@ __all__ = [
     "is_wrapped",
     "maker_of",
     "mode_options",
+    "nodes_made",
     "nonstrict",
+    "number_of",
     "parameters_of",
     "pop_mode",
     "push_mode",
@@ -54,6 +57,7 @@ __all__ = [
     "through_transforms",
     "top_mode",
     "transformed",
+    "unwatched",
     "version_of",
     "without_modes",
     "written_in_python",
@@ -108,6 +112,15 @@ def storage_of(x: Tensor) -> int:
     return int(x.untyped_storage()._cdata)
 
 
+nodes_made: Callable[[], int] = _C._autograd._get_sequence_nr
+"""How many nodes this thread has put on the tape so far."""
+
+
+def number_of(node: Any) -> int:
+    """The number of a node of the tape among those of its thread, in the order in which they were made."""
+    return int(node._sequence_nr())
+
+
 def maker_of(node: object) -> type | None:
     """The class of the function that made a node of the tape, if it was written in Python."""
     return getattr(type(node), "_forward_cls", None)
@@ -129,6 +142,28 @@ pop_mode: Callable[[], TorchFunctionMode] = _C._pop_torch_function_stack
 
 push_mode: Callable[[TorchFunctionMode], None] = _C._push_on_torch_function_stack
 """Put a mode on top."""
+
+
+class Watching(TorchFunctionMode):
+    """A mode that watches one pass; a pass within another is watched by its own mode alone."""
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Run in sight of no mode that watches another pass."""
+    modes = []
+    while (mode := top_mode()) is not None:
+        modes.append(pop_mode())
+    try:
+        for mode in reversed(modes):
+            if not isinstance(mode, Watching):
+                push_mode(mode)
+        yield
+    finally:
+        while top_mode() is not None:
+            pop_mode()
+        for mode in reversed(modes):
+            push_mode(mode)
 
 
 def sees(mode: TorchFunctionMode) -> bool:
@@ -274,14 +309,19 @@ def mode_options(mode: str, dynamic: bool | None) -> dict[str, object]:
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """The parameters that a module holds itself, by their names: the dictionary that it keeps them in."""
-    return module._parameters
+    return _dictionary(module._parameters)
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """The buffers that a module holds itself, by their names: the dictionary that it keeps them in."""
-    return module._buffers
+    return _dictionary(module._buffers)
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     """The modules that a module holds itself, by their names: the dictionary that it keeps them in."""
-    return module._modules
+    return _dictionary(module._modules)
+
+
+def _dictionary(registry: Any) -> Any:
+    """A registry itself, or a copy of that of a module compiled by ``torch.jit``, which is none."""
+    return registry if isinstance(registry, dict) else dict(registry.items())

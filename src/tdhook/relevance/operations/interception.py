@@ -2,66 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from tdhook.conventions import Convention
-from tdhook.relevance.operations.applied import Applied, is_foreign, is_ours, overwrites_arguments
+from tdhook.relevance.operations.applied import Applied, is_ours
 from tdhook.relevance.operations.kernels import first_output, positional
-from tdhook.relevance.operations.own_backward import own_backward
-from tdhook.relevance.operations.parts import one_by_one
+from tdhook.relevance.operations.known import Known, learned, on_a_copy
 from tdhook.relevance.operations.paths import Paths
 from tdhook.relevance.operations.stand_ins import standing_in
-from tdhook.relevance.operations.table import ARITHMETIC, ELEMENTWISE, MOVES, PRODUCTS, WINNER, default_rule
+from tdhook.relevance.operations.table import ARITHMETIC, default_rule
 from tdhook.relevance.operations.written_out import entered, written_out
 from tdhook.relevance.propagation.binding import Binding, Bound
 from tdhook.relevance.propagation.call import ALONE, Call, Setting
 from tdhook.relevance.propagation.conversions import Substituted
-from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.entering import is_linear, no_operation
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule
 from tdhook.selectors import Selector
 from tdhook.selectors.names import (
-    initialises,
-    name_of,
-    out_of_place_form,
-    queries,
     relabels,
     writes_in_place,
 )
-from tdhook.tape.as_one import is_one
-from tdhook.tape.functions import on_tape
+from tdhook.tape.dependence import Dependence
 from tdhook.tape.internals import (
     APPLIED_IN_TRANSFORMS,
+    Watching,
     beneath,
     pop_mode,
     push_mode,
-    schema_of,
     sees,
     through_transforms,
     top_mode,
 )
 from tdhook.tape.overwriting import Guard, Outdated
+from tdhook.tape.sharded import moves_between_processes
+from tdhook.tape.trees import tree_leaves
 
 __all__ = ["Found", "Interception", "Lookup", "Observer", "Unmatched"]
 
 
 _NATIVE = IgnoreRule()
 _OVERWRITES = (
-    "`{}` overwrites an argument, and its derivative is its own, so that no rule can follow; give the module `{}`, which "
-    "calls it, a rule, EpsilonRule say, so that it runs as one unit"
+    "`{}` overwrites an argument, and its derivative is its own, so that no rule can follow; give the module `{}`, "
+    "which calls it, a rule, EpsilonRule say, so that it runs as one unit"
 )
 _COMPILED = (
     "the module `{}` ({}) was compiled by torch.jit, and no rule sees what is computed inside; explain the module that "
     "it was compiled from (torch.jit.script, torch.jit.trace), or give it a rule, so that it runs as one unit: "
     "(Type(torch.jit.ScriptModule), EpsilonRule())"
+)
+_DIFFERENTIATES = (
+    "the model differentiates in its forward pass, in module `{}`, where rules stand in for derivatives; give that "
+    "module a rule, EpsilonRule say, so that it runs as one unit"
 )
 
 
@@ -75,27 +74,16 @@ Lookup: TypeAlias = "Callable[[str, str, nn.Module], Found]"
 
 
 @dataclass
-class _Known:
-    """What is known of a torch function."""
+class Entered:
+    """A layer that makes its weights itself is running.
 
-    operation: Operation
-    in_place: bool
-    quick: bool = False
-    aside: bool = False
-    parts: Callable[..., Any] | None = None
-    schema: Any = None
-    refused: bool = False
-    own: Rule | None = None
-    selector: object = None
-    rule: Rule | None = None
-    bounds: dict[int, Bound] = field(default_factory=dict)
+    Attributes:
+        rule: its rule.
+        found: whether a linear operation was seen that they reach.
+    """
 
-    def bound(self, rule: Rule, flow: Convention) -> Bound:
-        """A rule on the operation, decided once."""
-        found = self.bounds.get(id(rule))
-        if found is None:
-            found = self.bounds[id(rule)] = Bound(rule, flow, rule.bound(self.operation, flow))
-        return found
+    rule: Rule
+    found: bool = False
 
 
 class Observer(Protocol):
@@ -111,7 +99,7 @@ class Observer(Protocol):
         """What is entered around calls that were made before and are made once more."""
 
 
-class Interception(TorchFunctionMode):
+class Interception(Watching):
     """While active, runs each torch function on the tape under the rule of its operation.
 
     Args:
@@ -144,10 +132,12 @@ class Interception(TorchFunctionMode):
         self.outdated = Outdated(self.guard)
         self.observer: Observer | None = None
         self._lookup, self._by_path, self._defaults, self._unmatched = lookup, by_path, defaults, unmatched
-        self._known: dict[object, _Known] = {}
-        self._functions: WeakKeyDictionary[type, _Known] = WeakKeyDictionary()
+        self._known: dict[object, Known] = {}
+        self._functions: WeakKeyDictionary[type, Known] = WeakKeyDictionary()
         self._paused = 0
+        self._entered: Entered | None = None
         self.paths = Paths(modules)
+        self.dependence = Dependence()
 
     def __getstate__(self) -> dict[str, Any]:
         # What is known of torch functions is found again; they cannot all be pickled.
@@ -177,14 +167,32 @@ class Interception(TorchFunctionMode):
 
     @contextmanager
     def _watching_again(self) -> Iterator[None]:
-        with nullcontext() if self.observer is None else self.observer.again(), standing_in(self), self:
-            yield
+        before = self.dependence
+        self.dependence = before.begin_again()
+        try:
+            with nullcontext() if self.observer is None else self.observer.again(), standing_in(self), self:
+                yield
+        finally:
+            self.dependence = before
 
     def unit(self, binding: Binding, call: Call) -> Any:
         """Run a module that has a rule, and leave alone the operations inside it."""
+        live, foreign = self.dependence.look(call.args)
+        if call.kwargs:
+            below = self.dependence.look(call.kwargs.values())
+            live, foreign = live or below[0], foreign or below[1]
+        if not live and not foreign:
+            live, foreign = self.dependence.look(tree_leaves((call.args, call.kwargs)))
+        if foreign:
+            args, kwargs = self.dependence.constants_off((call.args, call.kwargs), own=live)
+            call = call._replace(args=args, kwargs=kwargs)
         bound, module, args = binding.bound, call.module, call.args
         if self.outdated.any:
             self.outdated.check(args)
+        if not live:
+            return self._as_in_place(module, args, call.execute())
+        if binding.enters and not self._paused:
+            return self._as_in_place(module, args, self._enter(binding, call))
         # Layers of torch overwrite nothing (they run out of place), so that there is nothing to see in them.
         aside = binding.closed and top_mode() is self
         if aside:
@@ -201,6 +209,21 @@ class Interception(TorchFunctionMode):
             self._paused -= 1
             if aside:
                 push_mode(self)
+        return self._as_in_place(module, args, result)
+
+    def _enter(self, binding: Binding, call: Call) -> Any:
+        """Run a layer that makes its weights itself, with its rule on the linear operation that they reach."""
+        before, self._entered = self._entered, Entered(cast(Rule, binding.rule))
+        try:
+            result = call.natively()
+            if not self._entered.found:
+                raise NotImplementedError(no_operation(call.module))
+            return result
+        finally:
+            self._entered = before
+
+    def _as_in_place(self, module: nn.Module, args: Any, result: Any) -> Any:
+        """What a layer returns that overwrites its input, having been run out of place."""
         layers = self.outdated.layers
         if not layers or id(module) not in layers or not args or not isinstance(args[0], Tensor):
             return result
@@ -216,6 +239,8 @@ class Interception(TorchFunctionMode):
             known = self._known[func] = self._learn(func)
         kwargs = kwargs or {}
         if known.aside:
+            if known.begins_tape:
+                self.dependence.look_closely(args[0])
             return func(*args, **kwargs)
         if known.parts is not None:
             with self:
@@ -227,32 +252,59 @@ class Interception(TorchFunctionMode):
         in_place = known.in_place or (bool(kwargs) and writes_in_place(func, kwargs))
         if in_place and self.guard.active:
             self.guard.before(_overwritten(args, kwargs))
-        if (known.quick and self.observer is None and not in_place) or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        if not _any_live(args) and not (kwargs and _any_live(kwargs.values())):
-            return func(*args, **kwargs)
-        if in_place and not self.guard.active:
-            self.guard.before(_overwritten(args, kwargs))
-        if self._paused or (in_place and relabels(func)):
+        dependence = self.dependence
+        live, foreign = dependence.look(args)
+        if kwargs:
+            below = dependence.look(kwargs.values())
+            live, foreign = live or below[0], foreign or below[1]
+        given, given_by_name = args, kwargs
+        if foreign:
+            args, kwargs = dependence.constants_off((args, kwargs), own=live and not self._paused)
+        if in_place:
+            # What is overwritten stays the tensor that the model holds.
+            target = _overwritten(given, given_by_name)
+            return self._in_place(known, func, args, kwargs, target, live)
+        if (known.quick and self.observer is None and self._entered is None) or self._paused or not live:
             return func(*args, **kwargs)
         if known.refused:
-            raise NotImplementedError(_OVERWRITES.format(func.__name__, self.paths.current or "(model)"))
+            raise NotImplementedError(
+                _OVERWRITES.format(known.operation.name, self.paths.current or "(model)")
+            )
         if func is APPLIED_IN_TRANSFORMS:
             # What it comes to outside of the transform is seen.
             if is_ours(args[0]):
                 return func(*args, **kwargs)
             with self:
                 return through_transforms(func, args, kwargs)
+        if known.differentiates:
+            raise NotImplementedError(_DIFFERENTIATES.format(self.paths.current or "(model)"))
+        selector, rule = self._find(known, args, kwargs)
+        return self._run(known, selector, rule, func, args, kwargs)
+
+    def _in_place(self, known: Known, func: Any, args: Any, kwargs: Any, target: Any, live: bool) -> object:
+        """Run a function that overwrites ``target``, which is among its arguments unless it was a constant there."""
+        if self._paused or not live or relabels(func):
+            if live and not self.guard.active:
+                self.guard.before(target)
+            if live or relabels(func):
+                return func(*_writing(args, kwargs, target), **kwargs)
+            result = func(*args, **kwargs)
+            return target if result is _overwritten(args, kwargs) else result
+        if not self.guard.active:
+            self.guard.before(target)
         selector, rule = self._find(known, args, kwargs)
         native = known.in_place and rule is not None and rule.native
-        if in_place and not (native and self.observer is None):
-            form = _on_a_copy(func) if native else known.operation.function
-            return self._overwrite(known, selector, rule, form, args, kwargs)
-        return self._run(known, selector, rule, func, args, kwargs)
+        if native and self.observer is None:
+            return self._run(known, selector, rule, func, _writing(args, kwargs, target), kwargs)
+        form = on_a_copy(func) if native else known.operation.function
+        return self._overwrite(known, selector, rule, form, args, kwargs, target)
 
     def applied(self, function: type, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Apply an autograd function, which no mode sees, as the operation of its name."""
-        if self._paused or is_ours(function) or not self.watching:
+        ours = is_ours(function) or moves_between_processes(function)
+        if ours or self._paused or not self.watching:
             return apply(*args, **kwargs)
         func = Applied(function, apply)
         known = self._functions.get(func.function)
@@ -274,34 +326,25 @@ class Interception(TorchFunctionMode):
         """Raise where a module is about to run that was compiled, in which nothing is seen."""
         if self._paused or not self.watching or not torch.is_grad_enabled():
             return
-        if _any_live(args) or _any_live(kwargs.values()):
+        if self.dependence.look((args, kwargs))[0]:
             raise NotImplementedError(_COMPILED.format(self.paths.current or "(model)", kind))
 
-    def _learn(self, func: Any) -> _Known:
-        name = name_of(func)
-        in_place = writes_in_place(func, {})
-        schema = schema_of(func)
-        writes = in_place or (schema is not None and schema.is_mutable)
-        form = out_of_place_form(func) or _on_a_copy(func) if writes else func
-        own = _own_rule(func)
-        operation = Operation.of(
-            name,
-            form,
-            moves=own is None and (name in MOVES or name in WINNER),
-            multiplies=own is None and (name in PRODUCTS or name in ELEMENTWISE),
-        )
-        aside = queries(func) or initialises(func)
-        known = _Known(operation, in_place, aside=aside, own=own, parts=one_by_one(func), schema=schema)
-        known.refused = own is not None and overwrites_arguments(func)
+    def _learn(self, func: Any) -> Known:
+        known = learned(func)
+        name = known.operation.name
         if self._lookup is not None and not self._by_path:
             known.selector, known.rule = self._lookup(name, *self.paths.innermost)
-        if not in_place and not self._by_path:
-            default = own or default_rule(name, (), {}) if self._defaults else _NATIVE
+        if not known.in_place and not self._by_path:
+            default = known.own or default_rule(name, (), {}) if self._defaults else _NATIVE
             rule = default if known.rule is None else known.rule
             known.quick = rule is not None and rule.native
         return known
 
-    def _find(self, known: _Known, args: Any, kwargs: Any) -> Found:
+    def _find(self, known: Known, args: Any, kwargs: Any) -> Found:
+        entered = self._entered
+        if entered is not None and is_linear(known.operation, args, kwargs):
+            entered.found = True
+            return None, entered.rule
         if self._lookup is not None:
             if self._by_path:
                 known.selector, known.rule = self._lookup(known.operation.name, *self.paths.innermost)
@@ -312,10 +355,9 @@ class Interception(TorchFunctionMode):
         return None, known.own or default_rule(known.operation.name, args, kwargs)
 
     def _overwrite(
-        self, known: _Known, selector: Any, rule: Any, func: Any, args: object, kwargs: Any
+        self, known: Known, selector: Any, rule: Any, func: Any, args: object, kwargs: Any, target: Any
     ) -> object:
         """Run the out-of-place form under its rule, then move its result to where it belongs."""
-        target = _overwritten(args, kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in ("out", "inplace")}
         result = self._run(known, selector, rule, func, args, kwargs)
         self.guard.before(target)  # again: the rule has kept of it what it needs
@@ -323,7 +365,7 @@ class Interception(TorchFunctionMode):
             target.resize_(result.shape)
         return target.copy_(result)
 
-    def _run(self, known: _Known, selector: Any, rule: Rule | None, func: Any, args: Any, kwargs: Any) -> Any:
+    def _run(self, known: Known, selector: Any, rule: Rule | None, func: Any, args: Any, kwargs: Any) -> Any:
         operation = known.operation
         if rule is None:
             inside = written_out(operation.name)
@@ -337,7 +379,7 @@ class Interception(TorchFunctionMode):
                 with self:
                     return inside(*args, **kwargs)
             result = func(*args, **kwargs)
-            if not _any_live((result,)):
+            if not self.dependence.look((result,))[0]:
                 return result
             self._unmatched(operation.name, self.paths.current, False)
             selector = Unmatched()
@@ -370,13 +412,6 @@ class Interception(TorchFunctionMode):
         return tuple(Substituted.apply(w, v) for w, v in zip(written, values, strict=True))
 
 
-def _own_rule(function: Any) -> Rule | None:
-    """The rule of a function that has one whatever its name."""
-    if is_one(function):
-        return ARITHMETIC
-    return own_backward() if isinstance(function, Applied) or is_foreign(function) else None
-
-
 def _overwritten(args: Any, kwargs: Any) -> Any:
     """What a call in place writes to."""
     target = kwargs.get("out")
@@ -385,20 +420,6 @@ def _overwritten(args: Any, kwargs: Any) -> Any:
     return args[0] if args else kwargs["input"]
 
 
-def _on_a_copy(function: Callable[..., object]) -> Callable[..., Any]:
-    def form(x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        copy = x.clone()
-        function(copy, *args, **kwargs)
-        return copy
-
-    return form
-
-
-def _any_live(values: Iterable[object]) -> bool:
-    for value in values:
-        if isinstance(value, Tensor):
-            if on_tape(value):
-                return True
-        elif isinstance(value, list | tuple) and _any_live(value):
-            return True
-    return False
+def _writing(args: Any, kwargs: Any, target: Any) -> Any:
+    """Positional arguments of a call that writes to ``target``."""
+    return (target, *args[1:]) if args and kwargs.get("out") is None else args

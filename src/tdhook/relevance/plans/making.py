@@ -96,7 +96,8 @@ def make_plan(
     rows = [replace(row, runs=row.path in called) for row in rows]
     rank = {name: i for i, name in reversed(list(enumerate(execution.order)))}
     rows.sort(key=lambda row: rank.get(row.path, len(rank)))
-    setting = Setting(None, WeightCache() if cache_weights else None, Merges() if merge_batch_norm else None)
+    weights = WeightCache(row.module for row in rows if row.rule is not None) if cache_weights else None
+    setting = Setting(None, weights, Merges() if merge_batch_norm else None)
     merges: dict[str, list[nn.Module]] = {}
     if not isinstance(merge_batch_norm, bool):
         merges = _named_merges(merge_batch_norm, execution)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tdhook.conventions import Convention
 from tdhook.keys import named_tensors
+from tdhook.models.parallel import home_of
 from tdhook.models.turns import elsewhere
 from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
 
@@ -39,6 +40,9 @@ class Bindable(Protocol):
     @property
     def applied(self) -> bool:
         """Whether it asks the module for ``_prev_forward``."""
+
+    def enters(self, module: nn.Module) -> bool:
+        """Whether it is the rule of the linear operation inside the module."""
 
     def bound(self, module: nn.Module, flow: Convention) -> Run:
         """How calls of the module run."""
@@ -74,6 +78,7 @@ class Binding:
 
     Attributes:
         closed: whether the module is a layer of torch's own.
+        enters: whether the rule is that of the linear operation inside the module.
         original: the module's own forward, while attached.
     """
 
@@ -89,7 +94,8 @@ class Binding:
         self.around = None if rule.opens else around
         self.flow: Convention = flow or rule.convention
         self._on_tensordict = isinstance(module, TensorDictModuleBase)
-        self.closed = type(module).__module__.startswith("torch.nn.modules.") and not module._modules
+        self.closed = home_of(module).startswith("torch.nn.modules.") and not module._modules
+        self.enters = rule.enters(module)
         self.original: Callable[..., Any] | None = None
         self.thread: int | None = None
         self._applied = rule.applied

@@ -15,15 +15,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tdhook.relevance.propagation.call import Call
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reporting import Report
-from tdhook.tape.functions import Identity, TapeFunction, on_tape, parts
+from tdhook.tape.dependence import leaf
+from tdhook.tape.functions import Identity, TapeFunction, may_look_at, on_tape, parts, whole
 from tdhook.tape.internals import maker_of
+from tdhook.tape.masks import masking, unmasked
 from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
 
-__all__ = ["with_constants"]
+__all__ = ["with_constants", "with_masks"]
 
 
 class Reported(Identity):
-    """Identity at which a fixed part of what travels backwards is reported."""
+    """Identity at which a fixed part, finite, of what travels backwards is reported."""
 
     @staticmethod
     def forward(z: Tensor, part: Tensor, reason: str, report: Report) -> Tensor:
@@ -37,8 +39,7 @@ class Reported(Identity):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> object:
         (part,) = ctx.saved_tensors
-        amount = parts(grad) * parts(part)
-        ctx.report(ctx.reason, torch.where(parts(grad) == 0, 0.0, amount))
+        ctx.report(ctx.reason, parts(grad) * parts(part))
         return grad, None, None, None
 
 
@@ -116,15 +117,34 @@ def with_constants(
     reason = "bias" if weighted or named else "constant"
     for i, part in zip(at, linear, strict=True):
         z = leaves[i]
-        rest = _one(z) - part if moves else z.detach() - part
-        # Masked logits are constants of minus infinity, and no share of anything.
-        leaves[i] = Reported.apply(z, rest.nan_to_num(0.0, 0.0, 0.0), reason, report)
+        rest = (_counted(z, moves) - part).nan_to_num(0.0, 0.0, 0.0)
+        if not may_look_at(rest) or bool(rest.any()):
+            leaves[i] = Reported.apply(z, rest, reason, report)
     return tree_unflatten(leaves, spec)
 
 
-def _one(x: Tensor) -> complex:
-    """One, in both parts of a complex number."""
-    return 1 + 1j if x.is_complex() else 1
+def with_masks(call: Call, x: Tensor, z: Tensor) -> Tensor:
+    """Have what is handed on to values that mask, or from such, reported: it is no share of anything.
+
+    Args:
+        call: the call.
+        x: its argument.
+        z: its value, of the same shape, whose relevance the argument gets.
+    """
+    report = call.setting.report
+    if report is None:
+        return z
+    part = masking(x).to(z.dtype) - masking(z).to(z.dtype)
+    if may_look_at(part) and not bool(part.any()):
+        return z
+    made: Tensor = Reported.apply(z, part, "constant", report)
+    return made
+
+
+def _counted(x: Tensor, moves: bool) -> Tensor:
+    """Values, or ones in their place, where these are no share of anything in both parts of a complex number."""
+    value = parts(x.detach())
+    return whole(unmasked(torch.ones_like(value) if moves else value, value), x)
 
 
 def _is_expected(call: Call, factors: Sequence[float] | float, moves: bool) -> bool:
@@ -145,11 +165,7 @@ def linear_part(
     live = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and on_tape(x)]
     primals = tuple(leaves[i].detach() for i in live)
     scales = [factors] * len(live) if isinstance(factors, int | float) else list(factors)
-    tangents = tuple(
-        torch.full_like(x, _one(x)) if moves else f * x for f, x in zip(scales, primals, strict=True)
-    )
-    # Masked logits, infinite or the least number there is, are no share of anything; casts make infinities of them.
-    tangents = tuple(torch.where(t.abs() > torch.finfo(t.dtype).max / 2, 0.0, t) for t in tangents)
+    tangents = tuple(f * _counted(x, moves) for f, x in zip(scales, primals, strict=True))
 
     def function(*inputs: Tensor) -> tuple[Tensor, ...]:
         given = list(leaves)
@@ -189,7 +205,7 @@ def _twice_backward(
     function: Callable[..., tuple[Tensor, ...]], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
 ) -> list[Tensor]:
     with torch.enable_grad():
-        leaves = [x.clone().requires_grad_() for x in primals]
+        leaves = [leaf(x.clone()) for x in primals]
         outputs = function(*leaves)
         seeds = [torch.zeros_like(z).requires_grad_() for z in outputs]
         pulled: Sequence[Tensor | None] = torch.autograd.grad(

@@ -6,8 +6,10 @@ maps a denominator to its stabilised value.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
+from numbers import Real
 from typing import TypeAlias
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from tdhook.tape.functions import on_tape
 
-__all__ = ["Stabilizer", "checked", "exact", "moved_away", "rounding", "stabilize"]
+__all__ = ["Stabilizer", "checked", "exact", "moved_away", "require_finite", "rounding", "stabilize"]
 
 Stabilizer: TypeAlias = "float | Callable[[Tensor], Tensor]"
 # bfloat16 has the exponents of float32: small numbers are as exact as large ones. Others, float16 among them: 1e-3.
@@ -81,12 +83,26 @@ def checked(epsilon: Stabilizer, name: str = "stabilizer") -> Stabilizer:
 
     Raises:
         TypeError: it is neither a number nor a callable.
-        ValueError: it is negative.
+        ValueError: it is negative, NaN or infinite.
     """
     if callable(epsilon):
         return epsilon
     if type(epsilon) not in (int, float):
         raise TypeError(f"{name} is a float or a callable on the denominator, got {epsilon!r}")
+    require_finite(epsilon, name)
     if epsilon < 0:
         raise ValueError(f"{name} moves denominators away from zero, so it is not negative, got {epsilon!r}")
     return epsilon
+
+
+def require_finite(value: object, name: str) -> None:
+    """Make sure that the argument of a rule is a number to compute with.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is NaN or infinite.
+    """
+    if value is True or value is False or not isinstance(value, Real):
+        raise TypeError(f"{name} is a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is a finite number, got {value!r}")

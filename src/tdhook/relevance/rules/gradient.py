@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.formula import PropagationRule
-from tdhook.relevance.propagation.stabilisers import Stabilizer, checked, stabilize
+from tdhook.relevance.propagation.stabilisers import Stabilizer, checked, require_finite, stabilize
 from tdhook.relevance.propagation.steps import Grads, Step
 
 __all__ = [
@@ -82,7 +82,8 @@ class AHQKVRule(GradientRule):
         if step.report is not None:
             (z,), (bias,) = step.outputs, step.constants(lambda name, param: param)
             step.report("stop", z * (g - only_value))
-            step.report("bias", bias * only_value)
+            if bias is not None:
+                step.report("bias", bias * only_value)
         return step.vjp(only_value)
 
 
@@ -117,6 +118,7 @@ class ReLUBetaSmoothRule(_SensitivityRule):
     """
 
     def __init__(self, beta: float = 10.0) -> None:
+        require_finite(beta, "beta")
         if beta <= 0:
             raise ValueError(f"beta must be positive, got {beta}")
         super().__init__()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.params import ZeroParams, zero_param_names
-from tdhook.relevance.propagation.stabilisers import Stabilizer, checked
+from tdhook.relevance.propagation.stabilisers import Stabilizer, checked, require_finite
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.rules.shares import (
     itself,
@@ -27,6 +27,7 @@ from tdhook.relevance.rules.shares import (
     share_of,
 )
 from tdhook.tape.functions import may_look_at
+from tdhook.tape.sharded import is_sharded, replicated
 
 __all__ = [
     "AlphaBetaRule",
@@ -90,18 +91,20 @@ class _Contributions:
 def _has_negative(step: Step) -> bool:
     """Whether terms for negative inputs are needed at all: behind a ReLU they are not.
 
-    A compiled graph and ``torch.vmap`` cannot branch on values: there they are, unless it is known what made the input.
+    A compiled graph and ``torch.vmap`` cannot branch on values, and processes that hold parts of them would go
+    different ways: there they are, unless it is known what made the input.
     """
     if step.nonnegative:
         return False
     x = step.inputs[0]
-    return x.numel() == 0 or not may_look_at(x) or bool(x.amin() < 0)
+    return x.numel() == 0 or is_sharded(x) or not may_look_at(x) or bool(x.amin() < 0)
 
 
 class _SignedRule(PropagationRule):
     """A rule that treats contributions by their sign."""
 
     needs_sign: ClassVar[bool] = True
+    modifies: ClassVar[bool] = True
 
     def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         if len(inputs) > 1:
@@ -133,6 +136,8 @@ class AlphaBetaRule(_SignedRule):
         stabilizer: Stabilizer = 1e-6,
         zero_params: ZeroParams = None,
     ) -> None:
+        require_finite(alpha, "alpha")
+        require_finite(beta, "beta")
         if alpha < 0 or beta < 0:
             raise ValueError("Both alpha and beta parameters must be non-negative!")
         if alpha - beta != 1.0:
@@ -189,6 +194,7 @@ class GammaRule(_SignedRule):
     def __init__(
         self, gamma: float = 0.25, stabilizer: Stabilizer = 1e-6, zero_params: ZeroParams = None
     ) -> None:
+        require_finite(gamma, "gamma")
         if gamma < 0:
             raise ValueError(f"gamma must be non-negative, got {gamma}")
         super().__init__()
@@ -248,6 +254,9 @@ class ZBoxRule(_SignedRule):
         # Plain data (a configuration file) brings bounds per channel as nested lists.
         self.low = torch.tensor(low) if isinstance(low, Sequence) else low
         self.high = torch.tensor(high) if isinstance(high, Sequence) else high
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if not bool(torch.as_tensor(bound).isfinite().all()):
+                raise ValueError(f"ZBoxRule needs finite bounds, got {name}={bound}")
         if bool((torch.as_tensor(self.low) > torch.as_tensor(self.high)).any()):
             raise ValueError(f"ZBoxRule needs low <= high, got low={low} and high={high}")
         self.stabilizer = checked(stabilizer)
@@ -256,7 +265,7 @@ class ZBoxRule(_SignedRule):
     def _bound(self, bound: float | Tensor, x: Tensor, name: str) -> Tensor:
         bound = torch.as_tensor(bound, dtype=x.dtype, device=x.device)
         try:
-            return bound.expand_as(x)
+            return replicated(bound.expand(x.shape), x)
         except RuntimeError:
             raise ValueError(
                 f"ZBoxRule: {name} of shape {tuple(bound.shape)} does not broadcast against the input of shape "
