@@ -15,6 +15,7 @@ from two_processes import data_parallel, in_two_processes, tensor_parallel
 from tdhook import LRP, Target
 from tdhook.models.parallel import home_of, unwrapped
 
+
 @pytest.mark.slow
 @pytest.mark.parametrize("test", [tensor_parallel, data_parallel], ids=lambda test: test.__name__)
 def test_in_two_processes(test: Callable[[], None], tmp_path: Path) -> None:

@@ -42,7 +42,9 @@ def test_a_normalisation_passes_relevance_whatever_its_statistics(
 ) -> None:
     if standard_normal and isinstance(scale, list):
         scale = [1.0, 0.5, 1e-3, -2.0, 5.0]  # nothing is divided by zero
-    env, td = rolled(ObservationNorm(_tensor(loc), _tensor(scale), in_keys=V, standard_normal=standard_normal))
+    env, td = rolled(
+        ObservationNorm(_tensor(loc), _tensor(scale), in_keys=V, standard_normal=standard_normal)
+    )
     with_relevance(td, "vector")
     assert torch.equal(raw_relevance(env, td)["vector"], td["attr", "vector"])
     assert torch.equal(raw_relevance(env, td, by_weight=True)["vector"], td["attr", "vector"])
@@ -92,7 +94,11 @@ def _times_two(x: Tensor) -> Tensor:
         lambda: [RenameTransform(["vector", "reward"], ["x", "r"])],
         lambda: [RenameTransform(V, ["w"]), UnaryTransform(["w"], ["x"], fn=_times_two)],
         lambda: [ObservationNorm(1.0, 2.0, in_keys=V, standard_normal=True), RenameTransform(V, ["x"])],
-        lambda: [RenameTransform(V, ["w"]), UnaryTransform(["w"], V, fn=_times_two), RenameTransform(V, ["x"])],
+        lambda: [
+            RenameTransform(V, ["w"]),
+            UnaryTransform(["w"], V, fn=_times_two),
+            RenameTransform(V, ["x"]),
+        ],
     ],
 )
 def test_past_renamed_keys(steps: Any) -> None:
@@ -146,7 +152,11 @@ def test_shares_of_mixed_values_where_the_frames_were_renamed(where: str) -> Non
 
 
 def test_stacked_frames_that_were_renamed() -> None:
-    steps = [*RENAMED["before"](), CatFrames(2, dim=-3, in_keys=P), DTypeCastTransform(torch.float32, torch.float64, in_keys=P)]
+    steps = [
+        *RENAMED["before"](),
+        CatFrames(2, dim=-3, in_keys=P),
+        DTypeCastTransform(torch.float32, torch.float64, in_keys=P),
+    ]
     env, td, _ = _frames(*steps)
     with_relevance(td, "pixels")
     raw = raw_relevance(env, td)["pixels"]

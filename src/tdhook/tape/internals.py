@@ -309,14 +309,19 @@ def mode_options(mode: str, dynamic: bool | None) -> dict[str, object]:
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """The parameters that a module holds itself, by their names: the dictionary that it keeps them in."""
-    return module._parameters
+    return _dictionary(module._parameters)
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """The buffers that a module holds itself, by their names: the dictionary that it keeps them in."""
-    return module._buffers
+    return _dictionary(module._buffers)
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     """The modules that a module holds itself, by their names: the dictionary that it keeps them in."""
-    return module._modules
+    return _dictionary(module._modules)
+
+
+def _dictionary(registry: Any) -> Any:
+    """A registry itself, or a copy of that of a module compiled by ``torch.jit``, which is none."""
+    return registry if isinstance(registry, dict) else dict(registry.items())

@@ -1,8 +1,8 @@
 """Trees: the tensors in what a module takes and returns, however they are packed.
 
-PyTorch knows lists, tuples, dictionaries, and what was registered with it. A dataclass, a subclass of a container and an
-object with tensors among its attributes are containers as well. An object that is written to as modules run, such as a
-cache of keys and values, is none: it has methods ``update``, ``update_conv_state`` or the like.
+PyTorch knows lists, tuples, dictionaries, and what was registered with it. A dataclass, a subclass of a container, and
+an object with tensors among its attributes are containers as well. An object that is written to as modules run, such as
+a cache of keys and values, is none: it has methods ``update``, ``update_conv_state`` or the like.
 """
 
 from __future__ import annotations
@@ -19,10 +19,22 @@ from torch import Tensor, nn
 
 __all__ = ["Shape", "tree_flatten", "tree_leaves", "tree_map_tensors", "tree_unflatten"]
 
-_ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
-_OPAQUE = (
+# What has no tensors in it, and what is none of its container.
+_LEAVES = (
+    *(
+        type(None),
+        bool,
+        int,
+        float,
+        complex,
+        str,
+        bytes,
+        torch.dtype,
+        torch.device,
+        torch.Size,
+        torch.Generator,
+    ),
     *(Tensor, nn.Module, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType),
-    torch.Generator,
 )
 
 
@@ -74,9 +86,9 @@ def tree_leaves(tree: object) -> list[Any]:
 def tree_map_tensors(function: Callable[[Tensor], Any], tree: object) -> Any:
     """The tree with ``function`` applied to all its tensors."""
     leaves, shape = tree_flatten(tree)
-    if not any(isinstance(x, Tensor) for x in leaves):
-        return tree
-    return tree_unflatten([function(x) if isinstance(x, Tensor) else x for x in leaves], shape)
+    changed = [function(x) if isinstance(x, Tensor) else x for x in leaves]
+    same = all(before is after for before, after in zip(leaves, changed, strict=True))
+    return tree if same else tree_unflatten(changed, shape)
 
 
 def _flatten(tree: object, around: frozenset[int]) -> tuple[list[Any], Shape]:
@@ -84,7 +96,7 @@ def _flatten(tree: object, around: frozenset[int]) -> tuple[list[Any], Shape]:
     opened: dict[int, _Opened] = {}
     found: list[Any] = []
     for i, leaf in enumerate(leaves):
-        below = None if isinstance(leaf, _ATOMS) or isinstance(leaf, _OPAQUE) else _open(leaf, around)
+        below = None if isinstance(leaf, _LEAVES) else _open(leaf, around)
         if below is None:
             found.append(leaf)
         else:
@@ -95,10 +107,10 @@ def _flatten(tree: object, around: frozenset[int]) -> tuple[list[Any], Shape]:
 
 def _open(value: Any, around: frozenset[int]) -> tuple[list[Any], _Opened] | None:
     """The leaves of a container that PyTorch does not know, if there are tensors among them."""
-    if id(value) in around or _is_state(value):
+    if id(value) in around:
         return None
     names, contents, build = _contents(value)
-    if not names:
+    if not names or _is_state(value):
         return None
     leaves, shape = _flatten(contents, around | {id(value)})
     if not any(isinstance(x, Tensor) for x in leaves):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
@@ -12,32 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
-from tdhook.relevance.operations.applied import Applied, is_foreign, is_ours, overwrites_arguments
+from tdhook.relevance.operations.applied import Applied, is_ours
 from tdhook.relevance.operations.kernels import first_output, positional
-from tdhook.relevance.operations.own_backward import own_backward
-from tdhook.relevance.operations.parts import one_by_one
+from tdhook.relevance.operations.known import Known, learned, on_a_copy
 from tdhook.relevance.operations.paths import Paths
 from tdhook.relevance.operations.stand_ins import standing_in
-from tdhook.relevance.operations.table import ARITHMETIC, ELEMENTWISE, MOVES, PRODUCTS, WINNER, default_rule
+from tdhook.relevance.operations.table import ARITHMETIC, default_rule
 from tdhook.relevance.operations.written_out import entered, written_out
 from tdhook.relevance.propagation.binding import Binding, Bound
 from tdhook.relevance.propagation.call import ALONE, Call, Setting
 from tdhook.relevance.propagation.conversions import Substituted
 from tdhook.relevance.propagation.entering import is_linear, no_operation
-from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule
 from tdhook.selectors import Selector
 from tdhook.selectors.names import (
-    begins_tape,
-    initialises,
-    name_of,
-    out_of_place_form,
-    queries,
     relabels,
     writes_in_place,
 )
-from tdhook.tape.as_one import is_one
 from tdhook.tape.dependence import Dependence
 from tdhook.tape.internals import (
     APPLIED_IN_TRANSFORMS,
@@ -45,7 +37,6 @@ from tdhook.tape.internals import (
     beneath,
     pop_mode,
     push_mode,
-    schema_of,
     sees,
     through_transforms,
     top_mode,
@@ -57,11 +48,6 @@ __all__ = ["Found", "Interception", "Lookup", "Observer", "Unmatched"]
 
 
 _NATIVE = IgnoreRule()
-_DERIVATIVES = (torch.autograd.grad, Tensor.backward)
-_DIFFERENTIATES = (
-    "the model differentiates in its forward pass, in module `{}`, where rules stand in for derivatives; give that "
-    "module a rule, EpsilonRule say, so that it runs as one unit"
-)
 _OVERWRITES = (
     "`{}` overwrites an argument, and its derivative is its own, so that no rule can follow; give the module `{}`, "
     "which calls it, a rule, EpsilonRule say, so that it runs as one unit"
@@ -70,6 +56,10 @@ _COMPILED = (
     "the module `{}` ({}) was compiled by torch.jit, and no rule sees what is computed inside; explain the module that "
     "it was compiled from (torch.jit.script, torch.jit.trace), or give it a rule, so that it runs as one unit: "
     "(Type(torch.jit.ScriptModule), EpsilonRule())"
+)
+_DIFFERENTIATES = (
+    "the model differentiates in its forward pass, in module `{}`, where rules stand in for derivatives; give that "
+    "module a rule, EpsilonRule say, so that it runs as one unit"
 )
 
 
@@ -80,32 +70,6 @@ class Unmatched:
 Found: TypeAlias = "tuple[Any, Rule | None]"
 Lookup: TypeAlias = "Callable[[str, str, nn.Module], Found]"
 """``(operation, path of the module around it, that module) -> (selector, rule)``."""
-
-
-@dataclass
-class _Known:
-    """What is known of a torch function."""
-
-    operation: Operation
-    in_place: bool
-    quick: bool = False
-    aside: bool = False
-    begins_tape: bool = False
-    differentiates: bool = False
-    parts: Callable[..., Any] | None = None
-    schema: Any = None
-    refused: bool = False
-    own: Rule | None = None
-    selector: object = None
-    rule: Rule | None = None
-    bounds: dict[int, Bound] = field(default_factory=dict)
-
-    def bound(self, rule: Rule, flow: Convention) -> Bound:
-        """A rule on the operation, decided once."""
-        found = self.bounds.get(id(rule))
-        if found is None:
-            found = self.bounds[id(rule)] = Bound(rule, flow, rule.bound(self.operation, flow))
-        return found
 
 
 @dataclass
@@ -167,8 +131,8 @@ class Interception(Watching):
         self.outdated = Outdated(self.guard)
         self.observer: Observer | None = None
         self._lookup, self._by_path, self._defaults, self._unmatched = lookup, by_path, defaults, unmatched
-        self._known: dict[object, _Known] = {}
-        self._functions: WeakKeyDictionary[type, _Known] = WeakKeyDictionary()
+        self._known: dict[object, Known] = {}
+        self._functions: WeakKeyDictionary[type, Known] = WeakKeyDictionary()
         self._paused = 0
         self._entered: Entered | None = None
         self.paths = Paths(modules)
@@ -295,14 +259,16 @@ class Interception(Watching):
         given, given_by_name = args, kwargs
         if foreign:
             args, kwargs = dependence.constants_off((args, kwargs), own=live and not self._paused)
-        if known.refused and live and not self._paused:
-            raise NotImplementedError(_OVERWRITES.format(func.__name__, self.paths.current or "(model)"))
         if in_place:
             # What is overwritten stays the tensor that the model holds.
             target = _overwritten(given, given_by_name)
             return self._in_place(known, func, args, kwargs, target, live)
         if (known.quick and self.observer is None and self._entered is None) or self._paused or not live:
             return func(*args, **kwargs)
+        if known.refused:
+            raise NotImplementedError(
+                _OVERWRITES.format(known.operation.name, self.paths.current or "(model)")
+            )
         if func is APPLIED_IN_TRANSFORMS:
             # What it comes to outside of the transform is seen.
             if is_ours(args[0]):
@@ -314,7 +280,7 @@ class Interception(Watching):
         selector, rule = self._find(known, args, kwargs)
         return self._run(known, selector, rule, func, args, kwargs)
 
-    def _in_place(self, known: _Known, func: Any, args: Any, kwargs: Any, target: Any, live: bool) -> object:
+    def _in_place(self, known: Known, func: Any, args: Any, kwargs: Any, target: Any, live: bool) -> object:
         """Run a function that overwrites ``target``, which is among its arguments unless it was a constant there."""
         if self._paused or not live or relabels(func):
             if live and not self.guard.active:
@@ -329,13 +295,13 @@ class Interception(Watching):
         native = known.in_place and rule is not None and rule.native
         if native and self.observer is None:
             return self._run(known, selector, rule, func, _writing(args, kwargs, target), kwargs)
-        form = _on_a_copy(func) if native else known.operation.function
+        form = on_a_copy(func) if native else known.operation.function
         return self._overwrite(known, selector, rule, form, args, kwargs, target)
 
     def applied(self, function: type, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Apply an autograd function, which no mode sees, as the operation of its name."""
-        aside = self._paused or is_ours(function) or moves_between_processes(function)
-        if aside or not self.watching:
+        ours = is_ours(function) or moves_between_processes(function)
+        if ours or self._paused or not self.watching:
             return apply(*args, **kwargs)
         func = Applied(function, apply)
         known = self._functions.get(func.function)
@@ -360,32 +326,18 @@ class Interception(Watching):
         if self.dependence.look((args, kwargs))[0]:
             raise NotImplementedError(_COMPILED.format(self.paths.current or "(model)", kind))
 
-    def _learn(self, func: Any) -> _Known:
-        name = name_of(func)
-        in_place = writes_in_place(func, {})
-        schema = schema_of(func)
-        writes = in_place or (schema is not None and schema.is_mutable)
-        form = out_of_place_form(func) or _on_a_copy(func) if writes else func
-        own = _own_rule(func)
-        operation = Operation.of(
-            name,
-            form,
-            moves=own is None and (name in MOVES or name in WINNER),
-            multiplies=own is None and (name in PRODUCTS or name in ELEMENTWISE),
-        )
-        known = _Known(operation, in_place, own=own, parts=one_by_one(func), schema=schema)
-        known.begins_tape, known.differentiates = begins_tape(func), func in _DERIVATIVES
-        known.aside = known.begins_tape or queries(func) or initialises(func)
-        known.refused = own is not None and overwrites_arguments(func)
+    def _learn(self, func: Any) -> Known:
+        known = learned(func)
+        name = known.operation.name
         if self._lookup is not None and not self._by_path:
             known.selector, known.rule = self._lookup(name, *self.paths.innermost)
-        if not in_place and not self._by_path:
-            default = own or default_rule(name, (), {}) if self._defaults else _NATIVE
+        if not known.in_place and not self._by_path:
+            default = known.own or default_rule(name, (), {}) if self._defaults else _NATIVE
             rule = default if known.rule is None else known.rule
             known.quick = rule is not None and rule.native
         return known
 
-    def _find(self, known: _Known, args: Any, kwargs: Any) -> Found:
+    def _find(self, known: Known, args: Any, kwargs: Any) -> Found:
         entered = self._entered
         if entered is not None and is_linear(known.operation, args, kwargs):
             entered.found = True
@@ -400,7 +352,7 @@ class Interception(Watching):
         return None, known.own or default_rule(known.operation.name, args, kwargs)
 
     def _overwrite(
-        self, known: _Known, selector: Any, rule: Any, func: Any, args: object, kwargs: Any, target: Any
+        self, known: Known, selector: Any, rule: Any, func: Any, args: object, kwargs: Any, target: Any
     ) -> object:
         """Run the out-of-place form under its rule, then move its result to where it belongs."""
         kwargs = {key: value for key, value in kwargs.items() if key not in ("out", "inplace")}
@@ -410,7 +362,7 @@ class Interception(Watching):
             target.resize_(result.shape)
         return target.copy_(result)
 
-    def _run(self, known: _Known, selector: Any, rule: Rule | None, func: Any, args: Any, kwargs: Any) -> Any:
+    def _run(self, known: Known, selector: Any, rule: Rule | None, func: Any, args: Any, kwargs: Any) -> Any:
         operation = known.operation
         if rule is None:
             inside = written_out(operation.name)
@@ -457,13 +409,6 @@ class Interception(Watching):
         return tuple(Substituted.apply(w, v) for w, v in zip(written, values, strict=True))
 
 
-def _own_rule(function: Any) -> Rule | None:
-    """The rule of a function that has one whatever its name."""
-    if is_one(function):
-        return ARITHMETIC
-    return own_backward() if isinstance(function, Applied) or is_foreign(function) else None
-
-
 def _overwritten(args: Any, kwargs: Any) -> Any:
     """What a call in place writes to."""
     target = kwargs.get("out")
@@ -475,12 +420,3 @@ def _overwritten(args: Any, kwargs: Any) -> Any:
 def _writing(args: Any, kwargs: Any, target: Any) -> Any:
     """Positional arguments of a call that writes to ``target``."""
     return (target, *args[1:]) if args and kwargs.get("out") is None else args
-
-
-def _on_a_copy(function: Callable[..., object]) -> Callable[..., Any]:
-    def form(x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        copy = x.clone()
-        function(copy, *args, **kwargs)
-        return copy
-
-    return form

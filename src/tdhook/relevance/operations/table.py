@@ -35,8 +35,9 @@ MOVES = _names(
     H T adjoint alias as_strided atleast_1d atleast_2d atleast_3d bfloat16 block_diag broadcast_tensors
     broadcast_to cat channel_shuffle chunk clone column_stack complex contiguous copy cpu cuda dequantize detach diag
     diag_embed diagonal diagonal_scatter double dsplit dstack embedding expand expand_as fft_fftshift
-    fft_ifftshift fill flatten flip fliplr flipud float gather getitem half hsplit hstack im2col imag index index_copy index_fill index_put
-    index_select mH mT masked_fill masked_scatter masked_select max_unpool1d max_unpool2d max_unpool3d meshgrid
+    fft_ifftshift fill flatten flip fliplr flipud float gather getitem half hsplit
+    hstack im2col imag index index_copy index_fill index_put index_select mH mT
+    masked_fill masked_scatter masked_select max_unpool1d max_unpool2d max_unpool3d meshgrid
     movedim narrow native_channel_shuffle one_hot pack_padded_sequence pad pad_packed_sequence permute
     pixel_shuffle pixel_unshuffle positive ravel real repeat repeat_interleave requires_grad reshape reshape_as
     resolve_conj resolve_neg roll rot90 row_stack scatter select select_scatter setitem slice slice_scatter split
