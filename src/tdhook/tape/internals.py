@@ -36,6 +36,7 @@ __all__ = [
     "parameters_of",
     "pop_mode",
     "push_mode",
+    "saved_by",
     "script_call",
     "set_script_call",
     "storage_of",
@@ -113,6 +114,14 @@ def maker_of(node: object) -> type | None:
 def gradients_of(node: Any) -> list[tuple[Sequence[int], torch.dtype]]:
     """Shape and dtype of each gradient that a node of the tape is given."""
     return [(meta.shape, meta.dtype) for meta in node._input_metadata]
+
+
+def saved_by(node: object) -> Iterator[Any]:
+    """What a node of the tape keeps for the backward pass: each can be given hooks (``register_hooks``)."""
+    for name in dir(node):
+        if name.startswith("_raw_saved_"):
+            kept = getattr(node, name)
+            yield from kept if isinstance(kept, tuple | list) else (kept,)
 
 
 def top_mode() -> TorchFunctionMode | None:

@@ -122,7 +122,7 @@ class NormRule(EpsilonRule):
     """
 
     def __init__(self, stabilizer: Stabilizer = 1e-6) -> None:
-        super().__init__(stabilizer)
+        super().__init__(checked(stabilizer))
 
     @property
     def stabilizer(self) -> Stabilizer:
@@ -151,7 +151,8 @@ class SoftmaxEpsilonRule(EpsilonRule):
         # Logits that are masked by minus infinity have no relevance.
         x = torch.where(x.isinf(), 0.0, x)
         if step.report is not None:  # the zeroth term of the linearisation
-            step.report("constant", r * (1 - x + (s * x).sum(_axis(step), keepdim=True)))
+            amount = r * (1 - x + (s * x).sum(_axis(step), keepdim=True))
+            step.report("constant", torch.where(r == 0, 0.0, amount))
         return (r - s * r.sum(_axis(step), keepdim=True)) * x, *(None for _ in others)
 
     def shortcut(self, module: nn.Module, flow: Convention) -> Run | None:

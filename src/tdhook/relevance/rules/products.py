@@ -36,6 +36,8 @@ class SignalTakeAllRule(RunningRule):
 
     def __init__(self, signal: int | None = None) -> None:
         super().__init__()
+        if signal is not None and type(signal) is not int:
+            raise TypeError(f"signal is the index of an argument, or None, got {signal!r}")
         self.signal = signal
 
     def running(self, module: nn.Module, flow: Convention) -> Run:
