@@ -64,9 +64,8 @@ def why_relevance_is_not(model: Model, keys: Sequence[NestedKey], dtype: torch.d
         if dtype is torch.float16
         else "; mask out what is divided by zero there before it is computed, or give it another rule"
     )
-    return (
-        f"the relevance of {', '.join(map(repr, keys))} is NaN or infinite though the target is finite{where}{advice}"
-    )
+    named = ", ".join(map(repr, keys))
+    return f"the relevance of {named} is NaN or infinite though the target is finite{where}{advice}"
 
 
 def _name_of_node(model: Model, node: Any) -> str:

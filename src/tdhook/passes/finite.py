@@ -22,7 +22,9 @@ from tdhook.tape.internals import maker_of, saved_by
 __all__ = ["Disregarding", "are_finite"]
 
 # Element by element: where nothing comes in, nothing goes out.
-_ELEMENTWISE = re.compile("(Div|Mul|Pow|Sqrt|Rsqrt|Reciprocal|Exp|Log|Add|Sub|Where|MaskedFill|Clamp|Ratio|PerValue)")
+_ELEMENTWISE = re.compile(
+    "(Div|Mul|Pow|Sqrt|Rsqrt|Reciprocal|Exp|Log|Add|Sub|Where|MaskedFill|Clamp|Ratio|PerValue)"
+)
 # Which of several values is taken is told by these, NaN and infinities included.
 _CHOICES = re.compile("(Nan|Fm|Max|Min|Amax|Amin|Cummax|Cummin|Median|Mode|Kthvalue|Sort|Topk|Clamp)")
 
@@ -62,12 +64,14 @@ class Disregarding:
                 node.register_hook(self._watching(node, elementwise))
 
     def _watching(self, node: Any, elementwise: bool) -> Callable[..., tuple[Tensor | None, ...]]:
-        def watch(found: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        def watch(
+            found: Sequence[Tensor | None], given: Sequence[Tensor | None]
+        ) -> tuple[Tensor | None, ...]:
             if elementwise:
                 found = [_where_given(x, given) for x in found]
-            if self._looks and self.culprit is None and _are_seen([*found, *given]):
-                if are_finite(given) and not are_finite(found):
-                    self.culprit = node
+            searches = self._looks and self.culprit is None and _are_seen([*found, *given])
+            if searches and are_finite(given) and not are_finite(found):
+                self.culprit = node
             return tuple(found)
 
         return watch
@@ -86,7 +90,7 @@ def _where_given(found: Tensor | None, given: Sequence[Tensor | None]) -> Tensor
 
 
 def _numbers(x: Tensor) -> Tensor:
-    """What is kept of a tensor: zeros for NaN, and for infinities the largest number, in which they differ by no share."""
+    """What is kept of a tensor: zeros for NaN, and for infinities the largest number."""
     if not x.is_floating_point():
         return x
     return x if bool(x.isfinite().all()) else x.nan_to_num(0.0)

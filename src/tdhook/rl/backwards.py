@@ -18,7 +18,7 @@ from tdhook.keys import parts_of
 from tdhook.relevance.operations.table import AFFINE, ARITHMETIC, PRODUCTS, default_rule
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.operation import Operation
-from tdhook.relevance.propagation.stabilisers import exact
+from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.relevance.rules.epsilon import EpsilonRule
 from tdhook.relevance.rules.simple import PassRule
 from tdhook.selectors import Op
@@ -54,7 +54,7 @@ class Back:
         self._step = _Step(step, list(reads), self.writes)
         self._reads = list(reads)
         method = LRP(
-            [(Op("add", "sub", "rsub"), _ShiftRule()), (Op(*AFFINE, *PRODUCTS, "div"), _SharesRule(exact))],
+            [(Op("add", "sub", "rsub"), _ShiftRule()), (Op(*AFFINE, *PRODUCTS, "div"), _SharesRule(rounding))],
             target=self._seeds,
             attribution_key="r",
             on_unmatched="ignore",
@@ -151,7 +151,7 @@ class _ShiftRule(PassRule):
 
     def running(self, module: nn.Module, flow: Convention) -> Run:
         """Values that are observed share it when they are added."""
-        passed, shares = super().running(module, flow), EpsilonRule(exact).bound(module, flow)
+        passed, shares = super().running(module, flow), EpsilonRule(rounding).bound(module, flow)
         return lambda call: passed(call) if _observed(call) < 2 else shares(call)
 
 

@@ -136,6 +136,7 @@ pop_mode: Callable[[], TorchFunctionMode] = _C._pop_torch_function_stack
 push_mode: Callable[[TorchFunctionMode], None] = _C._push_on_torch_function_stack
 """Put a mode on top."""
 
+
 class Watching(TorchFunctionMode):
     """A mode that watches one pass; a pass within another is watched by its own mode alone."""
 

@@ -18,7 +18,7 @@ from tdhook.relevance.propagation.reporting import Report
 from tdhook.tape.dependence import leaf
 from tdhook.tape.functions import Identity, on_tape, parts
 
-__all__ = ["with_constants"]
+__all__ = ["Reported", "with_constants"]
 
 
 class Reported(Identity):

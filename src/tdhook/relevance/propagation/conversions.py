@@ -104,15 +104,15 @@ class Damped(PerValue):
 
 
 class Scaled(Identity):
-    """Identity at which what travels backwards is multiplied by a factor."""
+    """Identity at which what travels backwards is multiplied by a factor, or by one for each value."""
 
     @staticmethod
-    def forward(x: Tensor, factor: float) -> Tensor:
+    def forward(x: Tensor, factor: float | Tensor) -> Tensor:
         """The value itself."""
         return alias(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float | Tensor], output: Tensor) -> None:
         """Keep the factor."""
         ctx.factor = inputs[1]
 
@@ -200,7 +200,7 @@ class Substituted(TapeFunction):
 
 
 def finite_product(x: Tensor, grad: Tensor) -> Tensor:
-    """``x * grad``, and zero where ``x`` is infinite, as masked logits are, or where ``grad`` is zero, whatever ``x`` is.
+    """``x * grad``, and zero where ``x`` is infinite, as masked logits are, or ``grad`` zero, whatever ``x`` is.
 
     Args:
         x: ``[*shape]``.

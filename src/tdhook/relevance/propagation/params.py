@@ -25,8 +25,9 @@ def zero_param_names(zero_params: ZeroParams) -> tuple[str, ...]:
     """Normalise the ``zero_params`` argument of a rule: a name, several, or none."""
     if zero_params is None:
         return ()
-    several = isinstance(zero_params, Iterable) and not isinstance(zero_params, str | bytes)
-    names = tuple(zero_params) if several else (zero_params,)
+    if isinstance(zero_params, str) or not isinstance(zero_params, Iterable):
+        zero_params = [zero_params]
+    names = tuple(zero_params)
     for name in names:
         if not isinstance(name, str):
             raise TypeError(

@@ -33,8 +33,10 @@ def stabilize(tensor: Tensor, epsilon: Stabilizer = 1e-6) -> Tensor:
             ``denominator -> stabilised denominator``.
 
     Returns:
-        ``tensor + epsilon * sign(tensor)``, same shape and dtype.
+        ``tensor + epsilon * sign(tensor)``, same shape and dtype. With an epsilon of zero, what is zero has no share.
     """
+    if epsilon == 0:
+        return rounding(tensor)
     return epsilon(tensor) if callable(epsilon) else _moved(tensor, epsilon)
 
 
@@ -90,7 +92,7 @@ def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def saturated(tensor: Tensor) -> Tensor:
-    """The same in float64, float32 and bfloat16; in float16 nothing is larger than 8192, where it would soon overflow."""
+    """The same, but that in float16, which soon overflows, nothing is larger than 8192."""
     most = _MOST.get(tensor.dtype)
     return tensor if most is None else tensor.clamp(-most, most)
 

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.formula import PropagationRule
-from tdhook.relevance.propagation.stabilisers import Stabilizer, checked, number, quotient, saturated, stabilize
+from tdhook.relevance.propagation.stabilisers import (
+    Stabilizer,
+    checked,
+    number,
+    quotient,
+    saturated,
+    stabilize,
+)
 from tdhook.relevance.propagation.steps import Grads, Step
 
 __all__ = [

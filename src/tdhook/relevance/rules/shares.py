@@ -69,7 +69,7 @@ def per_unit(step: Step, relevance: Tensor, z: Tensor, epsilon: Stabilizer, sign
     """
     if not z.is_floating_point():
         return relevance
-    if step.report is not None or callable(epsilon):
+    if step.report is not None or callable(epsilon) or epsilon == 0:
         per_output = quotient(relevance, stabilize(z, epsilon))
         if step.report is not None:
             step.report("stabiliser", relevance - finite_product(z, per_output))
