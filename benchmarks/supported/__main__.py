@@ -30,7 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         kept[key(row)] = row
         told = row.get("reason") or row.get("error") or ""
         spent = time.perf_counter() - start
-        print(f"{number}/{len(left)} {spent:.0f} s: {row['library']} {row['name']}: {status(row)} {told}", flush=True)
+        print(
+            f"{number}/{len(left)} {spent:.0f} s: {row['library']} {row['name']}: {status(row)} {told}",
+            flush=True,
+        )
         write(arguments.json, [kept[each] for each in registered if each in kept])
     if arguments.page:
         PAGE.write_text(page([kept[each] for each in registered if each in kept]))

@@ -121,7 +121,8 @@ def _running(
         required = [
             name
             for name, parameter in inspect.signature(model.forward).parameters.items()
-            if parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         ]
         reasons.append((1, f"{cls.__name__}: nothing is known of its inputs ({', '.join(required)})"))
     return None
@@ -139,7 +140,8 @@ def run(model: nn.Module, reads: Reads) -> tuple[int, Tensor | None]:
         parameter.requires_grad_(False)
     paths = dict(model.named_modules())
     handles = [
-        paths[path].register_forward_hook(lambda m, a, z: z.detach().requires_grad_().clone()) for path in reads.sources
+        paths[path].register_forward_hook(lambda m, a, z: z.detach().requires_grad_().clone())
+        for path in reads.sources
     ]
     try:
         outputs = model(**values, **reads.fixed)

@@ -94,7 +94,12 @@ def _sets(model: nn.Module, names: list[str], required: list[str]) -> Iterator[l
     others = [n for n in required if n not in (*text, *seen, *replaced)]
     if main in names and main not in (*IDS, *TEXT):
         needed = [n for n in required if n not in text]
-        yield [main, *(n for n in text if n.startswith("decoder")), *needed, *(n for n in IDS if n in required)]
+        yield [
+            main,
+            *(n for n in text if n.startswith("decoder")),
+            *needed,
+            *(n for n in IDS if n in required),
+        ]
         yield [main, *required]
         if "input_ids" in names:
             yield [main, "input_ids", *required]

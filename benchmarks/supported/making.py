@@ -51,8 +51,11 @@ def classes(model_type: str) -> list[type[nn.Module]]:
             cls
             for m in modules
             for cls in vars(m).values()
-            if inspect.isclass(cls) and issubclass(cls, PreTrainedModel) and cls.__module__.startswith(package)
-            and getattr(cls, "config_class", None) is config and not cls.__name__.endswith("PreTrainedModel")
+            if inspect.isclass(cls)
+            and issubclass(cls, PreTrainedModel)
+            and cls.__module__.startswith(package)
+            and getattr(cls, "config_class", None) is config
+            and not cls.__name__.endswith("PreTrainedModel")
         ]
     found = [cls for cls in found if cls.forward is not nn.Module.forward] or found
     if not found:

@@ -142,4 +142,3 @@ def _without_compiled_part() -> None:
 
 
 _without_compiled_part()
-

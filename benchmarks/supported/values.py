@@ -127,7 +127,11 @@ def _ids(model: nn.Module) -> list[Tensor]:
     many = number(model, "num_codebooks num_channels num_audio_channels n_codes_total", 1)
     low = min(5, size - 1)
     made = [torch.randint(low, size, (BATCH, length)) for length in (LENGTH, 4 * LENGTH)]
-    return [*made, torch.randint(low, size, (BATCH, LENGTH, many)), torch.randint(low, size, (BATCH, many, LENGTH))]
+    return [
+        *made,
+        torch.randint(low, size, (BATCH, LENGTH, many)),
+        torch.randint(low, size, (BATCH, many, LENGTH)),
+    ]
 
 
 def _boxes(model: nn.Module) -> list[Tensor]:
@@ -161,13 +165,17 @@ def _grid(model: nn.Module) -> list[Tensor]:
 
 def _mask_of_sound(model: nn.Module) -> list[Tensor]:
     lengths = _unique([max(value.shape[-2:]) for value in _sound(model)])
-    return [torch.ones(BATCH, n, dtype=torch.long) for n in lengths] + [torch.ones(BATCH, n, dtype=torch.bool) for n in lengths[:1]]
+    return [torch.ones(BATCH, n, dtype=torch.long) for n in lengths] + [
+        torch.ones(BATCH, n, dtype=torch.bool) for n in lengths[:1]
+    ]
 
 
 def _series(model: nn.Module, *extra: str) -> list[Tensor]:
     """A time series with what came before, as far back as it looks."""
     lags = of(model, "lags_sequence", [0])
-    back = number(model, "context_length prediction_length", 16) + (max(lags) if isinstance(lags, list | tuple) else 0)
+    back = number(model, "context_length prediction_length", 16) + (
+        max(lags) if isinstance(lags, list | tuple) else 0
+    )
     many = number(model, "num_input_channels input_size", 1)
     flat, columns = torch.randn(BATCH, back), torch.randn(BATCH, back, many)
     return [columns, flat] if hasattr(model.config, "num_input_channels") else [flat, columns]
@@ -180,7 +188,11 @@ def _times(model: nn.Module) -> list[Tensor]:
 
 def _future(model: nn.Module, features: bool) -> list[Tensor]:
     length = number(model, "prediction_length", 8)
-    return [torch.randn(BATCH, length, number(model, "num_time_features", 0)) if features else torch.randn(BATCH, length)]
+    return [
+        torch.randn(BATCH, length, number(model, "num_time_features", 0))
+        if features
+        else torch.randn(BATCH, length)
+    ]
 
 
 def _spectrum(model: nn.Module) -> list[Tensor]:
@@ -189,13 +201,20 @@ def _spectrum(model: nn.Module) -> list[Tensor]:
 
 
 def _latents(model: nn.Module) -> list[Tensor]:
-    return [torch.randn(BATCH, *shape) for width in _widths(model) if width for shape in ((width, LENGTH), (LENGTH, width))]
+    return [
+        torch.randn(BATCH, *shape)
+        for width in _widths(model)
+        if width
+        for shape in ((width, LENGTH), (LENGTH, width))
+    ]
 
 
 def _flattened(model: nn.Module) -> list[Tensor]:
     places = torch.randint(1, 4, (BATCH, LENGTH, 2)).to(torch.get_default_dtype())
-    return [torch.cat([places, torch.randn(BATCH, LENGTH, number(model, "patch_embed_hidden_size", 768))], -1),
-            torch.cat([places, torch.randn(BATCH, LENGTH, 3 * number(model, "patch_size", 16) ** 2)], -1)]
+    return [
+        torch.cat([places, torch.randn(BATCH, LENGTH, number(model, "patch_embed_hidden_size", 768))], -1),
+        torch.cat([places, torch.randn(BATCH, LENGTH, 3 * number(model, "patch_size", 16) ** 2)], -1),
+    ]
 
 
 def _states(model: nn.Module, name: str) -> list[Tensor]:
@@ -221,10 +240,16 @@ MAKERS: dict[str, Callable[[nn.Module], list[Any]]] = {
     "patch_embeds": _rows,
     "flattened_patches": _flattened,
     "aspect_ratio_ids": lambda model: [torch.ones(BATCH, 1, dtype=torch.long)],
-    "aspect_ratio_mask": lambda model: [torch.ones(BATCH, 1, number(model, "max_num_tiles", 4), dtype=torch.long)],
+    "aspect_ratio_mask": lambda model: [
+        torch.ones(BATCH, 1, number(model, "max_num_tiles", 4), dtype=torch.long)
+    ],
     "prompt_pixel_values": _pixels,
     "prompt_masks": _pixels,
-    "pixel_position_ids": lambda model: [torch.stack(torch.meshgrid(*[torch.arange(GRID)] * 2, indexing="ij"), -1).flatten(0, 1).expand(BATCH, -1, -1)],
+    "pixel_position_ids": lambda model: [
+        torch.stack(torch.meshgrid(*[torch.arange(GRID)] * 2, indexing="ij"), -1)
+        .flatten(0, 1)
+        .expand(BATCH, -1, -1)
+    ],
     "input_features": _sound,
     "audio_features": _sound,
     "audio_mel": _sound,
@@ -263,7 +288,9 @@ MAKERS: dict[str, Callable[[nn.Module], list[Any]]] = {
     "vision_pos_encoding": _feature_maps,
     "position_ids": lambda model: [torch.arange(LENGTH).expand(BATCH, -1)],
     "past_values": _series,
-    "past_observed_mask": lambda model: [torch.ones_like(value, dtype=torch.long) for value in _series(model)],
+    "past_observed_mask": lambda model: [
+        torch.ones_like(value, dtype=torch.long) for value in _series(model)
+    ],
     "past_values_padding": lambda model: [torch.zeros(_series(model)[0].shape[:2], dtype=torch.long)],
     "past_time_features": _times,
     "future_values": partial(_future, features=False),

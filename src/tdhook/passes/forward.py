@@ -17,7 +17,8 @@ from tdhook.conventions import Convention
 from tdhook.keys import parts_of
 from tdhook.models.capture import call_name
 from tdhook.models.entries import entries_of, frames_of
-from tdhook.passes.diagnosis import is_explainable, why_not_finite
+from tdhook.passes.diagnosis import is_explainable, why_not_finite, why_relevance_is_not
+from tdhook.passes.finite import Disregarding, are_finite
 from tdhook.passes.setup import Setup
 from tdhook.targets.base import Seeder, Seeds, require_dependence
 
@@ -196,12 +197,21 @@ class Run:
             are explained; zero where nothing does.
 
         Raises:
-            ValueError: the target depends on none of the sources.
+            ValueError: the target depends on none of the sources, or what arrives is not finite.
         """
         require_dependence(seeds, sources, [z.requires_grad for z in seeds.tensors])
         if self.setup.axes.unsure:
             self._look_at_axes(seeds)
-        pulled = self.setup.pull_back(seeds, list(sources.values()), keep=keep)
+        ends = list(sources.values())
+        if keep:  # by whoever keeps accounts of every value on the tape
+            Disregarding(seeds.tensors, looks=False)
+        pulled = self.setup.pull_back(seeds, ends, keep=True)
+        if not are_finite(pulled):
+            past = Disregarding(seeds.tensors)
+            pulled = self.setup.pull_back(seeds, ends, keep=keep)
+            if not are_finite(pulled):
+                dtype = next(x.dtype for x in pulled if x is not None and not are_finite([x]))
+                raise ValueError(why_relevance_is_not(self.setup.model, list(sources), dtype, past.culprit))
         require_dependence(seeds, sources, [any(grad is not None for grad in pulled)])
         several = () if seeds.several is None else (seeds.several,)
         return {

@@ -5,7 +5,7 @@ The upper bound on torch in ``pyproject.toml`` follows from this file: with a ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any, TypeVar
@@ -45,6 +45,7 @@ __all__ = [
     "parameters_of",
     "pop_mode",
     "push_mode",
+    "saved_by",
     "schema_of",
     "script_call",
     "script_method_call",
@@ -63,6 +64,7 @@ __all__ = [
     "written_in_python",
 ]
 
+V = TypeVar("V")
 F = TypeVar("F", bound=Callable[..., object])
 
 transformed: Callable[[], bool] = _C._are_functorch_transforms_active
@@ -131,6 +133,14 @@ def gradients_of(node: Any) -> list[tuple[Sequence[int], torch.dtype]]:
     return [(meta.shape, meta.dtype) for meta in node._input_metadata]
 
 
+def saved_by(node: object) -> Iterator[Any]:
+    """What a node of the tape keeps for the backward pass: each can be given hooks (``register_hooks``)."""
+    for name in dir(node):
+        if name.startswith("_raw_saved_"):
+            kept = getattr(node, name)
+            yield from kept if isinstance(kept, tuple | list) else (kept,)
+
+
 def top_mode() -> TorchFunctionMode | None:
     """The mode that sees torch functions first, if any."""
     count = _C._len_torch_function_stack()
@@ -196,7 +206,7 @@ _Function: Any = autograd_functions._SingleLevelFunction
 
 def applying_of(function: Any) -> Callable[..., Any]:
     """How torch applies an autograd function where no transform is at work."""
-    apply: Callable[..., Any] = super(_Function, function).apply  # type: ignore[misc]
+    apply: Callable[..., Any] = super(_Function, function).apply
     return apply
 
 
@@ -322,6 +332,6 @@ def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     return _dictionary(module._modules)
 
 
-def _dictionary(registry: Any) -> Any:
+def _dictionary(registry: Mapping[str, V]) -> dict[str, V]:
     """A registry itself, or a copy of that of a module compiled by ``torch.jit``, which is none."""
     return registry if isinstance(registry, dict) else dict(registry.items())

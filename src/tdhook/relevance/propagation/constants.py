@@ -21,7 +21,7 @@ from tdhook.tape.internals import maker_of
 from tdhook.tape.masks import masking, unmasked
 from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
 
-__all__ = ["with_constants", "with_masks"]
+__all__ = ["Reported", "with_constants", "with_masks"]
 
 
 class Reported(Identity):

@@ -120,9 +120,11 @@ class ExecutedLayer(Place):
         norm = None if setting.merges is None else setting.merges.norm_of(self)
         if norm is not None:
             merged = Affine.of(norm)
-        if weight.dtype != self.dtype and self.dtype is not None:
+        # What is relevance per unit of output is soon too large for float16.
+        dtype = torch.float32 if self.dtype is torch.float16 else self.dtype
+        if dtype is not None and (weight.dtype != dtype or dtype != self.dtype):
             # Under autocast the layer computed in another precision than it is kept in.
-            dtype, cache = self.dtype, None
+            cache = None
             x, weight, outputs = x.to(dtype), weight.to(dtype), tuple(z.to(dtype) for z in outputs)
             bias = None if bias is None else bias.to(dtype)
             merged = None if merged is None else merged.to(dtype)

@@ -68,8 +68,9 @@ class WeightCache:
 
 
 def _may_be_large(layer: nn.Module) -> bool:
-    weight = parameters_of(layer).get("weight")
-    return weight is not None and (is_lazy(weight) or weight.numel() > _SMALL)
+    weight: Tensor | None = parameters_of(layer).get("weight")
+    unmade: bool = is_lazy(weight)
+    return weight is not None and (unmade or weight.numel() > _SMALL)
 
 
 def _own_weight(layer: nn.Module) -> Tensor | None:

@@ -128,7 +128,7 @@ class NormRule(EpsilonRule):
     """
 
     def __init__(self, stabilizer: Stabilizer = 1e-6) -> None:
-        super().__init__(stabilizer)
+        super().__init__(checked(stabilizer))
 
     @property
     def stabilizer(self) -> Stabilizer:
@@ -158,7 +158,8 @@ class SoftmaxEpsilonRule(EpsilonRule):
         x = torch.where(x.isinf(), 0.0, x)
         if step.report is not None:  # the zeroth term of the linearisation
             counted = unmasked(x, x)
-            step.report("constant", r * (1 - counted + (s * counted).sum(_axis(step), keepdim=True)))
+            amount = r * (1 - counted + (s * counted).sum(_axis(step), keepdim=True))
+            step.report("constant", torch.where(r == 0, 0.0, amount))
         return (r - s * r.sum(_axis(step), keepdim=True)) * x, *(None for _ in others)
 
     def shortcut(self, module: nn.Module, flow: Convention) -> Run | None:
