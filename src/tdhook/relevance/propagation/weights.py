@@ -69,8 +69,10 @@ class WeightCache:
 
 def _may_be_large(layer: nn.Module) -> bool:
     weight: Tensor | None = parameters_of(layer).get("weight")
+    if weight is None:
+        return False
     unmade: bool = is_lazy(weight)
-    return weight is not None and (unmade or weight.numel() > _SMALL)
+    return unmade or weight.numel() > _SMALL
 
 
 def _own_weight(layer: nn.Module) -> Tensor | None:
