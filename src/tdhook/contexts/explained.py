@@ -19,6 +19,7 @@ from tdhook.passes.forward import Run
 from tdhook.passes.graphs import Graphs
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Question, Setup
+from tdhook.tape.undoing import Undoing
 
 __all__ = ["ExplainedModule", "Explaining"]
 
@@ -164,7 +165,8 @@ class ExplainedModule(TensorDictModuleBase):
         if torch.compiler.is_compiling():
             written = compiled.inline(self._graphs, td)
         elif self._graphs.wanted:
-            written = compiled.run(self._graphs, td)
+            with Undoing():
+                written = compiled.run(self._graphs, td)
         else:
             written = self.explain(td)
         for key, value in written.items():
@@ -180,7 +182,7 @@ class ExplainedModule(TensorDictModuleBase):
     def explain(self, td: TensorDictBase) -> dict[NestedKey, Any]:
         """What a call writes into ``td``, operation by operation."""
         runner = Runner(self._setup, td, self._state)
-        with torch.inference_mode(False), torch.enable_grad():
+        with Undoing(), torch.inference_mode(False), torch.enable_grad():
             found, base = runner.carefully(lambda: self._explained(runner))
             written = base.written()
             written.update(runner.beside)

@@ -13,6 +13,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
 from tdhook.models.turns import here
+from tdhook.tape.undoing import Hook, hooked
 
 __all__ = ["Captured", "call_name"]
 
@@ -57,16 +58,13 @@ class Captured:
             runner: the model, whose inner TensorDictModules are watched for keys.
             attribute: which keys; ``"all"`` of them, or ``None``.
         """
-        handles = [m.register_forward_hook(here(self._output_of(path))) for path, m in paths.items()]
+        hooks: list[Hook] = [(m.register_forward_hook, here(self._output_of(path)), {}) for path, m in paths.items()]
         if attribute:
             for module in runner.modules():
                 if isinstance(module, TensorDictModuleBase):
-                    handles.append(module.register_forward_hook(here(self._keys_of(attribute))))
-        try:
+                    hooks.append((module.register_forward_hook, here(self._keys_of(attribute)), {}))
+        with hooked(*hooks):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _output_of(self, path: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: object, output: object) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tdhook.models.snapshots import Snapshot
 from tdhook.models.turns import Turn
 from tdhook.tape.internals import buffers_of, children_of, parameters_of
+from tdhook.tape.undoing import Change, undone
 
 __all__ = ["Slot", "dense_copy", "frozen", "leaves_of", "modules_of", "restored", "slots_of", "swapped"]
 
@@ -64,13 +65,14 @@ def slots_of(modules: Iterable[nn.Module]) -> tuple[Slot, ...]:
 def swapped(slots: Sequence[Slot], values: Sequence[Tensor]) -> Iterator[None]:
     """Put other values in the place of parameters and buffers."""
     kept = [registry[name] for registry, name in slots]
-    try:
-        for (registry, name), value in zip(slots, values, strict=True):
+
+    def put(those: Sequence[Tensor]) -> None:
+        for (registry, name), value in zip(slots, those, strict=True):
             registry[name] = value
+
+    with undone(lambda: put(kept)):
+        put(values)
         yield
-    finally:
-        for (registry, name), value in zip(slots, kept, strict=True):
-            registry[name] = value
 
 
 @contextmanager
@@ -93,24 +95,27 @@ def restored(
     with Turn(modules):
         snapshot = Snapshot(modules, alone=among is not None)
         put_back = True
-        try:
-            yield snapshot
-            put_back = always
-        finally:
+
+        def restore() -> None:
             if put_back:
                 snapshot.put_back()
+
+        with undone(restore):
+            yield snapshot
+            put_back = always
 
 
 class frozen:
     """Takes the parameters of modules off the tape, so that only what depends on the inputs is on it."""
 
-    __slots__ = ("_modules", "_thawed")
+    __slots__ = ("_change", "_modules", "_thawed")
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = modules
         self._thawed: list[Tensor] = []
 
     def __enter__(self) -> None:
+        self._change = Change(self._thaw)
         for module in self._modules:
             own = module._parameters
             if not own:
@@ -118,10 +123,15 @@ class frozen:
             values = module.parameters() if isinstance(module, TensorDictParams) else own.values()
             for parameter in values:
                 if parameter is not None and parameter.requires_grad and parameter.is_leaf:
+                    if parameter.is_inference():
+                        continue  # inference tensors are on no tape, whatever they say
                     self._thawed.append(parameter)
                     parameter.requires_grad_(False)
 
     def __exit__(self, *exception: object) -> None:
+        self._change.undo()
+
+    def _thaw(self) -> None:
         for parameter in self._thawed:
             parameter.requires_grad_(True)
 

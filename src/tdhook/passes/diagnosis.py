@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 
 import torch
 from tensordict import TensorDictBase
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from tdhook.models.model import Model
 from tdhook.models.state import dense_copy, restored
 from tdhook.tape.conditions import holds
+from tdhook.tape.undoing import Hook, hooked
 
 __all__ = ["is_explainable", "why_not_finite"]
 
@@ -55,9 +55,7 @@ def _culprit(model: Model, td: TensorDictBase) -> str:
 
         return hook
 
-    with ExitStack() as stack, torch.no_grad():
-        for name, module in model.root.named_modules():
-            stack.callback(module.register_forward_hook(watch(name)).remove)
-        with restored(model.root):
-            model.run(dense_copy(td))
+    hooks: list[Hook] = [(m.register_forward_hook, watch(name), {}) for name, m in model.root.named_modules()]
+    with hooked(*hooks), torch.no_grad(), restored(model.root):
+        model.run(dense_copy(td))
     return found[0] if found else "it arises outside of any module"

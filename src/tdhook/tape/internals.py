@@ -20,7 +20,9 @@ __all__ = [
     "buffers_of",
     "called",
     "children_of",
+    "function_modes",
     "gradients_of",
+    "hook_tables_of",
     "hooks_on_saved_tensors",
     "in_backward_pass",
     "inside",
@@ -33,13 +35,18 @@ __all__ = [
     "parameters_of",
     "pop_mode",
     "push_mode",
+    "saved_tensors_hooks_on_top",
     "script_call",
+    "set_function_modes",
     "set_script_call",
+    "set_torch_functions_seen",
     "storage_of",
     "top_mode",
+    "torch_functions_seen",
     "transformed",
     "version_of",
     "without_modes",
+    "without_saved_tensors_hooks",
     "written_in_python",
 ]
 
@@ -114,6 +121,39 @@ pop_mode: Callable[[], TorchFunctionMode] = _C._pop_torch_function_stack
 push_mode: Callable[[TorchFunctionMode], None] = _C._push_on_torch_function_stack
 """Put a mode on top."""
 
+def function_modes() -> list[TorchFunctionMode]:
+    """The modes that see torch functions, the one that sees them last first."""
+    count = _C._len_torch_function_stack()
+    return [_C._get_function_stack_at(i) for i in range(count)] if count else []
+
+
+def set_function_modes(modes: Sequence[TorchFunctionMode]) -> None:
+    """Have these modes see torch functions, and no others."""
+    if function_modes() != modes:
+        while _C._len_torch_function_stack():
+            pop_mode()
+        for mode in modes:
+            push_mode(mode)
+
+
+torch_functions_seen: Callable[[], Any] = _C._get_torch_function_state
+"""Who sees torch functions at all: modes and subclasses of tensors, one of the two, or nobody."""
+
+set_torch_functions_seen: Callable[[Any], None] = _C._set_torch_function_state
+"""Set who sees torch functions."""
+
+
+def saved_tensors_hooks_on_top() -> object:
+    """The pair of hooks on saved tensors that is at work, if any."""
+    return _C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def without_saved_tensors_hooks(top: object) -> None:
+    """Take pairs of hooks on saved tensors off until that one is at work."""
+    while (found := saved_tensors_hooks_on_top()) is not None and found != top:
+        _C._autograd._pop_saved_tensors_default_hooks()
+
+
 script_call: Any = _C.ScriptFunction.__dict__["__call__"]
 """How functions compiled by ``torch.jit.script`` are called."""
 
@@ -171,3 +211,16 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     """The modules that a module holds itself, by their names: the dictionary that it keeps them in."""
     return module._modules
+
+
+def hook_tables_of(
+    module: nn.Module,
+) -> tuple[Sequence[dict[int, Callable[..., object]]], Sequence[dict[int, bool]]]:
+    """The hooks of a module's calls by number, and what is marked of them, likewise."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    marks = (
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+        module._forward_pre_hooks_with_kwargs,
+    )
+    return hooks, marks

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tdhook.tape.functions import copying
 from tdhook.tape.internals import storage_of
+from tdhook.tape.undoing import undone
 
 __all__ = [
     "Guard",
@@ -147,10 +148,15 @@ def overwrites(module: nn.Module) -> bool:
 def out_of_place(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Make what overwrites its input return a new tensor instead, so that values saved for the backward pass stay."""
     changed = [module.__dict__ for module in modules if overwrites(module)]
-    try:
+    if not changed:
+        yield
+        return
+
+    def in_place() -> None:
+        for attributes in changed:
+            attributes["inplace"] = True
+
+    with undone(in_place):
         for attributes in changed:
             attributes["inplace"] = False
         yield
-    finally:
-        for attributes in changed:
-            attributes["inplace"] = True

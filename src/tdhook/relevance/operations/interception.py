@@ -33,7 +33,14 @@ from tdhook.selectors.names import (
 )
 from tdhook.tape.as_one import is_one
 from tdhook.tape.functions import on_tape
-from tdhook.tape.internals import maker_of, pop_mode, push_mode, top_mode
+from tdhook.tape.internals import (
+    function_modes,
+    maker_of,
+    pop_mode,
+    push_mode,
+    set_function_modes,
+    top_mode,
+)
 from tdhook.tape.overwriting import Guard, Outdated
 
 __all__ = ["Found", "Interception", "Lookup", "Observer", "Unmatched"]
@@ -121,10 +128,20 @@ class Interception(TorchFunctionMode):
         self._known: dict[object, _Known] = {}
         self._paused = 0
         self.paths = Paths(modules)
+        self._outer: list[list[TorchFunctionMode]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # What is known of torch functions is found again; they cannot all be pickled.
-        return {**self.__dict__, "_known": {}, "observer": None}
+        return {**self.__dict__, "_known": {}, "observer": None, "_outer": []}
+
+    def __enter__(self) -> Interception:
+        self._outer.append(function_modes())
+        push_mode(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # Not merely the uppermost one off: where this is interrupted, it need not be this one.
+        set_function_modes(self._outer.pop())
 
     @contextmanager
     def running(self, *, tracked: bool = False) -> Iterator[None]:
@@ -144,6 +161,19 @@ class Interception(TorchFunctionMode):
             stack.enter_context(self)
             yield
 
+    def resting(self) -> Callable[[], None]:
+        """Make it again what it is now, between calls, or around one that is made within another."""
+        paths = self.paths
+        observer, paused, around, following = self.observer, self._paused, paths.around, paths.following
+        depth = len(self._outer)
+
+        def put_back() -> None:
+            self.observer, self._paused = observer, paused
+            paths.around, paths.following = around, following
+            del self._outer[depth:]
+
+        return put_back
+
     def _again(self) -> AbstractContextManager[None] | None:
         """Watch a part of the forward pass that is run once more, in which nothing must have been overwritten."""
         return None if self.guard.active else self._watching_again()
@@ -161,20 +191,20 @@ class Interception(TorchFunctionMode):
         if self.paths.following and not self._paused:
             self._look_for_unseen(args)
         # Layers of torch overwrite nothing (they run out of place), so that there is nothing to see in them.
-        aside = binding.closed and top_mode() is self
-        if aside:
-            pop_mode()
-        self._paused += 1
+        aside, paused = binding.closed and top_mode() is self, self._paused
         try:
+            self._paused = paused + 1
+            if aside:
+                pop_mode()
             if self.observer is None:
                 result = bound.run(call)
-            elif self._paused == 1:
+            elif not paused:
                 result = self.observer.call(self.paths.current, None, bound, call)
             else:
                 result = bound.run(self.observer.inside(call))
         finally:
-            self._paused -= 1
-            if aside:
+            self._paused = paused
+            if aside and top_mode() is not self:
                 push_mode(self)
         layers = self.outdated.layers
         if not layers or id(module) not in layers or not args or not isinstance(args[0], Tensor):

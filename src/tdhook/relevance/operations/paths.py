@@ -29,7 +29,7 @@ class Paths:
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = modules
         self._names: dict[int, str] | None = None
-        self._around: nn.Module | None = None
+        self.around: nn.Module | None = None
         self.following = False
 
     def __getstate__(self) -> dict[str, object]:
@@ -52,7 +52,7 @@ class Paths:
         found: nn.Module | None = None
         unknown: list[str] = []
         for module in _calls():
-            if module is self._around:
+            if module is self.around:
                 break
             path = self._names.get(id(module))
             found = module if found is None else found
@@ -64,12 +64,12 @@ class Paths:
     @contextmanager
     def followed(self) -> Iterator[None]:
         """Follow one forward pass."""
-        self._around = next(_calls(), None)
+        self.around = next(_calls(), None)
         self.following = True
         try:
             yield
         finally:
-            self._around, self.following = None, False
+            self.around, self.following = None, False
 
 
 def _calls() -> Iterator[nn.Module]:

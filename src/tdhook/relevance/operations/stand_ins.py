@@ -6,21 +6,21 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from threading import Lock
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from tdhook.tape.internals import CHECKPOINTING, script_call, set_script_call, written_in_python
+from tdhook.tape.undoing import lock, set_to, undone
 
 __all__ = ["standing_in"]
 
 Again: TypeAlias = Callable[[], "AbstractContextManager[None] | None"]
 
 _AGAIN: ContextVar[Again | None] = ContextVar("again", default=None)
-_LOCK = Lock()
-_count = 0
+_LOCK = lock()
+_WITHIN: set[object] = set()
 
 _Function = CHECKPOINTING.CheckpointFunction
 _generator = CHECKPOINTING._checkpoint_without_reentrant_generator
@@ -38,27 +38,34 @@ def standing_in(again: Again) -> Iterator[None]:
         again: makes what is entered around a part of the model that is run once more, or says with ``None`` that none
             can be, so that everything is kept.
     """
-    token = _AGAIN.set(again)
-    _replace(+1)
-    try:
+    entry = object()
+    with undone(lambda: _leave(entry)), set_to(_AGAIN, again):
+        _enter(entry)
         yield
-    finally:
-        _replace(-1)
-        _AGAIN.reset(token)
 
 
-def _replace(step: int) -> None:
-    """The first of the threads that are within replaces what is torch's, the last one puts it back."""
-    global _count
+def _enter(entry: object) -> None:
+    """The first of those that are within replaces what is torch's."""
     with _LOCK:
-        before, _count = _count, _count + step
-        if before and _count:
-            return
-        ours = _count > 0
-        set_script_call(_call_in_python if ours else script_call)
-        CHECKPOINTING.CheckpointFunction = _Checkpoint if ours else _Function
-        CHECKPOINTING._checkpoint_without_reentrant_generator = _checkpointed if ours else _generator
-        _replace_squashing(sys.modules.get("torchrl.modules.distributions.continuous"), ours)
+        alone = not _WITHIN
+        _WITHIN.add(entry)
+        if alone:
+            _replace(ours=True)
+
+
+def _leave(entry: object) -> None:
+    """The last of them puts it back."""
+    with _LOCK:
+        if _WITHIN <= {entry}:
+            _replace(ours=False)
+        _WITHIN.discard(entry)
+
+
+def _replace(*, ours: bool) -> None:
+    set_script_call(_call_in_python if ours else script_call)
+    CHECKPOINTING.CheckpointFunction = _Checkpoint if ours else _Function
+    CHECKPOINTING._checkpoint_without_reentrant_generator = _checkpointed if ours else _generator
+    _replace_squashing(sys.modules.get("torchrl.modules.distributions.continuous"), ours)
 
 
 def _replace_squashing(home: object, ours: bool) -> None:

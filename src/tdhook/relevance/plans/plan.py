@@ -26,6 +26,7 @@ from tdhook.relevance.rules.batchnorm import merging
 from tdhook.relevance.rules.simple import PassRule
 from tdhook.selectors import Selector
 from tdhook.tape.overwriting import Mutated, out_of_place, overwrites, was_overwritten
+from tdhook.tape.undoing import Change
 
 __all__ = ["COLUMNS", "Merge", "Plan", "Row"]
 
@@ -84,6 +85,8 @@ class RulesOn:
 
     def __enter__(self) -> None:
         self._overwrote = self.overwrites
+        if self.plan.interception is not None:
+            Change(self.plan.interception.resting())
         with self._stack:  # takes off what is on, if something goes wrong here
             self.plan.attach(self._stack)
             if self.plan.interception is not None:
@@ -179,7 +182,8 @@ class Plan:
             self.interception.outdated.layers = set(map(id, overwriting))
         if overwriting:
             stack.enter_context(out_of_place(overwriting))
-        stack.callback(self._detach)
+        change = Change(self._detach)
+        stack.callback(change.undo)
         thread = get_ident()
         for binding in self._bindings:
             binding.attach(thread)
