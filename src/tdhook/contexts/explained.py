@@ -183,13 +183,28 @@ class ExplainedModule(TensorDictModuleBase):
         """What a call writes into ``td``, operation by operation."""
         runner = Runner(self._setup, td, self._state)
         with Undoing(), torch.inference_mode(False), torch.enable_grad():
-            found, base = runner.carefully(lambda: self._explained(runner))
-            written = base.written()
-            written.update(runner.beside)
-            if self._setup.question.values is not False:
-                written.update(self._values(base))
-            written.update(self._relevance(base, found))
+            try:
+                written = self._written(runner)
+            except BaseException:
+                runner.graph.cut_off(self._model.root, everywhere=False)  # the traceback holds all of it
+                raise
+            if runner.graph.alive and not torch.compiler.is_compiling():
+                setup = self._setup
+                setup.keeps_anywhere = runner.graph.cut_off(
+                    self._model.root, everywhere=setup.keeps_anywhere
+                )
         self._note_keys(written)
+        return written
+
+    def _written(self, runner: Runner) -> dict[NestedKey, Any]:
+        """The run and what explains it, off the tape."""
+        found, base = runner.carefully(lambda: self._explained(runner))
+        runner.base = None
+        written = base.written()
+        written.update(runner.beside)
+        if self._setup.question.values is not False:
+            written.update(self._values(base))
+        written.update(self._relevance(base, found))
         return written
 
     def _explained(self, runner: Runner) -> tuple[Mapping[NestedKey, Tensor], Run]:

@@ -13,6 +13,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
 from tdhook.models.turns import here
+from tdhook.tape.cutting import Graph
 from tdhook.tape.undoing import Hook, hooked
 
 __all__ = ["Captured", "call_name"]
@@ -29,6 +30,7 @@ class Captured:
 
     Args:
         replaced: values that take the place of those that are collected, by the same names, as leaves.
+        graph: told of these, and of other leaves that are made.
 
     Attributes:
         modules: outputs of modules, by path and call (:func:`call_name`).
@@ -36,6 +38,7 @@ class Captured:
     """
 
     replaced: Mapping[NestedKey, Tensor] = field(default_factory=dict)
+    graph: Graph = field(default_factory=Graph)
     modules: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[NestedKey, Tensor] = field(default_factory=dict)
 
@@ -85,11 +88,11 @@ class Captured:
     def _on_tape(self, value: Tensor, key: NestedKey) -> Tensor:
         """The value, or what takes its place; off the tape the graph begins here."""
         other = self.replaced.get(key)
-        if other is not None:
-            return other.detach().requires_grad_()
-        if value.requires_grad or not value.is_floating_point():
+        if other is None and (value.requires_grad or not value.is_floating_point()):
             return value
-        return value.detach().requires_grad_()
+        leaf = (value if other is None else other).detach().requires_grad_()
+        self.graph.grows_from([leaf])
+        return leaf
 
     def _keys_of(self, attribute: tuple[NestedKey, ...] | str) -> Callable[..., None]:
         def hook(module: Any, args: object, output: object) -> None:

@@ -79,6 +79,8 @@ class _Entries:
         self._held, self._before, self._without = held, dict(self._kind.items(held)), without
 
     def values(self) -> list[object]:
+        if not self._without:
+            return list(self._before.values())
         return [value for name, value in self._before.items() if name not in self._without]
 
     def changed(self) -> bool:
@@ -110,9 +112,12 @@ class Snapshot:
     Args:
         modules: the modules.
         alone: whether to leave out other modules that they lead to.
+        torch_alone: whether to leave out random numbers that others than torch draw, which takes a while.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], *, alone: bool = False) -> None:
+    def __init__(
+        self, modules: Iterable[nn.Module], *, alone: bool = False, torch_alone: bool = False
+    ) -> None:
         modules = tuple(modules)
         self._wanted = frozenset(map(id, modules)) if alone else None
         self._first = modules[:1]
@@ -120,16 +125,21 @@ class Snapshot:
         self._held: list[tuple[nn.Module, Held]] = []
         # What was seen is kept alive, lest something else come to have its id.
         self._seen: dict[int, object] = {}
-        self._random = [] if torch.compiler.is_compiling() else list(_random_states())
+        self._random = [] if torch.compiler.is_compiling() else list(_random_states(torch_alone))
         for module in modules:
             self._visit(module, module)
 
     @property
     def moved(self) -> tuple[nn.Module, ...]:
         """The modules that no longer hold what they held; random numbers that were drawn count as the first one's."""
-        drawn = self._first if any(held.changed() for held in self._random) else ()
+        drawn = self._first if self.drew else ()
         owners = (owner for owner, held in self._held if held.changed())
         return tuple({id(owner): owner for owner in (*drawn, *owners)}.values())
+
+    @property
+    def drew(self) -> bool:
+        """Whether random numbers were drawn that are shared by all."""
+        return any(held.changed() for held in self._random)
 
     def put_back(self) -> None:
         """Make everything what it was."""
@@ -167,6 +177,11 @@ def _is_traced(value: Tensor) -> bool:
 
 def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
     """How to put back what a value is, and the values in it."""
+    kind = type(value)
+    if kind is dict or kind is OrderedDict:  # most are
+        return _dictionary(value)  # type: ignore[arg-type]
+    if kind is set:
+        return (_set(value), list(value)) if value else (_set(value), ())  # type: ignore[call-overload]
     if isinstance(value, nn.Parameter):
         return None, ()
     if isinstance(value, nn.Module):
@@ -180,8 +195,7 @@ def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
     if isinstance(value, LazyStackedTensorDict):
         return None, value.tensordicts
     if isinstance(value, dict):
-        held = _Entries(value)
-        return held, [*value, *held.values()]
+        return _dictionary(value)
     if isinstance(value, list | deque):
         return _sequence(value), list(value)
     if isinstance(value, set):
@@ -196,6 +210,11 @@ def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
     if type(value).__module__.partition(".")[0] in LEFT_ALONE or not _is_plain(value):
         return None, ()
     return _object(value)
+
+
+def _dictionary(value: dict[Any, object]) -> tuple[Held, list[object]]:
+    held = _Entries(value)
+    return held, [*value, *held.values()]
 
 
 def _below(held: _Entries) -> tuple[Held, list[object]]:
@@ -312,22 +331,25 @@ def _generator(value: Any) -> Held | None:
     return None
 
 
-def _random_states() -> Iterator[Held]:
+def _random_states(torch_alone: bool) -> Iterator[Held]:
     """The states of the random numbers that are shared by all.
 
     Not from another thread: the main one would draw the same numbers twice.
     """
     if current_thread() is not main_thread():
         return
-    state, own = torch.get_rng_state(), random.getstate()
+    state = torch.get_rng_state()
     yield _By(lambda: not torch.equal(torch.get_rng_state(), state), lambda: torch.set_rng_state(state))
-    yield _By(lambda: random.getstate() != own, lambda: random.setstate(own))
     if torch.cuda.is_initialized():
         devices = torch.cuda.get_rng_state_all()
         yield _By(
             lambda: not all(map(torch.equal, torch.cuda.get_rng_state_all(), devices)),
             lambda: torch.cuda.set_rng_state_all(devices),
         )
+    if torch_alone:
+        return
+    own = random.getstate()
+    yield _By(lambda: random.getstate() != own, lambda: random.setstate(own))
     numpy: Any = sys.modules.get("numpy.random")
     if numpy is not None:
         yield _legacy(numpy.get_state, numpy.set_state)

@@ -7,16 +7,19 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from tensordict import LazyStackedTensorDict, TensorDictBase
-from tensordict.nn import TensorDictParams
+from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
-from tdhook.models.snapshots import Snapshot
+from tdhook.models.snapshots import LEFT_ALONE, Snapshot
 from tdhook.models.turns import Turn
-from tdhook.tape.internals import buffers_of, children_of, parameters_of
+from tdhook.tape.internals import buffers_of, children_of, hook_tables_of, parameters_of
 from tdhook.tape.undoing import Change, undone
 
-__all__ = ["Slot", "dense_copy", "frozen", "leaves_of", "modules_of", "restored", "slots_of", "swapped"]
+__all__ = ["Memory", "Slot", "dense_copy", "frozen", "leaves_of", "modules_of", "restored", "slots_of", "swapped"]
+
+LIBRARIES = (LEFT_ALONE - {"tdhook"}) | {"timm", "torchvision"}
+"""Top-level packages whose modules do the same in each call, as far as what they remember is concerned."""
 
 Slot: TypeAlias = "tuple[dict[str, Any], str]"
 """A dictionary that holds a parameter or a buffer, and its name there."""
@@ -77,7 +80,11 @@ def swapped(slots: Sequence[Slot], values: Sequence[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def restored(
-    root: nn.Module, *, always: bool = True, among: Iterable[nn.Module] | None = None
+    root: nn.Module,
+    *,
+    always: bool = True,
+    among: Iterable[nn.Module] | None = None,
+    torch_alone: bool = False,
 ) -> Iterator[Snapshot]:
     """Put back afterwards what a model holds, and the random state, always or only where the block raised.
 
@@ -87,13 +94,14 @@ def restored(
         root: the model.
         always: whether also where the block did not raise.
         among: those of its modules that are known to change, if they are known.
+        torch_alone: whether nobody but torch is known to draw random numbers.
 
     Yields:
         What is put back: :class:`~tdhook.models.snapshots.Snapshot`.
     """
     modules = tuple(modules_of(root).values() if among is None else among)
     with Turn(modules):
-        snapshot = Snapshot(modules, alone=among is not None)
+        snapshot = Snapshot(modules, alone=among is not None, torch_alone=torch_alone)
         put_back = True
 
         def restore() -> None:
@@ -103,6 +111,67 @@ def restored(
         with undone(restore):
             yield snapshot
             put_back = always
+
+
+class Memory:
+    """Which modules of a model change what they hold when it runs, as far as was seen or can be told.
+
+    In its first run all modules are looked at; then those that were seen to change, those of users' classes, which may
+    do so only at times, and those of torch that count in training.
+
+    Args:
+        root: the model.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        modules = modules_of(root).values()
+        self._suspects = [module for module in modules if _is_of_users(module)]
+        self._counting = [module for module in modules if buffers_of(module)]
+        self._moving: dict[int, nn.Module] | None = None
+        self._draws = False
+
+    @property
+    def changing(self) -> tuple[nn.Module, ...] | None:
+        """The modules that may change; ``None`` where none was seen to run."""
+        if self._moving is None:
+            return None
+        counting = [module for module in self._counting if module.training]
+        found = (*self._moving.values(), *self._suspects, *counting)
+        return tuple({id(module): module for module in found}.values())
+
+    @contextmanager
+    def kept(self, *, always: bool) -> Iterator[Snapshot | None]:
+        """:func:`restored` of what may change; ``None`` is yielded where nothing may.
+
+        Args:
+            always: whether to put it back also where the block did not raise.
+        """
+        among = self.changing
+        if among == () and not self._draws:
+            yield None
+            return
+        known = among is not None and not self._draws
+        with restored(self._root, always=always, among=among, torch_alone=known) as snapshot:
+            yield snapshot
+            if among is None:
+                self._moving = {id(module): module for module in snapshot.moved}
+                self._draws = snapshot.drew
+
+    def now(self) -> Snapshot:
+        """What may change, as it is now."""
+        return Snapshot(self.changing or modules_of(self._root).values(), alone=True)
+
+
+def _is_of_users(module: nn.Module) -> bool:
+    """Whether a module runs code that is not that of a known library."""
+    hooks, _ = hook_tables_of(module)
+    own: object = module.__dict__.get("module")
+    return (
+        type(module).__module__.partition(".")[0] not in LIBRARIES
+        or any(hooks)
+        or (isinstance(module, TensorDictModuleBase) and own is not None)
+    )
 
 
 class frozen:

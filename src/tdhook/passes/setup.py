@@ -13,7 +13,7 @@ from torch import nn
 
 from tdhook.models.capture import Captured
 from tdhook.models.model import Model
-from tdhook.models.state import modules_of
+from tdhook.models.state import Memory, modules_of
 from tdhook.models.turns import Turn
 from tdhook.passes.backward import PullBack
 from tdhook.passes.heads import Heads
@@ -64,7 +64,8 @@ class Setup:
         pull_back: runs backward passes.
         heads: what of the model is behind the target.
         turn: the right to change the model for a while, which one thread at a time has.
-        moving: modules that were seen to change what they hold when they run; ``None`` where none was seen to run.
+        memory: which modules may change what they hold when they run.
+        keeps_anywhere: whether values of its runs may be kept anywhere, and not only on the model, nor are they young.
 
     Raises:
         ValueError: the question names a module or a key that the model does not have.
@@ -92,7 +93,8 @@ class Setup:
         self.pull_back = PullBack(question.memory_budget)
         self.heads = Heads(model.runner, question.target.explains)
         self.turn = Turn(modules_of(model.root).values())
-        self.moving: tuple[nn.Module, ...] | None = None
+        self.memory = Memory(model.root)
+        self.keeps_anywhere = True
 
     @property
     def collects(self) -> bool:

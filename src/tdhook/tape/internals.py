@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = [
     "CHECKPOINTING",
+    "attention_in_parts",
     "buffers_of",
     "called",
     "children_of",
@@ -45,6 +46,7 @@ __all__ = [
     "torch_functions_seen",
     "transformed",
     "version_of",
+    "warn_of_loops",
     "without_modes",
     "without_saved_tensors_hooks",
     "written_in_python",
@@ -64,6 +66,12 @@ is_wrapped: Callable[[Tensor], bool] = _C._functorch.is_functorch_wrapped_tensor
 inside: Callable[[Tensor], Tensor] = _C._functorch.get_unwrapped
 """The tensor that a transform wrapped."""
 
+
+warn_of_loops: Callable[[bool], None] = _C._functorch._set_vmap_fallback_warning_enabled
+"""Set whether ``torch.vmap`` warns of functions that it loops over, which it does unless told."""
+
+attention_in_parts: Callable[..., tuple[Tensor, Tensor]] = torch._scaled_dot_product_attention_math
+"""Attention without a fused kernel: its values and its weights."""
 
 without_modes: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunction
 """Runs torch functions in sight of no mode."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import RLock, local
 from typing import Any, TypeAlias
+from weakref import ref
 
 import torch
 from torch import nn
@@ -47,9 +48,9 @@ class Change:
 
     def __init__(self, put_back: Callable[[], object]) -> None:
         self._put_back: Callable[[], object] | None = put_back
-        noted = getattr(_HERE, "changes", None)
-        if noted is not None:
-            noted.append(self)
+        within = _innermost()
+        if within is not None:
+            within.note(self)
 
     def undo(self) -> None:
         """Put it back, unless it was."""
@@ -108,6 +109,12 @@ def _take_off(modules: Sequence[nn.Module], put: Mapping[int, object]) -> None:
                 table.pop(number, None)
 
 
+def _innermost() -> Undoing | None:
+    """The block that this thread is in. It is held weakly: where its end was interrupted, it is gone all the same."""
+    found: ref[Undoing] | None = getattr(_HERE, "innermost", None)
+    return None if found is None else found()
+
+
 def lock() -> RLock:
     """A lock for what takes no time: where that is interrupted, it is let go when the explanation ends."""
     _LOCKS.append(RLock())
@@ -128,14 +135,18 @@ class Undoing:
     The modes of torch that were on when it began are on again, too.
     """
 
-    __slots__ = ("_changes", "_grad", "_hooks", "_modes", "_outer", "_seen")
+    __slots__ = ("__weakref__", "_changes", "_grad", "_hooks", "_modes", "_outer", "_seen")
 
     def __enter__(self) -> None:
         self._changes: list[Change] = []
-        self._outer: list[Change] | None = getattr(_HERE, "changes", None)
+        self._outer = _innermost()
         self._grad, self._modes = torch.is_grad_enabled(), function_modes()
         self._seen, self._hooks = torch_functions_seen(), saved_tensors_hooks_on_top()
-        _HERE.changes = self._changes
+        _HERE.innermost = ref(self)
+
+    def note(self, change: Change) -> None:
+        """Undo a change at the end, if nobody did before."""
+        self._changes.append(change)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
@@ -145,7 +156,7 @@ class Undoing:
                     break
                 except KeyboardInterrupt:
                     continue
-        _HERE.changes = self._outer
+        _HERE.innermost = None if self._outer is None else ref(self._outer)
 
     def _undo(self) -> None:
         for held in _LOCKS:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
+from tdhook.relevance.propagation.again import Again, remembers
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.forms import ClosedForm, closed_form
 from tdhook.relevance.propagation.merges import Place
@@ -38,6 +41,7 @@ class Formula(Protocol):
     needs_outputs: ClassVar[bool]
     needs_vjp: ClassVar[bool]
     needs_sign: ClassVar[bool]
+    reruns: ClassVar[bool]
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         """The relevance of each input, given that of each output."""
@@ -70,7 +74,11 @@ def running_layer(rule: Formula, layer: nn.Module, form: ClosedForm, otherwise: 
             # Strides and the like may have been set anew since the rule was bound.
             now = form if form.settled else closed_form(layer) or form
             executed = ExecutedLayer(rule, now, call, rule.needs_sign and is_nonnegative(x))
-            z = RuledLayer.apply(executed, x, parameters.weight, parameters.bias)
+            if layer._modules:  # what it computes with is made of others whenever it is read
+                weight, bias = executed.made_by_reading(x)
+            else:
+                weight, bias = parameters.weight, parameters.bias
+            z = RuledLayer.apply(executed, x, weight, bias)
         else:
             z = call.function(x)
         rule.check(layer, args, (z,))
@@ -89,16 +97,31 @@ class ExecutedLayer(Place):
         dtype: the precision in which the layer computed.
     """
 
-    __slots__ = ("_function", "_setting", "dtype", "form", "module", "nonnegative", "rule")
+    __slots__ = ("_function", "_made", "_setting", "dtype", "form", "module", "nonnegative", "rule")
 
     def __init__(self, rule: Formula, form: ClosedForm, call: Call, nonnegative: bool) -> None:
         self.rule, self.form, self.nonnegative = rule, form, nonnegative
         self.module, self._function, _, _, self._setting = call
         self.dtype: torch.dtype | None = None
+        self._made: Tensor | None = None
+
+    def made_by_reading(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run a layer whose parameters are made when they are read, and return the weight and bias that it read.
+
+        To read them again may make others: those of spectral normalisation change with each reading.
+        """
+        with torch.no_grad(), _Operands() as operands:
+            self._made = self._function(x)
+        weight: Tensor | None = operands.found.get("weight")
+        if weight is None:
+            parameters: Any = self.module
+            return parameters.weight, parameters.bias
+        return weight, operands.found.get("bias")
 
     def execute(self, x: Tensor) -> Tensor:
-        """Run the layer itself."""
-        z: Tensor = self._function(x)
+        """Run the layer itself, unless it was."""
+        made, self._made = self._made, None
+        z: Tensor = self._function(x) if made is None else made
         self.dtype = z.dtype
         return alias(z) if is_view(z) else z
 
@@ -118,6 +141,25 @@ class ExecutedLayer(Place):
         step = LinearStep(self.module, self.form, x, outputs, weight, bias, merged, cache)
         step.report, step.nonnegative = setting.report, self.nonnegative
         return step
+
+
+class _Operands(TorchFunctionMode):
+    """Takes down the weight and the bias of the last linear function that is called.
+
+    Attributes:
+        found: these, by name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, Tensor | None] = {}
+
+    def __torch_function__(
+        self, func: Any, types: object, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "").startswith(("linear", "conv")):
+            self.found = {**dict(zip(("weight", "bias"), args[1:3], strict=False)), **(kwargs or {})}
+        return func(*args, **(kwargs or {}))
 
 
 class RuledLayer(TapeFunction):
@@ -171,6 +213,9 @@ class ExecutedModule:
             names = self.module.parameter_names(args, kwargs)
             self.names = {i: names[i] for i in self.at if not on_tape(self.leaves[i])}
             self.at = [i for i in self.at if i not in self.names]
+        operation = isinstance(self.module, Operation)
+        draws = "dropout" in self.module.name if operation else remembers(self.module)
+        self._again = Again.of(self.module, kwargs) if rule.reruns and draws else None
         self.graph: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
         self.out_spec: TreeSpec | None = None
         self.out_leaves: list[Any] = []
@@ -237,7 +282,8 @@ class ExecutedModule:
     def evaluate(self, inputs: Sequence[Tensor], modify: Modify) -> tuple[Tensor, ...]:
         """The tensors that the module returns for other inputs and with modified parameters."""
         modifier = ParamModifier(lambda name, p: modify(name, p.detach()), ParamModifier.select_all)
-        with natively(self.module), modifier(self.module):
+        once_more = nullcontext() if self._again is None else self._again.as_before()
+        with once_more, natively(self.module), modifier(self.module):
             return tuple(z for z in tree_leaves(self._invoke(inputs, modify)) if isinstance(z, Tensor))
 
     def _arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:

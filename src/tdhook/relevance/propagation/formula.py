@@ -26,6 +26,8 @@ class PropagationRule(RunningRule):
     Attributes:
         needs_inputs: whether the formula reads ``step.inputs``, ``needs_outputs``: ``step.outputs``, ``needs_vjp``:
             ``step.vjp``, and ``needs_sign``: whether ``step.nonnegative`` saves it work.
+        reruns: whether it may run the step once more (``step.modified``, ``step.constants``), for which what the module
+            holds is kept.
         abbreviates: the formula that :meth:`shortcut` is short for. A class with a :meth:`propagate` of its own has no
             shortcut unless it names one.
     """
@@ -33,6 +35,7 @@ class PropagationRule(RunningRule):
     needs_inputs: ClassVar[bool] = True
     needs_outputs: ClassVar[bool] = False
     needs_vjp: ClassVar[bool] = False
+    reruns: ClassVar[bool] = True
     abbreviates: ClassVar[Callable[..., Grads] | None] = None
 
     @abstractmethod
