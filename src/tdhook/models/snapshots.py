@@ -90,6 +90,13 @@ class _Entries:
         )
         return not same and list(self._counting(held)) != list(self._counting(before))
 
+    def changed_besides(self, names: set[str]) -> bool:
+        """Whether anything changed but the values of those entries."""
+        now, before = dict(self._counting(self._held)), dict(self._counting(self._before))
+        return now.keys() != before.keys() or any(
+            now[name] != before[name] for name in now if name not in names
+        )
+
     def _counting(self, entries: Mapping[object, object]) -> Iterator[tuple[object, int]]:
         return ((name, id(value)) for name, value in entries.items() if name not in self._without)
 
@@ -122,10 +129,12 @@ class Snapshot:
         self._wanted = frozenset(map(id, modules)) if alone else None
         self._first = modules[:1]
         self._buffers = frozenset(id(x) for module in modules for x in buffers_of(module).values())
-        self._held: list[tuple[nn.Module, Held]] = []
+        self._held: list[tuple[nn.Module, object, Held]] = []
         # What was seen is kept alive, lest something else come to have its id.
         self._seen: dict[int, object] = {}
-        self._random = [] if torch.compiler.is_compiling() else list(_random_states(torch_alone))
+        traced = torch.compiler.is_compiling()
+        self._drawn = [] if traced else list(_drawn_by_torch())
+        self._random = [*self._drawn, *([] if traced or torch_alone else _drawn_by_others())]
         for module in modules:
             self._visit(module, module)
 
@@ -133,7 +142,7 @@ class Snapshot:
     def moved(self) -> tuple[nn.Module, ...]:
         """The modules that no longer hold what they held; random numbers that were drawn count as the first one's."""
         drawn = self._first if self.drew else ()
-        owners = (owner for owner, held in self._held if held.changed())
+        owners = (owner for owner, _, held in self._held if held.changed())
         return tuple({id(owner): owner for owner in (*drawn, *owners)}.values())
 
     @property
@@ -141,12 +150,33 @@ class Snapshot:
         """Whether random numbers were drawn that are shared by all."""
         return any(held.changed() for held in self._random)
 
+    def moved_besides(self, slots: Iterable[tuple[Mapping[str, object], str]]) -> nn.Module | None:
+        """A module that no longer holds what it held in anything but these entries and what torch draws, if any."""
+        entries: dict[int, set[str]] = {}
+        for registry, name in slots:
+            entries.setdefault(id(registry), set()).add(name)
+        tensors = {id(registry.get(name)) for registry, name in slots} | self._buffers
+        if any(held.changed() for held in self._random if held not in self._drawn):
+            return self._first[0]
+        for owner, value, held in self._held:
+            if isinstance(held, _Entries):
+                of = value.__dict__ if isinstance(value, nn.Module) else value
+                if held.changed_besides(entries.get(id(of), set())):
+                    return owner
+            elif id(value) not in tensors and held.changed():
+                return owner
+        return None
+
+    def overwrote(self, tensor: Tensor) -> bool:
+        """Whether a tensor that was held has other values than it had."""
+        return any(value is tensor and held.changed() for _, value, held in self._held)
+
     def put_back(self) -> None:
         """Make everything what it was."""
         for drawn in self._random:
             drawn.restore()
         with torch.no_grad():
-            for _, held in self._held:
+            for _, _, held in self._held:
                 if held.changed():
                     held.restore()
 
@@ -166,7 +196,7 @@ class Snapshot:
             self._seen[id(value)] = value
             owner = value if isinstance(value, nn.Module) else owner
             if held is not None:
-                self._held.append((owner, held))
+                self._held.append((owner, value, held))
             ahead += [(owner, one) for one in below if type(one) not in _PLAIN]
 
 
@@ -331,8 +361,8 @@ def _generator(value: Any) -> Held | None:
     return None
 
 
-def _random_states(torch_alone: bool) -> Iterator[Held]:
-    """The states of the random numbers that are shared by all.
+def _drawn_by_torch() -> Iterator[Held]:
+    """The states of the random numbers of torch that are shared by all.
 
     Not from another thread: the main one would draw the same numbers twice.
     """
@@ -346,7 +376,11 @@ def _random_states(torch_alone: bool) -> Iterator[Held]:
             lambda: not all(map(torch.equal, torch.cuda.get_rng_state_all(), devices)),
             lambda: torch.cuda.set_rng_state_all(devices),
         )
-    if torch_alone:
+
+
+def _drawn_by_others() -> Iterator[Held]:
+    """Likewise those of Python and numpy."""
+    if current_thread() is not main_thread():
         return
     own = random.getstate()
     yield _By(lambda: random.getstate() != own, lambda: random.setstate(own))

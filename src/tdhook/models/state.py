@@ -49,7 +49,10 @@ def modules_of(root: nn.Module) -> dict[str, nn.Module]:
 
 
 def slots_of(modules: Iterable[nn.Module]) -> tuple[Slot, ...]:
-    """Where the parameters and buffers of some modules are kept, so that they can be looked up and replaced."""
+    """Where the parameters and buffers of some modules are kept, so that they can be looked up and replaced.
+
+    Other tensors that are attributes of modules, a hidden state say, count as buffers.
+    """
     found: list[Slot] = []
     for module in modules:
         if isinstance(module, TensorDictParams):
@@ -61,6 +64,8 @@ def slots_of(modules: Iterable[nn.Module]) -> tuple[Slot, ...]:
         else:
             for registry in (parameters_of(module), buffers_of(module)):
                 found += [(registry, name) for name, value in registry.items() if value is not None]
+            own = module.__dict__
+            found += [(own, name) for name, value in own.items() if isinstance(value, Tensor)]
     return tuple(found)
 
 

@@ -27,7 +27,7 @@ from tdhook.tape.internals import (
     without_saved_tensors_hooks,
 )
 
-__all__ = ["Change", "Hook", "Undoing", "hooked", "lock", "set_to", "undone"]
+__all__ = ["Change", "Hook", "Undoing", "hooked", "lock", "set_to", "undone", "undone_where_raised"]
 
 Hook: TypeAlias = "tuple[Callable[..., Any], Callable[..., object], dict[str, bool]]"
 """A method that registers a hook, such as ``module.register_forward_hook``, the hook, and how."""
@@ -66,6 +66,18 @@ def undone(put_back: Callable[[], object]) -> Iterator[None]:
     change = Change(put_back)
     try:
         yield
+    finally:
+        change.undo()
+
+
+@contextmanager
+def undone_where_raised(put_back: Callable[[], object]) -> Iterator[None]:
+    """Put a change back that is made within, where the block raises."""
+    change = Change(lambda: None if done else put_back())
+    done = False
+    try:
+        yield
+        done = True
     finally:
         change.undo()
 
