@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import torch
 from tensordict import LazyStackedTensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from tensordict.utils import NestedKey
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 
 from tdhook.models.snapshots import LEFT_ALONE, Snapshot
 from tdhook.models.turns import Turn
-from tdhook.tape.internals import buffers_of, children_of, hook_tables_of, parameters_of
+from tdhook.tape.internals import buffers_of, children_of, hook_tables_of, parameters_of, version_of
 from tdhook.tape.undoing import Change, undone
 
-__all__ = ["Memory", "Slot", "dense_copy", "frozen", "leaves_of", "modules_of", "restored", "slots_of", "swapped"]
+__all__ = ["Memory", "Slot", "as_normal", "dense_copy", "frozen", "leaves_of", "modules_of", "restored", "slots_of", "swapped"]
 
 LIBRARIES = (LEFT_ALONE - {"tdhook"}) | {"timm", "torchvision"}
 """Top-level packages whose modules do the same in each call, as far as what they remember is concerned."""
@@ -81,6 +82,59 @@ def swapped(slots: Sequence[Slot], values: Sequence[Tensor]) -> Iterator[None]:
     with undone(lambda: put(kept)):
         put(values)
         yield
+
+
+@contextmanager
+def as_normal(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Have modules hold normal tensors in the place of those that were made in inference mode, which no tape takes.
+
+    What is written to the former is written to the latter afterwards. What modules hold anew they keep.
+    """
+    found = _inference_slots(modules)
+    if not found:
+        yield
+        return
+    originals: list[Any] = [registry[name] for registry, name in found]
+    with torch.no_grad():
+        stand_ins = [
+            [x.clone() for x in value] if isinstance(value, list) else value.clone() for value in originals
+        ]
+    versions = [0 if isinstance(value, list) else version_of(value) for value in stand_ins]
+
+    def put_back() -> None:
+        for (registry, name), value, normal, version in zip(
+            found, originals, stand_ins, versions, strict=True
+        ):
+            if registry.get(name) is normal:
+                if not isinstance(normal, list) and version_of(normal) != version:
+                    with torch.inference_mode():
+                        value.copy_(normal)
+                registry[name] = value
+
+    with undone(put_back):
+        for (registry, name), normal in zip(found, stand_ins, strict=True):
+            registry[name] = normal
+        yield
+
+
+def _inference_slots(modules: Iterable[nn.Module]) -> list[Slot]:
+    """Where tensors are that were made in inference mode."""
+    if torch.compiler.is_compiling():
+        return []
+    found: list[Slot] = []
+    for module in modules:
+        own = module.__dict__
+        for registry in (own["_parameters"], own["_buffers"]):
+            for name, value in registry.items():
+                if value is not None and value.is_inference():
+                    found.append((registry, name))
+        for name, value in own.items():
+            if isinstance(value, Tensor) and value.is_inference():
+                found.append((own, name))
+        weights = own.get("_flat_weights")  # recurrent layers hold their parameters in a list besides
+        if weights and any(isinstance(x, Tensor) and x.is_inference() for x in weights):
+            found.append((own, "_flat_weights"))
+    return found
 
 
 @contextmanager
@@ -197,8 +251,6 @@ class frozen:
             values = module.parameters() if isinstance(module, TensorDictParams) else own.values()
             for parameter in values:
                 if parameter is not None and parameter.requires_grad and parameter.is_leaf:
-                    if parameter.is_inference():
-                        continue  # inference tensors are on no tape, whatever they say
                     self._thawed.append(parameter)
                     parameter.requires_grad_(False)
 

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from tdhook.models.sites import Site
-from tdhook.models.state import modules_of, restored
+from tdhook.models.state import as_normal, modules_of, restored
 from tdhook.models.turns import here
 from tdhook.tape.internals import parameters_of
 from tdhook.tape.overwriting import out_of_place
@@ -106,6 +106,7 @@ def traced(root: nn.Module, wrapper: TensorDictModuleBase, run: Callable[[], obj
     with (
         hooked(*hooks),
         restored(root),
+        as_normal(execution.modules.values()),
         out_of_place(execution.modules.values()),
         torch.no_grad(),
         watch,

@@ -56,15 +56,18 @@ class Turn:
 
     Args:
         modules: the modules.
+
+    Attributes:
+        modules: likewise.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._modules = tuple(modules)
-        self._ids = frozenset(map(id, self._modules))
+        self.modules = tuple(modules)
+        self._ids = frozenset(map(id, self.modules))
         self._mine = local()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Turn, (self._modules,)
+        return Turn, (self.modules,)
 
     def __enter__(self) -> None:
         claim = _Claim(get_ident(), self._ids)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tdhook.models.capture import Captured
 from tdhook.models.snapshots import Snapshot
+from tdhook.models.state import as_normal
 from tdhook.passes.forward import AsItIs, Run, Within
 from tdhook.passes.heads import NotBehind
 from tdhook.passes.setup import Setup
@@ -84,7 +85,8 @@ class Runner:
         work, inputs = setup.leaves(td, replaced)
         self.graph.grows_from(inputs.values())
         is_base = td is self.td and not replaced and self.base is None
-        with setup.turn, nullcontext() if is_base else self.from_the_start(), how.attached():
+        apart = _NOTHING if is_base else self.from_the_start()
+        with setup.turn, apart, as_normal(setup.turn.modules), how.attached():
             if how.overwrites:
                 for key, value in inputs.items():
                     work.set(key, value.clone())
