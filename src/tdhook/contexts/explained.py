@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from tdhook.keys import named_tensors, parts_of, under
 from tdhook.markup import html_table
+from tdhook.models.holding import Makeup
 from tdhook.models.model import Model
 from tdhook.passes import compiled
 from tdhook.passes.forward import Run
 from tdhook.passes.graphs import Graphs
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Question, Setup
+from tdhook.tape.internals import top_mode, unwatched
 from tdhook.tape.undoing import Undoing
 
 __all__ = ["ExplainedModule", "Explaining"]
@@ -64,10 +67,15 @@ class ExplainedModule(TensorDictModuleBase):
         # The very dictionaries of the model, so that whatever is registered there later is seen here too.
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[registry] = model.root.__dict__[registry]
-        self.__dict__["_model"] = model
         self.training = model.root.training
         self._method = method
         self._closed = False
+        self._begin(model, state)
+
+    def _begin(self, model: Model, state: object = None) -> None:
+        """Work out what is kept from call to call, for the modules that the model now consists of."""
+        method = self._method
+        self.__dict__["_model"], self.__dict__["_makeup"] = model, Makeup(model.root)
         self._setup = setup = Setup(model, method.question)
         self.in_keys = list(setup.in_keys)
         self._entries: dict[NestedKey, NestedKey] = {key: self.entry(key) for key in setup.sources}
@@ -139,6 +147,8 @@ class ExplainedModule(TensorDictModuleBase):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on a TensorDict and write its outputs and the relevance of its inputs into it.
 
+        A model that consists of other modules than in the call before is explained as it now is.
+
         Args:
             *args: the TensorDict, which holds the keys that the model reads, with any batch size; or, as with any
                 TensorDictModule, the tensors themselves in the order of ``in_keys``.
@@ -164,11 +174,14 @@ class ExplainedModule(TensorDictModuleBase):
             return values[0] if len(values) == 1 else values
         if torch.compiler.is_compiling():
             written = compiled.inline(self._graphs, td)
-        elif self._graphs.wanted:
-            with Undoing():
-                written = compiled.run(self._graphs, td)
         else:
-            written = self.explain(td)
+            if not self._makeup.holds():
+                self._begin(self._model.anew())
+            if self._graphs.wanted:
+                with Undoing():
+                    written = compiled.run(self._graphs, td)
+            else:
+                written = self.explain(td)
         for key, value in written.items():
             td.set(key, value)
         return td
@@ -182,7 +195,8 @@ class ExplainedModule(TensorDictModuleBase):
     def explain(self, td: TensorDictBase) -> dict[NestedKey, Any]:
         """What a call writes into ``td``, operation by operation."""
         runner = Runner(self._setup, td, self._state)
-        with Undoing(), torch.inference_mode(False), torch.enable_grad():
+        alone = nullcontext() if top_mode() is None else unwatched()
+        with Undoing(), torch.inference_mode(False), torch.enable_grad(), alone:
             try:
                 written = self._written(runner)
             except BaseException:
@@ -190,9 +204,7 @@ class ExplainedModule(TensorDictModuleBase):
                 raise
             if runner.graph.alive and not torch.compiler.is_compiling():
                 setup = self._setup
-                setup.keeps_anywhere = runner.graph.cut_off(
-                    self._model.root, everywhere=setup.keeps_anywhere
-                )
+                setup.keeps_anywhere = runner.graph.cut_off(self._model.root, everywhere=setup.keeps_anywhere)
         self._note_keys(written)
         return written
 

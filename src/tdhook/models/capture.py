@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tdhook.models.turns import here
 from tdhook.tape.cutting import Graph
+from tdhook.tape.dependence import leaf
 from tdhook.tape.undoing import Hook, hooked
 
 __all__ = ["Captured", "call_name"]
@@ -31,6 +32,7 @@ class Captured:
     Args:
         replaced: values that take the place of those that are collected, by the same names, as leaves.
         graph: told of these, and of other leaves that are made.
+        axis: ``(name, output, module) -> axis`` that is to be the first one of what is collected.
 
     Attributes:
         modules: outputs of modules, by path and call (:func:`call_name`).
@@ -39,6 +41,7 @@ class Captured:
 
     replaced: Mapping[NestedKey, Tensor] = field(default_factory=dict)
     graph: Graph = field(default_factory=Graph)
+    axis: Callable[[str, Tensor, nn.Module], int] = lambda name, output, module: 0
     modules: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[NestedKey, Tensor] = field(default_factory=dict)
 
@@ -61,7 +64,9 @@ class Captured:
             runner: the model, whose inner TensorDictModules are watched for keys.
             attribute: which keys; ``"all"`` of them, or ``None``.
         """
-        hooks: list[Hook] = [(m.register_forward_hook, here(self._output_of(path)), {}) for path, m in paths.items()]
+        hooks: list[Hook] = [
+            (m.register_forward_hook, here(self._output_of(path)), {}) for path, m in paths.items()
+        ]
         if attribute:
             for module in runner.modules():
                 if isinstance(module, TensorDictModuleBase):
@@ -80,8 +85,12 @@ class Captured:
             while call_name(path, call) in self.modules:
                 call += 1
             name = call_name(path, call)
-            self.modules[name] = value = self._on_tape(output, (name,))
-            return value
+            axis = self.axis(name, output, module)
+            if axis == 0:
+                self.modules[name] = value = self._on_tape(output, (name,))
+                return value
+            self.modules[name] = value = self._on_tape(output.movedim(axis, 0), (name,))
+            return value.movedim(0, axis)
 
         return hook
 
@@ -90,9 +99,9 @@ class Captured:
         other = self.replaced.get(key)
         if other is None and (value.requires_grad or not value.is_floating_point()):
             return value
-        leaf = (value if other is None else other).detach().requires_grad_()
-        self.graph.grows_from([leaf])
-        return leaf
+        begun = leaf(value if other is None else other)
+        self.graph.grows_from([begun])
+        return begun
 
     def _keys_of(self, attribute: tuple[NestedKey, ...] | str) -> Callable[..., None]:
         def hook(module: Any, args: object, output: object) -> None:

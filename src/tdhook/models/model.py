@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from tensordict import TensorDictBase
@@ -12,7 +12,8 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-from tdhook.models.state import modules_of, restored
+from tdhook.models.holding import modules_of
+from tdhook.models.state import restored
 
 __all__ = ["InKeys", "Model"]
 
@@ -84,6 +85,10 @@ class Model:
                     raise ValueError(f"Key {key} not in module.{name}: {list(known)}")
         attributed = module.in_keys if in_keys is None else in_keys
         return Model(module, module, tuple(map(unravel_key, attributed)))
+
+    def anew(self) -> Model:
+        """The same model, of which nothing is known but what was asked of it."""
+        return replace(self, _flattens={})
 
     def submodule(self, path: str) -> nn.Module:
         """The module at a dotted path; below a TensorDictModule, paths may start inside the module that it wraps."""

@@ -1,4 +1,4 @@
-"""What a model holds besides its parameters: all of its modules, and the state that a run changes."""
+"""What a model holds besides its parameters: where it is kept, and how it is put back."""
 
 from __future__ import annotations
 
@@ -12,41 +12,28 @@ from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from tdhook.models.holding import modules_of
 from tdhook.models.snapshots import LEFT_ALONE, Snapshot
 from tdhook.models.turns import Turn
-from tdhook.tape.internals import buffers_of, children_of, hook_tables_of, parameters_of, version_of
-from tdhook.tape.undoing import Change, undone
+from tdhook.tape.internals import buffers_of, hook_tables_of, parameters_of, version_of
+from tdhook.tape.undoing import undone
 
-__all__ = ["Memory", "Slot", "as_normal", "dense_copy", "frozen", "leaves_of", "modules_of", "restored", "slots_of", "swapped"]
+__all__ = [
+    "Memory",
+    "Slot",
+    "as_normal",
+    "dense_copy",
+    "leaves_of",
+    "restored",
+    "slots_of",
+    "swapped",
+]
 
 LIBRARIES = (LEFT_ALONE - {"tdhook"}) | {"timm", "torchvision"}
 """Top-level packages whose modules do the same in each call, as far as what they remember is concerned."""
 
 Slot: TypeAlias = "tuple[dict[str, Any], str]"
 """A dictionary that holds a parameter or a buffer, and its name there."""
-
-
-def modules_of(root: nn.Module) -> dict[str, nn.Module]:
-    """All modules of a model by dotted path, those included that it holds without registering them.
-
-    torchrl's multi-agent networks run such a module, with parameters that are kept elsewhere.
-    """
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-
-    def visit(prefix: str, module: nn.Module) -> None:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        found[prefix] = module
-        # A copy: another thread may put something on the module meanwhile.
-        hidden = [(name, m) for name, m in list(vars(module).items()) if isinstance(m, nn.Module)]
-        for name, child in [*children_of(module).items(), *hidden]:
-            if child is not None:
-                visit(f"{prefix}.{name}" if prefix else name, child)
-
-    visit("", root)
-    return found
 
 
 def slots_of(modules: Iterable[nn.Module]) -> tuple[Slot, ...]:
@@ -231,35 +218,6 @@ def _is_of_users(module: nn.Module) -> bool:
         or any(hooks)
         or (isinstance(module, TensorDictModuleBase) and own is not None)
     )
-
-
-class frozen:
-    """Takes the parameters of modules off the tape, so that only what depends on the inputs is on it."""
-
-    __slots__ = ("_change", "_modules", "_thawed")
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._modules = modules
-        self._thawed: list[Tensor] = []
-
-    def __enter__(self) -> None:
-        self._change = Change(self._thaw)
-        for module in self._modules:
-            own = module._parameters
-            if not own:
-                continue
-            values = module.parameters() if isinstance(module, TensorDictParams) else own.values()
-            for parameter in values:
-                if parameter is not None and parameter.requires_grad and parameter.is_leaf:
-                    self._thawed.append(parameter)
-                    parameter.requires_grad_(False)
-
-    def __exit__(self, *exception: object) -> None:
-        self._change.undo()
-
-    def _thaw(self) -> None:
-        for parameter in self._thawed:
-            parameter.requires_grad_(True)
 
 
 def dense_copy(td: TensorDictBase) -> TensorDictBase:

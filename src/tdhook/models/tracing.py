@@ -18,8 +18,9 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from tdhook.models.holding import modules_of
 from tdhook.models.sites import Site
-from tdhook.models.state import as_normal, modules_of, restored
+from tdhook.models.state import as_normal, restored
 from tdhook.models.turns import here
 from tdhook.tape.internals import parameters_of
 from tdhook.tape.overwriting import out_of_place

@@ -141,12 +141,12 @@ _QUIET: set[object] = set()
 
 @contextmanager
 def _without_a_word_of_loops() -> Iterator[None]:
-    """torch loops over what it cannot vectorise (fused attention), and would warn of that, in any thread."""
+    """Torch loops over what it cannot vectorise (fused attention), and would warn of that, in any thread."""
     entry = object()
 
     def leave() -> None:
         with _LOCK:
-            if _QUIET <= {entry}:
+            if {entry} >= _QUIET:
                 warn_of_loops(True)
             _QUIET.discard(entry)
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
@@ -188,6 +189,8 @@ class Run:
             ValueError: the target depends on none of the sources.
         """
         require_dependence(seeds, sources, [z.requires_grad for z in seeds.tensors])
+        if self.setup.axes.unsure:
+            self._look_at_axes(seeds)
         pulled = self.setup.pull_back(seeds, list(sources.values()), keep=keep)
         require_dependence(seeds, sources, [any(grad is not None for grad in pulled)])
         several = () if seeds.several is None else (seeds.several,)
@@ -195,6 +198,19 @@ class Run:
             key: value.new_zeros(*several, *value.shape) if grad is None else grad.detach()
             for (key, value), grad in zip(sources.items(), pulled, strict=True)
         }
+
+    def _look_at_axes(self, seeds: Seeds) -> None:
+        """Find the batch axes that sizes do not tell, by a backward pass of the first element of the batch."""
+        unsure = {name: self.modules[name] for name in self.setup.axes.unsure if name in self.modules}
+        grads = [torch.zeros_like(z) for z in seeds.tensors]
+        first = (0,) * self.td.batch_dims
+        lead = (0, *first) if seeds.several is not None else first
+        for only, grad in zip(grads, seeds.grads, strict=True):
+            only[first] = grad[lead]
+        pulled = self.setup.pull_back(
+            Seeds(seeds.keys, seeds.tensors, grads), list(unsure.values()), keep=True
+        )
+        self.setup.axes.learn(dict(zip(unsure, pulled, strict=True)), self.td.batch_size.numel())
 
     def in_batch_shape(self, key: NestedKey, value: Tensor, source: Tensor) -> Tensor:
         """What belongs to a source, as ``[*batch, *features]`` or ``[*batch, outputs, *features]``.

@@ -12,8 +12,9 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from tdhook.models.holding import modules_of
 from tdhook.models.snapshots import Snapshot
-from tdhook.models.state import Slot, modules_of, slots_of
+from tdhook.models.state import Slot, slots_of
 from tdhook.tape.undoing import undone_where_raised
 
 __all__ = ["Compile", "Graphs", "Remembers", "compile_options"]

@@ -14,6 +14,7 @@ from torch import Tensor
 from tdhook.models.model import Model
 from tdhook.models.state import dense_copy, leaves_of
 from tdhook.tape.conditions import assumed_nonnegative
+from tdhook.tape.dependence import leaf as leaf_of
 from tdhook.tape.origins import mark_nonnegative
 
 __all__ = ["Choose", "Leaves"]
@@ -61,7 +62,7 @@ class Leaves:
             if not value.is_floating_point():
                 self._tell_once(key, value)
                 continue
-            leaf = replaced.get(key, value).detach().requires_grad_()
+            leaf = leaf_of(replaced.get(key, value))
             if key in nonnegative and key not in replaced:
                 mark_nonnegative(leaf)
             inputs[key] = leaf

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from tdhook.models.capture import Captured
 from tdhook.models.snapshots import Snapshot
 from tdhook.models.state import as_normal
+from tdhook.passes.axes import Misread
 from tdhook.passes.forward import AsItIs, Run, Within
 from tdhook.passes.heads import NotBehind
 from tdhook.passes.setup import Setup
@@ -82,15 +84,15 @@ class Runner:
         """
         setup, replaced, how = self.setup, replaced or {}, within or AsItIs()
         asked = target or self.setup.question.target
-        work, inputs = setup.leaves(td, replaced)
-        self.graph.grows_from(inputs.values())
         is_base = td is self.td and not replaced and self.base is None
         apart = _NOTHING if is_base else self.from_the_start()
         with setup.turn, apart, as_normal(setup.turn.modules), how.attached():
+            work, inputs = setup.leaves(td, replaced)
+            self.graph.grows_from(inputs.values())
             if how.overwrites:
                 for key, value in inputs.items():
                     work.set(key, value.clone())
-            captured = Captured(replaced, self.graph)
+            captured = Captured(replaced, self.graph, partial(setup.axis, tuple(td.batch_size)))
             heads = (
                 setup.heads.off_the_tape(how.overwrites)
                 if setup.heads.possible and not how.whole
@@ -150,5 +152,5 @@ class Runner:
             try:
                 with setup.memory.kept(always=False) as self._before:
                     return attempt()
-            except (Mutated, NotBehind):
+            except (Mutated, NotBehind, Misread):
                 continue

@@ -9,12 +9,14 @@ from typing import TypeAlias
 
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
-from torch import nn
+from torch import Tensor, nn
 
 from tdhook.models.capture import Captured
+from tdhook.models.holding import modules_of
 from tdhook.models.model import Model
-from tdhook.models.state import Memory, modules_of
+from tdhook.models.state import Memory
 from tdhook.models.turns import Turn
+from tdhook.passes.axes import Axes
 from tdhook.passes.backward import PullBack
 from tdhook.passes.heads import Heads
 from tdhook.passes.leaves import Choose, Leaves
@@ -66,6 +68,7 @@ class Setup:
         turn: the right to change the model for a while, which one thread at a time has.
         memory: which modules may change what they hold when they run.
         keeps_anywhere: whether values of its runs may be kept anywhere, and not only on the model, nor are they young.
+        axes: which axes of the outputs of modules are the batch's.
 
     Raises:
         ValueError: the question names a module or a key that the model does not have.
@@ -95,6 +98,11 @@ class Setup:
         self.turn = Turn(modules_of(model.root).values())
         self.memory = Memory(model.root)
         self.keeps_anywhere = True
+        self.axes = Axes()
+
+    def axis(self, batch: tuple[int, ...], name: str, output: Tensor, module: nn.Module) -> int:
+        """Which axis of a module's output is that of the batch."""
+        return self.axes.of(name, type(module).__name__, tuple(output.shape), batch)
 
     @property
     def collects(self) -> bool:

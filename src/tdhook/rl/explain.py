@@ -18,8 +18,9 @@ from tdhook.contexts.attribution import Attribution
 from tdhook.contexts.explained import ExplainedModule
 from tdhook.extras import require
 from tdhook.keys import known_keys, parts_of, under
+from tdhook.models.holding import modules_of
 from tdhook.models.model import InKeys
-from tdhook.models.state import Slot, modules_of, slots_of
+from tdhook.models.state import Slot, slots_of
 from tdhook.passes.rows import beside, joined
 from tdhook.targets.hindsight import InHindsight
 

@@ -13,7 +13,8 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
 from tdhook.contexts.attribution import Attribution
-from tdhook.models.state import modules_of, restored
+from tdhook.models.holding import modules_of
+from tdhook.models.state import restored
 
 if TYPE_CHECKING:
     from torchrl.record.loggers.common import Logger

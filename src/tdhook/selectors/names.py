@@ -134,6 +134,13 @@ def queries(function: Callable[..., object]) -> bool:
     return name in _QUERIES
 
 
+def begins_tape(function: Callable[..., object]) -> bool:
+    """Whether a function puts a tensor on the tape, or takes it off."""
+    name = _raw_name(function)
+    owner = getattr(getattr(function, "__self__", None), "__name__", "")
+    return name == "requires_grad_" or (name == "__set__" and owner == "requires_grad")
+
+
 def initialises(function: Callable[..., object]) -> bool:
     """Whether a function fills a new parameter, as layers do that a model makes on its way: off the tape."""
     return getattr(function, "__module__", None) == "torch.nn.init"

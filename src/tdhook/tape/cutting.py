@@ -17,7 +17,7 @@ from weakref import ref
 from torch import Tensor
 from torch.utils import swap_tensors
 
-from tdhook.tape.internals import is_view
+from tdhook.tape.internals import base_of, is_view
 
 __all__ = ["Graph"]
 
@@ -30,9 +30,9 @@ class Graph:
     def __init__(self) -> None:
         self._leaves: list[ref[Tensor]] = []
 
-    def grows_from(self, leaves: Iterable[Tensor]) -> None:
-        """Note some of its leaves."""
-        self._leaves += map(ref, leaves)
+    def grows_from(self, begun: Iterable[Tensor]) -> None:
+        """Note where it begins: what :func:`~tdhook.tape.dependence.leaf` made, each a view of a leaf."""
+        self._leaves += (ref(base_of(x)) for x in begun)
 
     @property
     def alive(self) -> bool:
@@ -68,10 +68,12 @@ class Graph:
         count = 0
         for value in objects:
             # Not isinstance: some objects pass for what they stand for, which may be gone.
-            if issubclass(type(value), Tensor) and value.grad_fn is not None:  # type: ignore[attr-defined]
-                if _reaches(value.grad_fn, leaves, reached):  # type: ignore[attr-defined]
-                    _detach(value)  # type: ignore[arg-type]
-                    count += 1
+            if not issubclass(type(value), Tensor):
+                continue
+            node = value.grad_fn  # type: ignore[attr-defined]
+            if node is not None and _reaches(node, leaves, reached):
+                _detach(value)  # type: ignore[arg-type]
+                count += 1
         return count
 
 

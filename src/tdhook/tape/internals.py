@@ -17,7 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = [
     "CHECKPOINTING",
+    "Watching",
     "attention_in_parts",
+    "base_of",
     "buffers_of",
     "called",
     "children_of",
@@ -32,7 +34,9 @@ __all__ = [
     "is_wrapped",
     "maker_of",
     "mode_options",
+    "nodes_made",
     "nonstrict",
+    "number_of",
     "parameters_of",
     "pop_mode",
     "push_mode",
@@ -45,6 +49,7 @@ __all__ = [
     "top_mode",
     "torch_functions_seen",
     "transformed",
+    "unwatched",
     "version_of",
     "warn_of_loops",
     "without_modes",
@@ -82,6 +87,12 @@ def is_view(x: Tensor) -> bool:
     return x._is_view()
 
 
+def base_of(x: Tensor) -> Tensor:
+    """The tensor that a tensor is a view of, or itself."""
+    base = x._base
+    return x if base is None else base
+
+
 def version_of(x: Tensor) -> int:
     """How often a tensor, or one of the same memory, was overwritten."""
     return x._version
@@ -107,6 +118,15 @@ def storage_of(x: Tensor) -> int:
     return int(x.untyped_storage()._cdata)
 
 
+nodes_made: Callable[[], int] = _C._autograd._get_sequence_nr
+"""How many nodes this thread has put on the tape so far."""
+
+
+def number_of(node: Any) -> int:
+    """The number of a node of the tape among those of its thread, in the order in which they were made."""
+    return int(node._sequence_nr())
+
+
 def maker_of(node: object) -> type | None:
     """The class of the function that made a node of the tape, if it was written in Python."""
     return getattr(type(node), "_forward_cls", None)
@@ -128,6 +148,7 @@ pop_mode: Callable[[], TorchFunctionMode] = _C._pop_torch_function_stack
 
 push_mode: Callable[[TorchFunctionMode], None] = _C._push_on_torch_function_stack
 """Put a mode on top."""
+
 
 def function_modes() -> list[TorchFunctionMode]:
     """The modes that see torch functions, the one that sees them last first."""
@@ -160,6 +181,28 @@ def without_saved_tensors_hooks(top: object) -> None:
     """Take pairs of hooks on saved tensors off until that one is at work."""
     while (found := saved_tensors_hooks_on_top()) is not None and found != top:
         _C._autograd._pop_saved_tensors_default_hooks()
+
+
+class Watching(TorchFunctionMode):
+    """A mode that watches one pass; a pass within another is watched by its own mode alone."""
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Run in sight of no mode that watches another pass."""
+    modes = []
+    while (mode := top_mode()) is not None:
+        modes.append(pop_mode())
+    try:
+        for mode in reversed(modes):
+            if not isinstance(mode, Watching):
+                push_mode(mode)
+        yield
+    finally:
+        while top_mode() is not None:
+            pop_mode()
+        for mode in reversed(modes):
+            push_mode(mode)
 
 
 script_call: Any = _C.ScriptFunction.__dict__["__call__"]

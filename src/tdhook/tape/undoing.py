@@ -95,8 +95,7 @@ def set_to(variable: ContextVar[Any], value: object) -> Iterator[None]:
 
 
 @contextmanager
-def hooked(
-    *hooks: Hook) -> Iterator[None]:
+def hooked(*hooks: Hook) -> Iterator[None]:
     """Put hooks on modules within.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,13 @@ from tdhook.relevance.operations.written_out import entered, written_out
 from tdhook.relevance.propagation.binding import Binding, Bound
 from tdhook.relevance.propagation.call import ALONE, Call, Setting
 from tdhook.relevance.propagation.conversions import Substituted
+from tdhook.relevance.propagation.entering import is_linear, no_operation
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule
 from tdhook.selectors import Selector
 from tdhook.selectors.names import (
+    begins_tape,
     initialises,
     name_of,
     out_of_place_form,
@@ -32,8 +34,9 @@ from tdhook.selectors.names import (
     writes_in_place,
 )
 from tdhook.tape.as_one import is_one
-from tdhook.tape.functions import on_tape
+from tdhook.tape.dependence import Dependence
 from tdhook.tape.internals import (
+    Watching,
     function_modes,
     maker_of,
     pop_mode,
@@ -47,6 +50,11 @@ __all__ = ["Found", "Interception", "Lookup", "Observer", "Unmatched"]
 
 
 _NATIVE = IgnoreRule()
+_DERIVATIVES = (torch.autograd.grad, Tensor.backward)
+_DIFFERENTIATES = (
+    "the model differentiates in its forward pass, in module `{}`, where rules stand in for derivatives; give that "
+    "module a rule, EpsilonRule say, so that it runs as one unit"
+)
 
 
 class Unmatched:
@@ -66,6 +74,8 @@ class _Known:
     in_place: bool
     quick: bool = False
     aside: bool = False
+    begins_tape: bool = False
+    differentiates: bool = False
     own: Rule | None = None
     selector: object = None
     rule: Rule | None = None
@@ -77,6 +87,19 @@ class _Known:
         if found is None:
             found = self.bounds[id(rule)] = Bound(rule, flow, rule.bound(self.operation, flow))
         return found
+
+
+@dataclass
+class Entered:
+    """A layer that makes its weights itself is running.
+
+    Attributes:
+        rule: its rule.
+        found: whether a linear operation was seen that they reach.
+    """
+
+    rule: Rule
+    found: bool = False
 
 
 class Observer(Protocol):
@@ -92,7 +115,7 @@ class Observer(Protocol):
         """What is entered around calls that were made before and are made once more."""
 
 
-class Interception(TorchFunctionMode):
+class Interception(Watching):
     """While active, runs each torch function on the tape under the rule of its operation.
 
     Args:
@@ -127,8 +150,10 @@ class Interception(TorchFunctionMode):
         self._lookup, self._by_path, self._defaults, self._unmatched = lookup, by_path, defaults, unmatched
         self._known: dict[object, _Known] = {}
         self._paused = 0
+        self._entered: Entered | None = None
         self.paths = Paths(modules)
         self._outer: list[list[TorchFunctionMode]] = []
+        self.dependence = Dependence()
 
     def __getstate__(self) -> dict[str, Any]:
         # What is known of torch functions is found again; they cannot all be pickled.
@@ -165,11 +190,12 @@ class Interception(TorchFunctionMode):
         """Make it again what it is now, between calls, or around one that is made within another."""
         paths = self.paths
         observer, paused, around, following = self.observer, self._paused, paths.around, paths.following
-        depth = len(self._outer)
+        entered, dependence, depth = self._entered, self.dependence, len(self._outer)
 
         def put_back() -> None:
             self.observer, self._paused = observer, paused
             paths.around, paths.following = around, following
+            self._entered, self.dependence = entered, dependence
             del self._outer[depth:]
 
         return put_back
@@ -180,16 +206,32 @@ class Interception(TorchFunctionMode):
 
     @contextmanager
     def _watching_again(self) -> Iterator[None]:
-        with nullcontext() if self.observer is None else self.observer.again(), self:
-            yield
+        before = self.dependence
+        self.dependence = before.begin_again()
+        try:
+            with nullcontext() if self.observer is None else self.observer.again(), self:
+                yield
+        finally:
+            self.dependence = before
 
     def unit(self, binding: Binding, call: Call) -> Any:
         """Run a module that has a rule, and leave alone the operations inside it."""
+        live, foreign = self.dependence.look(call.args)
+        if call.kwargs:
+            below = self.dependence.look(call.kwargs.values())
+            live, foreign = live or below[0], foreign or below[1]
+        if foreign:
+            args, kwargs = self.dependence.constants_off((call.args, call.kwargs), own=live)
+            call = call._replace(args=args, kwargs=kwargs)
         bound, module, args = binding.bound, call.module, call.args
         if self.outdated.any:
             self.outdated.check(args)
         if self.paths.following and not self._paused:
             self._look_for_unseen(args)
+        if not live:
+            return self._as_in_place(module, args, call.execute())
+        if binding.enters and not self._paused:
+            return self._as_in_place(module, args, self._enter(binding, call))
         # Layers of torch overwrite nothing (they run out of place), so that there is nothing to see in them.
         aside, paused = binding.closed and top_mode() is self, self._paused
         try:
@@ -206,6 +248,21 @@ class Interception(TorchFunctionMode):
             self._paused = paused
             if aside and top_mode() is not self:
                 push_mode(self)
+        return self._as_in_place(module, args, result)
+
+    def _enter(self, binding: Binding, call: Call) -> Any:
+        """Run a layer that makes its weights itself, with its rule on the linear operation that they reach."""
+        before, self._entered = self._entered, Entered(cast(Rule, binding.rule))
+        try:
+            result = call.natively()
+            if not self._entered.found:
+                raise NotImplementedError(no_operation(call.module))
+            return result
+        finally:
+            self._entered = before
+
+    def _as_in_place(self, module: nn.Module, args: Any, result: Any) -> Any:
+        """What a layer returns that overwrites its input, having been run out of place."""
         layers = self.outdated.layers
         if not layers or id(module) not in layers or not args or not isinstance(args[0], Tensor):
             return result
@@ -221,28 +278,56 @@ class Interception(TorchFunctionMode):
             known = self._known[func] = self._learn(func)
         kwargs = kwargs or {}
         if known.aside:
+            if known.begins_tape:
+                self.dependence.look_closely(args[0])
             return func(*args, **kwargs)
         if self.outdated.any:
             self.outdated.check(args)
         in_place = known.in_place or (bool(kwargs) and writes_in_place(func, kwargs))
         if in_place and self.guard.active:
             self.guard.before(_overwritten(args, kwargs))
-        if (known.quick and self.observer is None and not in_place) or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        if not _any_live(args) and not (kwargs and _any_live(kwargs.values())):
+        dependence = self.dependence
+        live, foreign = dependence.look(args)
+        if kwargs:
+            below = dependence.look(kwargs.values())
+            live, foreign = live or below[0], foreign or below[1]
+        given, given_by_name = args, kwargs
+        if foreign:
+            args, kwargs = dependence.constants_off((args, kwargs), own=live and not self._paused)
+        if in_place:
+            # What is overwritten stays the tensor that the model holds.
+            target = _overwritten(given, given_by_name)
+            return self._in_place(known, func, args, kwargs, target, live)
+        if (known.quick and self.observer is None and self._entered is None) or self._paused or not live:
             return func(*args, **kwargs)
-        if in_place and not self.guard.active:
-            self.guard.before(_overwritten(args, kwargs))
-        if self._paused or (in_place and relabels(func)):
-            return func(*args, **kwargs)
+        if self.paths.following:
+            self._look_for_unseen(args)
+        if known.differentiates:
+            raise NotImplementedError(_DIFFERENTIATES.format(self.paths.current or "(model)"))
+        selector, rule = self._find(known, args, kwargs)
+        return self._run(known, selector, rule, func, args, kwargs)
+
+    def _in_place(self, known: _Known, func: Any, args: Any, kwargs: Any, target: Any, live: bool) -> object:
+        """Run a function that overwrites ``target``, which is among its arguments unless it was a constant there."""
+        if self._paused or not live or relabels(func):
+            if live and not self.guard.active:
+                self.guard.before(target)
+            if live or relabels(func):
+                return func(*_writing(args, kwargs, target), **kwargs)
+            result = func(*args, **kwargs)
+            return target if result is _overwritten(args, kwargs) else result
+        if not self.guard.active:
+            self.guard.before(target)
         if self.paths.following:
             self._look_for_unseen(args)
         selector, rule = self._find(known, args, kwargs)
         native = known.in_place and rule is not None and rule.native
-        if in_place and not (native and self.observer is None):
-            form = _on_a_copy(func) if native else known.operation.function
-            return self._overwrite(known, selector, rule, form, args, kwargs)
-        return self._run(known, selector, rule, func, args, kwargs)
+        if native and self.observer is None:
+            return self._run(known, selector, rule, func, _writing(args, kwargs, target), kwargs)
+        form = _on_a_copy(func) if native else known.operation.function
+        return self._overwrite(known, selector, rule, form, args, kwargs, target)
 
     def _look_for_unseen(self, args: Any) -> None:
         for unseen in _unseen(args):
@@ -258,8 +343,9 @@ class Interception(TorchFunctionMode):
             moves=name in MOVES or name in WINNER,
             multiplies=name in PRODUCTS or name in ELEMENTWISE,
         )
-        aside = queries(func) or initialises(func)
-        known = _Known(operation, in_place, aside=aside, own=ARITHMETIC if is_one(func) else None)
+        known = _Known(operation, in_place, own=ARITHMETIC if is_one(func) else None)
+        known.begins_tape, known.differentiates = begins_tape(func), func in _DERIVATIVES
+        known.aside = known.begins_tape or queries(func) or initialises(func)
         if self._lookup is not None and not self._by_path:
             known.selector, known.rule = self._lookup(name, *self.paths.innermost)
         if not in_place and not self._by_path:
@@ -269,6 +355,10 @@ class Interception(TorchFunctionMode):
         return known
 
     def _find(self, known: _Known, args: Any, kwargs: Any) -> Found:
+        entered = self._entered
+        if entered is not None and is_linear(known.operation, args, kwargs):
+            entered.found = True
+            return None, entered.rule
         if self._lookup is not None:
             if self._by_path:
                 known.selector, known.rule = self._lookup(known.operation.name, *self.paths.innermost)
@@ -279,10 +369,9 @@ class Interception(TorchFunctionMode):
         return None, known.own or default_rule(known.operation.name, args, kwargs)
 
     def _overwrite(
-        self, known: _Known, selector: Any, rule: Any, func: Any, args: object, kwargs: Any
+        self, known: _Known, selector: Any, rule: Any, func: Any, args: object, kwargs: Any, target: Any
     ) -> object:
         """Run the out-of-place form under its rule, then move its result to where it belongs."""
-        target = _overwritten(args, kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in ("out", "inplace")}
         result = self._run(known, selector, rule, func, args, kwargs)
         self.guard.before(target)  # again: the rule has kept of it what it needs
@@ -301,7 +390,7 @@ class Interception(TorchFunctionMode):
                 with self:
                     return inside(*args, **kwargs)
             result = func(*args, **kwargs)
-            if not _any_live((result,)):
+            if not self.dependence.look((result,))[0]:
                 return result
             self._unmatched(operation.name, self.paths.current, False)
             selector = Unmatched()
@@ -349,6 +438,11 @@ def _overwritten(args: Any, kwargs: Any) -> Any:
     return args[0] if args else kwargs["input"]
 
 
+def _writing(args: Any, kwargs: Any, target: Any) -> Any:
+    """Positional arguments of a call that writes to ``target``."""
+    return (target, *args[1:]) if args and kwargs.get("out") is None else args
+
+
 def _on_a_copy(function: Callable[..., object]) -> Callable[..., Any]:
     def form(x: Tensor, *args: object, **kwargs: object) -> Tensor:
         copy = x.clone()
@@ -356,13 +450,3 @@ def _on_a_copy(function: Callable[..., object]) -> Callable[..., Any]:
         return copy
 
     return form
-
-
-def _any_live(values: Iterable[object]) -> bool:
-    for value in values:
-        if isinstance(value, Tensor):
-            if on_tape(value):
-                return True
-        elif isinstance(value, list | tuple) and _any_live(value):
-            return True
-    return False

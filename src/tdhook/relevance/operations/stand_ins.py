@@ -56,7 +56,7 @@ def _enter(entry: object) -> None:
 def _leave(entry: object) -> None:
     """The last of them puts it back."""
     with _LOCK:
-        if _WITHIN <= {entry}:
+        if {entry} >= _WITHIN:
             _replace(ours=False)
         _WITHIN.discard(entry)
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from tdhook.conventions import Convention
 from tdhook.markup import html_table
 from tdhook.models.families import BatchNorm
-from tdhook.models.state import frozen
 from tdhook.relevance.ledger.ledger import Ledger
 from tdhook.relevance.operations.interception import Interception, Observer, Unmatched
 from tdhook.relevance.operations.table import MOVES, WINNER
@@ -178,7 +177,7 @@ class Plan:
         """Run the model under the rules until ``stack`` is closed; operations only :meth:`within` it."""
         overwriting = [m for m in self._units if m.__dict__.get("inplace") is True and overwrites(m)]
         if self.interception is not None:
-            stack.enter_context(frozen(self._modules))
+            self.interception.dependence.begin()
             self.interception.outdated.layers = set(map(id, overwriting))
         if overwriting:
             stack.enter_context(out_of_place(overwriting))

@@ -40,6 +40,9 @@ class Bindable(Protocol):
     def applied(self) -> bool:
         """Whether it asks the module for ``_prev_forward``."""
 
+    def enters(self, module: nn.Module) -> bool:
+        """Whether it is the rule of the linear operation inside the module."""
+
     def bound(self, module: nn.Module, flow: Convention) -> Run:
         """How calls of the module run."""
 
@@ -74,6 +77,7 @@ class Binding:
 
     Attributes:
         closed: whether the module is a layer of torch's own.
+        enters: whether the rule is that of the linear operation inside the module.
         original: the module's own forward, while attached.
     """
 
@@ -90,6 +94,7 @@ class Binding:
         self.flow: Convention = flow or rule.convention
         self._on_tensordict = isinstance(module, TensorDictModuleBase)
         self.closed = type(module).__module__.startswith("torch.nn.modules.") and not module._modules
+        self.enters = rule.enters(module)
         self.original: Callable[..., Any] | None = None
         self.thread: int | None = None
         self._applied = rule.applied

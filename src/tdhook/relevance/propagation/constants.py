@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from tdhook.relevance.propagation.call import Call
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reporting import Report
+from tdhook.tape.dependence import leaf
 from tdhook.tape.functions import Identity, on_tape, parts
 from tdhook.tape.internals import attention_in_parts, parameters_of
 from tdhook.tape.undoing import lock
@@ -144,7 +145,7 @@ def _twice_backward(
     function: Callable[..., tuple[Tensor, ...]], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
 ) -> list[Tensor]:
     with torch.enable_grad():
-        leaves = [x.clone().requires_grad_() for x in primals]
+        leaves = [leaf(x.clone()) for x in primals]
         outputs = [z if z.requires_grad else leaves[0].sum() * 0 + z for z in function(*leaves)]
         seeds = [torch.zeros_like(z).requires_grad_() for z in outputs]
         pulled: Sequence[Tensor | None] = torch.autograd.grad(
@@ -153,7 +154,5 @@ def _twice_backward(
         live = [(g, t) for g, t in zip(pulled, tangents, strict=True) if g is not None and g.requires_grad]
         pushed: Sequence[Tensor | None] = [None] * len(seeds)
         if live:
-            pushed = torch.autograd.grad(
-                [g for g, _ in live], seeds, [t for _, t in live], allow_unused=True
-            )
+            pushed = torch.autograd.grad([g for g, _ in live], seeds, [t for _, t in live], allow_unused=True)
     return [torch.zeros_like(z) if p is None else p for p, z in zip(pushed, outputs, strict=True)]

@@ -18,6 +18,7 @@ from tdhook.tape.internals import is_view
 
 __all__ = [
     "Damped",
+    "Final",
     "NotOneTensor",
     "PerValue",
     "Ratio",
@@ -121,6 +122,47 @@ class Scaled(Identity):
         return grad * ctx.factor, None
 
 
+class Final(Identity):
+    """Identity at whose input relevance arrives that cannot be differentiated once more.
+
+    What a tape with rules on it says of a second derivative is wrong: on its way back to what the rules read, it
+    would go through rules again, and not through derivatives.
+    """
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        """The value itself."""
+        return alias(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, relevance: Tensor) -> object:
+        """Hand it on, on a tape that ends here."""
+        return _Undifferentiable.apply(relevance) if torch.is_grad_enabled() else relevance
+
+
+class _Undifferentiable(TapeFunction):
+    """Identity that raises in its backward pass."""
+
+    @staticmethod
+    def forward(relevance: Tensor) -> Tensor:
+        return relevance.view_as(relevance)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> object:
+        raise RuntimeError(
+            "relevance cannot be differentiated: a second backward pass would go through rules where derivatives are "
+            "meant. Detach the relevance, or train on gradient times input, which autograd differentiates"
+        )
+
+
 class NotOneTensor(Exception):
     """A function returned something else than a tensor."""
 
@@ -205,6 +247,7 @@ def finite_product(x: Tensor, grad: Tensor) -> Tensor:
     if not x.is_floating_point():
         return product
     # One sum tells that there is nothing to mask, where a value can be looked at without waiting for it.
-    if product.is_cpu and may_look_at(product) and math.isfinite(product.sum()):
+    looks = product.is_cpu and not product.requires_grad and may_look_at(product)
+    if looks and math.isfinite(product.sum()):
         return product
     return product.masked_fill_(x.isinf(), 0.0)

@@ -18,6 +18,7 @@ from tdhook.relevance.propagation.merges import Place
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.params import ParamModifier
 from tdhook.relevance.propagation.steps import Affine, Grads, LinearStep, Modify, ModuleStep, Step
+from tdhook.tape.dependence import leaf
 from tdhook.tape.functions import TapeFunction, alias, on_tape
 from tdhook.tape.internals import is_view, transformed
 from tdhook.tape.origins import is_nonnegative
@@ -254,7 +255,7 @@ class ExecutedModule:
                     "torch.vmap; linear layers and convolutions can be ruled there"
                 )
             with torch.enable_grad():
-                leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in inputs)
+                leaves = tuple(leaf(x) if x.requires_grad else x.detach() for x in inputs)
                 outputs = self._outputs(leaves)
         self.graph = (leaves, outputs)
         self.out_leaves = [z.detach() if isinstance(z, Tensor) else z for z in self.out_leaves]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tdhook.relevance.propagation.forms import ClosedForm
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.relevance.propagation.weights import WeightCache
+from tdhook.tape.dependence import leaf
 
 __all__ = ["Affine", "Grads", "LinearStep", "Modify", "ModuleStep", "Step", "unmodified"]
 
@@ -79,7 +80,7 @@ class ModuleStep(Step):
         return _pull_back(*self._graph, grads)
 
     def modified(self, inputs: Sequence[Tensor], modify: Modify) -> tuple[tuple[Tensor, ...], Vjp]:
-        leaves = tuple(x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs)
+        leaves = tuple(leaf(x) if x.is_floating_point() else x for x in inputs)
         with torch.enable_grad():
             outputs = tuple(self.evaluate(leaves, modify))
         return tuple(z.detach() for z in outputs), lambda *grads: _pull_back(leaves, outputs, grads)

@@ -60,6 +60,11 @@ class EpsilonRule(PropagationRule):
         """Both, as the stabiliser's share is a factor in the gradient convention."""
         return (self.convention,) if self.zero_params else ("relevance", "gradient")
 
+    @property
+    def modifies(self) -> bool:
+        """Where it treats parameters as zero."""
+        return bool(self.zero_params)
+
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         outputs, vjp = step.outputs, step.vjp
         modify = modified_by(itself, self.zero_params)

@@ -102,6 +102,7 @@ class _SignedRule(PropagationRule):
     """A rule that treats contributions by their sign."""
 
     needs_sign: ClassVar[bool] = True
+    modifies: ClassVar[bool] = True
 
     def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         if len(inputs) > 1:

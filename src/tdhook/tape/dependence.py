@@ -1,0 +1,133 @@
+"""What depends on the leaves of a pass: that alone is explained, and all else is a constant, however it is reached.
+
+That a tensor requires a gradient does not say so. Weights do, whether a module holds them, a closure or a list; so does
+what was computed of them before the pass and kept, and the state that a model keeps from one call to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.utils._pytree import tree_map_only
+
+from tdhook.tape.internals import inside, is_batched, nodes_made, number_of, transformed
+
+__all__ = ["Dependence", "leaf"]
+
+T = TypeVar("T")
+_LEAF, _OWN = "_leaf_of_a_pass", "_own_of_a_model"
+
+
+def leaf(x: Tensor) -> Tensor:
+    """A tensor of the same values, at which the tape of a pass begins: a view, known by the node that made it."""
+    found = x.detach()
+    setattr(found, _LEAF, True)
+    with torch.enable_grad():
+        return found.requires_grad_().view_as(found)
+
+
+def _is_leaf(x: Tensor) -> bool:
+    """Whether a tape of :func:`leaf` begins at a tensor."""
+    return getattr(x, _LEAF, False) is True
+
+
+class Dependence:
+    """Tells what depends on the leaves of one pass, by when it came onto the tape.
+
+    Nothing that was on the tape before the pass began depends on its leaves. What comes onto it in the pass does,
+    provided that constants are taken off it before anything is computed of them (:meth:`sorted`). A model that puts
+    tensors on the tape by itself, in order to differentiate in its forward pass say, is looked at more closely: back
+    from each value to where the tape begins.
+    """
+
+    def __init__(self) -> None:
+        self._first = 0
+        self._reached: dict[Node, bool] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_first": 0, "_reached": None}
+
+    def begin(self) -> None:
+        """Begin a pass."""
+        self._first, self._reached = nodes_made(), None
+
+    def begin_again(self) -> Dependence:
+        """What tells the same in a part of the pass that is run once more, maybe by another thread."""
+        again = Dependence()
+        again._first = min(self._first, nodes_made())
+        return again
+
+    def look_closely(self, x: Tensor) -> None:
+        """From now on look back from each value, as the model itself puts ``x`` on the tape."""
+        if not _is_leaf(x):
+            setattr(x, _OWN, True)
+            self._reached = {} if self._reached is None else self._reached
+
+    def has(self, x: Tensor) -> bool:
+        """Whether a tensor depends on the leaves of the pass."""
+        while not x.requires_grad:
+            if not transformed() or not is_batched(x):
+                return False
+            x = inside(x)
+        node = x.grad_fn
+        if node is None:
+            return _is_leaf(x)
+        return number_of(node) >= self._first and (self._reached is None or self._reaches(node))
+
+    def look(self, values: Iterable[object]) -> tuple[bool, bool]:
+        """Whether any of some values depends on the leaves, and whether any is on the tape that does not."""
+        live = foreign = False
+        for value in values:
+            if isinstance(value, Tensor):
+                if value.requires_grad or (transformed() and is_batched(value)):
+                    if self.has(value):
+                        live = True
+                    else:
+                        foreign = True
+            elif isinstance(value, list | tuple | dict):
+                below = self.look(value.values() if isinstance(value, dict) else value)
+                live, foreign = live or below[0], foreign or below[1]
+        return live, foreign
+
+    def constants_off(self, tree: T, *, own: bool) -> T:
+        """A nested structure with the constants in it taken off the tape.
+
+        Args:
+            tree: the structure.
+            own: whether that includes what the model has put on the tape by itself, in order to differentiate.
+        """
+
+        def off(x: Tensor) -> Tensor:
+            on = x.requires_grad or (transformed() and is_batched(x))
+            return x.detach() if on and not self.has(x) and (own or not self._is_own(x)) else x
+
+        return cast(T, tree_map_only(Tensor, off, tree))
+
+    def _is_own(self, x: Tensor) -> bool:
+        node = x.grad_fn
+        return getattr(x, _OWN, False) is True if node is None else number_of(node) >= self._first
+
+    def _reaches(self, node: Node) -> bool:
+        """Whether the tape leads from a node to a leaf of the pass."""
+        reached = self._reached
+        assert reached is not None
+        ahead = [node]
+        while ahead:
+            now = ahead[-1]
+            if now in reached:
+                ahead.pop()
+                continue
+            before = [parent for parent, _ in now.next_functions if parent is not None]
+            unknown = [parent for parent in before if parent not in reached]
+            if unknown and number_of(now) >= self._first:
+                ahead += unknown
+                continue
+            variable = getattr(now, "variable", None)
+            begins = isinstance(variable, Tensor) and _is_leaf(variable)
+            reached[now] = begins or any(reached.get(parent, False) for parent in before)
+            ahead.pop()
+        return reached[node]
