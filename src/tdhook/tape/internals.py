@@ -6,7 +6,7 @@ The upper bound on torch in ``pyproject.toml`` follows from this file: with a ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -41,6 +41,7 @@ __all__ = [
     "pop_mode",
     "push_mode",
     "saved_tensors_hooks_on_top",
+    "saving_as_it_is",
     "script_call",
     "set_function_modes",
     "set_script_call",
@@ -175,6 +176,17 @@ set_torch_functions_seen: Callable[[Any], None] = _C._set_torch_function_state
 def saved_tensors_hooks_on_top() -> object:
     """The pair of hooks on saved tensors that is at work, if any."""
     return _C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def saving_as_it_is() -> AbstractContextManager[None]:
+    """Save tensors as they are, whatever hooks are at work outside, those of a checkpointed block say."""
+    if saved_tensors_hooks_on_top() is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def without_saved_tensors_hooks(top: object) -> None:

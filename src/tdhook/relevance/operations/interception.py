@@ -16,6 +16,7 @@ from tdhook.relevance.operations.paths import Paths
 from tdhook.relevance.operations.stand_ins import standing_in
 from tdhook.relevance.operations.table import ARITHMETIC, ELEMENTWISE, MOVES, PRODUCTS, WINNER, default_rule
 from tdhook.relevance.operations.written_out import entered, written_out
+from tdhook.relevance.propagation.again import Again
 from tdhook.relevance.propagation.binding import Binding, Bound
 from tdhook.relevance.propagation.call import ALONE, Call, Setting
 from tdhook.relevance.propagation.conversions import Substituted
@@ -209,7 +210,11 @@ class Interception(Watching):
         before = self.dependence
         self.dependence = before.begin_again()
         try:
-            with nullcontext() if self.observer is None else self.observer.again(), self:
+            with (
+                nullcontext() if self.observer is None else self.observer.again(),
+                Again(tuple(self.paths.modules.values())).unnoticed(),
+                self,
+            ):
                 yield
         finally:
             self.dependence = before

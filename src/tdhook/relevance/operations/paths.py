@@ -27,7 +27,7 @@ class Paths:
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._modules = modules
+        self.modules = modules
         self._names: dict[int, str] | None = None
         self.around: nn.Module | None = None
         self.following = False
@@ -48,7 +48,7 @@ class Paths:
         One that the model does not hold, since it is made on the way say, is named by the module that called it.
         """
         if self._names is None:
-            self._names = {id(module): path for path, module in self._modules.items()}
+            self._names = {id(module): path for path, module in self.modules.items()}
         found: nn.Module | None = None
         unknown: list[str] = []
         for module in _calls():
@@ -59,7 +59,7 @@ class Paths:
             if path is not None:
                 return ".".join([path, *reversed(unknown)]).lstrip("."), found
             unknown.append(f"({type(module).__name__})")
-        return ".".join(reversed(unknown)), found or self._modules[""]
+        return ".".join(reversed(unknown)), found or self.modules[""]
 
     @contextmanager
     def followed(self) -> Iterator[None]:

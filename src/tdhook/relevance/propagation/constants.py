@@ -16,7 +16,7 @@ from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.tape.dependence import leaf
 from tdhook.tape.functions import Identity, on_tape, parts
-from tdhook.tape.internals import attention_in_parts, parameters_of
+from tdhook.tape.internals import attention_in_parts, parameters_of, saving_as_it_is
 from tdhook.tape.undoing import lock
 
 __all__ = ["with_constants"]
@@ -144,7 +144,7 @@ def _forward_mode(
 def _twice_backward(
     function: Callable[..., tuple[Tensor, ...]], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
 ) -> list[Tensor]:
-    with torch.enable_grad():
+    with torch.enable_grad(), saving_as_it_is():
         leaves = [leaf(x.clone()) for x in primals]
         outputs = [z if z.requires_grad else leaves[0].sum() * 0 + z for z in function(*leaves)]
         seeds = [torch.zeros_like(z).requires_grad_() for z in outputs]
