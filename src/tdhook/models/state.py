@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -27,6 +28,7 @@ __all__ = [
     "restored",
     "slots_of",
     "swapped",
+    "without_backward_hooks",
 ]
 
 LIBRARIES = (LEFT_ALONE - {"tdhook"}) | {"timm", "torchvision"}
@@ -122,6 +124,30 @@ def _inference_slots(modules: Iterable[nn.Module]) -> list[Slot]:
         if weights and any(isinstance(x, Tensor) and x.is_inference() for x in weights):
             found.append((own, "_flat_weights"))
     return found
+
+
+@contextmanager
+def without_backward_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Have no backward hooks of modules called: what comes by is relevance, and no gradient that they are meant for."""
+    found: list[Slot] = []
+    for module in modules:
+        own = module.__dict__
+        found += [(own, name) for name in ("_backward_hooks", "_backward_pre_hooks") if own[name]]
+    if not found:
+        yield
+        return
+    theirs = [registry[name] for registry, name in found]
+    empty: list[OrderedDict[int, object]] = [OrderedDict() for _ in found]
+
+    def put_back() -> None:
+        for (registry, name), hooks, added in zip(found, theirs, empty, strict=True):
+            hooks.update(added)
+            registry[name] = hooks
+
+    with undone(put_back):
+        for (registry, name), none in zip(found, empty, strict=True):
+            registry[name] = none
+        yield
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tdhook.models.capture import Captured
 from tdhook.models.snapshots import Snapshot
-from tdhook.models.state import as_normal
+from tdhook.models.state import as_normal, without_backward_hooks
 from tdhook.passes.axes import Misread
 from tdhook.passes.forward import AsItIs, Run, Within
 from tdhook.passes.heads import NotBehind
@@ -86,7 +86,8 @@ class Runner:
         asked = target or self.setup.question.target
         is_base = td is self.td and not replaced and self.base is None
         apart = _NOTHING if is_base else self.from_the_start()
-        with setup.turn, apart, as_normal(setup.turn.modules), how.attached():
+        modules = setup.turn.modules
+        with setup.turn, apart, as_normal(modules), without_backward_hooks(modules), how.attached():
             work, inputs = setup.leaves(td, replaced)
             self.graph.grows_from(inputs.values())
             if how.overwrites:
