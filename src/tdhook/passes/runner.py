@@ -104,6 +104,9 @@ class Runner:
                 given = work.copy() if asked.writes else work  # what the model writes goes into it
                 with heads:
                     outputs, flat = setup.model.run(work, captured.clear)
+                with torch.no_grad():  # to read what is written, in sight of who watches the run
+                    for value in outputs.values(True, True):
+                        _ = value.detach() if isinstance(value, Tensor) else None
                 outputs = asked.derive(outputs, given)
             if outputs.batch_size != td.batch_size:
                 raise ValueError(

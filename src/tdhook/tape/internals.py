@@ -25,6 +25,7 @@ __all__ = [
     "children_of",
     "function_modes",
     "gradients_of",
+    "has_storage",
     "hook_tables_of",
     "hooks_on_saved_tensors",
     "in_backward_pass",
@@ -110,6 +111,11 @@ def called(frame: FrameType) -> nn.Module | None:
 
 
 _CALL = nn.Module._call_impl.__code__
+
+
+def has_storage(x: Tensor) -> bool:
+    """Whether a tensor has memory of its own, and is not made of other tensors, say."""
+    return x.layout is torch.strided and not x.is_nested
 
 
 def storage_of(x: Tensor) -> int:

@@ -43,6 +43,7 @@ from tdhook.tape.internals import (
     pop_mode,
     push_mode,
     set_function_modes,
+    storage_of,
     top_mode,
 )
 from tdhook.tape.overwriting import Guard, Outdated
@@ -177,6 +178,7 @@ class Interception(Watching):
         if not follows and not self.guard.active:
             with standing_in(self._again), self:
                 yield
+            self._look_for_kept()
             return
         with ExitStack() as stack:
             if self.guard.active:
@@ -186,6 +188,7 @@ class Interception(Watching):
             stack.enter_context(standing_in(self._again))
             stack.enter_context(self)
             yield
+        self._look_for_kept()
 
     def resting(self) -> Callable[[], None]:
         """Make it again what it is now, between calls, or around one that is made within another."""
@@ -200,6 +203,12 @@ class Interception(Watching):
             del self._outer[depth:]
 
         return put_back
+
+    def _look_for_kept(self) -> None:
+        """See whether a module keeps what should have been overwritten."""
+        if self.outdated.any:
+            for module in self.paths.modules.values():
+                self.outdated.check(vars(module).values())
 
     def _again(self) -> AbstractContextManager[None] | None:
         """Watch a part of the forward pass that is run once more, in which nothing must have been overwritten."""
@@ -230,7 +239,7 @@ class Interception(Watching):
             call = call._replace(args=args, kwargs=kwargs)
         bound, module, args = binding.bound, call.module, call.args
         if self.outdated.any:
-            self.outdated.check(args)
+            self.outdated.check((*args, *call.kwargs.values()) if call.kwargs else args)
         if self.paths.following and not self._paused:
             self._look_for_unseen(args)
         if not live:
@@ -272,7 +281,8 @@ class Interception(Watching):
         if not layers or id(module) not in layers or not args or not isinstance(args[0], Tensor):
             return result
         if not self.outdated.heeded:
-            self.outdated.add(args[0])
+            if not isinstance(result, Tensor) or storage_of(result) != storage_of(args[0]):
+                self.outdated.add(args[0])
             return result
         self.guard.before(args[0])
         return args[0].copy_(result)
@@ -287,7 +297,7 @@ class Interception(Watching):
                 self.dependence.look_closely(args[0])
             return func(*args, **kwargs)
         if self.outdated.any:
-            self.outdated.check(args)
+            self.outdated.check((*args, *kwargs.values()) if kwargs else args)
         in_place = known.in_place or (bool(kwargs) and writes_in_place(func, kwargs))
         if in_place and self.guard.active:
             self.guard.before(_overwritten(args, kwargs))
