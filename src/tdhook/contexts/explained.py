@@ -25,6 +25,7 @@ from tdhook.passes.graphs import Graphs
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Question, Setup
 from tdhook.tape.internals import top_mode, transformed, unwatched
+from tdhook.tape.undoing import Undoing
 
 __all__ = ["ExplainedModule", "Explaining"]
 
@@ -217,7 +218,11 @@ class ExplainedModule(TensorDictModuleBase):
         if torch.compiler.is_compiling():
             written = compiled.inline(self._graphs, td)
         else:
-            written = compiled.run(self._graphs, td) if self._graphs.wanted else self.explain(td)
+            if self._graphs.wanted:
+                with Undoing():
+                    written = compiled.run(self._graphs, td)
+            else:
+                written = self.explain(td)
         apart = self._setup.apart
         into = tensordict_out
         if into is None:
@@ -262,23 +267,37 @@ class ExplainedModule(TensorDictModuleBase):
     def explain(self, td: TensorDictBase) -> dict[NestedKey, Any]:
         """What a call writes into ``td``, operation by operation."""
         try:
-            return self._written(Runner(self._setup, td, self._state))
+            return self._carried_out(Runner(self._setup, td, self._state))
         except Exception as error:
             missing = self._setup.leaves.missing(td)
             if missing is None:
                 raise
             raise KeyError(missing) from error
 
-    def _written(self, runner: Runner) -> dict[NestedKey, Any]:
+    def _carried_out(self, runner: Runner) -> dict[NestedKey, Any]:
+        """What is written, with nothing left behind: no change of the model, no graph on what it keeps."""
         alone = nullcontext() if top_mode() is None else unwatched()
-        with torch.inference_mode(False), torch.enable_grad(), alone:
-            found, base = runner.carefully(lambda: self._explained(runner))
-            written = base.written()
-            written.update(runner.beside)
-            if self._setup.question.values is not False:
-                written.update(self._values(base))
-            written.update(self._relevance(base, found))
+        with Undoing(), torch.inference_mode(False), torch.enable_grad(), alone:
+            try:
+                written = self._written(runner)
+            except BaseException:
+                runner.graph.cut_off(self._model.root, everywhere=False)  # the traceback holds all of it
+                raise
+            if runner.graph.alive and not torch.compiler.is_compiling():
+                setup = self._setup
+                setup.keeps_anywhere = runner.graph.cut_off(self._model.root, everywhere=setup.keeps_anywhere)
         self._note_keys(written)
+        return written
+
+    def _written(self, runner: Runner) -> dict[NestedKey, Any]:
+        """The run and what explains it, off the tape."""
+        found, base = runner.carefully(lambda: self._explained(runner))
+        runner.base = None
+        written = base.written()
+        written.update(runner.beside)
+        if self._setup.question.values is not False:
+            written.update(self._values(base))
+        written.update(self._relevance(base, found))
         return written
 
     def _explained(self, runner: Runner) -> tuple[Mapping[NestedKey, Tensor], Run]:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from tdhook.models.entries import is_batch
 from tdhook.models.turns import here
+from tdhook.tape.cutting import Graph
 from tdhook.tape.dependence import leaf
+from tdhook.tape.undoing import Hook, hooked
 
 __all__ = ["Captured", "call_name"]
 
@@ -29,6 +31,7 @@ class Captured:
 
     Args:
         replaced: values that take the place of those that are collected, by the same names, as leaves.
+        graph: told of these, and of other leaves that are made.
         axis: ``(name, output, module) -> axis`` that is to be the first one of what is collected.
 
     Attributes:
@@ -37,6 +40,7 @@ class Captured:
     """
 
     replaced: Mapping[NestedKey, Tensor] = field(default_factory=dict)
+    graph: Graph = field(default_factory=Graph)
     axis: Callable[[str, Tensor, nn.Module], int] = lambda name, output, module: 0
     modules: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[NestedKey, Tensor] = field(default_factory=dict)
@@ -60,16 +64,15 @@ class Captured:
             runner: the model, whose inner TensorDictModules are watched for keys.
             attribute: which keys; ``"all"`` of them, or ``None``.
         """
-        handles = [m.register_forward_hook(here(self._output_of(path))) for path, m in paths.items()]
+        hooks: list[Hook] = [
+            (m.register_forward_hook, here(self._output_of(path)), {}) for path, m in paths.items()
+        ]
         if attribute:
             for module in runner.modules():
                 if isinstance(module, TensorDictModuleBase):
-                    handles.append(module.register_forward_hook(here(self._keys_of(attribute))))
-        try:
+                    hooks.append((module.register_forward_hook, here(self._keys_of(attribute)), {}))
+        with hooked(*hooks):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _output_of(self, path: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: object, output: object) -> Tensor:
@@ -94,11 +97,11 @@ class Captured:
     def _on_tape(self, value: Tensor, key: NestedKey) -> Tensor:
         """The value, or what takes its place; off the tape the graph begins here."""
         other = self.replaced.get(key)
-        if other is not None:
-            return leaf(other)
-        if value.requires_grad or not value.is_floating_point():
+        if other is None and (value.requires_grad or not value.is_floating_point()):
             return value
-        return leaf(value)
+        begun = leaf(value if other is None else other)
+        self.graph.grows_from([begun])
+        return begun
 
     def _keys_of(self, attribute: tuple[NestedKey, ...] | str) -> Callable[..., None]:
         def hook(module: Any, args: object, output: Any) -> None:

@@ -79,6 +79,8 @@ class _Entries:
         self._held, self._before, self._without = held, dict(self._kind.items(held)), without
 
     def values(self) -> list[object]:
+        if not self._without:
+            return list(self._before.values())
         return [value for name, value in self._before.items() if name not in self._without]
 
     def changed(self) -> bool:
@@ -87,6 +89,13 @@ class _Entries:
             a is b and held[a] is before[b] for a, b in zip(held, before, strict=True)
         )
         return not same and list(self._counting(held)) != list(self._counting(before))
+
+    def changed_besides(self, names: set[str]) -> bool:
+        """Whether anything changed but the values of those entries."""
+        now, before = dict(self._counting(self._held)), dict(self._counting(self._before))
+        return now.keys() != before.keys() or any(
+            now[name] != before[name] for name in now if name not in names
+        )
 
     def _counting(self, entries: Mapping[object, object]) -> Iterator[tuple[object, int]]:
         return ((name, id(value)) for name, value in entries.items() if name not in self._without)
@@ -110,33 +119,64 @@ class Snapshot:
     Args:
         modules: the modules.
         alone: whether to leave out other modules that they lead to.
+        torch_alone: whether to leave out random numbers that others than torch draw, which takes a while.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], *, alone: bool = False) -> None:
+    def __init__(
+        self, modules: Iterable[nn.Module], *, alone: bool = False, torch_alone: bool = False
+    ) -> None:
         modules = tuple(modules)
         self._wanted = frozenset(map(id, modules)) if alone else None
         self._first = modules[:1]
         self._buffers = frozenset(id(x) for module in modules for x in buffers_of(module).values())
-        self._held: list[tuple[nn.Module, Held]] = []
+        self._held: list[tuple[nn.Module, object, Held]] = []
         # What was seen is kept alive, lest something else come to have its id.
         self._seen: dict[int, object] = {}
-        self._random = [] if torch.compiler.is_compiling() else list(_random_states())
+        traced = torch.compiler.is_compiling()
+        self._drawn = [] if traced else list(_drawn_by_torch())
+        self._random = [*self._drawn, *([] if traced or torch_alone else _drawn_by_others())]
         for module in modules:
             self._visit(module, module)
 
     @property
     def moved(self) -> tuple[nn.Module, ...]:
         """The modules that no longer hold what they held; random numbers that were drawn count as the first one's."""
-        drawn = self._first if any(held.changed() for held in self._random) else ()
-        owners = (owner for owner, held in self._held if held.changed())
+        drawn = self._first if self.drew else ()
+        owners = (owner for owner, _, held in self._held if held.changed())
         return tuple({id(owner): owner for owner in (*drawn, *owners)}.values())
+
+    @property
+    def drew(self) -> bool:
+        """Whether random numbers were drawn that are shared by all."""
+        return any(held.changed() for held in self._random)
+
+    def moved_besides(self, slots: Iterable[tuple[Mapping[str, object], str]]) -> nn.Module | None:
+        """A module that no longer holds what it held in anything but these entries and what torch draws, if any."""
+        entries: dict[int, set[str]] = {}
+        for registry, name in slots:
+            entries.setdefault(id(registry), set()).add(name)
+        tensors = {id(registry.get(name)) for registry, name in slots} | self._buffers
+        if any(held.changed() for held in self._random if held not in self._drawn):
+            return self._first[0]
+        for owner, value, held in self._held:
+            if isinstance(held, _Entries):
+                of = value.__dict__ if isinstance(value, nn.Module) else value
+                if held.changed_besides(entries.get(id(of), set())):
+                    return owner
+            elif id(value) not in tensors and held.changed():
+                return owner
+        return None
+
+    def overwrote(self, tensor: Tensor) -> bool:
+        """Whether a tensor that was held has other values than it had."""
+        return any(value is tensor and held.changed() for _, value, held in self._held)
 
     def put_back(self) -> None:
         """Make everything what it was."""
         for drawn in self._random:
             drawn.restore()
         with torch.no_grad():
-            for _, held in self._held:
+            for _, _, held in self._held:
                 if held.changed():
                     held.restore()
 
@@ -156,7 +196,7 @@ class Snapshot:
             self._seen[id(value)] = value
             owner = value if isinstance(value, nn.Module) else owner
             if held is not None:
-                self._held.append((owner, held))
+                self._held.append((owner, value, held))
             ahead += [(owner, one) for one in below if type(one) not in _PLAIN]
 
 
@@ -167,6 +207,11 @@ def _is_traced(value: Tensor) -> bool:
 
 def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
     """How to put back what a value is, and the values in it."""
+    kind = type(value)
+    if kind is dict or kind is OrderedDict:  # most are
+        return _dictionary(value)  # type: ignore[arg-type]
+    if kind is set:
+        return (_set(value), list(value)) if value else (_set(value), ())  # type: ignore[call-overload]
     if isinstance(value, nn.Parameter):
         return None, ()
     if isinstance(value, nn.Module):
@@ -180,8 +225,7 @@ def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
     if isinstance(value, LazyStackedTensorDict):
         return None, value.tensordicts
     if isinstance(value, dict):
-        held = _Entries(value)
-        return held, [*value, *held.values()]
+        return _dictionary(value)
     if isinstance(value, list | deque):
         return _sequence(value), list(value)
     if isinstance(value, set):
@@ -196,6 +240,11 @@ def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
     if type(value).__module__.partition(".")[0] in LEFT_ALONE or not _is_plain(value):
         return None, ()
     return _object(value)
+
+
+def _dictionary(value: dict[Any, object]) -> tuple[Held, list[object]]:
+    held = _Entries(value)
+    return held, [*value, *held.values()]
 
 
 def _below(held: _Entries) -> tuple[Held, list[object]]:
@@ -312,22 +361,29 @@ def _generator(value: Any) -> Held | None:
     return None
 
 
-def _random_states() -> Iterator[Held]:
-    """The states of the random numbers that are shared by all.
+def _drawn_by_torch() -> Iterator[Held]:
+    """The states of the random numbers of torch that are shared by all.
 
     Not from another thread: the main one would draw the same numbers twice.
     """
     if current_thread() is not main_thread():
         return
-    state, own = torch.get_rng_state(), random.getstate()
+    state = torch.get_rng_state()
     yield _By(lambda: not torch.equal(torch.get_rng_state(), state), lambda: torch.set_rng_state(state))
-    yield _By(lambda: random.getstate() != own, lambda: random.setstate(own))
     if torch.cuda.is_initialized():
         devices = torch.cuda.get_rng_state_all()
         yield _By(
             lambda: not all(map(torch.equal, torch.cuda.get_rng_state_all(), devices)),
             lambda: torch.cuda.set_rng_state_all(devices),
         )
+
+
+def _drawn_by_others() -> Iterator[Held]:
+    """Likewise those of Python and numpy."""
+    if current_thread() is not main_thread():
+        return
+    own = random.getstate()
+    yield _By(lambda: random.getstate() != own, lambda: random.setstate(own))
     numpy: Any = sys.modules.get("numpy.random")
     if numpy is not None:
         yield _legacy(numpy.get_state, numpy.set_state)

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictParams
+from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
 
 from tdhook.models.holding import modules_of
-from tdhook.models.snapshots import Snapshot
+from tdhook.models.snapshots import LEFT_ALONE, Snapshot
 from tdhook.models.turns import Turn
-from tdhook.tape.internals import buffers_of, parameters_of
+from tdhook.tape.internals import buffers_of, hook_tables_of, parameters_of, version_of
+from tdhook.tape.undoing import undone
 
-__all__ = ["Slot", "restored", "slots_of", "swapped"]
+__all__ = [
+    "Memory",
+    "Slot",
+    "as_normal",
+    "restored",
+    "slots_of",
+    "swapped",
+    "without_backward_hooks",
+]
+
+LIBRARIES = (LEFT_ALONE - {"tdhook"}) | {"timm", "torchvision"}
+"""Top-level packages whose modules do the same in each call, as far as what they remember is concerned."""
 
 Slot: TypeAlias = "tuple[dict[str, Any], str]"
 """A dictionary that holds a parameter or a buffer, and its name there."""
 
 
 def slots_of(modules: Iterable[nn.Module]) -> tuple[Slot, ...]:
-    """Where the parameters and buffers of some modules are kept, so that they can be looked up and replaced."""
+    """Where the parameters and buffers of some modules are kept, so that they can be looked up and replaced.
+
+    Other tensors that are attributes of modules, a hidden state say, count as buffers.
+    """
     found: list[Slot] = []
     for module in modules:
         if isinstance(module, TensorDictParams):
@@ -34,6 +51,8 @@ def slots_of(modules: Iterable[nn.Module]) -> tuple[Slot, ...]:
         else:
             for registry in (parameters_of(module), buffers_of(module)):
                 found += [(registry, name) for name, value in registry.items() if value is not None]
+            own = module.__dict__
+            found += [(own, name) for name, value in own.items() if isinstance(value, Tensor)]
     return tuple(found)
 
 
@@ -41,18 +60,100 @@ def slots_of(modules: Iterable[nn.Module]) -> tuple[Slot, ...]:
 def swapped(slots: Sequence[Slot], values: Sequence[Tensor]) -> Iterator[None]:
     """Put other values in the place of parameters and buffers."""
     kept = [registry[name] for registry, name in slots]
-    try:
-        for (registry, name), value in zip(slots, values, strict=True):
+
+    def put(those: Sequence[Tensor]) -> None:
+        for (registry, name), value in zip(slots, those, strict=True):
             registry[name] = value
+
+    with undone(lambda: put(kept)):
+        put(values)
         yield
-    finally:
-        for (registry, name), value in zip(slots, kept, strict=True):
-            registry[name] = value
+
+
+@contextmanager
+def as_normal(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Have modules hold normal tensors in the place of those that were made in inference mode, which no tape takes.
+
+    What is written to the former is written to the latter afterwards. What modules hold anew they keep.
+    """
+    found = _inference_slots(modules)
+    if not found:
+        yield
+        return
+    originals: list[Any] = [registry[name] for registry, name in found]
+    with torch.no_grad():
+        stand_ins = [
+            [x.clone() for x in value] if isinstance(value, list) else value.clone() for value in originals
+        ]
+    versions = [0 if isinstance(value, list) else version_of(value) for value in stand_ins]
+
+    def put_back() -> None:
+        for (registry, name), value, normal, version in zip(
+            found, originals, stand_ins, versions, strict=True
+        ):
+            if registry.get(name) is normal:
+                if not isinstance(normal, list) and version_of(normal) != version:
+                    with torch.inference_mode():
+                        value.copy_(normal)
+                registry[name] = value
+
+    with undone(put_back):
+        for (registry, name), normal in zip(found, stand_ins, strict=True):
+            registry[name] = normal
+        yield
+
+
+def _inference_slots(modules: Iterable[nn.Module]) -> list[Slot]:
+    """Where tensors are that were made in inference mode."""
+    if torch.compiler.is_compiling():
+        return []
+    found: list[Slot] = []
+    for module in modules:
+        own = module.__dict__
+        for registry in (own["_parameters"], own["_buffers"]):
+            for name, value in registry.items():
+                if value is not None and value.is_inference():
+                    found.append((registry, name))
+        for name, value in own.items():
+            if isinstance(value, Tensor) and value.is_inference():
+                found.append((own, name))
+        weights = own.get("_flat_weights")  # recurrent layers hold their parameters in a list besides
+        if weights and any(isinstance(x, Tensor) and x.is_inference() for x in weights):
+            found.append((own, "_flat_weights"))
+    return found
+
+
+@contextmanager
+def without_backward_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Have no backward hooks of modules called: what comes by is relevance, and no gradient that they are meant for."""
+    found: list[Slot] = []
+    for module in modules:
+        own = module.__dict__
+        found += [(own, name) for name in ("_backward_hooks", "_backward_pre_hooks") if own[name]]
+    if not found:
+        yield
+        return
+    theirs = [registry[name] for registry, name in found]
+    empty: list[OrderedDict[int, object]] = [OrderedDict() for _ in found]
+
+    def put_back() -> None:
+        for (registry, name), hooks, added in zip(found, theirs, empty, strict=True):
+            hooks.update(added)
+            registry[name] = hooks
+
+    with undone(put_back):
+        for (registry, name), none in zip(found, empty, strict=True):
+            registry[name] = none
+        yield
 
 
 @contextmanager
 def restored(
-    root: nn.Module, *, always: bool = True, among: Iterable[nn.Module] | None = None
+    root: nn.Module,
+    *,
+    always: bool = True,
+    among: Iterable[nn.Module] | None = None,
+    torch_alone: bool = False,
 ) -> Iterator[Snapshot]:
     """Put back afterwards what a model holds, and the random state, always or only where the block raised.
 
@@ -62,17 +163,81 @@ def restored(
         root: the model.
         always: whether also where the block did not raise.
         among: those of its modules that are known to change, if they are known.
+        torch_alone: whether nobody but torch is known to draw random numbers.
 
     Yields:
         What is put back: :class:`~tdhook.models.snapshots.Snapshot`.
     """
     modules = tuple(modules_of(root).values() if among is None else among)
     with Turn(modules):
-        snapshot = Snapshot(modules, alone=among is not None)
+        snapshot = Snapshot(modules, alone=among is not None, torch_alone=torch_alone)
         put_back = True
-        try:
-            yield snapshot
-            put_back = always
-        finally:
+
+        def restore() -> None:
             if put_back:
                 snapshot.put_back()
+
+        with undone(restore):
+            yield snapshot
+            put_back = always
+
+
+class Memory:
+    """Which modules of a model change what they hold when it runs, as far as was seen or can be told.
+
+    In its first run all modules are looked at; then those that were seen to change, those of users' classes, which may
+    do so only at times, and those of torch that count in training.
+
+    Args:
+        root: the model.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        modules = modules_of(root).values()
+        self._suspects = [module for module in modules if _is_of_users(module)]
+        self._counting = [module for module in modules if buffers_of(module)]
+        self._moving: dict[int, nn.Module] | None = None
+        self._draws = False
+
+    @property
+    def changing(self) -> tuple[nn.Module, ...] | None:
+        """The modules that may change; ``None`` where none was seen to run."""
+        if self._moving is None:
+            return None
+        counting = [module for module in self._counting if module.training]
+        found = (*self._moving.values(), *self._suspects, *counting)
+        return tuple({id(module): module for module in found}.values())
+
+    @contextmanager
+    def kept(self, *, always: bool) -> Iterator[Snapshot | None]:
+        """:func:`restored` of what may change; ``None`` is yielded where nothing may.
+
+        Args:
+            always: whether to put it back also where the block did not raise.
+        """
+        among = self.changing
+        if among == () and not self._draws:
+            yield None
+            return
+        known = among is not None and not self._draws
+        with restored(self._root, always=always, among=among, torch_alone=known) as snapshot:
+            yield snapshot
+            if among is None:
+                self._moving = {id(module): module for module in snapshot.moved}
+                self._draws = snapshot.drew
+
+    def now(self) -> Snapshot:
+        """What may change, as it is now."""
+        return Snapshot(self.changing or modules_of(self._root).values(), alone=True)
+
+
+def _is_of_users(module: nn.Module) -> bool:
+    """Whether a module runs code that is not that of a known library."""
+    hooks, _ = hook_tables_of(module)
+    own: object = module.__dict__.get("module")
+    return (
+        type(module).__module__.partition(".")[0] not in LIBRARIES
+        or any(hooks)
+        or (isinstance(module, TensorDictModuleBase) and own is not None)
+    )

@@ -20,10 +20,11 @@ from torch.utils._pytree import tree_leaves
 from tdhook.models.entries import is_batch
 from tdhook.models.holding import modules_of
 from tdhook.models.sites import Site
-from tdhook.models.state import restored
+from tdhook.models.state import as_normal, restored
 from tdhook.models.turns import here
 from tdhook.tape.internals import parameters_of
 from tdhook.tape.overwriting import out_of_place
+from tdhook.tape.undoing import Hook, hooked
 
 __all__ = ["Execution", "registered", "traced"]
 
@@ -95,21 +96,23 @@ def traced(root: nn.Module, wrapper: TensorDictModuleBase, run: Callable[[], obj
     """
     execution = Execution(modules_of(root))
     watch = _Watch(execution)
-    handles = []
-    try:
-        for name, module in execution.modules.items():
-            handles.append(module.register_forward_pre_hook(here(watch.entering(name)), with_kwargs=True))
-            handles.append(module.register_forward_hook(here(watch.leaving(name)), always_call=False))
-        for name, keyed in _keyed(root, wrapper):
-            handles.append(
-                keyed.register_forward_pre_hook(here(watch.reading(name)), with_kwargs=True, prepend=True)
-            )
-            handles.append(keyed.register_forward_hook(here(watch.writing(name))))
-        with restored(root), out_of_place(execution.modules.values()), torch.no_grad(), watch:
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    by_name, first = {"with_kwargs": True}, {"with_kwargs": True, "prepend": True}
+    hooks: list[Hook] = []
+    for name, module in execution.modules.items():
+        hooks.append((module.register_forward_pre_hook, here(watch.entering(name)), by_name))
+        hooks.append((module.register_forward_hook, here(watch.leaving(name)), {}))
+    for name, keyed in _keyed(root, wrapper):
+        hooks.append((keyed.register_forward_pre_hook, here(watch.reading(name)), first))
+        hooks.append((keyed.register_forward_hook, here(watch.writing(name)), {}))
+    with (
+        hooked(*hooks),
+        restored(root),
+        as_normal(execution.modules.values()),
+        out_of_place(execution.modules.values()),
+        torch.no_grad(),
+        watch,
+    ):
+        run()
     execution.order = tuple(watch.order)
     watch.finish()
     return execution

@@ -5,23 +5,42 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from functools import wraps
-from threading import Condition, get_ident
+from threading import Condition, get_ident, local
 
 from torch import nn
 
 from tdhook.tape.internals import in_backward_pass
+from tdhook.tape.undoing import Change, lock
 
 __all__ = ["Turn", "elsewhere", "here"]
 
-_FREE = Condition()
-_CLAIMS: list[tuple[int, frozenset[int]]] = []
-"""Which threads have which modules, by their ids."""
+_LOCK = lock()
+_FREE = Condition(_LOCK)
+_CLAIMS: list[_Claim] = []
+"""Which threads have which modules."""
+
+
+class _Claim:
+    """Some modules, by their ids, that a thread has."""
+
+    __slots__ = ("ids", "thread")
+
+    def __init__(self, thread: int, ids: frozenset[int]) -> None:
+        self.thread, self.ids = thread, ids
+
+    def give_up(self) -> None:
+        """Leave them to others, if it was granted."""
+        with _LOCK:
+            if self in _CLAIMS:
+                _CLAIMS.remove(self)
+                _FREE.notify_all()
 
 
 def _forget() -> None:
     """In a forked process there are no other threads."""
-    global _FREE
-    _FREE = Condition()
+    global _LOCK, _FREE
+    _LOCK = lock()
+    _FREE = Condition(_LOCK)
     _CLAIMS.clear()
 
 
@@ -37,26 +56,34 @@ class Turn:
 
     Args:
         modules: the modules.
+
+    Attributes:
+        modules: likewise.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._modules = tuple(modules)
-        self._ids = frozenset(map(id, self._modules))
+        self.modules = tuple(modules)
+        self._ids = frozenset(map(id, self.modules))
+        self._mine = local()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Turn, (self._modules,)
+        return Turn, (self.modules,)
 
     def __enter__(self) -> None:
-        claim = get_ident(), self._ids
-        with _FREE:
-            while any(thread != claim[0] and not self._ids.isdisjoint(ids) for thread, ids in _CLAIMS):
+        claim = _Claim(get_ident(), self._ids)
+        self._taken().append(Change(claim.give_up))
+        with _LOCK:
+            while any(it.thread != claim.thread and not self._ids.isdisjoint(it.ids) for it in _CLAIMS):
                 _FREE.wait()
             _CLAIMS.append(claim)
 
     def __exit__(self, *exception: object) -> None:
-        with _FREE:
-            _CLAIMS.remove((get_ident(), self._ids))
-            _FREE.notify_all()
+        self._taken().pop().undo()
+
+    def _taken(self) -> list[Change]:
+        """What this thread took by it, and has not given back."""
+        taken: list[Change] = self._mine.__dict__.setdefault("taken", [])
+        return taken
 
 
 def elsewhere(thread: int | None) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from tdhook.tape.internals import gradients_of
+from tdhook.tape.internals import gradients_of, warn_of_loops
+from tdhook.tape.undoing import lock, undone
 from tdhook.targets import Seeds
 
 __all__ = ["PullBack"]
@@ -128,12 +129,32 @@ def _pull_batched(
         reached[:] = [grad is not None for grad in pulled]
         return tuple(grad for grad in pulled if grad is not None)
 
-    with warnings.catch_warnings():
-        # torch loops over what it cannot vectorise (fused attention), and would warn of that.
-        warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented")
+    with _without_a_word_of_loops():
         # What is computed once more, in checkpointed blocks, draws what it drew in the forward pass.
         found = iter(torch.func.vmap(one, randomness="same")(*grads))
     return [next(found) if there else None for there in reached]
+
+
+_LOCK = lock()
+_QUIET: set[object] = set()
+
+
+@contextmanager
+def _without_a_word_of_loops() -> Iterator[None]:
+    """Torch loops over what it cannot vectorise (fused attention), and would warn of that, in any thread."""
+    entry = object()
+
+    def leave() -> None:
+        with _LOCK:
+            if {entry} >= _QUIET:
+                warn_of_loops(True)
+            _QUIET.discard(entry)
+
+    with undone(leave):
+        with _LOCK:
+            _QUIET.add(entry)
+            warn_of_loops(False)
+        yield
 
 
 def _largest(tensors: Sequence[Tensor]) -> int:

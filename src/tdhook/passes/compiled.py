@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -17,12 +17,15 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.models.entries import leaves_of
-from tdhook.models.state import restored, swapped
-from tdhook.passes.graphs import Graphs
+from tdhook.models.state import swapped
+from tdhook.passes.graphs import Graphs, Remembers
 from tdhook.tape.conditions import assuming_nonnegative, deferred
 from tdhook.tape.internals import hooks_on_saved_tensors, mode_options, nonstrict
 
 __all__ = ["inline", "run"]
+
+_Results: TypeAlias = "tuple[dict[NestedKey, Tensor], dict[str, Tensor], Tensor]"
+"""What a call writes, what the model holds anew by the number of its slot, and whether what was assumed holds."""
 
 # Batch shapes, sets of keys, dtypes and modes each take a graph.
 _LIMIT = 64
@@ -31,7 +34,11 @@ _LIMIT = 64
 def inline(graphs: Graphs, td: TensorDictBase) -> dict[NestedKey, Tensor]:
     """What a call writes into ``td``, as a part of the graph that is being traced."""
     keys, values = _inputs(graphs, td)
-    return _graph(graphs, str(td.batch_dims), (), keys, values)[0]
+    written, changed, _ = _graph(graphs, str(td.batch_dims), (), keys, values)
+    for number, value in changed.items():
+        registry, name = graphs.slots[int(number)]
+        registry[name] = value
+    return written
 
 
 def run(graphs: Graphs, td: TensorDictBase) -> dict[NestedKey, Any]:
@@ -40,39 +47,50 @@ def run(graphs: Graphs, td: TensorDictBase) -> dict[NestedKey, Any]:
         with torch.inference_mode(False):
             return run(graphs, td)
     keys, values = _inputs(graphs, td)
-    if not values or not all(map(Tensor.numel, values)):
+    if not values or not all(map(Tensor.numel, values)) or not graphs.filled:
         return graphs.explain(td)
     if td.batch_dims not in graphs.rehearsed:
-        # What is wrong with a call, and what the model does to tensors, shows here; afterwards all is as before.
-        with restored(graphs.root):
-            graphs.explain(td)
-        graphs.rehearsed.add(td.batch_dims)
+        try:
+            stands = graphs.rehearse(td)
+        except Remembers as error:
+            _give_up(graphs, error)
+            return error.written
+        if stands is not None:
+            return stands
     if graphs.function is None:
         graphs.function = _compiled(graphs.options or {})
     try:
         signs = _nonnegative(graphs, keys, values)
-        written, holds = _called(graphs, str(td.batch_dims), signs, keys, values)
+        written, changed, holds = _called(graphs, str(td.batch_dims), signs, keys, values)
     except Exception as error:
         eagerly = graphs.explain(td)  # raises where the call is at fault
-        graphs.clear()
-        warnings.warn(
-            f"{type(graphs.root).__name__} cannot be explained as one graph and runs without, operation by "
-            f"operation ({_origin(error)})",
-            stacklevel=3,
-        )
+        _give_up(graphs, error)
         return eagerly
-    return written if holds else graphs.explain(td)
+    if not holds:
+        return graphs.explain(td)
+    graphs.hold(changed)
+    return written
 
 
-def _called(graphs: Graphs, *args: Any) -> tuple[dict[NestedKey, Tensor], Tensor]:
+def _give_up(graphs: Graphs, error: Exception) -> None:
+    graphs.clear()
+    warnings.warn(
+        f"{type(graphs.root).__name__} cannot be explained as one graph and runs without, operation by "
+        f"operation ({_origin(error)})",
+        stacklevel=4,
+    )
+
+
+def _called(graphs: Graphs, *args: Any) -> _Results:
     assert graphs.function is not None
     with torch.no_grad():
         if not graphs.replays:
             return graphs.function(graphs, *args)  # type: ignore[no-any-return]
         torch.compiler.cudagraph_mark_step_begin()
-        written, holds = graphs.function(graphs, *args)
+        written, changed, holds = graphs.function(graphs, *args)
         # The next run overwrites what this one returned.
-        return {key: value.clone() for key, value in written.items()}, holds
+        own = {key: value.clone() for key, value in written.items()}
+        return own, {number: value.clone() for number, value in changed.items()}, holds
 
 
 def _origin(error: BaseException) -> str:
@@ -143,7 +161,7 @@ def _graph(
     nonnegative: tuple[NestedKey, ...],
     keys: tuple[NestedKey, ...],
     values: list[Tensor],
-) -> tuple[dict[NestedKey, Tensor], Tensor]:
+) -> _Results:
     """What ``torch.compile`` traces: collects what the explanation depends on.
 
     ``axes`` is the number of batch axes in words: a number would be taken for a size that may change.
@@ -162,20 +180,27 @@ def _explain(
     keys: Sequence[NestedKey],
     state: Sequence[Tensor],
     values: Sequence[Tensor],
-) -> tuple[dict[NestedKey, Tensor], Tensor]:
+) -> _Results:
     """An explanation as a function of tensors; a change of the other arguments makes for another graph."""
     graphs = Graphs.named(name)
     td = TensorDict({}, values[0].shape[: int(axes)])
     for key, value in zip(keys, values, strict=True):
         td.set(key, value)
     off_tape = {id(x): x.detach() if x.requires_grad else x for x in state}
+    # Copies are overwritten, so that nothing has happened where the call is to be made another way after all.
+    off_tape.update({id(state[i]): state[i].clone() for i in graphs.overwritten})
+    given = [off_tape[id(x)] for x in state]
+    changed: dict[str, Tensor] = {}
     with (
-        swapped(graphs.slots, [off_tape[id(x)] for x in state]),
+        swapped(graphs.slots, given),
         deferred() as conditions,
         assuming_nonnegative(nonnegative),
         hooks_on_saved_tensors(),
     ):
         written = graphs.explain(td)
+        for i, ((registry, name), value) in enumerate(zip(graphs.slots, given, strict=True)):
+            if registry[name] is not value or i in graphs.overwritten:
+                changed[str(i)] = registry[name].detach()
     for key, value in written.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"the model writes {key!r}, which is no tensor")
@@ -183,4 +208,4 @@ def _explain(
     holds = (
         torch.stack([c.to(device) for c in conditions]).all() if conditions else torch.ones((), device=device)
     )
-    return written, holds
+    return written, changed, holds

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from tdhook.models.model import Model
 from tdhook.models.state import restored
 from tdhook.selectors.names import name_of
 from tdhook.tape.conditions import holds
+from tdhook.tape.undoing import Hook, hooked
 
 __all__ = ["is_explainable", "why_not_finite", "why_relevance_is_not"]
 
@@ -83,12 +83,12 @@ def _name_of_node(model: Model, node: Any) -> str:
 def _culprit(model: Model, td: TensorDictBase) -> str:
     """The first module whose output is not finite, and the operation in it."""
     watch = _Watch()
-    with ExitStack() as stack, torch.no_grad():
-        for name, module in model.root.named_modules():
-            stack.callback(module.register_forward_pre_hook(watch.enter(name)).remove)
-            stack.callback(module.register_forward_hook(watch.leave(name)).remove)
-        with restored(model.root), watch:
-            outputs = model.run(dense_copy(td))[0]
+    hooks: list[Hook] = []
+    for name, module in model.root.named_modules():
+        hooks.append((module.register_forward_pre_hook, watch.enter(name), {}))
+        hooks.append((module.register_forward_hook, watch.leave(name), {}))
+    with hooked(*hooks), torch.no_grad(), restored(model.root), watch:
+        outputs = model.run(dense_copy(td))[0]
     nan = any(bool(x.isnan().any()) for x in _floats(list(outputs.values(True, True))))
     found = watch.nan if nan and watch.nan is not None else watch.infinite or watch.nan
     return found or "it arises outside of any module"

@@ -63,16 +63,12 @@ def _independent(sources: Mapping[NestedKey, Tensor]) -> list[list[NestedKey]]:
     nodes = {key: get_gradient_edge(x).node for key, x in sources.items()}
     before = {key: _nodes_before(node) for key, node in nodes.items()}
     levels: dict[NestedKey, int] = {}
-
-    def level(key: NestedKey) -> int:
-        if key not in levels:
-            deeper = [level(other) for other, node in nodes.items() if other != key and node in before[key]]
-            levels[key] = 1 + max(deeper, default=-1)
-        return levels[key]
-
+    for key in sorted(sources, key=lambda key: len(before[key])):  # what is behind has more before it
+        deeper = [levels[other] for other, node in nodes.items() if other != key and node in before[key]]
+        levels[key] = 1 + max(deeper, default=-1)
     groups: dict[int, list[NestedKey]] = {}
     for key in sources:
-        groups.setdefault(level(key), []).append(key)
+        groups.setdefault(levels[key], []).append(key)
     return [groups[depth] for depth in sorted(groups)]
 
 

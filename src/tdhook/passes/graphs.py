@@ -7,19 +7,35 @@ from itertools import count
 from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
 
+import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
-from torch import nn
+from torch import Tensor, nn
 
 from tdhook.models.holding import modules_of
+from tdhook.models.snapshots import Snapshot
 from tdhook.models.state import Slot, slots_of
+from tdhook.tape.undoing import undone_where_raised
 
-__all__ = ["Compile", "Graphs", "compile_options"]
+__all__ = ["Compile", "Graphs", "Remembers", "compile_options"]
 
 Compile: TypeAlias = "bool | str | Mapping[str, Any]"
 
 _NUMBERS = count()
 _NAMED: WeakValueDictionary[str, Graphs] = WeakValueDictionary()
+
+
+class Remembers(Exception):
+    """A model holds more than tensors that it changes.
+
+    Args:
+        who: the class of the module that does.
+        written: what the call wrote.
+    """
+
+    def __init__(self, who: str, written: dict[NestedKey, Any]) -> None:
+        super().__init__(f"{who} changes what it holds besides tensors, or draws random numbers of its own")
+        self.written = written
 
 
 class Graphs:
@@ -34,7 +50,8 @@ class Graphs:
 
     Attributes:
         name: how a graph names the explained module, which is no value that can go into it.
-        slots: where the parameters and buffers of the model are.
+        slots: where the parameters and buffers of the model are, and other tensors that its modules hold.
+        overwritten: which of the slots hold tensors that a call overwrites.
         modes: where it is whether each of its modules is in training mode.
         wanted: whether calls are to run as a graph.
         function: the compiled function, once there is one.
@@ -55,6 +72,7 @@ class Graphs:
         _NAMED[self.name] = self
         modules = modules_of(root).values()
         self.slots = slots_of(modules)
+        self.overwritten: frozenset[int] = frozenset()
         self.modes: tuple[Slot, ...] = tuple((module.__dict__, "training") for module in modules)
         self.options = options
         self.wanted = options is not None
@@ -68,6 +86,60 @@ class Graphs:
         options = self.options or {}
         wanted = options.get("options", {}).get("triton.cudagraphs", False)
         return bool(wanted) or options.get("mode") in ("reduce-overhead", "max-autotune")
+
+    @property
+    def filled(self) -> bool:
+        """Whether there is a tensor in each of the slots."""
+        return all(isinstance(registry.get(name), Tensor) for registry, name in self.slots)
+
+    def rehearse(self, td: TensorDictBase) -> dict[NestedKey, Any] | None:
+        """Make a call operation by operation, to see what the model does to what it holds.
+
+        What is wrong with a call shows here. Afterwards all is as before, unless the call stands.
+
+        Returns:
+            What the call writes, where it stands: the model holds other tensors than before, and is to be seen again.
+
+        Raises:
+            Remembers: the model holds more than tensors that it changes, and no graph can do so; the call stands.
+        """
+        modules = tuple(modules_of(self.root).values())
+        slots = slots_of(modules)
+        kept = [registry[name] for registry, name in slots]
+        before = Snapshot(modules)
+        with undone_where_raised(before.put_back):
+            written = self.explain(td)
+        after = slots_of(modules)
+        if {(id(registry), name) for registry, name in after} != {(id(r), name) for r, name in slots}:
+            return written
+        mover = before.moved_besides(slots)
+        if mover is not None:
+            raise Remembers(type(mover).__name__, written)
+        self.overwritten = frozenset(
+            i
+            for i, ((registry, name), value) in enumerate(zip(slots, kept, strict=True))
+            if registry[name] is value and before.overwrote(value)
+        )
+        before.put_back()
+        if slots != self.slots:
+            self.slots, self.function = slots, None
+        self.rehearsed.add(td.batch_dims)
+        return None
+
+    def hold(self, changed: Mapping[str, Tensor]) -> None:
+        """Have the model hold what a graph returned of it.
+
+        Args:
+            changed: tensors by the number of their slot.
+        """
+        for number, value in changed.items():
+            registry, name = self.slots[int(number)]
+            held = registry[name]
+            if int(number) in self.overwritten and held.shape == value.shape:
+                with torch.no_grad(), torch.inference_mode(held.is_inference()):
+                    held.copy_(value)
+            else:
+                registry[name] = value
 
     @staticmethod
     def named(name: str) -> Graphs:

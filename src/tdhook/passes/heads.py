@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tdhook.models.entries import is_batch
 from tdhook.models.turns import here
 from tdhook.tape.internals import version_of, without_modes
+from tdhook.tape.undoing import Hook, hooked
 
 __all__ = ["Heads", "NotBehind"]
 
@@ -89,17 +90,16 @@ class Heads:
             torch.set_grad_enabled(True)
             after[:] = self._values((output,))
 
-        handles = (
-            first.register_forward_pre_hook(here(entering)),
-            self._runner.register_forward_hook(here(leaving)),
+        hooks: tuple[Hook, ...] = (
+            (first.register_forward_pre_hook, here(entering), {}),
+            (self._runner.register_forward_hook, here(leaving), {}),
         )
-        try:
-            yield
-        finally:
-            unseen.close()
-            torch.set_grad_enabled(True)
-            for handle in handles:
-                handle.remove()
+        with hooked(*hooks):
+            try:
+                yield
+            finally:
+                unseen.close()
+                torch.set_grad_enabled(True)
         if not before or not _same(before, after):
             self._first = None
             raise NotBehind
@@ -120,12 +120,11 @@ class Heads:
 
             return hook
 
-        handles = [part.register_forward_hook(here(leaving(i))) for i, part in enumerate(self._parts)]
-        try:
+        hooks: list[Hook] = [
+            (part.register_forward_hook, here(leaving(i)), {}) for i, part in enumerate(self._parts)
+        ]
+        with hooked(*hooks):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
         self._known = True
         if seen and last + 1 < len(self._parts):
             self._first = self._parts[last + 1]

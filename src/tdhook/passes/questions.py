@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tdhook.models.entries import dense_copy, plain
 from tdhook.models.model import Model
+from tdhook.models.state import Memory
 from tdhook.passes.rows import rows_of
 from tdhook.targets import AtStep, Contrast, Seeder, Seeds, Target, TargetLike, as_seeder
 from tdhook.targets.outputs import Selection
@@ -28,15 +29,18 @@ class Asked:
         model: what is asked.
         given: what the caller wants to be explained.
         seeder: the same, with its choice made.
+        memory: what the model holds, which it finds the same in each run.
     """
 
     model: Model
     given: Seeder
     seeder: Seeder
+    memory: Memory
 
     def outputs(self, rows: TensorDictBase) -> TensorDictBase:
         """What the model writes for ``rows``, and what the target computes of it."""
-        return self.seeder.derive(self.model.run(rows.copy())[0], rows)
+        with self.memory.kept(always=True):
+            return self.seeder.derive(self.model.run(rows.copy())[0], rows)
 
     def seeds(self, outputs: TensorDictBase, rows: TensorDictBase) -> Seeds:
         """What is explained, and its weights."""
@@ -87,9 +91,13 @@ def asked(
         raise ValueError(f"chunk_size is the number of inputs in one pass, at least 1; got {chunk_size}")
     td = dense_copy(plain(td))
     model, rows, seeder = Model.of(module), rows_of(td, axes).copy(), as_seeder(target)
+    memory = Memory(model.root)
     if target is not None and not isinstance(seeder, Selection | Contrast | AtStep):
-        return Asked(model, seeder, seeder), rows
-    parts: list[Any] = [model.run(part.copy())[0] for part in rows.split(chunk_size)]
+        return Asked(model, seeder, seeder, memory), rows
+    parts: list[Any] = []
+    for part in rows.split(chunk_size):
+        with memory.kept(always=True):
+            parts.append(model.run(part.copy())[0])
     answers = cast(TensorDictBase, torch.cat(parts))
     outputs = answers.reshape(td.batch_size) if td.batch_dims else answers[0]
     if target is None:
@@ -99,7 +107,7 @@ def asked(
     pinned, chosen = pin(seeder, derived, td)
     for key, value in chosen.items():
         rows.set(key, value.reshape(*rows.batch_size, *value.shape[td.batch_dims :]))
-    return Asked(model, seeder, pinned), rows
+    return Asked(model, seeder, pinned, memory), rows
 
 
 def _only(outputs: TensorDictBase) -> Target:

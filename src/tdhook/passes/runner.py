@@ -19,12 +19,15 @@ from torch import Tensor
 
 from tdhook.models.capture import Captured
 from tdhook.models.entries import plain
-from tdhook.models.state import restored
+from tdhook.models.snapshots import Snapshot
+from tdhook.models.state import as_normal, without_backward_hooks
 from tdhook.passes.axes import Misread
 from tdhook.passes.forward import AsItIs, Run, Within
 from tdhook.passes.heads import NotBehind
 from tdhook.passes.setup import Setup
+from tdhook.tape.cutting import Graph
 from tdhook.tape.overwriting import Mutated
+from tdhook.tape.undoing import undone
 from tdhook.targets.base import Seeder
 from tdhook.targets.pinned import pin
 
@@ -47,12 +50,15 @@ class Runner:
         td: the same as a TensorDict.
         base: the run on ``td`` as it is: its outputs are what the explained module writes.
         beside: further entries to write, by key.
+        graph: what its runs leave on the tape.
     """
 
     def __init__(self, setup: Setup, td: TensorDictBase, state: Any = None) -> None:
         self.setup, self.given, self.td, self.state = setup, td, plain(td), state
         self.base: Run | None = None
         self.beside: dict[NestedKey, Tensor] = {}
+        self.graph = Graph()
+        self._before: Snapshot | None = None
 
     def check(self) -> None:
         """Raise where the model cannot be run on ``td``, as :meth:`forward` does."""
@@ -80,13 +86,17 @@ class Runner:
         """
         setup, replaced, how = self.setup, replaced or {}, within or AsItIs()
         asked = target or self.setup.question.target
-        with setup.turn, how.attached():
+        is_base = td is self.td and not replaced and self.base is None
+        alone = _NOTHING if is_base else self.from_the_start()
+        modules = setup.turn.modules
+        with setup.turn, alone, as_normal(modules), without_backward_hooks(modules), how.attached():
             work, inputs, integers = setup.leaves(td, replaced)
+            self.graph.grows_from(inputs.values())
             if how.overwrites:
                 for key, value in inputs.items():
                     if key not in integers:
                         work.set(key, value.clone())
-            captured = Captured(replaced, partial(setup.axis, tuple(td.batch_size)))
+            captured = Captured(replaced, self.graph, partial(setup.axis, tuple(td.batch_size)))
             heads = (
                 setup.heads.off_the_tape(how.overwrites)
                 if setup.heads.possible and not how.whole
@@ -98,6 +108,9 @@ class Runner:
                 numbers = setup.leaves.made(inputs, integers, exact=not replaced) if integers else _NOTHING
                 with heads, numbers:
                     outputs, flat, apart = setup.model.run(self._as_given(work), captured.clear)
+                with torch.no_grad():  # to read what is written, in sight of who watches the run
+                    for value in outputs.values(True, True):
+                        _ = value.detach() if isinstance(value, Tensor) else None
                 outputs = asked.derive(outputs, given)
             if outputs.batch_size != td.batch_size:
                 raise ValueError(
@@ -106,7 +119,7 @@ class Runner:
                     "the new axes behind those of the batch"
                 )
             run = Run(setup, td, inputs, outputs, flat, captured.modules, captured.keys)
-            if td is self.td and not replaced and self.base is None:
+            if is_base:
                 self.base, setup.apart = run, apart
             yield run
 
@@ -132,9 +145,19 @@ class Runner:
 
     def values(self, td: TensorDictBase) -> TensorDictBase:
         """What the model writes and the target computes of it, off the tape."""
-        with torch.no_grad():
+        with torch.no_grad(), self.from_the_start():
             work = self.setup.leaves.readable(td)
             return self.setup.question.target.derive(self.setup.model.run(work)[0], work)
+
+    @contextmanager
+    def from_the_start(self) -> Iterator[None]:
+        """Run the model once more, from what it held before the call; afterwards it holds what it holds now."""
+        if self._before is None:
+            yield
+            return
+        with undone(self.setup.memory.now().put_back):
+            self._before.put_back()
+            yield
 
     def carefully(self, attempt: Callable[[], T]) -> T:
         """Make an attempt, and another where it turns out that the model must be run with more care."""
@@ -143,12 +166,7 @@ class Runner:
             self.base = None
             self.beside.clear()
             try:
-                if setup.moving == ():
+                with setup.memory.kept(always=False) as self._before:
                     return attempt()
-                with restored(setup.model.root, always=False, among=setup.moving) as held:
-                    result = attempt()
-                    moving = held.moved
             except (Mutated, NotBehind, Misread):
                 continue
-            setup.moving = moving
-            return result

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tdhook.models.capture import Captured
 from tdhook.models.holding import modules_of
 from tdhook.models.model import Apart, Model
+from tdhook.models.state import Memory
 from tdhook.models.turns import Turn
 from tdhook.passes.axes import Axes
 from tdhook.passes.backward import PullBack
@@ -65,9 +66,10 @@ class Setup:
         pull_back: runs backward passes.
         heads: what of the model is behind the target.
         turn: the right to change the model for a while, which one thread at a time has.
+        memory: which modules may change what they hold when they run.
+        keeps_anywhere: whether values of its runs may be kept anywhere, and not only on the model, nor are they young.
         axes: which axes of the outputs of modules are the batch's.
         apart: how the model returns a TensorDict of its own, if it was seen to.
-        moving: modules that were seen to change what they hold when they run; ``None`` where none was seen to run.
 
     Raises:
         ValueError: the question names a module or a key that the model does not have.
@@ -96,7 +98,8 @@ class Setup:
         self.pull_back = PullBack(question.memory_budget)
         self.heads = Heads(model.runner, question.target.explains)
         self.turn = Turn(modules_of(model.root).values())
-        self.moving: tuple[nn.Module, ...] | None = None
+        self.memory = Memory(model.root)
+        self.keeps_anywhere = True
         self.axes = Axes()
 
     def axis(self, batch: tuple[int, ...], name: str, output: Tensor, module: nn.Module) -> int:

@@ -13,6 +13,8 @@ import torch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.tape.undoing import set_to
+
 __all__ = ["assumed_nonnegative", "assuming_nonnegative", "deferred", "holds", "seen_to_hold"]
 
 _NONNEGATIVE: ContextVar[Collection[NestedKey]] = ContextVar("nonnegative", default=())
@@ -36,11 +38,8 @@ def seen_to_hold(condition: Tensor) -> bool:
 @contextmanager
 def assuming_nonnegative(keys: Collection[NestedKey]) -> Iterator[None]:
     """Take the values of these inputs to be non-negative."""
-    token = _NONNEGATIVE.set(keys)
-    try:
+    with set_to(_NONNEGATIVE, keys):
         yield
-    finally:
-        _NONNEGATIVE.reset(token)
 
 
 def assumed_nonnegative() -> Collection[NestedKey]:
@@ -52,8 +51,5 @@ def assumed_nonnegative() -> Collection[NestedKey]:
 def deferred() -> Iterator[list[Tensor]]:
     """List the conditions that are met with, for whoever can look at them later."""
     conditions: list[Tensor] = []
-    token = _DEFERRED.set(conditions)
-    try:
+    with set_to(_DEFERRED, conditions):
         yield conditions
-    finally:
-        _DEFERRED.reset(token)

@@ -13,6 +13,7 @@ from torch.autograd.function import Function
 
 from tdhook.tape.internals import inside, is_batched, is_wrapped, maker_of, transformed
 from tdhook.tape.trees import tree_map_tensors
+from tdhook.tape.undoing import set_to
 
 __all__ = [
     "Identity",
@@ -85,11 +86,8 @@ _COPIES: ContextVar[bool] = ContextVar("copies", default=False)
 @contextmanager
 def copying() -> Iterator[None]:
     """Make these identities return copies, which may be overwritten, where they return views else."""
-    token = _COPIES.set(True)
-    try:
+    with set_to(_COPIES, True):
         yield
-    finally:
-        _COPIES.reset(token)
 
 
 def alias(x: Tensor) -> Tensor:

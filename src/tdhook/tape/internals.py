@@ -6,7 +6,7 @@ The upper bound on torch in ``pyproject.toml`` follows from this file: with a ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -24,13 +24,18 @@ __all__ = [
     "CHECKPOINTING",
     "Watching",
     "applying_of",
+    "attention_in_parts",
+    "base_of",
     "beneath",
     "buffers_of",
     "called",
     "children_of",
     "dense_of",
     "function_inside",
+    "function_modes",
     "gradients_of",
+    "has_storage",
+    "hook_tables_of",
     "hooks_on_saved_tensors",
     "in_backward_pass",
     "inside",
@@ -46,21 +51,28 @@ __all__ = [
     "pop_mode",
     "push_mode",
     "saved_by",
+    "saved_tensors_hooks_on_top",
+    "saving_as_it_is",
     "schema_of",
     "script_call",
     "script_method_call",
     "sees",
     "set_applying",
     "set_control_flow",
+    "set_function_modes",
     "set_script_call",
     "set_script_method_call",
+    "set_torch_functions_seen",
     "storage_of",
     "through_transforms",
     "top_mode",
+    "torch_functions_seen",
     "transformed",
     "unwatched",
     "version_of",
+    "warn_of_loops",
     "without_modes",
+    "without_saved_tensors_hooks",
     "written_in_python",
 ]
 
@@ -80,6 +92,12 @@ inside: Callable[[Tensor], Tensor] = _C._functorch.get_unwrapped
 """The tensor that a transform wrapped."""
 
 
+warn_of_loops: Callable[[bool], None] = _C._functorch._set_vmap_fallback_warning_enabled
+"""Set whether ``torch.vmap`` warns of functions that it loops over, which it does unless told."""
+
+attention_in_parts: Callable[..., tuple[Tensor, Tensor]] = torch._scaled_dot_product_attention_math
+"""Attention without a fused kernel: its values and its weights."""
+
 without_modes: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunction
 """Runs torch functions in sight of no mode."""
 
@@ -87,6 +105,12 @@ without_modes: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorc
 def is_view(x: Tensor) -> bool:
     """Whether a tensor is a view of another one."""
     return x._is_view()
+
+
+def base_of(x: Tensor) -> Tensor:
+    """The tensor that a tensor is a view of, or itself."""
+    base = x._base
+    return x if base is None else base
 
 
 def version_of(x: Tensor) -> int:
@@ -105,6 +129,11 @@ def called(frame: FrameType) -> nn.Module | None:
 
 
 _CALL = nn.Module._call_impl.__code__
+
+
+def has_storage(x: Tensor) -> bool:
+    """Whether a tensor has memory of its own, and is not made of other tensors, say."""
+    return x.layout is torch.strided and not x.is_nested
 
 
 def storage_of(x: Tensor) -> int:
@@ -152,6 +181,50 @@ pop_mode: Callable[[], TorchFunctionMode] = _C._pop_torch_function_stack
 
 push_mode: Callable[[TorchFunctionMode], None] = _C._push_on_torch_function_stack
 """Put a mode on top."""
+
+
+def function_modes() -> list[TorchFunctionMode]:
+    """The modes that see torch functions, the one that sees them last first."""
+    count = _C._len_torch_function_stack()
+    return [_C._get_function_stack_at(i) for i in range(count)] if count else []
+
+
+def set_function_modes(modes: Sequence[TorchFunctionMode]) -> None:
+    """Have these modes see torch functions, and no others."""
+    if function_modes() != modes:
+        while _C._len_torch_function_stack():
+            pop_mode()
+        for mode in modes:
+            push_mode(mode)
+
+
+torch_functions_seen: Callable[[], Any] = _C._get_torch_function_state
+"""Who sees torch functions at all: modes and subclasses of tensors, one of the two, or nobody."""
+
+set_torch_functions_seen: Callable[[Any], None] = _C._set_torch_function_state
+"""Set who sees torch functions."""
+
+
+def saved_tensors_hooks_on_top() -> object:
+    """The pair of hooks on saved tensors that is at work, if any."""
+    return _C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def saving_as_it_is() -> AbstractContextManager[None]:
+    """Save tensors as they are, whatever hooks are at work outside, those of a checkpointed block say."""
+    if saved_tensors_hooks_on_top() is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def without_saved_tensors_hooks(top: object) -> None:
+    """Take pairs of hooks on saved tensors off until that one is at work."""
+    while (found := saved_tensors_hooks_on_top()) is not None and found != top:
+        _C._autograd._pop_saved_tensors_default_hooks()
 
 
 class Watching(TorchFunctionMode):
@@ -335,3 +408,16 @@ def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
 def _dictionary(registry: Mapping[str, V]) -> dict[str, V]:
     """A registry itself, or a copy of that of a module compiled by ``torch.jit``, which is none."""
     return registry if isinstance(registry, dict) else dict(registry.items())
+
+
+def hook_tables_of(
+    module: nn.Module,
+) -> tuple[Sequence[dict[int, Callable[..., object]]], Sequence[dict[int, bool]]]:
+    """The hooks of a module's calls by number, and what is marked of them, likewise."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    marks = (
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+        module._forward_pre_hooks_with_kwargs,
+    )
+    return hooks, marks

@@ -12,7 +12,8 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from tdhook.tape.functions import copying
-from tdhook.tape.internals import storage_of
+from tdhook.tape.internals import has_storage, inside, is_wrapped, storage_of
+from tdhook.tape.undoing import undone
 
 __all__ = [
     "Guard",
@@ -79,8 +80,8 @@ class Guard:
 class Outdated:
     """Tensors that a layer with ``inplace=True`` would have overwritten, had it not been run out of place.
 
-    Mostly nobody reads them again, and nothing is to be copied. Where one is read, the model is run again, guarded, and
-    such layers overwrite what they are given.
+    Mostly nobody reads them again, nor what shares their memory, and nothing is to be copied. Where it is read, or
+    kept, the model is run again, guarded, and such layers overwrite what they are given.
 
     Args:
         guard: guards the run in which they overwrite.
@@ -95,31 +96,35 @@ class Outdated:
         self._guard = guard
         self.layers: set[int] = set()
         self.heeded = self.any = False
-        self._tensors: dict[int, weakref.ref[Tensor]] = {}
+        self._memory: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "layers": set(), "_tensors": {}}
+        return {**self.__dict__, "layers": set(), "_memory": {}}
 
     def clear(self) -> None:
         """Begin a forward pass."""
         self.any = False
-        self._tensors.clear()
+        self._memory.clear()
 
     def add(self, tensor: Tensor) -> None:
         """Remember a tensor that should have been overwritten."""
         self.any = True
-        self._tensors[id(tensor)] = weakref.ref(tensor)
+        memory, held = self._memory, storage_of(tensor)
+        while is_wrapped(tensor):
+            tensor = inside(tensor)
+        memory[held] = weakref.ref(tensor.untyped_storage(), lambda _: memory.pop(held, None))
 
     def check(self, values: Iterable[object]) -> None:
         """Have the model run again if one of the values is outdated."""
-        if not self._tensors:
+        if not self._memory:
             return
         for value in values:
-            if isinstance(value, list | tuple):
+            if isinstance(value, Tensor):
+                if has_storage(value) and storage_of(value) in self._memory:
+                    self.heeded = self._guard.active = True
+                    raise Mutated
+            elif isinstance(value, list | tuple):
                 self.check(value)
-            elif id(value) in self._tensors and self._tensors[id(value)]() is value:
-                self.heeded = self._guard.active = True
-                raise Mutated
 
 
 def _give_back(kept: _Kept) -> Tensor:
@@ -147,10 +152,15 @@ def overwrites(module: nn.Module) -> bool:
 def out_of_place(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Make what overwrites its input return a new tensor instead, so that values saved for the backward pass stay."""
     changed = [module.__dict__ for module in modules if overwrites(module)]
-    try:
+    if not changed:
+        yield
+        return
+
+    def in_place() -> None:
+        for attributes in changed:
+            attributes["inplace"] = True
+
+    with undone(in_place):
         for attributes in changed:
             attributes["inplace"] = False
         yield
-    finally:
-        for attributes in changed:
-            attributes["inplace"] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tdhook.conventions import Convention
 from tdhook.markup import html_table
+from tdhook.relevance.propagation.again import Again
 from tdhook.relevance.propagation.binding import Bindable, Bound
 from tdhook.relevance.propagation.call import Call, Setting
 from tdhook.relevance.propagation.constants import with_constants
@@ -162,8 +163,9 @@ class Ledger:
         """Make one call, with its inputs and outputs metered, unless it is one of them in another shape."""
         rule, flow, run = bound
         module = call.module
+        again = Again.of(module, call.kwargs)
         if rule.native and isinstance(module, Operation):
-            with torch.random.fork_rng(devices=[], enabled=not module.moves):
+            with nullcontext() if module.moves else again.unnoticed():
                 outputs = call.execute()
             if _shares_memory(outputs, (call.args, call.kwargs)):
                 return outputs
@@ -180,7 +182,7 @@ class Ledger:
         def leave(amount: Tensor) -> None:
             self.note(entry, "left", amount)
 
-        setting = replace(call.setting, report=Report(absorb))
+        setting = replace(call.setting, report=Report(absorb, again))
         call = call.live(lambda x: Metered.apply(x, leave, flow))._replace(setting=setting)
         outer, self._within = self._within, setting
         try:

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tdhook.conventions import Convention
 from tdhook.relevance.operations.applied import Applied, is_ours
@@ -19,6 +20,7 @@ from tdhook.relevance.operations.paths import Paths
 from tdhook.relevance.operations.stand_ins import standing_in
 from tdhook.relevance.operations.table import ARITHMETIC, default_rule
 from tdhook.relevance.operations.written_out import entered, written_out
+from tdhook.relevance.propagation.again import Again
 from tdhook.relevance.propagation.binding import Binding, Bound
 from tdhook.relevance.propagation.call import ALONE, Call, Setting
 from tdhook.relevance.propagation.conversions import Substituted
@@ -35,9 +37,12 @@ from tdhook.tape.internals import (
     APPLIED_IN_TRANSFORMS,
     Watching,
     beneath,
+    function_modes,
     pop_mode,
     push_mode,
     sees,
+    set_function_modes,
+    storage_of,
     through_transforms,
     top_mode,
 )
@@ -136,14 +141,24 @@ class Interception(Watching):
         self._paused = 0
         self._entered: Entered | None = None
         self.paths = Paths(modules)
+        self._outer: list[list[TorchFunctionMode]] = []
         self.dependence = Dependence()
 
     def __getstate__(self) -> dict[str, Any]:
         # What is known of torch functions is found again; they cannot all be pickled.
-        return {**self.__dict__, "_known": {}, "_functions": None, "observer": None}
+        return {**self.__dict__, "_known": {}, "_functions": None, "observer": None, "_outer": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _functions=WeakKeyDictionary())
+
+    def __enter__(self) -> Interception:
+        self._outer.append(function_modes())
+        push_mode(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # Not merely the uppermost one off: where this is interrupted, it need not be this one.
+        set_function_modes(self._outer.pop())
 
     @contextmanager
     def running(self, *, tracked: bool = False) -> Iterator[None]:
@@ -153,6 +168,7 @@ class Interception(Watching):
         if not follows and not self.guard.active:
             with standing_in(self), self:
                 yield
+            self._look_for_kept()
             return
         with ExitStack() as stack:
             if self.guard.active:
@@ -162,6 +178,27 @@ class Interception(Watching):
             stack.enter_context(standing_in(self))
             stack.enter_context(self)
             yield
+        self._look_for_kept()
+
+    def resting(self) -> Callable[[], None]:
+        """Make it again what it is now, between calls, or around one that is made within another."""
+        paths = self.paths
+        observer, paused, around, following = self.observer, self._paused, paths.around, paths.following
+        entered, dependence, depth = self._entered, self.dependence, len(self._outer)
+
+        def put_back() -> None:
+            self.observer, self._paused = observer, paused
+            paths.around, paths.following = around, following
+            self._entered, self.dependence = entered, dependence
+            del self._outer[depth:]
+
+        return put_back
+
+    def _look_for_kept(self) -> None:
+        """See whether a module keeps what should have been overwritten."""
+        if self.outdated.any:
+            for module in self.paths.modules.values():
+                self.outdated.check(vars(module).values())
 
     def again(self) -> AbstractContextManager[None] | None:
         """Watch a part of the forward pass that is run once more, in which nothing must have been overwritten."""
@@ -172,7 +209,12 @@ class Interception(Watching):
         before = self.dependence
         self.dependence = before.begin_again()
         try:
-            with nullcontext() if self.observer is None else self.observer.again(), standing_in(self), self:
+            with (
+                nullcontext() if self.observer is None else self.observer.again(),
+                Again(tuple(self.paths.modules.values())).unnoticed(),
+                standing_in(self),
+                self,
+            ):
                 yield
         finally:
             self.dependence = before
@@ -185,26 +227,26 @@ class Interception(Watching):
             call = call._replace(args=args, kwargs=kwargs)
         bound, module, args = binding.bound, call.module, call.args
         if self.outdated.any:
-            self.outdated.check(args)
+            self.outdated.check((*args, *call.kwargs.values()) if call.kwargs else args)
         if not live:
             return self._as_in_place(module, args, call.execute())
         if binding.enters and not self._paused:
             return self._as_in_place(module, args, self._enter(binding, call))
         # Layers of torch overwrite nothing (they run out of place), so that there is nothing to see in them.
-        aside = binding.closed and top_mode() is self
-        if aside:
-            pop_mode()
-        self._paused += 1
+        aside, paused = binding.closed and top_mode() is self, self._paused
         try:
+            self._paused = paused + 1
+            if aside:
+                pop_mode()
             if self.observer is None:
                 result = bound.run(call)
-            elif self._paused == 1:
+            elif not paused:
                 result = self.observer.call(self.paths.current, None, bound, call)
             else:
                 result = bound.run(self.observer.inside(call))
         finally:
-            self._paused -= 1
-            if aside:
+            self._paused = paused
+            if aside and top_mode() is not self:
                 push_mode(self)
         return self._as_in_place(module, args, result)
 
@@ -225,7 +267,8 @@ class Interception(Watching):
         if not layers or id(module) not in layers or not args or not isinstance(args[0], Tensor):
             return result
         if not self.outdated.heeded:
-            self.outdated.add(args[0])
+            if not isinstance(result, Tensor) or storage_of(result) != storage_of(args[0]):
+                self.outdated.add(args[0])
             return result
         self.guard.before(args[0])
         return args[0].copy_(result)
@@ -245,7 +288,7 @@ class Interception(Watching):
         if kwargs and known.schema is not None:
             args, kwargs = positional(known.schema, args, kwargs)
         if self.outdated.any:
-            self.outdated.check(args)
+            self.outdated.check((*args, *kwargs.values()) if kwargs else args)
         in_place = known.in_place or (bool(kwargs) and writes_in_place(func, kwargs))
         if in_place and self.guard.active:
             self.guard.before(_overwritten(args, kwargs))

@@ -27,9 +27,9 @@ class Paths:
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._modules = modules
+        self.modules = modules
         self._names: dict[int, str] | None = None
-        self._around: nn.Module | None = None
+        self.around: nn.Module | None = None
         self.following = False
 
     def __getstate__(self) -> dict[str, object]:
@@ -48,28 +48,28 @@ class Paths:
         One that the model does not hold, since it is made on the way say, is named by the module that called it.
         """
         if self._names is None:
-            self._names = {id(module): path for path, module in self._modules.items()}
+            self._names = {id(module): path for path, module in self.modules.items()}
         found: nn.Module | None = None
         unknown: list[str] = []
         for module in _calls():
-            if module is self._around:
+            if module is self.around:
                 break
             path = self._names.get(id(module))
             found = module if found is None else found
             if path is not None:
                 return ".".join([path, *reversed(unknown)]).lstrip("."), found
             unknown.append(f"({type(module).__name__})")
-        return ".".join(reversed(unknown)), found or self._modules[""]
+        return ".".join(reversed(unknown)), found or self.modules[""]
 
     @contextmanager
     def followed(self) -> Iterator[None]:
         """Follow one forward pass."""
-        self._around = next(_calls(), None)
+        self.around = next(_calls(), None)
         self.following = True
         try:
             yield
         finally:
-            self._around, self.following = None, False
+            self.around, self.following = None, False
 
 
 def _calls() -> Iterator[nn.Module]:

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from threading import Lock
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +22,7 @@ from tdhook.tape.internals import (
     set_script_method_call,
     written_in_python,
 )
+from tdhook.tape.undoing import lock, set_to, undone
 
 __all__ = ["Watch", "standing_in"]
 
@@ -48,8 +48,8 @@ class Watch(Protocol):
 
 
 _WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
-_LOCK = Lock()
-_count = 0
+_LOCK = lock()
+_WITHIN: set[object] = set()
 
 _Function = CHECKPOINTING.CheckpointFunction
 _generator = CHECKPOINTING._checkpoint_without_reentrant_generator
@@ -67,30 +67,37 @@ def standing_in(watch: Watch) -> Iterator[None]:
     Args:
         watch: what watches the pass.
     """
-    token = _WATCH.set(watch)
-    _replace(+1)
-    try:
+    entry = object()
+    with undone(lambda: _leave(entry)), set_to(_WATCH, watch):
+        _enter(entry)
         yield
-    finally:
-        _replace(-1)
-        _WATCH.reset(token)
 
 
-def _replace(step: int) -> None:
-    """The first of the threads that are within replaces what is torch's, the last one puts it back."""
-    global _count
+def _enter(entry: object) -> None:
+    """The first of those that are within replaces what is torch's."""
     with _LOCK:
-        before, _count = _count, _count + step
-        if before and _count:
-            return
-        ours = _count > 0
-        set_script_call(_call_in_python if ours else script_call)
-        set_script_method_call(_call_of_method if ours else script_method_call)
-        set_applying(_apply if ours else None)
-        set_control_flow(_in_python if ours else None)
-        CHECKPOINTING.CheckpointFunction = _Checkpoint if ours else _Function
-        CHECKPOINTING._checkpoint_without_reentrant_generator = _checkpointed if ours else _generator
-        _replace_squashing(sys.modules.get("torchrl.modules.distributions.continuous"), ours)
+        alone = not _WITHIN
+        _WITHIN.add(entry)
+        if alone:
+            _replace(ours=True)
+
+
+def _leave(entry: object) -> None:
+    """The last of them puts it back."""
+    with _LOCK:
+        if {entry} >= _WITHIN:
+            _replace(ours=False)
+        _WITHIN.discard(entry)
+
+
+def _replace(*, ours: bool) -> None:
+    set_script_call(_call_in_python if ours else script_call)
+    set_script_method_call(_call_of_method if ours else script_method_call)
+    set_applying(_apply if ours else None)
+    set_control_flow(_in_python if ours else None)
+    CHECKPOINTING.CheckpointFunction = _Checkpoint if ours else _Function
+    CHECKPOINTING._checkpoint_without_reentrant_generator = _checkpointed if ours else _generator
+    _replace_squashing(sys.modules.get("torchrl.modules.distributions.continuous"), ours)
 
 
 def _replace_squashing(home: object, ours: bool) -> None:

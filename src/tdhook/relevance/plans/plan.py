@@ -28,6 +28,7 @@ from tdhook.relevance.rules.simple import PassRule
 from tdhook.selectors import Selector
 from tdhook.tape.functions import copying
 from tdhook.tape.overwriting import Mutated, out_of_place, overwrites, was_overwritten
+from tdhook.tape.undoing import Change
 
 __all__ = ["COLUMNS", "Merge", "Plan", "Row"]
 
@@ -86,6 +87,8 @@ class RulesOn:
 
     def __enter__(self) -> None:
         self._overwrote = self.overwrites
+        if self.plan.interception is not None:
+            Change(self.plan.interception.resting())
         with self._stack:  # takes off what is on, if something goes wrong here
             self.plan.attach(self._stack)
             if self.plan.interception is not None:
@@ -185,7 +188,8 @@ class Plan:
         if self._lent:
             # What hangs on the outputs of layers would be lost with views that are overwritten.
             stack.enter_context(copying())
-        stack.callback(self._detach)
+        change = Change(self._detach)
+        stack.callback(change.undo)
         if self.setting.weights is not None:
             self.setting.weights.begin()
         thread = get_ident()

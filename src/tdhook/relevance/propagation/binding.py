@@ -121,8 +121,8 @@ class Binding:
         self.thread = thread
         attributes = self.module.__dict__
         current = attributes.get("forward")
-        self.original = current.original if isinstance(current, Binding) else self.module.forward
         self._replaced = current, attributes.get("_prev_forward")
+        self.original = current.original if isinstance(current, Binding) else self.module.forward
         attributes["forward"] = self
         if self._applied:
             attributes["_prev_forward"] = self.original

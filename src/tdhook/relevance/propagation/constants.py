@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from tdhook.relevance.propagation.call import Call
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.tape.dependence import leaf
 from tdhook.tape.functions import Identity, TapeFunction, may_look_at, on_tape, parts, unwrapped, whole
-from tdhook.tape.internals import maker_of
+from tdhook.tape.internals import attention_in_parts, maker_of, parameters_of, saving_as_it_is
 from tdhook.tape.masks import masking, unmasked
 from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
+from tdhook.tape.undoing import lock
 
 __all__ = ["Reported", "with_constants", "with_masks"]
+
+_LOCK = lock()
 
 
 class Reported(Identity):
@@ -110,7 +112,7 @@ def with_constants(
             for i in at:
                 leaves[i] = Difference.apply(leaves[i], leaves[i], call.tensors(), report)
         return tree_unflatten(leaves, spec)
-    weighted = getattr(module, "bias", None) is not None
+    weighted = parameters_of(module).get("bias") is not None  # not read: some are made by reading
     named = isinstance(module, Operation) and module.name.startswith(
         ("linear", "conv", "batch_norm", "addmm")
     )
@@ -176,43 +178,45 @@ def linear_part(
         made = tree_leaves(again.natively())
         return tuple(made[i] for i in at)
 
-    with sdpa_kernel(SDPBackend.MATH):
-        for derive in (_forward_mode, _twice_backward):
-            try:
-                with report.as_before():
-                    return derive(function, primals, tangents)
-            except (RuntimeError, NotImplementedError):
-                continue
+    for derive in (_twice_backward, _forward_mode):
+        try:
+            with _AttentionInParts(), report.again.as_before():
+                return derive(function, primals, tangents)
+        except (RuntimeError, NotImplementedError):
+            continue
     return None
+
+
+class _AttentionInParts(TorchFunctionMode):
+    """Runs fused attention, which has no derivative of the kind, as the operations that it is made of."""
+
+    def __torch_function__(
+        self, func: Any, types: object, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return attention_in_parts(*args, **(kwargs or {}))[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _forward_mode(
     function: Callable[..., tuple[Tensor, ...]], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
 ) -> list[Tensor]:
-    _load_forward_mode()
-    return list(torch.func.jvp(function, primals, tangents)[1])
-
-
-@cache
-def _load_forward_mode() -> None:
-    """Use it once: the modules that torch then imports warn of functions that torch itself deprecates."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
+    with _LOCK:  # torch counts how deep it is in it for all threads together
+        return list(torch.func.jvp(function, primals, tangents)[1])
 
 
 def _twice_backward(
     function: Callable[..., tuple[Tensor, ...]], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
 ) -> list[Tensor]:
-    with torch.enable_grad():
+    with torch.enable_grad(), saving_as_it_is():
         leaves = [leaf(x.clone()) for x in primals]
-        outputs = function(*leaves)
+        outputs = [z if z.requires_grad else leaves[0].sum() * 0 + z for z in function(*leaves)]
         seeds = [torch.zeros_like(z).requires_grad_() for z in outputs]
         pulled: Sequence[Tensor | None] = torch.autograd.grad(
             outputs, leaves, seeds, create_graph=True, allow_unused=True
         )
-        live = [(g, t) for g, t in zip(pulled, tangents, strict=True) if g is not None]
-        pushed: Sequence[Tensor | None] = torch.autograd.grad(
-            [g for g, _ in live], seeds, [t for _, t in live], allow_unused=True
-        )
+        live = [(g, t) for g, t in zip(pulled, tangents, strict=True) if g is not None and g.requires_grad]
+        pushed: Sequence[Tensor | None] = [None] * len(seeds)
+        if live:
+            pushed = torch.autograd.grad([g for g, _ in live], seeds, [t for _, t in live], allow_unused=True)
     return [torch.zeros_like(z) if p is None else p for p, z in zip(pushed, outputs, strict=True)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from tdhook.relevance.propagation.again import Again, remembers
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.forms import ClosedForm, closed_form
 from tdhook.relevance.propagation.lent import Lent, are_lent
@@ -41,6 +43,7 @@ class Formula(Protocol):
     needs_outputs: ClassVar[bool]
     needs_vjp: ClassVar[bool]
     needs_sign: ClassVar[bool]
+    reruns: ClassVar[bool]
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         """The relevance of each input, given that of each output."""
@@ -191,6 +194,9 @@ class ExecutedModule:
             names = self.module.parameter_names(args, kwargs)
             self.names = {i: names[i] for i in self.at if not on_tape(self.leaves[i])}
             self.at = [i for i in self.at if i not in self.names]
+        operation = isinstance(self.module, Operation)
+        draws = "dropout" in self.module.name if operation else remembers(self.module)
+        self._again = Again.of(self.module, kwargs) if rule.reruns and draws else None
         self.graph: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
         self.out_spec: Shape | None = None
         self.out_leaves: list[Any] = []
@@ -262,7 +268,8 @@ class ExecutedModule:
                 "to it while it runs: keep this module in memory, or give it a rule that leaves parameters alone"
             )
         modifier = ParamModifier(lambda name, p: modify(name, p.detach()), ParamModifier.select_all)
-        with natively(self.module), modifier(self.module):
+        once_more = nullcontext() if self._again is None else self._again.as_before()
+        with once_more, natively(self.module), modifier(self.module):
             return tuple(z for z in tree_leaves(self._invoke(inputs, modify)) if isinstance(z, Tensor))
 
     def _arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:

@@ -28,6 +28,8 @@ class PropagationRule(RunningRule):
         needs_inputs: whether the formula reads ``step.inputs``, ``needs_outputs``: ``step.outputs``, ``needs_vjp``:
             ``step.vjp``, and ``needs_sign``: whether ``step.nonnegative`` saves it work.
         zero_params: names of parameters that it treats as zero.
+        reruns: whether it may run the step once more (``step.modified``, ``step.constants``), for which what the module
+            holds is kept.
         abbreviates: the formula that :meth:`shortcut` is short for. A class with a :meth:`propagate` of its own has no
             shortcut unless it names one.
     """
@@ -35,6 +37,7 @@ class PropagationRule(RunningRule):
     needs_inputs: ClassVar[bool] = True
     needs_outputs: ClassVar[bool] = False
     needs_vjp: ClassVar[bool] = False
+    reruns: ClassVar[bool] = True
     abbreviates: ClassVar[Callable[..., Grads] | None] = None
     zero_params: tuple[str, ...] = ()
 

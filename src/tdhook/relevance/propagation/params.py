@@ -13,6 +13,8 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
+from tdhook.tape.undoing import undone
+
 __all__ = ["ParamModifier", "ZeroParams", "require_parameters", "zero_param_names"]
 
 
@@ -73,7 +75,12 @@ class ParamModifier:
     def __call__(self, module: nn.Module) -> Iterator[nn.Module]:
         """Yield ``module`` with the selected parameters replaced."""
         originals: list[tuple[dict[str, object], str, nn.Parameter]] = []
-        try:
+
+        def put_back() -> None:
+            for parameters, key, param in reversed(originals):
+                parameters[key] = param
+
+        with undone(put_back):
             for prefix, owner in list(module.named_modules()):
                 for key, param in list(owner._parameters.items()):
                     name = f"{prefix}.{key}" if prefix else key
@@ -83,9 +90,6 @@ class ParamModifier:
                     originals.append((owner._parameters, key, param))
                     owner._parameters[key] = replacement
             yield module
-        finally:
-            for parameters, key, param in reversed(originals):
-                parameters[key] = param
 
     @staticmethod
     def from_modifiers(modifiers: Sequence[ParamModifier]) -> ParamModifier:

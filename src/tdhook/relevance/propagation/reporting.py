@@ -7,24 +7,14 @@ linearisation).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from tdhook.relevance.propagation.again import Again
+
 __all__ = ["Report"]
-
-
-def _random_state() -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
-
-
-def _set_random_state(state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    if len(state) > 1:
-        torch.cuda.set_rng_state_all(state[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +23,12 @@ class Report:
 
     Attributes:
         tell: takes reports; an amount may have any shape.
-        random: the random state at the start of the call.
+        again: what the call finds, so that it can be made once more.
     """
 
     tell: Callable[[str, Tensor], None]
-    random: list[Tensor] = field(default_factory=_random_state)
+    again: Again
 
     def __call__(self, reason: str, amount: Tensor) -> None:
         """Report an amount of relevance."""
         self.tell(reason, amount)
-
-    @contextmanager
-    def as_before(self) -> Iterator[None]:
-        """Draw the random numbers once more that the call drew."""
-        drawn = _random_state()
-        try:
-            _set_random_state(self.random)
-            yield
-        finally:
-            _set_random_state(drawn)

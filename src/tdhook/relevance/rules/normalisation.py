@@ -25,6 +25,8 @@ class LayerNormRule(GradientRule):
     normalise over their groups, channels and batches.
     """
 
+    reruns = False
+
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         norm = _Norm.of(step)
         (x, *others), (g, *_) = step.inputs, relevance

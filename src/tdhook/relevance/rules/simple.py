@@ -32,6 +32,7 @@ class PassRule(PropagationRule):
     """
 
     needs_inputs = False
+    reruns = False
     in_both = True
 
     def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:

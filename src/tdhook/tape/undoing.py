@@ -1,0 +1,180 @@
+"""Undoing: what is changed outside of an explanation is put back, whatever interrupts it, and whenever.
+
+A ``with`` block or a ``finally`` puts things back unless it is interrupted itself: an interrupt may come at any
+instruction, on the way into such a block or out of it. So each change is noted before it is made, and what is still
+noted when an explanation ends by an exception is put back then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import RLock, local
+from typing import Any, TypeAlias
+from weakref import ref
+
+import torch
+from torch import nn
+
+from tdhook.tape.internals import (
+    function_modes,
+    hook_tables_of,
+    saved_tensors_hooks_on_top,
+    set_function_modes,
+    set_torch_functions_seen,
+    torch_functions_seen,
+    without_saved_tensors_hooks,
+)
+
+__all__ = ["Change", "Hook", "Undoing", "hooked", "lock", "set_to", "undone", "undone_where_raised"]
+
+Hook: TypeAlias = "tuple[Callable[..., Any], Callable[..., object], dict[str, bool]]"
+"""A method that registers a hook, such as ``module.register_forward_hook``, the hook, and how."""
+
+_HERE = local()
+_LOCKS: list[RLock] = []
+_MOST_INTERRUPTS = 3
+
+
+class Change:
+    """A change that is put back once: by whoever makes it, or else when the explanation ends.
+
+    Args:
+        put_back: makes it what it was, also where it was not changed yet, or is what it was already.
+    """
+
+    __slots__ = ("_put_back",)
+
+    def __init__(self, put_back: Callable[[], object]) -> None:
+        self._put_back: Callable[[], object] | None = put_back
+        within = _innermost()
+        if within is not None:
+            within.note(self)
+
+    def undo(self) -> None:
+        """Put it back, unless it was."""
+        put_back = self._put_back
+        if put_back is not None:
+            put_back()
+            self._put_back = None
+
+
+@contextmanager
+def undone(put_back: Callable[[], object]) -> Iterator[None]:
+    """Put a change back that is made within."""
+    change = Change(put_back)
+    try:
+        yield
+    finally:
+        change.undo()
+
+
+@contextmanager
+def undone_where_raised(put_back: Callable[[], object]) -> Iterator[None]:
+    """Put a change back that is made within, where the block raises."""
+    change = Change(lambda: None if done else put_back())
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        change.undo()
+
+
+@contextmanager
+def set_to(variable: ContextVar[Any], value: object) -> Iterator[None]:
+    """Give a context variable a value within."""
+    before = variable.get()
+    change = Change(lambda: variable.set(before))
+    try:
+        variable.set(value)
+        yield
+    finally:
+        change.undo()
+
+
+@contextmanager
+def hooked(*hooks: Hook) -> Iterator[None]:
+    """Put hooks on modules within.
+
+    Args:
+        hooks: each with the method that registers it.
+    """
+    put = {id(hook): hook for _, hook, _ in hooks}
+    modules: list[nn.Module] = [register.__self__ for register, _, _ in hooks]  # type: ignore[attr-defined]
+    change = Change(lambda: _take_off(modules, put))
+    try:
+        for register, hook, keywords in hooks:
+            register(hook, **keywords)
+        yield
+    finally:
+        change.undo()
+
+
+def _take_off(modules: Sequence[nn.Module], put: Mapping[int, object]) -> None:
+    for module in modules:
+        hooks, marks = hook_tables_of(module)
+        for number in [number for table in hooks for number, hook in table.items() if id(hook) in put]:
+            for table in (*marks, *hooks):  # the hook last, by which its number is found
+                table.pop(number, None)
+
+
+def _innermost() -> Undoing | None:
+    """The block that this thread is in. It is held weakly: where its end was interrupted, it is gone all the same."""
+    found: ref[Undoing] | None = getattr(_HERE, "innermost", None)
+    return None if found is None else found()
+
+
+def lock() -> RLock:
+    """A lock for what takes no time: where that is interrupted, it is let go when the explanation ends."""
+    _LOCKS.append(RLock())
+    return _LOCKS[-1]
+
+
+def _let_go(held: RLock) -> None:
+    try:
+        while True:
+            held.release()
+    except RuntimeError:  # it is not this thread's
+        pass
+
+
+class Undoing:
+    """A block at whose end, where it raises, all changes are undone that are noted within it, in this thread.
+
+    The modes of torch that were on when it began are on again, too.
+    """
+
+    __slots__ = ("__weakref__", "_changes", "_grad", "_hooks", "_modes", "_outer", "_seen")
+
+    def __enter__(self) -> None:
+        self._changes: list[Change] = []
+        self._outer = _innermost()
+        self._grad, self._modes = torch.is_grad_enabled(), function_modes()
+        self._seen, self._hooks = torch_functions_seen(), saved_tensors_hooks_on_top()
+        _HERE.innermost = ref(self)
+
+    def note(self, change: Change) -> None:
+        """Undo a change at the end, if nobody did before."""
+        self._changes.append(change)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            for _ in range(_MOST_INTERRUPTS):  # it may be interrupted as well
+                try:
+                    self._undo()
+                    break
+                except KeyboardInterrupt:
+                    continue
+        _HERE.innermost = None if self._outer is None else ref(self._outer)
+
+    def _undo(self) -> None:
+        for held in _LOCKS:
+            _let_go(held)
+        without_saved_tensors_hooks(self._hooks)
+        set_torch_functions_seen(self._seen)
+        set_function_modes(self._modes)
+        for change in reversed(self._changes):
+            change.undo()
+        torch.set_grad_enabled(self._grad)
