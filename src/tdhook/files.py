@@ -140,11 +140,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file, or leave what is there."""
-    with replacing(path) as new, open(new, "wb") as file:
-        file.write(data)
-        file.flush()
-        with suppress(OSError):  # a pipe, say
-            os.fsync(file.fileno())
+    try:
+        with replacing(path) as new, open(new, "wb") as file:
+            file.write(data)
+            file.flush()
+            with suppress(OSError):  # a pipe, say
+                os.fsync(file.fileno())
+    except OSError as error:
+        if error.filename is not None or error.strerror is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk
 
 
 @contextmanager

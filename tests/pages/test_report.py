@@ -257,3 +257,14 @@ def test_a_folder_is_no_page(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match="is a folder, where the page is to be a file"):
         write_report(rollout(2), tmp_path)
     assert write_report(rollout(2), tmp_path / "new" / "page.html").exists()
+
+
+def test_equal_names_and_halves_of_surrogates_are_shown(written: Any) -> None:
+    names = ["x", "x", "\ud800"]
+    page = written(
+        rollout(4), features=names, actions=["go", "go"], title="\udfff", metadata={"\ud800": "\ud800"}
+    )
+    assert page.rows() == ["x", "x", r"\ud800"]
+    assert page.data["views"][0]["rows"] == ["x", "x", r"\ud800"]
+    assert page.data["actions"] == ["go", "go"]
+    assert r"\udfff" in page.elements.words

@@ -300,8 +300,10 @@ def made_of(output: Output, path: Path) -> Iterator[Path]:
                 if output.manifest and _is_made(path.name):
                     _note_made(folder, path.name, new)
                 os.replace(new, path)
-    except PermissionError as error:
-        raise PermissionError(f"{folder} cannot be written to: give --out FILE ({error})") from error
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written, and is as it was: {error.strerror or error} (--out FILE writes elsewhere)"
+        ) from error
 
 
 def _note_made(folder: Path, name: str, new: Path) -> None:
