@@ -49,6 +49,8 @@ def test_others_are_refused_and_nothing_is_copied() -> None:
         ({**state, "9.weight": torch.ones(1), "0.bias": torch.ones(1)}, "9.weight, 0.bias are"),
         ({name: value for name, value in state.items() if name != "2.bias"}, "2.bias is"),
     ):
-        with pytest.raises(ValueError, match=f"do not fit a Sequential: {names} missing, too many, or of another"):
+        with pytest.raises(
+            ValueError, match=f"do not fit a Sequential: {names} missing, too many, or of another"
+        ):
             load_weights(ours, wrong)
     assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())

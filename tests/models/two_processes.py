@@ -160,7 +160,11 @@ def methods() -> list[LRP]:
     """All rules, and a ledger with one and with several outputs explained."""
     both = Target("output", [0, 1])
     rules = [LRP([(nn.Linear, rule)], target="output", ledger=True) for rule in RULES]
-    return [*rules, LRP([(nn.Linear, ZPlusRule())], target=both, ledger=True), LRP("epsilon_plus", target=both)]
+    return [
+        *rules,
+        LRP([(nn.Linear, ZPlusRule())], target=both, ledger=True),
+        LRP("epsilon_plus", target=both),
+    ]
 
 
 def tensor_parallel() -> None:

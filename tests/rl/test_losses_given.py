@@ -43,7 +43,9 @@ def actor() -> Any:
 
 
 def deterministic() -> Any:
-    return TensorDictModule(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)), ["observation"], ["action"])
+    return TensorDictModule(
+        nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)), ["observation"], ["action"]
+    )
 
 
 def critic() -> Any:
@@ -71,7 +73,12 @@ def q_actor() -> Any:
 def batch(policy: Any) -> TensorDict:
     torch.manual_seed(1)
     no = torch.zeros(6, 1, dtype=torch.bool)
-    after = {"observation": torch.randn(6, 3), "reward": torch.randn(6, 1), "done": no, "terminated": no.clone()}
+    after = {
+        "observation": torch.randn(6, 3),
+        "reward": torch.randn(6, 1),
+        "done": no,
+        "terminated": no.clone(),
+    }
     td = TensorDict({"observation": torch.randn(6, 3), "next": after}, [6])
     with torch.no_grad():
         return policy(td)
@@ -112,7 +119,9 @@ def with_q(loss: type, policy: Any, key: str, **options: Any) -> Callable[[Make]
 
 def of_dqn(wrap: Make) -> tuple[Any, TensorDict]:
     made = q_actor()
-    return DQNLoss(wrap(made, Target("action_value", 0)), action_space="categorical", delay_value=True), batch(made)
+    return DQNLoss(
+        wrap(made, Target("action_value", 0)), action_space="categorical", delay_value=True
+    ), batch(made)
 
 
 LOSSES = {
@@ -157,14 +166,16 @@ def test_a_value_estimator_reads_an_explained_critic(estimator: Any) -> None:
         td = batch(policy).unsqueeze(0)
         estimator(gamma=0.9, value_network=wrap(critic(), "state_value"), **options)(td)
         advantages.append(td["advantage"])
-        assert "attr" not in td.keys()
+        assert "attr" not in td
     torch.testing.assert_close(advantages[1], advantages[0])
 
 
 def test_a_collector_acts_with_an_explained_policy_of_the_weights_of_the_moment() -> None:
     torch.manual_seed(0)
     policy = actor()
-    collector = Collector(GymEnv("Pendulum-v1"), explained(policy, "loc"), frames_per_batch=4, total_frames=8, **STAYS)
+    collector = Collector(
+        GymEnv("Pendulum-v1"), explained(policy, "loc"), frames_per_batch=4, total_frames=8, **STAYS
+    )
     for data in collector:
         expected = explained(policy, "loc")(data.select("observation"))["attr", "observation"]
         torch.testing.assert_close(data["attr", "observation"], expected)

@@ -42,7 +42,9 @@ def test_a_normalisation_passes_relevance_whatever_its_statistics(
 ) -> None:
     if standard_normal and isinstance(scale, list):
         scale = [1.0, 0.5, 1e-3, -2.0, 5.0]  # nothing is divided by zero
-    env, td = rolled(ObservationNorm(_tensor(loc), _tensor(scale), in_keys=V, standard_normal=standard_normal))
+    env, td = rolled(
+        ObservationNorm(_tensor(loc), _tensor(scale), in_keys=V, standard_normal=standard_normal)
+    )
     with_relevance(td, "vector")
     assert torch.equal(raw_relevance(env, td)["vector"], td["attr", "vector"])
     assert torch.equal(raw_relevance(env, td, by_weight=True)["vector"], td["attr", "vector"])
@@ -92,12 +94,16 @@ def _times_two(x: Tensor) -> Tensor:
         lambda: [RenameTransform(["vector", "reward"], ["x", "r"])],
         lambda: [RenameTransform(V, ["w"]), UnaryTransform(["w"], ["x"], fn=_times_two)],
         lambda: [ObservationNorm(1.0, 2.0, in_keys=V, standard_normal=True), RenameTransform(V, ["x"])],
-        lambda: [RenameTransform(V, ["w"]), UnaryTransform(["w"], V, fn=_times_two), RenameTransform(V, ["x"])],
+        lambda: [
+            RenameTransform(V, ["w"]),
+            UnaryTransform(["w"], V, fn=_times_two),
+            RenameTransform(V, ["x"]),
+        ],
     ],
 )
 def test_past_renamed_keys(steps: Any) -> None:
     env, td = rolled(*steps())
-    key = "x" if "x" in td.keys() else ("a", "x")
+    key = "x" if "x" in td else ("a", "x")
     with_relevance(td, key)
     assert torch.equal(raw_relevance(env, td)["vector"], td["attr"].get(key))
 
@@ -146,7 +152,11 @@ def test_shares_of_mixed_values_where_the_frames_were_renamed(where: str) -> Non
 
 
 def test_stacked_frames_that_were_renamed() -> None:
-    steps = [*RENAMED["before"](), CatFrames(2, dim=-3, in_keys=P), DTypeCastTransform(torch.float32, torch.float64, in_keys=P)]
+    steps = [
+        *RENAMED["before"](),
+        CatFrames(2, dim=-3, in_keys=P),
+        DTypeCastTransform(torch.float32, torch.float64, in_keys=P),
+    ]
     env, td, _ = _frames(*steps)
     with_relevance(td, "pixels")
     raw = raw_relevance(env, td)["pixels"]
@@ -157,6 +167,6 @@ def test_stacked_frames_that_were_renamed() -> None:
 def test_frames_that_are_gone_are_asked_for() -> None:
     env, td, _ = _frames(ToTensorImage(in_keys=P), GrayScale(in_keys=P))
     with_relevance(td, "pixels")
-    with pytest.raises(KeyError, match="GrayScale mixes values.*'pixels' as the environment gave it"):
+    with pytest.raises(KeyError, match=r"GrayScale mixes values.*'pixels' as the environment gave it"):
         raw_relevance(env, td)
     assert raw_relevance(env, td, by_weight=True)["pixels"].shape == (5, *SHAPE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from inspect import Parameter, Signature
+from types import FrameType
 from typing import TypeVar
 
 __all__ = ["in_an_objective", "takes_one_argument"]
@@ -22,11 +23,11 @@ def in_an_objective() -> bool:
     """
     if _OBJECTIVES not in sys.modules:
         return False
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__", "").startswith(_OBJECTIVES):
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
 
 

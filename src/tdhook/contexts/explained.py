@@ -22,8 +22,7 @@ from tdhook.passes.forward import Run
 from tdhook.passes.graphs import Graphs
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Question, Setup
-from tdhook.tape.internals import transformed
-from tdhook.tape.internals import top_mode, unwatched
+from tdhook.tape.internals import top_mode, transformed, unwatched
 
 __all__ = ["ExplainedModule", "Explaining"]
 

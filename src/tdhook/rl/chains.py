@@ -209,7 +209,8 @@ class Chain:
             )
         before = {read: self._value(read, made[-1], td, name) for read in self.reads(made[-1])}
         again = applied(self.steps[made[-1]], TensorDict(before, td.batch_size).reshape(-1))
-        return again.get(key).unflatten(0, td.batch_size) if td.batch_dims else again.get(key)[0]
+        found: Tensor = again.get(key)
+        return found.unflatten(0, td.batch_size) if td.batch_dims else found[0]
 
     def _in_batch(self, key: NestedKey, i: int, td: TensorDictBase) -> Tensor | None:
         """An observation before the transform ``i``, if the batch still has it as it was, under whichever key."""

@@ -82,12 +82,21 @@ def test_they_are_ruled_with_the_weights_that_they_compute_with(rule, ledger, ou
 
 def test_what_cannot_be_ruled_is_refused_by_name():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv1d(1, 2, 1), nn.BatchNorm1d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)).eval()
+    net = nn.Sequential(
+        nn.Conv1d(1, 2, 1), nn.BatchNorm1d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)
+    ).eval()
     offload(net[1])
     td = TensorDict({"input": torch.randn(3, 1, 4)}, [3])
-    with pytest.raises(NotImplementedError, match="BatchNorm1d is merged .* offloaded.*merge_batch_norm=False"):
+    with pytest.raises(
+        NotImplementedError, match=r"BatchNorm1d is merged .* offloaded.*merge_batch_norm=False"
+    ):
         LRP("epsilon_plus", target="output").wrap(net)(td)
-    assert LRP("epsilon_plus", target="output", merge_batch_norm=False).wrap(net)(td)["attr", "input"].isfinite().all()
+    assert (
+        LRP("epsilon_plus", target="output", merge_batch_norm=False)
+        .wrap(net)(td)["attr", "input"]
+        .isfinite()
+        .all()
+    )
 
     class Twice(nn.Linear):
         """Computes with two weights, neither of which is its own as it was."""
@@ -96,8 +105,12 @@ def test_what_cannot_be_ruled_is_refused_by_name():
     offload(layer)
     inner = layer.forward
     layer.forward = lambda x: inner(x) + inner(-x) * 0  # type: ignore[method-assign]
-    with pytest.raises(NotImplementedError, match="the weight of Twice is offloaded, and it is not seen to compute"):
-        LRP([(nn.Linear, ZPlusRule())], target="output").wrap(layer)(TensorDict({"input": torch.randn(3, 4)}, [3]))
+    with pytest.raises(
+        NotImplementedError, match="the weight of Twice is offloaded, and it is not seen to compute"
+    ):
+        LRP([(nn.Linear, ZPlusRule())], target="output").wrap(layer)(
+            TensorDict({"input": torch.randn(3, 4)}, [3])
+        )
 
 
 def test_other_modules_whose_parameters_a_rule_modifies_are_refused():
@@ -111,5 +124,9 @@ def test_other_modules_whose_parameters_a_rule_modifies_are_refused():
 
     scale = Scale()
     offload(scale)
-    with pytest.raises(NotImplementedError, match="modifies parameters of Scale, which are offloaded and only lent"):
-        LRP([(Scale, ZPlusRule())], target="output").wrap(scale)(TensorDict({"input": torch.randn(3, 4)}, [3]))
+    with pytest.raises(
+        NotImplementedError, match="modifies parameters of Scale, which are offloaded and only lent"
+    ):
+        LRP([(Scale, ZPlusRule())], target="output").wrap(scale)(
+            TensorDict({"input": torch.randn(3, 4)}, [3])
+        )

@@ -70,4 +70,3 @@ class Lent(TorchFunctionMode):
             bias = args[2] if len(args) > 2 else given.get("bias")
             self._found.append((weight.detach(), None if bias is None else bias.detach()))
         return func(*args, **given)
-

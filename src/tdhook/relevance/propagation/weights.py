@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -68,7 +69,7 @@ class WeightCache:
 
 
 def _may_be_large(layer: nn.Module) -> bool:
-    weight = parameters_of(layer).get("weight")
+    weight: Any = parameters_of(layer).get("weight")
     return weight is not None and (is_lazy(weight) or weight.numel() > _SMALL)
 
 
