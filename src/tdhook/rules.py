@@ -22,7 +22,7 @@ from tdhook.relevance.rules.gradient import (
     ReLUGuidedBackpropRule,
 )
 from tdhook.relevance.rules.normalisation import LayerNormRule
-from tdhook.relevance.rules.products import ConstantRule, SignalTakeAllRule
+from tdhook.relevance.rules.products import ConstantRule, FactorsRule, SignalTakeAllRule
 from tdhook.relevance.rules.recurrent import RecurrentRule
 from tdhook.relevance.rules.signed import AlphaBetaRule, GammaRule, ZBoxRule, ZPlusRule
 from tdhook.relevance.rules.simple import IgnoreRule, PassRule, StopRule, UniformRule
@@ -37,6 +37,7 @@ __all__ = [
     "ConstantRule",
     "EpsilonPlus",
     "EpsilonRule",
+    "FactorsRule",
     "FlatRule",
     "GammaRule",
     "Grads",

@@ -10,6 +10,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.contexts.attribution import Attribution, Shared
+from tdhook.conventions import relevance_of
 from tdhook.passes.runner import Runner
 from tdhook.targets import TargetLike
 
@@ -48,4 +49,4 @@ class GradientTimesInput(Attribution):
         with runner.forward(td) as run:
             sources = run.sources()
             pulled = run.pull(run.seeds(self.seeder), sources)
-            return {key: sources[key].detach() * grad for key, grad in pulled.items()}
+            return {key: relevance_of(sources[key], grad, "gradient") for key, grad in pulled.items()}

@@ -102,15 +102,12 @@ class Makeup:
 
     def __init__(self, root: nn.Module) -> None:
         modules = modules_of(root).values()
-        self._parts = [(m, type(m), list(children_of(m).items())) for m in modules]
+        self._parts = [(m, type(m), children_of(m), list(children_of(m).items())) for m in modules]
         self._besides = [(m, found) for m in modules if (found := list(_unregistered(m)))]
 
     def holds(self) -> bool:
         """Whether the model consists of the same modules, of the same classes and under the same names."""
-        for module, kind, children in self._parts:
-            if type(module) is not kind:
-                return False
-            now = children_of(module)
-            if (now or children) and list(now.items()) != children:
+        for module, kind, now, children in self._parts:
+            if type(module) is not kind or ((now or children) and list(now.items()) != children):
                 return False
         return all(list(_unregistered(module)) == found for module, found in self._besides)

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from tdhook.tape.internals import children_of
+
 __all__ = ["home_of", "lends_weights", "running_alone", "unwrapped", "wrappers_among"]
 
 # Where a module keeps what its own `compile()` made of its calls.
@@ -24,7 +26,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while True:
         if isinstance(module, DataParallel | DistributedDataParallel):
             module = module.module
-        elif isinstance(inside := module.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
+        elif isinstance(inside := children_of(module).get("_orig_mod"), nn.Module):
             module = inside
         else:
             return module

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from tensordict import LazyStackedTensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictParams
-from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from tdhook.models.holding import modules_of
@@ -16,7 +15,7 @@ from tdhook.models.snapshots import Snapshot
 from tdhook.models.turns import Turn
 from tdhook.tape.internals import buffers_of, parameters_of
 
-__all__ = ["Slot", "dense_copy", "leaves_of", "restored", "slots_of", "swapped"]
+__all__ = ["Slot", "restored", "slots_of", "swapped"]
 
 Slot: TypeAlias = "tuple[dict[str, Any], str]"
 """A dictionary that holds a parameter or a buffer, and its name there."""
@@ -77,23 +76,3 @@ def restored(
         finally:
             if put_back:
                 snapshot.put_back()
-
-
-def dense_copy(td: TensorDictBase) -> TensorDictBase:
-    """A copy with the same tensors; a lazy stack is stacked once, so that reading an entry twice gives one tensor."""
-    return td.contiguous() if isinstance(td, LazyStackedTensorDict) else td.copy()
-
-
-def leaves_of(key: NestedKey, value: object) -> Iterable[tuple[NestedKey, Tensor]]:
-    """The tensors of an entry: itself, or those below it where it is a TensorDict."""
-    if isinstance(value, Tensor):
-        return ((key, value),)
-    if not isinstance(value, TensorDictBase):
-        return ()
-    prefix = (key,) if isinstance(key, str) else key
-    below = value.items(True, True)
-    return [
-        ((*prefix, *((name,) if isinstance(name, str) else name)), leaf)
-        for name, leaf in below
-        if isinstance(leaf, Tensor)
-    ]

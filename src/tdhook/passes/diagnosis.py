@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from tdhook.models.entries import dense_copy
 from tdhook.models.model import Model
-from tdhook.models.state import dense_copy, restored
+from tdhook.models.state import restored
+from tdhook.selectors.names import name_of
 from tdhook.tape.conditions import holds
 
-__all__ = ["is_explainable", "why_not_finite"]
+__all__ = ["is_explainable", "why_not_finite", "why_relevance_is_not"]
 
 
 def is_explainable(z: Tensor, seed: Tensor) -> bool:
@@ -44,20 +50,121 @@ def why_not_finite(model: Model, in_keys: Sequence[NestedKey], target: NestedKey
     )
 
 
-def _culprit(model: Model, td: TensorDictBase) -> str:
-    """The first module whose output is not finite."""
-    found: list[str] = []
+def why_relevance_is_not(model: Model, keys: Sequence[NestedKey], dtype: torch.dtype, node: Any) -> str:
+    """What made the relevance of some keys NaN or infinite, though what is explained is finite.
 
-    def watch(name: str) -> Callable[..., None]:
+    Args:
+        model: the model.
+        keys: the keys.
+        dtype: the precision of their relevance.
+        node: the node of the tape at which it arose, if it is known.
+    """
+    where = "" if node is None else f": it arises in the backward pass of {_name_of_node(model, node)}"
+    advice = (
+        "; float16 has no numbers beyond 65504: explain the model in float32, or under torch.autocast"
+        if dtype is torch.float16
+        else "; mask out what is divided by zero there before it is computed, or give it another rule"
+    )
+    named = ", ".join(map(repr, keys))
+    return f"the relevance of {named} is NaN or infinite though the target is finite{where}{advice}"
+
+
+def _name_of_node(model: Model, node: Any) -> str:
+    unit = getattr(getattr(node, "executed", None), "module", None)
+    for path, module in model.root.named_modules():
+        if module is unit:
+            return f"module {path!r} ({type(module).__name__})"
+    name = getattr(node, "made_by", None) or (
+        re.sub(r"Backward\d*$", "", node.name()) if unit is None else type(unit).__name__
+    )
+    return f"the operation `{name}`"
+
+
+def _culprit(model: Model, td: TensorDictBase) -> str:
+    """The first module whose output is not finite, and the operation in it."""
+    watch = _Watch()
+    with ExitStack() as stack, torch.no_grad():
+        for name, module in model.root.named_modules():
+            stack.callback(module.register_forward_pre_hook(watch.enter(name)).remove)
+            stack.callback(module.register_forward_hook(watch.leave(name)).remove)
+        with restored(model.root), watch:
+            outputs = model.run(dense_copy(td))[0]
+    nan = any(bool(x.isnan().any()) for x in _floats(list(outputs.values(True, True))))
+    found = watch.nan if nan and watch.nan is not None else watch.infinite or watch.nan
+    return found or "it arises outside of any module"
+
+
+class _Watch(TorchFunctionMode):
+    """Watches a model run for what first returns a value that is not finite.
+
+    Attributes:
+        nan: what first returned NaN, in words, and ``infinite``: what first made infinities of finite numbers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nan: str | None = None
+        self.infinite: str | None = None
+        self._within: list[tuple[str, nn.Module]] = []
+
+    def enter(self, name: str) -> Callable[..., None]:
+        """A hook before a module."""
+        return lambda module, args: self._within.append((name, module))
+
+    def leave(self, name: str) -> Callable[..., None]:
+        """A hook behind it."""
+
         def hook(module: nn.Module, args: object, output: object) -> None:
-            if isinstance(output, Tensor) and not found and not bool(output.isfinite().all()):
-                found.append(f"module {name!r} ({type(module).__name__}) is the first to return such a value")
+            self._look(args, output, module, name, "")
+            while self._within and self._within.pop()[1] is not module:
+                pass  # of what was left by an exception
 
         return hook
 
-    with ExitStack() as stack, torch.no_grad():
-        for name, module in model.root.named_modules():
-            stack.callback(module.register_forward_hook(watch(name)).remove)
-        with restored(model.root):
-            model.run(dense_copy(td))
-    return found[0] if found else "it arises outside of any module"
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self._within:
+            name, module = self._within[-1]
+            self._look((args, kwargs), result, module, name, f", made by the operation `{name_of(func)}`")
+        return result
+
+    def _look(self, args: object, result: object, module: nn.Module, path: str, how: str) -> None:
+        if self.nan is not None:
+            return
+        made = list(_floats(result))
+        who = f"module {path!r}" if path else "the model itself"
+        told = f"{who} ({type(module).__name__}) is the first to return such a value{how}"
+        if any(bool(x.isnan().any()) for x in made):
+            self.nan = told
+        elif self.infinite is None and any(bool(x.isinf().any()) for x in made):
+            given = [bool(x.isfinite().all()) for x in _floats(args)]
+            if all(given) and all(map(math.isfinite, _numbers(args))):
+                self.infinite = told
+
+
+def _leaves(value: object) -> Iterator[object]:
+    """What a nested structure is made of: in tuples, dictionaries, dataclasses and TensorDicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, TensorDictBase):
+        yield from value.values(True, True)
+    elif isinstance(value, Mapping):
+        yield from (leaf for item in value.values() for leaf in _leaves(item))
+    elif isinstance(value, list | tuple):
+        yield from (leaf for item in value for leaf in _leaves(item))
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from (leaf for field in fields(value) for leaf in _leaves(getattr(value, field.name, None)))
+    else:
+        yield value
+
+
+def _floats(value: object) -> Iterator[Tensor]:
+    for leaf in _leaves(value):
+        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
+            yield leaf
+
+
+def _numbers(value: object) -> Iterator[float]:
+    return (leaf for leaf in _leaves(value) if isinstance(leaf, float))

@@ -18,7 +18,7 @@ from tdhook.keys import parts_of
 from tdhook.relevance.operations.table import AFFINE, ARITHMETIC, PRODUCTS, default_rule
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.operation import Operation
-from tdhook.relevance.propagation.stabilisers import exact
+from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.relevance.rules.epsilon import EpsilonRule
 from tdhook.relevance.rules.simple import PassRule
 from tdhook.selectors import Op
@@ -54,7 +54,7 @@ class Back:
         self._step = _Step(step, list(reads), self.writes)
         self._reads = list(reads)
         method = LRP(
-            [(Op(*_SHIFTS, *_SCALES), _ConstantRule()), (Op(*AFFINE, *PRODUCTS), _SharesRule(exact))],
+            [(Op(*_SHIFTS, *_SCALES), _ConstantRule()), (Op(*AFFINE, *PRODUCTS), _SharesRule(rounding))],
             target=self._seeds,
             attribution_key="r",
             on_unmatched="ignore",
@@ -157,7 +157,7 @@ class _ConstantRule(PassRule):
     def running(self, module: nn.Module, flow: Convention) -> Run:
         """Values that are observed share it by their contributions when they are added."""
         passed, shifts = super().running(module, flow), cast(Operation, module).name in _SHIFTS
-        shares = (EpsilonRule(exact) if shifts else _SharesRule(exact)).bound(module, flow)
+        shares = (EpsilonRule(rounding) if shifts else _SharesRule(rounding)).bound(module, flow)
         return lambda call: passed(call) if _keeps_shape(call) else shares(call)
 
 

@@ -41,6 +41,10 @@ def _binary(name: str, operator_name: str, second, **kwargs) -> dict:
     return ways
 
 
+def _lengths(h: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([4, 12, 8]).expand(len(h), 3)
+
+
 def affine_cases() -> list[Case]:
     cases = []
     for name, symbol, synonyms in (
@@ -229,6 +233,24 @@ def affine_cases() -> list[Case]:
             "index_reduce",
             "",
             {"": lambda h: h.index_reduce(1, torch.tensor([1, 4, 2]), h[:, :3] * 2, "mean")},
+        ),
+        Case(
+            "segment_reduce",
+            "",
+            {"": lambda h: torch.segment_reduce(h, "sum", lengths=_lengths(h), axis=1)},
+        ),
+        Case("cumprod", "", {**forms_of("cumprod", 1)}),
+        Case(
+            "prod",
+            "",
+            {
+                "method": lambda h: h.prod(1, keepdim=True),
+                "torch": lambda h: torch.prod(h, dim=1, keepdim=True),
+                "scatter_reduce": lambda h: h.new_zeros(len(h), 1).scatter_reduce(
+                    1, torch.zeros(h.shape, dtype=torch.int64), h, "prod", include_self=False
+                ),
+            },
+            shows=None,
         ),
         Case(
             "scatter_add",

@@ -1,18 +1,26 @@
 """Stabilisers: what is computed from them can be differentiated, as often as wanted."""
 
+import math
+
+import numpy
 import pytest
 import torch
 
-from tdhook.relevance.propagation.stabilisers import exact, moved_away, rounding, stabilize
+from tdhook.relevance.propagation.stabilisers import (
+    checked,
+    moved_away,
+    number,
+    quotient,
+    rounding,
+    stabilize,
+)
 
 STABILISERS = {
     "stabilize": lambda z: stabilize(z, 1e-3),
     "a callable": lambda z: stabilize(z, lambda x: x + 1e-3 * x.sign()),
     "stabilize by rounding": lambda z: stabilize(z, rounding),
-    "stabilize exactly": lambda z: stabilize(z, exact),
     "moved_away": lambda z: moved_away(z, 1e-3),
     "rounding": rounding,
-    "exact": exact,
 }
 every = pytest.mark.parametrize("stabilise", STABILISERS.values(), ids=STABILISERS)
 
@@ -62,3 +70,50 @@ def test_what_it_is_given_stays(stabilise):
         before = x.detach().clone()
         stabilise(x)
         assert torch.equal(x.detach(), before)
+
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rounding_adds_nothing(dtype):
+    x = torch.tensor([-3.0, 1e-3, torch.finfo(dtype).tiny, torch.inf], dtype=dtype)
+    assert torch.equal(rounding(x), x)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_what_is_zero_has_no_share_under_rounding(dtype):
+    x = torch.tensor([0.0, -0.0], dtype=dtype)
+    assert torch.equal(1 / rounding(x), torch.zeros(2, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:3])
+def test_nor_has_what_would_make_infinity_of_a_number(dtype):
+    x = torch.tensor([torch.finfo(dtype).smallest_normal / 64], dtype=dtype)
+    assert torch.equal(1 / rounding(x), torch.zeros(1, dtype=dtype))
+
+
+def test_quotients_of_float16_are_numbers():
+    x = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float16)
+    small = torch.tensor([1e-6, 1e-6, 0.5], dtype=torch.float16)
+    assert quotient(x, small).tolist() == [8192.0, -8192.0, 2.0]
+    assert quotient(x.float(), small.float())[0] > 1e5
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400])
+def test_numbers_are_finite(value):
+    with pytest.raises(ValueError, match="gamma is a finite number, got"):
+        number(value, "gamma")
+    with pytest.raises(ValueError, match="stabilizer is a finite number, got"):
+        checked(value)
+
+
+@pytest.mark.parametrize("value", ["1", None, True, [1.0], torch.tensor(1.0)])
+def test_numbers_are_numbers(value):
+    with pytest.raises(TypeError, match="gamma is a number, got"):
+        number(value, "gamma")
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    found = checked(numpy.float32(0.25))
+    assert type(found) is float and found == 0.25

@@ -7,7 +7,7 @@ conventions; element-wise, which pass; arithmetic with the generic epsilon rule;
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.relevance.rules.attention import AttentionRule
 from tdhook.relevance.rules.epsilon import EpsilonRule, SoftmaxEpsilonRule, UniformEpsilonRule
 from tdhook.relevance.rules.normalisation import LayerNormRule
-from tdhook.relevance.rules.products import SignalTakeAllRule
+from tdhook.relevance.rules.products import FactorsRule, SignalTakeAllRule
 from tdhook.relevance.rules.recurrent import RecurrentRule
 from tdhook.relevance.rules.simple import IgnoreRule, PassRule
 from tdhook.tape.functions import on_tape
@@ -34,12 +34,13 @@ MOVES = _names(
     """
     H T adjoint alias as_strided atleast_1d atleast_2d atleast_3d bfloat16 block_diag broadcast_tensors
     broadcast_to cat channel_shuffle chunk clone column_stack complex contiguous copy cpu cuda dequantize detach diag
-    diag_embed diagonal diagonal_scatter double dsplit dstack embedding expand expand_as fill flatten flip
-    fliplr flipud float gather getitem half hsplit hstack im2col imag index index_copy index_fill index_put
-    index_select mH mT masked_fill masked_scatter masked_select max_unpool1d max_unpool2d max_unpool3d meshgrid
-    movedim narrow native_channel_shuffle one_hot pack_padded_sequence pad pad_packed_sequence permute
+    diag_embed diagonal diagonal_scatter double dsplit dstack embedding expand expand_as fft_fftshift
+    fft_ifftshift fill flatten flip fliplr flipud float gather getitem half hsplit
+    hstack im2col imag index index_copy index_fill index_put index_select mH mT
+    masked_fill masked_scatter masked_select max_unpool1d max_unpool2d max_unpool3d meshgrid
+    movedim nan_to_num narrow native_channel_shuffle one_hot pack_padded_sequence pad pad_packed_sequence permute
     pixel_shuffle pixel_unshuffle positive ravel real repeat repeat_interleave requires_grad reshape reshape_as
-    resolve_conj resolve_neg roll rot90 row_stack scatter select select_scatter setitem slice_scatter split
+    resolve_conj resolve_neg roll rot90 row_stack scatter select select_scatter setitem slice slice_scatter split
     split_with_sizes squeeze stack swapaxes t take take_along_dim tensor_split tile to transpose tril triu type
     type_as unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze upsample_nearest upsample_nearest1d
     upsample_nearest2d upsample_nearest3d upsample_nearest_exact1d upsample_nearest_exact2d
@@ -57,7 +58,7 @@ ELEMENTWISE = _names(
     """
     abs acos acosh asin asinh atan atanh ceil celu clamp clamp_max clamp_min cos cosh digamma elu erf erfc
     erfinv exp exp2 expm1 fix float_power floor floor_divide fmod frac gelu hardshrink hardsigmoid hardswish
-    hardtanh i0 leaky_relu lgamma log log10 log1p log2 logit logsigmoid mish nan_to_num pow prelu rdiv
+    hardtanh i0 leaky_relu lgamma log log10 log1p log2 logit logsigmoid mish pow prelu rdiv
     reciprocal relu relu6 remainder round rpow rrelu rsqrt selu sgn sigmoid sign silu sin sinc sinh softplus
     softshrink softsign sqrt square tan tanh tanhshrink threshold trunc xlogy
     """
@@ -67,9 +68,11 @@ AFFINE = _names(
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d add alpha_dropout avg_pool1d avg_pool2d avg_pool3d
     batch_norm col2im conj conj_physical conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
     convolution cumsum deg2rad diff dropout dropout1d dropout2d dropout3d embedding_bag feature_alpha_dropout
-    feature_dropout index_add index_reduce lerp linear mean nanmean nansum neg rad2deg rsub scatter_add
-    scatter_reduce sub sum sum_to_size trace trapezoid upsample_bicubic2d upsample_bicubic2d_aa upsample_bilinear
-    upsample_bilinear2d upsample_bilinear2d_aa upsample_linear1d upsample_trilinear3d
+    feature_dropout fft_c2c fft_c2r fft_fft fft_fft2 fft_fftn fft_hfft fft_hfft2 fft_hfftn fft_ifft fft_ifft2
+    fft_ifftn fft_ihfft fft_ihfft2 fft_ihfftn fft_irfft fft_irfft2 fft_irfftn fft_r2c fft_rfft fft_rfft2 fft_rfftn
+    index_add index_reduce istft lerp linear mean nanmean nansum neg rad2deg rsub scatter_add
+    scatter_reduce segment_reduce stft sub sum sum_to_size trace trapezoid upsample_bicubic2d upsample_bicubic2d_aa
+    upsample_bilinear upsample_bilinear2d upsample_bilinear2d_aa upsample_linear1d upsample_trilinear3d
     """
 )
 _HOMOGENEOUS = _names(
@@ -116,6 +119,7 @@ OPERATIONS: Mapping[str, Rule] = {
     **dict.fromkeys(PRODUCTS, UniformEpsilonRule(rounding)),
     **dict.fromkeys(("div", "grid_sampler", "grid_sample"), SignalTakeAllRule()),
     **dict.fromkeys(_NORMS, LayerNormRule()),
+    **dict.fromkeys(("cumprod", "prod"), FactorsRule()),
     "linalg_solve": SignalTakeAllRule(1),
     "softmax": SoftmaxEpsilonRule(),
     "scaled_dot_product_attention": AttentionRule(),
@@ -123,7 +127,8 @@ OPERATIONS: Mapping[str, Rule] = {
 }
 """The rule of each operation, by name."""
 
-_MOVES, _PASSES, _NORMALISES = IgnoreRule(), PassRule(), LayerNormRule()
+_Dependence: TypeAlias = Callable[[Rule | None, Sequence[object], Mapping[str, object]], "Rule | None"]
+_MOVES, _PASSES, _NORMALISES, _FACTORS = IgnoreRule(), PassRule(), LayerNormRule(), FactorsRule()
 _TAKES_ALL = SignalTakeAllRule(0), SignalTakeAllRule(1)
 
 
@@ -213,6 +218,15 @@ def _accumulates(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str,
     return ARITHMETIC if sums else _MOVES
 
 
+def _reduces(index: int) -> _Dependence:
+    """What is reduced by groups is a product, or linear, or picks values; ``index`` is where ``reduce`` is given."""
+
+    def rule_of(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
+        return _FACTORS if _given(args, kwargs, index, "reduce", None) == "prod" else rule
+
+    return rule_of
+
+
 def _dropout(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
     """In training it passes: to run it again, as arithmetic is, would drop others."""
     training = _given(args, kwargs, 2, "training", True)
@@ -242,13 +256,15 @@ def _of_two(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, obje
 
 _SCALES = frozenset(("rsqrt", "reciprocal", "rdiv", "exp"))
 
-_DEPENDS: Mapping[str, Callable[[Rule | None, Sequence[object], Mapping[str, object]], Rule | None]] = {
+_DEPENDS: Mapping[str, _Dependence] = {
     **dict.fromkeys(_FUSED, _fused),
     **dict.fromkeys((name for name in AFFINE if name.startswith("conv")), _convolution),
     **dict.fromkeys(
         (name for name in AFFINE if name.endswith("dropout") or name.startswith("dropout")), _dropout
     ),
     **dict.fromkeys(("index_put", "scatter"), _accumulates),
+    **dict.fromkeys(("index_reduce", "scatter_reduce"), _reduces(4)),
+    "segment_reduce": _reduces(1),
     **dict.fromkeys(("batch_norm", "instance_norm"), _batch_norm),
     **dict.fromkeys(("float_power", "floor_divide", "pow", "xlogy"), _of_two),
     "div": _div,

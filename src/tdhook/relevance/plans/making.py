@@ -11,15 +11,17 @@ from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import nn
 
 from tdhook.conventions import Convention
+from tdhook.models.entries import dense_copy
 from tdhook.models.families import BatchNorm
 from tdhook.models.model import Model
-from tdhook.models.state import dense_copy
 from tdhook.models.tracing import Execution, registered, traced
 from tdhook.relevance.composites.composite import Composite
 from tdhook.relevance.operations.interception import Interception
 from tdhook.relevance.plans.plan import Merge, Plan, Row
 from tdhook.relevance.propagation.call import Setting
+from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.merges import Merges
+from tdhook.relevance.propagation.params import require_parameters
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.relevance.propagation.weights import WeightCache
@@ -68,6 +70,7 @@ def make_plan(
 
     Raises:
         TypeError: the mapper returned something else than a rule.
+        ValueError: a rule treats parameters as zero that no module under it has.
     """
     rows: list[Row] = []
     units: list[str] = []
@@ -84,6 +87,7 @@ def make_plan(
         leaf = not any(True for _ in module.children())
         leaf = leaf and not isinstance(module, TensorDictModuleBase | TensorDictParams)
         rows.append(Row(name, module, rule, selector, open=rule is None and leaf))
+    _require_parameters(rows)
     composite = mapper if isinstance(mapper, Composite) else Composite()
     rules = [row.rule for row in rows if row.rule is not None] + [rule for _, rule in composite.on_operations]
     if flow is None:
@@ -191,6 +195,16 @@ def _ask(
             return None, None
         return mapper.find(execution.site(name)) or (None, None)
     return None, mapper(name, module)
+
+
+def _require_parameters(rows: Sequence[Row]) -> None:
+    """Raise where what a rule treats as zero is no parameter of any module that has a rule of that kind."""
+    ruled: dict[tuple[str, ...], list[nn.Module]] = {}
+    for row in rows:
+        if isinstance(row.rule, PropagationRule) and row.rule.zero_params:
+            ruled.setdefault(row.rule.zero_params, []).append(row.module)
+    for names, modules in ruled.items():
+        require_parameters(names, modules)
 
 
 def _by_default(row: Row) -> Row:

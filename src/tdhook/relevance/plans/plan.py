@@ -20,6 +20,7 @@ from tdhook.relevance.operations.interception import Interception, Observer, Unm
 from tdhook.relevance.operations.table import MOVES, WINNER
 from tdhook.relevance.propagation.binding import Binding
 from tdhook.relevance.propagation.call import ALONE, Setting
+from tdhook.relevance.propagation.conversions import finite_product
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.batchnorm import merging
@@ -215,7 +216,7 @@ class Plan:
         it a modified one, and of a mapper, which says what is meant by its rules.
         """
         as_it_is = self.flow == "relevance" or self.interception is None or self.sensitivity
-        return found if as_it_is else value.detach() * found
+        return found if as_it_is else finite_product(value.detach(), found)
 
     def within(self, *, tracked: bool = False) -> AbstractContextManager[None]:
         """Run operations under their rules; ``tracked`` where the path of each has to be known."""

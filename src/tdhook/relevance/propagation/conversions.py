@@ -12,9 +12,10 @@ from torch import Tensor
 from tdhook.relevance.propagation.call import ALONE, Setting
 from tdhook.relevance.propagation.merges import Place
 from tdhook.relevance.propagation.reporting import Report
-from tdhook.relevance.propagation.stabilisers import Stabilizer, exact, rounding, stabilize
+from tdhook.relevance.propagation.stabilisers import Stabilizer, quotient, rounding, saturated, stabilize
 from tdhook.tape.functions import Identity, TapeFunction, alias, may_look_at, parts, whole
 from tdhook.tape.internals import is_view
+from tdhook.tape.masks import unmasked
 
 __all__ = [
     "Damped",
@@ -26,6 +27,7 @@ __all__ = [
     "Substituted",
     "TimesValue",
     "Unchanged",
+    "finite_product",
 ]
 
 
@@ -52,12 +54,12 @@ class TimesValue(Identity):
 class PerValue(Identity):
     """Identity at whose input relevance becomes relevance per unit of activation: ``g = R / stab(x)``.
 
-    Unless told, nothing is stabilised: where the value is zero there is none. Where a batch norm behind it stabilises
-    instead, only rounding is left to look after.
+    Unless told, nothing is stabilised: where the value is zero there is none. Nor is it where a batch norm behind it
+    stabilises instead.
     """
 
     @staticmethod
-    def forward(x: Tensor, stabilizer: Stabilizer = exact, setting: Setting = ALONE) -> Tensor:
+    def forward(x: Tensor, stabilizer: Stabilizer = rounding, setting: Setting = ALONE) -> Tensor:
         """The value itself."""
         return alias(x)
 
@@ -66,7 +68,7 @@ class PerValue(Identity):
         """Keep the value."""
         ctx.save_for_backward(inputs[0])
         ctx.n_rest = len(inputs) - 1
-        ctx.stabilizer = inputs[1] if ctx.n_rest else exact
+        ctx.stabilizer = inputs[1] if ctx.n_rest else rounding
         ctx.setting = setting = inputs[2] if ctx.n_rest > 1 else ALONE
         if setting.merges is not None:
             ctx.place = Place()
@@ -83,9 +85,9 @@ class PerValue(Identity):
         """Divide."""
         (value,) = ctx.saved_tensors
         x, relevance = parts(value), parts(relevance)
-        grad = relevance / PerValue.stabilised(ctx, x)
+        grad = quotient(relevance, PerValue.stabilised(ctx, x))
         if ctx.setting.report is not None:
-            ctx.setting.report("stabiliser", relevance - torch.where(x.isinf(), 0.0, x * grad))
+            ctx.setting.report("stabiliser", unmasked(relevance - finite_product(x, grad), x))
         return whole(grad, value), *(None,) * ctx.n_rest
 
 
@@ -99,20 +101,21 @@ class Damped(PerValue):
         z, grad = parts(value), parts(grad)
         damped = grad * (z / PerValue.stabilised(ctx, z))
         if ctx.setting.report is not None:
-            ctx.setting.report("stabiliser", z * grad - z * damped)
+            lost = finite_product(z, grad) - finite_product(z, damped)
+            ctx.setting.report("stabiliser", unmasked(lost, z))
         return whole(damped, value), *(None,) * ctx.n_rest
 
 
 class Scaled(Identity):
-    """Identity at which what travels backwards is multiplied by a factor."""
+    """Identity at which what travels backwards is multiplied by a factor, or by one for each value."""
 
     @staticmethod
-    def forward(x: Tensor, factor: float) -> Tensor:
+    def forward(x: Tensor, factor: float | Tensor) -> Tensor:
         """The value itself."""
         return alias(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float | Tensor], output: Tensor) -> None:
         """Keep the factor."""
         ctx.factor = inputs[1]
 
@@ -215,9 +218,11 @@ class Ratio(TapeFunction):
     def backward(ctx: Any, grad: Tensor) -> object:
         """Multiply by the slope of the secant through the origin."""
         x, z = ctx.saved_tensors
-        pulled = grad * (z / rounding(x))
+        pulled = saturated(grad * quotient(z, rounding(x)))
         if ctx.report is not None:
-            ctx.report("stabiliser", z * grad - finite_product(x, pulled))
+            pulled = torch.where(grad == 0, 0.0, pulled)
+            kept = unmasked(finite_product(z, grad), z) - unmasked(finite_product(x, pulled), x)
+            ctx.report("stabiliser", kept)
         return pulled, *(None,) * ctx.n_rest
 
 
@@ -240,7 +245,12 @@ class Substituted(TapeFunction):
 
 
 def finite_product(x: Tensor, grad: Tensor) -> Tensor:
-    """``x * grad``, and zero where ``x`` is infinite, as masked logits are."""
+    """``x * grad``, and zero where ``x`` is infinite, as masked logits are, or ``grad`` zero, whatever ``x`` is.
+
+    Args:
+        x: ``[*shape]``.
+        grad: ``[*shape]``, or with leading axes.
+    """
     if x.is_complex():
         return whole(parts(x) * parts(grad), x)
     product = x * grad
@@ -250,4 +260,4 @@ def finite_product(x: Tensor, grad: Tensor) -> Tensor:
     looks = product.is_cpu and not product.requires_grad and may_look_at(product)
     if looks and math.isfinite(product.sum()):
         return product
-    return product.masked_fill_(x.isinf(), 0.0)
+    return product.masked_fill_(x.isinf() | (grad == 0), 0.0)

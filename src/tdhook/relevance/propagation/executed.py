@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.forms import ClosedForm, closed_form
@@ -22,6 +21,7 @@ from tdhook.tape.internals import is_view, transformed
 from tdhook.tape.origins import is_nonnegative
 from tdhook.tape.overwriting import natively
 from tdhook.tape.sharded import added_up, is_sharded
+from tdhook.tape.trees import Shape, tree_flatten, tree_leaves, tree_unflatten
 
 __all__ = [
     "ExecutedLayer",
@@ -120,9 +120,11 @@ class ExecutedLayer(Place):
         norm = None if setting.merges is None else setting.merges.norm_of(self)
         if norm is not None:
             merged = Affine.of(norm)
-        if weight.dtype != self.dtype and self.dtype is not None:
+        # What is relevance per unit of output is soon too large for float16.
+        dtype = torch.float32 if self.dtype is torch.float16 else self.dtype
+        if dtype is not None and (weight.dtype != dtype or dtype != self.dtype):
             # Under autocast the layer computed in another precision than it is kept in.
-            dtype, cache = self.dtype, None
+            cache = None
             x, weight, outputs = x.to(dtype), weight.to(dtype), tuple(z.to(dtype) for z in outputs)
             bias = None if bias is None else bias.to(dtype)
             merged = None if merged is None else merged.to(dtype)
@@ -179,7 +181,7 @@ class ExecutedModule:
         self.rule = rule
         self.module, self._function, args, kwargs, setting = call
         self.report = setting.report
-        self.spec: TreeSpec | None = None
+        self.spec: Shape | None = None
         self.leaves: list[Any] = list(args)
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             self.leaves, self.spec = tree_flatten((args, kwargs))
@@ -190,7 +192,7 @@ class ExecutedModule:
             self.names = {i: names[i] for i in self.at if not on_tape(self.leaves[i])}
             self.at = [i for i in self.at if i not in self.names]
         self.graph: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
-        self.out_spec: TreeSpec | None = None
+        self.out_spec: Shape | None = None
         self.out_leaves: list[Any] = []
 
     def run(self) -> Any:
@@ -227,7 +229,7 @@ class ExecutedModule:
                     "torch.vmap; linear layers and convolutions can be ruled there"
                 )
             with torch.enable_grad():
-                leaves = tuple(leaf(x) if x.requires_grad else x.detach() for x in inputs)
+                leaves = tuple(leaf(x) if x.requires_grad else x for x in inputs)
                 outputs = self._outputs(leaves)
         self.graph = (leaves, outputs)
         self.out_leaves = [z.detach() if isinstance(z, Tensor) else z for z in self.out_leaves]
@@ -292,6 +294,9 @@ class Ruled(TapeFunction):
         ctx.executed = executed = inputs[0]
         ctx.made_by = type(executed.module).__name__
         rule = executed.rule
+        if executed.graph is not None:
+            off = [z for z, own in zip(output, executed.graph[1], strict=True) if not own.requires_grad]
+            ctx.mark_non_differentiable(*off)
         ctx.save_for_backward(
             *(inputs[1:] if rule.needs_inputs else ()), *(output if rule.needs_outputs else ())
         )

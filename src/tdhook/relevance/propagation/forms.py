@@ -178,11 +178,13 @@ def closed_form(module: nn.Module) -> ClosedForm | None:
     So is a parametrised layer, which makes its weight each time that it is read.
     """
     cls = type(module)
+    # Modules that torch.jit compiled have no forward that could be asked for.
+    forward = getattr(cls, "forward", None)
     if module._modules and is_parametrized(module):
         return None
-    if cls.forward is nn.Linear.forward:
+    if forward is nn.Linear.forward:
         return _DENSE
-    if cls.forward not in _CONV_FORWARDS or getattr(cls, "_conv_forward", None) not in _CONV_CORES:
+    if forward not in _CONV_FORWARDS or getattr(cls, "_conv_forward", None) not in _CONV_CORES:
         return None
     layer: Any = module
     settings = (

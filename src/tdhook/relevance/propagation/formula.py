@@ -12,6 +12,7 @@ from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Run
 from tdhook.relevance.propagation.executed import running_layer, running_module
 from tdhook.relevance.propagation.forms import closed_form, makes_weights
+from tdhook.relevance.propagation.params import require_parameters
 from tdhook.relevance.propagation.rule import RunningRule, converted
 from tdhook.relevance.propagation.steps import Grads, Step
 
@@ -26,6 +27,7 @@ class PropagationRule(RunningRule):
     Attributes:
         needs_inputs: whether the formula reads ``step.inputs``, ``needs_outputs``: ``step.outputs``, ``needs_vjp``:
             ``step.vjp``, and ``needs_sign``: whether ``step.nonnegative`` saves it work.
+        zero_params: names of parameters that it treats as zero.
         abbreviates: the formula that :meth:`shortcut` is short for. A class with a :meth:`propagate` of its own has no
             shortcut unless it names one.
     """
@@ -34,6 +36,11 @@ class PropagationRule(RunningRule):
     needs_outputs: ClassVar[bool] = False
     needs_vjp: ClassVar[bool] = False
     abbreviates: ClassVar[Callable[..., Grads] | None] = None
+    zero_params: tuple[str, ...] = ()
+
+    def require(self, module: nn.Module) -> None:
+        """Raise where the module has no parameter of a name that the rule treats as zero."""
+        require_parameters(self.zero_params, [module])
 
     @property
     def modifies(self) -> bool:

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
-__all__ = ["ParamModifier", "ZeroParams", "zero_param_names"]
+__all__ = ["ParamModifier", "ZeroParams", "require_parameters", "zero_param_names"]
 
 
 ZeroParams: TypeAlias = "str | Iterable[str] | None"
@@ -25,13 +25,33 @@ def zero_param_names(zero_params: ZeroParams) -> tuple[str, ...]:
     """Normalise the ``zero_params`` argument of a rule: a name, several, or none."""
     if zero_params is None:
         return ()
-    names = (zero_params,) if isinstance(zero_params, str) else tuple(zero_params)
+    if isinstance(zero_params, str) or not isinstance(zero_params, Iterable):
+        zero_params = [zero_params]
+    names = tuple(zero_params)
     for name in names:
         if not isinstance(name, str):
             raise TypeError(
                 f"zero_params takes names of parameters such as 'bias', got {name!r} of type {type(name).__name__}"
             )
     return names
+
+
+def require_parameters(names: Iterable[str], modules: Iterable[nn.Module]) -> None:
+    """Raise where no module has a parameter of a name.
+
+    ``"weight"`` and ``"bias"`` are what the parameters of operations are called, and what a layer may have or not.
+
+    Raises:
+        ValueError: one of ``names`` is none of theirs.
+    """
+    own = {key for module in modules for layer in module.modules() for key in layer._parameters}
+    known = {"weight", "bias"} | own
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"zero_params names {name!r}, and no layer under that rule has a parameter of that name; give one or "
+                f"several of {', '.join(map(repr, sorted(known)))}"
+            )
 
 
 class ParamModifier:

@@ -22,7 +22,7 @@ from tdhook.relevance.propagation.binding import Binding
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.conversions import Final, PerValue, TimesValue
 from tdhook.relevance.propagation.entering import OnLinearOperations
-from tdhook.relevance.propagation.stabilisers import exact
+from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.tape.functions import live
 
 __all__ = ["AbstractFunctionMeta", "RemovableRuleHandle", "Rule", "RunningRule", "converted"]
@@ -120,11 +120,15 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
     def _apply(self, call: Call) -> object:
         return self.apply(self._apply_kwargs, call.module, call.kwargs, *call.args)
 
+    def require(self, module: nn.Module) -> None:
+        """Raise where the rule makes no sense on ``module``, whatever it will be called with."""
+
     def register(self, module: nn.Module) -> RemovableRuleHandle:
         """Make ``module`` run under this rule until the returned handle is removed.
 
         Raises:
             RuntimeError: the module already runs under a rule.
+            ValueError: the rule makes no sense on the module.
         """
         current = Binding.of(module)
         if current is not None:
@@ -132,6 +136,7 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
                 f"{type(module).__name__} already runs under {current.rule!r}; remove that rule's handle before "
                 f"registering {self!r}"
             )
+        self.require(module)
         binding = Binding(module, self)
         if not self.native:
             binding.around = _Alone()
@@ -258,13 +263,13 @@ def converted(run: Run, own: Convention, flow: Convention) -> Run:
 
     def to_relevance(call: Call) -> Any:
         setting = call.setting
-        outputs = run(call.live(lambda x: PerValue.apply(x, exact, setting)))
+        outputs = run(call.live(lambda x: PerValue.apply(x, rounding, setting)))
         return live(TimesValue.apply, outputs)
 
     def to_gradient(call: Call) -> Any:
         setting = call.setting
         outputs = run(call.live(TimesValue.apply))
-        return live(lambda z: PerValue.apply(z, exact, setting), outputs)
+        return live(lambda z: PerValue.apply(z, rounding, setting), outputs)
 
     return to_gradient if own == "gradient" else to_relevance
 

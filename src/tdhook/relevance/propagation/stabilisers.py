@@ -6,8 +6,10 @@ maps a denominator to its stabilised value.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
+from numbers import Real
 from typing import TypeAlias
 
 import torch
@@ -15,11 +17,11 @@ from torch import Tensor
 
 from tdhook.tape.functions import on_tape
 
-__all__ = ["Stabilizer", "checked", "exact", "moved_away", "rounding", "stabilize"]
+__all__ = ["Stabilizer", "checked", "moved_away", "number", "quotient", "rounding", "saturated", "stabilize"]
 
 Stabilizer: TypeAlias = "float | Callable[[Tensor], Tensor]"
-# bfloat16 has the exponents of float32: small numbers are as exact as large ones. Others, float16 among them: 1e-3.
-_ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6}
+# An eighth of the largest number of float16: what is made of quotients still fits. Other precisions have the room.
+_MOST = {torch.float16: 8192.0}
 
 
 def stabilize(tensor: Tensor, epsilon: Stabilizer = 1e-6) -> Tensor:
@@ -31,8 +33,10 @@ def stabilize(tensor: Tensor, epsilon: Stabilizer = 1e-6) -> Tensor:
             ``denominator -> stabilised denominator``.
 
     Returns:
-        ``tensor + epsilon * sign(tensor)``, same shape and dtype.
+        ``tensor + epsilon * sign(tensor)``, same shape and dtype. With an epsilon of zero, what is zero has no share.
     """
+    if epsilon == 0:
+        return rounding(tensor)
     return epsilon(tensor) if callable(epsilon) else _moved(tensor, epsilon)
 
 
@@ -67,13 +71,30 @@ def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def rounding(tensor: Tensor) -> Tensor:
-    """The stabiliser for what must not show: by precision (float64 1e-12, float32 and bfloat16 1e-6, else 1e-3)."""
-    return _moved(tensor, _ROUNDING.get(tensor.dtype, 1e-3))
+    """The stabiliser of what no user asked to be stabilised: it adds nothing, so that no precision is given up.
+
+    A denominator of zero, or one that is too small for what it divides to be a number, gives a share of zero. The small
+    numbers of float16 are no smaller than others make of rounding: there zero alone does, and quotients are
+    :func:`saturated`.
+    """
+    return torch.where(_is_nothing(tensor), torch.inf, tensor)
 
 
-def exact(tensor: Tensor) -> Tensor:
-    """The stabiliser that changes nothing: a denominator of zero gives a share of zero."""
-    return torch.where(tensor == 0, torch.inf, tensor)
+def _is_nothing(tensor: Tensor) -> Tensor:
+    if tensor.dtype is torch.float16 or not tensor.is_floating_point():
+        return tensor == 0
+    return tensor.abs() < torch.finfo(tensor.dtype).tiny
+
+
+def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Their quotient, :func:`saturated`."""
+    return saturated(numerator / denominator)
+
+
+def saturated(tensor: Tensor) -> Tensor:
+    """The same, but that in float16, which soon overflows, nothing is larger than 8192."""
+    most = _MOST.get(tensor.dtype)
+    return tensor if most is None else tensor.clamp(-most, most)
 
 
 def checked(epsilon: Stabilizer, name: str = "stabilizer") -> Stabilizer:
@@ -81,12 +102,38 @@ def checked(epsilon: Stabilizer, name: str = "stabilizer") -> Stabilizer:
 
     Raises:
         TypeError: it is neither a number nor a callable.
-        ValueError: it is negative.
+        ValueError: it is negative, NaN or infinite.
     """
     if callable(epsilon):
         return epsilon
-    if type(epsilon) not in (int, float):
+    if not _is_number(epsilon):
         raise TypeError(f"{name} is a float or a callable on the denominator, got {epsilon!r}")
+    epsilon = number(epsilon, name)
     if epsilon < 0:
         raise ValueError(f"{name} moves denominators away from zero, so it is not negative, got {epsilon!r}")
     return epsilon
+
+
+def number(value: float, name: str) -> float:
+    """The argument of a rule, if it is a number.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is NaN or infinite.
+    """
+    if not _is_number(value):
+        raise TypeError(f"{name} is a number, got {value!r} of type {type(value).__name__}")
+    try:
+        # What plain data can hold, whoever's number it is.
+        plain = value if type(value) is int else float(value)
+        finite = math.isfinite(plain)
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise ValueError(f"{name} is a finite number, got {value!r}")
+    return plain
+
+
+def _is_number(value: object) -> bool:
+    # Those of numpy count, but for its booleans.
+    return isinstance(value, int | float | Real) and not isinstance(value, bool)

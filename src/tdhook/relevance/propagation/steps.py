@@ -57,8 +57,8 @@ class Step(ABC):
         """Evaluate the step at other inputs and with modified parameters: the outputs and the pull-back there."""
 
     @abstractmethod
-    def constants(self, modify: Modify) -> tuple[Tensor, ...]:
-        """What is left of each output where all inputs are zero: the bias."""
+    def constants(self, modify: Modify) -> tuple[Tensor | None, ...]:
+        """What is left of each output where all inputs are zero: the bias, in a shape that broadcasts, if any."""
 
 
 class ModuleStep(Step):
@@ -86,7 +86,7 @@ class ModuleStep(Step):
             outputs = tuple(self.evaluate(leaves, modify))
         return tuple(z.detach() for z in outputs), lambda *grads: _pull_back(leaves, outputs, grads)
 
-    def constants(self, modify: Modify) -> tuple[Tensor, ...]:
+    def constants(self, modify: Modify) -> tuple[Tensor | None, ...]:
         zeros = [torch.zeros_like(x) if x.is_floating_point() else x for x in self.inputs]
         with torch.no_grad():
             return tuple(self.evaluate(zeros, modify))
@@ -202,6 +202,7 @@ class LinearStep(Step):
             weight = self.form.scale_outputs(weight, self._merged.scale)
         return modify("weight", weight)
 
-    def constants(self, modify: Modify) -> tuple[Tensor, ...]:
-        zero = torch.zeros_like(self.inputs[0])
-        return self.modified((zero,), modify)[0]
+    def constants(self, modify: Modify) -> tuple[Tensor | None, ...]:
+        if self._bias is None:
+            return (None,)
+        return (self.form.along_outputs(modify("bias", self._bias), self.inputs[0]),)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -69,8 +68,11 @@ class WeightCache:
 
 
 def _may_be_large(layer: nn.Module) -> bool:
-    weight: Any = parameters_of(layer).get("weight")
-    return weight is not None and (is_lazy(weight) or weight.numel() > _SMALL)
+    weight: Tensor | None = parameters_of(layer).get("weight")
+    if weight is None:
+        return False
+    unmade: bool = is_lazy(weight)
+    return unmade or weight.numel() > _SMALL
 
 
 def _own_weight(layer: nn.Module) -> Tensor | None:

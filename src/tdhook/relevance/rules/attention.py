@@ -31,6 +31,8 @@ class AttentionRule(RunningRule):
 
     def __init__(self, values_only: bool = False) -> None:
         super().__init__()
+        if not isinstance(values_only, bool):
+            raise TypeError(f"values_only is True or False, got {values_only!r}")
         self.values_only = values_only
 
     def running(self, module: nn.Module, flow: Convention) -> Run:

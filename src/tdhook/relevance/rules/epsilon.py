@@ -23,6 +23,7 @@ from tdhook.relevance.propagation.stabilisers import Stabilizer, checked, roundi
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.rules.shares import itself, modified_by, per_unit, report_bias, share_of
 from tdhook.tape.functions import live
+from tdhook.tape.masks import unmasked
 
 __all__ = [
     "EpsilonRule",
@@ -127,7 +128,7 @@ class NormRule(EpsilonRule):
     """
 
     def __init__(self, stabilizer: Stabilizer = 1e-6) -> None:
-        super().__init__(stabilizer)
+        super().__init__(checked(stabilizer))
 
     @property
     def stabilizer(self) -> Stabilizer:
@@ -156,7 +157,9 @@ class SoftmaxEpsilonRule(EpsilonRule):
         # Logits that are masked by minus infinity have no relevance.
         x = torch.where(x.isinf(), 0.0, x)
         if step.report is not None:  # the zeroth term of the linearisation
-            step.report("constant", r * (1 - x + (s * x).sum(_axis(step), keepdim=True)))
+            counted = unmasked(x, x)
+            amount = r * (1 - counted + (s * counted).sum(_axis(step), keepdim=True))
+            step.report("constant", torch.where(r == 0, 0.0, amount))
         return (r - s * r.sum(_axis(step), keepdim=True)) * x, *(None for _ in others)
 
     def shortcut(self, module: nn.Module, flow: Convention) -> Run | None:

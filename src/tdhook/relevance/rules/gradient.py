@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.formula import PropagationRule
-from tdhook.relevance.propagation.stabilisers import Stabilizer, checked, stabilize
+from tdhook.relevance.propagation.stabilisers import (
+    Stabilizer,
+    checked,
+    number,
+    quotient,
+    saturated,
+    stabilize,
+)
 from tdhook.relevance.propagation.steps import Grads, Step
 
 __all__ = [
@@ -54,7 +61,7 @@ class PseudoIdentityRule(GradientRule):
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         (x,), (z,), (g,) = step.inputs, step.outputs, relevance
-        return (z / stabilize(x, self.stabilizer) * g,)
+        return (saturated(quotient(z, stabilize(x, self.stabilizer)) * g),)
 
 
 class AHQKVRule(GradientRule):
@@ -82,7 +89,8 @@ class AHQKVRule(GradientRule):
         if step.report is not None:
             (z,), (bias,) = step.outputs, step.constants(lambda name, param: param)
             step.report("stop", z * (g - only_value))
-            step.report("bias", bias * only_value)
+            if bias is not None:
+                step.report("bias", bias * only_value)
         return step.vjp(only_value)
 
 
@@ -117,6 +125,7 @@ class ReLUBetaSmoothRule(_SensitivityRule):
     """
 
     def __init__(self, beta: float = 10.0) -> None:
+        beta = number(beta, "beta")
         if beta <= 0:
             raise ValueError(f"beta must be positive, got {beta}")
         super().__init__()

@@ -28,7 +28,8 @@ class LayerNormRule(GradientRule):
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         norm = _Norm.of(step)
         (x, *others), (g, *_) = step.inputs, relevance
-        rows = norm.rows(x)
+        # As torch does: squares are soon too large for float16, and sums too long for bfloat16.
+        rows, g = norm.rows(x.to(_wide(x.dtype))), g.to(_wide(g.dtype))
         if step.report is not None and norm.bias is not None:
             step.report("bias", g * norm.bias)
         g = norm.rows(g if norm.weight is None else g * norm.weight.detach())
@@ -37,7 +38,7 @@ class LayerNormRule(GradientRule):
             pulled = (g - g.mean(-1, keepdim=True)) * torch.rsqrt(variance + norm.eps)
         else:
             pulled = g * torch.rsqrt(rows.square().mean(-1, keepdim=True) + norm.eps)
-        return norm.back(pulled, x), *(None for _ in others)
+        return norm.back(pulled, x).to(x.dtype), *(None for _ in others)
 
     def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         if isinstance(module, Operation):
@@ -47,6 +48,11 @@ class LayerNormRule(GradientRule):
             raise ValueError(
                 f"LayerNormRule fits modules with `weight`, `bias` and `eps`, which {type(module).__name__} has not"
             )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision to sum up in."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 @dataclass

@@ -1,21 +1,23 @@
-"""Rules for products of activations in which one factor takes all: gates, denominators."""
+"""Rules for products of activations: in which one factor takes all (gates, denominators), and of many factors."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Call, Run
-from tdhook.relevance.propagation.constants import with_constants
+from tdhook.relevance.propagation.constants import Reported, with_constants
 from tdhook.relevance.propagation.conversions import Scaled
 from tdhook.relevance.propagation.rule import RunningRule, converted
 from tdhook.tape.functions import live, on_tape
 from tdhook.tape.origins import made_by
 
-__all__ = ["ConstantRule", "SignalTakeAllRule"]
+__all__ = ["ConstantRule", "FactorsRule", "SignalTakeAllRule"]
 
 _GATES = frozenset(("sigmoid", "hardsigmoid"))
 
@@ -36,6 +38,8 @@ class SignalTakeAllRule(RunningRule):
 
     def __init__(self, signal: int | None = None) -> None:
         super().__init__()
+        if signal is not None and type(signal) is not int:
+            raise TypeError(f"signal is the index of an argument, or None, got {signal!r}")
         self.signal = signal
 
     def running(self, module: nn.Module, flow: Convention) -> Run:
@@ -81,3 +85,45 @@ class ConstantRule(RunningRule):
                 return call.execute()
 
         return converted(run, self.convention, flow)
+
+
+class FactorsRule(RunningRule):
+    """Equal parts to all factors of each output that are activations (AttnLRP, Achtibat et al. 2024, Prop. 3.3).
+
+    For products along an axis, and for those of what is scattered to one place: ``prod``, ``cumprod``,
+    ``scatter_reduce(..., "prod")``. Constant factors take no part.
+    """
+
+    convention: ClassVar[Convention] = "gradient"
+
+    def running(self, module: nn.Module, flow: Convention) -> Run:
+        """As it is, with the gradient of each output divided by the number of its factors."""
+        return converted(self._shared, self.convention, flow)
+
+    @staticmethod
+    def _shared(call: Call) -> object:
+        outputs = call.natively()
+        count = _n_factors(call)
+        report = call.setting.report
+        if report is not None:
+            untouched = torch.where(count == 0, outputs.detach(), 0.0)
+            outputs = Reported.apply(outputs, untouched, "constant", report)
+        return Scaled.apply(outputs, (1 / count.clamp(min=1)).to(outputs.dtype))
+
+
+def _n_factors(call: Call) -> Tensor:
+    """How many factors of each output are activations: the exponent of what comes out if each of them is one number."""
+    total = sum(x.numel() for x in call.tensors())
+    base = math.exp(50 / max(total, 1))  # far from overflow, in single precision too
+
+    def counted(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        return torch.full_like(x, base if on_tape(x) else 1.0, dtype=torch.float64)
+
+    args, kwargs = tree_map_only(Tensor, counted, (call.args, call.kwargs))
+    args = [1.0 if isinstance(x, float) else x for x in args]
+    kwargs = {key: 1.0 if isinstance(x, float) else x for key, x in kwargs.items() if key != "dtype"}
+    with torch.no_grad():
+        product: Tensor = call.function(*args, **kwargs)
+    return (product.log() / math.log(base)).round()

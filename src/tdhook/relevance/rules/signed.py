@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.params import ZeroParams, zero_param_names
-from tdhook.relevance.propagation.stabilisers import Stabilizer, checked
+from tdhook.relevance.propagation.stabilisers import Stabilizer, checked, number
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.rules.shares import (
     itself,
@@ -136,6 +136,7 @@ class AlphaBetaRule(_SignedRule):
         stabilizer: Stabilizer = 1e-6,
         zero_params: ZeroParams = None,
     ) -> None:
+        alpha, beta = number(alpha, "alpha"), number(beta, "beta")
         if alpha < 0 or beta < 0:
             raise ValueError("Both alpha and beta parameters must be non-negative!")
         if alpha - beta != 1.0:
@@ -192,6 +193,7 @@ class GammaRule(_SignedRule):
     def __init__(
         self, gamma: float = 0.25, stabilizer: Stabilizer = 1e-6, zero_params: ZeroParams = None
     ) -> None:
+        gamma = number(gamma, "gamma")
         if gamma < 0:
             raise ValueError(f"gamma must be non-negative, got {gamma}")
         super().__init__()
@@ -227,6 +229,24 @@ class _Favouring:
         return weight + self.gamma * self.sign(weight)
 
 
+def _bound_of(bound: object, name: str) -> float | Tensor:
+    """A bound of a box, if it is one: a number or a tensor.
+
+    Plain data (a configuration file) brings bounds per channel as nested lists.
+    """
+    if isinstance(bound, int | float):
+        return number(bound, name)
+    try:
+        values = bound if isinstance(bound, Tensor) else torch.tensor(bound)
+    except (TypeError, ValueError, RuntimeError):
+        values = torch.empty(0, dtype=torch.bool)
+    if values.dtype == torch.bool or values.is_complex():
+        raise TypeError(f"{name} is a number, a tensor or nested lists of numbers, got {bound!r}")
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{name} is finite, got {bound!r}")
+    return values
+
+
 class ZBoxRule(_SignedRule):
     """z-box, for inputs within ``[low, high]`` (Montavon et al. 2017, eq. 14).
 
@@ -248,10 +268,14 @@ class ZBoxRule(_SignedRule):
         zero_params: ZeroParams = None,
     ) -> None:
         super().__init__()
-        # Plain data (a configuration file) brings bounds per channel as nested lists.
-        self.low = torch.tensor(low) if isinstance(low, Sequence) else low
-        self.high = torch.tensor(high) if isinstance(high, Sequence) else high
-        if bool((torch.as_tensor(self.low) > torch.as_tensor(self.high)).any()):
+        self.low, self.high = _bound_of(low, "low"), _bound_of(high, "high")
+        try:
+            crossed = bool((torch.as_tensor(self.low) > torch.as_tensor(self.high)).any())
+        except RuntimeError:
+            raise ValueError(
+                f"ZBoxRule needs low and high of shapes that broadcast, got low={low} and high={high}"
+            ) from None
+        if crossed:
             raise ValueError(f"ZBoxRule needs low <= high, got low={low} and high={high}")
         self.stabilizer = checked(stabilizer)
         self.zero_params = zero_param_names(zero_params)

@@ -1,0 +1,121 @@
+"""Backward passes past values that are not finite.
+
+A value that is NaN or infinite, though what is explained is finite, has no part in it: it was masked out. The rules of
+calculus say ``0 * nan`` all the same. So a backward pass that brings something else than numbers is run once more, on a
+tape that keeps numbers alone.
+"""
+
+from __future__ import annotations
+
+import cmath
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdhook.tape.conditions import holds
+from tdhook.tape.functions import may_look_at
+from tdhook.tape.internals import maker_of, saved_by
+
+__all__ = ["Disregarding", "are_finite"]
+
+# Element by element: where nothing comes in, nothing goes out.
+_ELEMENTWISE = re.compile(
+    "(Div|Mul|Pow|Sqrt|Rsqrt|Reciprocal|Exp|Log|Add|Sub|Where|MaskedFill|Clamp|Ratio|PerValue)"
+)
+# Which of several values is taken is told by these, NaN and infinities included.
+_CHOICES = re.compile("(Nan|Fm|Max|Min|Amax|Amin|Cummax|Cummin|Median|Mode|Kthvalue|Sort|Topk|Clamp)")
+
+
+def are_finite(found: Sequence[Tensor | None]) -> bool:
+    """Whether what a backward pass brought has neither NaN nor infinities: one sum for each tensor, and one look."""
+    tensors = [x for x in found if x is not None]
+    if not _are_seen(tensors):
+        return all(holds(x.isfinite()) for x in tensors)
+    return all(cmath.isfinite(x.sum().item()) or bool(x.isfinite().all()) for x in tensors)
+
+
+class Disregarding:
+    """Makes a tape disregard the values on it that are not finite, and sees where others arise all the same.
+
+    Args:
+        tensors: where the backward pass starts.
+        looks: whether to look where others arise.
+
+    Attributes:
+        culprit: the node at which finite gradients became others, once there was a backward pass; ``None`` if none did.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], *, looks: bool = True) -> None:
+        self.culprit: Any = None
+        self._looks = looks
+        for node in _nodes(tensors):
+            # The identities of the library know that what is infinite has no relevance.
+            keeps = _known if maker_of(node) is not None and not hasattr(node, "executed") else _numbers
+            for kept in () if _CHOICES.match(node.name()) else saved_by(node):
+                try:
+                    kept.register_hooks(keeps, _itself)
+                except RuntimeError:  # nothing is kept, or what is kept is made once more
+                    continue
+            elementwise = _ELEMENTWISE.match(node.name()) is not None
+            if looks or elementwise:
+                node.register_hook(self._watching(node, elementwise))
+
+    def _watching(self, node: Any, elementwise: bool) -> Callable[..., tuple[Tensor | None, ...]]:
+        def watch(
+            found: Sequence[Tensor | None], given: Sequence[Tensor | None]
+        ) -> tuple[Tensor | None, ...]:
+            if elementwise:
+                found = [_where_given(x, given) for x in found]
+            searches = self._looks and self.culprit is None and _are_seen([*found, *given])
+            if searches and are_finite(given) and not are_finite(found):
+                self.culprit = node
+            return tuple(found)
+
+        return watch
+
+
+def _are_seen(tensors: Sequence[Tensor | None]) -> bool:
+    return not torch.compiler.is_compiling() and all(x is None or may_look_at(x) for x in tensors)
+
+
+def _where_given(found: Tensor | None, given: Sequence[Tensor | None]) -> Tensor | None:
+    """Nothing where nothing came in."""
+    if found is None:
+        return None
+    like = next((x for x in given if x is not None and x.shape == found.shape), None)
+    return found if like is None else torch.where((like == 0) & ~found.isfinite(), 0.0, found)
+
+
+def _numbers(x: Tensor) -> Tensor:
+    """What is kept of a tensor: zeros for NaN, and for infinities the largest number."""
+    if not x.is_floating_point():
+        return x
+    return x if bool(x.isfinite().all()) else x.nan_to_num(0.0)
+
+
+def _known(x: Tensor) -> Tensor:
+    """Likewise, with infinities as they are."""
+    return x.nan_to_num(0.0, torch.inf, -torch.inf) if x.is_floating_point() else x
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
+    """All nodes of the tape behind some tensors, with those that rules keep apart."""
+    seen: set[object] = set()
+    ahead: list[Any] = [x.grad_fn for x in tensors]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        ahead += [before for before, _ in node.next_functions]
+        graph = getattr(getattr(node, "executed", None), "graph", None)
+        if graph is not None:
+            ahead += [z.grad_fn for z in graph[1]]
