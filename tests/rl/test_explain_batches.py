@@ -216,7 +216,7 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_changed() -> None:
     name = list(state)[-1]
     for wrong in ({**state, name: torch.ones(7)}, {**state, "more": torch.ones(1)}):
         with pytest.raises(
-            ValueError, match="do not fit a .*are? missing, too many, or of another shape|is missing"
+            ValueError, match=r"do not fit a .*: .* (is|are) missing, too many, or of another shape"
         ):
             transform.update(wrong)
     del state[name]

@@ -117,9 +117,10 @@ def test_next_to_the_losses_of_a_q_network_and_of_an_actor_critic() -> None:
     assert all(p.grad is not None for p in value.parameters())
 
 
-def test_losses_are_for_the_actor() -> None:
+def test_a_loss_takes_what_an_explained_actor_collected_and_the_actor_too() -> None:
     explained = explain(q_actor())
     batch = cartpole(seed=0).rollout(4, explained)
     assert not any(value.requires_grad for value in batch.values(True, True))
-    with pytest.raises(TypeError, match="in_keys or out_keys"):
-        DQNLoss(explained, action_space="one-hot")
+    loss = DQNLoss(explained, action_space="one-hot", delay_value=False)
+    loss(batch)["loss"].backward()
+    assert all(parameter.grad is not None for parameter in loss.parameters())

@@ -166,7 +166,7 @@ def test_a_value_estimator_reads_an_explained_critic(estimator: Any) -> None:
         td = batch(policy).unsqueeze(0)
         estimator(gamma=0.9, value_network=wrap(critic(), "state_value"), **options)(td)
         advantages.append(td["advantage"])
-        assert "attr" not in td.keys()
+        assert "attr" not in td
     torch.testing.assert_close(advantages[1], advantages[0])
 
 

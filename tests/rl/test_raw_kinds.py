@@ -103,7 +103,7 @@ def _times_two(x: Tensor) -> Tensor:
 )
 def test_past_renamed_keys(steps: Any) -> None:
     env, td = rolled(*steps())
-    key = "x" if "x" in td.keys() else ("a", "x")
+    key = "x" if "x" in td else ("a", "x")
     with_relevance(td, key)
     assert torch.equal(raw_relevance(env, td)["vector"], td["attr"].get(key))
 
@@ -167,6 +167,6 @@ def test_stacked_frames_that_were_renamed() -> None:
 def test_frames_that_are_gone_are_asked_for() -> None:
     env, td, _ = _frames(ToTensorImage(in_keys=P), GrayScale(in_keys=P))
     with_relevance(td, "pixels")
-    with pytest.raises(KeyError, match="GrayScale mixes values.*'pixels' as the environment gave it"):
+    with pytest.raises(KeyError, match=r"GrayScale mixes values.*'pixels' as the environment gave it"):
         raw_relevance(env, td)
     assert raw_relevance(env, td, by_weight=True)["pixels"].shape == (5, *SHAPE)

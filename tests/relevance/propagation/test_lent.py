@@ -88,7 +88,7 @@ def test_what_cannot_be_ruled_is_refused_by_name():
     offload(net[1])
     td = TensorDict({"input": torch.randn(3, 1, 4)}, [3])
     with pytest.raises(
-        NotImplementedError, match="BatchNorm1d is merged .* offloaded.*merge_batch_norm=False"
+        NotImplementedError, match=r"BatchNorm1d is merged .* offloaded.*merge_batch_norm=False"
     ):
         LRP("epsilon_plus", target="output").wrap(net)(td)
     assert (
