@@ -95,7 +95,7 @@ class Runner:
                 given = work.copy() if asked.writes else work  # what the model writes goes into it
                 numbers = setup.leaves.made(inputs, integers, exact=not replaced) if integers else _NOTHING
                 with heads, numbers:
-                    outputs, flat, apart = setup.model.run(self._as_given(work), captured.clear)
+                    outputs, flat = setup.model.run(self._as_given(work), captured.clear)
                 outputs = asked.derive(outputs, given)
             if outputs.batch_size != td.batch_size:
                 raise ValueError(
@@ -105,7 +105,7 @@ class Runner:
                 )
             run = Run(setup, td, inputs, outputs, flat, captured.modules, captured.keys)
             if td is self.td and not replaced and self.base is None:
-                self.base, setup.apart = run, apart
+                self.base, setup.apart = run, setup.model.apart
             yield run
 
     def _as_given(self, work: TensorDictBase) -> TensorDictBase:
