@@ -371,6 +371,28 @@ def test_texts_and_other_objects_stay(layer):
     assert lazy[1]["text"] == "1"
 
 
+class Told(nn.Module):
+    """Reads texts, and says so."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, texts):
+        lengths = torch.tensor([float(len(text)) for text in texts])
+        return self.layer(x) * lengths.unsqueeze(-1), NonTensorStack(*map(str.upper, texts))
+
+
+def test_texts_that_the_model_reads_and_writes(layer):
+    def make():
+        return batch(texts=NonTensorStack("a", "bb", "ccc", "dd", "e"))
+
+    model = TensorDictModule(Told(layer), ["observation", "texts"], ["q", "loud"])
+    assert same_without(model, make)["loud"] == ["A", "BB", "CCC", "DD", "E"]
+    lazy = lazy_stack(list(make().unbind(0)))
+    assert explain(model, lazy)["loud"] == ["A", "BB", "CCC", "DD", "E"]
+
+
 def test_names_of_axes(layer):
     def make():
         return TensorDict({"observation": torch.ones(2, 3, 4)}, [2, 3], names=["b", "time"])

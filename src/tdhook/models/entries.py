@@ -42,7 +42,14 @@ Entry: TypeAlias = "object | tuple[object, ...]"
 
 def is_batch(value: object) -> TypeGuard[TensorDictBase]:
     """Whether a value has entries: a TensorDict, a lazy stack, a tensorclass."""
-    return isinstance(value, TensorDictBase) or (is_tensorclass(value) and not is_non_tensor(value))
+    if isinstance(value, TensorDict):
+        return True
+    return (isinstance(value, TensorDictBase) or is_tensorclass(value)) and not is_non_tensor(value)
+
+
+def _is_stack(value: object) -> TypeGuard[LazyStackedTensorDict]:
+    """Whether a value is a lazy stack of TensorDicts; one of texts is another thing."""
+    return isinstance(value, LazyStackedTensorDict) and not is_non_tensor(value)
 
 
 def entries_of(td: TensorDictBase) -> Iterator[tuple[NestedKey, Entry]]:
@@ -63,7 +70,7 @@ def objects_of(td: TensorDictBase) -> dict[NestedKey, Entry]:
     """The entries of a TensorDict by key, as the objects that they are: those of a lazy stack are those it stacks."""
     found: dict[NestedKey, Entry] = {}
     for key, value in td.items(True, True, is_leaf=_is_whole):
-        if not isinstance(value, LazyStackedTensorDict):
+        if not _is_stack(value):
             found[key] = value
             continue
         each = [objects_of(element) for element in _elements(value)]
@@ -102,7 +109,7 @@ def plain(td: TensorDictBase) -> TensorDictBase:
 
 def dense_copy(td: TensorDictBase) -> TensorDictBase:
     """A copy with the same tensors, in which lazy stacks are stacked."""
-    if isinstance(td, LazyStackedTensorDict):
+    if _is_stack(td):
         return _stacked(td)
     if not isinstance(td, TensorDictBase):
         return td.copy()
@@ -114,10 +121,10 @@ def dense_copy(td: TensorDictBase) -> TensorDictBase:
 
 def _stack_below(td: TensorDictBase) -> None:
     for key, value in list(td.items()):
-        if isinstance(value, LazyStackedTensorDict):
+        if _is_stack(value):
             if not _is_uneven(value):
                 td.set(key, _stacked(value))
-        elif isinstance(value, TensorDictBase):
+        elif isinstance(value, TensorDict):
             _stack_below(value)
 
 
@@ -127,7 +134,7 @@ def _stacked(td: LazyStackedTensorDict) -> TensorDict:
         if is_ragged(td, key):
             continue
         value = td.get(key)
-        whole = isinstance(value, LazyStackedTensorDict) and not _is_uneven(value)
+        whole = _is_stack(value) and not _is_uneven(value)
         dense.set(key, _stacked(value) if whole else value)
     return dense
 
@@ -140,7 +147,7 @@ def is_ragged(td: TensorDictBase, key: NestedKey) -> bool:
     """Whether an entry has other shapes in other elements of a lazy stack."""
     *above, last = parts_of(key)
     around = td.get(tuple(above)) if above else td
-    if not isinstance(around, LazyStackedTensorDict):
+    if not _is_stack(around):
         return False
     found = [element.get(last, None) for element in _elements(around)]
     if any(map(is_batch, found)):
@@ -157,7 +164,7 @@ def _is_uneven(td: LazyStackedTensorDict) -> bool:
     if any(is_ragged(td, key) for key in keys):
         return True
     below = map(td.get, keys)
-    return any(_is_uneven(value) for value in below if isinstance(value, LazyStackedTensorDict))
+    return any(_is_uneven(value) for value in below if _is_stack(value))
 
 
 def frames_of(td: TensorDictBase, within: TensorDictBase) -> Iterator[tuple[NestedKey, TensorDict]]:
@@ -168,7 +175,7 @@ def frames_of(td: TensorDictBase, within: TensorDictBase) -> Iterator[tuple[Nest
         within: where its entries are to be written.
     """
     for key, value in td.items():
-        if not isinstance(value, TensorDictBase):
+        if not isinstance(value, TensorDictBase) or is_non_tensor(value):
             continue
         if within.get(key, None) is None and (value.batch_size != td.batch_size or value.is_empty()):
             yield key, TensorDict({}, value.batch_size, names=names_of(value), device=value.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
@@ -19,7 +19,7 @@ from tdhook.models.parallel import running_alone, unwrapped, wrappers_among
 from tdhook.models.reads import written_before
 from tdhook.models.state import restored
 
-__all__ = ["Apart", "InKeys", "Model", "Ran"]
+__all__ = ["Apart", "InKeys", "Model"]
 
 # What layers of fixed rank raise.
 _OF_SHAPE = (RuntimeError, ValueError, IndexError, AssertionError)
@@ -73,20 +73,6 @@ class Apart:
         return fresh
 
 
-class Ran(NamedTuple):
-    """What a run of a model gave.
-
-    Attributes:
-        outputs: what the model wrote, in the batch shape of what it ran on.
-        flat: whether it ran on a flat batch.
-        apart: whether it returned a TensorDict of its own, and which.
-    """
-
-    outputs: TensorDictBase
-    flat: bool
-    apart: Apart | None
-
-
 @dataclass(frozen=True)
 class Model:
     """A user's model and the TensorDictModule it is run as: itself, or a wrapper of a plain module.
@@ -104,6 +90,7 @@ class Model:
     made: Mapping[NestedKey, frozenset[NestedKey]] = field(default_factory=dict, repr=False)
     _flattens: dict[int, bool] = field(default_factory=dict, repr=False)
     _wrappers: tuple[nn.Module, ...] = field(default=(), repr=False)
+    _returns: list[Apart | None] = field(default_factory=lambda: [None], repr=False)
 
     @staticmethod
     def of(
@@ -137,7 +124,9 @@ class Model:
     def anew(self) -> Model:
         """The same model, of which nothing is known but what was asked of it."""
         wrappers = wrappers_among(tuple(modules_of(self.root).values()))
-        return replace(self, made=written_before(self.runner), _flattens={}, _wrappers=wrappers)
+        return replace(
+            self, made=written_before(self.runner), _flattens={}, _wrappers=wrappers, _returns=[None]
+        )
 
     def submodule(self, path: str) -> nn.Module:
         """The module at a dotted path; below a TensorDictModule, paths may start inside the module that it wraps."""
@@ -148,7 +137,14 @@ class Model:
                 return modules[candidate]
         raise ValueError(f"the model has no module {path!r}; it has {', '.join(n for n in modules if n)}")
 
-    def run(self, td: TensorDictBase, again: Callable[[], None] = lambda: None) -> Ran:
+    @property
+    def apart(self) -> Apart | None:
+        """How it returned a TensorDict of its own in its last run, if it did."""
+        return self._returns[0]
+
+    def run(
+        self, td: TensorDictBase, again: Callable[[], None] = lambda: None
+    ) -> tuple[TensorDictBase, bool]:
         """Run the model on a TensorDict of any batch shape.
 
         Layers of fixed rank (convolutions, batch norm) take one batch axis: where the model fails for another number
@@ -157,34 +153,33 @@ class Model:
         Args:
             td: what the model reads; it may be written to.
             again: called where the model is run once more.
+
+        Returns:
+            What the model wrote, in the batch shape of ``td``, and whether it ran on a flat batch.
         """
         axes = td.batch_dims
         flattens = axes != 1 and self._flattens.get(axes)
         if flattens is not None:
-            return self._flat(td) if flattens else self._as_it_is(td)
+            return self._flat(td) if flattens else self._written(td), flattens
         try:
             with restored(self.root, always=False):
-                found = self._as_it_is(td.copy())
+                written = self._written(td.copy())
         except _OF_SHAPE as error:
             again()
             try:
-                found = self._flat(td)
+                written = self._flat(td)
             except _OF_SHAPE:
                 raise error from None
             self._flattens[axes] = True
-            return found
+            return written, True
         self._flattens[axes] = False
-        return found
+        return written, False
 
-    def _as_it_is(self, td: TensorDictBase) -> Ran:
-        written, apart = self._written(td)
-        return Ran(written, False, apart)
+    def _flat(self, td: TensorDictBase) -> TensorDictBase:
+        written = self._written(td.reshape(-1))
+        return written.reshape(td.batch_size) if td.batch_dims else written.squeeze(0)
 
-    def _flat(self, td: TensorDictBase) -> Ran:
-        written, apart = self._written(td.reshape(-1))
-        return Ran(written.reshape(td.batch_size) if td.batch_dims else written.squeeze(0), True, apart)
-
-    def _written(self, td: TensorDictBase) -> tuple[TensorDictBase, Apart | None]:
+    def _written(self, td: TensorDictBase) -> TensorDictBase:
         before = objects_of(td)
         if self._wrappers:
             with running_alone(self._wrappers):
@@ -195,11 +190,13 @@ class Model:
         keys = changed(before, after)
         outputs = plain(result.select(*keys))
         if result is td:
-            return outputs, None
+            self._returns[0] = None
+            return outputs
         batched = result.batch_size == td.batch_size
         if not batched and not result.batch_dims and _fit(outputs, td.batch_size):
             outputs.batch_size = td.batch_size
-        return outputs, Apart(batched, tuple(key for key in after if key not in keys))
+        self._returns[0] = Apart(batched, tuple(key for key in after if key not in keys))
+        return outputs
 
 
 def _fit(td: TensorDictBase, batch: Size) -> bool:

@@ -88,7 +88,7 @@ def _culprit(model: Model, td: TensorDictBase) -> str:
         hooks.append((module.register_forward_pre_hook, watch.enter(name), {}))
         hooks.append((module.register_forward_hook, watch.leave(name), {}))
     with hooked(*hooks), torch.no_grad(), restored(model.root), watch:
-        outputs = model.run(dense_copy(td))[0]
+        outputs, _ = model.run(dense_copy(td))
     nan = any(bool(x.isnan().any()) for x in _floats(list(outputs.values(True, True))))
     found = watch.nan if nan and watch.nan is not None else watch.infinite or watch.nan
     return found or "it arises outside of any module"

@@ -107,7 +107,7 @@ class Runner:
                 given = work.copy() if asked.writes else work  # what the model writes goes into it
                 numbers = setup.leaves.made(inputs, integers, exact=not replaced) if integers else _NOTHING
                 with heads, numbers:
-                    outputs, flat, apart = setup.model.run(self._as_given(work), captured.clear)
+                    outputs, flat = setup.model.run(self._as_given(work), captured.clear)
                 with torch.no_grad():  # to read what is written, in sight of who watches the run
                     for value in outputs.values(True, True):
                         _ = value.detach() if isinstance(value, Tensor) else None
@@ -120,7 +120,7 @@ class Runner:
                 )
             run = Run(setup, td, inputs, outputs, flat, captured.modules, captured.keys)
             if is_base:
-                self.base, setup.apart = run, apart
+                self.base, setup.apart = run, setup.model.apart
             yield run
 
     def _as_given(self, work: TensorDictBase) -> TensorDictBase:
