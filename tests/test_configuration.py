@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from tdhook.configuration import read_composite, read_key, read_target, write_ke
 from tdhook.relevance.composites.composite import PRESETS
 from tdhook.relevance.composites.presets import epsilon_gamma_box, epsilon_plus
 from tdhook.rules import EpsilonRule, FlatRule, GammaRule, ZBoxRule
-from tdhook.selectors import Last, Reads
+from tdhook.selectors import Last, Reads, Type
 from tdhook.targets import Key, Target
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "composite.toml"
@@ -90,6 +92,63 @@ def test_the_example_is_what_it_says() -> None:
         ),
         ("a.toml", 'pairs = [{select = {type = 3}, rule = "PassRule"}]', "a.toml makes no composite"),
         ("a.toml", 'pairs = [{select = {first = 3}, rule = "PassRule"}]', "a.toml makes no composite"),
+        (
+            "a.json",
+            "[" * 100_000,
+            "a.json is not valid JSON: it is nested more than 128 deep at line 1, column 129",
+        ),
+        ("a.toml", "\na = " + "[" * 5_000, "a.toml is not valid TOML: .* at line 2, column 133"),
+        ("epsilon:epsilon=" + "[" * 5_000, None, "preset 'epsilon': 'epsilon=.* are no parameters"),
+        (
+            "a.toml",
+            "[[pairs]]\nselect." + "not." * 900 + 'name = "x"\nrule = "PassRule"',
+            r"pairs\[0\]\.select\.not\.not\..* is nested more than 64 deep",
+        ),
+        ("a.json", '{"preset": ["epsilon"]}', r"'preset' is the name of one, got \['epsilon'\]"),
+        ("a.json", '{"preset": "epsilon", "preset": "epsilon_plus"}', "a table has the name 'preset' twice"),
+        *(
+            ("a.json", '{"pairs": [{"select": "*", "rule": "PassRule"}, ' + pair + "]}", message)
+            for pair, message in (
+                ('{"select": "*", "rule": "EpsilonRule", "epsilon": NaN}', r"pairs\[1\]\.epsilon is nan"),
+                (
+                    '{"select": "*", "rule": "EpsilonRule", "epsilon": Infinity}',
+                    r"pairs\[1\]: epsilon is a finite",
+                ),
+                (
+                    '{"select": "*", "rule": "GammaRule", "gamma": "1"}',
+                    r"pairs\[1\]: GammaRule does not take",
+                ),
+                ('{"select": "*", "rule": "GammaRule", "gamma": true}', "gamma is a number, got True"),
+                ('{"select": "*", "rule": "AlphaBetaRule", "alpha": -Infinity}', "alpha is a finite number"),
+                (
+                    '{"select": "*", "rule": "ZBoxRule", "low": [1, 2], "high": [1, 2, 3]}',
+                    r"pairs\[1\]: ZBoxRule",
+                ),
+                (
+                    '{"select": "*", "rule": "ZBoxRule", "low": {}, "high": 1}',
+                    r"pairs\[1\]: ZBoxRule does not take",
+                ),
+                (
+                    '{"select": "*", "rule": "ZBoxRule", "low": -Infinity, "high": 1}',
+                    "ZBoxRule needs finite bounds",
+                ),
+                (
+                    '{"select": {"type": {"Linear": 1}}, "rule": "PassRule"}',
+                    "neither a name nor a list of names",
+                ),
+                ('{"select": {"op": 3}, "rule": "PassRule"}', "3 is neither a name nor a list of names"),
+                ('{"select": {"reads": [1]}, "rule": "PassRule"}', "neither a name nor a list of names"),
+                (
+                    '{"select": {"regex": {"pattern": "a", "flag": 2}}, "rule": "PassRule"}',
+                    "regular expression is",
+                ),
+                (
+                    '{"select": {"regex": {"pattern": "a", "flags": 1' + "0" * 40 + '}}, "rule": "PassRule"}',
+                    "not a sel",
+                ),
+                ('{"select": {"regex": "' + "(" * 20_000 + '"}, "rule": "PassRule"}', "not a selector"),
+            )
+        ),
     ],
 )
 def test_what_makes_no_composite_is_told(
@@ -155,3 +214,34 @@ def test_what_is_no_target_is_told(text: str, message: str) -> None:
 @pytest.mark.parametrize("key", ["logits", ("agents", "logits")])
 def test_a_key_is_read_and_written(key: str | tuple[str, ...]) -> None:
     assert read_key(write_key(key)) == key
+
+
+@pytest.mark.parametrize("key", ["a.b", ("a", "b.c"), "a:b", "a\\.b", ("\\", ":"), "@a"])
+def test_a_name_with_a_dot_or_colon_in_it_comes_back(key: str | tuple[str, ...]) -> None:
+    assert read_key(write_key(key)) == key
+    for target in (Target(key), Target(key, 3), Target("logits", Key(key)), Target(key, ("a.b", "c"))):
+        again = read_target(write_target(target))
+        assert again.key == target.key
+        assert again.index == (target.index if not isinstance(target.index, tuple) else Key(target.index))
+
+
+def test_brackets_in_text_and_comments_open_nothing(tmp_path: Path) -> None:
+    many = "[" * 500
+    (tmp_path / "a.toml").write_text(
+        f'preset = "epsilon" # {many}\n[[pairs]]\nselect = "{many}"\nrule = "PassRule"\n'
+        f"[[pairs]]\nselect = '''{many}\n'''\nrule = 'PassRule'\n"
+        f'[[pairs]]\nselect = """\\"{many}"""\nrule = "PassRule"\n'
+    )
+    assert len(read_composite(tmp_path / "a.toml")) == 3 + len(read_composite("epsilon"))
+    (tmp_path / "a.json").write_text('{"pairs": [{"select": "\\"' + many + '", "rule": "PassRule"}]}')
+    assert len(read_composite(tmp_path / "a.json")) == 1
+
+
+def test_a_class_that_a_module_would_import_when_asked_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lazy = types.ModuleType("lazy")
+    lazy.__getattr__ = lambda name: pytest.fail(f"{name} was imported")  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "lazy", lazy)
+    (tmp_path / "a.toml").write_text('pairs = [{select = {type = "lazy.Layer"}, rule = "PassRule"}]')
+    assert read_composite(tmp_path / "a.toml").pairs[0][0] == Type("lazy.Layer")

@@ -20,11 +20,19 @@ from tensordict.utils import NestedKey
 
 from tdhook.composites import PRESETS, Composite, preset
 from tdhook.extras import require
+from tdhook.plain import DEEPEST
 from tdhook.targets import Key, Target
 from tdhook.targets.outputs import Index
 
 __all__ = ["read_composite", "read_key", "read_target", "write_key", "write_target"]
 
+# What opens and closes, and what hides it: text in quotes, and comments.
+_JSON = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
+_TOML = re.compile(
+    r'''"""(?:[^\\]|\\.)*?"""|'{3}.*?'{3}|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'|\#[^\n]*|[\[\]{}]''', re.DOTALL
+)
+_LONGEST = 1000
+"""Letters of an error that quotes what was read."""
 _INDICES = "a number, argmax, action, all, none, or @KEY for the entry that holds it"
 
 
@@ -57,11 +65,12 @@ def read_composite(text: str | os.PathLike[str]) -> Composite:
 def _from_file(path: Path) -> Composite:
     if not path.is_file():
         raise FileNotFoundError(f"there is no composite file {str(path)!r}")
+    kind = path.suffix[1:].upper()
     try:
         content = path.read_text(encoding="utf-8")
-        data = _parse_toml(content) if path.suffix.lower() == ".toml" else json.loads(content)
+        data = _parse_toml(content) if kind == "TOML" else _parse_json(content)
     except ValueError as error:  # what all three decoders raise
-        raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
+        raise ValueError(f"{path} is not valid {kind}: {error}") from error
     if not isinstance(data, Mapping):
         raise ValueError(f"{path} holds no table, and a composite is one, with 'preset', 'pairs' or both")
     if not isinstance(data.get("pairs", []), list):
@@ -69,19 +78,56 @@ def _from_file(path: Path) -> Composite:
     try:
         return Composite.from_dict(data)
     except (ValueError, TypeError, KeyError, AttributeError, re.error) as error:  # data of any shape
-        raise ValueError(f"{path} makes no composite: {error}") from error
+        raise ValueError(f"{path} makes no composite: {_shortened(str(error))}") from error
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
 def _parameters(name: str, text: str) -> dict[str, Any]:
     try:
         table = _parse_toml(f"parameters = {{{text}}}")
     except ValueError as error:
-        raise ValueError(f"preset {name!r}: {text!r} are no parameters") from error
+        raise ValueError(f"preset {name!r}: {_shortened(repr(text))} are no parameters") from error
     found: dict[str, object] = table["parameters"]
     return found
 
 
+def _parse_json(text: str) -> object:
+    _require_shallow(text, _JSON)
+    found: object = json.loads(text, object_pairs_hook=_table)
+    return found
+
+
+def _table(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A table of JSON. TOML refuses a name that is there twice, too."""
+    table: dict[str, object] = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"a table has the name {name!r} twice")
+        table[name] = value
+    return table
+
+
+def _require_shallow(text: str, tokens: re.Pattern[str]) -> None:
+    """Refuse what is nested so deeply that a parser would give up without saying where."""
+    depth = 0
+    for token in tokens.finditer(text):
+        if token[0] in "[{":
+            depth += 1
+        elif token[0] in "]}":
+            depth -= 1
+        if depth > 2 * DEEPEST:
+            line, column = (
+                text.count("\n", 0, token.start()) + 1,
+                token.start() - text.rfind("\n", 0, token.start()),
+            )
+            raise ValueError(f"it is nested more than {2 * DEEPEST} deep at line {line}, column {column}")
+
+
 def _parse_toml(text: str) -> dict[str, Any]:
+    _require_shallow(text, _TOML)
     newer = sys.version_info >= (3, 11)
     parser = importlib.import_module("tomllib") if newer else require("tomli", "reading TOML on Python 3.10")
     data: dict[str, object] = parser.loads(text)
@@ -92,29 +138,42 @@ def read_target(text: str) -> Target:
     """The target that ``KEY`` or ``KEY:INDEX`` stands for.
 
     Args:
-        text: ``KEY`` is a key of the TensorDict, with dots between the parts of a nested one; ``INDEX`` is one number
-            (or several with commas, for the last axes), ``argmax``, ``action``, ``all``, ``none`` (the default), or
-            ``@KEY`` for the entry that holds the index.
+        text: ``KEY`` is a key of the TensorDict, as :func:`read_key` takes it; ``INDEX`` is one number (or several
+            with commas, for the last axes), ``argmax``, ``action``, ``all``, ``none`` (the default), or ``@KEY`` for
+            the entry that holds the index.
 
     Raises:
         ValueError: the text is none of these.
     """
-    key, _, index = text.partition(":")
-    return Target(read_key(key), _read_index(index, text))
+    key, *index = _split(text, ":", 1)
+    return Target(read_key(key), _read_index("".join(index), text))
 
 
 def read_key(text: str) -> NestedKey:
     """The key of a TensorDict that ``agents.logits`` (nested) or ``logits`` stands for.
 
+    A dot or colon that is part of a name has a backslash before it, as a backslash has.
+
     Raises:
         ValueError: a part of it is empty.
     """
-    parts = tuple(text.split("."))
+    parts = tuple(re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in _split(text, "."))
     if not all(parts):
         raise ValueError(
             f"{text!r} names no key: a key is a name, or several with dots where nested, like agents.logits"
         )
     return parts[0] if len(parts) == 1 else parts
+
+
+def _split(text: str, separator: str, most: int = -1) -> list[str]:
+    """Parts of a text, where no backslash stands before what separates them; from the left, ``most`` times at most."""
+    parts = [""]
+    for piece in re.findall(r"\\.|.", text, flags=re.DOTALL):
+        if piece == separator and len(parts) != most + 1:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return parts
 
 
 def _read_index(text: str, whole: str) -> Index:
@@ -146,10 +205,11 @@ def write_target(target: Target) -> str:
         return f"{write_key(target.key)}:{index}"
     if isinstance(index, tuple):
         numbers = all(isinstance(part, int) for part in index)
-        return f"{write_key(target.key)}:{','.join(map(str, index)) if numbers else '@' + '.'.join(index)}"
+        return f"{write_key(target.key)}:{','.join(map(str, index)) if numbers else '@' + write_key(index)}"
     raise TypeError(f"a target whose index is a {type(index).__name__.lower()} cannot be written as text")
 
 
 def write_key(key: NestedKey) -> str:
     """The text that :func:`read_key` makes this key of."""
-    return key if isinstance(key, str) else ".".join(key)
+    parts = (key,) if isinstance(key, str) else key
+    return ".".join(re.sub(r"([\\.:])", r"\\\1", part) for part in parts)

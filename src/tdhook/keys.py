@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.utils import NestedKey, unravel_key
+from torch import Size, Tensor
 
-__all__ = ["known_keys", "named_tensors", "next_key", "parts_of", "under"]
+__all__ = ["is_below", "known_keys", "named_tensors", "names_of", "next_key", "parts_of", "put", "under"]
 
 
 def parts_of(key: NestedKey | None) -> tuple[str, ...]:
@@ -20,6 +21,60 @@ def parts_of(key: NestedKey | None) -> tuple[str, ...]:
 def under(*keys: NestedKey | None) -> NestedKey:
     """Keys joined, the first outermost: ``under("attr", ("a", "b")) == ("attr", "a", "b")``."""
     return unravel_key(tuple(part for key in keys for part in parts_of(key)))
+
+
+def is_below(key: NestedKey, other: NestedKey) -> bool:
+    """Whether a key names an entry below another one, or that one itself."""
+    return parts_of(key)[: len(parts_of(other))] == parts_of(other)
+
+
+def names_of(td: TensorDictBase) -> list[str | None] | None:
+    """The names of the axes of a batch, if there are any."""
+    names: list[str | None] = td.names
+    return names if any(name is not None for name in names) else None
+
+
+def put(td: TensorDictBase, key: NestedKey, value: object, of: NestedKey | None = None) -> None:
+    """Write an entry. TensorDicts on the way to it that are not there yet have the axes of those on the way to another.
+
+    Args:
+        td: of batch size ``[*batch]``.
+        key: where it is written, ``("attr", "agents", "observation")`` say.
+        value: a tensor ``[*batch, ...]``, or any other value.
+        of: the entry that it tells of, ``("agents", "observation")``: where ``td["agents"]`` is ``[*batch, agents]``,
+            so is ``td["attr", "agents"]``; and ``[*batch, outputs, agents]`` where ``value`` has one more axis than
+            that entry, behind those of the batch.
+    """
+    parts = parts_of(key)
+    around, depth = td, 0
+    while depth < len(parts) - 1:
+        child = around.get(parts[depth], None)
+        if not is_tensor_collection(child):
+            break
+        if isinstance(value, Tensor) and value.shape[: child.batch_dims] != child.batch_size:
+            child.batch_size = around.batch_size  # an earlier value had other axes there
+        around, depth = child, depth + 1
+    found = value
+    for level in range(len(parts) - 2, depth - 1, -1):
+        size, names = _axes(td, parts_of(of), len(parts) - 1 - level, value)
+        found = TensorDict({parts[level + 1]: found}, size, names=names, device=td.device)
+    around.set(parts[depth], found)
+
+
+def _axes(
+    td: TensorDictBase, of: tuple[str, ...], below: int, value: object
+) -> tuple[Size, list[str | None] | None]:
+    """The axes of a TensorDict so many parts above a value, which tells of an entry of ``td``."""
+    like = td.get(of[:-below], None) if len(of) > below else None
+    if not isinstance(value, Tensor) or like is None:
+        return td.batch_size, names_of(td)
+    lead, size, names = td.batch_dims, list(like.batch_size), names_of(like)
+    entry = td.get(of, None)
+    if isinstance(entry, Tensor) and value.dim() > entry.dim():  # [*batch, outputs, ...]
+        size.insert(lead, value.shape[lead])
+        names = names and [*names[:lead], None, *names[lead:]]
+    fits = list(value.shape[: len(size)]) == size
+    return (Size(size), names) if fits else (td.batch_size, names_of(td))
 
 
 def next_key(key: NestedKey) -> NestedKey:

@@ -1,11 +1,25 @@
-"""Markup: what a notebook shows."""
+"""Markup: what a notebook shows, and names as they are shown anywhere."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from html import escape
 
-__all__ = ["html_table"]
+__all__ = ["encodable", "html_table", "visible"]
+
+# Control characters, line and paragraph separators, what turns the direction of writing, and halves of surrogate pairs.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """A name in one line, as it is; what cannot be seen or encoded is written out, by its number after a backslash."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def encodable(text: str) -> str:
+    """A text as it is; halves of surrogate pairs, which no file can hold, are written out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def html_table(
@@ -27,16 +41,20 @@ def html_table(
     """
     first_number = len(headings) - numbers
     lines = [
-        f"<table><caption style='text-align:left'>{escape(caption)}</caption>",
+        f"<table><caption style='text-align:left'>{_text(caption)}</caption>",
         "<thead><tr>"
-        + "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+        + "".join(f"<th>{_text(heading)}</th>" for heading in headings)
         + "</tr></thead><tbody>",
     ]
     for place, row in enumerate(rows):
         style = " style='color:#b00020;font-weight:bold'" if place in marked else ""
         cells = (
-            f"<td style='text-align:{'right' if i >= first_number else 'left'}'>{escape(cell)}</td>"
+            f"<td style='text-align:{'right' if i >= first_number else 'left'}'>{_text(cell)}</td>"
             for i, cell in enumerate(row)
         )
         lines.append(f"<tr{style}>{''.join(cells)}</tr>")
     return "\n".join([*lines, "</tbody></table>"])
+
+
+def _text(text: str) -> str:
+    return escape(encodable(text))

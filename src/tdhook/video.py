@@ -5,6 +5,9 @@ Pictures are drawn and encoded a few at a time: a rollout that lies memory-mappe
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.extras import require
+from tdhook.files import replacing
 from tdhook.plots.canvas import Canvas
 from tdhook.plots.frames import as_pictures
 from tdhook.plots.style import largest, require_names, top_of
@@ -31,6 +35,8 @@ _KNOWN = 20_000_000
 _NUMBERS = 6
 """Up to how many numbers of a continuous action are written out."""
 _FORMATS = (".mp4", ".gif")
+_FASTEST_GIF = 50.0
+"""Up to how many pictures per second a gif keeps each of them."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +119,8 @@ def write_video(
     canvas = Canvas(
         height, width, _top(film, bars) if scale is None else scale, None if bars is None else bars.names
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _writer(path, canvas.size, fps) as write:
-        written, total = 0, len(range(0, count, every))
+    written, total = 0, len(range(0, count, every))
+    with replacing(path) as new, _writer(new, canvas.size, fps, total) as write:
         for first in range(0, count, every * _AT_ONCE):
             chosen = slice(first, min(count, first + every * _AT_ONCE), every)
             amounts = film.amounts(chosen)
@@ -301,8 +306,12 @@ def _taken(rollout: TensorDictBase, names: Sequence[str]) -> Callable[[int], str
 
 
 @contextmanager
-def _writer(path: Path, size: tuple[int, int], fps: float) -> Iterator[Callable[[Tensor], None]]:
-    """What takes the pictures, one by one; a file that could not be finished is removed."""
+def _writer(path: Path, size: tuple[int, int], fps: float, count: int) -> Iterator[Callable[[Tensor], None]]:
+    """What takes ``count`` pictures, one by one.
+
+    Raises:
+        OSError: ffmpeg has not written all of them.
+    """
     ffmpeg = _require_ffmpeg()
     options: dict[str, Any] = {
         "codec": "libx264",
@@ -317,16 +326,33 @@ def _writer(path: Path, size: tuple[int, int], fps: float) -> Iterator[Callable[
         options["output_params"] = ["-filter_complex", palettes]
     height, width = size
     encoder = ffmpeg.write_frames(
-        str(path), (width, height), fps=fps, macro_block_size=2, ffmpeg_log_level="error", **options
+        str(path), (width, height), fps=fps, macro_block_size=2, ffmpeg_log_level="quiet", **options
     )
     encoder.send(None)  # starts it
     try:
         yield lambda picture: encoder.send(picture.contiguous().numpy())
-    except BaseException:
+    except OSError as error:
+        raise OSError(f"{path.name} could not be written: ffmpeg stopped. Is the disk full?") from error
+    finally:
         encoder.close()
-        path.unlink(missing_ok=True)
-        raise
-    encoder.close()
+    few = path.suffix.lower() == ".gif" and fps > _FASTEST_GIF
+    if not _holds(path, 1 if few else count, ffmpeg.get_ffmpeg_exe()):
+        raise OSError(f"{path.name} could not be written: ffmpeg has not finished it. Is the disk full?")
+
+
+def _holds(path: Path, count: int, ffmpeg: str) -> bool:
+    """Whether a video is whole, and has so many pictures: they are counted, not decoded."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    copied = ("-map", "0:v:0", "-c", "copy", "-f", "null", "-progress", "pipe:1", "-nostats", "-")
+    said = subprocess.run(
+        [ffmpeg, "-nostdin", "-v", "error", "-i", str(path), *copied], capture_output=True, check=False
+    )
+    kept = re.findall(rb"^frame=\s*(\d+)", said.stdout, flags=re.MULTILINE)
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        ends = path.suffix.lower() != ".gif" or file.read() == b";"
+    return ends and said.returncode == 0 and not said.stderr and bool(kept) and int(kept[-1]) >= count
 
 
 def _require_ffmpeg() -> Any:

@@ -16,6 +16,8 @@ ORDER = (
     "tdhook.conventions",
     "tdhook.extras",
     "tdhook.markup",
+    "tdhook.files",
+    "tdhook.plain",
     "tdhook.tape",
     "tdhook.models",
     "tdhook.perturbing",

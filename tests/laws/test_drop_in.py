@@ -278,3 +278,10 @@ def test_without_any_rule_it_is_the_gradient():
 def test_errors(kwargs, text):
     with pytest.raises(ValueError, match=text):
         run(plus(**kwargs), mlp(), TensorDict(input=torch.randn(5, 3), batch_size=[5]))
+
+
+@pytest.mark.parametrize("name", ["init_attr_cache_in", "output_grad_callbacks", "cache_callback"])
+def test_what_is_not_there_is_refused_by_name(name):
+    with pytest.raises(TypeError, match=f"LRP has no {name}, which tdhook 0.3 has: "):
+        LRP(rule_mapper=EpsilonPlus(), **{name: lambda *args: None})
+    LRP(rule_mapper=EpsilonPlus(), **{name: None})

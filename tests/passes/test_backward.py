@@ -166,11 +166,11 @@ class Once(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        return x * 2
+        return x.flip(-1) * 2
 
     @staticmethod
     def backward(ctx, grad):
-        return grad * 2 if float(grad.sum()) < 1e9 else grad
+        return grad.flip(-1) * 2 if float(grad.sum()) < 1e9 else grad
 
 
 class Stubborn(nn.Module):

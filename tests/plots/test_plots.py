@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,17 @@ from torch import Tensor
 
 pytest.importorskip("matplotlib")
 
-from tdhook.plots import relevance_over_time
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from tdhook.plots import (
+    relevance_bars,
+    relevance_during_training,
+    relevance_matrix,
+    relevance_of_tokens,
+    relevance_over_time,
+    relevance_profile,
+)
 
 FEATURES = ("position", "velocity", "angle")
 RELEVANCE = torch.tensor([[1.0, -2.0, 0.0], [0.5, 1.0, -0.25], [0.0, 0.0, 0.125]])
@@ -133,3 +144,34 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'tdhook\.plots needs matplotlib.*pip install "tdhook\[viz\]"'):
         relevance_over_time(RELEVANCE, FEATURES)
+
+
+NAMES = ("$a$ $\\frac$", "_hidden", "\ud800\x00\nb")
+WRITTEN = ("$a$ $\\frac$", "_hidden", "\\ud800\\x00\\nb")
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: relevance_over_time(
+            RELEVANCE, NAMES, torch.tensor([0, 1, 2]), NAMES, torch.randn(3, 3), title=NAMES[0]
+        ),
+        lambda: relevance_bars(torch.ones(3), NAMES, title=NAMES[0]),
+        lambda: relevance_profile({name: torch.arange(3.0) for name in NAMES}, position_label=NAMES[0]),
+        lambda: relevance_matrix(torch.ones(3, 3), NAMES, NAMES, NAMES[0], NAMES[0], NAMES[0]),
+        lambda: relevance_during_training(
+            {"step": [0, 1], **{f"{NAMES[0]}/{name}": [0.0, 1.0] for name in NAMES}}, step_label=NAMES[0]
+        ),
+        lambda: relevance_of_tokens([NAMES], [torch.ones(3)], [NAMES[0]], NAMES[0]),
+    ],
+)
+def test_names_are_shown_letter_by_letter(draw: Callable[[], Figure], tmp_path: Path) -> None:
+    figure = draw()
+    figure.savefig(tmp_path / "a.png")
+    drawn = [text for text in figure.findobj(Text) if text.get_text()]
+    shown = []
+    for text in drawn:
+        plain, is_formula = text._preprocess_math(text.get_text())
+        assert not is_formula
+        shown.append(plain.replace("⏎", "\\n"))
+    assert set(WRITTEN) <= set(shown)

@@ -155,8 +155,74 @@ def test_it_pickles(tmp_path: Path) -> None:
     first = transform(batch)
     again = pickle.loads(pickle.dumps(transform))
     assert again(batch)[ATTR].isnan().all()
+    again.update()
     torch.testing.assert_close(again(batch)[ATTR], first[ATTR])
     torch.testing.assert_close(copy.deepcopy(transform).forward(batch).shape, first.shape)
+
+
+WEIGHTS = {
+    "module": lambda actor: actor,
+    "state dict": lambda actor: actor.state_dict(),
+    "TensorDict": lambda actor: TensorDict.from_module(actor),
+    "parameters": lambda actor: TensorDict.from_module(actor, as_module=True).data,
+    "wrapped": nn.DataParallel,
+}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_one_that_is_elsewhere_takes_weights_and_says_how_old_they_are(weights: str) -> None:
+    actor, batch = q_actor(), collected()
+    here = Explain(METHOD, actor)
+    there = pickle.loads(pickle.dumps(here))
+    old = here(batch)[ATTR]
+    with torch.no_grad():
+        for parameter in actor.parameters():
+            parameter.mul_(1.5)
+    with pytest.warns(UserWarning, match="pickled 0 s ago and explains with the weights of then: send it"):
+        torch.testing.assert_close(there(batch)[ATTR], old)
+    torch.testing.assert_close(there(batch)[ATTR], old)  # said once
+    assert here.age == 0.0 < there.age
+    new = here(batch)[ATTR]
+    assert not torch.allclose(new, old)
+    before = there.age
+    there.update(WEIGHTS[weights](actor))
+    assert 0 < there.age < before
+    for _ in range(2):
+        torch.testing.assert_close(there(batch)[ATTR], new)
+    # Those that are given stay, also where the module is at hand.
+    here.update(WEIGHTS[weights](actor))
+    with torch.no_grad():
+        next(actor.parameters()).zero_()
+    torch.testing.assert_close(here(batch)[ATTR], new)
+    here.update()
+    torch.testing.assert_close(here(batch)[ATTR], of_the_stored(actor, batch))
+    assert here.age == 0.0
+
+
+def test_a_snapshot_that_is_elsewhere_was_asked_for() -> None:
+    actor, batch = q_actor(), collected()
+    snapshot = Explain(METHOD, actor, snapshot=True)
+    first = snapshot(batch)[ATTR]
+    there = pickle.loads(pickle.dumps(snapshot))
+    torch.testing.assert_close(there(batch)[ATTR], first)
+    assert there.age >= snapshot.age - 1 and snapshot.age > 0
+
+
+def test_weights_that_do_not_fit_are_refused_and_nothing_is_changed() -> None:
+    actor, batch = q_actor(), collected()
+    transform = Explain(METHOD, actor)
+    first = transform(batch)[ATTR]
+    state = {name: value + 1 for name, value in actor.state_dict().items()}
+    name = list(state)[-1]
+    for wrong in ({**state, name: torch.ones(7)}, {**state, "more": torch.ones(1)}):
+        with pytest.raises(
+            ValueError, match="do not fit a .*are? missing, too many, or of another shape|is missing"
+        ):
+            transform.update(wrong)
+    del state[name]
+    with pytest.raises(ValueError, match=f"do not fit .*{name} is missing"):
+        transform.update(state)
+    torch.testing.assert_close(transform(batch)[ATTR], first)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Policies as plain data: what is saved loads again, and what is no policy says why."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,6 +97,38 @@ def test_a_file_that_is_no_policy(tmp_path, change, text):
     torch.save(change(torch.load(file, weights_only=True)), file)
     with pytest.raises(ValueError, match=text):
         load_policy(file)
+
+
+def test_a_file_that_was_damaged_is_told(tmp_path):
+    saved, file = policy(), tmp_path / "policy.pt"
+    save_policy(saved, file)
+    data = file.read_bytes()
+    weight = next(saved.actor.parameters()).detach()
+    at = data.index(weight.numpy().tobytes())
+    file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    with pytest.raises(ValueError, match=r"was changed or damaged after it was written: its part '.*data/0'"):
+        load_policy(file)
+
+
+def test_names_and_environment_of_a_file_are_plain_data(tmp_path):
+    saved, file = policy(), tmp_path / "policy.pt"
+    save_policy(saved, file)
+    data = torch.load(file, weights_only=True)
+    for change, text in (
+        ({"format": torch.ones(2)}, "has checkpoint format"),
+        ({"env": "module:CartPole-v1"}, "would import the module 'module'"),
+        ({"options": {"backend": "module"}}, "its option 'backend' is 'module'"),
+        ({"options": {"deep": ["a/b"]}}, "its option 'deep'"),
+        ({"features": ["a", "a", "b", "c"]}, "features have the name 'a' twice"),
+    ):
+        torch.save({**data, **change}, file)
+        with pytest.raises(ValueError, match=text):
+            load_policy(file)
+    torch.save({**data, "env": "module:CartPole-v1"}, file)
+    assert load_policy(file, "CartPole-v1").env_id == "CartPole-v1"
+    with pytest.raises(ValueError, match="nothing was saved"):
+        save_policy(replace(saved, env_id="module:CartPole-v1"), tmp_path / "other.pt")
+    assert not (tmp_path / "other.pt").exists()
 
 
 def test_a_file_that_would_run_code(tmp_path):

@@ -167,6 +167,34 @@ def test_a_training_that_is_resumed_goes_on():
     assert part.history["step"] == [0, 2] and resumed.history["step"] == [0, 2, 4]
 
 
+def test_names_that_are_equal_would_hide_each_other():
+    with pytest.raises(ValueError, match="features have the name 'a' twice, which does not tell them apart"):
+        AttributionTracker(
+            LRP("epsilon", target="value"), linear([[1.0, 2.0, 3.0]]), features=("a", "b", "a")
+        )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"history": {"step": [0], "a": []}},
+        {"history": {}},
+        {"history": 3},
+        {"history": {"a": [1]}},
+        {"count": "3"},
+        {"first": 3},
+        None,
+    ],
+)
+def test_a_state_that_is_cut_off_changes_nothing(change):
+    tracker = AttributionTracker(LRP("epsilon", target="value"), linear([[1.0, 2.0, 3.0]]))
+    tracker.update(batch_of([1.0, 2.0, 3.0]))
+    before = tracker.state_dict()
+    with pytest.raises(ValueError, match="this is no state of a tracker"):
+        tracker.load_state_dict({} if change is None else {**before, **change})
+    assert tracker.state_dict() == before
+
+
 def test_what_does_not_fit():
     model, td, lrp = linear([[1.0, 1.0, 0.0]]), batch_of([1.0, 2.0, 3.0]), LRP("epsilon", target="value")
     with pytest.raises(ValueError, match="every=0: every how many batches to explain, at least 1"):

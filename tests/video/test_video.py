@@ -320,3 +320,29 @@ class TestCommand:
         result = self.run("video", "out")
         assert result.exit_code == 2
         assert "out cannot be read" in result.stderr
+
+
+def test_names_of_any_kind_are_drawn(tmp_path: Path) -> None:
+    names = ["\ud800", "a\nb\x1b", "$x$"]
+    source = rollout()
+    source["attr"] = {"observation": torch.randn(5, 3)}
+    source["observation"] = torch.randn(5, 3)
+    path = write_video(source, tmp_path / "a.mp4", features=names, actions=["\ud800\n", "b\n"])
+    assert len(read(path)) == 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of size")
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif"])
+def test_a_full_disk_leaves_the_video_before(tmp_path: Path, name: str) -> None:
+    import resource
+
+    path = tmp_path / name
+    path.write_bytes(b"before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"{name} could not be written: ffmpeg .* Is the disk full"):
+            write_video((torch.randint(0, 256, (20, 40, 40, 3), dtype=torch.uint8), torch.randn(20, 3)), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"before" and [entry.name for entry in tmp_path.iterdir()] == [name]

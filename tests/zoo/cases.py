@@ -16,9 +16,6 @@ from tdhook import Target
 
 from .checks import check
 
-CUSTOM = "a torch.autograd.Function that a model applies outside of any module with a rule is not seen"
-"""Why some cases fail."""
-
 
 @dataclass(frozen=True)
 class Case:

@@ -9,8 +9,8 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdhook import LRP
+from tdhook.models.holding import modules_of
 from tdhook.models.model import Model
-from tdhook.models.state import frozen, modules_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -83,7 +83,7 @@ def _plain(model: Model, td: TensorDict, input_modules) -> dict:
             td.set(key, value.detach().requires_grad_())
     torch.manual_seed(0)
     with ExitStack() as stack:
-        stack.enter_context(frozen(modules_of(model.root).values()))
+        stack.enter_context(_frozen(model))
         stack.enter_context(torch.enable_grad())
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
@@ -91,6 +91,18 @@ def _plain(model: Model, td: TensorDict, input_modules) -> dict:
             stack.enter_context(_on_tape(model.submodule(path)))
         outputs, _ = model.run(td)
     return {key: value for key, value in outputs.items(True, True) if isinstance(value, Tensor)}
+
+
+@contextmanager
+def _frozen(model: Model):
+    thawed = [p for m in modules_of(model.root).values() for p in m.parameters() if p.requires_grad]
+    try:
+        for parameter in thawed:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in thawed:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections import Counter
 
 import pytest
 
@@ -21,9 +20,7 @@ from . import (
     torchrl_transformers,
     torchrl_worlds,
 )
-from .cases import CUSTOM
 from .torchrl_names import NO_MODEL, NOT_HERE
-from .torchrl_recurrent import SCAN
 
 SOURCES = (
     torchrl_networks,
@@ -103,4 +100,4 @@ def test_what_is_skipped():
 
 
 def test_what_fails():
-    assert Counter(case.fails for case in CASES.values() if case.fails) == {CUSTOM: 2, SCAN: 1}
+    assert not [name for name, case in CASES.items() if case.fails]

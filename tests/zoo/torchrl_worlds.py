@@ -37,7 +37,7 @@ from torchrl.modules import (
 
 from tdhook import Target
 
-from .cases import CUSTOM, Collection, first, inputs, keyed, ready, settled
+from .cases import Collection, first, inputs, keyed, ready, settled
 
 CASES = Collection()
 SINGLE = {"tolerance": 1e-4}
@@ -147,7 +147,6 @@ def _():
     "DreamerV3BlockGRU by scan",
     "DreamerV3BlockGRU",
     in_keys=["observation", "hidden"],
-    fails=CUSTOM,
     slow=True,
     **SINGLE,
 )

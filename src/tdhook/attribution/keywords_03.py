@@ -20,6 +20,13 @@ __all__ = ["Keywords03", "Translated", "copies_of", "translated"]
 
 Init: TypeAlias = Callable[[TensorDictBase, TensorDictBase], TensorDictBase]
 
+# What it was for is done in another way.
+_WITHOUT = {
+    "init_attr_cache_in": "input_modules names the values inside the model that are attributed",
+    "output_grad_callbacks": "a rule on the module changes what travels backwards through it",
+    "cache_callback": "values=[...] writes the values of modules as they are, for you to change",
+}
+
 
 class Keywords03(TypedDict, total=False):
     """The keywords.
@@ -70,8 +77,11 @@ def translated(
     Raises:
         TypeError: there is no such keyword, or two that say the same.
     """
-    for name in keywords:
-        if name not in Keywords03.__annotations__:
+    for name, value in keywords.items():
+        if name in _WITHOUT:
+            if value is not None:
+                raise TypeError(f"LRP has no {name}, which tdhook 0.3 has: {_WITHOUT[name]}")
+        elif name not in Keywords03.__annotations__:
             raise TypeError(f"LRP() got an unexpected keyword argument {name!r}")
     targets, grads = keywords.get("init_attr_targets"), keywords.get("init_attr_grads")
     if target is not None and targets is not None:

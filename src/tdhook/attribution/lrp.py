@@ -16,6 +16,7 @@ from tdhook.attribution.keywords_03 import Keywords03, copies_of, translated
 from tdhook.contexts.attribution import Attribution, Shared
 from tdhook.conventions import Convention
 from tdhook.models.families import Linear
+from tdhook.models.lazy import initialise, is_unmade
 from tdhook.models.model import InKeys, Model
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Setup
@@ -57,7 +58,8 @@ class LRP(Attribution):
             and treat it as arithmetic (the generic epsilon rule), raise, or treat it so without a word.
         ledger: whether to account for all relevance, per batch element: ``("ledger", "target")`` is what was put in,
             ``("ledger", "inputs")`` what arrived, ``("ledger", "absorbed")`` what rules kept on purpose, and
-            ``("ledger", "gap")`` what was lost or made. It takes two more backward passes for each 128 batch elements.
+            ``("ledger", "gap")`` what was lost or made. It takes two to four more backward passes of the whole batch.
+            Where batch elements meet, see :attr:`~tdhook.relevance.ledger.ledger.Ledger.per_element`.
         cache_weights: whether the weights that rules modify (large ones, on the CPU) are kept from call to call, until
             the parameters change: as much memory again as those, for each modification.
         **options: those of :class:`~tdhook.contexts.attribution.Attribution` (``attribute``, ``input_modules``,
@@ -145,6 +147,8 @@ class LRP(Attribution):
         not known. ``in_keys`` and ``out_keys`` are those of :meth:`prepare`.
         """
         model = Model.of(module, in_keys, out_keys)
+        if td is not None and is_unmade(model.root):
+            initialise(model, td)
         plan = self._plan(model, td)
         if td is not None and plan.interception is not None:
             rehearse(plan, Runner(Setup(model, self.question), td))

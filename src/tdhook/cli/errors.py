@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from tdhook.markup import visible
+
 __all__ = ["notes", "require", "user_errors"]
 
 _EXPECTED = (ValueError, TypeError, KeyError, IndexError, OSError, ImportError, NotImplementedError)
@@ -64,4 +66,4 @@ def require(*packages: str) -> None:
 
 
 def _print(label: tuple[str, str], text: str) -> None:
-    Console(stderr=True).print(Text.assemble(label, text), soft_wrap=True)
+    Console(stderr=True).print(Text.assemble(label, visible(" ".join(text.split()))), soft_wrap=True)

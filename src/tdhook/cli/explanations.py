@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 from tensordict import TensorDict
 from tensordict.utils import NestedKey, unravel_key
@@ -18,10 +18,12 @@ from torch import Tensor
 
 import tdhook
 from tdhook.attribution.lrp import LRP
+from tdhook.cli.folders import picture_names, replaced_output, require_output
 from tdhook.cli.policies import Stage
 from tdhook.cli.tables import conservation_table, progress_bar, relevance_table
 from tdhook.composites import Composite
 from tdhook.configuration import write_key, write_target
+from tdhook.markup import visible
 from tdhook.plots import relevance_on_frames, relevance_over_time
 from tdhook.rl import Policy
 from tdhook.rl.rollouts import (
@@ -30,7 +32,6 @@ from tdhook.rl.rollouts import (
     Summary,
     conservation,
     explained_rollout,
-    require_replaceable,
     save,
     summarise,
     taken_actions,
@@ -87,16 +88,18 @@ class _View:
 
 
 def run(request: Request, out: Path) -> None:
-    """Explain, print, and write ``rollout``, ``relevance.png`` and ``summary.json`` below ``out``."""
+    """Explain, print, and write ``rollout``, ``relevance.png`` and ``summary.json`` below ``out``, all or nothing."""
     policy, console = request.policy, Console()
-    require_replaceable(out / "rollout")  # before any work, and again when it is done
+    require_output(out)  # before any work, and again when it is done
     torch.manual_seed(request.seed)
     stage = Stage.of(policy, request.seed, request.frames)
     target = request.target or _default_target(policy)
     keys = [unravel_key(key) for key in (*policy.actor.in_keys, *request.attribute)]
     explained = LRP(request.composite, target=target, attribute=keys).wrap(policy.actor)
     with closing(stage.env) as env, progress_bar() as progress:
-        task = progress.add_task(f"{policy.env_id}: acting and explaining", total=request.steps)
+        task = progress.add_task(
+            escape(visible(f"{policy.env_id}: acting and explaining")), total=request.steps
+        )
         rollout = explained_rollout(
             env,
             explained,
@@ -111,7 +114,7 @@ def run(request: Request, out: Path) -> None:
     what = f"{policy.env_id}: relevance for {write_target(target)} under {request.composite_name}"
     _show(console, what, views, account)
     for path in _write(out, request, target, rollout, views, account, what):
-        console.print(Text(f"wrote {path}"), soft_wrap=True)
+        console.print(Text(visible(f"wrote {path}")), soft_wrap=True)
 
 
 def _default_target(policy: Policy) -> Target:
@@ -151,7 +154,7 @@ def _views(
 
 
 def _show(console: Console, what: str, views: list[_View], account: Conservation | None) -> None:
-    console.print(Text(what, style="bold"))
+    console.print(Text(visible(what), style="bold"))
     _show_episodes(console, views[0].summary.episodes)
     for view in views:
         console.print(
@@ -187,9 +190,30 @@ def _write(
     account: Conservation | None,
     what: str,
 ) -> list[Path]:
-    written = [save(rollout, out / "rollout")]
+    """Write all that there is, whole; what an earlier run wrote, or was made of it, goes."""
+    told: dict[str, object] = {
+        "tdhook": tdhook.__version__,
+        "environment": request.policy.env_id,
+        "seed": request.seed,
+        "target": write_target(target),
+        "composite": {"name": request.composite_name, **request.composite.to_dict()},
+        "conservation": None if account is None else asdict(account),
+        "explanations": [{"of": view.label or "observation", **view.summary.to_dict()} for view in views],
+    }
+    unfinished = {"target": told["target"], "composite": request.composite_name, "steps": len(rollout)}
+    with replaced_output(out, unfinished) as new:
+        names = ["rollout", *_draw(new, rollout, views, what), "summary.json"]
+        save(rollout, new / "rollout")
+        text = json.dumps(told, indent=2, allow_nan=False) + "\n"
+        (new / "summary.json").write_text(text, encoding="utf-8")
+    return [out / name for name in names]
+
+
+def _draw(folder: Path, rollout: TensorDict, views: list[_View], what: str) -> list[str]:
+    """Draw the pictures, and give their names."""
+    names = picture_names([view.label for view in views])
     starts = list(accumulate(episode.steps for episode in views[0].summary.episodes))[:-1]
-    for i, view in enumerate(views):
+    for name, view in zip(names, views, strict=True):
         summary = view.summary
         figure = relevance_over_time(
             view.relevance,
@@ -200,26 +224,12 @@ def _write(
             title=", ".join(filter(None, (what, view.label))),
             episode_starts=starts,
         )
-        slug = re.sub(r"\W+", "-", view.label).strip("-")
-        path = out / ("relevance.png" if i == 0 else f"relevance-{slug}.png")
-        figure.savefig(path, dpi=130)
-        written.append(path)
+        figure.savefig(folder / name, dpi=130)
     maps = rollout.get(("attr", "frame"), None)
     if maps is not None and maps.dim() == rollout.batch_dims + 2:
         shown = torch.linspace(0, len(rollout) - 1, min(_FRAMES, len(rollout))).long()
         titles = [f"step {i}" for i in shown.tolist()]
         figure = relevance_on_frames(rollout["frame"][shown], maps[shown], titles, title=what)
-        figure.savefig(out / "frames.png", dpi=130)
-        written.append(out / "frames.png")
-    data: dict[str, object] = {
-        "tdhook": tdhook.__version__,
-        "environment": request.policy.env_id,
-        "seed": request.seed,
-        "target": write_target(target),
-        "composite": {"name": request.composite_name, **request.composite.to_dict()},
-        "conservation": None if account is None else asdict(account),
-        "explanations": [{"of": view.label or "observation", **view.summary.to_dict()} for view in views],
-    }
-    path = out / "summary.json"
-    path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    return [*written, path]
+        figure.savefig(folder / "frames.png", dpi=130)
+        names.append("frames.png")
+    return names

@@ -15,6 +15,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
 from tdhook.rl import Policy, load_policy, make_env
+from tdhook.rl.policies import require_names
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
@@ -39,9 +40,11 @@ def find_policy(text: str, env_id: str | None = None, *, need_env: bool = True) 
         ValueError: the file is no checkpoint, or no environment is known.
     """
     is_import = _IMPORT_PATH.fullmatch(text) is not None and not Path(text).exists()
-    policy = _imported(text) if is_import else load_policy(text)
+    policy = _imported(text) if is_import else load_policy(text, env_id)
     if env_id is not None:
         policy = replace(policy, env_id=env_id)
+    for names, what in ((policy.features, "features"), (policy.actions, "actions")):
+        require_names(names, f"{text}: {what}")
     if need_env and not policy.env_id:
         raise ValueError(
             f"{text} does not say in which environment it acts: give --env, as in --env CartPole-v1"

@@ -2,51 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 
-from tdhook.cli.folders import read_output
-from tdhook.composites import Composite
+from tdhook.cli.folders import made_of, read_output
 from tdhook.configuration import write_key
+from tdhook.markup import visible
 from tdhook.pages.writing import write_report
-from tdhook.rl.rollouts import Conservation
 
 __all__ = ["run"]
 
 
 def run(folder: Path, out: Path | None) -> None:
     """Write the page of an output folder, with the names that its summary gives."""
-    rollout, summary = read_output(folder)
-    try:
-        said = _said(summary)
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"{folder / 'summary.json'} is not as tdhook writes it: {type(error).__name__}: {error}"
-        ) from error
-    first, *more = _explained(rollout, summary["explanations"][0]["of"])
-    path = write_report(rollout, folder / "report.html" if out is None else out, key=first, more=more, **said)
-    Console().print(Text(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)"), soft_wrap=True)
-
-
-def _said(summary: Mapping[str, Any]) -> dict[str, Any]:
-    explanation = summary["explanations"][0]
-    environment, composite, account = summary["environment"], summary["composite"], summary["conservation"]
-    metadata = {"environment": environment, "seed": summary["seed"], "composite": composite["name"]}
-    return {
-        "features": _features(list(explanation["mean_relevance"])),
-        "actions": list(explanation["action_counts"]),
-        "composite": Composite.from_dict({"pairs": composite["pairs"]}),
-        "target": summary["target"],
-        "account": None if account is None else Conservation(**account),
-        "title": f"{environment}: relevance for {summary['target']} under {composite['name']}",
-        "metadata": {**metadata, "explained with": f"tdhook {summary['tdhook']}"},
-    }
+    output = read_output(folder)
+    told, rollout = output.told, output.rollout
+    explanation = told.explanations[0]
+    first, *more = _explained(rollout, explanation.of)
+    place = folder / "report.html" if out is None else out
+    with made_of(output, place) as new:
+        write_report(
+            rollout,
+            new,
+            key=first,
+            more=more,
+            features=_features(explanation.features),
+            actions=explanation.actions,
+            composite=told.composite,
+            target=told.target,
+            account=told.account,
+            title=f"{told.environment}: relevance for {told.target} under {told.composite_name}",
+            metadata={
+                "environment": told.environment,
+                "seed": told.seed,
+                "composite": told.composite_name,
+                "explained with": f"tdhook {told.tdhook}",
+            },
+        )
+    size = place.stat().st_size / 1e6
+    Console().print(Text(visible(f"wrote {place} ({size:.1f} MB)")), soft_wrap=True)
 
 
 def _features(names: Sequence[str]) -> Sequence[str] | None:
@@ -56,7 +55,10 @@ def _features(names: Sequence[str]) -> Sequence[str] | None:
 
 def _explained(rollout: TensorDictBase, label: str) -> list[NestedKey]:
     """Where relevance lies; first that of the first explanation, whose label begins with its key."""
-    parts = [key if isinstance(key, tuple) else (key,) for key in rollout["attr"].keys(True, True)]
+    relevance = rollout.get("attr", None)
+    if not isinstance(relevance, TensorDictBase):
+        raise ValueError("the rollout has no relevance: it has no entry 'attr'")
+    parts = [key if isinstance(key, tuple) else (key,) for key in relevance.keys(True, True)]
     keys: list[NestedKey] = [("attr", *part) for part in sorted(parts) if part != ("frame",)]
     if not keys:
         raise ValueError("the rollout has no relevance of anything that the policy read")

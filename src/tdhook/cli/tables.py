@@ -17,6 +17,7 @@ from torch import nn
 from tdhook.attribution.lrp import LRP
 from tdhook.attribution.lrp_helpers import rules
 from tdhook.composites import PRESETS, Composite
+from tdhook.markup import visible
 from tdhook.relevance.operations.interception import Unmatched
 from tdhook.relevance.plans.plan import COLUMNS
 from tdhook.rl.rollouts import Conservation, Summary
@@ -33,9 +34,15 @@ __all__ = [
 
 
 def _table(title: str, *columns: str, numbers: bool = False) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=Text(visible(title)),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for i, column in enumerate(columns):
-        table.add_column(Text(column), justify="right" if numbers and i else "left", overflow="fold")
+        table.add_column(Text(visible(column)), justify="right" if numbers and i else "left", overflow="fold")
     return table
 
 
@@ -54,7 +61,9 @@ def relevance_table(summary: Summary, title: str, most: int = 16) -> Table:
     shown = sorted(summary.magnitude.topk(min(most, len(summary.features))).indices.tolist())
     for i in shown:
         cells = [*(summary.by_action[action, i].item() for action in taken), summary.mean[i].item()]
-        table.add_row(Text(summary.features[i]), *map(_signed, cells), f"{summary.magnitude[i].item():.4g}")
+        table.add_row(
+            Text(visible(summary.features[i])), *map(_signed, cells), f"{summary.magnitude[i].item():.4g}"
+        )
     if len(shown) < len(summary.features):
         table.caption = (
             f"the {len(shown)} of {len(summary.features)} features with the largest mean |relevance|"
@@ -90,7 +99,8 @@ def plan_table(actor: nn.Module, composite: Composite, observed: TensorDictBase 
     for row in plan:
         path, *others = plan.cells(row)
         style = "" if row.rule and not row.rule.native else "dim"
-        table.add_row(*map(Text, (path.replace("(model)", "(the policy)"), *others)), style=style)
+        cells = (path.replace("(model)", "(the policy)"), *others)
+        table.add_row(*(Text(visible(cell)) for cell in cells), style=style)
     modules = [row for row in plan if row.operation is None]
     chosen = sum(row.selector is not None for row in modules)
     default = sum(row.selector is None and row.rule is not None for row in modules)

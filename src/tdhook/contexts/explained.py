@@ -12,15 +12,19 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.keys import named_tensors, parts_of, under
+from tdhook.contexts.acting import in_an_objective, takes_one_argument
+from tdhook.keys import named_tensors, parts_of, put, under
 from tdhook.markup import html_table
+from tdhook.models.entries import is_batch
+from tdhook.models.holding import Makeup
+from tdhook.models.lazy import initialise, is_unmade
 from tdhook.models.model import Model
 from tdhook.passes import compiled
 from tdhook.passes.forward import Run
 from tdhook.passes.graphs import Graphs
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Question, Setup
-from tdhook.tape.internals import top_mode, unwatched
+from tdhook.tape.internals import top_mode, transformed, unwatched
 
 __all__ = ["ExplainedModule", "Explaining"]
 
@@ -65,10 +69,16 @@ class ExplainedModule(TensorDictModuleBase):
         # The very dictionaries of the model, so that whatever is registered there later is seen here too.
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[registry] = model.root.__dict__[registry]
-        self.__dict__["_model"] = model
         self.training = model.root.training
         self._method = method
         self._closed = False
+        self._begin(model, state)
+
+    def _begin(self, model: Model, state: object = None) -> None:
+        """Work out what is kept from call to call, for the modules that the model now consists of."""
+        method = self._method
+        self.__dict__["_model"], self.__dict__["_makeup"] = model, Makeup(model.root)
+        self._unmade = is_unmade(model.root)
         self._setup = setup = Setup(model, method.question)
         self.in_keys = list(setup.in_keys)
         self._entries: dict[NestedKey, NestedKey] = {key: self.entry(key) for key in setup.sources}
@@ -79,6 +89,16 @@ class ExplainedModule(TensorDictModuleBase):
         self._chosen_by = None if entries is None else [key for key in entries if key not in self.in_keys]
         self.__dict__["_state"] = method.start(model) if state is None else state
         self._graphs = self._new_graphs()
+
+    def _make_lazy_layers(self, td: TensorDictBase) -> None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{type(self._model.root).__name__} has lazy layers, which tdhook makes in the first call of the "
+                "explained module; call it once before it is compiled"
+            )
+        if is_unmade(self._model.root):
+            initialise(self._model, td)
+        self._begin(self._model.anew())
 
     def _new_graphs(self) -> Graphs:
         return Graphs(
@@ -137,41 +157,101 @@ class ExplainedModule(TensorDictModuleBase):
         """Accounts of the last call, if they were asked for."""
         return getattr(self.__dict__["_state"], "ledger", None)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    @takes_one_argument
+    def forward(self, *args: Any, tensordict_out: TensorDictBase | None = None, **kwargs: Any) -> Any:
         """Run the model on a TensorDict and write its outputs and the relevance of its inputs into it.
+
+        A model that consists of other modules than in the call before is explained as it now is.
 
         Args:
             *args: the TensorDict, which holds the keys that the model reads, with any batch size; or, as with any
-                TensorDictModule, the tensors themselves in the order of ``in_keys``.
+                TensorDictModule, the tensors themselves in the order of ``in_keys``. A lazy stack and a tensorclass
+                are TensorDicts, too.
+            tensordict_out: what is written to instead.
             **kwargs: the tensors by name.
+
+        In torchrl's losses and value estimators the model runs as it is, for these to differentiate, and nothing is
+        explained.
 
         Returns:
             The same TensorDict, with the model's outputs and relevance under ``(attribution_key, key)``, all detached;
-            or the values of ``out_keys``, if tensors were given.
+            another one where the model returns another one (``inplace=False``); or the values of ``out_keys``, if
+            tensors were given.
 
         Raises:
             RuntimeError: the ``with`` block that the module lived in has ended.
-            KeyError: a key is missing.
-            ValueError: the batch is empty, a value that is explained is not finite, the target depends on no input.
+            NotImplementedError: it is called inside ``torch.vmap`` or another transform of functions.
+            KeyError: a key is missing, and the model cannot do without.
+            TypeError: there are arguments that no TensorDictModule takes.
+            ValueError: the batch is empty, a tensorclass lacks a field that is written to, a value that is explained
+                is not finite, the target depends on no input.
         """
         if self._closed:
             raise RuntimeError(
                 "this explained module ended with its `with` block; use `.wrap(module)` for one that lasts"
             )
-        td = args[0] if args else kwargs.get("tensordict")
-        if not isinstance(td, TensorDictBase):
-            td = self.forward(named_tensors(self.in_keys, args, kwargs))
-            values = tuple(td.get(key) for key in self.out_keys)
+        given = args[0] if args else kwargs.get("tensordict")
+        if not torch.compiler.is_compiling():
+            if in_an_objective():
+                return self._model.runner(*args, **kwargs)
+            if transformed():
+                raise NotImplementedError(
+                    "an explained module makes a backward pass of its own, which torch.vmap and other transforms of "
+                    "functions cannot look into: call it on the whole batch, outside of them"
+                )
+        if not is_batch(given):
+            values = self._called_with_tensors(named_tensors(self.in_keys, args, kwargs), tensordict_out)
             return values[0] if len(values) == 1 else values
+        others = [*map(repr, args[1:]), *(name for name in kwargs if name != "tensordict")]
+        if others:
+            raise TypeError(
+                f"an explained module takes a TensorDict and tensordict_out=, and also got {', '.join(others)}; put "
+                "what the model reads into the TensorDict"
+            )
+        td = given
+        self._check_fields(td if tensordict_out is None else tensordict_out)
+        if not torch.compiler.is_compiling() and not self._makeup.holds():
+            self._begin(self._model.anew())
+        if self._unmade:
+            self._make_lazy_layers(td)
         if torch.compiler.is_compiling():
             written = compiled.inline(self._graphs, td)
-        elif self._graphs.wanted:
-            written = compiled.run(self._graphs, td)
         else:
-            written = self.explain(td)
+            written = compiled.run(self._graphs, td) if self._graphs.wanted else self.explain(td)
+        apart = self._setup.apart
+        into = tensordict_out
+        if into is None:
+            into = td if apart is None else apart.fresh(td)
+        self._write(written, into)
+        return into
+
+    def _called_with_tensors(self, td: TensorDictBase, into: TensorDictBase | None) -> tuple[Any, ...]:
+        td = self.forward(td, tensordict_out=into)
+        return tuple(td.get(key) for key in self.out_keys)
+
+    def _write(self, written: Mapping[NestedKey, Any], into: TensorDictBase) -> None:
+        """Write relevance beside what it tells of: ``("attr", "agents")`` has the axes of ``"agents"``."""
+        ours = [parts_of(key) for key in (self._method.attribution_key, self._method.value_key)]
         for key, value in written.items():
-            td.set(key, value)
-        return td
+            if isinstance(key, str):
+                into.set(key, value)
+                continue
+            of = next((key[len(name) :] for name in ours if key[: len(name)] == name), key)
+            put(into, key, value, of or None)
+
+    def _check_fields(self, td: TensorDictBase) -> None:
+        """A tensorclass has the fields that are written to."""
+        if isinstance(td, TensorDictBase):
+            return
+        known = set(type(td).__expected_keys__)
+        for key in self.out_keys:
+            name, *below = parts_of(key)
+            if name not in known:
+                kind = "TensorDict" if below else "Tensor"
+                raise ValueError(
+                    f"{type(td).__name__} has no field {name!r}, where {key!r} is written; declare `{name}: {kind} | "
+                    "None = None`, or explain its TensorDict, to_tensordict()"
+                )
 
     def reads(self, td: TensorDictBase) -> list[NestedKey]:
         """The entries of ``td`` that a call depends on."""
@@ -181,7 +261,15 @@ class ExplainedModule(TensorDictModuleBase):
 
     def explain(self, td: TensorDictBase) -> dict[NestedKey, Any]:
         """What a call writes into ``td``, operation by operation."""
-        runner = Runner(self._setup, td, self._state)
+        try:
+            return self._written(Runner(self._setup, td, self._state))
+        except Exception as error:
+            missing = self._setup.leaves.missing(td)
+            if missing is None:
+                raise
+            raise KeyError(missing) from error
+
+    def _written(self, runner: Runner) -> dict[NestedKey, Any]:
         alone = nullcontext() if top_mode() is None else unwatched()
         with torch.inference_mode(False), torch.enable_grad(), alone:
             found, base = runner.carefully(lambda: self._explained(runner))

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from tdhook.evaluation.runs import Method, axes_of, bound, quiet, relevance_of, seed_globally, target_of
 from tdhook.evaluation.similarity import cosine, spearman
+from tdhook.models.holding import modules_of
 from tdhook.models.model import Model
-from tdhook.models.state import modules_of
 from tdhook.passes.questions import asked
 from tdhook.passes.rows import rows_of, shaped_like
 from tdhook.perturbing.features import Features

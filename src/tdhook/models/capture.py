@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
+from tdhook.models.entries import is_batch
 from tdhook.models.turns import here
 from tdhook.tape.dependence import leaf
 
@@ -29,6 +29,7 @@ class Captured:
 
     Args:
         replaced: values that take the place of those that are collected, by the same names, as leaves.
+        axis: ``(name, output, module) -> axis`` that is to be the first one of what is collected.
 
     Attributes:
         modules: outputs of modules, by path and call (:func:`call_name`).
@@ -36,6 +37,7 @@ class Captured:
     """
 
     replaced: Mapping[NestedKey, Tensor] = field(default_factory=dict)
+    axis: Callable[[str, Tensor, nn.Module], int] = lambda name, output, module: 0
     modules: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[NestedKey, Tensor] = field(default_factory=dict)
 
@@ -80,8 +82,12 @@ class Captured:
             while call_name(path, call) in self.modules:
                 call += 1
             name = call_name(path, call)
-            self.modules[name] = value = self._on_tape(output, (name,))
-            return value
+            axis = self.axis(name, output, module)
+            if axis == 0:
+                self.modules[name] = value = self._on_tape(output, (name,))
+                return value
+            self.modules[name] = value = self._on_tape(output.movedim(axis, 0), (name,))
+            return value.movedim(0, axis)
 
         return hook
 
@@ -95,8 +101,8 @@ class Captured:
         return leaf(value)
 
     def _keys_of(self, attribute: tuple[NestedKey, ...] | str) -> Callable[..., None]:
-        def hook(module: Any, args: object, output: object) -> None:
-            if not isinstance(output, TensorDictBase):
+        def hook(module: Any, args: object, output: Any) -> None:
+            if not is_batch(output):
                 return
             for key in map(unravel_key, module.out_keys):
                 value = output.get(key, None)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, TypeAlias
 
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
-from tdhook.models.state import modules_of, restored
+from tdhook.keys import names_of, put
+from tdhook.models.entries import changed, entries_of, objects_of, plain
+from tdhook.models.holding import modules_of
+from tdhook.models.parallel import running_alone, unwrapped, wrappers_among
+from tdhook.models.reads import written_before
+from tdhook.models.state import restored
 
-__all__ = ["InKeys", "Model"]
+__all__ = ["Apart", "InKeys", "Model", "Ran"]
 
 # What layers of fixed rank raise.
 _OF_SHAPE = (RuntimeError, ValueError, IndexError, AssertionError)
@@ -48,6 +53,41 @@ class Wrapped(TensorDictModule):
 
 
 @dataclass(frozen=True)
+class Apart:
+    """How a model returns a TensorDict of its own, and leaves the one alone that it was given.
+
+    Attributes:
+        batched: whether it is of the same batch size; else it has none.
+        carried: the keys of entries that were there before.
+    """
+
+    batched: bool
+    carried: tuple[NestedKey, ...]
+
+    def fresh(self, td: TensorDictBase) -> TensorDictBase:
+        """What the model would return for ``td``, without what it computes."""
+        size, names = (td.batch_size, names_of(td)) if self.batched else ((), None)
+        fresh = TensorDict({}, size, names=names, device=td.device)
+        for key in self.carried:
+            put(fresh, key, td.get(key), of=key)
+        return fresh
+
+
+class Ran(NamedTuple):
+    """What a run of a model gave.
+
+    Attributes:
+        outputs: what the model wrote, in the batch shape of what it ran on.
+        flat: whether it ran on a flat batch.
+        apart: whether it returned a TensorDict of its own, and which.
+    """
+
+    outputs: TensorDictBase
+    flat: bool
+    apart: Apart | None
+
+
+@dataclass(frozen=True)
 class Model:
     """A user's model and the TensorDictModule it is run as: itself, or a wrapper of a plain module.
 
@@ -55,12 +95,15 @@ class Model:
         root: the model as it was given; dotted paths are relative to it.
         runner: the TensorDictModule that runs it.
         attributed: which of the keys it reads are attributed.
+        made: of each key that it reads, those below it that it writes before.
     """
 
     root: nn.Module
     runner: TensorDictModuleBase
     attributed: tuple[NestedKey, ...]
+    made: Mapping[NestedKey, frozenset[NestedKey]] = field(default_factory=dict, repr=False)
     _flattens: dict[int, bool] = field(default_factory=dict, repr=False)
+    _wrappers: tuple[nn.Module, ...] = field(default=(), repr=False)
 
     @staticmethod
     def of(
@@ -68,13 +111,18 @@ class Model:
         in_keys: InKeys | None = None,
         out_keys: Sequence[NestedKey] | None = None,
     ) -> Model:
-        """Make a TensorDictModule of a plain module, or check the keys against those of one."""
+        """Make a TensorDictModule of a plain module, or check the keys against those of one.
+
+        What ``DistributedDataParallel`` and ``DataParallel`` are wrapped around is run by itself.
+        """
         if not isinstance(module, nn.Module):
             raise TypeError(f"expected an nn.Module or a TensorDictModule, got {type(module).__name__}")
+        module = unwrapped(module)
+        wrappers = wrappers_among(tuple(modules_of(module).values()))
         if not isinstance(module, TensorDictModuleBase):
             reads = in_keys if isinstance(in_keys, Mapping) else list(in_keys or ["input"])
             runner = Wrapped(module, reads, list(out_keys or ["output"]))
-            return Model(module, runner, tuple(map(unravel_key, runner.in_keys)))
+            return Model(module, runner, tuple(map(unravel_key, runner.in_keys)), _wrappers=wrappers)
         for name, given, known in (
             ("in_keys", in_keys, module.in_keys),
             ("out_keys", out_keys, module.out_keys),
@@ -83,7 +131,13 @@ class Model:
                 if unravel_key(key) not in map(unravel_key, known):
                     raise ValueError(f"Key {key} not in module.{name}: {list(known)}")
         attributed = module.in_keys if in_keys is None else in_keys
-        return Model(module, module, tuple(map(unravel_key, attributed)))
+        keys = tuple(map(unravel_key, attributed))
+        return Model(module, module, keys, written_before(module), _wrappers=wrappers)
+
+    def anew(self) -> Model:
+        """The same model, of which nothing is known but what was asked of it."""
+        wrappers = wrappers_among(tuple(modules_of(self.root).values()))
+        return replace(self, made=written_before(self.runner), _flattens={}, _wrappers=wrappers)
 
     def submodule(self, path: str) -> nn.Module:
         """The module at a dotted path; below a TensorDictModule, paths may start inside the module that it wraps."""
@@ -94,9 +148,7 @@ class Model:
                 return modules[candidate]
         raise ValueError(f"the model has no module {path!r}; it has {', '.join(n for n in modules if n)}")
 
-    def run(
-        self, td: TensorDictBase, again: Callable[[], None] = lambda: None
-    ) -> tuple[TensorDictBase, bool]:
+    def run(self, td: TensorDictBase, again: Callable[[], None] = lambda: None) -> Ran:
         """Run the model on a TensorDict of any batch shape.
 
         Layers of fixed rank (convolutions, batch norm) take one batch axis: where the model fails for another number
@@ -105,35 +157,51 @@ class Model:
         Args:
             td: what the model reads; it may be written to.
             again: called where the model is run once more.
-
-        Returns:
-            What the model wrote, in the batch shape of ``td``, and whether it ran on a flat batch.
         """
         axes = td.batch_dims
         flattens = axes != 1 and self._flattens.get(axes)
         if flattens is not None:
-            return self._flat(td) if flattens else self._written(td), flattens
+            return self._flat(td) if flattens else self._as_it_is(td)
         try:
             with restored(self.root, always=False):
-                written = self._written(td.copy())
+                found = self._as_it_is(td.copy())
         except _OF_SHAPE as error:
             again()
             try:
-                written = self._flat(td)
+                found = self._flat(td)
             except _OF_SHAPE:
                 raise error from None
             self._flattens[axes] = True
-            return written, True
+            return found
         self._flattens[axes] = False
-        return written, False
+        return found
 
-    def _flat(self, td: TensorDictBase) -> TensorDictBase:
-        written = self._written(td.reshape(-1))
-        return written.reshape(td.batch_size) if td.batch_dims else written.squeeze(0)
+    def _as_it_is(self, td: TensorDictBase) -> Ran:
+        written, apart = self._written(td)
+        return Ran(written, False, apart)
 
-    def _written(self, td: TensorDictBase) -> TensorDictBase:
-        before = dict(td.items(True, True))
-        result = self.runner(td)
-        return result.select(
-            *(key for key, value in result.items(True, True) if before.get(key) is not value)
-        )
+    def _flat(self, td: TensorDictBase) -> Ran:
+        written, apart = self._written(td.reshape(-1))
+        return Ran(written.reshape(td.batch_size) if td.batch_dims else written.squeeze(0), True, apart)
+
+    def _written(self, td: TensorDictBase) -> tuple[TensorDictBase, Apart | None]:
+        before = objects_of(td)
+        if self._wrappers:
+            with running_alone(self._wrappers):
+                result = self.runner(td)
+        else:
+            result = self.runner(td)
+        after = objects_of(result)
+        keys = changed(before, after)
+        outputs = plain(result.select(*keys))
+        if result is td:
+            return outputs, None
+        batched = result.batch_size == td.batch_size
+        if not batched and not result.batch_dims and _fit(outputs, td.batch_size):
+            outputs.batch_size = td.batch_size
+        return outputs, Apart(batched, tuple(key for key in after if key not in keys))
+
+
+def _fit(td: TensorDictBase, batch: Size) -> bool:
+    """Whether all tensors begin with the axes of a batch."""
+    return all(x.shape[: len(batch)] == batch for _, x in entries_of(td) if isinstance(x, Tensor))

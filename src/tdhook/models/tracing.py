@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
@@ -18,8 +17,10 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from tdhook.models.entries import is_batch
+from tdhook.models.holding import modules_of
 from tdhook.models.sites import Site
-from tdhook.models.state import modules_of, restored
+from tdhook.models.state import restored
 from tdhook.models.turns import here
 from tdhook.tape.internals import parameters_of
 from tdhook.tape.overwriting import out_of_place
@@ -174,7 +175,7 @@ class _Watch(TorchFunctionMode):
         def hook(module: nn.Module, args: object, output: object) -> None:
             if layer:
                 self._inside.pop()
-                if not self._inside and not isinstance(output, TensorDictBase):
+                if not self._inside and not is_batch(output):
                     self._label(output, {(None, name)})
 
         return hook
@@ -183,7 +184,7 @@ class _Watch(TorchFunctionMode):
         def hook(module: TensorDictModuleBase, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             td = args[0] if args else kwargs.get("tensordict")
             for key in map(unravel_key, module.in_keys):
-                value = td.get(key, None) if isinstance(td, TensorDictBase) else None
+                value = td.get(key, None) if is_batch(td) else None
                 if isinstance(value, Tensor):
                     self._label(value, {(name, key)})
                     self._open.add((name, key))
@@ -195,7 +196,7 @@ class _Watch(TorchFunctionMode):
 
         def hook(module: TensorDictModuleBase, args: object, output: object) -> None:
             for key in map(unravel_key, module.out_keys):
-                value = output.get(key, None) if isinstance(output, TensorDictBase) else None
+                value = output.get(key, None) if is_batch(output) else None
                 makers = [
                     layer
                     for reader, layer in self._labels_of(value)

@@ -1,6 +1,6 @@
 """What stands still on a page, as HTML: tables of the summary, the account, the composite, versions.
 
-Every text of a user goes through :func:`html.escape`.
+Every text of a user goes through :func:`text_html`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,27 @@ from importlib import metadata
 import tdhook
 from tdhook.composites import Composite
 from tdhook.configuration import write_target
+from tdhook.markup import encodable
 from tdhook.pages.preparation import View
 from tdhook.rl.rollouts import Conservation
 from tdhook.targets import Contrast, Target
 
-__all__ = ["account_html", "composite_html", "list_html", "summary_html", "target_text", "versions"]
+__all__ = [
+    "account_html",
+    "composite_html",
+    "list_html",
+    "summary_html",
+    "target_text",
+    "text_html",
+    "versions",
+]
 
 _PACKAGES = ("torch", "tensordict", "torchrl")
+
+
+def text_html(text: str) -> str:
+    """A text as HTML that shows it letter by letter."""
+    return escape(encodable(text))
 
 
 def versions() -> dict[str, str]:
@@ -57,13 +71,13 @@ def summary_html(view: View, shown: Sequence[int]) -> str:
     """
     summary = view.summary
     taken = [i for i, count in enumerate(summary.counts) if count]
-    heads = [f"{escape(summary.actions[i])} <span>{summary.counts[i]}×</span>" for i in taken]
+    heads = [f"{text_html(summary.actions[i])} <span>{summary.counts[i]}×</span>" for i in taken]
     lines = []
     for row in shown:
         cells = [*(summary.by_action[action, row].item() for action in taken), summary.mean[row].item()]
         signed = "".join(f'<td data-value="{cell!r}">{_signed(cell)}</td>' for cell in cells)
         size = f"<td>{_number(summary.magnitude[row].item())}</td>"
-        lines.append(f'<tr><th scope="row">{escape(view.rows[row])}</th>{signed}{size}</tr>')
+        lines.append(f'<tr><th scope="row">{text_html(view.rows[row])}</th>{signed}{size}</tr>')
     head = "".join(
         f'<th scope="col">{head}</th>' for head in ("feature", *heads, "all steps", "mean |relevance|")
     )
@@ -106,7 +120,7 @@ def composite_html(composite: Composite | None) -> str:
     if composite is None:
         return "<p>It was not said which rules gave this relevance.</p>"
     lines = "".join(
-        f"<tr><td><code>{escape(repr(selector))}</code></td><td><code>{escape(repr(rule))}</code></td></tr>"
+        f"<tr><td><code>{text_html(repr(selector))}</code></td><td><code>{text_html(repr(rule))}</code></td></tr>"
         for selector, rule in composite
     )
     return (
@@ -118,7 +132,8 @@ def composite_html(composite: Composite | None) -> str:
 def list_html(entries: Mapping[str, object]) -> str:
     """Names and values as a list of definitions."""
     pairs: Iterable[tuple[str, object]] = entries.items()
-    return f"<dl>{''.join(f'<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>' for k, v in pairs)}</dl>"
+    rows = (f"<div><dt>{text_html(str(k))}</dt><dd>{text_html(str(v))}</dd></div>" for k, v in pairs)
+    return f"<dl>{''.join(rows)}</dl>"
 
 
 def _signed(value: float) -> str:

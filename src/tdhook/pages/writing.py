@@ -9,7 +9,6 @@ import os
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.composites import Composite
+from tdhook.files import write_whole
+from tdhook.markup import encodable
 from tdhook.pages.pictures import Pictures, checked_frames, frames_of_observation, pictures_of
 from tdhook.pages.preparation import Course, View, course_of, largest_rows, picture_axes, views_of
 from tdhook.pages.provenance import (
@@ -29,6 +30,7 @@ from tdhook.pages.provenance import (
     list_html,
     summary_html,
     target_text,
+    text_html,
     versions,
 )
 from tdhook.relevance.composites.composite import Pairs, preset
@@ -72,7 +74,7 @@ def write_report(
         rollout: of batch size ``[*batch, time]``. Frames are uint8, ``[*batch, time, height, width, 3]``; relevance on
             them lies under ``("attr", "frame")``, ``[*batch, time, height, width]`` or, for several outputs,
             ``[*batch, time, outputs, height, width]``. With ``("ledger", ...)`` in it, each step shows its account.
-        path: file to write; missing folders are made, and a file is replaced.
+        path: file to write; missing folders are made, and a file is replaced, by the whole page.
         features: one name per entry of what ``key`` explains, flattened; of its last axis alone, for each agent, say;
             or of a picture one per channel. By default x0, x1, ...
         actions: one name per action; none where the action is not one of several.
@@ -116,9 +118,9 @@ def write_report(
     facts |= {str(name): value for name, value in (metadata or {}).items()}
     page = _assembled(
         {
-            "title": escape(title or "An explained rollout"),
-            "subtitle": escape(_subtitle(views[0])),
-            "notes": "".join(f"<li>{escape(note)}</li>" for note in notes),
+            "title": text_html(title or "An explained rollout"),
+            "subtitle": text_html(_subtitle(views[0])),
+            "notes": "".join(f"<li>{text_html(note)}</li>" for note in notes),
             "summaries": "".join(
                 f'<div data-view="{i}"{" hidden" if i else ""}>{summary_html(view, shown)}</div>'
                 for i, (view, shown) in enumerate(zip(views, rows, strict=True))
@@ -132,8 +134,7 @@ def write_report(
             "data": _as_json(_data(course, views, rows, pictures, actions)),
         }
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page.encode("utf-8"))
     return path
 
 
@@ -221,7 +222,7 @@ def _data(
     return {
         "environments": course.environments,
         "time": course.time,
-        "actions": list(actions) if course.taken is not None else [],
+        "actions": list(map(encodable, actions)) if course.taken is not None else [],
         "taken": _packed(course.taken, "<i2"),
         "action": _packed(None if course.action is None else course.action[..., :_ROWS], "<f4"),
         "reward": _packed(course.reward, "<f4"),
@@ -252,8 +253,8 @@ def _view_data(view: View, shown: list[int]) -> dict[str, object]:
     size = relevance.abs().flatten()
     some = size[:: 1 + len(size) // 10_000_000]
     return {
-        "label": view.label,
-        "rows": names,
+        "label": encodable(view.label),
+        "rows": list(map(encodable, names)),
         "relevance": _packed(relevance, "<f4"),
         "values": _packed(None if view.values is None else view.values[..., shown], "<f4"),
         "top": torch.quantile(some, 0.995, interpolation="higher").item() or size.max().item() or 1.0,

@@ -16,7 +16,8 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.models.state import leaves_of, restored, swapped
+from tdhook.models.entries import leaves_of
+from tdhook.models.state import restored, swapped
 from tdhook.passes.graphs import Graphs
 from tdhook.tape.conditions import assuming_nonnegative, deferred
 from tdhook.tape.internals import hooks_on_saved_tensors, mode_options, nonstrict

@@ -15,8 +15,9 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tdhook.models.entries import dense_copy
 from tdhook.models.model import Model
-from tdhook.models.state import dense_copy, restored
+from tdhook.models.state import restored
 from tdhook.selectors.names import name_of
 from tdhook.tape.conditions import holds
 
@@ -87,7 +88,7 @@ def _culprit(model: Model, td: TensorDictBase) -> str:
             stack.callback(module.register_forward_pre_hook(watch.enter(name)).remove)
             stack.callback(module.register_forward_hook(watch.leave(name)).remove)
         with restored(model.root), watch:
-            outputs, _ = model.run(dense_copy(td))
+            outputs = model.run(dense_copy(td))[0]
     nan = any(bool(x.isnan().any()) for x in _floats(list(outputs.values(True, True))))
     found = watch.nan if nan and watch.nan is not None else watch.infinite or watch.nan
     return found or "it arises outside of any module"

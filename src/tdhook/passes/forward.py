@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from tdhook.conventions import Convention
 from tdhook.keys import parts_of
 from tdhook.models.capture import call_name
+from tdhook.models.entries import entries_of, frames_of
 from tdhook.passes.diagnosis import is_explainable, why_not_finite, why_relevance_is_not
 from tdhook.passes.finite import Disregarding, are_finite
 from tdhook.passes.setup import Setup
@@ -138,6 +140,11 @@ class Run:
         sources = self.sources()
         return [{key: sources[key].detach() for key in group} for group in _independent(sources)]
 
+    def ends(self, sources: Mapping[NestedKey, Tensor]) -> list[Tensor]:
+        """Where what is pulled back ends: the inputs and sources that depend on no other of these, each once."""
+        found = {**self.inputs, **sources}
+        return list({id(found[key]): found[key] for key in _independent(found)[0]}.values()) if found else []
+
     def sources(self, among: Iterable[NestedKey] | None = None) -> dict[NestedKey, Tensor]:
         """The values that are attributed, on the graph, by the key that their relevance is written under.
 
@@ -193,6 +200,8 @@ class Run:
             ValueError: the target depends on none of the sources, or what arrives is not finite.
         """
         require_dependence(seeds, sources, [z.requires_grad for z in seeds.tensors])
+        if self.setup.axes.unsure:
+            self._look_at_axes(seeds)
         ends = list(sources.values())
         if keep:  # by whoever keeps accounts of every value on the tape
             Disregarding(seeds.tensors, looks=False)
@@ -209,6 +218,19 @@ class Run:
             key: value.new_zeros(*several, *value.shape) if grad is None else grad.detach()
             for (key, value), grad in zip(sources.items(), pulled, strict=True)
         }
+
+    def _look_at_axes(self, seeds: Seeds) -> None:
+        """Find the batch axes that sizes do not tell, by a backward pass of the first element of the batch."""
+        unsure = {name: self.modules[name] for name in self.setup.axes.unsure if name in self.modules}
+        grads = [torch.zeros_like(z) for z in seeds.tensors]
+        first = (0,) * self.td.batch_dims
+        lead = (0, *first) if seeds.several is not None else first
+        for only, grad in zip(grads, seeds.grads, strict=True):
+            only[first] = grad[lead]
+        pulled = self.setup.pull_back(
+            Seeds(seeds.keys, seeds.tensors, grads), list(unsure.values()), keep=True
+        )
+        self.setup.axes.learn(dict(zip(unsure, pulled, strict=True)), self.td.batch_size.numel())
 
     def in_batch_shape(self, key: NestedKey, value: Tensor, source: Tensor) -> Tensor:
         """What belongs to a source, as ``[*batch, *features]`` or ``[*batch, outputs, *features]``.
@@ -251,7 +273,7 @@ class Run:
 
     def written(self) -> dict[NestedKey, Any]:
         """What the model wrote, detached."""
-        return {
-            key: value.detach() if isinstance(value, Tensor) else value
-            for key, value in self.outputs.items(True, True)
-        }
+        found: dict[NestedKey, Any] = dict(frames_of(self.outputs, self.td))
+        for key, value in entries_of(self.outputs):
+            found[key] = value.detach() if isinstance(value, Tensor) else value
+        return found

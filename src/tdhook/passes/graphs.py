@@ -11,7 +11,8 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import nn
 
-from tdhook.models.state import Slot, modules_of, slots_of
+from tdhook.models.holding import modules_of
+from tdhook.models.state import Slot, slots_of
 
 __all__ = ["Compile", "Graphs", "compile_options"]
 

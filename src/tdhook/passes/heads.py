@@ -11,11 +11,11 @@ from contextlib import ExitStack, contextmanager
 from typing import TypeAlias
 
 import torch
-from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from tdhook.models.entries import is_batch
 from tdhook.models.turns import here
 from tdhook.tape.internals import version_of, without_modes
 
@@ -133,7 +133,7 @@ class Heads:
     def _values(self, args: tuple[object, ...]) -> _Seen:
         """The explained values and their versions; none unless all are there."""
         td = args[0] if args else None
-        if not isinstance(td, TensorDictBase):
+        if not is_batch(td):
             return []
         found = [td.get(key, None) for key in self._keys]
         return (

@@ -10,6 +10,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
+from tdhook.models.entries import dense_copy, plain
 from tdhook.models.model import Model
 from tdhook.passes.rows import rows_of
 from tdhook.targets import AtStep, Contrast, Seeder, Seeds, Target, TargetLike, as_seeder
@@ -84,6 +85,7 @@ def asked(
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size is the number of inputs in one pass, at least 1; got {chunk_size}")
+    td = dense_copy(plain(td))
     model, rows, seeder = Model.of(module), rows_of(td, axes).copy(), as_seeder(target)
     if target is not None and not isinstance(seeder, Selection | Contrast | AtStep):
         return Asked(model, seeder, seeder), rows

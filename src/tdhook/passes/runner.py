@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,9 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.models.capture import Captured
+from tdhook.models.entries import plain
 from tdhook.models.state import restored
+from tdhook.passes.axes import Misread
 from tdhook.passes.forward import AsItIs, Run, Within
 from tdhook.passes.heads import NotBehind
 from tdhook.passes.setup import Setup
@@ -36,16 +39,18 @@ class Runner:
 
     Args:
         setup: what is known of the model and of what is asked.
-        td: what the explained module was called with.
+        td: what the explained module was called with: a TensorDict or a tensorclass.
         state: what the method worked out for the model when it started.
 
     Attributes:
+        given: what the explained module was called with.
+        td: the same as a TensorDict.
         base: the run on ``td`` as it is: its outputs are what the explained module writes.
         beside: further entries to write, by key.
     """
 
     def __init__(self, setup: Setup, td: TensorDictBase, state: Any = None) -> None:
-        self.setup, self.td, self.state = setup, td, state
+        self.setup, self.given, self.td, self.state = setup, td, plain(td), state
         self.base: Run | None = None
         self.beside: dict[NestedKey, Tensor] = {}
 
@@ -71,17 +76,17 @@ class Runner:
             replaced: values that take the place of attributed ones, by the keys of :meth:`Run.sources`.
 
         Raises:
-            KeyError: an entry is missing.
             ValueError: the batch is empty, or the model returned another batch size.
         """
         setup, replaced, how = self.setup, replaced or {}, within or AsItIs()
         asked = target or self.setup.question.target
         with setup.turn, how.attached():
-            work, inputs = setup.leaves(td, replaced)
+            work, inputs, integers = setup.leaves(td, replaced)
             if how.overwrites:
                 for key, value in inputs.items():
-                    work.set(key, value.clone())
-            captured = Captured(replaced)
+                    if key not in integers:
+                        work.set(key, value.clone())
+            captured = Captured(replaced, partial(setup.axis, tuple(td.batch_size)))
             heads = (
                 setup.heads.off_the_tape(how.overwrites)
                 if setup.heads.possible and not how.whole
@@ -90,8 +95,9 @@ class Runner:
             collecting = setup.collecting(captured) if setup.collects else _NOTHING
             with collecting, how.running():
                 given = work.copy() if asked.writes else work  # what the model writes goes into it
-                with heads:
-                    outputs, flat = setup.model.run(work, captured.clear)
+                numbers = setup.leaves.made(inputs, integers, exact=not replaced) if integers else _NOTHING
+                with heads, numbers:
+                    outputs, flat, apart = setup.model.run(self._as_given(work), captured.clear)
                 outputs = asked.derive(outputs, given)
             if outputs.batch_size != td.batch_size:
                 raise ValueError(
@@ -101,8 +107,16 @@ class Runner:
                 )
             run = Run(setup, td, inputs, outputs, flat, captured.modules, captured.keys)
             if td is self.td and not replaced and self.base is None:
-                self.base = run
+                self.base, setup.apart = run, apart
             yield run
+
+    def _as_given(self, work: TensorDictBase) -> TensorDictBase:
+        """What the model is run on: a tensorclass if the explained module was called with one."""
+        if self.given is self.td:
+            return work
+        kind = type(self.given)
+        known = set(kind.__expected_keys__)
+        return kind.from_tensordict(work.select(*known.intersection(work.keys())))
 
     def pinned(self, run: Run) -> tuple[Seeder, TensorDictBase]:
         """What is asked, the same of every changed input: the target chooses by a run of the inputs as they are.
@@ -134,7 +148,7 @@ class Runner:
                 with restored(setup.model.root, always=False, among=setup.moving) as held:
                     result = attempt()
                     moving = held.moved
-            except (Mutated, NotBehind):
+            except (Mutated, NotBehind, Misread):
                 continue
             setup.moving = moving
             return result

@@ -9,12 +9,13 @@ from typing import TypeAlias
 
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
-from torch import nn
+from torch import Tensor, nn
 
 from tdhook.models.capture import Captured
-from tdhook.models.model import Model
-from tdhook.models.state import modules_of
+from tdhook.models.holding import modules_of
+from tdhook.models.model import Apart, Model
 from tdhook.models.turns import Turn
+from tdhook.passes.axes import Axes
 from tdhook.passes.backward import PullBack
 from tdhook.passes.heads import Heads
 from tdhook.passes.leaves import Choose, Leaves
@@ -64,6 +65,8 @@ class Setup:
         pull_back: runs backward passes.
         heads: what of the model is behind the target.
         turn: the right to change the model for a while, which one thread at a time has.
+        axes: which axes of the outputs of modules are the batch's.
+        apart: how the model returns a TensorDict of its own, if it was seen to.
         moving: modules that were seen to change what they hold when they run; ``None`` where none was seen to run.
 
     Raises:
@@ -83,16 +86,22 @@ class Setup:
         self.paths: Mapping[str, nn.Module] = {path: model.submodule(path) for path in paths}
         self.attributed = _attributed(model, question, known)
         self.watched = _watched(question.attribute, self.valued_keys)
-        self.in_keys = list(
-            dict.fromkeys([*map(unravel_key, model.runner.in_keys), *question.target.in_keys])
-        )
+        reads = [key for key in map(unravel_key, model.runner.in_keys) if not model.made.get(key)]
+        self.in_keys = list(dict.fromkeys([*reads, *question.target.in_keys]))
+        self.apart: Apart | None = None
         inputs = question.attribute if callable(question.attribute) else question.use_inputs
         others = bool(question.input_modules) or question.attribute is not None
-        self.leaves = Leaves(model, self.in_keys, inputs, others)
+        named_inputs = question.attribute if isinstance(question.attribute, tuple) else ()
+        self.leaves = Leaves(model, self.in_keys, inputs, others, named_inputs)
         self.pull_back = PullBack(question.memory_budget)
         self.heads = Heads(model.runner, question.target.explains)
         self.turn = Turn(modules_of(model.root).values())
         self.moving: tuple[nn.Module, ...] | None = None
+        self.axes = Axes()
+
+    def axis(self, batch: tuple[int, ...], name: str, output: Tensor, module: nn.Module) -> int:
+        """Which axis of a module's output is that of the batch."""
+        return self.axes.of(name, type(module).__name__, tuple(output.shape), batch)
 
     @property
     def collects(self) -> bool:
@@ -121,7 +130,8 @@ def _inner_keys(model: Model) -> set[NestedKey]:
 def _attributed(model: Model, question: Question, known: set[NestedKey]) -> tuple[NestedKey, ...]:
     attribute = question.attribute
     if not isinstance(attribute, tuple):
-        return model.attributed if question.use_inputs else ()
+        reads = tuple(key for key in model.attributed if not model.made.get(key))
+        return reads if question.use_inputs else ()
     for key in attribute:
         if key not in known and key not in model.attributed:
             names = ", ".join(map(repr, [*model.attributed, *sorted(known, key=str)]))

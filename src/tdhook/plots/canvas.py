@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tdhook.markup import visible
 from tdhook.plots.frames import as_pictures, coloured, overlay
 from tdhook.plots.style import AGAINST, FAINT, FOR, INK
 
@@ -45,12 +46,12 @@ class Canvas:
     def __init__(self, height: int, width: int, top: float, features: Sequence[str] | None) -> None:
         self._zoom = max(1, round(_HEIGHT / height))
         self._top = top
-        self._features = features
+        self._features = None if features is None else list(map(visible, features))
         height, width = height * self._zoom, width * self._zoom
         self._left = width + 2 * _MARGIN  # of what is beside the frame
         self._row = 0
         if features is not None:
-            longest = max(_pen(_paper(1, 1)).textlength(name, font=_font()) for name in features)
+            longest = max(_pen(_paper(1, 1)).textlength(visible(name), font=_font()) for name in features)
             names = min(_NAMES, int(longest) + 8)
             self._row = max(_BAR + 6, min(60, height // len(features)))
             self._zero = self._left + names + _BARS // 2
@@ -140,7 +141,7 @@ class Canvas:
 
     def _write(self, caption: str) -> Tensor:
         paper = self._foot.copy()
-        _pen(paper).text((_MARGIN, _CAPTION // 2 - 4), caption, fill=INK, font=_font(), anchor="lm")
+        _pen(paper).text((_MARGIN, _CAPTION // 2 - 4), visible(caption), fill=INK, font=_font(), anchor="lm")
         return _tensor(paper)
 
 

@@ -18,6 +18,7 @@ from tdhook.plots.style import (
     plain,
     require_names,
     top_of,
+    verbatim,
 )
 
 if TYPE_CHECKING:
@@ -93,8 +94,8 @@ def relevance_matrix(
         _separate(axes, height, width)
     if written:
         _write(axes, values, top)
-    axes.set_ylabel(row_label or "", fontsize="small", color=INK)
-    axes.set_xlabel(column_label or "", fontsize="small", color=INK)
+    axes.set_ylabel(verbatim(row_label or ""), fontsize="small", color=INK)
+    axes.set_xlabel(verbatim(column_label or ""), fontsize="small", color=INK)
     draw_scale(figure, image, ax=axes, shrink=min(1.0, 3.0 / figure.get_figwidth()), aspect=25, pad=0.04)
     draw_title(figure, title)
     return figure
@@ -109,9 +110,9 @@ def _thinned(values: Tensor, axis: int) -> Tensor:
 def _name(axes: Axes, rows: Sequence[str], columns: Sequence[str], slanted: bool) -> None:
     """Names of rows and columns, of as many as there is room for."""
     every = -(-len(rows) // 32)
-    axes.set_yticks(range(0, len(rows), every), rows[::every])
+    axes.set_yticks(range(0, len(rows), every), list(map(verbatim, rows[::every])))
     every = -(-len(columns) // (40 if slanted or max(map(len, columns)) <= 3 else 16))
-    axes.set_xticks(range(0, len(columns), every), columns[::every])
+    axes.set_xticks(range(0, len(columns), every), list(map(verbatim, columns[::every])))
     if slanted:
         axes.tick_params(axis="x", labelrotation=35)
         for label in axes.get_xticklabels():

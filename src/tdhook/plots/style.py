@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from tdhook.extras import require
+from tdhook.markup import visible
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
@@ -49,6 +51,20 @@ def figure_class() -> Any:
         ImportError: matplotlib is not installed.
     """
     return require("matplotlib.figure", "tdhook.plots").Figure
+
+
+def verbatim(text: str) -> str:
+    """A text of a user's as matplotlib shows it letter by letter: no dollar begins a formula."""
+    return visible(text).replace("$", r"\$")
+
+
+def draw_legend(axes: Axes, handles: Sequence[Artist], names: Sequence[str], **place: Any) -> None:
+    """A legend in which each name is shown, whatever it begins with; ``place`` is as in matplotlib's ``legend``."""
+    legend = axes.legend(
+        handles=handles, labels=["name"] * len(handles), frameon=False, fontsize="small", **place
+    )
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(verbatim(name))
 
 
 def top_of(relevance: Tensor) -> float:
@@ -131,7 +147,7 @@ def _beyond(image: ScalarMappable) -> str:
 def draw_title(figure: Figure, title: str | None) -> None:
     """The title of a figure, on the left."""
     if title:
-        figure.suptitle(title, x=0.01, horizontalalignment="left", fontsize="large", color=INK)
+        figure.suptitle(verbatim(title), x=0.01, horizontalalignment="left", fontsize="large", color=INK)
 
 
 def colour_of(index: int) -> str:
@@ -144,4 +160,4 @@ def plain(axes: Axes, title: str = "") -> None:
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.tick_params(length=2, labelsize="small", colors=INK)
-    axes.set_title(title, loc="left", fontsize="medium", color=INK)
+    axes.set_title(verbatim(title), loc="left", fontsize="medium", color=INK)

@@ -13,6 +13,7 @@ from tdhook.plots.style import (
     INK,
     RELEVANCE_COLOURS,
     colour_of,
+    draw_legend,
     draw_scale,
     draw_title,
     figure_class,
@@ -21,6 +22,7 @@ from tdhook.plots.style import (
     plain,
     require_names,
     top_of,
+    verbatim,
 )
 
 if TYPE_CHECKING:
@@ -97,7 +99,7 @@ def relevance_over_time(
     if taken is not None:
         timed["actions"] = figure.add_subplot(cells["actions"][0], sharex=heat)
         _draw_actions(timed["actions"], taken, len(names))
-        _draw_legend(figure.add_subplot(cells["actions"][1]), taken, names)
+        _name_actions(figure.add_subplot(cells["actions"][1]), taken, names)
     if seen is None:
         draw_scale(figure, image, ax=bars)
     else:
@@ -168,7 +170,7 @@ def _draw_relevance(axes: Axes, relevance: Tensor, labels: Sequence[str]) -> Axe
         interpolation="nearest",
         extent=_extent(len(relevance), len(labels)),
     )
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_yticks(range(len(labels)), list(map(verbatim, labels)))
     for edge in range(1, len(labels)):
         axes.axhline(edge - 0.5, color="white", linewidth=1.5)
     steps = _columns(len(relevance))
@@ -199,14 +201,15 @@ def _draw_actions(axes: Axes, taken: Tensor, count: int) -> None:
     plain(axes)
 
 
-def _draw_legend(axes: Axes, taken: Tensor, names: Sequence[str]) -> None:
+def _name_actions(axes: Axes, taken: Tensor, names: Sequence[str]) -> None:
     from matplotlib.patches import Patch
 
     axes.axis("off")
     # Only what was done needs a colour explained; there may be many other actions.
-    handles = [Patch(color=colour_of(i), label=names[i]) for i in sorted(set(taken.tolist()))][:12]
+    shown = sorted(set(taken.tolist()))[:12]
+    handles = [Patch(color=colour_of(i)) for i in shown]
     columns = 1 + (len(handles) - 1) // 3
-    axes.legend(handles=handles, loc="center left", frameon=False, ncols=columns, fontsize="small")
+    draw_legend(axes, handles, [names[i] for i in shown], loc="center left", ncols=columns)
 
 
 def _draw_means(axes: Axes, relevance: Tensor, taken: Tensor | None, names: Sequence[str]) -> None:
@@ -239,7 +242,7 @@ def _draw_observation(axes: Axes, observation: Tensor, labels: Sequence[str]) ->
         axes.plot(centres, means, color=INK, linewidth=0.9, marker=marker, markersize=4)
         beside = axes.get_yaxis_transform()
         axes.text(1.008, lane, f"±{size:.2g}", transform=beside, va="center", fontsize="x-small")
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_yticks(range(len(labels)), list(map(verbatim, labels)))
     axes.set_ylim(len(labels) - 0.5, -0.5)
     plain(axes, "observation")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tdhook.markup import visible
 from tdhook.plots.style import (
     INK,
     RELEVANCE_COLOURS,
@@ -18,6 +19,7 @@ from tdhook.plots.style import (
     finite,
     require_names,
     top_of,
+    verbatim,
 )
 
 if TYPE_CHECKING:
@@ -81,7 +83,9 @@ def relevance_of_tokens(
     line = 0.0
     for i, ((words, values), (places, rows)) in enumerate(zip(texts, placed, strict=True)):
         if labels is not None:
-            axes.text(0.0, line + 0.5, labels[i], va="center", fontsize="small", color=INK, weight="bold")
+            axes.text(
+                0.0, line + 0.5, verbatim(labels[i]), va="center", fontsize="small", color=INK, weight="bold"
+            )
         _draw(axes, words, values, [(margin + x, line + row) for x, row in places], top)
         line += rows + 0.4
     colours = ScalarMappable(Normalize(-top, top), RELEVANCE_COLOURS)
@@ -116,7 +120,7 @@ def _checked(
 
 def _visible(word: str) -> str:
     """A token in one line; the blank with which many begin is in the gap between them."""
-    word = word.replace("\n", "⏎").replace("\t", "⇥")
+    word = visible(word.replace("\n", "⏎").replace("\t", "⇥"))
     return word.strip(" ") or "␣"
 
 
@@ -147,7 +151,7 @@ def _draw(
         axes.text(
             x + len(word) / 2,
             y + 0.53,
-            word.replace("$", r"\$"),
+            verbatim(word),
             ha="center",
             va="center",
             family="monospace",

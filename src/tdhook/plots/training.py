@@ -9,9 +9,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tdhook.plots.style import FAINT, INK, colour_of, draw_title, figure_class, largest, plain
+from tdhook.plots.style import (
+    FAINT,
+    INK,
+    colour_of,
+    draw_legend,
+    draw_title,
+    figure_class,
+    largest,
+    plain,
+    verbatim,
+)
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -52,7 +63,7 @@ def relevance_during_training(
     )[:, 0]
     for axes, (kind, lines) in zip(panels, kinds.items(), strict=True):
         _draw(axes, steps, kind, lines, max_lines)
-    panels[-1].set_xlabel(step_label, fontsize="small", color=INK)
+    panels[-1].set_xlabel(verbatim(step_label), fontsize="small", color=INK)
     draw_title(figure, title)
     return figure
 
@@ -82,8 +93,9 @@ def _draw(axes: Axes, steps: Tensor, kind: str, lines: dict[str, Tensor], most: 
     labels = list(lines)
     sizes = torch.stack([line.abs().nanmean() for line in lines.values()]).nan_to_num(-1.0)
     shown = largest(sizes, most)
+    drawn: list[Artist] = []
     for place, i in enumerate(shown):
-        _draw_line(axes, steps, lines[labels[i]], labels[i], colour_of(place))
+        drawn.append(_draw_line(axes, steps, lines[labels[i]], labels[i], colour_of(place)))
     seen = torch.cat([line[line.isfinite()] for line in lines.values()])
     if bool((seen < 0.0).any()):
         axes.axhline(0.0, color=INK, linewidth=0.8)
@@ -92,10 +104,10 @@ def _draw(axes: Axes, steps: Tensor, kind: str, lines: dict[str, Tensor], most: 
     rest = f" (the {len(shown)} largest of {len(labels)})" if len(shown) < len(labels) else ""
     plain(axes, kind + rest)
     if len(labels) > 1:
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize="small")
+        draw_legend(axes, drawn, [labels[i] for i in shown], loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
-def _draw_line(axes: Axes, steps: Tensor, line: Tensor, label: str, colour: str) -> None:
+def _draw_line(axes: Axes, steps: Tensor, line: Tensor, label: str, colour: str) -> Artist:
     together = max(1, len(steps) // _POINTS)
     marker = "." if len(steps) < 40 else None
     if together > 1:
@@ -107,7 +119,7 @@ def _draw_line(axes: Axes, steps: Tensor, line: Tensor, label: str, colour: str)
             alpha=0.2,
             linewidth=0,
         )
-    axes.plot(
+    (drawn,) = axes.plot(
         [part.mean().item() for part in steps.split(together)],
         [part.nanmean().item() for part in line.split(together)],
         color=colour,
@@ -115,6 +127,7 @@ def _draw_line(axes: Axes, steps: Tensor, line: Tensor, label: str, colour: str)
         linewidth=1.4,
         marker=marker,
     )
+    return drawn
 
 
 def _or_nan(part: Tensor, what: str) -> float:

@@ -15,15 +15,18 @@ from tdhook.plots.style import (
     FOR,
     INK,
     colour_of,
+    draw_legend,
     draw_title,
     figure_class,
     finite,
     largest,
     plain,
     require_names,
+    verbatim,
 )
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -64,7 +67,7 @@ def relevance_bars(
     )
     axes.bar_label(bars, [f"{v:+.3g}" for v in values], padding=3, fontsize="small", color=INK)
     axes.axvline(0.0, color=INK, linewidth=0.8)
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_yticks(range(len(labels)), list(map(verbatim, labels)))
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_xlabel("relevance", fontsize="small", color=INK)
@@ -112,16 +115,17 @@ def relevance_profile(
     axes = figure.subplots()
     x = _thinned(places)
     if isinstance(relevance, Mapping):
+        drawn: list[Artist] = []
         for i, (name, values) in enumerate(lines.items()):
-            axes.plot(x, _thinned(values), color=colour_of(i), label=name, linewidth=1.4)
-        axes.legend(frameon=False, fontsize="small")
+            drawn += axes.plot(x, _thinned(values), color=colour_of(i), label=name, linewidth=1.4)
+        draw_legend(axes, drawn, list(lines))
     else:
         _fill(axes, x, _thinned(lines[""]))
     axes.axhline(0.0, color=INK, linewidth=0.8)
     axes.grid(axis="y", color=FAINT, linewidth=0.5)
     axes.set_axisbelow(True)
     axes.margins(x=0.01)
-    axes.set_xlabel(position_label, fontsize="small", color=INK)
+    axes.set_xlabel(verbatim(position_label), fontsize="small", color=INK)
     plain(axes, "relevance")
     draw_title(figure, title)
     return figure

@@ -54,7 +54,7 @@ class Back:
         self._step = _Step(step, list(reads), self.writes)
         self._reads = list(reads)
         method = LRP(
-            [(Op("add", "sub", "rsub"), _ShiftRule()), (Op(*AFFINE, *PRODUCTS, "div"), _SharesRule(rounding))],
+            [(Op(*_SHIFTS, *_SCALES), _ConstantRule()), (Op(*AFFINE, *PRODUCTS), _SharesRule(rounding))],
             target=self._seeds,
             attribution_key="r",
             on_unmatched="ignore",
@@ -113,6 +113,8 @@ class Back:
         return TensorDict(given, outputs.batch_size)
 
 
+_SHIFTS = ("add", "sub", "rsub")
+_SCALES = ("mul", "div", "neg", "deg2rad", "rad2deg")
 _WAY_OUT = "Leave it out, or do what it does inside the policy, where it is explained with it"
 
 
@@ -125,6 +127,9 @@ class _Step(nn.Module):
 
     def forward(self, *tensors: Tensor) -> object:
         work = TensorDict(dict(zip(self.reads, tensors, strict=True)), tensors[0].shape[:1])
+        for key in self.step.in_keys:  # rewards and the like, which are moved beside what is observed
+            if key not in work:
+                work.set(key, tensors[0].new_zeros(len(tensors[0]), 1))
         result = self.step._step(work.copy(), work)
         written = tuple(result.get(key).clone() for key in self.writes)
         return written[0] if len(written) == 1 else written
@@ -146,13 +151,22 @@ class _SharesRule(EpsilonRule):
         return run
 
 
-class _ShiftRule(PassRule):
-    """All relevance to what a constant is added to; two values that are added share it."""
+class _ConstantRule(PassRule):
+    """All relevance to what a constant is added to, or what is scaled by one, whatever its value is."""
 
     def running(self, module: nn.Module, flow: Convention) -> Run:
-        """Values that are observed share it when they are added."""
-        passed, shares = super().running(module, flow), EpsilonRule(rounding).bound(module, flow)
-        return lambda call: passed(call) if _observed(call) < 2 else shares(call)
+        """Values that are observed share it by their contributions when they are added."""
+        passed, shifts = super().running(module, flow), cast(Operation, module).name in _SHIFTS
+        shares = (EpsilonRule(rounding) if shifts else _SharesRule(rounding)).bound(module, flow)
+        return lambda call: passed(call) if _keeps_shape(call) else shares(call)
+
+
+def _keeps_shape(call: Call) -> bool:
+    """Whether one value depends on what is observed, and what becomes of it has its shape."""
+    tensors = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
+    observed = [x for x in tensors if on_tape(x)]
+    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    return len(observed) < 2 and all(x.shape == shape for x in observed)
 
 
 def _observed(call: Call) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ _TRANSFORMS = (
     "ToTensorImage",
     "UnsqueezeTransform",
 )
+_NAMES_CODE = ("backend", "env", "env_id", "env_name", "entry_point", "id", "vector_entry_point")
+_WORDS = re.compile(r"[\w -]*")
 
 
 def make(env_id: str, options: Mapping[str, object], preprocessing: Iterable[Mapping[str, Any]]) -> EnvBase:
@@ -39,12 +42,46 @@ def make(env_id: str, options: Mapping[str, object], preprocessing: Iterable[Map
         raise ValueError(
             f"cannot make environment {env_id!r}: {error} (gymnasium.pprint_registry() lists what is there)"
         ) from error
+    except (AssertionError, AttributeError, RuntimeError, TypeError) as error:  # what it says of its options
+        raise ValueError(
+            f"cannot make environment {env_id!r} with the options {dict(options)}: {error}"
+        ) from error
     steps = [_transform(step) for step in preprocessing]
     # Some environments observe in float64; a policy's weights are float32.
     wide = [key for key, spec in env.observation_spec.items(True, True) if spec.dtype == torch.float64]
     if wide:
         steps.insert(0, envs.DoubleToFloat(in_keys=wide))
     return envs.TransformedEnv(env, envs.Compose(*steps)) if steps else env
+
+
+def require_no_import(env_id: str, options: Mapping[str, object]) -> None:
+    """Make sure that an environment of which a file tells is a registered one, made with plain data.
+
+    gymnasium imports what stands before a colon, and torchrl the ``backend``: a file may not say that.
+
+    Raises:
+        ValueError: something would be imported. The message says how to have it all the same.
+    """
+    home, colon, _ = env_id.rpartition(":")
+    if colon:
+        raise ValueError(
+            f"its environment {env_id!r} would import the module {home!r}, and what a file names is not imported: if "
+            f"you trust the module, name it yourself, with --env {env_id} or load_policy(..., env_id={env_id!r})"
+        )
+    for key, value in options.items():
+        if key in _NAMES_CODE or not _is_plain(value):
+            raise ValueError(
+                f"its option {key!r} is {value!r}: options of an environment that come from a file are numbers, words "
+                "and lists of them, and name no module or path; give others to make_env(policy, options=...)"
+            )
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, str):
+        return _WORDS.fullmatch(value) is not None
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float)
 
 
 def _transform(step: Mapping[str, object]) -> Transform:
@@ -65,7 +102,7 @@ def _transform(step: Mapping[str, object]) -> Transform:
         options |= {key: _dtype(options[key]) for key in ("dtype_in", "dtype_out") if key in options}
     try:
         return found(**options)
-    except TypeError as error:
+    except (TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the step of preprocessing {dict(step)} does not work: {error}") from error
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,8 +20,11 @@ from tdhook.contexts.attribution import Attribution
 from tdhook.contexts.explained import ExplainedModule
 from tdhook.extras import require
 from tdhook.keys import known_keys, parts_of, under
+from tdhook.models.holding import modules_of
+from tdhook.models.loading import Weights, load_weights
 from tdhook.models.model import InKeys
-from tdhook.models.state import Slot, modules_of, slots_of
+from tdhook.models.parallel import unwrapped
+from tdhook.models.state import Slot, slots_of
 from tdhook.passes.rows import beside, joined
 from tdhook.targets.hindsight import InHindsight
 
@@ -54,6 +59,8 @@ class Explain(Transform):
         every: explain the first batch and each ``every``-th after it. The others get the same entries, filled with NaN,
             so that they can be stacked and stored together.
         snapshot: whether to explain the module as it is now, until :meth:`update` is called, whatever is trained since.
+            A copy in another process (a pickled one: behind a remote buffer, or in a collector's worker) does not
+            follow the module, and says so: send it weights by :meth:`update`.
         at_once: how many steps are explained in one pass, so that memory does not grow with the batch.
         trajectories: whether the module looks along the last axis of the batch, which is time (recurrent policies,
             transformers). It is then given whole trajectories; otherwise, each step for itself.
@@ -93,26 +100,49 @@ class Explain(Transform):
         self._method, self._calls = method, 0
         self._wrapped_with = in_keys, out_keys
         self._lock = threading.RLock()
+        self._given = self._away = self._warned = False
+        self._taken = time.time()
         self._shapes: dict[NestedKey, tuple[torch.Size, torch.dtype]] = {}
         # Not registered: what moves or saves a buffer must not move or save the policy.
-        root = module.model.root if isinstance(module, ExplainedModule) else module
+        root = module.model.root if isinstance(module, ExplainedModule) else unwrapped(module)
         self.__dict__["_module"] = root
         self.__dict__["_explained"] = self._anew()
         self.in_keys = [unravel_key((*self.at, *parts_of(key))) for key in self._explained.in_keys]
         written = [parts_of(key) for key in self._explained.out_keys]
         self.out_keys = [self._destination(key) for key in written if self._is_ours(key)]
 
-    def update(self) -> None:
-        """Take a new snapshot: from now on the module is explained with the weights that it has now.
+    def update(self, weights: Weights | None = None) -> None:
+        """From now on, explain with other weights.
+
+        Args:
+            weights: a module like the one that is explained, its ``state_dict``, or a TensorDict of its parameters, as
+                ``TensorDict.from_module`` and torchrl's weight updates have them. They are copied. Without: those that
+                the module has now; with ``snapshot=True`` a new snapshot is taken.
 
         Raises:
-            RuntimeError: no snapshot is kept.
+            RuntimeError: there is nothing to update, as the weights are those of the moment anyway.
+            ValueError: the weights do not fit the module; nothing is changed then.
         """
-        if not self.snapshot:
-            raise RuntimeError(
-                "without snapshot=True the weights are those of the moment anyway: there is nothing to update"
-            )
-        self._take()
+        with self._lock:
+            if weights is not None:
+                load_weights(self._explained.model.root, weights)
+                self._given = True
+            elif self.snapshot or self._given or self._away:
+                self._take()
+                self._given = False
+            else:
+                raise RuntimeError(
+                    "without snapshot=True the weights are those of the moment anyway: there is nothing to update"
+                )
+            self._away, self._taken = False, time.time()
+
+    @property
+    def age(self) -> float:
+        """How old the weights are with which the next batch will be explained, in seconds.
+
+        Zero where they are those of the moment; otherwise, the time since they were taken, given, or pickled.
+        """
+        return time.time() - self._taken if self.snapshot or self._given or self._away else 0.0
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Explain a batch.
@@ -147,7 +177,9 @@ class Explain(Transform):
         )
 
     def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "_lock": None}
+        # What is not updated from here on has the weights of this moment.
+        taken = self._taken if self.snapshot or self._given or self._away else time.time()
+        return {**super().__getstate__(), "_lock": None, "_away": True, "_taken": taken}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__({**state, "_lock": threading.RLock()})
@@ -156,8 +188,9 @@ class Explain(Transform):
         """What is added to a batch."""
         batch = tensordict.batch_size
         if self._calls % self.every == 0:
-            if not self.snapshot:
+            if not self.snapshot and not self._given:
                 self._take()
+                self._say_if_old()
             found = self._explain(tensordict)
             self._shapes = {key: (value.shape[len(batch) :], value.dtype) for key, value in found.items()}
             return found
@@ -237,6 +270,15 @@ class Explain(Transform):
         name = parts_of(self._method.attribution_key)
         count = len(name) if key[: len(name)] == name else 1
         return unravel_key((*self.under, *key[:count], *self.at, *key[count:]))
+
+    def _say_if_old(self) -> None:
+        if self._away and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"this Explain was pickled {self.age:.0f} s ago and explains with the weights of then: send it those "
+                "of now by update(weights), or call update() if the module is trained in this process",
+                stacklevel=5,
+            )
 
     def _anew(self) -> ExplainedModule:
         method = self._method.explaining(InHindsight(self._method.seeder, _VALID))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -19,6 +20,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from tdhook.extras import require
+from tdhook.files import write_whole
 from tdhook.rl import environments
 
 if TYPE_CHECKING:
@@ -154,8 +156,13 @@ _BODIES: dict[str, tuple[str, tuple[str, ...], Callable[[Mapping[str, object]], 
 }
 
 
-def load_policy(path: str | os.PathLike[str]) -> Policy:
+def load_policy(path: str | os.PathLike[str], env_id: str | None = None) -> Policy:
     """Read a policy that :func:`save_policy` wrote.
+
+    Args:
+        path: of the file. Anyone's can be read: it is data, and neither it nor what it names is run.
+        env_id: gymnasium id of the environment, instead of the one in the file. One that imports a module
+            (``"module:Name-v0"``) is taken from here alone.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -169,7 +176,7 @@ def load_policy(path: str | os.PathLike[str]) -> Policy:
             f"no policy checkpoint at {path}: give the path of a file that tdhook.rl.save_policy wrote "
             "(examples/train_cartpole.py makes one)"
         )
-    return _from_bytes(path.read_bytes(), path)
+    return _from_bytes(path.read_bytes(), path, env_id)
 
 
 def save_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
@@ -178,7 +185,7 @@ def save_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
     Args:
         policy: ``policy.actor`` must have the structure that :func:`build_actor` gives for the kind and architecture
             in ``policy.metadata``.
-        path: file to write; missing folders are made.
+        path: file to write, whole or not at all; missing folders are made.
 
     Raises:
         ValueError: what was given does not make a checkpoint that loads. Nothing is written then.
@@ -213,8 +220,7 @@ def save_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
             f"nothing was saved to {path}: the actor's network is {network}, "
             f"and its metadata says {policy.metadata['architecture']}"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(buffer.getvalue())
+    write_whole(path, buffer.getvalue())
 
 
 def demo_policy(name: str = "cartpole") -> Policy:
@@ -275,7 +281,7 @@ def make_env(
     return made
 
 
-def _from_bytes(data: bytes, path: Path) -> Policy:
+def _from_bytes(data: bytes, path: Path, env_id: str | None = None) -> Policy:
     """The policy in the bytes of a checkpoint; ``path`` is for messages."""
     try:
         checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -284,12 +290,18 @@ def _from_bytes(data: bytes, path: Path) -> Policy:
             f"{path} is not a policy checkpoint of tdhook: it does not load as plain data ({type(error).__name__}). "
             "Write it with tdhook.rl.save_policy, which keeps numbers, strings and tensors only"
         ) from error
+    damaged = _damaged(data)
+    if damaged is not None:
+        raise ValueError(
+            f"{path} was changed or damaged after it was written: its part {damaged!r} has another checksum. "
+            "Get it once more, or train the policy again"
+        )
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise ValueError(
             f"{path} is not a policy checkpoint of tdhook: it has no 'format' entry. If it holds bare weights, load "
             "them into the network of tdhook.rl.build_actor and write that with tdhook.rl.save_policy"
         )
-    if checkpoint["format"] != FORMAT:
+    if type(checkpoint["format"]) is not int or checkpoint["format"] != FORMAT:
         raise ValueError(
             f"{path} has checkpoint format {checkpoint['format']!r}, and this version of tdhook reads format {FORMAT}: "
             "use the version of tdhook that wrote it, or train the policy again"
@@ -303,6 +315,7 @@ def _from_bytes(data: bytes, path: Path) -> Policy:
     try:
         actor = build_actor(checkpoint["kind"], checkpoint["architecture"])
         _check_names(checkpoint)
+        _check_environment(checkpoint, env_id)
         actor[0].module.load_state_dict(checkpoint["state_dict"])
     except ImportError:
         raise
@@ -314,11 +327,19 @@ def _from_bytes(data: bytes, path: Path) -> Policy:
     names = {"format", "env", "features", "actions", "state_dict"}
     return Policy(
         actor=actor.eval(),
-        env_id=checkpoint["env"],
+        env_id=checkpoint["env"] if env_id is None else env_id,
         features=tuple(checkpoint["features"]),
         actions=tuple(checkpoint["actions"]),
         metadata={key: value for key, value in checkpoint.items() if key not in names},
     )
+
+
+def _damaged(data: bytes) -> str | None:
+    """The part of a checkpoint, a zip archive, that is not as it was written; torch reads it without a word."""
+    if not zipfile.is_zipfile(io.BytesIO(data)):  # what torch wrote until 2020
+        return None
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return archive.testzip()
 
 
 def _check_names(checkpoint: Mapping[str, Any]) -> None:
@@ -329,9 +350,43 @@ def _check_names(checkpoint: Mapping[str, Any]) -> None:
         size, seen = "in_features", architecture["in_features"]
     acts = architecture["out_features"]
     for entry, name, wanted in (("features", size, seen), ("actions", "out_features", acts)):
+        require_names(checkpoint[entry], entry)
         given = len(checkpoint[entry])
         if given != wanted:
             raise ValueError(f"it names {given} {entry}, and its architecture has {name}={wanted}")
+
+
+def require_names(names: Iterable[object], what: str) -> None:
+    """Make sure that names tell things apart.
+
+    Args:
+        names: of features, say.
+        what: they are.
+
+    Raises:
+        TypeError: one is no text.
+        ValueError: two are equal.
+    """
+    listed = list(names)
+    for place, name in enumerate(listed):
+        if not isinstance(name, str):
+            raise TypeError(f"{what}[{place}] is {name!r}, and a name is a string")
+        if listed.index(name) < place:
+            raise ValueError(f"{what} have the name {name!r} twice, which does not tell them apart")
+
+
+def _check_environment(checkpoint: Mapping[str, Any], env_id: str | None) -> None:
+    """What a file says of its environment is a name and plain data: nothing that would be imported."""
+    given = checkpoint["env"]
+    if not isinstance(given, str):
+        raise TypeError(f"its 'env' is {given!r}, and an environment has an id, a string")
+    options, steps = checkpoint.get("options", {}), checkpoint.get("preprocessing", ())
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise TypeError(f"its 'options' are {options!r}, and they are a table")
+    if not isinstance(steps, list | tuple) or not all(isinstance(step, dict) for step in steps):
+        raise TypeError(f"its 'preprocessing' is {steps!r}, and that is a list of tables")
+    if env_id is None:
+        environments.require_no_import(given, options)
 
 
 def _listed(names: Iterable[object]) -> str:

@@ -6,11 +6,8 @@ also has an entry ``("attr", key)`` for each input.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +19,8 @@ from torch import Tensor, nn
 from tdhook.attribution.lrp import LRP
 from tdhook.composites import Composite
 from tdhook.passes.rows import joined
+from tdhook.rl.policies import require_names
+from tdhook.rl.saved import load, require_replaceable, save
 from tdhook.targets import Contrast, Target
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ __all__ = [
     "Summary",
     "conservation",
     "explained_rollout",
+    "load",
     "require_replaceable",
     "save",
     "summarise",
@@ -167,7 +167,13 @@ class Summary:
     magnitude: Tensor
 
     def to_dict(self) -> dict[str, object]:
-        """This summary as plain data; an action that was never taken has no mean relevance."""
+        """This summary as plain data; an action that was never taken has no mean relevance.
+
+        Raises:
+            ValueError: two features, or two actions, have one name.
+        """
+        require_names(self.features, "features")
+        require_names(self.actions, "actions")
         named = {
             action: dict(zip(self.features, row.tolist(), strict=True))
             for action, row, count in zip(self.actions, self.by_action, self.counts, strict=True)
@@ -320,41 +326,3 @@ def conservation(
         size=size.item(),
         error=error.item(),
     )
-
-
-def save(rollout: TensorDictBase, folder: str | Path) -> Path:
-    """Write a rollout as a memory-mapped TensorDict, to be read with ``TensorDict.load_memmap(folder)``.
-
-    Args:
-        rollout: the rollout.
-        folder: where; made if missing. A TensorDict that was saved there is replaced.
-
-    Raises:
-        FileExistsError: the folder holds something else.
-    """
-    folder = Path(folder)
-    require_replaceable(folder)
-    if folder.exists():
-        # Entries of an earlier, differently shaped rollout would be read back together with the new ones.
-        shutil.rmtree(folder)
-    rollout.contiguous().memmap(folder)
-    return folder
-
-
-def require_replaceable(folder: Path) -> None:
-    """Make sure that :func:`save` may write to a folder: there is none, or nothing but a saved TensorDict in it.
-
-    Raises:
-        FileExistsError: there is something else.
-    """
-    above = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not above.is_dir():
-        raise FileExistsError(f"{above} is a file, where a folder is to be written")
-    if above != folder or not any(folder.iterdir()):
-        return
-    try:
-        saved = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        saved = None
-    if not isinstance(saved, dict) or "tensordict" not in str(saved.get("_type")):
-        raise FileExistsError(f"{folder} holds something else than a saved TensorDict: choose another folder")

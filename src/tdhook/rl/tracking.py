@@ -13,7 +13,9 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
 from tdhook.contexts.attribution import Attribution
-from tdhook.models.state import modules_of, restored
+from tdhook.models.holding import modules_of
+from tdhook.models.state import restored
+from tdhook.rl.policies import require_names
 
 if TYPE_CHECKING:
     from torchrl.record.loggers.common import Logger
@@ -60,7 +62,8 @@ class AttributionTracker:
         history: the numbers of all checks by name, with the steps under ``"step"``, in lists of the same length.
 
     Raises:
-        ValueError: ``every`` is not positive, or the policy has several inputs and ``key`` does not say which.
+        ValueError: ``every`` is not positive, two features have one name, or the policy has several inputs and ``key``
+            does not say which.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class AttributionTracker:
     ) -> None:
         if every < 1:
             raise ValueError(f"every={every}: every how many batches to explain, at least 1")
+        require_names(features or (), "features")
         self.explained = method.wrap(module)
         inputs = self.explained.attributed
         if key is None and len(inputs) != 1:
@@ -147,10 +151,21 @@ class AttributionTracker:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on with what :meth:`state_dict` gave."""
-        self._count = state_dict["count"]
-        self.history = {name: list(values) for name, values in state_dict["history"].items()}
-        self._first, self._previous = state_dict["first"], state_dict["previous"]
+        """Go on with what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: it is not as that, or cut off: its entries are not of one length. Nothing is changed then.
+        """
+        try:
+            history = {str(name): list(values) for name, values in state_dict["history"].items()}
+            count, first, previous = (state_dict[name] for name in ("count", "first", "previous"))
+            lengths = {name: len(values) for name, values in history.items()}
+            fits = len(set(lengths.values())) == 1 and "step" in history and type(count) is int
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"this is no state of a tracker: {type(error).__name__}: {error}") from error
+        if not fits or not all(value is None or isinstance(value, Tensor) for value in (first, previous)):
+            raise ValueError(f"this is no state of a tracker: its history has the lengths {lengths}")
+        self._count, self.history, self._first, self._previous = count, history, first, previous
 
     def _explain(self, batch: TensorDictBase) -> TensorDictBase:
         with restored(self._root), _evaluating(self._root):

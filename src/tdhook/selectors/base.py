@@ -64,13 +64,27 @@ class Selector(ABC):
             raise ValueError(f"not a selector: {data!r}; expected one entry out of {', '.join(_READERS)}")
         try:
             return _READERS[kinds[0]](data[kinds[0]])
-        except (KeyError, TypeError, re.error) as error:
+        except (KeyError, TypeError, OverflowError, RecursionError, re.error) as error:
             raise ValueError(f"not a selector: {data!r}: {error}") from error
 
 
 SelectorLike: TypeAlias = (
     "Selector | type | tuple[type | str, ...] | str | re.Pattern[str] | Callable[..., object]"
 )
+
+
+def names_in(value: object) -> list[str]:
+    """The names that plain data gives: one, or a list of them.
+
+    Raises:
+        TypeError: it is anything else.
+    """
+    listed: list[object] = (
+        [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else []
+    )
+    if not listed or not all(isinstance(name, str) for name in listed):
+        raise TypeError(f"{value!r} is neither a name nor a list of names")
+    return [str(name) for name in listed]
 
 
 _READERS: dict[str, Callable[[object], Selector]] = {}

@@ -8,7 +8,15 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-__all__ = ["initialises", "name_of", "out_of_place_form", "queries", "relabels", "writes_in_place"]
+__all__ = [
+    "initialises",
+    "name_of",
+    "out_of_place_form",
+    "queries",
+    "raw_name",
+    "relabels",
+    "writes_in_place",
+]
 
 _SYNONYMS = {
     "absolute": "abs",
@@ -36,8 +44,19 @@ _SYNONYMS = {
     "moveaxis": "movedim",
     "mod": "remainder",
     "multiply": "mul",
+    "constant_pad_nd": "pad",
+    "lift_fresh": "alias",
+    "matrix_H": "mH",
     "negative": "neg",
-    "permute_copy": "permute",
+    "reflection_pad1d": "pad",
+    "reflection_pad2d": "pad",
+    "reflection_pad3d": "pad",
+    "replication_pad1d": "pad",
+    "replication_pad2d": "pad",
+    "replication_pad3d": "pad",
+    "unsafe_index": "index",
+    "unsafe_view": "view",
+    "numpy_T": "T",
     "psi": "digamma",
     "radd": "add",
     "rmul": "mul",
@@ -52,6 +71,7 @@ _RELABEL = ("as_strided_", "detach_", "squeeze_", "swapaxes_", "swapdims_", "t_"
 _QUERIES = frozenset(
     [
         "__len__",
+        "_base",
         "_is_view",
         "_version",
         "data_ptr",
@@ -94,13 +114,13 @@ _IN_PLACE_OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod",
 def name_of(function: Callable[..., object] | str) -> str:
     """The name of the operation that a torch function, method, operator or property getter performs.
 
-    ``torch.add``, ``torch.Tensor.add_``, ``operator.iadd`` and ``"add"`` are all ``"add"``; ``torch.mm``, ``torch.bmm``
-    and ``@`` are ``"matmul"``.
+    ``torch.add``, ``torch.Tensor.add_``, ``operator.iadd``, ``torch.ops.aten.add.Tensor`` and ``"add"`` are all
+    ``"add"``; ``torch.mm``, ``torch.bmm`` and ``@`` are ``"matmul"``.
     """
     if isinstance(function, str):
         name = function.rpartition(".")[2]
     else:
-        name = getattr(function, "__name__", type(function).__name__)
+        name = raw_name(function) or type(function).__name__
         owner = getattr(function, "__self__", None)
         if name in ("__get__", "__set__", "__delete__"):  # a property of torch.Tensor
             name = getattr(owner, "__name__", name)
@@ -108,27 +128,30 @@ def name_of(function: Callable[..., object] | str) -> str:
     if name[:1] == "i" and name[1:] in _IN_PLACE_OPERATORS:
         name = name[1:]
     name = name.removesuffix("_with_indices").removeprefix("special_")
+    if name.endswith("_copy") and name != "index_copy":  # operators that return no views: view_copy, to_copy
+        name = name.removesuffix("_copy")
     return _SYNONYMS.get(name, name)
 
 
-def _raw_name(function: Callable[..., object]) -> str:
-    return str(getattr(function, "__name__", ""))
+def raw_name(function: Callable[..., object]) -> str:
+    """The name of a function; of an overload of an operator, ``add.Tensor`` say, that of the operator."""
+    return str(getattr(function, "__name__", "")).partition(".")[0]
 
 
 def writes_in_place(function: Callable[..., object], kwargs: dict[str, object]) -> bool:
     """Whether a call overwrites its first argument, or its ``out``."""
-    name = _raw_name(function)
+    name = raw_name(function)
     if name in ("requires_grad_", "share_memory_"):
         return False
     if name.startswith("__"):
         return name in ("__setitem__", *(f"__i{operator}__" for operator in _IN_PLACE_OPERATORS))
-    in_place = name.endswith("_") and not name.startswith("_")
+    in_place = name.endswith("_")
     return in_place or kwargs.get("inplace") is True or kwargs.get("out") is not None
 
 
 def queries(function: Callable[..., object]) -> bool:
     """Whether a function merely tells something of a tensor: a property such as ``shape``, a method such as ``dim``."""
-    name = _raw_name(function)
+    name = raw_name(function)
     if name == "__get__":
         return getattr(getattr(function, "__self__", None), "__name__", "") in _QUERIES
     return name in _QUERIES
@@ -136,7 +159,7 @@ def queries(function: Callable[..., object]) -> bool:
 
 def begins_tape(function: Callable[..., object]) -> bool:
     """Whether a function puts a tensor on the tape, or takes it off."""
-    name = _raw_name(function)
+    name = raw_name(function)
     owner = getattr(getattr(function, "__self__", None), "__name__", "")
     return name == "requires_grad_" or (name == "__set__" and owner == "requires_grad")
 
@@ -148,15 +171,18 @@ def initialises(function: Callable[..., object]) -> bool:
 
 def relabels(function: Callable[..., object]) -> bool:
     """Whether a function in place changes the shape of a tensor, or its history, and leaves its values alone."""
-    return _raw_name(function) in _RELABEL
+    return raw_name(function) in _RELABEL
 
 
 def out_of_place_form(function: Callable[..., object]) -> Callable[..., object] | None:
     """The function that returns what an in-place one writes: ``torch.Tensor.add`` for ``torch.Tensor.add_``."""
-    name = _raw_name(function)
+    name = raw_name(function)
     bare = f"__{name[3:]}" if name.startswith("__i") else name.rstrip("_")
     homes: tuple[object, ...] = (torch.Tensor, torch, F)
-    if isinstance(function, types.FunctionType | types.BuiltinFunctionType) and not name.startswith("__"):
+    space = getattr(function, "__module__", None) or ""
+    if space.startswith("torch._ops."):
+        homes = (getattr(torch.ops, space.removeprefix("torch._ops.")),)
+    elif isinstance(function, types.FunctionType | types.BuiltinFunctionType) and not name.startswith("__"):
         homes = (F, torch, torch.Tensor)
     for home in homes:
         found = getattr(home, bare, None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from tdhook.models.sites import Site
-from tdhook.selectors.base import Selector, reads_data
+from tdhook.selectors.base import Selector, names_in, reads_data
 from tdhook.selectors.names import name_of
 
 __all__ = ["Op"]
@@ -52,4 +52,4 @@ class Op(Selector):
         return f"Op({', '.join(map(repr, self.operations))})"
 
 
-reads_data("op")(lambda value: Op(*([value] if isinstance(value, str) else value)))
+reads_data("op")(lambda value: Op(*names_in(value)))

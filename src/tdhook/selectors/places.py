@@ -15,7 +15,7 @@ from torch import nn
 
 from tdhook.models import families
 from tdhook.models.sites import Site
-from tdhook.selectors.base import Selector, as_selector, reads_data, stands_for
+from tdhook.selectors.base import Selector, as_selector, names_in, reads_data, stands_for
 
 __all__ = ["First", "Last", "Name", "Reads", "Type", "Where", "Writes"]
 
@@ -75,7 +75,8 @@ def _class_named(name: str) -> type | str:
             raise ValueError(f"torch.nn has no class {name[3:]!r}")
         return found
     home, _, leaf = name.rpartition(".")
-    found = getattr(sys.modules.get(home), leaf, None)
+    # Not getattr: a module may import what it is asked for.
+    found = vars(sys.modules[home]).get(leaf) if home in sys.modules else None
     return found if isinstance(found, type) else name
 
 
@@ -231,10 +232,7 @@ class Where(Selector):
 
 @reads_data("type")
 def _read_type(value: Any) -> Selector:
-    names = [value] if isinstance(value, str) else list(value)
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError("classes are given by name")
-    return Type(*(_class_named(name) for name in names))
+    return Type(*(_class_named(name) for name in names_in(value)))
 
 
 @reads_data("name")
@@ -247,14 +245,13 @@ def _read_name(value: Any) -> Selector:
 @reads_data("regex")
 def _read_regex(value: Any) -> Selector:
     given = value if isinstance(value, Mapping) else {"pattern": value}
+    if not isinstance(given["pattern"], str) or set(given) - {"pattern", "flags"}:
+        raise TypeError("a regular expression is a string, or a table of 'pattern' and 'flags'")
     return Name(re.compile(given["pattern"], given.get("flags", 0)))
 
 
 def _read_key(value: Any) -> NestedKey:
-    parts = (value,) if isinstance(value, str) else tuple(value)
-    if not parts or not all(isinstance(part, str) for part in parts):
-        raise TypeError(f"{value!r} is no key; a key is a string or a list of strings")
-    return unravel_key(parts)
+    return unravel_key(tuple(names_in(value)))
 
 
 reads_data("reads")(lambda value: Reads(_read_key(value)))

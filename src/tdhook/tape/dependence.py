@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeVar, cast
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.utils._pytree import tree_map_only
 
 from tdhook.tape.internals import inside, is_batched, nodes_made, number_of, transformed
+from tdhook.tape.trees import tree_leaves, tree_map_tensors
 
 __all__ = ["Dependence", "leaf"]
 
@@ -22,14 +23,15 @@ _LEAF, _OWN = "_leaf_of_a_pass", "_own_of_a_model"
 
 
 def leaf(x: Tensor) -> Tensor:
-    """A tensor of the same values at which the tape of a pass begins: a view, which is known by the node that made it."""
+    """A tensor of the same values, at which the tape of a pass begins: a view, known by the node that made it."""
     found = x.detach()
     setattr(found, _LEAF, True)
-    return found.requires_grad_().view_as(found)
+    with torch.enable_grad():
+        return found.requires_grad_().view_as(found)
 
 
 def _is_leaf(x: Tensor) -> bool:
-    """Whether a tape of :func:`leaf` begins at a tensor."""
+    """Whether the tape of a pass begins at a tensor."""
     return getattr(x, _LEAF, False) is True
 
 
@@ -91,6 +93,12 @@ class Dependence:
                 live, foreign = live or below[0], foreign or below[1]
         return live, foreign
 
+    def look_at_call(self, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[bool, bool]:
+        """The same of what a module is called with, however it is packed."""
+        if not kwargs and all(isinstance(x, Tensor) for x in args):
+            return self.look(args)
+        return self.look(tree_leaves((args, kwargs)))
+
     def constants_off(self, tree: T, *, own: bool) -> T:
         """A nested structure with the constants in it taken off the tape.
 
@@ -103,7 +111,7 @@ class Dependence:
             on = x.requires_grad or (transformed() and is_batched(x))
             return x.detach() if on and not self.has(x) and (own or not self._is_own(x)) else x
 
-        return cast(T, tree_map_only(Tensor, off, tree))
+        return cast(T, tree_map_tensors(off, tree))
 
     def _is_own(self, x: Tensor) -> bool:
         node = x.grad_fn

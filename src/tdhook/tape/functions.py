@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
-from torch.utils._pytree import tree_map_only
 
 from tdhook.tape.internals import inside, is_batched, is_wrapped, maker_of, transformed
+from tdhook.tape.trees import tree_map_tensors
 
 __all__ = [
     "Identity",
@@ -60,7 +60,7 @@ def live(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
         return kind([live(function, value) for value in tree])
     if kind is dict:
         return {key: live(function, value) for key, value in tree.items()}
-    return tree_map_only(Tensor, lambda x: function(x) if on_tape(x) else x, tree)
+    return tree_map_tensors(lambda x: function(x) if on_tape(x) else x, tree)
 
 
 def may_look_at(x: Tensor) -> bool:

@@ -11,16 +11,25 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
+import torch._functorch.autograd_function
+import torch._functorch.pyfunctorch
+import torch._higher_order_ops.utils
+import torch.autograd.function as autograd_functions
 import torch.utils.checkpoint as checkpointing
 from torch import _C, Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 __all__ = [
+    "APPLIED_IN_TRANSFORMS",
     "CHECKPOINTING",
     "Watching",
+    "applying_of",
+    "beneath",
     "buffers_of",
     "called",
     "children_of",
+    "dense_of",
+    "function_inside",
     "gradients_of",
     "hooks_on_saved_tensors",
     "in_backward_pass",
@@ -37,9 +46,16 @@ __all__ = [
     "pop_mode",
     "push_mode",
     "saved_by",
+    "schema_of",
     "script_call",
+    "script_method_call",
+    "sees",
+    "set_applying",
+    "set_control_flow",
     "set_script_call",
+    "set_script_method_call",
     "storage_of",
+    "through_transforms",
     "top_mode",
     "transformed",
     "unwatched",
@@ -159,6 +175,103 @@ def unwatched() -> Iterator[None]:
             push_mode(mode)
 
 
+def sees(mode: TorchFunctionMode) -> bool:
+    """Whether a mode is on and sees torch functions, above or below others."""
+    if not _C._is_torch_function_mode_enabled():
+        return False
+    return any(_C._get_function_stack_at(i) is mode for i in range(_C._len_torch_function_stack()))
+
+
+@contextmanager
+def beneath(mode: TorchFunctionMode) -> Iterator[None]:
+    """Run out of sight of a mode that is on, in sight of the others."""
+    above = []
+    while (top := pop_mode()) is not mode:
+        above.append(top)
+    for other in reversed(above):
+        push_mode(other)
+    try:
+        yield
+    finally:
+        for _ in above:
+            pop_mode()
+        push_mode(mode)
+        for other in reversed(above):
+            push_mode(other)
+
+
+_Function: Any = autograd_functions._SingleLevelFunction
+
+
+def applying_of(function: Any) -> Callable[..., Any]:
+    """How torch applies an autograd function where no transform is at work."""
+    apply: Callable[..., Any] = super(_Function, function).apply  # type: ignore[misc]
+    return apply
+
+
+def set_applying(apply: Callable[..., object] | None) -> None:
+    """Have autograd functions applied by ``apply(function, *args)``, or by torch again."""
+    if apply is not None:
+        _Function.apply = classmethod(apply)
+    elif "apply" in _Function.__dict__:
+        del _Function.apply
+
+
+def function_inside(function: type) -> type:
+    """The autograd function that ``torch.vmap`` made another one of, or the function itself."""
+    if function.__module__ != "torch._functorch.autograd_function":
+        return function
+    cells = getattr(function.__dict__["forward"].__func__, "__closure__", None) or ()
+    kinds = (cell.cell_contents for cell in cells if isinstance(cell.cell_contents, type))
+    return next((kind for kind in kinds if issubclass(kind, torch.autograd.Function)), function)
+
+
+APPLIED_IN_TRANSFORMS: Any = torch._functorch.autograd_function.custom_function_call
+"""The operator by which autograd functions are applied within ``torch.vmap`` and its kin."""
+
+through_transforms: Callable[[Any, Any, Any], Any] = torch._functorch.pyfunctorch.dispatch_functorch
+"""Calls an operator within a transform, given its arguments as a tuple and a dictionary."""
+
+
+def dense_of(function: object) -> Callable[..., Any] | None:
+    """What an operator that takes functions (``torch.cond``, a scan) does on tensors, in Python."""
+    if not isinstance(function, torch._ops.HigherOrderOperator):
+        return None
+    kernel: Callable[..., Any] | None = function.py_kernels.get(_C.DispatchKey.CompositeExplicitAutograd)
+    return kernel
+
+
+_CONTROL_FLOW: Any = torch._higher_order_ops.utils
+_control_flow = _CONTROL_FLOW._hop_compile_and_call
+
+
+def set_control_flow(
+    run: Callable[[Callable[..., Any], Callable[..., object], Any, Any], object] | None,
+) -> None:
+    """Have operators that take functions run by ``run(torch's way, function, args, kwargs)``, or by torch again."""
+
+    def call(function: Callable[..., object], args: Any, kwargs: Any = None) -> object:
+        assert run is not None
+        return run(_control_flow, function, args, kwargs or {})
+
+    _CONTROL_FLOW._hop_compile_and_call = _control_flow if run is None else call
+
+
+def schema_of(function: object) -> Any:
+    """The signature of one overload of an operator, as torch's dispatcher knows it; ``None`` for other functions."""
+    return function._schema if isinstance(function, torch._ops.OpOverload) else None
+
+
+script_method_call: Any = _C.ScriptMethod.__dict__["__call__"]
+"""How methods of modules compiled by ``torch.jit`` are called."""
+
+
+def set_script_method_call(call: object) -> None:
+    """Have methods of modules compiled by ``torch.jit`` called in another way."""
+    kind: Any = _C.ScriptMethod
+    kind.__call__ = call
+
+
 script_call: Any = _C.ScriptFunction.__dict__["__call__"]
 """How functions compiled by ``torch.jit.script`` are called."""
 
@@ -205,14 +318,19 @@ def mode_options(mode: str, dynamic: bool | None) -> dict[str, object]:
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """The parameters that a module holds itself, by their names: the dictionary that it keeps them in."""
-    return module._parameters
+    return _dictionary(module._parameters)
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """The buffers that a module holds itself, by their names: the dictionary that it keeps them in."""
-    return module._buffers
+    return _dictionary(module._buffers)
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     """The modules that a module holds itself, by their names: the dictionary that it keeps them in."""
-    return module._modules
+    return _dictionary(module._modules)
+
+
+def _dictionary(registry: Any) -> Any:
+    """A registry itself, or a copy of that of a module compiled by ``torch.jit``, which is none."""
+    return registry if isinstance(registry, dict) else dict(registry.items())

@@ -55,6 +55,11 @@ class Seeder(ABC):
         return None
 
     @property
+    def choices(self) -> Sequence[NestedKey]:
+        """Entries that hold what a policy chose, whatever they are called, and that stay when inputs are changed."""
+        return ()
+
+    @property
     def writes(self) -> Sequence[NestedKey]:
         """Keys of what it computes and writes besides what the model writes."""
         return ()
@@ -89,6 +94,10 @@ class Around(Seeder):
     @property
     def explains(self) -> Sequence[NestedKey] | None:
         return self.inner().explains
+
+    @property
+    def choices(self) -> Sequence[NestedKey]:
+        return self.inner().choices
 
     @property
     def writes(self) -> Sequence[NestedKey]:

@@ -12,11 +12,12 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.conventions import Convention
+from tdhook.models.entries import is_batch, leaves_of
 from tdhook.tape.as_one import as_one
 from tdhook.targets.base import Seeder, Seeds
-from tdhook.targets.outputs import Index, Selection, Target, same_index
+from tdhook.targets.outputs import Index, Selection, Target, heads_of, same_index
 
-__all__ = ["Computed", "Derived", "as_one", "entry_of", "plain_keys"]
+__all__ = ["Computed", "Derived", "as_one", "entries_of", "entry_of", "plain_keys"]
 
 Function: TypeAlias = Callable[[TensorDictBase, TensorDictBase], Tensor]
 
@@ -167,15 +168,41 @@ def plain_keys(target: Derived, *names: str) -> None:
     _ = target.chosen  # which is made with the index
 
 
-def entry_of(key: NestedKey, outputs: TensorDictBase, inputs: TensorDictBase, user: Seeder) -> Tensor:
-    """The entry that a target computes with: what the module wrote, or else what it was given.
+def entries_of(
+    key: NestedKey, outputs: TensorDictBase, inputs: TensorDictBase, user: Seeder
+) -> Tensor | TensorDictBase:
+    """The entry that a target computes with, or the entries: what the module wrote, or else what it was given.
 
     Raises:
         KeyError: there is none.
     """
+    written, given = outputs.get(key, None), inputs.get(key, None)
+    if is_batch(written) or (written is None and is_batch(given)):
+        # Parts of it may have been given, and others written.
+        whole = (written if is_batch(written) else given).empty()
+        for found in (given, written):
+            for name, value in leaves_of((), found):
+                whole.set(name, value)
+        if not whole.is_empty():
+            return whole
+    return entry_of(key, outputs, inputs, user)
+
+
+def entry_of(key: NestedKey, outputs: TensorDictBase, inputs: TensorDictBase, user: Seeder) -> Tensor:
+    """The tensor that a target computes with: what the module wrote, or else what it was given.
+
+    Raises:
+        KeyError: there is none.
+        TypeError: it is a TensorDict.
+    """
     value = outputs.get(key, None)
     if value is None:
         value = inputs.get(key, None)
+    if is_batch(value) and not value.is_empty():
+        raise TypeError(
+            f"{type(user).__name__} is computed from one tensor, and {key!r} is a TensorDict; name one of its entries: "
+            f"{heads_of(key, value)}"
+        )
     if not isinstance(value, Tensor):
         known = sorted({str(k) for td in (outputs, inputs) for k in td.keys(True, True)})
         raise KeyError(

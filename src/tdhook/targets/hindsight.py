@@ -42,7 +42,7 @@ class InHindsight(Around):
         """Let the target compute, with what was chosen then."""
         if not self.of.writes:
             return outputs
-        chosen = [key for key in self._stored(inputs) if is_choice(key, outputs)]
+        chosen = [key for key in self._stored(inputs) if is_choice(key, outputs, self.of)]
         computed = self.of.derive(self._instead(outputs, inputs, chosen), inputs)
         outputs = outputs.copy()
         for key in self.of.writes:

@@ -13,6 +13,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.conventions import Convention, per_value
+from tdhook.models.entries import is_batch, leaves_of
 from tdhook.tape.conditions import holds, seen_to_hold
 from tdhook.targets.base import Seeder, Seeds
 
@@ -38,12 +39,21 @@ def _output(outputs: TensorDictBase, key: NestedKey) -> Tensor:
     if value is None:
         known = sorted(map(str, outputs.keys(True, True)))
         raise KeyError(f"the target names {key!r}, which the module did not write; it has {', '.join(known)}")
+    if is_batch(value):
+        raise TypeError(
+            f"the target {key!r} is a TensorDict; name one of its entries: {heads_of(key, value)}"
+        )
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(
             f"the target {key!r} is {getattr(value, 'dtype', type(value).__name__)}; only floating-point outputs can "
             "be explained"
         )
     return value
+
+
+def heads_of(key: NestedKey, value: object) -> str:
+    """The keys of the tensors below an entry, for a message."""
+    return ", ".join(repr(name) for name, _ in leaves_of(key, value)) or "there are none"
 
 
 def _seed(z: Tensor, weight: Tensor, flow: Convention) -> Tensor:
@@ -189,6 +199,15 @@ class Target(Selection):
             raise KeyError(
                 f"the target takes its index from {key!r}, which is not there; there are {', '.join(known)}"
             )
+        if is_batch(entry):
+            raise ValueError(
+                f"entry {key!r} is a TensorDict, and the index of {self.key!r} is one tensor; name one of its entries, "
+                f"index=Key(...): {heads_of(key, entry)}"
+            )
+        if not isinstance(entry, Tensor):
+            raise TypeError(
+                f"entry {key!r} is no tensor but {type(entry).__name__}, and no index of {self.key!r}"
+            )
         return self._from_tensor(entry, z, f"entry {key!r}")
 
     def _at(self, z: Tensor, index: tuple[int, ...]) -> Tensor:
@@ -215,13 +234,15 @@ class Target(Selection):
             # torchrl's greedy actions name all of several outputs that are equal, and the first is taken.
             if not seen_to_hold(one) and not holds(one | _tied(hot, first, z.detach())):
                 raise ValueError(
-                    f"{what} has the shape of {self.key!r} but is not one-hot along the last axis"
+                    f"{what} has the shape of {self.key!r} but is not one-hot along the last axis; where it names "
+                    "several outputs, explain their sum with Computed, or give index= for one of them"
                 )
             return _one_hot(first, z)
         if entry.is_floating_point():
             raise TypeError(
                 f"{what} of dtype {entry.dtype} and shape {tuple(entry.shape)} is no index of {self.key!r}"
             )
+        entry = entry.long()  # small and unsigned integers hold no negative count of outputs
         if entry.shape == (*z.shape[:-1], 1):
             entry = entry.squeeze(-1)
         try:
@@ -229,7 +250,8 @@ class Target(Selection):
         except RuntimeError:
             raise ValueError(
                 f"{what} of shape {tuple(entry.shape)} is neither one index per batch element nor one-hot for "
-                f"{self.key!r} of shape {tuple(z.shape)}"
+                f"{self.key!r} of shape {tuple(z.shape)}; where it holds several actions, explain the sum of what they "
+                "are worth with Computed, or give index= for one of them"
             ) from None
         count = z.shape[-1]
         inside = (entry >= -count) & (entry < count)
@@ -238,7 +260,7 @@ class Target(Selection):
                 f"target index {int(entry[~inside][0])} from {what} is out of range for {self.key!r}, which has "
                 f"{count} outputs (shape {tuple(z.shape)})"
             )
-        return _one_hot((entry.long() % count).unsqueeze(-1), z)
+        return _one_hot((entry % count).unsqueeze(-1), z)
 
 
 def _tied(hot: Tensor, first: Tensor, z: Tensor) -> Tensor:
@@ -316,6 +338,11 @@ class Contrast(Seeder):
         """What is compared, and what that is computed from."""
         a, b = self.a.explains, self.b.explains
         return None if a is None or b is None else [*a, *b]
+
+    @property
+    def choices(self) -> list[NestedKey]:
+        """What was chosen, for either."""
+        return [*self.a.choices, *self.b.choices]
 
     @property
     def writes(self) -> Sequence[NestedKey]:

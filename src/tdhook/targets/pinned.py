@@ -10,6 +10,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.conventions import Convention
+from tdhook.keys import parts_of
 from tdhook.targets.base import Around, Seeder, Seeds
 
 __all__ = ["ASKED", "Pinned", "pin"]
@@ -92,19 +93,20 @@ def pin(
     found: dict[NestedKey, Tensor] = {}
     for i, weight in enumerate(seeds.grads):
         found[_weight(i)] = weight if seeds.several is None else weight.movedim(0, outputs.batch_dims)
-    kept = [key for key in target.entries or () if is_choice(key, outputs)]
+    kept = [key for key in target.entries or () if is_choice(key, outputs, target)]
     for i, key in enumerate(kept):
         found[_entry(i)] = outputs.get(key)
     return Pinned(target, tuple(seeds.keys), tuple(kept), seeds.several), found
 
 
-def is_choice(key: NestedKey, outputs: TensorDictBase) -> bool:
-    """Whether an entry is what the model chose, and not a value that it computed."""
+def is_choice(key: NestedKey, outputs: TensorDictBase, target: Seeder) -> bool:
+    """Whether an entry that a target reads is what the model chose, and not a value that it computed."""
     value = outputs.get(key, None)
     if value is None:
         return False
-    last = key if isinstance(key, str) else key[-1]
-    return not value.is_floating_point() or last == "action"
+    if "action" in parts_of(key) or key in target.choices:
+        return True
+    return isinstance(value, Tensor) and not value.is_floating_point()
 
 
 def _weight(i: int) -> NestedKey:

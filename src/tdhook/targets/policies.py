@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictModule
+from tensordict.nn import CompositeDistribution, ProbabilisticTensorDictModule
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
+from tdhook.keys import parts_of
+from tdhook.models.entries import leaves_of
 from tdhook.tape.as_one import as_one
-from tdhook.targets.computed import Derived, entry_of, plain_keys
+from tdhook.targets.computed import Derived, entries_of, entry_of, plain_keys
 from tdhook.targets.outputs import Index, Key, Target
 
 __all__ = ["Entropy", "LogProb", "Probability"]
@@ -91,9 +93,20 @@ class _OfAPolicy(Derived):
         parameters = {_last(name): key for name, key in zip(head.dist_keys, head.in_keys, strict=True)}
         kind = head.distribution_class
         if isinstance(kind, type) and issubclass(kind, _CATEGORICAL) and list(parameters) == ["logits"]:
-            return cls(parameters["logits"], **options)  # type: ignore[call-arg]
+            return cls._of(parameters["logits"], None, head.dist_sample_keys, **options)
         how = partial(kind, **dict(head.distribution_kwargs)) if head.distribution_kwargs else kind
-        return cls(parameters, distribution=how, **options)  # type: ignore[call-arg]
+        return cls._of(parameters, how, head.dist_sample_keys, **options)
+
+    @classmethod
+    def _of(
+        cls: type[T],
+        parameters: Parameters,
+        distribution: Distribution | None,
+        samples: Sequence[NestedKey],
+        **options: object,
+    ) -> T:
+        """The target for a distribution that a policy draws from, and writes the samples of under some keys."""
+        return cls(parameters, distribution=distribution, **options)  # type: ignore[call-arg]
 
     @property
     def is_categorical(self) -> bool:
@@ -114,10 +127,44 @@ class _OfAPolicy(Derived):
     def _logits(self) -> NestedKey:
         return cast(NestedKey, self.parameters)
 
-    def _found(self, outputs: TensorDictBase, inputs: TensorDictBase) -> dict[str, Tensor]:
-        """The parameters of a distribution by name."""
+    def _found(self, outputs: TensorDictBase, inputs: TensorDictBase) -> dict[str, Tensor | TensorDictBase]:
+        """The parameters of a distribution by name; those of a composite one are a TensorDict."""
         parameters = cast("dict[str, NestedKey]", self.parameters)
-        return {name: entry_of(key, outputs, inputs, self) for name, key in parameters.items()}
+        return {name: entries_of(key, outputs, inputs, self) for name, key in parameters.items()}
+
+
+def _tensors(found: Mapping[str, Tensor | TensorDictBase]) -> dict[NestedKey, Tensor]:
+    """Parameters one by one, those of a composite distribution by nested keys."""
+    return {key: x for name, value in found.items() for key, x in leaves_of(name, value)}
+
+
+def _arguments(
+    found: Mapping[str, Tensor | TensorDictBase], keys: Iterable[NestedKey], tensors: Iterable[Tensor]
+) -> dict[str, Tensor | TensorDictBase]:
+    """Parameters as a distribution takes them, of tensors one by one."""
+    arguments = {name: x if isinstance(x, Tensor) else x.empty() for name, x in found.items()}
+    for key, x in zip(keys, tensors, strict=True):
+        name, *rest = parts_of(key)
+        whole = arguments[name]
+        if isinstance(whole, Tensor):
+            arguments[name] = x
+        else:
+            whole.set(tuple(rest), x)
+    return arguments
+
+
+def _joint(made: Any, value: Callable[[Any, NestedKey | None], Tensor], axes: int) -> Tensor:
+    """A value of a distribution; of a composite one the sum of those of its parts, ``[*batch]``.
+
+    Args:
+        made: the distribution.
+        value: given it, or a part of it and the key of its samples.
+        axes: how many axes the batch has.
+    """
+    if not isinstance(made, CompositeDistribution):
+        return value(made, None)
+    parts = [value(part, key) for key, part in made.dists.items()]
+    return torch.stack([x.flatten(axes).sum(-1) if x.dim() > axes else x for x in parts]).sum(0)
 
 
 def _last(key: NestedKey) -> str:
@@ -134,7 +181,8 @@ class Entropy(_OfAPolicy):
     Args:
         parameters: the key of logits of a categorical distribution, ``[*batch, actions]``; or the keys of ``loc`` and
             ``scale`` of a normal one, ``[*batch, n]``, in a list; or those of the parameters of ``distribution``,
-            whose names are the last parts of the keys, or are given as ``{name: key}``.
+            whose names are the last parts of the keys, or are given as ``{name: key}``. Those of a
+            ``CompositeDistribution`` are one TensorDict; its entropy is the sum of those of its parts.
         distribution: what makes a distribution of these parameters: a class of ``torch.distributions``, of torchrl, or
             a function.
         key: where the entropy is written, ``[*batch]``.
@@ -159,15 +207,16 @@ class Entropy(_OfAPolicy):
             return categorical_entropy(entry_of(self._logits, outputs, inputs, self))
         found = self._found(outputs, inputs)
         if self.distribution is None:
-            return normal_entropy(found["scale"])
-        make = self.distribution
+            return normal_entropy(cast(Tensor, found["scale"]))
+        make, tensors = self.distribution, _tensors(found)
 
         @as_one
         def entropy(*parameters: Tensor) -> Tensor:
-            return cast(Tensor, make(**dict(zip(found, parameters, strict=True))).entropy())
+            made = make(**_arguments(found, tensors, parameters))
+            return _joint(made, lambda part, _: cast(Tensor, part.entropy()), outputs.batch_dims)
 
         try:
-            return entropy(*found.values())
+            return entropy(*tensors.values())
         except (NotImplementedError, RuntimeError) as error:
             raise NotImplementedError(
                 f"the entropy of {_name(make)} has no closed form ({error}); explain that of the distribution before "
@@ -185,7 +234,8 @@ class LogProb(_OfAPolicy):
         parameters: as of :class:`Entropy`.
         action: of a categorical distribution the index of the action, as in :class:`~tdhook.targets.Target` (the
             entry ``"action"``, an ``int``, ``"argmax"``, ``Key("taken")``, ``"all"``, a list); of others the key of
-            the action that is meant, ``[*batch, n]``.
+            the action that is meant, ``[*batch, n]``; of a composite one a list of the keys of its parts, whose
+            log-probabilities are summed.
         distribution: as of :class:`Entropy`.
         key: where the log-probability is written: of each action, ``[*batch, actions]``, if it is categorical, else of
             the action, ``[*batch]``.
@@ -218,32 +268,58 @@ class LogProb(_OfAPolicy):
             (self.parameters,) if self.is_categorical else (self.parameters, self.action, self.distribution)
         )
 
+    @classmethod
+    def _of(
+        cls,
+        parameters: Parameters,
+        distribution: Distribution | None,
+        samples: Sequence[NestedKey],
+        **options: object,
+    ) -> LogProb:
+        keys = [key if key == "action" else Key(key) for key in samples]
+        taken: object = keys if len(keys) > 1 else keys[0]
+        return cls(parameters, distribution=distribution, **{"action": taken, **options})
+
     @property
     def reads(self) -> list[NestedKey]:
         """The parameters, if the module did not write them, and the action."""
-        return super().reads if self.is_categorical else [*super().reads, self._taken()]
+        return super().reads if self.is_categorical else [*super().reads, *self._taken()]
 
-    def _taken(self) -> NestedKey:
-        key = self.action.key if isinstance(self.action, Key) else self.action
-        if not isinstance(key, str | tuple) or not all(isinstance(part, str) for part in key):
-            raise TypeError(f"of a continuous distribution, action= is the key of an entry, got {key!r}")
-        return cast(NestedKey, unravel_key(key))
+    @property
+    def choices(self) -> list[NestedKey]:
+        """The action."""
+        return [] if self.is_categorical else self._taken()
+
+    def _taken(self) -> list[NestedKey]:
+        """The keys of the action: several for the parts of a composite distribution."""
+        given = self.action if isinstance(self.action, list) else [self.action]
+        keys = [one.key if isinstance(one, Key) else one for one in given]
+        for key in keys:
+            if not isinstance(key, str | tuple) or not all(isinstance(part, str) for part in key):
+                raise TypeError(f"of a continuous distribution, action= is the key of an entry, got {key!r}")
+        return [cast(NestedKey, unravel_key(key)) for key in keys]
 
     def value(self, outputs: TensorDictBase, inputs: TensorDictBase) -> Tensor:
         """The log-probability of each action, or of the one that is meant."""
         if self.is_categorical:
             return entry_of(self._logits, outputs, inputs, self).log_softmax(-1)
         found = self._found(outputs, inputs)
-        action = entry_of(self._taken(), outputs, inputs, self).detach()
+        taken = {key: entry_of(key, outputs, inputs, self).detach() for key in self._taken()}
+        first = next(iter(taken.values()))
         if self.distribution is None:
-            return normal_log_prob(found["loc"], found["scale"], action)
-        make = self.distribution
+            return normal_log_prob(cast(Tensor, found["loc"]), cast(Tensor, found["scale"]), first)
+        make, tensors = self.distribution, _tensors(found)
 
         @as_one
-        def log_prob(action: Tensor, *parameters: Tensor) -> Tensor:
-            return cast(Tensor, make(**dict(zip(found, parameters, strict=True))).log_prob(action))
+        def log_prob(*parameters: Tensor) -> Tensor:
+            made = make(**_arguments(found, tensors, parameters))
+            return _joint(
+                made,
+                lambda part, key: cast(Tensor, part.log_prob(first if key is None else _part(taken, key))),
+                outputs.batch_dims,
+            )
 
-        return log_prob(action, *found.values())
+        return log_prob(*tensors.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,6 +347,16 @@ class Probability(Derived):
     def value(self, outputs: TensorDictBase, inputs: TensorDictBase) -> Tensor:
         """The probability of each action."""
         return entry_of(self.logits, outputs, inputs, self).softmax(-1)
+
+
+def _part(taken: Mapping[NestedKey, Tensor], key: NestedKey) -> Tensor:
+    """The part of an action that belongs to a part of a composite distribution."""
+    key = unravel_key(key)
+    if key not in taken:
+        raise KeyError(
+            f"the distribution draws {key!r}, of which action= gives no entry; it gives {', '.join(map(repr, taken))}"
+        )
+    return taken[key]
 
 
 def _name(make: object) -> str:

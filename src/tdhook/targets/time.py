@@ -131,6 +131,7 @@ class AtStep(Around):
     def _at(self, steps: Tensor, batch: torch.Size, axis: int) -> Tensor:
         """The marks of steps that are given as numbers."""
         count = batch[axis]
+        steps = steps.long()
         inside = (steps >= -count) & (steps < count)
         if not holds(inside):
             raise IndexError(

@@ -123,8 +123,9 @@ def test_unless_told_otherwise():
 
 
 def test_one_tensor_for_each_layer_and_modification():
-    net, cache = network(), WeightCache()
-    weight = net[0].weight
+    net = network()
+    cache, weight = WeightCache(net), net[0].weight
+    cache.begin()
     first = cache.get(net[0], "change", [weight], lambda: weight.detach() + 1)
     assert cache.get(net[0], "change", [weight], lambda: weight.detach() + 2) is first
     assert cache.get(net[0], "another", [weight], lambda: weight.detach() + 2) is not first
@@ -135,10 +136,12 @@ def test_one_tensor_for_each_layer_and_modification():
 
 
 def test_a_layer_that_is_gone_leaves_nothing():
-    net, cache = network(), WeightCache()
-    value = net[0].weight.detach() + 1
+    net = network()
+    cache, value = WeightCache(net), net[0].weight.detach() + 1
+    cache.begin()
     cache.get(net[0], "change", [net[0].weight], lambda: value)
     assert len(cache._kept) == 1
+    cache.end()
     del net
     gc.collect()
     assert len(cache._kept) == 0
@@ -162,3 +165,30 @@ def test_in_inference_mode_and_under_vmap_weights_are_made_anew():
         values = [cache.get(layer, "change", [weight], lambda: weight + 1) for _ in range(2)]
     assert values[0] is not values[1]
     assert len(cache._kept) == 0
+
+
+def test_nothing_is_kept_of_weights_that_a_layer_is_only_lent():
+    """Parameters that are sharded or offloaded come for a call, and are gone afterwards."""
+    net = network()
+    explained = LRP("epsilon_plus", target=Target("output", 0)).wrap(net)
+    expected = relevance(explained)
+    (cache,) = (obj for obj in gc.get_objects() if type(obj) is WeightCache and net[0] in obj._layers)
+    assert {id(layer) for layer in cache._kept} == {id(net[0]), id(net[3])}
+    away = {}
+
+    def lend(layer, args):
+        layer.weight = away[layer]
+
+    def take_back(layer, args, output):
+        layer.weight = nn.Parameter(away[layer].to("meta"), requires_grad=False)
+
+    for layer in (net[0], net[3]):
+        away[layer] = layer.weight
+        layer.register_forward_pre_hook(lend)
+        layer.register_forward_hook(take_back)
+        take_back(layer, None, None)
+    torch.testing.assert_close(relevance(explained), expected, rtol=0, atol=0)
+    assert not cache._kept
+    for _ in range(2):
+        torch.testing.assert_close(relevance(explained), expected, rtol=0, atol=0)
+    assert not cache._kept

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from tdhook.models.sites import Site
+from tdhook.plain import require_plain
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.data import rule_from_dict
 from tdhook.selectors import Selector, SelectorLike, Where, as_selector
@@ -130,6 +131,7 @@ class Composite:
         Raises:
             ValueError: the data is not that of a composite.
         """
+        require_plain(data)
         content = dict(data)
         pairs = content.pop("pairs", [])
         name = content.pop("preset", None)
@@ -139,12 +141,17 @@ class Composite:
             )
         if not isinstance(pairs, list | tuple):
             raise ValueError(f"'pairs' is a list, and each of 'pairs' has 'select' and 'rule'; got {pairs!r}")
+        if name is not None and not isinstance(name, str):
+            raise ValueError(f"'preset' is the name of one, got {name!r}")
         own = []
-        for entry in pairs:
+        for i, entry in enumerate(pairs):
             if not isinstance(entry, Mapping) or "select" not in entry or "rule" not in entry:
-                raise ValueError(f"each of 'pairs' has 'select' and 'rule', got {entry!r}")
+                raise ValueError(f"pairs[{i}]: each of 'pairs' has 'select' and 'rule', got {entry!r}")
             rule = {key: value for key, value in entry.items() if key != "select"}
-            own.append((Selector.from_dict(entry["select"]), rule_from_dict(rule)))
+            try:
+                own.append((Selector.from_dict(entry["select"]), rule_from_dict(rule)))
+            except ValueError as error:
+                raise ValueError(f"pairs[{i}]: {error}") from error
         return Composite(own) if name is None else own + preset(name, **content)
 
 
@@ -192,5 +199,9 @@ def preset(name: str, **parameters: object) -> Composite:
         raise ValueError(f"no preset is named {name!r}; presets are {', '.join(PRESETS)}")
     try:
         return PRESETS[name](**parameters)
-    except TypeError as error:
+    except (
+        TypeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:  # what torch says of bounds that are no numbers, too
         raise ValueError(f"preset {name!r}: {error}") from error

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from tensordict.utils import NestedKey
@@ -11,21 +11,26 @@ from torch import Tensor
 
 from tdhook.conventions import Convention, relevance_of
 from tdhook.passes.forward import Run
+from tdhook.relevance.ledger.elements import Account, Probe, each_sign, probes
 from tdhook.relevance.ledger.ledger import Entry, Ledger, Note
+from tdhook.tape.functions import parts
+from tdhook.tape.masks import masking
 from tdhook.targets import Seeds
 
 __all__ = ["balance"]
 
-_AT_ONCE = 128
+# Batches of so many elements that meet are accounted for by a backward pass for each of them.
+_FEW = 32
 
 
 def balance(
     ledger: Ledger, run: Run, seeds: Seeds, sources: Mapping[NestedKey, Tensor], flow: Convention
 ) -> dict[NestedKey, Tensor]:
-    """Account for the relevance of each batch element: two backward passes for each 128 of them.
+    """Account for the relevance of each batch element, by a few backward passes of the whole batch.
 
     Args:
-        ledger: what metered the forward pass; its entries get their amounts.
+        ledger: what metered the forward pass; its entries get their amounts, and it is told whether these are of each
+            element.
         run: the forward pass.
         seeds: what was put in.
         sources: where relevance can arrive, besides at the inputs of the run.
@@ -37,20 +42,18 @@ def balance(
         last of these.
     """
     batch = run.outputs.batch_size
-    found = {id(x): x for x in (*run.inputs.values(), *sources.values()) if x.is_leaf}
-    leaves = list(found.values()) or list(sources.values())
-    columns: dict[str, list[Tensor]] = {"target": [], "inputs": [], "absorbed": []}
+    ends = run.ends(sources)
+    columns: dict[str, list[Tensor]] = {"target": [], "inputs": [], "absorbed": [], "gap": []}
+    apart = True
     for i in range(seeds.several or 1):
         grads = [grad if seeds.several is None else grad[i] for grad in seeds.grads]
-        books = _Books(ledger, seeds.tensors, grads, leaves, flow, batch)
-        books.close()
-        columns["target"].append(books.target)
-        columns["inputs"].append(books.inputs.of("arrived").expand(books.count))
-        absorbed = torch.zeros(books.count, dtype=torch.float64)
-        columns["absorbed"].append(sum((entry.absorbed.cpu() for entry in ledger.entries), absorbed))
+        books = _Books(ledger, seeds.tensors, grads, ends, flow, batch)
+        apart = books.close() and apart
+        for name, amounts in books.columns().items():
+            columns[name].append(amounts)
+    ledger.per_element = apart
     like = seeds.tensors[0]
     shaped = {name: torch.stack(column, -1).reshape(*batch, len(column)) for name, column in columns.items()}
-    shaped["gap"] = shaped["target"] - shaped["inputs"] - shaped["absorbed"]
     return {
         ("ledger", name): (value if seeds.several else value.squeeze(-1)).to(like.device, like.dtype)
         for name, value in shaped.items()
@@ -61,82 +64,147 @@ def balance(
 class _Books:
     """The accounts of one explanation.
 
-    A backward pass with all batch elements tells amounts, not whose they are. A second one in which the relevance of
-    each element is multiplied by a number of its own does: everything is linear in relevance, so each amount comes back
-    multiplied by the number of the element that it belongs to. Where elements meet (batch normalisation in training),
-    amounts come back multiplied by none of the numbers; then each element gets a backward pass of its own.
+    Elements are told apart by probes (:mod:`tdhook.relevance.ledger.elements`). Where they meet, as in batch
+    normalisation in training, each of a few gets a backward pass of its own. Of many, two sums over the batch are
+    known, and the elements share in them (:meth:`_share`).
+
+    Attributes:
+        target: what was put in, ``[count]``, but for ``masked``: at values that mask, which is no input's.
+        shared: the target, or what the elements have of it where they share.
+        inputs: what arrived at the inputs, and at those that mask.
+        accounts: of a pass of all elements, by entry and column, in the order in which they were told.
     """
 
     ledger: Ledger
     tensors: list[Tensor]
     grads: list[Tensor]
-    leaves: list[Tensor]
+    ends: list[Tensor]
     flow: Convention
     batch: torch.Size
+    inputs: Entry = field(default_factory=lambda: Entry("", "inputs", None))
+    accounts: dict[tuple[int, str], list[Account]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.count = self.batch.numel()
-        self.inputs = Entry("", "inputs", None)
-        self.target = torch.zeros(self.count, dtype=torch.float64)
+        self.target, self.masked = self._nothing(), self._nothing()
         for z, grad in zip(self.tensors, self.grads, strict=True):
-            self.target += relevance_of(z, grad, self.flow).double().reshape(self.count, -1).sum(1).cpu()
+            counted, masked = self._split(z, grad)
+            self.target += Account(counted, self.count).sums.cpu()
+            self.masked += Account(masked, self.count).sums.cpu()
+        self.shared = self.target
 
-    def close(self) -> None:
-        """Find the amounts of all entries."""
+    def close(self) -> bool:
+        """Find the amounts of all entries, and whether they are of each element."""
+        opened: list[tuple[Entry, str, Account]] = []
+
+        def open_account(entry: Entry, column: str, amount: Tensor) -> None:
+            opened.append((entry, column, Account(amount, self.count)))
+            self.accounts.setdefault((id(entry), column), []).append(opened[-1][2])
+
         for entry in self.ledger.entries:
-            entry.amounts.clear()
-        for start in range(0, self.count, _AT_ONCE):
-            part = range(start, min(start + _AT_ONCE, self.count))
-            if len(part) > 1 and self._together(part):
-                continue
-            for element in part:
-                for entry, column, amount in self._pass({element: 1.0}):
-                    self._enter(entry, column, element, amount.double().sum().reshape(1))
+            entry.clear()
+        self._pass(torch.ones_like(self.target), open_account)
+        apart = self._are_apart([account for _, _, account in opened])
+        if apart:
+            for entry, column, account in opened:
+                entry.add(column, account.sums.cpu(), account.rounding.cpu())
+        elif self.count <= _FEW:
+            for element in torch.eye(self.count, dtype=self.target.dtype, device="cpu"):
+                self._alone(element)
+        else:
+            self._share(opened)
+        return apart or self.count <= _FEW
 
-    def _together(self, part: range) -> bool:
-        """Account for several elements at once, if they can be told apart."""
-        size = len(part)
-        first = self._pass(dict.fromkeys(part, 1.0))
-        second = self._pass({element: 1 + k / size for k, element in enumerate(part)})
-        found, whole, astray = [], 0.0, 0.0
-        for (entry, column, amount), (_, _, multiplied) in zip(first, second, strict=True):
-            value = amount.flatten().double()
-            number = torch.where(value == 0, 1.0, multiplied.flatten().double() / value)
-            element = ((number - 1) * size).round().clamp(0, size - 1)
-            off = (number - 1 - element / size).abs() > 0.2 / size
-            whole += float(value.abs().sum())
-            astray += float(value[off].abs().sum())
-            sums = torch.zeros(size, dtype=torch.float64, device=value.device)
-            found.append((entry, column, sums.index_add_(0, element.long(), value)))
-        if astray > 1e-3 * whole:
-            return False
-        for entry, column, sums in found:
-            self._enter(entry, column, part.start, sums)
-        return True
+    def columns(self) -> dict[str, Tensor]:
+        """What is written, each ``[count]``; of the target, inputs have what the elements do not share."""
+        absorbed = sum((entry.absorbed for entry in self.ledger.entries), self._nothing())
+        arrived, masked = self.inputs.of("arrived"), self.inputs.of("masked")
+        return {
+            "target": self.target + self.masked,
+            "inputs": arrived + masked + self.target - self.shared,
+            "absorbed": absorbed + self.masked - masked,
+            "gap": self.shared - arrived - absorbed,
+        }
 
-    def _enter(self, entry: Entry, column: str, start: int, sums: Tensor) -> None:
-        row = torch.zeros(self.count, dtype=torch.float64)
-        row[start : start + len(sums)] = sums.cpu()
-        entry.add(column, row)
+    def _are_apart(self, accounts: list[Account]) -> bool:
+        """Whether probes find that all accounts consist of amounts of single elements, which these then know."""
+        made = probes(self.count, {account.amount.dtype for account in accounts})
+        return all(map(self._agree, made)) and all(account.settle() for account in accounts)
 
-    def _pass(self, factors: dict[int, float]) -> list[Note]:
-        """One backward pass with the relevance of each element times a factor, of all others none."""
-        weights = torch.zeros(self.count, dtype=torch.float64)
-        weights[list(factors)] = torch.tensor(list(factors.values()), dtype=torch.float64)
+    def _agree(self, probe: Probe) -> bool:
+        odd: list[Account | None] = []
+
+        def look(account: Account | None, amount: Tensor) -> None:
+            if account is None or not (odd or account.agrees(probe, amount)):
+                odd.append(account)
+
+        self._again(probe.weights, look)
+        return not odd
+
+    def _alone(self, element: Tensor) -> None:
+        """Account for one element, of weight one, by a pass of its own."""
+
+        def enter(entry: Entry, column: str, amount: Tensor) -> None:
+            account = Account(amount, 1)
+            entry.add(column, element * account.sums.cpu(), element * account.rounding.cpu())
+
+        self._pass(element, enter)
+
+    def _share(self, opened: list[tuple[Entry, str, Account]]) -> None:
+        """Account for the batch as a whole.
+
+        Two sums over the elements are known of each amount, the plain one and one in which each element has a sign.
+        Elements get the smallest amounts that have these sums. So the amounts of the batch are exact, and its gap is
+        zero only where that of each element is, even if those add up to nothing.
+        """
+        signs = each_sign(self.count)
+        signed: dict[int, Tensor] = {}
+        self._again(
+            signs, lambda account, amount: signed.update({id(account): Account(amount, 1).sums.cpu()})
+        )
+        for entry, column, account in opened:
+            plain = Account(account.amount, 1)
+            amounts = _smallest(signs, plain.sums.cpu(), signed[id(account)])
+            entry.add(column, amounts, plain.rounding.cpu() / self.count)
+        self.shared = _smallest(signs, self.target.sum(), (signs * self.target).sum())
+
+    def _again(self, weights: Tensor, look: Callable[[Account | None, Tensor], None]) -> None:
+        """One more pass, in which each account meets its amount; ``None`` where there was none before."""
+        ahead = {key: iter(accounts) for key, accounts in self.accounts.items()}
+
+        def find(entry: Entry, column: str, amount: Tensor) -> None:
+            look(next(ahead.get((id(entry), column), iter(())), None), amount)
+
+        self._pass(weights, find)
+
+    def _pass(self, weights: Tensor, take: Note) -> None:
+        """One backward pass with what is put in for each element multiplied by its weight, ``[count]``."""
         grads = [self._weighted(grad, weights) for grad in self.grads]
-        with self.ledger.noting() as notes:
+        with self.ledger.telling(take):
             pulled: Sequence[Tensor | None] = torch.autograd.grad(
-                self.tensors, self.leaves, grads, retain_graph=True, allow_unused=True
+                self.tensors, self.ends, grads, retain_graph=True, allow_unused=True
             )
-        for x, grad in zip(self.leaves, pulled, strict=True):
+        for x, grad in zip(self.ends, pulled, strict=True):
             if grad is not None:
-                notes.append((self.inputs, "arrived", relevance_of(x, grad, self.flow).detach()))
-        return notes
+                counted, masked = self._split(x, grad)
+                take(self.inputs, "arrived", counted)
+                take(self.inputs, "masked", masked)
 
-    def _rows(self, value: Tensor) -> Tensor:
-        return value.reshape(self.count, *value.shape[len(self.batch) :])
+    def _split(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The relevance of values, and that of values that mask."""
+        relevance, masks = relevance_of(parts(x), parts(grad), self.flow).detach(), masking(parts(x))
+        return torch.where(masks, 0.0, relevance), torch.where(masks, relevance, 0.0)
 
     def _weighted(self, grad: Tensor, weights: Tensor) -> Tensor:
-        rows = self._rows(grad)
-        weights = weights.to(grad.device, grad.dtype).reshape(-1, *(1,) * (rows.dim() - 1))
-        return (rows * weights).reshape(grad.shape)
+        rows = grad.reshape(self.count, -1)
+        return (rows * weights.to(grad.device, grad.dtype).unsqueeze(1)).reshape(grad.shape)
+
+    def _nothing(self) -> Tensor:
+        return torch.zeros(self.count, dtype=torch.float64, device="cpu")
+
+
+def _smallest(signs: Tensor, plain: Tensor, signed: Tensor) -> Tensor:
+    """The smallest amounts, ``[count]``, that have a plain sum and a signed one."""
+    mean = plain / len(signs)
+    across = signs - signs.mean()
+    return mean + across * ((signed - signs.sum() * mean) / across.square().sum())

@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from tdhook.conventions import Convention
 from tdhook.markup import html_table
@@ -20,10 +19,14 @@ from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.tape.functions import Identity, alias, live, parts, unwrapped
 from tdhook.tape.internals import storage_of
+from tdhook.tape.masks import masks_in
+from tdhook.tape.sharded import Spread, gathered, spread_of
+from tdhook.tape.trees import tree_leaves
 
-__all__ = ["CAPTION", "COLUMNS", "REASONS", "Entry", "Ledger", "Note"]
+__all__ = ["COLUMNS", "REASONS", "Entry", "Ledger", "Note"]
 
-Note: TypeAlias = "tuple[Entry, str, Tensor]"
+Note: TypeAlias = "Callable[[Entry, str, Tensor], None]"
+"""Takes down the amount of a column of an entry."""
 REASONS = ("bias", "stabiliser", "stop", "constant")
 CAPTION = "Where relevance went"
 COLUMNS = ("module", "operation", "rule", "arrived", "left", *REASONS, "gap")
@@ -39,6 +42,8 @@ class Entry:
         rule: the rule it ran under; ``None`` for the inputs of the model.
         amounts: ``"arrived"`` is relevance of its outputs, ``"left"`` of its inputs; reason to what was kept.
         calls: how many calls are added up here.
+        rounding: what the precision of the values that passed can lose or make, ``[batch]``.
+        spread: over which processes its values are spread, of which each has a part.
     """
 
     path: str
@@ -46,10 +51,12 @@ class Entry:
     rule: Bindable | None
     amounts: dict[str, Tensor] = field(default_factory=dict)
     calls: int = 1
+    rounding: Tensor | float = 0.0
+    spread: Spread = ()
 
     def of(self, column: str) -> Tensor:
         """What arrived, left, or was kept for a reason."""
-        return self.amounts.get(column, torch.zeros(1, dtype=torch.float64))
+        return self.amounts.get(column, torch.zeros(1, dtype=torch.float64, device="cpu"))
 
     @property
     def absorbed(self) -> Tensor:
@@ -62,13 +69,19 @@ class Entry:
         return self.of("arrived") - self.of("left") - self.absorbed
 
     def opens(self, tolerance: float = 1e-4) -> bool:
-        """Whether relevance was lost or made here, beyond a part ``tolerance`` of what passed."""
+        """Whether relevance was lost or made here, beyond a part ``tolerance`` of what passed, and beyond rounding."""
         passed = torch.maximum(self.of("arrived").abs(), self.of("left").abs())
-        return bool((self.gap.abs() > tolerance * passed).any())
+        return not bool((self.gap.abs() <= tolerance * passed + self.rounding).all())
 
-    def add(self, column: str, amount: Tensor) -> None:
-        """Add to a column."""
+    def add(self, column: str, amount: Tensor, rounding: Tensor | float = 0.0) -> None:
+        """Add to a column, and what its precision can lose or make."""
         self.amounts[column] = self.amounts[column] + amount if column in self.amounts else amount
+        self.rounding = self.rounding + rounding
+
+    def clear(self) -> None:
+        """Forget what was added."""
+        self.amounts.clear()
+        self.rounding = 0.0
 
 
 class Ledger:
@@ -76,26 +89,30 @@ class Ledger:
 
     Attributes:
         entries: one per call, in execution order.
+        per_element: whether the amounts of each batch element are its own. Where elements meet in a large batch, its
+            sums are known, and the elements share in them.
     """
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
-        self._notes: list[Note] | None = None
+        self.per_element = True
+        self._take: Note | None = None
         self._within: Setting | None = None
+        self._spreads: dict[object, Spread] = {}
 
     @contextmanager
-    def noting(self) -> Iterator[list[Note]]:
-        """Take down what the calls tell during a backward pass."""
-        self._notes = []
+    def telling(self, take: Note) -> Iterator[None]:
+        """Hand on what the calls tell during a backward pass."""
+        self._take = take
         try:
-            yield self._notes
+            yield
         finally:
-            self._notes = None
+            self._take = None
 
     def note(self, entry: Entry, column: str, amount: Tensor) -> None:
-        """Take down an amount, of whichever shape, if a backward pass is being taken down."""
-        if self._notes is not None:
-            self._notes.append((entry, column, unwrapped(amount).detach()))
+        """Hand on an amount, of whichever shape, if anyone wants to know."""
+        if self._take is not None:
+            self._take(entry, column, gathered(unwrapped(amount).detach(), entry.spread))
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -105,6 +122,11 @@ class Ledger:
             yield
         finally:
             del self.entries[count:]
+
+    @property
+    def caption(self) -> str:
+        """What a table of it is called: whether its amounts are of the elements, or of the batch as a whole."""
+        return CAPTION if self.per_element else f"{CAPTION} (of the batch as a whole, whose elements meet)"
 
     def summary(self) -> list[Entry]:
         """One entry for each module and operation at each place, in execution order, its calls added up."""
@@ -116,6 +138,7 @@ class Ledger:
             found[key].calls += 1
             for column, amount in entry.amounts.items():
                 found[key].add(column, amount)
+            found[key].rounding = found[key].rounding + entry.rounding
         return list(found.values())
 
     def cells(self) -> list[tuple[Any, ...]]:
@@ -133,7 +156,7 @@ class Ledger:
     def _repr_html_(self) -> str:
         rows = self.cells()
         marked = [i for i, row in enumerate(rows) if row[-1]]
-        return html_table(CAPTION, COLUMNS, [row[:-1] for row in rows], numbers=6, marked=marked)
+        return html_table(self.caption, COLUMNS, [row[:-1] for row in rows], numbers=6, marked=marked)
 
     def call(self, path: str, selector: object, bound: Bound, call: Call) -> Any:
         """Make one call, with its inputs and outputs metered, unless it is one of them in another shape."""
@@ -145,7 +168,7 @@ class Ledger:
             if _shares_memory(outputs, (call.args, call.kwargs)):
                 return outputs
         name = f"{module.name}()" if isinstance(module, Operation) else type(module).__name__
-        entry = Entry(path, name, rule)
+        entry = Entry(path, name, rule, spread=spread_of(call.tensors(), self._spreads))
         self.entries.append(entry)
 
         def absorb(reason: str, amount: Tensor) -> None:
@@ -183,16 +206,19 @@ class Metered(Identity):
         return alias(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.tell, flow = inputs
-        ctx.save_for_backward(*([x] if flow == "gradient" else []))
+        ctx.save_for_backward(x if flow == "gradient" else None, masks_in(parts(x)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> object:
         amount = parts(grad)
-        for x in ctx.saved_tensors:
-            # Masked logits are infinite and have no relevance.
+        x, masks = ctx.saved_tensors
+        if x is not None:
+            # What is not a number has no relevance where nobody reads it.
             amount = torch.where(amount == 0, 0.0, parts(x) * amount)
+        if masks is not None:
+            amount = torch.where(masks, 0.0, amount)
         ctx.tell(amount)
         return grad, None, None
 

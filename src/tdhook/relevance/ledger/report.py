@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tdhook.extras import require
-from tdhook.relevance.ledger.ledger import CAPTION, COLUMNS, Ledger
+from tdhook.relevance.ledger.ledger import COLUMNS, Ledger
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,7 +20,9 @@ def ledger_table(ledger: Ledger) -> Table:
         ImportError: rich is not installed.
     """
     text = require("rich.text", "explained.report()").Text
-    table: Table = require("rich.table", "explained.report()").Table(title=CAPTION, title_justify="left")
+    table: Table = require("rich.table", "explained.report()").Table(
+        title=ledger.caption, title_justify="left"
+    )
     for heading in COLUMNS[:3]:
         table.add_column(heading, overflow="fold")
     for heading in COLUMNS[3:]:

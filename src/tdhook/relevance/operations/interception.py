@@ -2,45 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
+from tdhook.relevance.operations.applied import Applied, is_ours
+from tdhook.relevance.operations.kernels import first_output, positional
+from tdhook.relevance.operations.known import Known, learned, on_a_copy
 from tdhook.relevance.operations.paths import Paths
 from tdhook.relevance.operations.stand_ins import standing_in
-from tdhook.relevance.operations.table import ARITHMETIC, ELEMENTWISE, MOVES, PRODUCTS, WINNER, default_rule
+from tdhook.relevance.operations.table import ARITHMETIC, default_rule
 from tdhook.relevance.operations.written_out import entered, written_out
 from tdhook.relevance.propagation.binding import Binding, Bound
 from tdhook.relevance.propagation.call import ALONE, Call, Setting
 from tdhook.relevance.propagation.conversions import Substituted
-from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.entering import is_linear, no_operation
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule
 from tdhook.selectors import Selector
 from tdhook.selectors.names import (
-    begins_tape,
-    initialises,
-    name_of,
-    out_of_place_form,
-    queries,
     relabels,
     writes_in_place,
 )
-from tdhook.tape.as_one import is_one
 from tdhook.tape.dependence import Dependence
-from tdhook.tape.internals import Watching, maker_of, pop_mode, push_mode, top_mode
+from tdhook.tape.internals import (
+    APPLIED_IN_TRANSFORMS,
+    Watching,
+    beneath,
+    pop_mode,
+    push_mode,
+    sees,
+    through_transforms,
+    top_mode,
+)
 from tdhook.tape.overwriting import Guard, Outdated
+from tdhook.tape.sharded import moves_between_processes
 
 __all__ = ["Found", "Interception", "Lookup", "Observer", "Unmatched"]
 
 
 _NATIVE = IgnoreRule()
-_DERIVATIVES = (torch.autograd.grad, Tensor.backward)
+_OVERWRITES = (
+    "`{}` overwrites an argument, and its derivative is its own, so that no rule can follow; give the module `{}`, "
+    "which calls it, a rule, EpsilonRule say, so that it runs as one unit"
+)
+_COMPILED = (
+    "the module `{}` ({}) was compiled by torch.jit, and no rule sees what is computed inside; explain the module that "
+    "it was compiled from (torch.jit.script, torch.jit.trace), or give it a rule, so that it runs as one unit: "
+    "(Type(torch.jit.ScriptModule), EpsilonRule())"
+)
 _DIFFERENTIATES = (
     "the model differentiates in its forward pass, in module `{}`, where rules stand in for derivatives; give that "
     "module a rule, EpsilonRule say, so that it runs as one unit"
@@ -57,26 +73,16 @@ Lookup: TypeAlias = "Callable[[str, str, nn.Module], Found]"
 
 
 @dataclass
-class _Known:
-    """What is known of a torch function."""
+class Entered:
+    """A layer that makes its weights itself is running.
 
-    operation: Operation
-    in_place: bool
-    quick: bool = False
-    aside: bool = False
-    begins_tape: bool = False
-    differentiates: bool = False
-    own: Rule | None = None
-    selector: object = None
-    rule: Rule | None = None
-    bounds: dict[int, Bound] = field(default_factory=dict)
+    Attributes:
+        rule: its rule.
+        found: whether a linear operation was seen that they reach.
+    """
 
-    def bound(self, rule: Rule, flow: Convention) -> Bound:
-        """A rule on the operation, decided once."""
-        found = self.bounds.get(id(rule))
-        if found is None:
-            found = self.bounds[id(rule)] = Bound(rule, flow, rule.bound(self.operation, flow))
-        return found
+    rule: Rule
+    found: bool = False
 
 
 class Observer(Protocol):
@@ -125,14 +131,19 @@ class Interception(Watching):
         self.outdated = Outdated(self.guard)
         self.observer: Observer | None = None
         self._lookup, self._by_path, self._defaults, self._unmatched = lookup, by_path, defaults, unmatched
-        self._known: dict[object, _Known] = {}
+        self._known: dict[object, Known] = {}
+        self._functions: WeakKeyDictionary[type, Known] = WeakKeyDictionary()
         self._paused = 0
+        self._entered: Entered | None = None
         self.paths = Paths(modules)
         self.dependence = Dependence()
 
     def __getstate__(self) -> dict[str, Any]:
         # What is known of torch functions is found again; they cannot all be pickled.
-        return {**self.__dict__, "_known": {}, "observer": None}
+        return {**self.__dict__, "_known": {}, "_functions": None, "observer": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _functions=WeakKeyDictionary())
 
     @contextmanager
     def running(self, *, tracked: bool = False) -> Iterator[None]:
@@ -140,7 +151,7 @@ class Interception(Watching):
         self.outdated.clear()
         follows = self._by_path or tracked or self.observer is not None
         if not follows and not self.guard.active:
-            with standing_in(self._again), self:
+            with standing_in(self), self:
                 yield
             return
         with ExitStack() as stack:
@@ -148,11 +159,11 @@ class Interception(Watching):
                 stack.enter_context(self.guard.watching())
             if follows:
                 stack.enter_context(self.paths.followed())
-            stack.enter_context(standing_in(self._again))
+            stack.enter_context(standing_in(self))
             stack.enter_context(self)
             yield
 
-    def _again(self) -> AbstractContextManager[None] | None:
+    def again(self) -> AbstractContextManager[None] | None:
         """Watch a part of the forward pass that is run once more, in which nothing must have been overwritten."""
         return None if self.guard.active else self._watching_again()
 
@@ -161,27 +172,24 @@ class Interception(Watching):
         before = self.dependence
         self.dependence = before.begin_again()
         try:
-            with nullcontext() if self.observer is None else self.observer.again(), self:
+            with nullcontext() if self.observer is None else self.observer.again(), standing_in(self), self:
                 yield
         finally:
             self.dependence = before
 
     def unit(self, binding: Binding, call: Call) -> Any:
         """Run a module that has a rule, and leave alone the operations inside it."""
-        live, foreign = self.dependence.look(call.args)
-        if call.kwargs:
-            below = self.dependence.look(call.kwargs.values())
-            live, foreign = live or below[0], foreign or below[1]
+        live, foreign = self.dependence.look_at_call(call.args, call.kwargs)
         if foreign:
             args, kwargs = self.dependence.constants_off((call.args, call.kwargs), own=live)
             call = call._replace(args=args, kwargs=kwargs)
         bound, module, args = binding.bound, call.module, call.args
         if self.outdated.any:
             self.outdated.check(args)
-        if self.paths.following and not self._paused:
-            self._look_for_unseen(args)
         if not live:
             return self._as_in_place(module, args, call.execute())
+        if binding.enters and not self._paused:
+            return self._as_in_place(module, args, self._enter(binding, call))
         # Layers of torch overwrite nothing (they run out of place), so that there is nothing to see in them.
         aside = binding.closed and top_mode() is self
         if aside:
@@ -199,6 +207,17 @@ class Interception(Watching):
             if aside:
                 push_mode(self)
         return self._as_in_place(module, args, result)
+
+    def _enter(self, binding: Binding, call: Call) -> Any:
+        """Run a layer that makes its weights itself, with its rule on the linear operation that they reach."""
+        before, self._entered = self._entered, Entered(cast(Rule, binding.rule))
+        try:
+            result = call.natively()
+            if not self._entered.found:
+                raise NotImplementedError(no_operation(call.module))
+            return result
+        finally:
+            self._entered = before
 
     def _as_in_place(self, module: nn.Module, args: Any, result: Any) -> Any:
         """What a layer returns that overwrites its input, having been run out of place."""
@@ -220,6 +239,11 @@ class Interception(Watching):
             if known.begins_tape:
                 self.dependence.look_closely(args[0])
             return func(*args, **kwargs)
+        if known.parts is not None:
+            with self:
+                return known.parts(*args, **kwargs)
+        if kwargs and known.schema is not None:
+            args, kwargs = positional(known.schema, args, kwargs)
         if self.outdated.any:
             self.outdated.check(args)
         in_place = known.in_place or (bool(kwargs) and writes_in_place(func, kwargs))
@@ -239,18 +263,24 @@ class Interception(Watching):
             # What is overwritten stays the tensor that the model holds.
             target = _overwritten(given, given_by_name)
             return self._in_place(known, func, args, kwargs, target, live)
-        if (known.quick and self.observer is None) or self._paused or not live:
+        if (known.quick and self.observer is None and self._entered is None) or self._paused or not live:
             return func(*args, **kwargs)
-        if self.paths.following:
-            self._look_for_unseen(args)
+        if known.refused:
+            raise NotImplementedError(
+                _OVERWRITES.format(known.operation.name, self.paths.current or "(model)")
+            )
+        if func is APPLIED_IN_TRANSFORMS:
+            # What it comes to outside of the transform is seen.
+            if is_ours(args[0]):
+                return func(*args, **kwargs)
+            with self:
+                return through_transforms(func, args, kwargs)
         if known.differentiates:
             raise NotImplementedError(_DIFFERENTIATES.format(self.paths.current or "(model)"))
         selector, rule = self._find(known, args, kwargs)
         return self._run(known, selector, rule, func, args, kwargs)
 
-    def _in_place(
-        self, known: _Known, func: Any, args: Any, kwargs: Any, target: Any, live: bool
-    ) -> object:
+    def _in_place(self, known: Known, func: Any, args: Any, kwargs: Any, target: Any, live: bool) -> object:
         """Run a function that overwrites ``target``, which is among its arguments unless it was a constant there."""
         if self._paused or not live or relabels(func):
             if live and not self.guard.active:
@@ -261,41 +291,57 @@ class Interception(Watching):
             return target if result is _overwritten(args, kwargs) else result
         if not self.guard.active:
             self.guard.before(target)
-        if self.paths.following:
-            self._look_for_unseen(args)
         selector, rule = self._find(known, args, kwargs)
         native = known.in_place and rule is not None and rule.native
         if native and self.observer is None:
             return self._run(known, selector, rule, func, _writing(args, kwargs, target), kwargs)
-        form = _on_a_copy(func) if native else known.operation.function
+        form = on_a_copy(func) if native else known.operation.function
         return self._overwrite(known, selector, rule, form, args, kwargs, target)
 
-    def _look_for_unseen(self, args: Any) -> None:
-        for unseen in _unseen(args):
-            self._unmatched(unseen, self.paths.current, True)
+    def applied(self, function: type, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Apply an autograd function, which no mode sees, as the operation of its name."""
+        ours = is_ours(function) or moves_between_processes(function)
+        if ours or self._paused or not self.watching:
+            return apply(*args, **kwargs)
+        func = Applied(function, apply)
+        known = self._functions.get(func.function)
+        if known is None:
+            known = self._functions[func.function] = self._learn(func)
+        self._known[func] = known
+        try:
+            with beneath(self):
+                return self.__torch_function__(func, (), args, kwargs)
+        finally:
+            del self._known[func]
 
-    def _learn(self, func: Any) -> _Known:
-        name = name_of(func)
-        in_place = writes_in_place(func, {})
-        form = out_of_place_form(func) or func if in_place else func
-        operation = Operation.of(
-            name,
-            form,
-            moves=name in MOVES or name in WINNER,
-            multiplies=name in PRODUCTS or name in ELEMENTWISE,
-        )
-        known = _Known(operation, in_place, own=ARITHMETIC if is_one(func) else None)
-        known.begins_tape, known.differentiates = begins_tape(func), func in _DERIVATIVES
-        known.aside = known.begins_tape or queries(func) or initialises(func)
+    @property
+    def watching(self) -> bool:
+        """Whether torch functions are seen right now."""
+        return sees(self)
+
+    def compiled(self, kind: str, args: Any, kwargs: Any) -> None:
+        """Raise where a module is about to run that was compiled, in which nothing is seen."""
+        if self._paused or not self.watching or not torch.is_grad_enabled():
+            return
+        if self.dependence.look((args, kwargs))[0]:
+            raise NotImplementedError(_COMPILED.format(self.paths.current or "(model)", kind))
+
+    def _learn(self, func: Any) -> Known:
+        known = learned(func)
+        name = known.operation.name
         if self._lookup is not None and not self._by_path:
             known.selector, known.rule = self._lookup(name, *self.paths.innermost)
-        if not in_place and not self._by_path:
-            default = default_rule(name, (), {}) if self._defaults else _NATIVE
+        if not known.in_place and not self._by_path:
+            default = known.own or default_rule(name, (), {}) if self._defaults else _NATIVE
             rule = default if known.rule is None else known.rule
             known.quick = rule is not None and rule.native
         return known
 
-    def _find(self, known: _Known, args: Any, kwargs: Any) -> Found:
+    def _find(self, known: Known, args: Any, kwargs: Any) -> Found:
+        entered = self._entered
+        if entered is not None and is_linear(known.operation, args, kwargs):
+            entered.found = True
+            return None, entered.rule
         if self._lookup is not None:
             if self._by_path:
                 known.selector, known.rule = self._lookup(known.operation.name, *self.paths.innermost)
@@ -306,7 +352,7 @@ class Interception(Watching):
         return None, known.own or default_rule(known.operation.name, args, kwargs)
 
     def _overwrite(
-        self, known: _Known, selector: Any, rule: Any, func: Any, args: object, kwargs: Any, target: Any
+        self, known: Known, selector: Any, rule: Any, func: Any, args: object, kwargs: Any, target: Any
     ) -> object:
         """Run the out-of-place form under its rule, then move its result to where it belongs."""
         kwargs = {key: value for key, value in kwargs.items() if key not in ("out", "inplace")}
@@ -316,12 +362,15 @@ class Interception(Watching):
             target.resize_(result.shape)
         return target.copy_(result)
 
-    def _run(self, known: _Known, selector: Any, rule: Rule | None, func: Any, args: Any, kwargs: Any) -> Any:
+    def _run(self, known: Known, selector: Any, rule: Rule | None, func: Any, args: Any, kwargs: Any) -> Any:
         operation = known.operation
         if rule is None:
             inside = written_out(operation.name)
             if inside is not None:
                 return self._in_parts(inside, func, args, kwargs)
+            first = first_output(operation.name)
+            if first is not None:
+                return self._of_a_kernel(first, func, args, kwargs)
             inside = entered(func)
             if inside is not None:
                 with self:
@@ -341,6 +390,14 @@ class Interception(Watching):
             return self.observer.call(self.paths.current, selector, bound, call)
         return bound.run(call)
 
+    def _of_a_kernel(self, first: Callable[..., Tensor], func: Any, args: Any, kwargs: Any) -> Any:
+        """The values of a kernel, the first of them on the tape of the functions that make the same."""
+        with torch.no_grad():
+            value, *others = func(*args, **kwargs)
+        with self:
+            written = first((value, *others), *args, **kwargs)
+        return (Substituted.apply(written, value), *others)
+
     def _in_parts(self, inside: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> Any:
         """The values of a fused operation, on the tape of those that it is made of."""
         with torch.no_grad():
@@ -350,21 +407,6 @@ class Interception(Watching):
         if isinstance(values, Tensor):
             return Substituted.apply(written, values)
         return tuple(Substituted.apply(w, v) for w, v in zip(written, values, strict=True))
-
-
-def _unseen(values: Iterable[object]) -> Iterator[str]:
-    """Names of the custom autograd functions, which no mode sees, that made some of the values."""
-    for value in values:
-        if isinstance(value, list | tuple):
-            yield from _unseen(value)
-        elif isinstance(value, Tensor):
-            function = maker_of(value.grad_fn)
-            if (
-                function is not None
-                and not issubclass(function, Rule)
-                and not function.__module__.startswith(("tdhook.", "torch._functorch."))
-            ):
-                yield function.__name__
 
 
 def _overwritten(args: Any, kwargs: Any) -> Any:
@@ -378,12 +420,3 @@ def _overwritten(args: Any, kwargs: Any) -> Any:
 def _writing(args: Any, kwargs: Any, target: Any) -> Any:
     """Positional arguments of a call that writes to ``target``."""
     return (target, *args[1:]) if args and kwargs.get("out") is None else args
-
-
-def _on_a_copy(function: Callable[..., object]) -> Callable[..., Any]:
-    def form(x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        copy = x.clone()
-        function(copy, *args, **kwargs)
-        return copy
-
-    return form

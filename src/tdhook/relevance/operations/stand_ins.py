@@ -7,18 +7,47 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from threading import Lock
-from typing import Any, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from tdhook.tape.internals import CHECKPOINTING, script_call, set_script_call, written_in_python
+from tdhook.tape.internals import (
+    CHECKPOINTING,
+    applying_of,
+    script_call,
+    script_method_call,
+    set_applying,
+    set_control_flow,
+    set_script_call,
+    set_script_method_call,
+    written_in_python,
+)
 
-__all__ = ["standing_in"]
+__all__ = ["Watch", "standing_in"]
 
-Again: TypeAlias = Callable[[], "AbstractContextManager[None] | None"]
 
-_AGAIN: ContextVar[Again | None] = ContextVar("again", default=None)
+class Watch(Protocol):
+    """What watches a forward pass, and is told of what no mode sees."""
+
+    @property
+    def watching(self) -> bool:
+        """Whether torch functions are seen right now."""
+
+    def again(self) -> AbstractContextManager[None] | None:
+        """What is entered around a part of the model that is run once more.
+
+        ``None`` says that none can be, so that everything is kept.
+        """
+
+    def applied(self, function: type, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Make a call of an autograd function, which torch would make by ``apply``."""
+
+    def compiled(self, kind: str, args: Any, kwargs: Any) -> None:
+        """Be told that a module that ``torch.jit`` compiled is about to run, and the name of its class."""
+
+
+_WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
 _LOCK = Lock()
 _count = 0
 
@@ -27,24 +56,24 @@ _generator = CHECKPOINTING._checkpoint_without_reentrant_generator
 
 
 @contextmanager
-def standing_in(again: Again) -> Iterator[None]:
+def standing_in(watch: Watch) -> Iterator[None]:
     """Have what hides operations run in sight of a mode.
 
     Functions compiled by ``torch.jit.script`` run as the Python that they were written in. What
     ``torch.utils.checkpoint`` runs once more in the backward pass runs as it did in the forward pass. The squashing of
-    actions in torchrl, which has a backward pass of its own, runs as the activations that it is made of.
+    actions in torchrl, which has a backward pass of its own, runs as the activations that it is made of. Operators that
+    take functions, such as ``torch.cond``, run in Python and are not compiled first.
 
     Args:
-        again: makes what is entered around a part of the model that is run once more, or says with ``None`` that none
-            can be, so that everything is kept.
+        watch: what watches the pass.
     """
-    token = _AGAIN.set(again)
+    token = _WATCH.set(watch)
     _replace(+1)
     try:
         yield
     finally:
         _replace(-1)
-        _AGAIN.reset(token)
+        _WATCH.reset(token)
 
 
 def _replace(step: int) -> None:
@@ -56,6 +85,9 @@ def _replace(step: int) -> None:
             return
         ours = _count > 0
         set_script_call(_call_in_python if ours else script_call)
+        set_script_method_call(_call_of_method if ours else script_method_call)
+        set_applying(_apply if ours else None)
+        set_control_flow(_in_python if ours else None)
         CHECKPOINTING.CheckpointFunction = _Checkpoint if ours else _Function
         CHECKPOINTING._checkpoint_without_reentrant_generator = _checkpointed if ours else _generator
         _replace_squashing(sys.modules.get("torchrl.modules.distributions.continuous"), ours)
@@ -77,7 +109,7 @@ class _Squash:
         self.own, self._parts = own, parts
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.own(x) if _AGAIN.get() is None else self._parts(x)
+        return self.own(x) if _WATCH.get() is None else self._parts(x)
 
 
 def _safe_tanh(x: Tensor) -> Tensor:
@@ -94,8 +126,34 @@ _SQUASHES = {"safetanh_noeps": _safe_tanh, "safeatanh_noeps": _safe_atanh}
 
 
 def _call_in_python(function: object, *args: object, **kwargs: object) -> object:
-    written = None if _AGAIN.get() is None else written_in_python(function)
+    written = None if _WATCH.get() is None else written_in_python(function)
     return script_call.__get__(function)(*args, **kwargs) if written is None else written(*args, **kwargs)
+
+
+def _call_of_method(method: Any, *args: object, **kwargs: object) -> object:
+    watch = _WATCH.get()
+    if watch is not None:
+        watch.compiled(method.owner._type().name(), args, kwargs)
+    return script_method_call.__get__(method)(*args, **kwargs)
+
+
+def _apply(function: type, *args: object, **kwargs: object) -> Any:
+    own, watch = applying_of(function), _WATCH.get()
+    return own(*args, **kwargs) if watch is None else watch.applied(function, own, args, kwargs)
+
+
+def _in_python(
+    compiled: Callable[..., object], function: Callable[..., object], args: Any, kwargs: Any
+) -> object:
+    watch = _WATCH.get()
+    if watch is None or not watch.watching:
+        return compiled(function, args, kwargs)
+    if (
+        function.__name__ == "_cond_op_wrapper"
+    ):  # the operator itself takes tensors alone, and no containers of them
+        condition, if_true, if_false, operands = args
+        return if_true(*operands) if condition else if_false(*operands)
+    return function(*args, **kwargs)
 
 
 class _Checkpoint:
@@ -103,7 +161,7 @@ class _Checkpoint:
 
     @staticmethod
     def apply(function: Callable[..., object], preserve: bool, *args: object) -> Any:
-        if _AGAIN.get() is None:
+        if _WATCH.get() is None:
             return _Function.apply(function, preserve, *args)
         return CHECKPOINTING.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
 
@@ -112,17 +170,17 @@ def _checkpointed(
     function: Any, preserve: Any, contexts: Any, *args: object, **kwargs: object
 ) -> Generator[None, None, None]:
     """What surrounds a checkpointed part; it is resumed once the part has run."""
-    again = _AGAIN.get()
-    if again is None:
+    watch = _WATCH.get()
+    if watch is None:
         yield from _generator(function, preserve, contexts, *args, **kwargs)
         return
-    if again() is None:
+    if watch.again() is None:
         yield
         return
 
     def both() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         first, second = contexts()
-        return first, _Reentered(second, again)
+        return first, _Reentered(second, watch)
 
     yield from _generator(function, preserve, both, *args, **kwargs)
 
@@ -130,13 +188,13 @@ def _checkpointed(
 class _Reentered:
     """Is entered as often as there are backward passes."""
 
-    def __init__(self, own: AbstractContextManager[object], again: Again) -> None:
-        self._own, self._again = own, again
+    def __init__(self, own: AbstractContextManager[object], watch: Watch) -> None:
+        self._own, self._watch = own, watch
         self._entered: list[Any] = []
 
     def __enter__(self) -> None:
         self._own.__enter__()
-        self._entered.append(self._again())
+        self._entered.append(self._watch.again())
         self._entered[-1].__enter__()
 
     def __exit__(self, *exception: Any) -> None:

@@ -34,12 +34,13 @@ MOVES = _names(
     """
     H T adjoint alias as_strided atleast_1d atleast_2d atleast_3d bfloat16 block_diag broadcast_tensors
     broadcast_to cat channel_shuffle chunk clone column_stack complex contiguous copy cpu cuda dequantize detach diag
-    diag_embed diagonal diagonal_scatter double dsplit dstack embedding expand expand_as fill flatten flip
-    fliplr flipud float gather getitem half hsplit hstack im2col imag index index_copy index_fill index_put
-    index_select mH mT masked_fill masked_scatter masked_select max_unpool1d max_unpool2d max_unpool3d meshgrid
+    diag_embed diagonal diagonal_scatter double dsplit dstack embedding expand expand_as fft_fftshift
+    fft_ifftshift fill flatten flip fliplr flipud float gather getitem half hsplit
+    hstack im2col imag index index_copy index_fill index_put index_select mH mT
+    masked_fill masked_scatter masked_select max_unpool1d max_unpool2d max_unpool3d meshgrid
     movedim nan_to_num narrow native_channel_shuffle one_hot pack_padded_sequence pad pad_packed_sequence permute
     pixel_shuffle pixel_unshuffle positive ravel real repeat repeat_interleave requires_grad reshape reshape_as
-    resolve_conj resolve_neg roll rot90 row_stack scatter select select_scatter setitem slice_scatter split
+    resolve_conj resolve_neg roll rot90 row_stack scatter select select_scatter setitem slice slice_scatter split
     split_with_sizes squeeze stack swapaxes t take take_along_dim tensor_split tile to transpose tril triu type
     type_as unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze upsample_nearest upsample_nearest1d
     upsample_nearest2d upsample_nearest3d upsample_nearest_exact1d upsample_nearest_exact2d
@@ -67,8 +68,10 @@ AFFINE = _names(
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d add alpha_dropout avg_pool1d avg_pool2d avg_pool3d
     batch_norm col2im conj conj_physical conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
     convolution cumsum deg2rad diff dropout dropout1d dropout2d dropout3d embedding_bag feature_alpha_dropout
-    feature_dropout index_add index_reduce lerp linear mean nanmean nansum neg rad2deg rsub scatter_add
-    scatter_reduce segment_reduce sub sum sum_to_size trace trapezoid upsample_bicubic2d upsample_bicubic2d_aa
+    feature_dropout fft_c2c fft_c2r fft_fft fft_fft2 fft_fftn fft_hfft fft_hfft2 fft_hfftn fft_ifft fft_ifft2
+    fft_ifftn fft_ihfft fft_ihfft2 fft_ihfftn fft_irfft fft_irfft2 fft_irfftn fft_r2c fft_rfft fft_rfft2 fft_rfftn
+    index_add index_reduce istft lerp linear mean nanmean nansum neg rad2deg rsub scatter_add
+    scatter_reduce segment_reduce stft sub sum sum_to_size trace trapezoid upsample_bicubic2d upsample_bicubic2d_aa
     upsample_bilinear upsample_bilinear2d upsample_bilinear2d_aa upsample_linear1d upsample_trilinear3d
     """
 )

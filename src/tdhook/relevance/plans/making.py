@@ -11,9 +11,9 @@ from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import nn
 
 from tdhook.conventions import Convention
+from tdhook.models.entries import dense_copy
 from tdhook.models.families import BatchNorm
 from tdhook.models.model import Model
-from tdhook.models.state import dense_copy
 from tdhook.models.tracing import Execution, registered, traced
 from tdhook.relevance.composites.composite import Composite
 from tdhook.relevance.operations.interception import Interception
@@ -100,7 +100,8 @@ def make_plan(
     rows = [replace(row, runs=row.path in called) for row in rows]
     rank = {name: i for i, name in reversed(list(enumerate(execution.order)))}
     rows.sort(key=lambda row: rank.get(row.path, len(rank)))
-    setting = Setting(None, WeightCache() if cache_weights else None, Merges() if merge_batch_norm else None)
+    weights = WeightCache(row.module for row in rows if row.rule is not None) if cache_weights else None
+    setting = Setting(None, weights, Merges() if merge_batch_norm else None)
     merges: dict[str, list[nn.Module]] = {}
     if not isinstance(merge_batch_norm, bool):
         merges = _named_merges(merge_batch_norm, execution)

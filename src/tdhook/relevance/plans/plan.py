@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tdhook.conventions import Convention
 from tdhook.markup import html_table
 from tdhook.models.families import BatchNorm
+from tdhook.models.parallel import home_of, lends_weights
 from tdhook.relevance.ledger.ledger import Ledger
 from tdhook.relevance.operations.interception import Interception, Observer, Unmatched
 from tdhook.relevance.operations.table import MOVES, WINNER
@@ -25,6 +26,7 @@ from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.batchnorm import merging
 from tdhook.relevance.rules.simple import PassRule
 from tdhook.selectors import Selector
+from tdhook.tape.functions import copying
 from tdhook.tape.overwriting import Mutated, out_of_place, overwrites, was_overwritten
 
 __all__ = ["COLUMNS", "Merge", "Plan", "Row"]
@@ -148,6 +150,7 @@ class Plan:
         self.flow: Convention = flow
         self.interception = interception
         self._modules = tuple(modules)
+        self._lent = any(map(lends_weights, self._modules))
         self.sensitivity = sensitivity
         self.setting = setting
         # Layers without a rule may overwrite what they are given: their operations are seen.
@@ -158,7 +161,7 @@ class Plan:
         for row in rows:
             rule = row.rule
             # To ignore a layer of torch's own is to leave it to the rule of its operation.
-            own = type(row.module).__module__.startswith("torch.nn.")
+            own = home_of(row.module).startswith("torch.nn.")
             if rule is None or (rule.native and (own or interception is None)):
                 continue
             if rule.binds_itself and not rule.native:
@@ -179,7 +182,12 @@ class Plan:
             self.interception.outdated.layers = set(map(id, overwriting))
         if overwriting:
             stack.enter_context(out_of_place(overwriting))
+        if self._lent:
+            # What hangs on the outputs of layers would be lost with views that are overwritten.
+            stack.enter_context(copying())
         stack.callback(self._detach)
+        if self.setting.weights is not None:
+            self.setting.weights.begin()
         thread = get_ident()
         for binding in self._bindings:
             binding.attach(thread)
@@ -189,6 +197,8 @@ class Plan:
     def _detach(self) -> None:
         for binding in reversed(self._bindings):
             binding.detach()
+        if self.setting.weights is not None:
+            self.setting.weights.end()
 
     def rules_on(self, ledger: Ledger | None = None, *, observer: Observer | None = None) -> RulesOn:
         """How to run the model under its rules.

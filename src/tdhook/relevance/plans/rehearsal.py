@@ -56,10 +56,18 @@ class Ready:
         """The plan to run what an explained module was called with."""
         if self._pending:
             runner.check()
-            plan = self._make(runner.td)
+            plan = self._made(runner)
             self._check(plan)
             self.plan, self._pending = plan, False
         return self.plan
+
+    def _made(self, runner: Runner) -> Plan:
+        try:
+            return self._make(runner.given)
+        except Exception:
+            with runner.forward(runner.td):  # which says it better, if it can
+                pass
+            raise
 
 
 def rehearse(plan: Plan, runner: Runner) -> None:

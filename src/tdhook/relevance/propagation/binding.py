@@ -8,13 +8,14 @@ from threading import get_ident
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
 from tdhook.keys import named_tensors
+from tdhook.models.entries import is_batch, leaves_of
+from tdhook.models.parallel import home_of
 from tdhook.models.turns import elsewhere
 from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
 
@@ -39,6 +40,9 @@ class Bindable(Protocol):
     @property
     def applied(self) -> bool:
         """Whether it asks the module for ``_prev_forward``."""
+
+    def enters(self, module: nn.Module) -> bool:
+        """Whether it is the rule of the linear operation inside the module."""
 
     def bound(self, module: nn.Module, flow: Convention) -> Run:
         """How calls of the module run."""
@@ -74,6 +78,7 @@ class Binding:
 
     Attributes:
         closed: whether the module is a layer of torch's own.
+        enters: whether the rule is that of the linear operation inside the module.
         original: the module's own forward, while attached.
     """
 
@@ -89,7 +94,8 @@ class Binding:
         self.around = None if rule.opens else around
         self.flow: Convention = flow or rule.convention
         self._on_tensordict = isinstance(module, TensorDictModuleBase)
-        self.closed = type(module).__module__.startswith("torch.nn.modules.") and not module._modules
+        self.closed = home_of(module).startswith("torch.nn.modules.") and not module._modules
+        self.enters = rule.enters(module)
         self.original: Callable[..., Any] | None = None
         self.thread: int | None = None
         self._applied = rule.applied
@@ -157,12 +163,12 @@ class Binding:
     def _call_on_tensordict(self, module: TensorDictModuleBase, *args: Any, **kwargs: Any) -> Any:
         """Run a TensorDictModule as the function from the tensors it reads to those it writes."""
         td = args[0] if args else kwargs.pop("tensordict", None)
-        if not isinstance(td, TensorDictBase):
+        if not is_batch(td):
             written = self(named_tensors(module.in_keys, args, kwargs))
             values = tuple(written.get(key) for key in module.out_keys)
             return values[0] if len(values) == 1 else values
         destination = kwargs.pop("tensordict_out", None)
-        reads = [key for key in module.in_keys if isinstance(td.get(key, None), Tensor)]
+        reads = [name for key in module.in_keys for name, _ in leaves_of(key, td.get(key, None))]
         original, result = self.original, td
         assert original is not None
 
@@ -176,7 +182,7 @@ class Binding:
             return values[0] if len(values) == 1 else values
 
         def writes() -> list[NestedKey]:
-            return [key for key in module.out_keys if isinstance(result.get(key, None), Tensor)]
+            return [name for key in module.out_keys for name, _ in leaves_of(key, result.get(key, None))]
 
         tensors = tuple(td.get(key) for key in reads)
         if self._applied:

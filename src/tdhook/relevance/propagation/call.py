@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from tdhook.relevance.propagation.merges import Merges
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.relevance.propagation.weights import WeightCache
 from tdhook.tape.functions import live, on_tape
 from tdhook.tape.overwriting import out_of_place
+from tdhook.tape.trees import tree_leaves
 
 __all__ = ["ALONE", "Call", "Run", "Setting"]
 

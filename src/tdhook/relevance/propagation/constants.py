@@ -9,20 +9,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from tdhook.relevance.propagation.call import Call
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.tape.dependence import leaf
-from tdhook.tape.functions import Identity, on_tape, parts
+from tdhook.tape.functions import Identity, TapeFunction, may_look_at, on_tape, parts, unwrapped, whole
+from tdhook.tape.internals import maker_of
+from tdhook.tape.masks import masking, unmasked
+from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
 
-__all__ = ["Reported", "with_constants"]
+__all__ = ["Reported", "with_constants", "with_masks"]
 
 
 class Reported(Identity):
-    """Identity at which a fixed part of what travels backwards is reported."""
+    """Identity at which a fixed part, finite, of what travels backwards is reported."""
 
     @staticmethod
     def forward(z: Tensor, part: Tensor, reason: str, report: Report) -> Tensor:
@@ -36,9 +39,51 @@ class Reported(Identity):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> object:
         (part,) = ctx.saved_tensors
-        amount = parts(grad) * parts(part)
-        ctx.report(ctx.reason, torch.where(parts(grad) == 0, 0.0, amount))
+        ctx.report(ctx.reason, parts(grad) * parts(part))
         return grad, None, None, None
+
+
+class Difference(Identity):
+    """Identity at which is reported what a call keeps: what arrives at its output, less what goes to its inputs.
+
+    It takes one more pull-back through the call, which needs no other derivative than its own.
+    """
+
+    @staticmethod
+    def forward(z: Tensor, made: Tensor, inputs: Sequence[Tensor], report: Report) -> Tensor:
+        return z.view_as(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.made, ctx.inputs, ctx.report = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> object:
+        made, inputs = ctx.made, ctx.inputs
+        pulled = torch.autograd.grad(made, inputs, grad, retain_graph=True, allow_unused=True)
+        for x, g, sign in ((made, grad, 1), *((x, g, -1) for x, g in zip(inputs, pulled, strict=True))):
+            if g is not None:
+                ctx.report("constant", sign * torch.where(parts(g) == 0, 0.0, parts(x.detach()) * parts(g)))
+        return grad, None, None, None
+
+
+def _runs_own_functions(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether there is a function with a backward pass of its own on the tape between inputs and outputs.
+
+    Its derivatives of other kinds are missing or, of operators of ``torch.library``, zero.
+    """
+    seen = {get_gradient_edge(unwrapped(x)).node for x in inputs}
+    ahead: list[Any] = [get_gradient_edge(unwrapped(z)).node for z in outputs]
+    while ahead:
+        node = ahead.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        made = maker_of(node)
+        if made is not None and not issubclass(made, TapeFunction):
+            return True
+        ahead += [before for before, _ in node.next_functions if before is not None]
+    return False
 
 
 def with_constants(
@@ -57,9 +102,14 @@ def with_constants(
         return outputs
     leaves, spec = tree_flatten(outputs)
     at = [i for i, z in enumerate(leaves) if isinstance(z, Tensor) and on_tape(z)]
-    linear = linear_part(call, report, at, factors, moves)
+    linear = None
+    if moves or not _runs_own_functions([leaves[i] for i in at], call.tensors()):
+        linear = linear_part(call, report, at, factors, moves)
     if linear is None:
-        return outputs
+        if not moves:
+            for i in at:
+                leaves[i] = Difference.apply(leaves[i], leaves[i], call.tensors(), report)
+        return tree_unflatten(leaves, spec)
     weighted = getattr(module, "bias", None) is not None
     named = isinstance(module, Operation) and module.name.startswith(
         ("linear", "conv", "batch_norm", "addmm")
@@ -67,15 +117,34 @@ def with_constants(
     reason = "bias" if weighted or named else "constant"
     for i, part in zip(at, linear, strict=True):
         z = leaves[i]
-        rest = _one(z) - part if moves else z.detach() - part
-        # Masked logits are constants of minus infinity, and no share of anything.
-        leaves[i] = Reported.apply(z, rest.nan_to_num(0.0, 0.0, 0.0), reason, report)
+        rest = (_counted(z, moves) - part).nan_to_num(0.0, 0.0, 0.0)
+        if not may_look_at(rest) or bool(rest.any()):
+            leaves[i] = Reported.apply(z, rest, reason, report)
     return tree_unflatten(leaves, spec)
 
 
-def _one(x: Tensor) -> complex:
-    """One, in both parts of a complex number."""
-    return 1 + 1j if x.is_complex() else 1
+def with_masks(call: Call, x: Tensor, z: Tensor) -> Tensor:
+    """Have what is handed on to values that mask, or from such, reported: it is no share of anything.
+
+    Args:
+        call: the call.
+        x: its argument.
+        z: its value, of the same shape, whose relevance the argument gets.
+    """
+    report = call.setting.report
+    if report is None:
+        return z
+    part = masking(x).to(z.dtype) - masking(z).to(z.dtype)
+    if may_look_at(part) and not bool(part.any()):
+        return z
+    made: Tensor = Reported.apply(z, part, "constant", report)
+    return made
+
+
+def _counted(x: Tensor, moves: bool) -> Tensor:
+    """Values, or ones in their place, where these are no share of anything in both parts of a complex number."""
+    value = parts(x.detach())
+    return whole(unmasked(torch.ones_like(value) if moves else value, value), x)
 
 
 def _is_expected(call: Call, factors: Sequence[float] | float, moves: bool) -> bool:
@@ -96,11 +165,7 @@ def linear_part(
     live = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and on_tape(x)]
     primals = tuple(leaves[i].detach() for i in live)
     scales = [factors] * len(live) if isinstance(factors, int | float) else list(factors)
-    tangents = tuple(
-        torch.full_like(x, _one(x)) if moves else f * x for f, x in zip(scales, primals, strict=True)
-    )
-    # Masked logits, infinite or the least number there is, are no share of anything; casts make infinities of them.
-    tangents = tuple(torch.where(t.abs() > torch.finfo(t.dtype).max / 2, 0.0, t) for t in tangents)
+    tangents = tuple(f * _counted(x, moves) for f, x in zip(scales, primals, strict=True))
 
     def function(*inputs: Tensor) -> tuple[Tensor, ...]:
         given = list(leaves)

@@ -15,9 +15,11 @@ from tdhook.relevance.propagation.reporting import Report
 from tdhook.relevance.propagation.stabilisers import Stabilizer, quotient, rounding, saturated, stabilize
 from tdhook.tape.functions import Identity, TapeFunction, alias, may_look_at, parts, whole
 from tdhook.tape.internals import is_view
+from tdhook.tape.masks import unmasked
 
 __all__ = [
     "Damped",
+    "Final",
     "NotOneTensor",
     "PerValue",
     "Ratio",
@@ -85,7 +87,7 @@ class PerValue(Identity):
         x, relevance = parts(value), parts(relevance)
         grad = quotient(relevance, PerValue.stabilised(ctx, x))
         if ctx.setting.report is not None:
-            ctx.setting.report("stabiliser", relevance - finite_product(x, grad))
+            ctx.setting.report("stabiliser", unmasked(relevance - finite_product(x, grad), x))
         return whole(grad, value), *(None,) * ctx.n_rest
 
 
@@ -99,7 +101,7 @@ class Damped(PerValue):
         z, grad = parts(value), parts(grad)
         damped = grad * (z / PerValue.stabilised(ctx, z))
         if ctx.setting.report is not None:
-            ctx.setting.report("stabiliser", finite_product(z, grad) - finite_product(z, damped))
+            ctx.setting.report("stabiliser", unmasked(finite_product(z, grad) - finite_product(z, damped), z))
         return whole(damped, value), *(None,) * ctx.n_rest
 
 
@@ -120,6 +122,47 @@ class Scaled(Identity):
     def backward(ctx: Any, grad: Tensor) -> object:
         """Multiply."""
         return grad * ctx.factor, None
+
+
+class Final(Identity):
+    """Identity at whose input relevance arrives that cannot be differentiated once more.
+
+    What a tape with rules on it says of a second derivative is wrong: on its way back to what the rules read, it
+    would go through rules again, and not through derivatives.
+    """
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        """The value itself."""
+        return alias(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, relevance: Tensor) -> object:
+        """Hand it on, on a tape that ends here."""
+        return _Undifferentiable.apply(relevance) if torch.is_grad_enabled() else relevance
+
+
+class _Undifferentiable(TapeFunction):
+    """Identity that raises in its backward pass."""
+
+    @staticmethod
+    def forward(relevance: Tensor) -> Tensor:
+        return relevance.view_as(relevance)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> object:
+        raise RuntimeError(
+            "relevance cannot be differentiated: a second backward pass would go through rules where derivatives are "
+            "meant. Detach the relevance, or train on gradient times input, which autograd differentiates"
+        )
 
 
 class NotOneTensor(Exception):
@@ -177,7 +220,9 @@ class Ratio(TapeFunction):
         pulled = saturated(grad * quotient(z, rounding(x)))
         if ctx.report is not None:
             pulled = torch.where(grad == 0, 0.0, pulled)
-            ctx.report("stabiliser", finite_product(z, grad) - finite_product(x, pulled))
+            ctx.report(
+                "stabiliser", unmasked(finite_product(z, grad), z) - unmasked(finite_product(x, pulled), x)
+            )
         return pulled, *(None,) * ctx.n_rest
 
 
@@ -212,6 +257,7 @@ def finite_product(x: Tensor, grad: Tensor) -> Tensor:
     if not x.is_floating_point():
         return product
     # One sum tells that there is nothing to mask, where a value can be looked at without waiting for it.
-    if product.is_cpu and may_look_at(product) and math.isfinite(product.sum()):
+    looks = product.is_cpu and not product.requires_grad and may_look_at(product)
+    if looks and math.isfinite(product.sum()):
         return product
     return product.masked_fill_(x.isinf() | (grad == 0), 0.0)

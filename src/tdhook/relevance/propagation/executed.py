@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.forms import ClosedForm, closed_form
+from tdhook.relevance.propagation.lent import Lent, are_lent
 from tdhook.relevance.propagation.merges import Place
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.params import ParamModifier
@@ -20,6 +20,8 @@ from tdhook.tape.functions import TapeFunction, alias, on_tape
 from tdhook.tape.internals import is_view, transformed
 from tdhook.tape.origins import is_nonnegative
 from tdhook.tape.overwriting import natively
+from tdhook.tape.sharded import added_up, is_sharded
+from tdhook.tape.trees import Shape, tree_flatten, tree_leaves, tree_unflatten
 
 __all__ = [
     "ExecutedLayer",
@@ -71,7 +73,11 @@ def running_layer(rule: Formula, layer: nn.Module, form: ClosedForm, otherwise: 
             # Strides and the like may have been set anew since the rule was bound.
             now = form if form.settled else closed_form(layer) or form
             executed = ExecutedLayer(rule, now, call, rule.needs_sign and is_nonnegative(x))
-            z = RuledLayer.apply(executed, x, parameters.weight, parameters.bias)
+            weight, bias = parameters.weight, parameters.bias
+            if weight.is_meta:
+                executed.lent = Lent(layer)
+                weight = bias = None
+            z = RuledLayer.apply(executed, x, weight, bias)
         else:
             z = call.function(x)
         rule.check(layer, args, (z,))
@@ -88,18 +94,20 @@ class ExecutedLayer(Place):
         module: the layer.
         nonnegative: whether no entry of ``x`` can be negative, as far as that is known.
         dtype: the precision in which the layer computed.
+        lent: the parameters that it computed with, where it is only lent them while it runs.
     """
 
-    __slots__ = ("_function", "_setting", "dtype", "form", "module", "nonnegative", "rule")
+    __slots__ = ("_function", "_setting", "dtype", "form", "lent", "module", "nonnegative", "rule")
 
     def __init__(self, rule: Formula, form: ClosedForm, call: Call, nonnegative: bool) -> None:
         self.rule, self.form, self.nonnegative = rule, form, nonnegative
         self.module, self._function, _, _, self._setting = call
         self.dtype: torch.dtype | None = None
+        self.lent: Lent | None = None
 
     def execute(self, x: Tensor) -> Tensor:
         """Run the layer itself."""
-        z: Tensor = self._function(x)
+        z: Tensor = self._function(x) if self.lent is None else self.lent.taken_down(self._function, x)
         self.dtype = z.dtype
         return alias(z) if is_view(z) else z
 
@@ -107,6 +115,8 @@ class ExecutedLayer(Place):
         """The call as the rule sees it in the backward pass."""
         setting = self._setting
         cache, merged = setting.weights, None
+        if x.device != weight.device:  # hooks move what goes in to where the layer lies
+            x = x.to(weight.device)
         norm = None if setting.merges is None else setting.merges.norm_of(self)
         if norm is not None:
             merged = Affine.of(norm)
@@ -120,6 +130,7 @@ class ExecutedLayer(Place):
             merged = None if merged is None else merged.to(dtype)
         step = LinearStep(self.module, self.form, x, outputs, weight, bias, merged, cache)
         step.report, step.nonnegative = setting.report, self.nonnegative
+        step.writable = not is_sharded(weight)
         return step
 
 
@@ -135,6 +146,8 @@ class RuledLayer(TapeFunction):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep what the rule reads."""
         executed, x, weight, bias = inputs
+        if executed.lent is not None:
+            weight, bias = executed.lent.parameters
         ctx.executed = executed
         if executed.rule.needs_outputs:
             ctx.save_for_backward(x, weight, bias, output)
@@ -145,7 +158,11 @@ class RuledLayer(TapeFunction):
     def backward(ctx: Any, out_relevance: Tensor) -> object:
         """Turn the relevance of the output into that of the input."""
         executed: ExecutedLayer = ctx.executed
-        (relevance,) = executed.rule.propagate(executed.step(*ctx.saved_tensors), (out_relevance,))
+        saved = ctx.saved_tensors
+        step = executed.step(*saved)
+        (relevance,) = executed.rule.propagate(step, (added_up(out_relevance),))
+        if relevance is not None and relevance.device != saved[0].device:
+            relevance = relevance.to(saved[0].device)
         return None, relevance, None, None
 
 
@@ -164,7 +181,7 @@ class ExecutedModule:
         self.rule = rule
         self.module, self._function, args, kwargs, setting = call
         self.report = setting.report
-        self.spec: TreeSpec | None = None
+        self.spec: Shape | None = None
         self.leaves: list[Any] = list(args)
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             self.leaves, self.spec = tree_flatten((args, kwargs))
@@ -175,7 +192,7 @@ class ExecutedModule:
             self.names = {i: names[i] for i in self.at if not on_tape(self.leaves[i])}
             self.at = [i for i in self.at if i not in self.names]
         self.graph: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
-        self.out_spec: TreeSpec | None = None
+        self.out_spec: Shape | None = None
         self.out_leaves: list[Any] = []
 
     def run(self) -> Any:
@@ -212,7 +229,7 @@ class ExecutedModule:
                     "torch.vmap; linear layers and convolutions can be ruled there"
                 )
             with torch.enable_grad():
-                leaves = tuple(leaf(x) if x.requires_grad else x.detach() for x in inputs)
+                leaves = tuple(leaf(x) if x.requires_grad else x for x in inputs)
                 outputs = self._outputs(leaves)
         self.graph = (leaves, outputs)
         self.out_leaves = [z.detach() if isinstance(z, Tensor) else z for z in self.out_leaves]
@@ -239,6 +256,11 @@ class ExecutedModule:
 
     def evaluate(self, inputs: Sequence[Tensor], modify: Modify) -> tuple[Tensor, ...]:
         """The tensors that the module returns for other inputs and with modified parameters."""
+        if are_lent(self.module):
+            raise NotImplementedError(
+                f"{self.rule!r} modifies parameters of {type(self.module).__name__}, which are offloaded and only lent "
+                "to it while it runs: keep this module in memory, or give it a rule that leaves parameters alone"
+            )
         modifier = ParamModifier(lambda name, p: modify(name, p.detach()), ParamModifier.select_all)
         with natively(self.module), modifier(self.module):
             return tuple(z for z in tree_leaves(self._invoke(inputs, modify)) if isinstance(z, Tensor))
@@ -272,6 +294,9 @@ class Ruled(TapeFunction):
         ctx.executed = executed = inputs[0]
         ctx.made_by = type(executed.module).__name__
         rule = executed.rule
+        if executed.graph is not None:
+            off = [z for z, own in zip(output, executed.graph[1], strict=True) if not own.requires_grad]
+            ctx.mark_non_differentiable(*off)
         ctx.save_for_backward(
             *(inputs[1:] if rule.needs_inputs else ()), *(output if rule.needs_outputs else ())
         )

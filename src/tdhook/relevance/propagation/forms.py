@@ -10,8 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ["ClosedForm", "DenseForm", "closed_form"]
+from tdhook.relevance.propagation.operation import Operation
+
+__all__ = ["ClosedForm", "DenseForm", "closed_form", "makes_weights"]
 
 
 class ClosedForm(ABC):
@@ -157,12 +160,31 @@ _CONV_CORES = {cls._conv_forward for cls in _CONVOLUTIONS}
 _FORMS: WeakKeyDictionary[nn.Module, tuple[object, ConvForm]] = WeakKeyDictionary()
 
 
+def makes_weights(module: nn.Module) -> bool:
+    """Whether a layer may compute with other weights than it holds, which it makes in its forward.
+
+    So may all that are no layers of torch: they standardise their weights, say, or are parametrised.
+    """
+    if module._modules and not is_parametrized(module):
+        return False
+    if isinstance(module, Operation) or type(module).__module__.startswith("torch.nn.modules."):
+        return False
+    return closed_form(module) is None and any(parameter.dim() > 1 for parameter in module.parameters())
+
+
 def closed_form(module: nn.Module) -> ClosedForm | None:
-    """The closed form of a module, or ``None``: a subclass that computes in its own way is differentiated."""
+    """The closed form of a module, or ``None``: a subclass that computes in its own way is differentiated.
+
+    So is a parametrised layer, which makes its weight each time that it is read.
+    """
     cls = type(module)
-    if cls.forward is nn.Linear.forward:
+    # Modules that torch.jit compiled have no forward that could be asked for.
+    forward = getattr(cls, "forward", None)
+    if module._modules and is_parametrized(module):
+        return None
+    if forward is nn.Linear.forward:
         return _DENSE
-    if cls.forward not in _CONV_FORWARDS or getattr(cls, "_conv_forward", None) not in _CONV_CORES:
+    if forward not in _CONV_FORWARDS or getattr(cls, "_conv_forward", None) not in _CONV_CORES:
         return None
     layer: Any = module
     settings = (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Run
 from tdhook.relevance.propagation.executed import running_layer, running_module
-from tdhook.relevance.propagation.forms import closed_form
+from tdhook.relevance.propagation.forms import closed_form, makes_weights
 from tdhook.relevance.propagation.params import require_parameters
 from tdhook.relevance.propagation.rule import RunningRule, converted
 from tdhook.relevance.propagation.steps import Grads, Step
@@ -41,6 +41,15 @@ class PropagationRule(RunningRule):
     def require(self, module: nn.Module) -> None:
         """Raise where the module has no parameter of a name that the rule treats as zero."""
         require_parameters(self.zero_params, [module])
+
+    @property
+    def modifies(self) -> bool:
+        """Whether the formula looks at modified weights."""
+        return False
+
+    def enters(self, module: nn.Module) -> bool:
+        """A rule that modifies weights gets them where they reach a linear operation."""
+        return self.modifies and makes_weights(module)
 
     @abstractmethod
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:

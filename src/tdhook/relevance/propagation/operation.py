@@ -11,6 +11,11 @@ from torch.utils._pytree import tree_leaves
 __all__ = ["Operation"]
 
 
+_BIAS_FIRST = frozenset(("addmm", "addmv", "addbmm", "baddbmm"))
+_PRODUCTS = frozenset(("bmm", "einsum", "inner", "matmul", "mm", "mv", "tensordot"))
+_LINEAR = frozenset(("linear",)) | _BIAS_FIRST | _PRODUCTS
+
+
 class Operation(nn.Module):
     """A torch function where a rule expects a module; its class has the name of the operation.
 
@@ -37,16 +42,21 @@ class Operation(nn.Module):
         operation.__dict__["function"] = function
         return operation
 
+    @property
+    def weighted(self) -> bool:
+        """Whether it is linear in one argument where the others are weights."""
+        return self.name in _LINEAR or self.name.startswith("conv")
+
     def forward(self, *args: Any, **kwargs: Any) -> object:
         """Call the function."""
         return self.function(*args, **kwargs)
 
     def parameter_names(self, args: tuple[object, ...], kwargs: dict[str, object]) -> list[str]:
         """A name for each leaf of a call's arguments, as parameters of modules have."""
-        weighted = self.name == "linear" or self.name.startswith("conv")
+        bias = 0 if self.name in _BIAS_FIRST else 2 if self.weighted and self.name not in _PRODUCTS else None
         names: list[str] = []
         for index, argument in enumerate(args):
-            name = "bias" if weighted and index == 2 else "weight"
+            name = "bias" if index == bias else "weight"
             names += [name] * _count(argument)
         for key in kwargs:
             names += [key] * _count(kwargs[key])

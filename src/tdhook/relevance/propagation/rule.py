@@ -20,7 +20,8 @@ from torch.autograd.function import Function, FunctionMeta
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.binding import Binding
 from tdhook.relevance.propagation.call import Call, Run
-from tdhook.relevance.propagation.conversions import PerValue, TimesValue
+from tdhook.relevance.propagation.conversions import Final, PerValue, TimesValue
+from tdhook.relevance.propagation.entering import OnLinearOperations
 from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.tape.functions import live
 
@@ -103,6 +104,10 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
         """Whether the rule has its own way onto a module."""
         return type(self).register is not Rule.register
 
+    def enters(self, module: nn.Module) -> bool:
+        """Whether the rule is that of the linear operation inside ``module``, and not of ``module`` as a whole."""
+        return False
+
     def bound(self, module: nn.Module, flow: Convention) -> Run:
         """How calls of ``module`` run under this rule, decided once.
 
@@ -132,7 +137,10 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
                 f"registering {self!r}"
             )
         self.require(module)
-        Binding(module, self).attach()
+        binding = Binding(module, self)
+        if not self.native:
+            binding.around = _Alone()
+        binding.attach()
         return RemovableRuleHandle(self, module)
 
     def unregister(self, module: nn.Module) -> None:
@@ -232,6 +240,17 @@ class RunningRule(Rule):
     def backward(ctx: Any, *out_relevance: object) -> object:
         """Likewise."""
         raise NotImplementedError("this rule runs, it is not applied")
+
+
+class _Alone:
+    """Around the calls of a module whose rule is on without a plan: relevance is not differentiated."""
+
+    def unit(self, binding: Binding, call: Call) -> Any:
+        """Make the call under its rule."""
+        if not binding.enters:
+            return binding.bound.run(call.live(Final.apply))
+        inside = OnLinearOperations(lambda operation: binding.rule.bound(operation, binding.flow))
+        return inside.run(call.live(Final.apply))
 
 
 def converted(run: Run, own: Convention, flow: Convention) -> Run:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from tdhook.relevance.propagation.forms import ClosedForm
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.relevance.propagation.weights import WeightCache
 from tdhook.tape.dependence import leaf
+from tdhook.tape.sharded import added_up
 
 __all__ = ["Affine", "Grads", "LinearStep", "Modify", "ModuleStep", "Step", "unmodified"]
 
@@ -42,7 +43,7 @@ class Step(ABC):
     arguments: tuple[tuple[object, ...], dict[str, object]] = ((), {})
     report: Report | None = None
     nonnegative: bool = False
-    writable: ClassVar[bool] = False
+    writable: bool = False
     module: nn.Module
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -56,8 +57,8 @@ class Step(ABC):
         """Evaluate the step at other inputs and with modified parameters: the outputs and the pull-back there."""
 
     @abstractmethod
-    def constants(self, modify: Modify) -> tuple[Tensor, ...]:
-        """What is left of each output where all inputs are zero: the bias."""
+    def constants(self, modify: Modify) -> tuple[Tensor | None, ...]:
+        """What is left of each output where all inputs are zero: the bias, in a shape that broadcasts, if any."""
 
 
 class ModuleStep(Step):
@@ -85,7 +86,7 @@ class ModuleStep(Step):
             outputs = tuple(self.evaluate(leaves, modify))
         return tuple(z.detach() for z in outputs), lambda *grads: _pull_back(leaves, outputs, grads)
 
-    def constants(self, modify: Modify) -> tuple[Tensor, ...]:
+    def constants(self, modify: Modify) -> tuple[Tensor | None, ...]:
         zeros = [torch.zeros_like(x) if x.is_floating_point() else x for x in self.inputs]
         with torch.no_grad():
             return tuple(self.evaluate(zeros, modify))
@@ -155,7 +156,7 @@ class LinearStep(Step):
         cache: keeps modified weights, if any.
     """
 
-    writable: ClassVar[bool] = True
+    writable = True
 
     def __init__(
         self,
@@ -177,16 +178,17 @@ class LinearStep(Step):
             outputs = tuple(
                 form.along_outputs(merged.scale, z) * z + form.along_outputs(merged.shift, z) for z in outputs
             )
-        self.outputs, self._weight, self._bias = outputs, weight, bias
+        self.outputs, self._weight, self._bias = tuple(map(added_up, outputs)), weight, bias
 
     def vjp(self, *grads: Tensor) -> Grads:
-        return (self.form.adjoint(grads[0], self.inputs[0], self.weight(unmodified)),)
+        return (added_up(self.form.adjoint(grads[0], self.inputs[0], self.weight(unmodified))),)
 
     def modified(self, inputs: Sequence[Tensor], modify: Modify) -> tuple[tuple[Tensor, ...], Vjp]:
         (x,) = inputs
         weight = self.weight(modify)
         bias = None if self._bias is None else modify("bias", self._bias)
-        return (self.form.apply(x, weight, bias),), lambda grad: (self.form.adjoint(grad, x, weight),)
+        z = added_up(self.form.apply(x, weight, bias))
+        return (z,), lambda grad: (added_up(self.form.adjoint(grad, x, weight)),)
 
     def weight(self, modify: Modify) -> Tensor:
         """The layer's weight, modified."""
@@ -200,6 +202,7 @@ class LinearStep(Step):
             weight = self.form.scale_outputs(weight, self._merged.scale)
         return modify("weight", weight)
 
-    def constants(self, modify: Modify) -> tuple[Tensor, ...]:
-        zero = torch.zeros_like(self.inputs[0])
-        return self.modified((zero,), modify)[0]
+    def constants(self, modify: Modify) -> tuple[Tensor | None, ...]:
+        if self._bias is None:
+            return (None,)
+        return (self.form.along_outputs(modify("bias", self._bias), self.inputs[0]),)

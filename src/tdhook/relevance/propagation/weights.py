@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from tdhook.tape.internals import version_of
+from tdhook.tape.internals import parameters_of, version_of
 
 __all__ = ["WeightCache"]
 
@@ -23,29 +24,60 @@ class WeightCache:
 
     Whether a parameter changed is told by its version, its memory, and a sample of its values, since neither writes
     through ``.data`` nor those of another process raise the version. Weights of up to 65 536 elements are not kept, nor
-    are those on a GPU, where modifying is cheap and looking is not.
+    are those on a GPU, where modifying is cheap and looking is not. Nor is anything of weights that a layer is only
+    lent while it runs, as where parameters are sharded or offloaded: what is kept would be a copy of the whole model.
+
+    Args:
+        layers: those whose weights may be modified.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Iterable[nn.Module] = ()) -> None:
+        self._layers: WeakSet[nn.Module] = WeakSet(layer for layer in layers if _may_be_large(layer))
+        self._own: dict[int, Tensor] = {}
         self._kept: WeakKeyDictionary[nn.Module, dict[Hashable, _Kept]] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return WeightCache, ()
+        return WeightCache, (tuple(self._layers),)
+
+    def begin(self) -> None:
+        """Look what the layers hold while nothing runs; what was made of anything else is kept no longer."""
+        self._own = {
+            id(layer): weight for layer in self._layers if (weight := _own_weight(layer)) is not None
+        }
+        for layer in [layer for layer in self._kept if id(layer) not in self._own]:
+            del self._kept[layer]
+
+    def end(self) -> None:
+        """Hold on to no weights between passes but those that something was made of."""
+        self._own = {}
 
     def get(
         self, layer: nn.Module, change: Hashable, sources: Sequence[Tensor], make: Callable[[], Tensor]
     ) -> Tensor:
         """What ``make`` makes of ``sources``, the first of which is the weight of ``layer``."""
-        weight = sources[0]
-        if weight.numel() <= _SMALL or not all(type(x) in _PLAIN and x.is_cpu for x in sources):
+        own = self._own.get(id(layer))
+        if own is None or own.data_ptr() != sources[0].data_ptr():
             return make()
-        if any(x.is_inference() for x in sources):
+        if not all(type(x) in _PLAIN and x.is_cpu for x in sources) or any(x.is_inference() for x in sources):
             return make()
         kept = self._kept.setdefault(layer, {})
         found = kept.get(change)
         if found is None or not found.made_of(sources):
             found = kept[change] = _Kept(sources, make())
         return found.value
+
+
+def _may_be_large(layer: nn.Module) -> bool:
+    weight = parameters_of(layer).get("weight")
+    return weight is not None and (is_lazy(weight) or weight.numel() > _SMALL)
+
+
+def _own_weight(layer: nn.Module) -> Tensor | None:
+    """The weight of a layer, if it is a large one that lies in memory, whole."""
+    weight = parameters_of(layer).get("weight")
+    if weight is None or type(weight) not in _PLAIN or not weight.is_cpu or weight.numel() <= _SMALL:
+        return None
+    return weight if weight.untyped_storage().size() else None
 
 
 class _Kept:

@@ -11,6 +11,7 @@ from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.executed import ExecutedLayer
 from tdhook.relevance.propagation.forms import DenseForm
+from tdhook.relevance.propagation.lent import are_lent
 from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.relevance.rules.epsilon import EpsilonRule
 from tdhook.relevance.rules.simple import PassRule
@@ -42,6 +43,11 @@ class _MergedBatchNormRule(PassRule):
             x = call.args[0] if call.args else call.kwargs.get("input")
             if merges is None or not isinstance(x, Tensor) or module.training or module.running_mean is None:
                 return passed(call)
+            if are_lent(module):
+                raise NotImplementedError(
+                    f"{type(module).__name__} is merged into the layer before it, for which its statistics are needed, "
+                    "and these are offloaded: keep this module in memory, or pass merge_batch_norm=False"
+                )
             node, stabilizing = _maker(x)
             if type(node).__name__.startswith(_PLAIN):
                 # Merging amounts to the epsilon rule, stabilised once.

@@ -37,5 +37,9 @@ def rule_from_dict(data: Mapping[str, object] | str) -> Rule:
         raise ValueError(f"no rule is named {name!r}; rules are {known}")
     try:
         return cls(**arguments)
-    except TypeError as error:
+    except (
+        TypeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:  # what torch says of bounds that are no numbers, too
         raise ValueError(f"{name} does not take {arguments}: {error}") from error

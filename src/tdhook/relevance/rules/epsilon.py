@@ -23,6 +23,7 @@ from tdhook.relevance.propagation.stabilisers import Stabilizer, checked, roundi
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.rules.shares import itself, modified_by, per_unit, report_bias, share_of
 from tdhook.tape.functions import live
+from tdhook.tape.masks import unmasked
 
 __all__ = [
     "EpsilonRule",
@@ -59,6 +60,11 @@ class EpsilonRule(PropagationRule):
     def conventions(self) -> tuple[Convention, ...]:
         """Both, as the stabiliser's share is a factor in the gradient convention."""
         return (self.convention,) if self.zero_params else ("relevance", "gradient")
+
+    @property
+    def modifies(self) -> bool:
+        """Where it treats parameters as zero."""
+        return bool(self.zero_params)
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         outputs, vjp = step.outputs, step.vjp
@@ -151,7 +157,8 @@ class SoftmaxEpsilonRule(EpsilonRule):
         # Logits that are masked by minus infinity have no relevance.
         x = torch.where(x.isinf(), 0.0, x)
         if step.report is not None:  # the zeroth term of the linearisation
-            amount = r * (1 - x + (s * x).sum(_axis(step), keepdim=True))
+            counted = unmasked(x, x)
+            amount = r * (1 - counted + (s * counted).sum(_axis(step), keepdim=True))
             step.report("constant", torch.where(r == 0, 0.0, amount))
         return (r - s * r.sum(_axis(step), keepdim=True)) * x, *(None for _ in others)
 

@@ -89,7 +89,8 @@ class AHQKVRule(GradientRule):
         if step.report is not None:
             (z,), (bias,) = step.outputs, step.constants(lambda name, param: param)
             step.report("stop", z * (g - only_value))
-            step.report("bias", bias * only_value)
+            if bias is not None:
+                step.report("bias", bias * only_value)
         return step.vjp(only_value)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tdhook.relevance.propagation.conversions import finite_product
 from tdhook.relevance.propagation.stabilisers import Stabilizer, moved_away, quotient, stabilize
 from tdhook.relevance.propagation.steps import Modify, Step, unmodified
+from tdhook.tape.masks import unmasked
 
 __all__ = [
     "itself",
@@ -72,7 +73,7 @@ def per_unit(step: Step, relevance: Tensor, z: Tensor, epsilon: Stabilizer, sign
     if step.report is not None or callable(epsilon) or epsilon == 0:
         per_output = quotient(relevance, stabilize(z, epsilon))
         if step.report is not None:
-            step.report("stabiliser", relevance - finite_product(z, per_output))
+            step.report("stabiliser", unmasked(relevance - finite_product(z, per_output), z))
         return per_output
     if sign:
         return quotient(relevance, z.add_(sign * epsilon) if step.writable else z + sign * epsilon)
@@ -91,4 +92,5 @@ def report_bias(step: Step, modify: Modify, *per_output: Tensor) -> None:
     """Report what the bias takes, which is an input of one."""
     if step.report is not None:
         for s, b in zip(per_output, step.constants(modify), strict=True):
-            step.report("bias", s * b)
+            if b is not None:
+                step.report("bias", s * b)

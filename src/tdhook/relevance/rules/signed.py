@@ -27,6 +27,7 @@ from tdhook.relevance.rules.shares import (
     share_of,
 )
 from tdhook.tape.functions import may_look_at
+from tdhook.tape.sharded import is_sharded, replicated
 
 __all__ = [
     "AlphaBetaRule",
@@ -90,18 +91,20 @@ class _Contributions:
 def _has_negative(step: Step) -> bool:
     """Whether terms for negative inputs are needed at all: behind a ReLU they are not.
 
-    A compiled graph and ``torch.vmap`` cannot branch on values: there they are, unless it is known what made the input.
+    A compiled graph and ``torch.vmap`` cannot branch on values, and processes that hold parts of them would go
+    different ways: there they are, unless it is known what made the input.
     """
     if step.nonnegative:
         return False
     x = step.inputs[0]
-    return x.numel() == 0 or not may_look_at(x) or bool(x.amin() < 0)
+    return x.numel() == 0 or is_sharded(x) or not may_look_at(x) or bool(x.amin() < 0)
 
 
 class _SignedRule(PropagationRule):
     """A rule that treats contributions by their sign."""
 
     needs_sign: ClassVar[bool] = True
+    modifies: ClassVar[bool] = True
 
     def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         if len(inputs) > 1:
@@ -280,7 +283,7 @@ class ZBoxRule(_SignedRule):
     def _bound(self, bound: float | Tensor, x: Tensor, name: str) -> Tensor:
         bound = torch.as_tensor(bound, dtype=x.dtype, device=x.device)
         try:
-            return bound.expand_as(x)
+            return replicated(bound.expand(x.shape), x)
         except RuntimeError:
             raise ValueError(
                 f"ZBoxRule: {name} of shape {tuple(bound.shape)} does not broadcast against the input of shape "

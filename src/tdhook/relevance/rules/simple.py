@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Call, Run
+from tdhook.relevance.propagation.constants import with_masks
 from tdhook.relevance.propagation.conversions import NotOneTensor, Ratio, Unchanged
 from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.rule import RemovableRuleHandle, RunningRule
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.tape.functions import on_tape
+from tdhook.tape.trees import tree_leaves
 
 __all__ = ["IgnoreRule", "PassRule", "StopRule", "UniformRule"]
 
@@ -70,7 +71,7 @@ class PassRule(PropagationRule):
 
             try:
                 if flow == "relevance":
-                    return Unchanged.apply(call.args[0], function, name)
+                    return with_masks(call, call.args[0], Unchanged.apply(call.args[0], function, name))
                 return Ratio.apply(call.args[0], function, name, call.setting.report)
             except NotOneTensor:
                 return formula(call)

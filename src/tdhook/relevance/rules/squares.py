@@ -6,6 +6,8 @@ takes its share, which is thereby absorbed. ``zero_params`` names parameters to 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,8 @@ class WSquareRule(PropagationRule):
         stabilizer: the stabiliser of the denominator.
         zero_params: names of parameters to treat as zero.
     """
+
+    modifies: ClassVar[bool] = True
 
     def __init__(self, stabilizer: Stabilizer = 1e-6, zero_params: ZeroParams = None) -> None:
         super().__init__()

@@ -1,0 +1,150 @@
+"""The small model of a type that runs, and what it runs on: the first of what is tried."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.supported.inputs import BATCH, Reads, candidates
+from benchmarks.supported.making import NotBuilt, classes, settle, small
+from benchmarks.supported.measuring import Subject, in_precision, leaves
+from benchmarks.supported.shrinking import WAYS, Way
+
+__all__ = ["Found", "find", "subject"]
+
+PATIENCE = 30.0
+"""How many seconds are spent on trying."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model that runs.
+
+    Attributes:
+        model: in double precision and evaluation mode.
+        reads: what it runs on.
+        way: how it was made small.
+        index: which of its outputs is explained.
+        shape: of that.
+    """
+
+    model: nn.Module
+    reads: Reads
+    way: Way
+    index: int
+    shape: tuple[int, ...]
+
+
+def subject(model_type: str) -> tuple[Subject, dict[str, Any]]:
+    """What is explained of a type, and what it is in words."""
+    with in_precision(torch.float64):
+        found = find(model_type)
+    model, reads = found.model, found.reads
+
+    def single() -> nn.Module:
+        with in_precision(torch.float32):
+            made = small(model_type, type(model), found.way)
+        for kind in ("named_parameters", "named_buffers"):
+            theirs = dict(getattr(model, kind)())
+            for name, tensor in getattr(made, kind)():
+                tensor.data.copy_(theirs[name])
+        return made
+
+    read = list(reads.values) if not reads.sources else [*reads.values, "embedded"]
+    told = {"model": type(model).__name__, "reads": read, "way": found.way.name}
+    batch = BATCH if found.shape and found.shape[0] == BATCH else 0
+    return Subject(model, single, reads.values, found.index, batch, reads.sources, reads.fixed), told
+
+
+def first_output(outputs: Any) -> int | None:
+    """Which of the tensors that a model returns is the first floating one that depends on what it read."""
+    for index, value in enumerate(leaves(outputs)):
+        if isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad:
+            return index
+    return None
+
+
+def find(model_type: str) -> Found:
+    """The small model of a type.
+
+    Raises:
+        NotBuilt: nothing that was tried runs, and what the first try of the last stage reached said.
+    """
+    reasons: list[tuple[int, str]] = []
+    deadline = time.monotonic() + PATIENCE
+    for cls in classes(model_type)[:2]:
+        for way in WAYS:
+            if time.monotonic() > deadline:
+                break
+            torch.manual_seed(0)
+            try:
+                model = small(model_type, cls, way)
+            except Exception as error:
+                reasons.append((0, _said(cls, way, error)))
+                continue
+            found = _running(model, cls, way, reasons, deadline)
+            if found is not None:
+                return found
+    far = max(stage for stage, _ in reasons)
+    raise NotBuilt(next(reason for stage, reason in reasons if stage == far))
+
+
+def _running(
+    model: nn.Module, cls: type, way: Way, reasons: list[tuple[int, str]], deadline: float
+) -> Found | None:
+    """The model on the first inputs that it runs on, if there are some."""
+    said: list[str] = []
+    before = len(reasons)
+    for reads in candidates(model, said):
+        if time.monotonic() > deadline:
+            break
+        try:
+            index, output = run(model, reads)
+        except Exception as error:
+            said.append(_said(cls, way, error))
+            reasons.append((1, f"{', '.join(reads.values)}: {said[-1]}"))
+            continue
+        if output is None:
+            reasons.append((2, f"{cls.__name__}: no output depends on what it reads"))
+        elif not output.isfinite().all():
+            reasons.append((2, f"{cls.__name__}: its output is not finite"))
+        else:
+            settle(model, partial(run, model, reads))
+            return Found(model, reads, way, index, tuple(output.shape))
+    if len(reasons) == before:
+        required = [
+            name
+            for name, parameter in inspect.signature(model.forward).parameters.items()
+            if parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        ]
+        reasons.append((1, f"{cls.__name__}: nothing is known of its inputs ({', '.join(required)})"))
+    return None
+
+
+def _said(cls: type, way: Any, error: Exception) -> str:
+    text = str(error).strip().splitlines() or [""]
+    return f"{cls.__name__} ({way.name}): {type(error).__name__}: {' '.join(text)[:300]}"
+
+
+def run(model: nn.Module, reads: Reads) -> tuple[int, Tensor | None]:
+    """The output that is explained, with what gets relevance on the tape."""
+    values = {k: v.clone().requires_grad_(v.is_floating_point()).clone() for k, v in reads.values.items()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    paths = dict(model.named_modules())
+    handles = [
+        paths[path].register_forward_hook(lambda m, a, z: z.detach().requires_grad_().clone()) for path in reads.sources
+    ]
+    try:
+        outputs = model(**values, **reads.fixed)
+    finally:
+        for handle in handles:
+            handle.remove()
+    index = first_output(outputs)
+    return (0, None) if index is None else (index, leaves(outputs)[index])

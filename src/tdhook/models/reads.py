@@ -1,0 +1,46 @@
+"""Reads: what a model needs of the TensorDict that it is given, where it says more than that.
+
+A sequence asks for all of an entry, ``"params"``, of which its first module writes parts that the second one reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from tensordict.utils import NestedKey, unravel_key
+from torch import nn
+
+from tdhook.keys import is_below
+
+__all__ = ["written_before"]
+
+
+def written_before(model: TensorDictModuleBase) -> dict[NestedKey, frozenset[NestedKey]]:
+    """Of each key that a model says it reads, the keys below it that the model writes before it reads them.
+
+    Returns:
+        By key; the keys are none for what has to be given as a whole.
+    """
+    return {key: found for key, found in _reads(model).items() if key in set(map(unravel_key, model.in_keys))}
+
+
+def _reads(module: nn.Module) -> dict[NestedKey, frozenset[NestedKey]]:
+    if not isinstance(module, TensorDictModuleBase):
+        return {}
+    if not isinstance(module, TensorDictSequential):
+        return {unravel_key(key): frozenset() for key in module.in_keys}
+    found: dict[NestedKey, frozenset[NestedKey]] = {}
+    written: set[NestedKey] = set()
+    for part in _parts(module):
+        for key, inside in _reads(part).items():
+            if key not in written and key not in found:
+                found[key] = inside | {other for other in written if is_below(other, key)}
+        written |= {unravel_key(key) for key in getattr(part, "out_keys_source", None) or part.out_keys}
+    return found
+
+
+def _parts(sequence: TensorDictSequential) -> Iterable[TensorDictModuleBase]:
+    parts = sequence.module
+    inside = parts.values() if isinstance(parts, nn.ModuleDict) else parts
+    return [part for part in inside if isinstance(part, TensorDictModuleBase)]

@@ -1,0 +1,51 @@
+"""Autograd functions and operators of other libraries, as they reach an interception."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tdhook.relevance.propagation.rule import Rule
+from tdhook.tape.functions import TapeFunction
+from tdhook.tape.internals import function_inside, schema_of
+
+__all__ = ["Applied", "is_foreign", "is_ours", "overwrites_arguments"]
+
+_TORCH = ("aten::", "prims::", "prim::")
+
+
+class Applied:
+    """One application of an autograd function, as a function of tensors under the name of its class.
+
+    Attributes:
+        function: the autograd function, also where ``torch.vmap`` made another one of it.
+    """
+
+    def __init__(self, function: type, apply: Callable[..., Any]) -> None:
+        self.function, self._apply = function_inside(function), apply
+        self.__name__ = self.function.__name__
+
+    def __call__(self, *args: object, **kwargs: object) -> Any:
+        """Apply it."""
+        return self._apply(*args, **kwargs)
+
+
+def overwrites_arguments(function: object) -> bool:
+    """Whether an autograd function or an operator says that it overwrites an argument."""
+    if not isinstance(function, Applied):
+        schema = schema_of(function)
+        return schema is not None and bool(schema.is_mutable)
+    methods = (getattr(function.function, name, None) for name in ("forward", "setup_context"))
+    codes = (getattr(method, "__code__", None) for method in methods)
+    return any(code is not None and "mark_dirty" in code.co_names for code in codes)
+
+
+def is_ours(function: object) -> bool:
+    """Whether an autograd function is one of this library, a user's rule included."""
+    return isinstance(function, type) and issubclass(function_inside(function), Rule | TapeFunction)
+
+
+def is_foreign(function: object) -> bool:
+    """Whether a function is an operator that ``torch.library`` was told of, and none of torch's own."""
+    schema = schema_of(function)
+    return schema is not None and not schema.name.startswith(_TORCH)

@@ -1,0 +1,156 @@
+"""Kernels: operators that graphs call where models call functions, written as these functions.
+
+An exported model calls ``torch.ops.aten.native_layer_norm``, say, which gives the value and what its own derivative
+needs. The value alone is explained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["first_output", "positional"]
+
+Written = Callable[..., Tensor]
+
+
+def positional(schema: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of an overload with all by position that can be, as functions of torch are called."""
+    args, kwargs = list(args), dict(kwargs)
+    for argument in schema.arguments[len(args) :]:
+        if argument.kwarg_only or argument.name not in kwargs:
+            break
+        args.append(kwargs.pop(argument.name))
+    return tuple(args), kwargs
+
+
+def first_output(name: str) -> Written | None:
+    """The first output of a kernel, given all of them and its arguments, as functions that have rules compute it."""
+    return _KERNELS.get(name)
+
+
+def _layer_norm(
+    values: Any, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Tensor:
+    return F.layer_norm(x, shape, weight, bias, eps)
+
+
+def _rms_norm(values: Any, x: Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
+    return F.rms_norm(x, shape, weight, eps)
+
+
+def _group_norm(
+    values: Any, x: Tensor, weight: Any, bias: Any, n: int, c: int, pixels: int, groups: int, eps: float
+) -> Tensor:
+    return F.group_norm(x, groups, weight, bias, eps)
+
+
+def _batch_norm(
+    values: Any,
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *rest: Any,
+) -> Tensor:
+    # The kernel has already counted the batch.
+    own = (None, None) if training else (mean, var)
+    return torch.batch_norm(x, weight, bias, *own, training, momentum, eps, False)
+
+
+def _batch_norm_without_statistics(
+    values: Any, x: Tensor, weight: Any, bias: Any, training: bool, momentum: float, eps: float
+) -> Tensor:
+    return torch.batch_norm(x, weight, bias, None, None, True, momentum, eps, False)
+
+
+def _batch_norm_legit(values: Any, *args: Any) -> Tensor:
+    """The overload with statistics, or the one without."""
+    return (_batch_norm_without_statistics if isinstance(args[3], bool) else _batch_norm)(values, *args)
+
+
+def _batch_norm_in(training: bool) -> Written:
+    def write(
+        values: Any, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float
+    ) -> Tensor:
+        return _batch_norm(values, x, weight, bias, mean, var, training, momentum, eps)
+
+    return write
+
+
+def _dropout(values: Any, x: Tensor, p: float, train: bool | None = True) -> Tensor:
+    return x * (values[1].to(x.dtype) / (1 - p)) if train and p < 1 else x * values[1]
+
+
+def _attention(values: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Tensor:
+    """Of one of the kernels whose further arguments are the probability of dropout and whether it is causal."""
+    return _attended(query, key, value, named.get("attn_mask"), *rest[:2], scale=named.get("scale"))
+
+
+def _masked_attention(
+    values: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    statistics: bool,
+    *rest: Any,
+    scale: Any = None,
+    **named: Any,
+) -> Tensor:
+    return _attended(query, key, value, mask, *rest[:2], scale=scale)
+
+
+def _written_attention(
+    values: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any
+) -> Tensor:
+    mask, *others = (*rest[:3], *(None, 0.0, False)[len(rest) :])
+    return _attended(query, key, value, mask, *others, scale=named.get("scale"))
+
+
+def _attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: Any,
+) -> Tensor:
+    if dropout:
+        raise NotImplementedError(
+            "an attention kernel that drops attention weights cannot be explained, since it does not tell which; "
+            "explain the model in evaluation mode"
+        )
+    return F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale)
+
+
+_KERNELS: Mapping[str, Written] = {
+    "batch_norm_impl_index": _batch_norm,
+    "batch_norm_no_update": _batch_norm_in(False),
+    "batch_norm_with_update": _batch_norm_in(True),
+    "cudnn_batch_norm": _batch_norm,
+    "fused_rms_norm": _rms_norm,
+    "miopen_batch_norm": _batch_norm,
+    "native_batch_norm": _batch_norm,
+    "native_batch_norm_legit": _batch_norm_legit,
+    "native_batch_norm_legit_functional": _batch_norm,
+    "native_batch_norm_legit_no_training": _batch_norm_in(False),
+    "native_dropout": _dropout,
+    "native_group_norm": _group_norm,
+    "native_layer_norm": _layer_norm,
+    "scaled_dot_product_attention_math": _written_attention,
+    "scaled_dot_product_cudnn_attention": _masked_attention,
+    "scaled_dot_product_efficient_attention": _masked_attention,
+    "scaled_dot_product_flash_attention": _attention,
+    "scaled_dot_product_flash_attention_for_cpu": _attention,
+}

@@ -1,0 +1,109 @@
+"""What is known of a torch function, whatever model calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdhook.conventions import Convention
+from tdhook.relevance.operations.applied import Applied, is_foreign, overwrites_arguments
+from tdhook.relevance.operations.own_backward import own_backward
+from tdhook.relevance.operations.parts import one_by_one
+from tdhook.relevance.operations.table import ARITHMETIC, ELEMENTWISE, MOVES, PRODUCTS, WINNER
+from tdhook.relevance.propagation.binding import Bound
+from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.rule import Rule
+from tdhook.selectors.names import (
+    begins_tape,
+    initialises,
+    name_of,
+    out_of_place_form,
+    queries,
+    writes_in_place,
+)
+from tdhook.tape.as_one import is_one
+from tdhook.tape.internals import schema_of
+
+__all__ = ["Known", "learned", "on_a_copy"]
+
+_DERIVATIVES = (torch.autograd.grad, Tensor.backward)
+
+
+@dataclass
+class Known:
+    """What is known of a torch function.
+
+    Attributes:
+        operation: its stand-in.
+        in_place: whether it overwrites its first argument.
+        quick: whether all of its calls merely move data, so that there is nothing to do.
+        aside: whether it computes nothing.
+        parts: what it does, call by call, if it stands for several calls.
+        schema: its signature, of an overload of an operator.
+        refused: whether it overwrites an argument and has a derivative of its own.
+        begins_tape: whether it puts a tensor on the tape, and ``differentiates``: whether it runs a backward pass.
+        own: the rule that it has whatever its name.
+        selector: what a composite says of it, and ``rule``: with which rule.
+        bounds: rules on the operation, by id.
+    """
+
+    operation: Operation
+    in_place: bool
+    quick: bool = False
+    aside: bool = False
+    parts: Callable[..., Any] | None = None
+    schema: Any = None
+    refused: bool = False
+    begins_tape: bool = False
+    differentiates: bool = False
+    own: Rule | None = None
+    selector: object = None
+    rule: Rule | None = None
+    bounds: dict[int, Bound] = field(default_factory=dict)
+
+    def bound(self, rule: Rule, flow: Convention) -> Bound:
+        """A rule on the operation, decided once."""
+        found = self.bounds.get(id(rule))
+        if found is None:
+            found = self.bounds[id(rule)] = Bound(rule, flow, rule.bound(self.operation, flow))
+        return found
+
+
+def learned(func: Any) -> Known:
+    """What a function itself tells."""
+    in_place, schema, own = writes_in_place(func, {}), schema_of(func), _own_rule(func)
+    writes = in_place or (schema is not None and schema.is_mutable)
+    name = name_of(func)
+    operation = Operation.of(
+        name,
+        out_of_place_form(func) or on_a_copy(func) if writes else func,
+        moves=own is None and (name in MOVES or name in WINNER),
+        multiplies=own is None and (name in PRODUCTS or name in ELEMENTWISE),
+    )
+    known = Known(operation, in_place, own=own, parts=one_by_one(func), schema=schema)
+    known.begins_tape, known.differentiates = begins_tape(func), func in _DERIVATIVES
+    known.refused = own is not None and overwrites_arguments(func)
+    known.aside = known.begins_tape or queries(func) or initialises(func)
+    return known
+
+
+def _own_rule(function: Any) -> Rule | None:
+    """The rule of a function that has one whatever its name."""
+    if is_one(function):
+        return ARITHMETIC
+    return own_backward() if isinstance(function, Applied) or is_foreign(function) else None
+
+
+def on_a_copy(function: Callable[..., object]) -> Callable[..., Any]:
+    """The out-of-place form of a function that overwrites its argument: it overwrites a copy."""
+
+    def form(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        copy = x.clone()
+        function(copy, *args, **kwargs)
+        return copy
+
+    return form

@@ -1,0 +1,138 @@
+"""Functions with a backward pass of their own, of which nothing else is known: that pass says how relevance goes."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from tdhook.relevance.propagation.stabilisers import rounding
+from tdhook.relevance.propagation.steps import Grads, Step
+from tdhook.relevance.rules.epsilon import EpsilonRule
+from tdhook.tape.functions import may_look_at, parts, whole
+
+__all__ = ["own_backward"]
+
+Key: TypeAlias = "tuple[tuple[torch.Size, torch.dtype], ...]"
+
+# By how much products of numbers may differ that are the same but for rounding.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+class _Kind(Enum):
+    """What a function is, as its derivative tells."""
+
+    ELEMENTWISE = "each entry of its value is a function of one entry of its argument"
+    MULTILINEAR = "it is linear in each of several arguments"
+    OTHER = "neither"
+
+
+class _OwnBackward(EpsilonRule):
+    """Relevance through one function that is known by its vector-Jacobian product alone.
+
+    An element-wise function passes relevance on, as activations do. Another one shares it by the generic epsilon rule,
+    ``R_i = x_i (J^T (R / stab(z)))_i``, and a product of several arguments gives each an equal part of that. Which it
+    is, pull-backs of two cotangents tell in the first backward pass. The answer is kept for arguments of those shapes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(rounding)
+        self._kinds: dict[Key, _Kind] = {}
+
+    def __repr__(self) -> str:
+        return "by its own backward pass"
+
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        kind = self._kind_of(step)
+        if kind is _Kind.ELEMENTWISE:
+            return relevance
+        per_output = tuple(map(_per_unit, relevance, step.outputs))
+        grads = step.vjp(*per_output)
+        share = 1 / len(step.inputs) if kind is _Kind.MULTILINEAR else 1.0
+        shares = tuple(
+            None if g is None else whole(share * parts(x) * parts(g), x)
+            for x, g in zip(step.inputs, grads, strict=True)
+        )
+        if step.report is not None:
+            for r, z, s in zip(relevance, step.outputs, per_output, strict=True):
+                step.report("stabiliser", parts(r) - parts(z) * parts(s))
+                step.report("constant", parts(z) * parts(s))
+            for given in shares:
+                if given is not None:
+                    step.report("constant", -parts(given))
+        return shares
+
+    def _kind_of(self, step: Step) -> _Kind:
+        key = tuple((x.shape, x.dtype) for x in step.inputs)
+        known = self._kinds.get(key)
+        if known is not None:
+            return known
+        if not all(map(may_look_at, step.inputs)):
+            return next(
+                (kind for other, kind in self._kinds.items() if _ranks(other) == _ranks(key)), _Kind.OTHER
+            )
+        found = _kind(step)
+        if found is None:
+            return _Kind.OTHER
+        self._kinds[key] = found
+        return found
+
+
+def own_backward() -> EpsilonRule:
+    """The rule of one function that nothing is known of but its backward pass."""
+    return _OwnBackward()
+
+
+def _ranks(key: Key) -> list[tuple[int, torch.dtype]]:
+    return [(len(shape), dtype) for shape, dtype in key]
+
+
+def _per_unit(relevance: Tensor, z: Tensor) -> Tensor:
+    if not (z.is_floating_point() or z.is_complex()):
+        return relevance
+    return whole(parts(relevance) / rounding(parts(z)), z)
+
+
+def _kind(step: Step) -> _Kind | None:
+    """What the function of a step is, unless the derivative is zero, which tells nothing."""
+    inputs, outputs = step.inputs, step.outputs
+    cotangents = [[_cotangent(z, seed) for z in outputs] for seed in (1, 2)]
+    pulled = [step.vjp(*those) for those in cotangents]
+    if not any(g is not None and bool(g.any()) for g in pulled[0]):
+        return None
+    if len(outputs) > 1 or any(g is None for grads in pulled for g in grads):
+        return _Kind.OTHER
+    (z,) = outputs
+    if len(inputs) > 1:
+        terms = [
+            (parts(z) * parts(v), parts(x) * parts(g))
+            for (v,), grads in zip(cotangents, pulled, strict=True)
+            for x, g in zip(inputs, grads, strict=True)
+            if g is not None
+        ]
+        return _Kind.MULTILINEAR if all(_same_sum(a, b) for a, b in terms) else _Kind.OTHER
+    (((v,), (w,)), ((g,), (h,)), (x,)) = cotangents, pulled, inputs
+    if x.shape != z.shape or x.is_complex() or z.is_complex() or g is None or h is None:
+        return _Kind.OTHER
+    return _Kind.ELEMENTWISE if _same(g * w, h * v) else _Kind.OTHER
+
+
+def _cotangent(z: Tensor, seed: int) -> Tensor:
+    """Numbers between 1/2 and 3/2 without a pattern, of which the generator of random numbers knows nothing."""
+    count = torch.arange(z.numel(), dtype=torch.float64, device=z.device)
+    return (1 + 0.5 * torch.sin((count + 1) * (12.9898 * seed))).to(z.dtype).reshape(z.shape)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return bool(((a - b).abs() <= _tolerance(a) * (a.abs() + b.abs())).all())
+
+
+def _same_sum(a: Tensor, b: Tensor) -> bool:
+    scale = a.abs().sum() + b.abs().sum()
+    return bool((a.sum() - b.sum()).abs() <= _tolerance(a) * scale)
+
+
+def _tolerance(x: Tensor) -> float:
+    return _TOLERANCE.get(x.dtype, 2e-2)

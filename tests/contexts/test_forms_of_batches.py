@@ -1,0 +1,465 @@
+"""The forms that a batch comes in, and that a model returns: an explained module keeps them as the model does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import (
+    NonTensorData,
+    NonTensorStack,
+    TensorDict,
+    TensorDictBase,
+    is_tensor_collection,
+    lazy_stack,
+    tensorclass,
+)
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from torch import nn
+
+from tdhook import LRP, Target
+from tdhook.attribution import GradientTimesInput, IntegratedGradients
+
+OBSERVATION = torch.arange(20.0).reshape(5, 4).sin()
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(0)
+    return nn.Linear(4, 3)
+
+
+def q_of(layer, **options):
+    return TensorDictModule(layer, ["observation"], ["q"], **options)
+
+
+def batch(**entries):
+    return TensorDict({"observation": OBSERVATION.clone(), **entries}, [5])
+
+
+def explain(model, td, target="q", **options):
+    return LRP("epsilon", target=target, ledger=True).wrap(model)(td, **options)
+
+
+def shown(td, *, ours=("attr", "ledger")):
+    """The entries of a TensorDict, without those of an explanation, in a form that can be compared."""
+    found = {(): (type(td), td.batch_size, tuple(td.names))}
+    for key in td.keys():  # noqa: SIM118
+        value = td.get(key)
+        if key in ours:
+            continue
+        if is_tensor_collection(value) and not isinstance(value, NonTensorData):
+            found |= {(key, *name): entry for name, entry in shown(value).items()}
+        else:
+            found[key,] = value.tolist()
+    return found
+
+
+def same_without(model, make, target="q", **options):
+    """Explain one batch, run the model on another like it, and compare what they left behind."""
+    plain, given = make(), make()
+    returned = explain(model, given, target, **options)
+    expected = model(plain, **{name: value.clone() for name, value in options.items()})
+    assert shown(returned) == shown(expected)
+    assert (returned is given) == (expected is plain)
+    assert shown(given) == shown(plain)
+    assert returned["ledger", "gap"].abs().max() < 1e-5
+    return returned
+
+
+# --- What a model returns ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inplace", [True, False, "empty"])
+def test_a_module_that_returns_a_tensordict_of_its_own(layer, inplace):
+    written = same_without(q_of(layer, inplace=inplace), batch)
+    assert written["attr", "observation"].shape == (5, 4)
+
+
+@pytest.mark.parametrize("batch_size", [(), (5,), (2, 3)])
+def test_its_batch_size_is_that_of_the_model(layer, batch_size):
+    def make():
+        return TensorDict({"observation": torch.ones(*batch_size, 4)}, batch_size)
+
+    assert same_without(q_of(layer, inplace="empty"), make).batch_size == batch_size
+    assert same_without(q_of(layer, inplace=False), make).batch_size == ()
+
+
+def test_layers_of_fixed_rank_that_return_a_tensordict_of_their_own():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Unflatten(-1, (1, 2, 2)), nn.Conv2d(1, 2, 2), nn.Flatten(-3))
+    td = TensorDict({"observation": torch.randn(2, 3, 4)}, [2, 3])
+    written = explain(q_of(net, inplace=False), td)
+    assert written["attr", "observation"].shape == (2, 3, 4) and "q" not in td
+
+
+@pytest.mark.parametrize("inplace", [False, "empty"])
+@pytest.mark.parametrize("selected", [None, ["q"]])
+def test_a_sequence_that_returns_a_tensordict_of_its_own(layer, inplace, selected):
+    sequence = TensorDictSequential(
+        TensorDictModule(layer, ["observation"], ["hidden"]),
+        TensorDictModule(nn.Linear(3, 2), ["hidden"], ["q"]),
+        inplace=inplace,
+        selected_out_keys=selected,
+    )
+    written = explain(sequence, td := batch(other=torch.zeros(5)))
+    assert ("hidden" in written) == (selected is None) and "other" not in written
+    assert written["attr", "observation"].shape == (5, 4) and set(td.keys()) == {"observation", "other"}
+
+
+def test_only_selected_keys_are_written(layer):
+    sequence = TensorDictSequential(
+        TensorDictModule(layer, ["observation"], ["hidden"]),
+        TensorDictModule(nn.Linear(3, 2), ["hidden"], ["q"]),
+        selected_out_keys=["q"],
+    )
+    assert "hidden" not in same_without(sequence, batch)
+
+
+class Anew(TensorDictModuleBase):
+    """Returns a copy of what it is given, with an output."""
+
+    in_keys, out_keys = ["observation"], ["q"]
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, td):
+        return td.copy().set("q", self.layer(td["observation"]))
+
+
+def test_a_module_that_returns_a_copy(layer):
+    written = same_without(Anew(layer), lambda: batch(other=torch.zeros(5)))
+    assert written["other"].shape == (5,)
+
+
+def test_tensordict_out(layer):
+    for model in (
+        q_of(layer),
+        q_of(layer, inplace=False),
+        TensorDictSequential(q_of(layer), TensorDictModule(nn.ReLU(), ["q"], ["p"])),
+    ):
+        other = TensorDict({}, [5])
+        td = batch()
+        assert explain(model, td, tensordict_out=other) is other
+        assert set(td.keys()) == {"observation"} and {"q", "attr", "ledger"} <= set(other.keys())
+        locked = batch().lock_()
+        assert "attr" in explain(model, locked, tensordict_out=TensorDict({}, [5]))
+
+
+def test_arguments_that_would_be_ignored(layer):
+    explained = LRP("epsilon", target="q").wrap(q_of(layer))
+    with pytest.raises(
+        TypeError, match="an explained module takes a TensorDict and tensordict_out=, and also got scale"
+    ):
+        explained(batch(), scale=2.0)
+
+
+class Parts(nn.Module):
+    """Returns a TensorDict of the batch of agents, and a text."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return TensorDict({"loc": self.layer(x)}, x.shape[:-1]), NonTensorData("text", batch_size=x.shape[:1])
+
+
+def agents(names=None):
+    inner = TensorDict({"observation": torch.ones(5, 3, 4).cumsum(0)}, [5, 3], names=names and ["b", "agent"])
+    return TensorDict({"agents": inner}, [5], names=names and ["b"])
+
+
+def test_outputs_that_are_tensordicts_or_texts(layer):
+    model = TensorDictModule(Parts(layer), [("agents", "observation")], ["out", "text"])
+    written = same_without(model, agents, ("out", "loc"))
+    assert written["out"].batch_size == (5, 3) and written["text"] == "text"
+
+
+# --- Axes of nested entries --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [None, True])
+def test_relevance_of_agents_has_their_axis(layer, names):
+    model = TensorDictModule(layer, [("agents", "observation")], [("agents", "loc")])
+    explained = LRP("epsilon", target=("agents", "loc"), values=True, attribute="all").wrap(model)
+    written = explained(agents(names))
+    for key in ("attr", "value"):
+        assert written[key, "agents"].batch_size == written["agents"].batch_size == (5, 3)
+        assert written[key, "agents"].names == written["agents"].names
+    assert written["attr"].batch_size == (5,)
+    assert written["attr", "agents", "loc"].shape == (5, 3, 3)
+
+
+def test_relevance_for_several_outputs_of_agents(layer):
+    model = TensorDictModule(
+        nn.Sequential(layer, nn.Flatten(-2), nn.Linear(9, 2)), [("agents", "observation")], ["q"]
+    )
+    td = LRP("epsilon", target=Target("q", 0)).wrap(model)(agents())
+    assert td["attr", "agents"].batch_size == (5, 3)
+    td = LRP("epsilon", target=Target("q", "all")).wrap(model)(td)  # over what one target left
+    assert td["attr", "agents", "observation"].shape == (5, 2, 3, 4)
+    td = LRP("epsilon", target=Target("q", "all")).wrap(model)(agents(names=True))
+    assert td["attr", "agents"].batch_size == (5, 2, 3) and td["attr", "agents"].names == ["b", None, "agent"]
+    td = LRP("epsilon", target=Target("q", 0)).wrap(model)(td)
+    assert td["attr", "agents", "observation"].shape == (5, 3, 4)
+
+
+def test_deeper_entries_of_the_same_name(layer):
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.x, self.y = layer, nn.Linear(4, 3)
+
+        def forward(self, x, y):
+            return self.x(x) + self.y(y)
+
+    inner = TensorDict({"o": torch.ones(5, 3, 4), "deep": TensorDict({"o": torch.ones(5, 3, 4)}, [5])}, [5])
+    td = TensorDict({"a": inner, "o": torch.ones(5, 3, 4)}, [5])
+    written = explain(TensorDictModule(Sum(), [("a", "deep", "o"), "o"], [("z", "o")]), td, ("z", "o"))
+    assert set(written["attr"].keys(True, True)) == {("a", "deep", "o"), "o"}
+
+
+# --- What a model is given ---------------------------------------------------------------------------
+
+
+@tensorclass
+class Inner:
+    x: torch.Tensor
+    name: str = "inner"
+
+
+@tensorclass
+class Step:
+    observation: torch.Tensor
+    inner: Inner | None = None
+    q: torch.Tensor | None = None
+    log_prob: torch.Tensor | None = None
+    attr: TensorDict | None = None
+    ledger: TensorDict | None = None
+
+
+@tensorclass
+class Bare:
+    observation: torch.Tensor
+    q: torch.Tensor | None = None
+
+
+class ByAttribute(TensorDictModuleBase):
+    """Reads a tensorclass as its users do."""
+
+    in_keys, out_keys = ["observation"], ["q"]
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, step):
+        step.q = self.layer(step.observation)
+        return step
+
+
+@pytest.mark.parametrize("model", [q_of, ByAttribute])
+@pytest.mark.parametrize("composite", ["epsilon", "epsilon_plus_flat"])
+def test_a_tensorclass(layer, model, composite):
+    step = Step(OBSERVATION.clone(), batch_size=[5])
+    explained = LRP(composite, target=Target("q", "argmax"), ledger=True).wrap(model(layer))
+    assert explained(step) is step
+    expected = LRP(composite, target=Target("q", "argmax")).wrap(q_of(layer))(batch())
+    assert torch.equal(step.q, expected["q"])
+    assert torch.equal(step.attr["observation"], expected["attr", "observation"])
+    assert step.ledger["gap"].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("method", [GradientTimesInput, IntegratedGradients])
+def test_a_tensorclass_and_other_methods(layer, method):
+    step = method(target=Target("q", "argmax")).wrap(q_of(layer))(Step(OBSERVATION.clone(), batch_size=[5]))
+    assert step.attr["observation"].shape == (5, 4)
+
+
+def test_a_nested_tensorclass(layer):
+    step = Step(OBSERVATION.clone(), inner=Inner(OBSERVATION.clone(), batch_size=[5]), batch_size=[5])
+    model = TensorDictModule(layer, [("inner", "x")], ["q"])
+    assert explain(model, step).attr["inner", "x"].shape == (5, 4)
+    td = TensorDict({"inner": step.inner}, [5])
+    assert explain(model, td)["attr", "inner", "x"].shape == (5, 4)
+    assert td["inner"].name == "inner"
+
+
+def test_a_whole_tensorclass_as_one_input(layer):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, inner):
+            return self.layer(inner.x)
+
+    td = TensorDict({"inner": Inner(OBSERVATION.clone(), batch_size=[5])}, [5])
+    assert explain(TensorDictModule(Net(), ["inner"], ["q"]), td)["attr", "inner", "x"].shape == (5, 4)
+
+
+def test_a_tensorclass_without_a_field_for_relevance(layer):
+    step = Bare(OBSERVATION.clone(), batch_size=[5])
+    text = r"Bare has no field 'attr', where \('attr', 'observation'\) is written; declare `attr: TensorDict \| None"
+    with pytest.raises(ValueError, match=text):
+        LRP("epsilon", target="q").wrap(q_of(layer))(step)
+    assert step.q is None
+
+
+def ragged(batch_size=(), stack_dim=0):
+    def element(i):
+        entries = {
+            "observation": torch.full((*batch_size, 4), i + 1.0),
+            "extra": torch.ones(*batch_size, i + 1),
+        }
+        return TensorDict(entries, batch_size)
+
+    return lazy_stack([element(i) for i in range(3)], stack_dim)
+
+
+@pytest.mark.parametrize("batch_size, stack_dim", [((), 0), ((5,), 0), ((5,), 1)])
+def test_a_lazy_stack_with_ragged_entries_that_nobody_reads(layer, batch_size, stack_dim):
+    td = ragged(batch_size, stack_dim)
+    assert explain(q_of(layer), td) is td
+    dense = TensorDict({"observation": td["observation"]}, td.batch_size)
+    expected = explain(q_of(layer), dense)
+    assert torch.equal(td["attr", "observation"], expected["attr", "observation"])
+    assert [element["extra"].shape[-1] for element in td.tensordicts] == [1, 2, 3]
+
+
+def test_a_lazy_stack_of_elements_with_keys_of_their_own(layer):
+    td = lazy_stack(
+        [TensorDict({"observation": torch.ones(4), f"only {i}": torch.ones(1)}, []) for i in range(3)]
+    )
+    assert explain(q_of(layer), td)["attr", "observation"].shape == (3, 4)
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_a_lazy_stack_below(layer, even):
+    def make():
+        elements = [
+            TensorDict(
+                {"observation": torch.ones(5, 4) * i, "extra": torch.ones(5, 1 if even else i + 1)}, [5]
+            )
+            for i in range(3)
+        ]
+        return TensorDict({"agents": lazy_stack(elements, 1)}, [5])
+
+    model = TensorDictModule(layer, [("agents", "observation")], [("agents", "loc")])
+    td = explain(model, make(), ("agents", "loc"))
+    assert td["attr", "agents", "observation"].shape == (5, 3, 4)
+    assert td["attr", "agents"].batch_size == (5, 3)
+    assert set(td.keys()) == {"agents", "attr", "ledger"}
+    assert td["agents"][:, 2]["extra"].shape == (5, 1 if even else 3)
+
+
+def test_a_ragged_entry_that_is_read(layer):
+    text = "entry 'extra' has other shapes in other elements of the lazy stack"
+    with pytest.raises(KeyError, match=text):
+        explain(TensorDictModule(layer, ["extra"], ["q"]), ragged())
+
+
+def test_texts_and_other_objects_stay(layer):
+    def make():
+        return batch(text="one", texts=NonTensorStack(*map(str, range(5))))
+
+    same_without(q_of(layer), make)
+    lazy = lazy_stack([TensorDict({"observation": torch.ones(4), "text": str(i)}, []) for i in range(3)])
+    assert explain(q_of(layer), lazy)["attr", "observation"].shape == (3, 4)
+    assert lazy[1]["text"] == "1"
+
+
+def test_names_of_axes(layer):
+    def make():
+        return TensorDict({"observation": torch.ones(2, 3, 4)}, [2, 3], names=["b", "time"])
+
+    written = same_without(q_of(layer), make)
+    assert written.names == written["attr"].names == ["b", "time"]
+    assert same_without(q_of(layer, inplace="empty"), make).batch_size == (2, 3)
+
+
+def test_on_disk(layer, tmp_path):
+    stored = batch().memmap(tmp_path)
+    with pytest.raises(RuntimeError, match="Cannot modify locked TensorDict"):
+        explain(q_of(layer), stored)
+    assert set(stored.keys()) == {"observation"}
+    assert explain(q_of(layer), stored.copy())["attr", "observation"].shape == (5, 4)
+    assert explain(q_of(layer, inplace=False), stored)["attr", "observation"].shape == (5, 4)
+    assert torch.equal(TensorDict.load_memmap(tmp_path)["observation"], OBSERVATION)
+
+
+# --- What need not be there --------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, mask=None):
+        return self.layer(x) if mask is None else self.layer(x) * mask
+
+
+def test_an_argument_that_the_model_can_do_without(layer):
+    model = TensorDictModule(Masked(layer), ["observation", "mask"], ["q"])
+    assert set(same_without(model, batch)["attr"].keys()) == {"observation"}
+    assert set(explain(model, batch(mask=torch.ones(5, 1)))["attr"].keys()) == {"observation", "mask"}
+
+
+def test_entries_that_the_model_cannot_do_without():
+    model = TensorDictModule(nn.Bilinear(4, 4, 2), ["observation", "other"], ["q"])
+    with pytest.raises(KeyError, match="key 'other' is missing from the TensorDict, which has observation"):
+        explain(model, batch())
+    with pytest.raises(
+        KeyError, match="keys 'observation', 'other' are missing from the TensorDict, which has nothing"
+    ):
+        explain(model, TensorDict({}, [5]))
+
+
+def test_a_sequence_of_which_parts_may_be_left_out(layer):
+    sequence = TensorDictSequential(
+        TensorDictModule(layer, ["goal"], ["p"]), q_of(layer), partial_tolerant=True
+    )
+    written = same_without(sequence, batch)
+    assert set(written["attr"].keys()) == {"observation"} and "p" not in written
+
+
+class Both(nn.Module):
+    def forward(self, params):
+        return params["a"] + params["b"]
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_an_entry_of_which_the_model_writes_a_part(layer, stale):
+    """What is written is no input, even where it is there from an earlier call; what is given is one."""
+    sequence = TensorDictSequential(
+        TensorDictModule(layer, ["observation"], [("params", "a")]),
+        TensorDictModule(Both(), ["params"], ["q"]),
+    )
+    params = {"b": torch.ones(5, 3), **({"a": torch.full((5, 3), 9.0)} if stale else {})}
+    explained = LRP("epsilon", target="q", ledger=True).wrap(sequence)
+    assert explained.in_keys == ["observation"]
+    written = explained(batch(params=params))
+    assert set(written["attr"].keys(True, True)) == {"observation", ("params", "b")}
+    assert written["ledger", "gap"].abs().max() < 1e-5
+    assert isinstance(written["params"], TensorDictBase)
+
+
+class Moves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, state):
+        return self.layer(state["h"])
+
+
+def test_a_state_that_is_read_before_it_is_written_is_an_input():
+    sequence = TensorDictSequential(
+        TensorDictModule(Moves(), ["state"], [("state", "h")]),
+        TensorDictModule(nn.Linear(3, 2), [("state", "h")], ["q"]),
+    )
+    td = explain(sequence, TensorDict({"state": {"h": torch.ones(5, 3)}}, [5]))
+    assert td["attr", "state", "h"].abs().sum() > 0

@@ -1,0 +1,66 @@
+"""What modules a model holds."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+from tdhook.models.holding import Makeup, modules_of
+
+
+class Holds(nn.Module):
+    def __init__(self, **held: object) -> None:
+        super().__init__()
+        for name, value in held.items():
+            self.__dict__[name] = value
+
+
+def test_modules_are_named_by_where_they_are() -> None:
+    a, b, c, d = (nn.Linear(1, 1) for _ in range(4))
+    model = Holds(layers=[a, {"deep": b}], call=partial(lambda layer, x: layer(x), c), scale=2.0)
+    model.d = d
+    assert modules_of(model) == {
+        "": model,
+        "d": d,
+        "layers.0": a,
+        "layers.1.deep": b,
+        "call.0": c,
+    }
+
+
+def test_functions_are_looked_into() -> None:
+    inner = nn.Linear(1, 1)
+    identity = nn.Identity()
+
+    def call(x: object, *, head: nn.Module = identity) -> object:
+        return head(inner(x))
+
+    found = modules_of(TensorDictModule(call, ["x"], ["y"]))
+    assert [path for path, module in found.items() if module is inner] == ["module.inner"]
+    assert found["module.head"] is identity
+
+
+def test_what_goes_round_ends() -> None:
+    held: list[object] = [nn.Linear(1, 1)]
+    held.append(held)
+    model = Holds(held=held)
+
+    def call() -> object:
+        return call
+
+    model.__dict__["call"] = call
+    assert list(modules_of(model)) == ["", "held.0"]
+
+
+def test_a_makeup_holds_until_something_changes() -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.ReLU()))
+    makeup = Makeup(model)
+    assert makeup.holds()
+    model[0].weight = nn.Parameter(model[0].weight + 1)
+    model.train(False)
+    assert makeup.holds()
+    model[1][0] = nn.Tanh()
+    assert not makeup.holds()
+    assert Makeup(model).holds()

@@ -1,0 +1,127 @@
+"""Outputs of modules whose first axis is not that of the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from tdhook import LRP, Target
+from tdhook.attribution import GradientTimesInput, IntegratedGradients
+
+METHODS = {
+    "lrp": lambda **options: LRP("lstm_lrp", **options),
+    "gradient": lambda **options: GradientTimesInput(**options),
+    "integrated": lambda **options: IntegratedGradients(steps=2, **options),
+}
+
+
+class Reads(nn.Module):
+    """Token by token, with time first inside or with the batch first."""
+
+    def __init__(self, *, time_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.time_first = time_first
+        self.emb = nn.Embedding(9, 5)
+        self.rnn, self.fc = nn.GRU(5, 4, batch_first=not time_first), nn.Linear(4, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``[batch, time] -> [batch, 2]``."""
+        if self.time_first:
+            return self.fc(self.rnn(self.emb(ids.mT))[0][-1])
+        return self.fc(self.rnn(self.emb(ids))[0][:, -1])
+
+
+def tokens(*shape: int) -> TensorDict:
+    ids = torch.randint(0, 9, shape, generator=torch.Generator().manual_seed(0))
+    return TensorDict({"input": ids}, shape[:-1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(4, 6), (6, 6), (4, 4), (5, 4), (1, 3), (1, 1)])
+def test_relevance_has_the_batch_first(shape: tuple[int, int], method: str) -> None:
+    """Also where time is as long as the batch, or the features are."""
+    wanted, found = (
+        METHODS[method](
+            target=Target("output", 0), use_inputs=False, input_modules=["emb"], values=True
+        ).wrap(Reads(time_first=time_first))(tokens(*shape))
+        for time_first in (False, True)
+    )
+    for entry in ("attr", "value"):
+        assert found[entry, "emb"].shape == (*shape, 5)
+        torch.testing.assert_close(found[entry, "emb"], wanted[entry, "emb"], rtol=1e-4, atol=1e-6)
+
+
+def test_an_axis_that_is_known_stays_known() -> None:
+    explained = LRP("lstm_lrp", target=Target("output", 0), use_inputs=False, input_modules=["emb"]).wrap(
+        Reads(time_first=True)
+    )
+    plain = LRP("lstm_lrp", target=Target("output", 0), use_inputs=False, input_modules=["emb"]).wrap(
+        Reads(time_first=False)
+    )
+    for shape in ((4, 6), (6, 6), (5, 6), (5, 5)):
+        found, wanted = explained(tokens(*shape))["attr", "emb"], plain(tokens(*shape))["attr", "emb"]
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (5, 5)])
+def test_a_layer_in_the_midst_and_several_outputs(shape: tuple[int, int]) -> None:
+    class Midst(Reads):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = ids.float().unsqueeze(-1).expand(*ids.shape, 5)
+            return self.fc(
+                (self.mid(x.transpose(0, 1)).mean(0) if self.time_first else self.mid(x).mean(1))[:, :4]
+            )
+
+    def model(time_first: bool) -> Midst:
+        made = Midst(time_first=time_first)
+        made.mid = nn.Linear(5, 5)
+        return made
+
+    torch.manual_seed(1)
+    first = model(True)
+    second = model(False)
+    second.load_state_dict(first.state_dict())
+    lrp = LRP("epsilon", target=Target("output", [0, 1]), input_modules=["mid"], use_inputs=False)
+    found, wanted = (lrp.wrap(made)(tokens(*shape))["attr", "mid"] for made in (first, second))
+    assert found.shape == (shape[0], 2, shape[1], 5)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_target_inside_the_model() -> None:
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.mid, self.fc = nn.Linear(5, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.mid(x.transpose(0, 1)).sum(0))
+
+    x = torch.randn(4, 6, 5)
+    model = Inside()
+    lrp = GradientTimesInput(target=Target("mid", (2, 1)), target_modules=["mid"])
+    found = lrp.wrap(model)(TensorDict({"input": x}, [4]))["attr", "input"]
+    wanted = torch.zeros_like(x)
+    wanted[:, 2] = x[:, 2] * model.mid.weight[1].detach()
+    torch.testing.assert_close(found, wanted)
+
+
+class Folds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mid, self.fc = nn.Linear(5, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.mid(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_where_no_axis_is_the_batchs_it_is_said(method: str) -> None:
+    explained = METHODS[method](target=Target("output", 0), input_modules=["mid"]).wrap(Folds())
+    with pytest.raises(
+        ValueError, match=r"module 'mid' \(Linear\) returned a tensor of shape \[24, 3\], none of whose"
+    ):
+        explained(TensorDict({"input": torch.randn(4, 6, 5)}, [4]))
