@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tdhook.models.holding import modules_of
 from tdhook.models.snapshots import LEFT_ALONE, Snapshot
 from tdhook.models.turns import Turn
-from tdhook.tape.internals import buffers_of, hook_tables_of, parameters_of, version_of
+from tdhook.tape.internals import buffers_of, hook_tables_of, parameters_of
 from tdhook.tape.undoing import undone
 
 __all__ = [
@@ -84,18 +84,16 @@ def as_normal(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
         return
     originals: list[Any] = [registry[name] for registry, name in found]
+    stand_ins: list[Any]
     with torch.no_grad():
         stand_ins = [
             [x.clone() for x in value] if isinstance(value, list) else value.clone() for value in originals
         ]
-    versions = [0 if isinstance(value, list) else version_of(value) for value in stand_ins]
 
     def put_back() -> None:
-        for (registry, name), value, normal, version in zip(
-            found, originals, stand_ins, versions, strict=True
-        ):
+        for (registry, name), value, normal in zip(found, originals, stand_ins, strict=True):
             if registry.get(name) is normal:
-                if not isinstance(normal, list) and version_of(normal) != version:
+                if isinstance(normal, Tensor) and not torch.equal(value, normal):
                     with torch.inference_mode():
                         value.copy_(normal)
                 registry[name] = value
