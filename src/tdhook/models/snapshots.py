@@ -120,10 +120,16 @@ class Snapshot:
         modules: the modules.
         alone: whether to leave out other modules that they lead to.
         torch_alone: whether to leave out random numbers that others than torch draw, which takes a while.
+        without: tensors whose values are left out.
     """
 
     def __init__(
-        self, modules: Iterable[nn.Module], *, alone: bool = False, torch_alone: bool = False
+        self,
+        modules: Iterable[nn.Module],
+        *,
+        alone: bool = False,
+        torch_alone: bool = False,
+        without: Iterable[Tensor] = (),
     ) -> None:
         modules = tuple(modules)
         self._wanted = frozenset(map(id, modules)) if alone else None
@@ -131,7 +137,7 @@ class Snapshot:
         self._buffers = frozenset(id(x) for module in modules for x in buffers_of(module).values())
         self._held: list[tuple[nn.Module, object, Held]] = []
         # What was seen is kept alive, lest something else come to have its id.
-        self._seen: dict[int, object] = {}
+        self._seen: dict[int, object] = {id(x): x for x in without}
         traced = torch.compiler.is_compiling()
         self._drawn = [] if traced else list(_drawn_by_torch())
         self._random = [*self._drawn, *([] if traced or torch_alone else _drawn_by_others())]
@@ -211,7 +217,7 @@ def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
     if kind is dict or kind is OrderedDict:  # most are
         return _dictionary(value)  # type: ignore[arg-type]
     if kind is set:
-        return (_set(value), list(value)) if value else (_set(value), ())  # type: ignore[call-overload]
+        return (_set(value), list(value)) if value else (_set(value), ())  # type: ignore[arg-type, call-overload]
     if isinstance(value, nn.Parameter):
         return None, ()
     if isinstance(value, nn.Module):

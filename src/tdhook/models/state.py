@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tdhook.models.holding import modules_of
 from tdhook.models.snapshots import LEFT_ALONE, Snapshot
 from tdhook.models.turns import Turn
-from tdhook.tape.internals import buffers_of, hook_tables_of, parameters_of, version_of
+from tdhook.tape.internals import buffers_of, hook_tables_of, parameters_of
 from tdhook.tape.undoing import undone
 
 __all__ = [
@@ -27,6 +27,8 @@ __all__ = [
     "swapped",
     "without_backward_hooks",
 ]
+
+_LISTS = ("_flat_weights", "_flat_weight_refs")
 
 LIBRARIES = (LEFT_ALONE - {"tdhook"}) | {"timm", "torchvision"}
 """Top-level packages whose modules do the same in each call, as far as what they remember is concerned."""
@@ -71,7 +73,7 @@ def swapped(slots: Sequence[Slot], values: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def as_normal(modules: Iterable[nn.Module]) -> Iterator[None]:
+def as_normal(modules: Collection[nn.Module]) -> Iterator[None]:
     """Have modules hold normal tensors in the place of those that were made in inference mode, which no tape takes.
 
     What is written to the former is written to the latter afterwards. What modules hold anew they keep.
@@ -80,22 +82,22 @@ def as_normal(modules: Iterable[nn.Module]) -> Iterator[None]:
     if not found:
         yield
         return
-    originals: list[Any] = [registry[name] for registry, name in found]
+    originals: list[Tensor] = [registry[name] for registry, name in found]
     with torch.no_grad():
-        stand_ins = [
-            [x.clone() for x in value] if isinstance(value, list) else value.clone() for value in originals
-        ]
-    versions = [0 if isinstance(value, list) else version_of(value) for value in stand_ins]
+        stand_ins = [value.clone() for value in originals]
+    # Recurrent layers hold their parameters in a list besides, which they make anew where these are others.
+    lists = [(m.__dict__, name) for m in modules if isinstance(m, nn.RNNBase) for name in _LISTS]
+    listed = [attributes.get(name) for attributes, name in lists]
 
     def put_back() -> None:
-        for (registry, name), value, normal, version in zip(
-            found, originals, stand_ins, versions, strict=True
-        ):
+        for (registry, name), value, normal in zip(found, originals, stand_ins, strict=True):
             if registry.get(name) is normal:
-                if not isinstance(normal, list) and version_of(normal) != version:
+                if not torch.equal(value, normal):
                     with torch.inference_mode():
                         value.copy_(normal)
                 registry[name] = value
+        for (attributes, name), held in zip(lists, listed, strict=True):
+            attributes[name] = held
 
     with undone(put_back):
         for (registry, name), normal in zip(found, stand_ins, strict=True):
@@ -117,9 +119,6 @@ def _inference_slots(modules: Iterable[nn.Module]) -> list[Slot]:
         for name, value in own.items():
             if isinstance(value, Tensor) and value.is_inference():
                 found.append((own, name))
-        weights = own.get("_flat_weights")  # recurrent layers hold their parameters in a list besides
-        if weights and any(isinstance(x, Tensor) and x.is_inference() for x in weights):
-            found.append((own, "_flat_weights"))
     return found
 
 

@@ -92,7 +92,7 @@ inside: Callable[[Tensor], Tensor] = _C._functorch.get_unwrapped
 """The tensor that a transform wrapped."""
 
 
-warn_of_loops: Callable[[bool], None] = _C._functorch._set_vmap_fallback_warning_enabled
+warn_of_loops: Callable[[bool], None] = _C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
 """Set whether ``torch.vmap`` warns of functions that it loops over, which it does unless told."""
 
 attention_in_parts: Callable[..., tuple[Tensor, Tensor]] = torch._scaled_dot_product_attention_math
@@ -198,10 +198,10 @@ def set_function_modes(modes: Sequence[TorchFunctionMode]) -> None:
             push_mode(mode)
 
 
-torch_functions_seen: Callable[[], Any] = _C._get_torch_function_state
+torch_functions_seen: Callable[[], Any] = _C._get_torch_function_state  # type: ignore[attr-defined]
 """Who sees torch functions at all: modes and subclasses of tensors, one of the two, or nobody."""
 
-set_torch_functions_seen: Callable[[Any], None] = _C._set_torch_function_state
+set_torch_functions_seen: Callable[[Any], None] = _C._set_torch_function_state  # type: ignore[attr-defined]
 """Set who sees torch functions."""
 
 

@@ -116,7 +116,9 @@ def _take_off(modules: Sequence[nn.Module], put: Mapping[int, object]) -> None:
     for module in modules:
         hooks, marks = hook_tables_of(module)
         for number in [number for table in hooks for number, hook in table.items() if id(hook) in put]:
-            for table in (*marks, *hooks):  # the hook last, by which its number is found
+            for mark in marks:
+                mark.pop(number, None)
+            for table in hooks:  # last, as its number is found by the hook
                 table.pop(number, None)
 
 

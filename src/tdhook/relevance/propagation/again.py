@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tdhook.models.snapshots import Snapshot
+from tdhook.models.state import slots_of
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.tape.undoing import undone
 
@@ -26,12 +27,16 @@ class Again:
         generators: random generators that it is given.
     """
 
-    __slots__ = ("_drawn", "_generators", "_held", "_modules")
+    __slots__ = ("_drawn", "_generators", "_held", "_modules", "_slots", "_values")
 
     def __init__(self, modules: Sequence[nn.Module] = (), generators: Sequence[torch.Generator] = ()) -> None:
         self._modules, self._generators = modules, generators
-        self._held = Snapshot(modules, alone=True) if modules else None
         self._drawn = _drawn(generators)
+        # Tensors are not written back to: a tape may have kept them. Copies stand in for them meanwhile.
+        self._slots = [slot for slot in slots_of(modules) if not isinstance(slot[0][slot[1]], nn.Parameter)]
+        tensors: list[Tensor] = [registry[name] for registry, name in self._slots]
+        self._values = [x.detach().clone() for x in tensors]
+        self._held = Snapshot(modules, alone=True, without=tensors) if modules else None
 
     @staticmethod
     def of(module: nn.Module, kwargs: Mapping[str, object]) -> Again:
@@ -43,15 +48,21 @@ class Again:
     @contextmanager
     def as_before(self) -> Iterator[None]:
         """Make the call once more, as it was made; afterwards all is as it is now."""
-        with Again(self._modules, self._generators).unnoticed():
+        with undone(Again(self._modules, self._generators)._put_back):
             self._put_back()
+            self._stand_in()
             yield
 
     @contextmanager
     def unnoticed(self) -> Iterator[None]:
         """Make the call, and put back what it changes."""
         with undone(self._put_back):
+            self._stand_in()
             yield
+
+    def _stand_in(self) -> None:
+        for (registry, name), value in zip(self._slots, self._values, strict=True):
+            registry[name] = value.clone()
 
     def _put_back(self) -> None:
         if self._held is not None:

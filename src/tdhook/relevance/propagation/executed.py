@@ -194,8 +194,8 @@ class ExecutedModule:
             names = self.module.parameter_names(args, kwargs)
             self.names = {i: names[i] for i in self.at if not on_tape(self.leaves[i])}
             self.at = [i for i in self.at if i not in self.names]
-        operation = isinstance(self.module, Operation)
-        draws = "dropout" in self.module.name if operation else remembers(self.module)
+        of = self.module
+        draws = "dropout" in of.name if isinstance(of, Operation) else remembers(of)
         self._again = Again.of(self.module, kwargs) if rule.reruns and draws else None
         self.graph: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
         self.out_spec: Shape | None = None
