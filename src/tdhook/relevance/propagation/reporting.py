@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,10 @@ class Report:
     def __call__(self, reason: str, amount: Tensor) -> None:
         """Report an amount of relevance."""
         self.tell(reason, amount)
+
+    def rounded_to(self, dtype: torch.dtype) -> Report:
+        """The same of amounts that are no more exact than a precision, though computed in another."""
+        return replace(self, tell=lambda reason, amount: self.tell(reason, amount.to(dtype)))
 
     @contextmanager
     def as_before(self) -> Iterator[None]:
