@@ -202,7 +202,7 @@ class Outer(nn.Module):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_module_is_named_whatever_it_returns(name: str) -> None:
-    text = r"module 'inner' \(Inner\) is the first to return such a value, made by the operation `mul`"
+    text = r"module 'inner' \(Inner\) is the first to return such a value, made by the operation `log`"
     with pytest.raises(ValueError, match=text):
         explain(Outer(name), sample())
 

@@ -88,23 +88,22 @@ def _culprit(model: Model, td: TensorDictBase) -> str:
         hooks.append((module.register_forward_pre_hook, watch.enter(name), {}))
         hooks.append((module.register_forward_hook, watch.leave(name), {}))
     with hooked(*hooks), torch.no_grad(), restored(model.root), watch:
-        outputs, _ = model.run(dense_copy(td))
-    nan = any(bool(x.isnan().any()) for x in _floats(list(outputs.values(True, True))))
-    found = watch.nan if nan and watch.nan is not None else watch.infinite or watch.nan
-    return found or "it arises outside of any module"
+        model.run(dense_copy(td))
+    return watch.first or "it arises outside of any module"
 
 
 class _Watch(TorchFunctionMode):
     """Watches a model run for what first returns a value that is not finite.
 
+    Infinities that the model was given, as masked logits are, are not to blame.
+
     Attributes:
-        nan: what first returned NaN, in words, and ``infinite``: what first made infinities of finite numbers.
+        first: what first returned NaN, or made infinities of finite numbers, in words.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.nan: str | None = None
-        self.infinite: str | None = None
+        self.first: str | None = None
         self._within: list[tuple[str, nn.Module]] = []
 
     def enter(self, name: str) -> Callable[..., None]:
@@ -131,17 +130,17 @@ class _Watch(TorchFunctionMode):
         return result
 
     def _look(self, args: object, result: object, module: nn.Module, path: str, how: str) -> None:
-        if self.nan is not None:
+        if self.first is not None:
             return
         made = list(_floats(result))
         who = f"module {path!r}" if path else "the model itself"
         told = f"{who} ({type(module).__name__}) is the first to return such a value{how}"
         if any(bool(x.isnan().any()) for x in made):
-            self.nan = told
-        elif self.infinite is None and any(bool(x.isinf().any()) for x in made):
+            self.first = told
+        elif any(bool(x.isinf().any()) for x in made):
             given = [bool(x.isfinite().all()) for x in _floats(args)]
             if all(given) and all(map(math.isfinite, _numbers(args))):
-                self.infinite = told
+                self.first = told
 
 
 def _leaves(value: object) -> Iterator[object]:

@@ -167,7 +167,11 @@ def linear_part(
     live = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and on_tape(x)]
     primals = tuple(leaves[i].detach() for i in live)
     scales = [factors] * len(live) if isinstance(factors, int | float) else list(factors)
-    tangents = tuple(f * _counted(x, moves) for f, x in zip(scales, primals, strict=True))
+    # What is missing (NaN) is replaced by constants, if it is of any account.
+    tangents = tuple(
+        (f * _counted(x, moves)).nan_to_num(0.0, torch.inf, -torch.inf)
+        for f, x in zip(scales, primals, strict=True)
+    )
 
     def function(*inputs: Tensor) -> tuple[Tensor, ...]:
         given = list(leaves)

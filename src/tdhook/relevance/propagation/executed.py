@@ -133,6 +133,8 @@ class ExecutedLayer(Place):
             merged = None if merged is None else merged.to(dtype)
         step = LinearStep(self.module, self.form, x, outputs, weight, bias, merged, cache)
         step.report, step.nonnegative = setting.report, self.nonnegative
+        if step.report is not None and self.dtype is torch.float16:
+            step.report = step.report.rounded_to(self.dtype)
         step.writable = not is_sharded(weight)
         return step
 

@@ -8,8 +8,9 @@ linearisation).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from tdhook.relevance.propagation.again import Again
@@ -32,3 +33,7 @@ class Report:
     def __call__(self, reason: str, amount: Tensor) -> None:
         """Report an amount of relevance."""
         self.tell(reason, amount)
+
+    def rounded_to(self, dtype: torch.dtype) -> Report:
+        """The same of amounts that are no more exact than a precision, though computed in another."""
+        return replace(self, tell=lambda reason, amount: self.tell(reason, amount.to(dtype)))
