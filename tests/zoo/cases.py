@@ -16,6 +16,7 @@ from tdhook import Target
 
 from .checks import check
 
+
 @dataclass(frozen=True)
 class Case:
     """One model.

@@ -64,6 +64,7 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., object])
+T = TypeVar("T")
 
 transformed: Callable[[], bool] = _C._are_functorch_transforms_active
 """Whether a transform such as ``torch.vmap`` is at work."""
@@ -196,7 +197,7 @@ _Function: Any = autograd_functions._SingleLevelFunction
 
 def applying_of(function: Any) -> Callable[..., Any]:
     """How torch applies an autograd function where no transform is at work."""
-    apply: Callable[..., Any] = super(_Function, function).apply  # type: ignore[misc]
+    apply: Callable[..., Any] = super(_Function, function).apply
     return apply
 
 
@@ -322,6 +323,6 @@ def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     return _dictionary(module._modules)
 
 
-def _dictionary(registry: Any) -> Any:
+def _dictionary(registry: dict[str, T]) -> dict[str, T]:
     """A registry itself, or a copy of that of a module compiled by ``torch.jit``, which is none."""
     return registry if isinstance(registry, dict) else dict(registry.items())

@@ -72,6 +72,10 @@ def _runs_own_functions(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> 
 
     Its derivatives of other kinds are missing or, of operators of ``torch.library``, zero.
     """
+    if not all(
+        x.requires_grad for x in inputs
+    ):  # but what torch.vmap wraps: there such functions are seen inside
+        return False
     seen = {get_gradient_edge(x).node for x in inputs}
     ahead: list[Any] = [get_gradient_edge(z).node for z in outputs]
     while ahead:
