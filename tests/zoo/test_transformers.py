@@ -17,7 +17,7 @@ from tdhook import Target
 
 from .checks import check
 from .transformers_case import Case
-from .transformers_models import ALL, CASES, MARKS, OPAQUE, ready
+from .transformers_models import CASES, MARKS, ready
 
 pytestmark = MARKS
 
@@ -76,9 +76,3 @@ def test_attention_written_out_and_fused_explain_the_same(name: str, flow: str) 
         explained = explain(CASES[name], "attn_lrp", flow, attn_implementation=implementation)
         relevance.append(explained[flow]["attr"])
     assert_close(*relevance, 1e-6)
-
-
-@pytest.mark.parametrize("name", OPAQUE)
-def test_what_no_rule_reaches_is_named(name: str) -> None:
-    with pytest.raises(NotImplementedError, match=OPAQUE[name]):
-        explain(ALL[name], "epsilon_plus", "relevance")

@@ -14,7 +14,7 @@ from torchvision_shim import import_torchvision
 from . import transformers_senses, transformers_text
 from .transformers_case import FRAMES, LENGTH, SAMPLES, SIDE, VOCABULARY, Case
 
-__all__ = ["ALL", "CASES", "MARKS", "OPAQUE", "ready"]
+__all__ = ["CASES", "MARKS", "ready"]
 
 import_torchvision()  # which some files of transformers import
 transformers = pytest.importorskip(
@@ -28,14 +28,7 @@ MARKS = [
 ]
 
 BATCH = 2
-ALL = {case.id: case for case in (*transformers_text.CASES, *transformers_senses.CASES)}
-# What no rule can reach, and how the model says so.
-OPAQUE = {
-    "FNetForSequenceClassification": r"nothing is known of the operation `fft_fftn` in module `.*fourier\.self`",
-    "RecurrentGemmaForCausalLM": r"the autograd function `SqrtBoundDerivative` in module `.*rg_lru`",
-    "YosoForSequenceClassification": r"the autograd function `YosoCumulation` in module `.*attention\.self`",
-}
-CASES = {name: case for name, case in ALL.items() if name not in OPAQUE}
+CASES = {case.id: case for case in (*transformers_text.CASES, *transformers_senses.CASES)}
 
 
 def build(case: Case, **config: Any) -> nn.Module:

@@ -78,6 +78,7 @@ __all__ = [
 
 V = TypeVar("V")
 F = TypeVar("F", bound=Callable[..., object])
+T = TypeVar("T")
 
 transformed: Callable[[], bool] = _C._are_functorch_transforms_active
 """Whether a transform such as ``torch.vmap`` is at work."""

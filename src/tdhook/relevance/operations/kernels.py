@@ -62,8 +62,8 @@ def _batch_norm(
     *rest: Any,
 ) -> Tensor:
     # The kernel has already counted the batch.
-    mean, var = (None, None) if training else (mean, var)
-    return torch.batch_norm(x, weight, bias, mean, var, training, momentum, eps, False)
+    kept = (None, None) if training else (mean, var)
+    return torch.batch_norm(x, weight, bias, kept[0], kept[1], training, momentum, eps, False)
 
 
 def _batch_norm_without_statistics(
@@ -87,8 +87,8 @@ def _batch_norm_in(training: bool) -> Written:
 
 
 def _dropout(values: Any, x: Tensor, p: float, train: bool | None = True) -> Tensor:
-    kept: Tensor = values[1]
-    return x * (kept.to(x.dtype) / (1 - p)) if train and p < 1 else x * kept
+    kept: Tensor = values[1].to(x.dtype)
+    return x * (kept / (1 - p)) if train and p < 1 else x * kept
 
 
 def _attention(values: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Tensor:
@@ -111,11 +111,18 @@ def _masked_attention(
 
 
 def _written_attention(
-    values: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any
+    values: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *rest: Any,
+    scale: Any = None,
+    **named: Any,
 ) -> Tensor:
-    given: list[Any] = [*rest[:3], *(None, 0.0, False)[len(rest) :]]
-    mask, *others = given
-    return _attended(query, key, value, mask, *others, scale=named.get("scale"))
+    return _attended(query, key, value, mask, dropout, causal, scale=scale)
 
 
 def _attended(

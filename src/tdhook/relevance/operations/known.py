@@ -78,9 +78,10 @@ def learned(func: Any) -> Known:
     in_place, schema, own = writes_in_place(func, {}), schema_of(func), _own_rule(func)
     writes = in_place or (schema is not None and schema.is_mutable)
     name = name_of(func)
+    form = out_of_place_form(func) or on_a_copy(func) if writes else func
     operation = Operation.of(
         name,
-        out_of_place_form(func) or on_a_copy(func) if writes else func,
+        _apply if isinstance(func, Applied) else form,
         moves=own is None and (name in MOVES or name in WINNER),
         multiplies=own is None and (name in PRODUCTS or name in ELEMENTWISE),
     )
@@ -89,6 +90,11 @@ def learned(func: Any) -> Known:
     known.refused = own is not None and overwrites_arguments(func)
     known.aside = known.begins_tape or queries(func) or initialises(func)
     return known
+
+
+def _apply(*args: object, **kwargs: object) -> object:
+    """Stands for an autograd function, which each call brings along, so that what is known of it does not hold it."""
+    raise NotImplementedError("an autograd function is applied by its class")
 
 
 def _own_rule(function: Any) -> Rule | None:

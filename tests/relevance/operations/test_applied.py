@@ -1,0 +1,249 @@
+"""Functions with a backward pass of their own: autograd functions and operators of ``torch.library``."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from tdhook.rules import EpsilonRule, PassRule
+from tdhook.selectors import Op
+
+from .checks import TINY, around, assert_balanced, assert_same, every_flow, explained, plainly, relevance_of
+
+
+class Tanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return grad * (1 - y**2)
+
+
+class Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dim):
+        ctx.dim, s = dim, x.softmax(dim)
+        ctx.save_for_backward(s)
+        return s
+
+    @staticmethod
+    def backward(ctx, grad):
+        (s,) = ctx.saved_tensors
+        return s * (grad - (s * grad).sum(ctx.dim, keepdim=True)), None
+
+
+class Product(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, y):
+        return x * y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y = ctx.saved_tensors
+        return grad * y, grad * x
+
+
+class Batched(torch.autograd.Function):
+    """Says itself what it does in a batch."""
+
+    @staticmethod
+    def forward(x):
+        return x.tanh()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return grad * (1 - y**2)
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        return Batched.apply(x), in_dims[0]
+
+
+class WithMask(torch.autograd.Function):
+    """Returns a second value, which has no derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        mask = (x > 0).to(x.dtype)
+        ctx.save_for_backward(mask)
+        ctx.mark_non_differentiable(mask)
+        return x * mask, mask
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        (mask,) = ctx.saved_tensors
+        return grad * mask
+
+
+class Overwrites(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+@torch.library.custom_op("tdhook_tests::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    return x * 2
+
+
+twice.register_autograd(lambda ctx, grad: grad * 2)
+
+
+@torch.library.custom_op("tdhook_tests::softmax", mutates_args=())
+def softmax(x: Tensor) -> Tensor:
+    return x.softmax(-1)
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(output)
+
+
+def _softmax_backward(ctx, grad):
+    (s,) = ctx.saved_tensors
+    return s * (grad - (s * grad).sum(-1, keepdim=True))
+
+
+softmax.register_autograd(_softmax_backward, setup_context=_keep)
+
+tanh = Tanh.apply  # the name by which it is called, long before anything is explained
+SAME = {
+    "element-wise": (lambda h: tanh(h), torch.tanh),
+    "of rows": (lambda h: Softmax.apply(h, -1), lambda h: h.softmax(-1)),
+    "of columns": (
+        lambda h: Softmax.apply(h[:, None], 1) * h[:, None],
+        lambda h: h[:, None].softmax(1) * h[:, None],
+    ),
+    "product": (lambda h: Product.apply(h, h.roll(1, -1)), lambda h: h * h.roll(1, -1)),
+    "square": (lambda h: Product.apply(h, h), lambda h: h * h),
+    "in torch.vmap": (lambda h: torch.vmap(Product.apply)(h, h.roll(1, -1)), lambda h: h * h.roll(1, -1)),
+    "batched by itself": (torch.vmap(Batched.apply), torch.tanh),
+    "beside a mask": (
+        lambda h: WithMask.apply(h)[0] + WithMask.apply(h)[1],
+        lambda h: h.relu() + (h > 0).to(h.dtype),
+    ),
+    "operator": (lambda h: twice(h), lambda h: 2 * h),
+    "operator of rows": (lambda h: softmax(h), lambda h: h.softmax(-1)),
+    "checkpointed": (
+        lambda h: checkpoint(lambda x: Softmax.apply(tanh(x), -1), h, use_reentrant=False),
+        lambda h: h.tanh().softmax(-1),
+    ),
+}
+
+
+@every_flow
+@pytest.mark.parametrize("case", SAME)
+def test_explained_as_what_it_computes(case: str, flow: str) -> None:
+    own, known = SAME[case]
+    assert_same(relevance_of(own, flow), relevance_of(known, flow), 1e-9)
+
+
+@every_flow
+def test_a_composite_names_it_like_any_operation(flow: str) -> None:
+    composite = [*TINY, (Op("Softmax"), PassRule()), (Op("twice"), PassRule())]
+    got = relevance_of(lambda h: twice(Softmax.apply(h, -1)), flow, composite=composite)
+    model, x = around(lambda h: h.softmax(-1))
+    td, _ = explained(model, x, flow, [*TINY, (Op("softmax"), PassRule())])
+    assert_same(got, 2 * td["attr", "input"], 1e-6)
+
+
+class Inside(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x) + 1
+
+
+@every_flow
+@pytest.mark.parametrize("function", [tanh, twice], ids=["function", "operator"])
+def test_what_a_unit_keeps_around_it_is_accounted_for(function, flow: str) -> None:
+    model, x = around(Inside(function))
+    td, module = explained(model, x, flow, [(Inside, EpsilonRule(1e-12)), *TINY])
+    assert_balanced(td, module)
+    assert td["ledger", "absorbed"].abs().min() > 0.01
+
+
+@pytest.mark.parametrize("how", ["function", "operator"])
+def test_what_overwrites_an_argument_is_refused(how: str) -> None:
+    model, x = around(lambda h: Overwrites.apply(h.clone()))
+    message = r"`Overwrites` overwrites an argument.*give the module `\(model\)`.*a rule, EpsilonRule say"
+    if how == "operator":
+        overwriting = torch.library.custom_op(
+            "tdhook_tests::overwriting",
+            lambda x: x.mul_(2) and None,
+            mutates_args={"x"},
+            schema="(Tensor(a!) x) -> ()",
+        )
+
+        def f(h: Tensor) -> Tensor:
+            copy = h.detach() if not h.requires_grad else h * 1
+            overwriting(copy)
+            return copy
+
+        model.f, message = f, message.replace("Overwrites", "overwriting")
+    with pytest.raises(NotImplementedError, match=message):
+        explained(model, x, "relevance")
+
+
+def test_a_function_runs_once_and_its_random_numbers_are_drawn_once() -> None:
+    calls = []
+
+    class Noisy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            calls.append(torch.rand(()).item())
+            return x * (1 + calls[-1])
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * (1 + calls[-1])
+
+    model, x = around(Noisy.apply)
+    calls.clear()
+    td, _ = explained(model, x, "relevance", ledger=False)
+    assert len(calls) == 1
+    assert torch.equal(td["output"], plainly(model, x))
+    assert torch.rand(()).item() != calls[-1]
+
+
+def test_nothing_of_torch_stays_replaced_and_no_class_is_held() -> None:
+    class Local(Tanh):
+        pass
+
+    apply = torch.autograd.Function.__mro__[1].__dict__.get("apply")
+    model, x = around(Local.apply)
+    explained(model, x, "relevance", ledger=False)
+    assert torch.autograd.Function.__mro__[1].__dict__.get("apply") is apply is None
+    gone = weakref.ref(Local)
+    del Local, model
+    gc.collect()
+    assert gone() is None
