@@ -56,16 +56,16 @@ def subject(model_type: str) -> tuple[Subject, dict[str, Any]]:
                 tensor.data.copy_(theirs[name])
         return made
 
-    read = list(reads.values) if not reads.sources else [*reads.values, "embedded"]
-    told = {"model": type(model).__name__, "reads": read, "way": found.way.name}
+    relevant = reads.sources or [key for key, value in reads.values.items() if value.is_floating_point()]
+    told = {"model": type(model).__name__, "relevant": list(relevant), "way": found.way.name}
     batch = BATCH if found.shape and found.shape[0] == BATCH else 0
     return Subject(model, single, reads.values, found.index, batch, reads.sources, reads.fixed), told
 
 
 def first_output(outputs: Any) -> int | None:
-    """Which of the tensors that a model returns is the first floating one that depends on what it read."""
+    """Which of the tensors that a model returns is the first floating one that depends on what it read; no loss."""
     for index, value in enumerate(leaves(outputs)):
-        if isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad and value.dim():
             return index
     return None
 
@@ -121,7 +121,8 @@ def _running(
         required = [
             name
             for name, parameter in inspect.signature(model.forward).parameters.items()
-            if parameter.default is parameter.empty and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         ]
         reasons.append((1, f"{cls.__name__}: nothing is known of its inputs ({', '.join(required)})"))
     return None
@@ -139,7 +140,8 @@ def run(model: nn.Module, reads: Reads) -> tuple[int, Tensor | None]:
         parameter.requires_grad_(False)
     paths = dict(model.named_modules())
     handles = [
-        paths[path].register_forward_hook(lambda m, a, z: z.detach().requires_grad_().clone()) for path in reads.sources
+        paths[path].register_forward_hook(lambda m, a, z: z.detach().requires_grad_().clone())
+        for path in reads.sources
     ]
     try:
         outputs = model(**values, **reads.fixed)

@@ -58,7 +58,7 @@ class Answer(nn.Module):
     def forward(self, *values: Tensor) -> Tensor:
         outputs = self.model(**dict(zip(self.names, values, strict=True)), **self.fixed)
         found: Tensor = leaves(outputs)[self.output]
-        return found.flatten(1) if self.batch else found.flatten()
+        return found.reshape(self.batch, -1) if self.batch else found.flatten()
 
 
 def leaves(outputs: Any) -> list[Any]:
@@ -144,7 +144,10 @@ def _explained(
     with method.prepare(module, in_keys=read) as run:
         done = run(td)
     relevance = [value for _, value in sorted(done["attr"].items(True, True), key=lambda item: str(item[0]))]
-    flat = [v.detach().reshape(subject.batch or 1, -1) if _rows(v, subject) else v.detach().reshape(1, -1) for v in relevance]
+    flat = [
+        v.detach().reshape(subject.batch or 1, -1) if _rows(v, subject) else v.detach().reshape(1, -1)
+        for v in relevance
+    ]
     if len({len(v) for v in flat}) > 1:
         flat = [v.reshape(1, -1) for v in flat]
     accounts = {k: done["ledger", k] for k in ("target", "gap")} if ledger else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.supported.making import parts
+from benchmarks.supported.shrinking import parts
 
 __all__ = ["BATCH", "MAKERS", "embeddings"]
 
-BATCH, LENGTH, SAMPLES, FRAMES, GRID = 2, 8, 1600, 64, 4
+BATCH, LENGTH, SAMPLES, FRAMES, GRID = 2, 8, 1920, 64, 4
 
 
 def embeddings(model: nn.Module) -> tuple[str, ...]:
@@ -23,8 +24,12 @@ def embeddings(model: nn.Module) -> tuple[str, ...]:
         tokens = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):
         tokens = None
-    found = [path for path, module in model.named_modules() if isinstance(module, nn.Embedding)]
-    return tuple([path for path in found if model.get_submodule(path) is tokens] or found)
+    found = {path: module for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    largest = max((module.num_embeddings for module in found.values()), default=0)
+    named = [path for path in found if re.search(r"word|tok|wte|shared|vocab", path)]
+    chosen = [path for path, module in found.items() if module is tokens]
+    chosen = chosen or [path for path in named if "type" not in path]
+    return tuple(chosen or [path for path, module in found.items() if module.num_embeddings == largest])
 
 
 def of(model: nn.Module, names: str, default: Any = None) -> Any:
@@ -76,8 +81,10 @@ def _rows(model: nn.Module) -> list[Tensor]:
     return [
         torch.randn(rows, patch * times),
         torch.randn(rows, patch),
+        torch.randn(rows, 2 * patch),
         torch.randn(BATCH, GRID**2, patch),
         torch.randn(rows, 3, side, side),
+        torch.randn(1, rows, 3, side, side),
         torch.randn(rows, number(model, "embed_dim hidden_size", 64)),
     ]
 
@@ -89,7 +96,11 @@ def _pixels(model: nn.Module) -> list[Tensor]:
     if "grid_thw" in _arguments(model) or "spatial_shapes" in _arguments(model):
         return [*_rows(model), *images[:1]]
     many = [torch.randn(BATCH, 1, channels, *side) for side in _sides(model)[:1]]
-    return [*films, *images] if frames else [*images, *films, *many, *_rows(model)]
+    tiles = [
+        torch.randn(BATCH, 1, number(model, "max_num_tiles", 4), channels, *side)
+        for side in _sides(model)[:1]
+    ]
+    return [*films, *images] if frames else [*images, *films, *many, *tiles, *_rows(model)]
 
 
 def _arguments(model: nn.Module) -> list[str]:
@@ -101,7 +112,10 @@ def _film(model: nn.Module) -> list[Tensor]:
     return [torch.randn(BATCH, frames, 3, *side) for side in _sides(model)]
 
 
-MELS = "num_mel_bins input_feat_per_channel feature_size num_mels n_mels mel_dim input_dim model_in_dim input_size feat_dim input_feat_size mel_bins n_mel_bins"
+MELS = (
+    "num_mel_bins input_feat_per_channel feature_size num_mels n_mels mel_dim input_dim model_in_dim input_size"
+    " feat_dim input_feat_size mel_bins n_mel_bins"
+)
 
 
 def _sound(model: nn.Module) -> list[Tensor]:
@@ -127,7 +141,11 @@ def _ids(model: nn.Module) -> list[Tensor]:
     many = number(model, "num_codebooks num_channels num_audio_channels n_codes_total", 1)
     low = min(5, size - 1)
     made = [torch.randint(low, size, (BATCH, length)) for length in (LENGTH, 4 * LENGTH)]
-    return [*made, torch.randint(low, size, (BATCH, LENGTH, many)), torch.randint(low, size, (BATCH, many, LENGTH))]
+    return [
+        *made,
+        torch.randint(low, size, (BATCH, LENGTH, many)),
+        torch.randint(low, size, (BATCH, many, LENGTH)),
+    ]
 
 
 def _boxes(model: nn.Module) -> list[Tensor]:
@@ -143,7 +161,7 @@ def _widths(model: nn.Module) -> list[int]:
         found += [tokens.embedding_dim] if isinstance(tokens, nn.Embedding) else []
     except (NotImplementedError, AttributeError):
         pass
-    names = "hidden_size d_model n_embd embed_dim dim hidden_dim encoder_hidden_size text_hidden_size".split()
+    names = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "hidden_dim", "encoder_hidden_size")
     return _unique([*found, *(number(model, name, 0) for name in names), 64])
 
 
@@ -161,13 +179,17 @@ def _grid(model: nn.Module) -> list[Tensor]:
 
 def _mask_of_sound(model: nn.Module) -> list[Tensor]:
     lengths = _unique([max(value.shape[-2:]) for value in _sound(model)])
-    return [torch.ones(BATCH, n, dtype=torch.long) for n in lengths] + [torch.ones(BATCH, n, dtype=torch.bool) for n in lengths[:1]]
+    return [torch.ones(BATCH, n, dtype=torch.long) for n in lengths] + [
+        torch.ones(BATCH, n, dtype=torch.bool) for n in lengths[:1]
+    ]
 
 
 def _series(model: nn.Module, *extra: str) -> list[Tensor]:
     """A time series with what came before, as far back as it looks."""
     lags = of(model, "lags_sequence", [0])
-    back = number(model, "context_length prediction_length", 16) + (max(lags) if isinstance(lags, list | tuple) else 0)
+    back = number(model, "context_length prediction_length", 16) + (
+        max(lags) if isinstance(lags, list | tuple) else 0
+    )
     many = number(model, "num_input_channels input_size", 1)
     flat, columns = torch.randn(BATCH, back), torch.randn(BATCH, back, many)
     return [columns, flat] if hasattr(model.config, "num_input_channels") else [flat, columns]
@@ -180,7 +202,11 @@ def _times(model: nn.Module) -> list[Tensor]:
 
 def _future(model: nn.Module, features: bool) -> list[Tensor]:
     length = number(model, "prediction_length", 8)
-    return [torch.randn(BATCH, length, number(model, "num_time_features", 0)) if features else torch.randn(BATCH, length)]
+    return [
+        torch.randn(BATCH, length, number(model, "num_time_features", 0))
+        if features
+        else torch.randn(BATCH, length)
+    ]
 
 
 def _spectrum(model: nn.Module) -> list[Tensor]:
@@ -189,13 +215,20 @@ def _spectrum(model: nn.Module) -> list[Tensor]:
 
 
 def _latents(model: nn.Module) -> list[Tensor]:
-    return [torch.randn(BATCH, *shape) for width in _widths(model) if width for shape in ((width, LENGTH), (LENGTH, width))]
+    return [
+        torch.randn(BATCH, *shape)
+        for width in _widths(model)
+        if width
+        for shape in ((width, LENGTH), (LENGTH, width))
+    ]
 
 
 def _flattened(model: nn.Module) -> list[Tensor]:
     places = torch.randint(1, 4, (BATCH, LENGTH, 2)).to(torch.get_default_dtype())
-    return [torch.cat([places, torch.randn(BATCH, LENGTH, number(model, "patch_embed_hidden_size", 768))], -1),
-            torch.cat([places, torch.randn(BATCH, LENGTH, 3 * number(model, "patch_size", 16) ** 2)], -1)]
+    return [
+        torch.cat([places, torch.randn(BATCH, LENGTH, number(model, "patch_embed_hidden_size", 768))], -1),
+        torch.cat([places, torch.randn(BATCH, LENGTH, 3 * number(model, "patch_size", 16) ** 2)], -1),
+    ]
 
 
 def _states(model: nn.Module, name: str) -> list[Tensor]:
@@ -221,10 +254,16 @@ MAKERS: dict[str, Callable[[nn.Module], list[Any]]] = {
     "patch_embeds": _rows,
     "flattened_patches": _flattened,
     "aspect_ratio_ids": lambda model: [torch.ones(BATCH, 1, dtype=torch.long)],
-    "aspect_ratio_mask": lambda model: [torch.ones(BATCH, 1, number(model, "max_num_tiles", 4), dtype=torch.long)],
+    "aspect_ratio_mask": lambda model: [
+        torch.ones(BATCH, 1, number(model, "max_num_tiles", 4), dtype=torch.long)
+    ],
     "prompt_pixel_values": _pixels,
     "prompt_masks": _pixels,
-    "pixel_position_ids": lambda model: [torch.stack(torch.meshgrid(*[torch.arange(GRID)] * 2, indexing="ij"), -1).flatten(0, 1).expand(BATCH, -1, -1)],
+    "pixel_position_ids": lambda model: [
+        torch.stack(torch.meshgrid(*[torch.arange(GRID)] * 2, indexing="ij"), -1)
+        .flatten(0, 1)
+        .expand(BATCH, -1, -1)
+    ],
     "input_features": _sound,
     "audio_features": _sound,
     "audio_mel": _sound,
@@ -233,6 +272,7 @@ MAKERS: dict[str, Callable[[nn.Module], list[Any]]] = {
     "input_features_mask": _mask_of_sound,
     "feature_attention_mask": _mask_of_sound,
     "audio_mel_mask": lambda model: [torch.zeros(BATCH, n, dtype=torch.bool) for n in (FRAMES, 4 * FRAMES)],
+    "feature_lens": lambda model: [torch.tensor([FRAMES] * BATCH)],
     "input_values": _wave,
     "audio_values": _wave,
     "waveform": _wave,
@@ -263,7 +303,9 @@ MAKERS: dict[str, Callable[[nn.Module], list[Any]]] = {
     "vision_pos_encoding": _feature_maps,
     "position_ids": lambda model: [torch.arange(LENGTH).expand(BATCH, -1)],
     "past_values": _series,
-    "past_observed_mask": lambda model: [torch.ones_like(value, dtype=torch.long) for value in _series(model)],
+    "past_observed_mask": lambda model: [
+        torch.ones_like(value, dtype=torch.long) for value in _series(model)
+    ],
     "past_values_padding": lambda model: [torch.zeros(_series(model)[0].shape[:2], dtype=torch.long)],
     "past_time_features": _times,
     "future_values": partial(_future, features=False),

@@ -13,6 +13,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
 from tdhook.models.turns import here
+from tdhook.tape.functions import apart
 
 __all__ = ["Captured", "call_name"]
 
@@ -37,11 +38,13 @@ class Captured:
     replaced: Mapping[NestedKey, Tensor] = field(default_factory=dict)
     modules: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[NestedKey, Tensor] = field(default_factory=dict)
+    _copies: dict[NestedKey, Tensor] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Forget what was collected: the model runs once more."""
         self.modules.clear()
         self.keys.clear()
+        self._copies.clear()
 
     @contextmanager
     def within(
@@ -80,7 +83,7 @@ class Captured:
                 call += 1
             name = call_name(path, call)
             self.modules[name] = value = self._on_tape(output, (name,))
-            return value
+            return apart(value)
 
         return hook
 
@@ -101,9 +104,14 @@ class Captured:
                 value = output.get(key, None)
                 if not isinstance(value, Tensor) or not value.is_floating_point():
                     continue
+                if value is self._copies.get(key):
+                    continue  # handed on by what is around the module that wrote it
                 if attribute == "all" or key in attribute:
-                    self.keys[key] = self._on_tape(value, key)
-                    if self.keys[key] is not value:
-                        output.set(key, self.keys[key])
+                    self.keys[key] = kept = self._on_tape(value, key)
+                    read = apart(kept)
+                    if read is not kept:
+                        self._copies[key] = read
+                    if read is not value:
+                        output.set(key, read)
 
         return hook

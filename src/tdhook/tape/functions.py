@@ -18,6 +18,7 @@ __all__ = [
     "Identity",
     "TapeFunction",
     "alias",
+    "apart",
     "copying",
     "live",
     "may_look_at",
@@ -90,6 +91,11 @@ def copying() -> Iterator[None]:
         yield
     finally:
         _COPIES.reset(token)
+
+
+def apart(x: Tensor) -> Tensor:
+    """The tensor itself, or within :func:`copying` a copy, so that ``x`` stays what it is whatever is overwritten."""
+    return x.clone() if _COPIES.get() else x
 
 
 def alias(x: Tensor) -> Tensor:
