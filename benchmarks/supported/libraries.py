@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.supported import measuring
-from benchmarks.supported.torchvision_models import subject as of_torchvision
-from benchmarks.supported.torchvision_models import names as torchvision_names
 from benchmarks.supported.finding import subject as of_transformers
 from benchmarks.supported.making import NotBuilt, model_types
+from benchmarks.supported.torchvision_models import names as torchvision_names
+from benchmarks.supported.torchvision_models import subject as of_torchvision
 
 __all__ = ["NAMES", "NotBuilt", "measured"]
 

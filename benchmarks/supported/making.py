@@ -9,19 +9,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from benchmarks.supported.shrinking import Way, shrunk
+from benchmarks.supported.shim import import_torchvision
+from benchmarks.supported.shrinking import Way, parts, shrunk
 
-__all__ = ["NotBuilt", "classes", "model_types", "parts", "random_weights", "settle", "small"]
+import_torchvision()  # which some files of transformers import
+import transformers  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
+from transformers.models.auto import modeling_auto  # noqa: E402
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
+
+__all__ = ["NotBuilt", "classes", "model_types", "random_weights", "settle", "small"]
 
 LARGEST = 20_000_000
 """How many weights a small model may have."""
-FIRST = ("", "_FOR_PRETRAINING", "_FOR_CAUSAL_LM")
 
 
 class NotBuilt(Exception):
@@ -59,7 +61,7 @@ def classes(model_type: str) -> list[type[nn.Module]]:
         ]
     found = [cls for cls in found if cls.forward is not nn.Module.forward] or found
     if not found:
-        raise NotBuilt(f"the library has no model of it by itself")
+        raise NotBuilt("the library has no model of it by itself")
     return found
 
 
@@ -93,15 +95,6 @@ def small(model_type: str, cls: type[nn.Module], way: Way) -> nn.Module:
     model = cls(config).to(torch.get_default_dtype()).eval()
     random_weights(model)
     return model
-
-
-def parts(config: Any) -> list[Any]:
-    """A configuration and all that it consists of."""
-    found, left = [], [config]
-    while left:
-        found.append(left.pop(0))
-        left += [value for value in vars(found[-1]).values() if hasattr(value, "model_type")]
-    return found
 
 
 def _on_meta(cls: type[nn.Module], config: Any) -> nn.Module:

@@ -58,7 +58,7 @@ class Answer(nn.Module):
     def forward(self, *values: Tensor) -> Tensor:
         outputs = self.model(**dict(zip(self.names, values, strict=True)), **self.fixed)
         found: Tensor = leaves(outputs)[self.output]
-        return found.flatten(1) if self.batch else found.flatten()
+        return found.reshape(self.batch, -1) if self.batch else found.flatten()
 
 
 def leaves(outputs: Any) -> list[Any]:

@@ -18,10 +18,10 @@ from typing import Any
 
 from benchmarks.supported.special import CHANGES
 
-__all__ = ["WAYS", "Way", "shrunk"]
+__all__ = ["WAYS", "Way", "parts", "shrunk"]
 
 LAYERS, HEADS, KEYS, HEAD, WIDE, VOCABULARY, POSITIONS, EXPERTS, FRAMES = 2, 4, 2, 16, 64, 128, 512, 4, 64
-IMAGE, PATCH = 32, 8
+IMAGE, PATCH, CHUNK = 32, 8, 8
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,12 @@ is_side = _named(
     r"(.*_)?(image_size|input_size|img_size|pretrain_image_size|input_resolution|spec_size|image_resolution)"
 )
 is_patch = _named(r"patch_size|spatial_patch_size|vision_patch_size")
+FEW = {"num_windows": 4, "num_queries": 8, "two_stage_num_proposals": 8, "num_denoising": 0}
+is_chunk = _named(r"(mamba_|ssm_|ssd_)?chunk_size")
 is_wide = _named(
     r"(?!.*(temporal|spatial|kernel|patch|window|image|sampl|chunk|block|stride|vocab|max_|batch|codebook_size|tubelet|crop|tile|grid|merge|pool_size|context_size|buckets|group_size|memory_size|bin|num_channels|in_channels_audio|audio_channels|mel|state_size|region|type_))"
     r"(.*_)?(hidden|hidden_size|hidden_sizes|size|dim|dims|d_model|n_embd|embd|n_inner|d_inner|inner|ffn|width|widths|channels|channel|rank|filters|features_size|d_ff|intermediate_size(_mlp)?|embed_dim|in_features|proj|units|hidden_act_dim|dim_per_stage|upsample_groups)",
-    r"(.*_)?(hidden_size|intermediate_size|embed_dim|embedding_size|ffn_dim|channels|projection_dim|hidden_dim)(_.*)?",
+    r"upsample_groups|(.*_)?(hidden_size|intermediate_size|embed_dim|embedding_size|ffn_dim|channels|projection_dim|hidden_dim)(_.*)?",
 )
 
 
@@ -119,8 +121,10 @@ def _fit(name: str, value: Any, way: Way) -> Any:
         return value if 0 <= value < VOCABULARY else value if value < 0 else 3 + sum(map(ord, name)) % 90
     if counts_tokens(name):
         return min(value, VOCABULARY)
-    if name in ("num_windows",):
-        return min(value, 4)
+    if is_chunk(name) and value >= 16:
+        return CHUNK
+    if name in FEW:
+        return min(value, FEW[name])
     if counts_positions(name):
         return min(value, FRAMES // 2 if "source" in name else POSITIONS)
     if counts_layers(name):
@@ -162,14 +166,21 @@ def shrunk(cls: type, way: Way) -> Any:
     return cls(**_overrides(cls(), way))
 
 
+def parts(config: Any) -> list[Any]:
+    """A configuration and all that it consists of."""
+    found, left = [], [config]
+    while left:
+        found.append(left.pop(0))
+        left += [value for value in vars(found[-1]).values() if hasattr(value, "model_type")]
+    return found
+
+
 def _overrides(config: Any, way: Way) -> dict[str, Any]:
     """What a configuration is given to be small, without what it works out by itself from that."""
     found: dict[str, Any] = {}
     values = dict(vars(config))
-    depth = next(
-        (values[k] for k in ("num_hidden_layers", "num_layers", "n_layer") if isinstance(values.get(k), int)),
-        0,
-    )
+    declared = {field.name for field in dataclasses.fields(config)}
+    depth = next((values[k] for k in DEPTHS if k in declared and isinstance(values.get(k), int)), 0)
     turns = "mrope_section" in _source(type(config))
     for name, value, default in _fields(config):
         if value is None and way.fills and name in FILLED:
@@ -245,6 +256,7 @@ def _wrapped(config: Any) -> Any:
     return type(config)(architecture="test_vit", do_pooling=False)
 
 
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 IN_PLACE: dict[str, Callable[[Any], Any]] = {"timm_backbone": _timm, "timm_wrapper": _wrapped}
 FILLED = {
     "head_dim": HEAD,
@@ -314,6 +326,9 @@ def _fields(config: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 COMMON = frozenset(
-    "transformers_version architectures output_hidden_states return_dict dtype chunk_size_feed_forward is_encoder_decoder"
-    " id2label label2id problem_type output_attentions".split()
-)
+    {
+        "transformers_version", "architectures", "output_hidden_states", "return_dict", "dtype",
+        "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type",
+        "output_attentions",
+    }
+)  # fmt: skip

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import re
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).parents[2] / "tests"))
-from torchvision_shim import import_torchvision  # noqa: E402
+from benchmarks.supported.making import NotBuilt, random_weights, settle
+from benchmarks.supported.measuring import Subject, in_precision
+from benchmarks.supported.shim import import_torchvision
 
 import_torchvision()
 import torchvision  # noqa: E402
-
-
-from benchmarks.supported.making import NotBuilt, random_weights, settle  # noqa: E402
-from benchmarks.supported.measuring import Subject, in_precision  # noqa: E402
 from torchvision.models.video import mvit  # noqa: E402
 
 __all__ = ["names", "subject"]
@@ -115,7 +110,7 @@ def subject(name: str) -> tuple[Subject, dict[str, Any]]:
         made.load_state_dict(model.state_dict())
         return made
 
-    told = {"model": type(model).__name__, "reads": list(values)}
+    told = {"model": type(model).__name__, "relevant": list(values)}
     batch = 0 if DETECTS.fullmatch(name) else batch
     return Subject(model, single, values, 0, batch, (), fixed), told
 

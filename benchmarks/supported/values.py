@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.supported.making import parts
+from benchmarks.supported.shrinking import parts
 
 __all__ = ["BATCH", "MAKERS", "embeddings"]
 
-BATCH, LENGTH, SAMPLES, FRAMES, GRID = 2, 8, 1600, 64, 4
+BATCH, LENGTH, SAMPLES, FRAMES, GRID = 2, 8, 1920, 64, 4
 
 
 def embeddings(model: nn.Module) -> tuple[str, ...]:
@@ -23,8 +24,12 @@ def embeddings(model: nn.Module) -> tuple[str, ...]:
         tokens = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):
         tokens = None
-    found = [path for path, module in model.named_modules() if isinstance(module, nn.Embedding)]
-    return tuple([path for path in found if model.get_submodule(path) is tokens] or found)
+    found = {path: module for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    largest = max((module.num_embeddings for module in found.values()), default=0)
+    named = [path for path in found if re.search(r"word|tok|wte|shared|vocab", path)]
+    chosen = [path for path, module in found.items() if module is tokens]
+    chosen = chosen or [path for path in named if "type" not in path]
+    return tuple(chosen or [path for path, module in found.items() if module.num_embeddings == largest])
 
 
 def of(model: nn.Module, names: str, default: Any = None) -> Any:
@@ -76,8 +81,10 @@ def _rows(model: nn.Module) -> list[Tensor]:
     return [
         torch.randn(rows, patch * times),
         torch.randn(rows, patch),
+        torch.randn(rows, 2 * patch),
         torch.randn(BATCH, GRID**2, patch),
         torch.randn(rows, 3, side, side),
+        torch.randn(1, rows, 3, side, side),
         torch.randn(rows, number(model, "embed_dim hidden_size", 64)),
     ]
 
@@ -89,7 +96,11 @@ def _pixels(model: nn.Module) -> list[Tensor]:
     if "grid_thw" in _arguments(model) or "spatial_shapes" in _arguments(model):
         return [*_rows(model), *images[:1]]
     many = [torch.randn(BATCH, 1, channels, *side) for side in _sides(model)[:1]]
-    return [*films, *images] if frames else [*images, *films, *many, *_rows(model)]
+    tiles = [
+        torch.randn(BATCH, 1, number(model, "max_num_tiles", 4), channels, *side)
+        for side in _sides(model)[:1]
+    ]
+    return [*films, *images] if frames else [*images, *films, *many, *tiles, *_rows(model)]
 
 
 def _arguments(model: nn.Module) -> list[str]:
@@ -101,7 +112,10 @@ def _film(model: nn.Module) -> list[Tensor]:
     return [torch.randn(BATCH, frames, 3, *side) for side in _sides(model)]
 
 
-MELS = "num_mel_bins input_feat_per_channel feature_size num_mels n_mels mel_dim input_dim model_in_dim input_size feat_dim input_feat_size mel_bins n_mel_bins"
+MELS = (
+    "num_mel_bins input_feat_per_channel feature_size num_mels n_mels mel_dim input_dim model_in_dim input_size"
+    " feat_dim input_feat_size mel_bins n_mel_bins"
+)
 
 
 def _sound(model: nn.Module) -> list[Tensor]:
@@ -147,7 +161,7 @@ def _widths(model: nn.Module) -> list[int]:
         found += [tokens.embedding_dim] if isinstance(tokens, nn.Embedding) else []
     except (NotImplementedError, AttributeError):
         pass
-    names = "hidden_size d_model n_embd embed_dim dim hidden_dim encoder_hidden_size text_hidden_size".split()
+    names = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "hidden_dim", "encoder_hidden_size")
     return _unique([*found, *(number(model, name, 0) for name in names), 64])
 
 
@@ -258,6 +272,7 @@ MAKERS: dict[str, Callable[[nn.Module], list[Any]]] = {
     "input_features_mask": _mask_of_sound,
     "feature_attention_mask": _mask_of_sound,
     "audio_mel_mask": lambda model: [torch.zeros(BATCH, n, dtype=torch.bool) for n in (FRAMES, 4 * FRAMES)],
+    "feature_lens": lambda model: [torch.tensor([FRAMES] * BATCH)],
     "input_values": _wave,
     "audio_values": _wave,
     "waveform": _wave,

@@ -26,6 +26,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    print("ready", file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(*line.split())), file=answers, flush=True)
 

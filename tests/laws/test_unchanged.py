@@ -97,6 +97,22 @@ def test_an_empty_batch(composite, shape):
     attempt(network(), td, ValueError, text, composite)
 
 
+def test_an_entry_without_features_is_no_empty_batch():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x, nothing):
+            return self.head(torch.cat([x, nothing], -1))
+
+    model = TensorDictModule(Joined(), ["x", "nothing"], ["y"])
+    td = TensorDict(x=torch.randn(2, 3), nothing=torch.zeros(2, 0), batch_size=[2])
+    with LRP("epsilon_plus", target=Target("y", 0)).prepare(model) as run:
+        done = run(td)
+    assert done["attr", "x"].any() and done["attr", "nothing"].shape == (2, 0)
+
+
 def test_a_shape_that_does_not_fit():
     """The model's own error, not one about what was tried next."""
     for batch in ((5,), (2, 5), ()):

@@ -15,6 +15,7 @@ from tdhook.models.entries import is_batch
 from tdhook.models.turns import here
 from tdhook.tape.cutting import Graph
 from tdhook.tape.dependence import leaf
+from tdhook.tape.functions import apart
 from tdhook.tape.undoing import Hook, hooked
 
 __all__ = ["Captured", "call_name"]
@@ -44,11 +45,13 @@ class Captured:
     axis: Callable[[str, Tensor, nn.Module], int] = lambda name, output, module: 0
     modules: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[NestedKey, Tensor] = field(default_factory=dict)
+    _copies: dict[NestedKey, Tensor] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Forget what was collected: the model runs once more."""
         self.modules.clear()
         self.keys.clear()
+        self._copies.clear()
 
     @contextmanager
     def within(
@@ -88,9 +91,9 @@ class Captured:
             axis = self.axis(name, output, module)
             if axis == 0:
                 self.modules[name] = value = self._on_tape(output, (name,))
-                return value
+                return apart(value)
             self.modules[name] = value = self._on_tape(output.movedim(axis, 0), (name,))
-            return value.movedim(0, axis)
+            return apart(value).movedim(0, axis)
 
         return hook
 
@@ -111,9 +114,14 @@ class Captured:
                 value = output.get(key, None)
                 if not isinstance(value, Tensor) or not value.is_floating_point():
                     continue
+                if value is self._copies.get(key):
+                    continue  # handed on by what is around the module that wrote it
                 if attribute == "all" or key in attribute:
-                    self.keys[key] = self._on_tape(value, key)
-                    if self.keys[key] is not value:
-                        output.set(key, self.keys[key])
+                    self.keys[key] = kept = self._on_tape(value, key)
+                    read = apart(kept)
+                    if read is not kept:
+                        self._copies[key] = read
+                    if read is not value:
+                        output.set(key, read)
 
         return hook

@@ -19,6 +19,7 @@ __all__ = [
     "Identity",
     "TapeFunction",
     "alias",
+    "apart",
     "copying",
     "live",
     "may_look_at",
@@ -88,6 +89,11 @@ def copying() -> Iterator[None]:
     """Make these identities return copies, which may be overwritten, where they return views else."""
     with set_to(_COPIES, True):
         yield
+
+
+def apart(x: Tensor) -> Tensor:
+    """The tensor itself, or within :func:`copying` a copy, so that ``x`` stays what it is whatever is overwritten."""
+    return x.clone() if _COPIES.get() else x
 
 
 def alias(x: Tensor) -> Tensor:
