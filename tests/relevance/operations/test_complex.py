@@ -21,7 +21,9 @@ def spectrum(h: Tensor) -> Tensor:
 
 BALANCED = {
     "transform": lambda h: torch.fft.fft(h).real + torch.fft.rfft(h, n=10).abs(),
-    "of two axes": lambda h: torch.fft.fftn(torch.fft.ifftshift(h[:, :, None] * W, 1), dim=(1, 2)).abs().sum(-1),
+    "of two axes": lambda h: (
+        torch.fft.fftn(torch.fft.ifftshift(h[:, :, None] * W, 1), dim=(1, 2)).abs().sum(-1)
+    ),
     "of time": lambda h: spectrum(h).abs().mean(-1),
     "product": lambda h: ((torch.complex(h, h.roll(1, -1)) * torch.complex(h.tanh(), W)) ** 2).real,
     "matrix": lambda h: F.linear(h.to(torch.complex128), MATRIX).abs(),

@@ -40,10 +40,15 @@ SAME = {
         lambda h: aten.softmax.int(self=aten.div.Tensor(self=h, other=SCALE), dim=-1),
         lambda h: (h / SCALE).softmax(-1),
     ),
-    "in place": (lambda h: aten.mul_.Tensor(aten.add_.Tensor(h * 1, SHIFT), SCALE), lambda h: (h + SHIFT) * SCALE),
+    "in place": (
+        lambda h: aten.mul_.Tensor(aten.add_.Tensor(h * 1, SHIFT), SCALE),
+        lambda h: (h + SHIFT) * SCALE,
+    ),
     "written to out": (lambda h: aten.mul.out(h, SCALE, out=torch.empty_like(h)), lambda h: h * SCALE),
     "moves": (
-        lambda h: aten._unsafe_view.default(aten.slice.Tensor(aten.view_copy.default(h, [-1, 2, 3]), 1, 1), [-1, 3]),
+        lambda h: aten._unsafe_view.default(
+            aten.slice.Tensor(aten.view_copy.default(h, [-1, 2, 3]), 1, 1), [-1, 3]
+        ),
         lambda h: h.view(-1, 2, 3)[:, 1:].reshape(-1, 3),
     ),
     "layer norm": (
@@ -55,11 +60,15 @@ SAME = {
         lambda h: F.group_norm(h, 2, SCALE, SHIFT),
     ),
     "batch norm": (
-        lambda h: aten._native_batch_norm_legit_no_training.default(h, SCALE, SHIFT, SHIFT, SCALE, 0.1, 1e-5)[0],
+        lambda h: aten._native_batch_norm_legit_no_training.default(h, SCALE, SHIFT, SHIFT, SCALE, 0.1, 1e-5)[
+            0
+        ],
         lambda h: F.batch_norm(h, SHIFT, SCALE, SCALE, SHIFT),
     ),
     "batch norm of the batch": (
-        lambda h: aten.native_batch_norm.default(h, SCALE, SHIFT, SHIFT.clone(), SCALE.clone(), True, 0.1, 1e-5)[0],
+        lambda h: aten.native_batch_norm.default(
+            h, SCALE, SHIFT, SHIFT.clone(), SCALE.clone(), True, 0.1, 1e-5
+        )[0],
         lambda h: F.batch_norm(h, None, None, SCALE, SHIFT, training=True),
     ),
     "batch norm without statistics": (
@@ -67,14 +76,19 @@ SAME = {
         lambda h: F.batch_norm(h, None, None, SCALE, SHIFT, training=True),
     ),
     "attention": (
-        lambda h: aten._scaled_dot_product_flash_attention_for_cpu.default(heads(h), heads(h), heads(h), 0.0, True)[0],
+        lambda h: aten._scaled_dot_product_flash_attention_for_cpu.default(
+            heads(h), heads(h), heads(h), 0.0, True
+        )[0],
         lambda h: F.scaled_dot_product_attention(heads(h), heads(h), heads(h), is_causal=True),
     ),
     "attention in steps": (
         lambda h: aten._scaled_dot_product_attention_math.default(heads(h), heads(h), heads(h), scale=0.5)[0],
         lambda h: F.scaled_dot_product_attention(heads(h), heads(h), heads(h), scale=0.5),
     ),
-    "assignment": (lambda h: aten.copy.default(torch.zeros(1, 6).double().expand_as(h), h) * 2, lambda h: h * 2),
+    "assignment": (
+        lambda h: aten.copy.default(torch.zeros(1, 6).double().expand_as(h), h) * 2,
+        lambda h: h * 2,
+    ),
 }
 
 
@@ -99,7 +113,9 @@ def test_attention_that_drops_in_a_kernel_is_refused() -> None:
     def f(h: Tensor) -> Tensor:
         return aten._scaled_dot_product_attention_math.default(heads(h), heads(h), heads(h), None, 0.5)[0]
 
-    with pytest.raises(NotImplementedError, match="drops attention weights.*explain the model in evaluation mode"):
+    with pytest.raises(
+        NotImplementedError, match=r"drops attention weights.*explain the model in evaluation mode"
+    ):
         relevance_of(f, "relevance")
 
 

@@ -26,7 +26,9 @@ def listed(h: Tensor) -> Tensor:
     a, b = halves(h)
     c, d = torch._foreach_addcmul([a, b], [a, b], [b, a], value=0.3)
     e = torch._foreach_lerp(torch._foreach_tanh([c, d]), [a, b], 0.3)
-    return torch.cat([*torch._foreach_mul(e, [2.0, 3.0]), *(n.expand(len(h), 1) for n in torch._foreach_norm([a]))], -1)
+    return torch.cat(
+        [*torch._foreach_mul(e, [2.0, 3.0]), *(n.expand(len(h), 1) for n in torch._foreach_norm([a]))], -1
+    )
 
 
 def singly(h: Tensor) -> Tensor:
@@ -63,9 +65,11 @@ def branch(h: Tensor) -> Tensor:
 
 
 def loop(h: Tensor) -> Tensor:
-    return while_loop(lambda i, d: i < 3, lambda i, d: (i + 1, {"x": (d["x"] * 2).tanh()}), (torch.tensor(0), {"x": h}))[
-        1
-    ]["x"]
+    def body(i: Tensor, d: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return i + 1, {"x": (d["x"] * 2).tanh()}
+
+    _, found = while_loop(lambda i, d: i < 3, body, (torch.tensor(0), {"x": h}))
+    return found["x"]
 
 
 def looped(h: Tensor) -> Tensor:
@@ -76,7 +80,10 @@ def looped(h: Tensor) -> Tensor:
 
 def scanned(h: Tensor) -> Tensor:
     (a, b), made = scan(
-        lambda carry, x: ((carry[0].tanh() + x["u"], carry[1] * W[0]), {"p": carry[0] * 1, "q": (carry[1] + x["u"],)}),
+        lambda carry, x: (
+            (carry[0].tanh() + x["u"], carry[1] * W[0]),
+            {"p": carry[0] * 1, "q": (carry[1] + x["u"],)},
+        ),
         (h[:, 0].clone(), h[:, 1].clone()),
         {"u": h.T.clone()},
         reverse=True,
