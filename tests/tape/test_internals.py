@@ -161,3 +161,102 @@ def test_what_a_module_holds_itself_is_held_by_name() -> None:
     assert internals.buffers_of(net[1])["running_mean"] is net[1].running_mean
     internals.buffers_of(net[1])["running_mean"] = replaced = torch.ones(3)
     assert net[1].running_mean is replaced
+
+
+def test_applying_autograd_functions():
+    x, seen = torch.ones(2, requires_grad=True), []
+
+    def apply(function, *args):
+        seen.append(function)
+        return internals.applying_of(function)(*args)
+
+    bound = Doubled.apply  # bound before
+    internals.set_applying(apply)
+    try:
+        assert bound(x).tolist() == [2, 2] and seen == [Doubled]
+    finally:
+        internals.set_applying(None)
+    assert bound(x).tolist() == [2, 2] and seen == [Doubled]
+
+
+class Batched(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def test_autograd_functions_in_transforms():
+    found, inside = [], []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is not internals.APPLIED_IN_TRANSFORMS:
+                return func(*args, **(kwargs or {}))
+            found.append(args[0])
+            return internals.through_transforms(func, args, kwargs or {})
+
+    def apply(function, *args):
+        inside.append(internals.function_inside(function))
+        return internals.applying_of(function)(*args)
+
+    internals.set_applying(apply)
+    try:
+        with Mode():
+            made = torch.vmap(Batched.apply)(torch.ones(3, 2, requires_grad=True))
+    finally:
+        internals.set_applying(None)
+    assert made.tolist() == [[2, 2]] * 3 and found == [Batched] and inside == [Batched]
+    assert internals.function_inside(Doubled) is Doubled
+
+
+def test_modes_above_and_beneath():
+    class Mode(TorchFunctionMode):
+        pass
+
+    low, middle, high = Mode(), Mode(), Mode()
+    assert not internals.sees(low)
+    with low, middle, high:
+        assert internals.sees(middle)
+        with internals.beneath(middle):
+            assert not internals.sees(middle) and internals.sees(low) and internals.top_mode() is high
+        assert internals.top_mode() is high and internals.sees(middle)
+        with internals.without_modes():
+            assert not internals.sees(middle)
+
+
+def test_operators():
+    assert internals.schema_of(torch.ops.aten.add.Tensor).name == "aten::add"
+    assert internals.schema_of(torch.add) is None
+    dense = internals.dense_of(torch.ops.higher_order.cond)
+    assert dense(True, lambda x: x + 1, lambda x: x, (torch.ones(1),)).item() == 2
+    assert internals.dense_of(torch.add) is None
+
+
+def test_control_flow():
+    internals.set_control_flow(lambda own, function, args, kwargs: "ran")
+    try:
+        assert torch.cond(torch.tensor(True), lambda x: x + 1, lambda x: x + 2, (torch.ones(1),)) == "ran"
+    finally:
+        internals.set_control_flow(None)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_scripted_modules():
+    module = torch.jit.script(nn.Linear(2, 1))
+    assert list(internals.parameters_of(module)) == ["weight", "bias"]
+    internals.set_script_method_call(lambda method, x: method.owner._type().name())
+    try:
+        assert module(torch.ones(1, 2)) == "Linear"
+    finally:
+        internals.set_script_method_call(internals.script_method_call)
+    assert module(torch.ones(1, 2)).shape == (1, 1)

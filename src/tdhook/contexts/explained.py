@@ -24,7 +24,7 @@ from tdhook.passes.forward import Run
 from tdhook.passes.graphs import Graphs
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Question, Setup
-from tdhook.tape.internals import top_mode, transformed, unwatched
+from tdhook.tape.internals import buffers_of, children_of, parameters_of, top_mode, transformed, unwatched
 from tdhook.tape.undoing import Undoing
 
 __all__ = ["ExplainedModule", "Explaining"]
@@ -68,8 +68,13 @@ class ExplainedModule(TensorDictModuleBase):
     def __init__(self, method: Explaining, model: Model, state: object = None) -> None:
         super().__init__()
         # The very dictionaries of the model, so that whatever is registered there later is seen here too.
-        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[registry] = model.root.__dict__[registry]
+        root = model.root
+        self.__dict__.update(
+            _parameters=parameters_of(root),
+            _buffers=buffers_of(root),
+            _modules=children_of(root),
+            _non_persistent_buffers_set=root._non_persistent_buffers_set,
+        )
         self.training = model.root.training
         self._method = method
         self._closed = False

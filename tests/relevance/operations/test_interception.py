@@ -29,11 +29,6 @@ from .checks import (
 # Operations that nothing is known of.
 
 
-class Spectrum(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.fft.rfft(x).abs()
-
-
 class Holds(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -103,12 +98,6 @@ def test_a_rule_for_it_makes_it_known(flow: str) -> None:
         module(td)
 
 
-def test_transforms_of_fourier_are_not_let_through() -> None:
-    model, x = around(lambda h: torch.fft.rfft(h).abs())
-    with pytest.raises(NotImplementedError, match="fft"):
-        explained(model, x, "relevance")
-
-
 def test_functions_of_integers_and_masks_need_no_rule() -> None:
     def f(h: Tensor) -> Tensor:
         order = h.argsort(-1)
@@ -146,30 +135,6 @@ def test_a_detached_share_is_absorbed(flow: str) -> None:
     td, _ = explained(model, x, flow)
     assert_same(td["attr", "input"].sum(-1), td["ledger", "target"] / 2, 1e-9)
     assert_same(td["ledger", "absorbed"], td["ledger", "target"] / 2, 1e-9)
-
-
-class Twice(torch.autograd.Function):
-    """A function of the model's own, of which plain autograd knows the gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return 2 * grad
-
-
-def test_a_function_of_ones_own_is_seen_or_right() -> None:
-    assert_same(
-        relevance_of(Twice.apply, "gradient", ledger=False), relevance_of(lambda h: 2 * h, "gradient"), 1e-9
-    )
-
-
-def test_a_function_of_ones_own_is_told_of() -> None:
-    model, x = around(Twice.apply)
-    with pytest.raises(NotImplementedError, match="Twice"):
-        explained(model, x, "relevance")
 
 
 class Ensemble(nn.Module):

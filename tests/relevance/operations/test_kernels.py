@@ -114,7 +114,7 @@ def test_attention_that_drops_in_a_kernel_is_refused() -> None:
         return aten._scaled_dot_product_attention_math.default(heads(h), heads(h), heads(h), None, 0.5)[0]
 
     with pytest.raises(
-        NotImplementedError, match="drops attention weights.*explain the model in evaluation mode"
+        NotImplementedError, match=r"drops attention weights.*explain the model in evaluation mode"
     ):
         relevance_of(f, "relevance")
 

@@ -65,9 +65,11 @@ def branch(h: Tensor) -> Tensor:
 
 
 def loop(h: Tensor) -> Tensor:
-    return while_loop(
-        lambda i, d: i < 3, lambda i, d: (i + 1, {"x": (d["x"] * 2).tanh()}), (torch.tensor(0), {"x": h})
-    )[1]["x"]
+    def body(i: Tensor, d: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return i + 1, {"x": (d["x"] * 2).tanh()}
+
+    _, found = while_loop(lambda i, d: i < 3, body, (torch.tensor(0), {"x": h}))
+    return found["x"]
 
 
 def looped(h: Tensor) -> Tensor:

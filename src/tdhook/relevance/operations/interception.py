@@ -362,12 +362,14 @@ class Interception(Watching):
         """Whether torch functions are seen right now."""
         return sees(self)
 
-    def compiled(self, kind: str, args: Any, kwargs: Any) -> None:
-        """Raise where a module is about to run that was compiled, in which nothing is seen."""
+    def compiled(self, kind: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a module that was compiled, in which nothing is seen, on constants; raise on anything else."""
         if self._paused or not self.watching or not torch.is_grad_enabled():
-            return
+            return run(*args, **kwargs)
         if self.dependence.look((args, kwargs))[0]:
             raise NotImplementedError(_COMPILED.format(self.paths.current or "(model)", kind))
+        with torch.no_grad():
+            return run(*args, **kwargs)
 
     def _learn(self, func: Any) -> Known:
         known = learned(func)

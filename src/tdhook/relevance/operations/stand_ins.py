@@ -43,8 +43,8 @@ class Watch(Protocol):
     def applied(self, function: type, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Make a call of an autograd function, which torch would make by ``apply``."""
 
-    def compiled(self, kind: str, args: Any, kwargs: Any) -> None:
-        """Be told that a module that ``torch.jit`` compiled is about to run, and the name of its class."""
+    def compiled(self, kind: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Make a call of a module that ``torch.jit`` compiled, given the name of its class and how it runs."""
 
 
 _WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
@@ -138,10 +138,10 @@ def _call_in_python(function: object, *args: object, **kwargs: object) -> object
 
 
 def _call_of_method(method: Any, *args: object, **kwargs: object) -> object:
-    watch = _WATCH.get()
-    if watch is not None:
-        watch.compiled(method.owner._type().name(), args, kwargs)
-    return script_method_call.__get__(method)(*args, **kwargs)
+    run, watch = script_method_call.__get__(method), _WATCH.get()
+    if watch is None:
+        return run(*args, **kwargs)
+    return watch.compiled(method.owner._type().name(), run, args, kwargs)
 
 
 def _apply(function: type, *args: object, **kwargs: object) -> Any:
