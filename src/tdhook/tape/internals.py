@@ -110,7 +110,8 @@ def is_view(x: Tensor) -> bool:
 
 def base_of(x: Tensor) -> Tensor:
     """The tensor that a tensor is a view of, or itself."""
-    base = x._base
+    with without_modes():
+        base = x._base
     return x if base is None else base
 
 
