@@ -5,7 +5,7 @@ The upper bound on torch in ``pyproject.toml`` follows from this file: with a ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any, TypeVar
@@ -323,6 +323,6 @@ def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     return _dictionary(module._modules)
 
 
-def _dictionary(registry: dict[str, T]) -> dict[str, T]:
+def _dictionary(registry: Mapping[str, T]) -> dict[str, T]:
     """A registry itself, or a copy of that of a module compiled by ``torch.jit``, which is none."""
     return registry if isinstance(registry, dict) else dict(registry.items())
