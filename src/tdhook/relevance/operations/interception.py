@@ -141,7 +141,10 @@ class Interception(Watching):
 
     def __getstate__(self) -> dict[str, Any]:
         # What is known of torch functions is found again; they cannot all be pickled.
-        return {**self.__dict__, "_known": {}, "_functions": WeakKeyDictionary(), "observer": None}
+        return {**self.__dict__, "_known": {}, "_functions": None, "observer": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _functions=WeakKeyDictionary())
 
     @contextmanager
     def running(self, *, tracked: bool = False) -> Iterator[None]:
