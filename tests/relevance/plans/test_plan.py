@@ -59,7 +59,7 @@ def test_a_plan_lists_operations():
         "(model) unsqueeze() moves data",
         "(model) amax() picks values",
         "head Linear EpsilonRule() relevance Type(Linear)",
-        "(model) fft_rfft() EpsilonRule(epsilon=rounding) relevance nothing is known of it: as arithmetic",
+        "(model) fft_rfft() EpsilonRule(epsilon=rounding) relevance default",
         "(model) real() moves data",
     ]
 
