@@ -159,15 +159,15 @@ class Leaves:
         """A shallow copy of ``td``; what the model reads of it is not empty, and off the caller's graph."""
         empty = 0 in td.batch_size
         work = td.copy() if empty else dense_copy(td)
-        sizes: set[int] = set()
+        read, full = False, False
         for key in self.in_keys:
             for name, value in leaves_of(key, work.get(key, None)):
-                sizes.add(value.numel())
+                read, full = True, full or value.numel() != 0
                 if value.is_inference() and not torch.compiler.is_compiling():
                     work.set(name, value.clone())  # else it could not be saved for the backward pass
                 elif value.requires_grad:
                     work.set(name, value.detach())
-        if empty or sizes == {0}:  # one of several entries may well have no features
+        if empty or (read and not full):  # one of several entries may well have no features
             raise ValueError(
                 f"there is nothing to explain: the TensorDict is empty (batch size {list(td.batch_size)})"
             )
