@@ -54,7 +54,7 @@ def slots_of(modules: Iterable[nn.Module]) -> tuple[Slot, ...]:
             for registry in (parameters_of(module), buffers_of(module)):
                 found += [(registry, name) for name, value in registry.items() if value is not None]
             own = module.__dict__
-            found += [(own, name) for name, value in own.items() if isinstance(value, Tensor)]
+            found += [(own, name) for name, value in list(own.items()) if isinstance(value, Tensor)]
     return tuple(found)
 
 
@@ -116,7 +116,7 @@ def _inference_slots(modules: Iterable[nn.Module]) -> list[Slot]:
             for name, value in registry.items():
                 if value is not None and value.is_inference():
                     found.append((registry, name))
-        for name, value in own.items():
+        for name, value in list(own.items()):
             if isinstance(value, Tensor) and value.is_inference():
                 found.append((own, name))
     return found

@@ -198,7 +198,7 @@ class Interception(Watching):
         """See whether a module keeps what should have been overwritten."""
         if self.outdated.any:
             for module in self.paths.modules.values():
-                self.outdated.check(vars(module).values())
+                self.outdated.check(list(vars(module).values()))
 
     def again(self) -> AbstractContextManager[None] | None:
         """Watch a part of the forward pass that is run once more, in which nothing must have been overwritten."""
