@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -268,3 +270,22 @@ def test_gradients_go_where_they_did(method: type) -> None:
     found = explained(Prototypes(HOLDS["a leaf"]), method(target=Target("output", 0)))
     wanted = explained(Prototypes(nn.Parameter), method(target=Target("output", 0)))
     torch.testing.assert_close(found["attr", "input"], wanted["attr", "input"])
+
+
+@pytest.mark.parametrize("ledger", [False, True])
+def test_the_tape_is_gone_when_a_call_is_over(ledger: bool) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    class Watched(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            z = x.tanh()
+            alive.append(weakref.ref(z))
+            return z
+
+    model = nn.Sequential(nn.Linear(5, 3), Watched(), nn.Linear(3, 2)).double()
+    composite = [(Watched, EpsilonRule(1e-6, zero_params="bias")), (nn.Linear, EpsilonRule())]
+    for method in (composite, "epsilon_plus", "attn_lrp"):
+        explained = LRP(method, target=Target("output", 0), ledger=ledger).wrap(model)
+        explained(TensorDict({"input": X}, [len(X)]))
+    gc.collect()
+    assert len(alive) >= 3 and all(reference() is None for reference in alive)

@@ -11,6 +11,7 @@ import cmath
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -50,8 +51,9 @@ class Disregarding:
 
     def __init__(self, tensors: Sequence[Tensor], *, looks: bool = True) -> None:
         self.culprit: Any = None
-        self._looks = looks
-        for node in _nodes(tensors):
+        # Hooks know their node by its place here: a node that a hook of its own holds would never be gone.
+        self._nodes = list(_nodes(tensors)) if looks else []
+        for place, node in enumerate(self._nodes or _nodes(tensors)):
             # The identities of the library know that what is infinite has no relevance.
             keeps = _known if maker_of(node) is not None and not hasattr(node, "executed") else _numbers
             for kept in () if _CHOICES.match(node.name()) else saved_by(node):
@@ -61,20 +63,27 @@ class Disregarding:
                     continue
             elementwise = _ELEMENTWISE.match(node.name()) is not None
             if looks or elementwise:
-                node.register_hook(self._watching(node, elementwise))
+                node.register_hook(_watching(ref(self) if looks else None, place, elementwise))
 
-    def _watching(self, node: Any, elementwise: bool) -> Callable[..., tuple[Tensor | None, ...]]:
-        def watch(
-            found: Sequence[Tensor | None], given: Sequence[Tensor | None]
-        ) -> tuple[Tensor | None, ...]:
-            if elementwise:
-                found = [_where_given(x, given) for x in found]
-            searches = self._looks and self.culprit is None and _are_seen([*found, *given])
-            if searches and are_finite(given) and not are_finite(found):
-                self.culprit = node
-            return tuple(found)
+    def see(self, place: int, found: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
+        """Look at what the backward pass made at a node of what was given to it."""
+        searches = self.culprit is None and _are_seen([*found, *given])
+        if searches and are_finite(given) and not are_finite(found):
+            self.culprit = self._nodes[place]
 
-        return watch
+
+def _watching(
+    watcher: ref[Disregarding] | None, place: int, elementwise: bool
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    def watch(found: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        if elementwise:
+            found = [_where_given(x, given) for x in found]
+        looking = None if watcher is None else watcher()
+        if looking is not None:
+            looking.see(place, found, given)
+        return tuple(found)
+
+    return watch
 
 
 def _are_seen(tensors: Sequence[Tensor | None]) -> bool:

@@ -55,6 +55,10 @@ class Dependence:
         """Begin a pass."""
         self._first, self._reached = nodes_made(), None
 
+    def end(self) -> None:
+        """End the pass: nothing of its tape is held on to."""
+        self._reached = None
+
     def begin_again(self) -> Dependence:
         """What tells the same in a part of the pass that is run once more, maybe by another thread."""
         again = Dependence()

@@ -88,6 +88,8 @@ def spread_of(tensors: Iterable[Tensor], known: dict[object, Spread]) -> Spread:
         tensors: the tensors.
         known: what is known of the nodes of the tape, and comes to be known here.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return ()
     for x in tensors:
         if not is_sharded(x) and (found := _spread_at(x.grad_fn, known)):
             return found

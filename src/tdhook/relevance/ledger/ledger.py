@@ -104,6 +104,7 @@ class Ledger:
     @contextmanager
     def telling(self, take: Note) -> Iterator[None]:
         """Hand on what the calls tell during a backward pass."""
+        self._spreads.clear()  # nodes of the tape, which must not be held from there
         self._take = take
         try:
             yield

@@ -201,6 +201,8 @@ class Plan:
     def _detach(self) -> None:
         for binding in reversed(self._bindings):
             binding.detach()
+        if self.interception is not None:
+            self.interception.dependence.end()
         if self.setting.weights is not None:
             self.setting.weights.end()
 

@@ -215,7 +215,7 @@ def _twice_backward(
     with torch.enable_grad(), saving_as_it_is():
         leaves = [leaf(x.clone()) for x in primals]
         outputs = [z if z.requires_grad else leaves[0].sum() * 0 + z for z in function(*leaves)]
-        seeds = [torch.zeros_like(z).requires_grad_() for z in outputs]
+        seeds = [leaf(torch.zeros_like(z)) for z in outputs]
         pulled: Sequence[Tensor | None] = torch.autograd.grad(
             outputs, leaves, seeds, create_graph=True, allow_unused=True
         )
