@@ -194,3 +194,19 @@ def test_functional_call_with_other_weights(flow: str) -> None:
         assert_balanced(td, module)
         found.append(td["attr", "input"])
     assert_same(*found, 1e-12)
+
+
+@pytest.mark.parametrize("flow", ["relevance", "gradient"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+def test_fused_attention_under_a_mask_keeps_its_accounts(dtype: torch.dtype, flow: str) -> None:
+    allowed = torch.ones(3, 3).tril().bool()
+    mask = allowed if dtype is torch.bool else torch.zeros(3, 3).double().masked_fill(~allowed, -torch.inf)
+
+    class Attends(nn.Module):
+        def forward(self, x):
+            q = x[:, None]
+            return nn.functional.scaled_dot_product_attention(q, 1.5 * q, 0.5 * q, attn_mask=mask).flatten(1)
+
+    lrp = LRP("attn_lrp", target=Target("output", 5), flow=flow, ledger=True)
+    td = lrp.wrap(Attends())(TensorDict({"input": torch.randn(2, 3, 4).double()}, [2]))
+    assert td["ledger", "gap"].abs().max() < 1e-12

@@ -197,9 +197,25 @@ class _AttentionInParts(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: object, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return attention_in_parts(*args, **(kwargs or {}))[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query = args[0] if args else kwargs["query"]
+        if isinstance(kwargs.get("attn_mask"), Tensor):
+            kwargs = {**kwargs, "attn_mask": _added(kwargs["attn_mask"], query)}
+        elif len(args) > 3 and isinstance(args[3], Tensor):
+            args = (*args[:3], _added(args[3], query), *args[4:])
+        return attention_in_parts(*args, **kwargs)[0]
+
+
+def _added(mask: Tensor, query: Tensor) -> Tensor:
+    """A mask of attention as what is added to the scores.
+
+    Rows that attend to nothing are left out, which return NaN: nobody reads them.
+    """
+    if mask.dtype is torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+    return torch.where(mask.isneginf().all(-1, keepdim=True), 0.0, mask)
 
 
 def _forward_mode(
