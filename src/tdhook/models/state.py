@@ -22,6 +22,7 @@ __all__ = [
     "Memory",
     "Slot",
     "as_normal",
+    "made_in_inference_mode",
     "restored",
     "slots_of",
     "swapped",
@@ -103,6 +104,11 @@ def as_normal(modules: Collection[nn.Module]) -> Iterator[None]:
         for (registry, name), normal in zip(found, stand_ins, strict=True):
             registry[name] = normal
         yield
+
+
+def made_in_inference_mode(modules: Iterable[nn.Module]) -> bool:
+    """Whether modules hold tensors that were made in inference mode."""
+    return bool(_inference_slots(modules))
 
 
 def _inference_slots(modules: Iterable[nn.Module]) -> list[Slot]:

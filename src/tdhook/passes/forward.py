@@ -42,6 +42,9 @@ class Within(Protocol):
     def running(self) -> AbstractContextManager[object]:
         """Entered around the forward pass alone."""
 
+    def returned(self, values: Iterable[object]) -> None:
+        """Be told what the model returned."""
+
 
 class AsItIs:
     """The model as it is; it may overwrite what it is given."""
@@ -56,6 +59,9 @@ class AsItIs:
     def running(self) -> AbstractContextManager[object]:
         """Nothing is changed."""
         return nullcontext()
+
+    def returned(self, values: Iterable[object]) -> None:
+        """Nothing is done."""
 
 
 def _independent(sources: Mapping[NestedKey, Tensor]) -> list[list[NestedKey]]:

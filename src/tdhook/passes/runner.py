@@ -89,7 +89,8 @@ class Runner:
         is_base = td is self.td and not replaced and self.base is None
         alone = _NOTHING if is_base else self.from_the_start()
         modules = setup.turn.modules
-        with setup.turn, alone, as_normal(modules), without_backward_hooks(modules), how.attached():
+        normal = as_normal(modules) if setup.of_inference else _NOTHING
+        with setup.turn, alone, normal, without_backward_hooks(modules), how.attached():
             work, inputs, integers = setup.leaves(td, replaced)
             self.graph.grows_from(inputs.values())
             if how.overwrites:
@@ -108,9 +109,7 @@ class Runner:
                 numbers = setup.leaves.made(inputs, integers, exact=not replaced) if integers else _NOTHING
                 with heads, numbers:
                     outputs, flat = setup.model.run(self._as_given(work), captured.clear)
-                with torch.no_grad():  # to read what is written, in sight of who watches the run
-                    for value in outputs.values(True, True):
-                        _ = value.detach() if isinstance(value, Tensor) else None
+                how.returned(outputs.values(True, True))
                 outputs = asked.derive(outputs, given)
             if outputs.batch_size != td.batch_size:
                 raise ValueError(
@@ -170,3 +169,7 @@ class Runner:
                     return attempt()
             except (Mutated, NotBehind, Misread):
                 continue
+            except RuntimeError as error:
+                if setup.of_inference or "nference tensor" not in str(error):
+                    raise
+                setup.of_inference = True

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tdhook.models.capture import Captured
 from tdhook.models.holding import modules_of
 from tdhook.models.model import Apart, Model
-from tdhook.models.state import Memory
+from tdhook.models.state import Memory, made_in_inference_mode
 from tdhook.models.turns import Turn
 from tdhook.passes.axes import Axes
 from tdhook.passes.backward import PullBack
@@ -66,6 +66,7 @@ class Setup:
         pull_back: runs backward passes.
         heads: what of the model is behind the target.
         turn: the right to change the model for a while, which one thread at a time has.
+        of_inference: whether modules may hold tensors that were made in inference mode.
         memory: which modules may change what they hold when they run.
         keeps_anywhere: whether values of its runs may be kept anywhere, and not only on the model, nor are they young.
         axes: which axes of the outputs of modules are the batch's.
@@ -99,6 +100,7 @@ class Setup:
         self.heads = Heads(model.runner, question.target.explains)
         self.turn = Turn(modules_of(model.root).values())
         self.memory = Memory(model.root)
+        self.of_inference = made_in_inference_mode(self.turn.modules)
         self.keeps_anywhere = True
         self.axes = Axes()
 

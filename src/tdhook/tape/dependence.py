@@ -26,6 +26,8 @@ def leaf(x: Tensor) -> Tensor:
     """A tensor of the same values, at which the tape of a pass begins: a view, known by the node that made it."""
     found = x.detach()
     setattr(found, _LEAF, True)
+    if torch.is_grad_enabled():
+        return found.requires_grad_().view_as(found)
     with torch.enable_grad():
         return found.requires_grad_().view_as(found)
 

@@ -17,7 +17,7 @@ from tdhook.relevance.operations.applied import Applied, is_ours
 from tdhook.relevance.operations.kernels import first_output, positional
 from tdhook.relevance.operations.known import Known, learned, on_a_copy
 from tdhook.relevance.operations.paths import Paths
-from tdhook.relevance.operations.stand_ins import standing_in
+from tdhook.relevance.operations.stand_ins import standing_in, while_alive
 from tdhook.relevance.operations.table import ARITHMETIC, default_rule
 from tdhook.relevance.operations.written_out import entered, written_out
 from tdhook.relevance.propagation.again import Again
@@ -143,6 +143,7 @@ class Interception(Watching):
         self.paths = Paths(modules)
         self._outer: list[list[TorchFunctionMode]] = []
         self.dependence = Dependence()
+        while_alive(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # What is known of torch functions is found again; they cannot all be pickled.
@@ -150,6 +151,7 @@ class Interception(Watching):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _functions=WeakKeyDictionary())
+        while_alive(self)
 
     def __enter__(self) -> Interception:
         self._outer.append(function_modes())
@@ -221,34 +223,40 @@ class Interception(Watching):
 
     def unit(self, binding: Binding, call: Call) -> Any:
         """Run a module that has a rule, and leave alone the operations inside it."""
-        live, foreign = self.dependence.look_at_call(call.args, call.kwargs)
-        if foreign:
-            args, kwargs = self.dependence.constants_off((call.args, call.kwargs), own=live)
-            call = call._replace(args=args, kwargs=kwargs)
-        bound, module, args = binding.bound, call.module, call.args
-        if self.outdated.any:
-            self.outdated.check((*args, *call.kwargs.values()) if call.kwargs else args)
-        if not live:
-            return self._as_in_place(module, args, call.execute())
-        if binding.enters and not self._paused:
-            return self._as_in_place(module, args, self._enter(binding, call))
-        # Layers of torch overwrite nothing (they run out of place), so that there is nothing to see in them.
-        aside, paused = binding.closed and top_mode() is self, self._paused
+        # What is asked of tensors here would be seen as well. Layers of torch overwrite nothing (they run out of
+        # place), so that there is nothing to see in them.
+        aside = top_mode() is self
+        if aside:
+            pop_mode()
         try:
-            self._paused = paused + 1
-            if aside:
-                pop_mode()
-            if self.observer is None:
-                result = bound.run(call)
-            elif not paused:
-                result = self.observer.call(self.paths.current, None, bound, call)
-            else:
-                result = bound.run(self.observer.inside(call))
-        finally:
-            self._paused = paused
-            if aside and top_mode() is not self:
+            live, foreign = self.dependence.look_at_call(call.args, call.kwargs)
+            if foreign:
+                args, kwargs = self.dependence.constants_off((call.args, call.kwargs), own=live)
+                call = call._replace(args=args, kwargs=kwargs)
+            if self.outdated.any:
+                self.outdated.check((*call.args, *call.kwargs.values()) if call.kwargs else call.args)
+            if aside and not (live and binding.closed):
+                aside = False
                 push_mode(self)
-        return self._as_in_place(module, args, result)
+            result = self._run_unit(binding, call) if live else call.execute()
+        finally:
+            if aside:
+                push_mode(self)
+        return self._as_in_place(call.module, call.args, result)
+
+    def _run_unit(self, binding: Binding, call: Call) -> Any:
+        if binding.enters and not self._paused:
+            return self._enter(binding, call)
+        bound = binding.bound
+        self._paused += 1
+        try:
+            if self.observer is None:
+                return bound.run(call)
+            if self._paused == 1:
+                return self.observer.call(self.paths.current, None, bound, call)
+            return bound.run(self.observer.inside(call))
+        finally:
+            self._paused -= 1
 
     def _enter(self, binding: Binding, call: Call) -> Any:
         """Run a layer that makes its weights itself, with its rule on the linear operation that they reach."""

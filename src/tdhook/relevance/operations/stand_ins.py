@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -22,9 +23,9 @@ from tdhook.tape.internals import (
     set_script_method_call,
     written_in_python,
 )
-from tdhook.tape.undoing import lock, set_to, undone
+from tdhook.tape.undoing import lock, set_to
 
-__all__ = ["Watch", "standing_in"]
+__all__ = ["Watch", "standing_in", "while_alive"]
 
 
 class Watch(Protocol):
@@ -49,15 +50,26 @@ class Watch(Protocol):
 
 _WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
 _LOCK = lock()
-_WITHIN: set[object] = set()
+_ALIVE: set[object] = set()
+_SQUASHING = "torchrl.modules.distributions.continuous"
 
 _Function = CHECKPOINTING.CheckpointFunction
 _generator = CHECKPOINTING._checkpoint_without_reentrant_generator
 
 
+def while_alive(watch: Watch) -> None:
+    """Have functions of torch do as :func:`standing_in` says where a pass is watched, as long as ``watch`` lives.
+
+    Elsewhere they do what they do. To replace them for each pass would take longer than a small network takes.
+    """
+    entry = object()
+    _enter(entry)
+    finalize(watch, _leave, entry).atexit = False
+
+
 @contextmanager
 def standing_in(watch: Watch) -> Iterator[None]:
-    """Have what hides operations run in sight of a mode.
+    """Have what hides operations run in sight of a mode, which was said to be :func:`while_alive`.
 
     Functions compiled by ``torch.jit.script`` run as the Python that they were written in. What
     ``torch.utils.checkpoint`` runs once more in the backward pass runs as it did in the forward pass. The squashing of
@@ -67,27 +79,27 @@ def standing_in(watch: Watch) -> Iterator[None]:
     Args:
         watch: what watches the pass.
     """
-    entry = object()
-    with undone(lambda: _leave(entry)), set_to(_WATCH, watch):
-        _enter(entry)
+    home = sys.modules.get(_SQUASHING)
+    if home is not None and not isinstance(getattr(home, "safetanh_noeps", None), _Squash):
+        _replace_squashing(home, ours=True)  # it was imported since
+    with set_to(_WATCH, watch):
         yield
 
 
 def _enter(entry: object) -> None:
-    """The first of those that are within replaces what is torch's."""
+    """The first of those that are alive replaces what is torch's."""
     with _LOCK:
-        alone = not _WITHIN
-        _WITHIN.add(entry)
-        if alone:
+        _ALIVE.add(entry)
+        if len(_ALIVE) == 1:
             _replace(ours=True)
 
 
 def _leave(entry: object) -> None:
     """The last of them puts it back."""
     with _LOCK:
-        if {entry} >= _WITHIN:
+        _ALIVE.discard(entry)
+        if not _ALIVE:
             _replace(ours=False)
-        _WITHIN.discard(entry)
 
 
 def _replace(*, ours: bool) -> None:
@@ -97,10 +109,10 @@ def _replace(*, ours: bool) -> None:
     set_control_flow(_in_python if ours else None)
     CHECKPOINTING.CheckpointFunction = _Checkpoint if ours else _Function
     CHECKPOINTING._checkpoint_without_reentrant_generator = _checkpointed if ours else _generator
-    _replace_squashing(sys.modules.get("torchrl.modules.distributions.continuous"), ours)
+    _replace_squashing(sys.modules.get(_SQUASHING), ours=ours)
 
 
-def _replace_squashing(home: object, ours: bool) -> None:
+def _replace_squashing(home: object, *, ours: bool) -> None:
     for name, parts in _SQUASHES.items():
         function = getattr(home, name, None)
         if isinstance(function, _Squash):

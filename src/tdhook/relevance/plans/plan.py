@@ -114,6 +114,12 @@ class RulesOn:
         """Run operations under their rules. The first run tells the path of operations that nothing is known of."""
         return self.plan.within(tracked=not self.plan.seen)
 
+    def returned(self, values: Iterable[object]) -> None:
+        """See whether the model returns what should have been overwritten."""
+        interception = self.plan.interception
+        if interception is not None and interception.outdated.any:
+            interception.outdated.check(values)
+
 
 COLUMNS = ("module", "type", "rule", "convention", "because")
 
