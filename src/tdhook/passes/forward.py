@@ -205,9 +205,10 @@ class Run:
         if self.setup.axes.unsure:
             self._look_at_axes(seeds)
         ends = list(sources.values())
+        # This pass is as torch makes it, which notices where a value that was kept has been overwritten.
+        pulled = self.setup.pull_back(seeds, ends, keep=True)
         if keep:  # by whoever keeps accounts of every value on the tape
             Disregarding(seeds.tensors, looks=False)
-        pulled = self.setup.pull_back(seeds, ends, keep=True)
         if not are_finite(pulled):
             past = Disregarding(seeds.tensors)
             pulled = self.setup.pull_back(seeds, ends, keep=keep)
