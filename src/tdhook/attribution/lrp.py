@@ -233,15 +233,10 @@ class _Unmatched:
         self.how = how
         self.told: set[tuple[str, str]] = set()
 
-    def __call__(self, operation: str, path: str, unseen: bool) -> None:
-        kind = "autograd function" if unseen else "operation"
-        where = f"the {kind} `{operation}` in module `{path}`" if path else f"the {kind} `{operation}`"
-        if unseen:
-            found = f"{where} runs under its own backward pass, where no rule sees it"
-            remedy = "give the module that calls it a rule, so that it runs as one unit"
-        else:
-            found = f"nothing is known of {where}, which is treated as arithmetic under the epsilon rule"
-            remedy = f'give it a rule, (Op("{operation}"), rule) in the composite'
+    def __call__(self, operation: str, path: str) -> None:
+        where = f"the operation `{operation}`" + (f" in module `{path}`" if path else "")
+        found = f"nothing is known of {where}, which is treated as arithmetic under the epsilon rule"
+        remedy = f'give it a rule, (Op("{operation}"), rule) in the composite'
         if self.how == "raise":
             raise NotImplementedError(f"{found}; {remedy}")
         # Only the first run tells paths.

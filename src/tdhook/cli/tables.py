@@ -18,7 +18,7 @@ from tdhook.attribution.lrp import LRP
 from tdhook.attribution.lrp_helpers import rules
 from tdhook.composites import PRESETS, Composite
 from tdhook.markup import visible
-from tdhook.relevance.operations.interception import Unmatched
+from tdhook.relevance.operations.parties import Unmatched
 from tdhook.relevance.plans.plan import COLUMNS
 from tdhook.rl.rollouts import Conservation, Summary
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,18 +15,27 @@ from tdhook.conventions import Convention
 from tdhook.relevance.operations.applied import Applied, is_ours
 from tdhook.relevance.operations.kernels import first_output, positional
 from tdhook.relevance.operations.known import Known, learned, on_a_copy
+from tdhook.relevance.operations.parties import (
+    COMPILED,
+    DIFFERENTIATES,
+    OVERWRITES,
+    Entered,
+    Found,
+    Lookup,
+    Observer,
+    Unmatched,
+)
 from tdhook.relevance.operations.paths import Paths
 from tdhook.relevance.operations.stand_ins import standing_in, while_alive
 from tdhook.relevance.operations.table import ARITHMETIC, default_rule
 from tdhook.relevance.operations.written_out import entered, written_out
 from tdhook.relevance.propagation.again import Again
-from tdhook.relevance.propagation.binding import Binding, Bound
+from tdhook.relevance.propagation.binding import Binding
 from tdhook.relevance.propagation.call import ALONE, Call, Setting
 from tdhook.relevance.propagation.conversions import Substituted
 from tdhook.relevance.propagation.entering import is_linear, no_operation
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule
-from tdhook.selectors import Selector
 from tdhook.selectors.names import (
     relabels,
     writes_in_place,
@@ -49,58 +57,10 @@ from tdhook.tape.internals import (
 from tdhook.tape.overwriting import Guard, Outdated
 from tdhook.tape.sharded import moves_between_processes
 
-__all__ = ["Found", "Interception", "Lookup", "Observer", "Unmatched"]
+__all__ = ["Interception"]
 
 
 _NATIVE = IgnoreRule()
-_OVERWRITES = (
-    "`{}` overwrites an argument, and its derivative is its own, so that no rule can follow; give the module `{}`, "
-    "which calls it, a rule, EpsilonRule say, so that it runs as one unit"
-)
-_COMPILED = (
-    "the module `{}` ({}) was compiled by torch.jit, and no rule sees what is computed inside; explain the module that "
-    "it was compiled from (torch.jit.script, torch.jit.trace), or give it a rule, so that it runs as one unit: "
-    "(Type(torch.jit.ScriptModule), EpsilonRule())"
-)
-_DIFFERENTIATES = (
-    "the model differentiates in its forward pass, in module `{}`, where rules stand in for derivatives; give that "
-    "module a rule, EpsilonRule say, so that it runs as one unit"
-)
-
-
-class Unmatched:
-    """Stands for the selector of an operation that nothing is known of."""
-
-
-Found: TypeAlias = "tuple[Any, Rule | None]"
-Lookup: TypeAlias = "Callable[[str, str, nn.Module], Found]"
-"""``(operation, path of the module around it, that module) -> (selector, rule)``."""
-
-
-@dataclass
-class Entered:
-    """A layer that makes its weights itself is running.
-
-    Attributes:
-        rule: its rule.
-        found: whether a linear operation was seen that they reach.
-    """
-
-    rule: Rule
-    found: bool = False
-
-
-class Observer(Protocol):
-    """Makes the calls of a forward pass itself, to take note of them."""
-
-    def call(self, path: str, selector: Selector | Unmatched | None, bound: Bound, call: Call) -> Any:
-        """Make one call of a module that has a rule, or of an operation."""
-
-    def inside(self, call: Call) -> Call:
-        """A call inside such a module, as it is to be made."""
-
-    def again(self) -> AbstractContextManager[None]:
-        """What is entered around calls that were made before and are made once more."""
 
 
 class Interception(Watching):
@@ -113,8 +73,7 @@ class Interception(Watching):
         by_path: whether its answer depends on the module around the operation.
         defaults: whether what the composite leaves open has the rule of its operation in
             :mod:`~tdhook.relevance.operations.table`.
-        unmatched: told ``(operation, path, unseen)`` of operations that nothing is known of, and of autograd functions
-            that ran unseen.
+        unmatched: told ``(operation, path)`` of operations that nothing is known of.
         setting: what the calls of the plan share.
     """
 
@@ -126,7 +85,7 @@ class Interception(Watching):
         *,
         by_path: bool,
         defaults: bool,
-        unmatched: Callable[[str, str, bool], None],
+        unmatched: Callable[[str, str], None],
         setting: Setting = ALONE,
     ) -> None:
         super().__init__()
@@ -318,7 +277,7 @@ class Interception(Watching):
             return func(*args, **kwargs)
         if known.refused:
             raise NotImplementedError(
-                _OVERWRITES.format(known.operation.name, self.paths.current or "(model)")
+                OVERWRITES.format(known.operation.name, self.paths.current or "(model)")
             )
         if func is APPLIED_IN_TRANSFORMS:
             # What it comes to outside of the transform is seen.
@@ -327,7 +286,7 @@ class Interception(Watching):
             with self:
                 return through_transforms(func, args, kwargs)
         if known.differentiates:
-            raise NotImplementedError(_DIFFERENTIATES.format(self.paths.current or "(model)"))
+            raise NotImplementedError(DIFFERENTIATES.format(self.paths.current or "(model)"))
         selector, rule = self._find(known, args, kwargs)
         return self._run(known, selector, rule, func, args, kwargs)
 
@@ -375,7 +334,7 @@ class Interception(Watching):
         if self._paused or not self.watching or not torch.is_grad_enabled():
             return run(*args, **kwargs)
         if self.dependence.look((args, kwargs))[0]:
-            raise NotImplementedError(_COMPILED.format(self.paths.current or "(model)", kind))
+            raise NotImplementedError(COMPILED.format(self.paths.current or "(model)", kind))
         with torch.no_grad():
             return run(*args, **kwargs)
 
@@ -431,7 +390,7 @@ class Interception(Watching):
             result = func(*args, **kwargs)
             if not self.dependence.look((result,))[0]:
                 return result
-            self._unmatched(operation.name, self.paths.current, False)
+            self._unmatched(operation.name, self.paths.current)
             selector = Unmatched()
             rule = ARITHMETIC
         bound = known.bound(rule, self.flow)

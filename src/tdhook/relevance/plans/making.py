@@ -52,7 +52,7 @@ def make_plan(
     skip: Callable[[str, nn.Module], bool] | None,
     flow: Convention | None,
     merge_batch_norm: bool | Sequence[Merge],
-    unmatched: Callable[[str, str, bool], None],
+    unmatched: Callable[[str, str], None],
     cache_weights: bool = True,
 ) -> Plan:
     """Ask a composite or a mapper for the rule of every module.
@@ -65,7 +65,7 @@ def make_plan(
         skip: modules to leave alone.
         flow: the convention of the backward pass, or ``None`` to follow from the rules.
         merge_batch_norm: whether to merge batch norms, or which.
-        unmatched: told ``(operation, path, unseen)`` of operations that nothing is known of.
+        unmatched: told ``(operation, path)`` of operations that nothing is known of.
         cache_weights: whether modified weights are kept from call to call.
 
     Raises:

@@ -16,7 +16,8 @@ from tdhook.markup import html_table
 from tdhook.models.families import BatchNorm
 from tdhook.models.parallel import home_of, lends_weights
 from tdhook.relevance.ledger.ledger import Ledger
-from tdhook.relevance.operations.interception import Interception, Observer, Unmatched
+from tdhook.relevance.operations.interception import Interception
+from tdhook.relevance.operations.parties import Observer, Unmatched
 from tdhook.relevance.operations.table import MOVES, WINNER
 from tdhook.relevance.propagation.binding import Binding
 from tdhook.relevance.propagation.call import ALONE, Setting

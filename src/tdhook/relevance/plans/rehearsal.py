@@ -12,7 +12,7 @@ from tensordict import TensorDictBase
 from tdhook.models.state import restored
 from tdhook.passes.runner import Runner
 from tdhook.relevance.ledger.ledger import Ledger
-from tdhook.relevance.operations.interception import Unmatched
+from tdhook.relevance.operations.parties import Unmatched
 from tdhook.relevance.plans.plan import Plan, Row
 from tdhook.relevance.propagation.binding import Bound
 from tdhook.relevance.propagation.call import Call

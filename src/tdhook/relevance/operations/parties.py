@@ -1,0 +1,75 @@
+"""Whom an interception of operations has to do with: what it asks, what takes note of it, and what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from torch import nn
+
+from tdhook.relevance.propagation.binding import Bound
+from tdhook.relevance.propagation.call import Call
+from tdhook.relevance.propagation.rule import Rule
+from tdhook.selectors import Selector
+
+__all__ = [
+    "COMPILED",
+    "DIFFERENTIATES",
+    "OVERWRITES",
+    "Entered",
+    "Found",
+    "Lookup",
+    "Observer",
+    "Unmatched",
+]
+
+OVERWRITES = (
+    "`{}` overwrites an argument, and its derivative is its own, so that no rule can follow; give the module `{}`, "
+    "which calls it, a rule, EpsilonRule say, so that it runs as one unit"
+)
+COMPILED = (
+    "the module `{}` ({}) was compiled by torch.jit, and no rule sees what is computed inside; explain the module that "
+    "it was compiled from (torch.jit.script, torch.jit.trace), or give it a rule, so that it runs as one unit: "
+    "(Type(torch.jit.ScriptModule), EpsilonRule())"
+)
+DIFFERENTIATES = (
+    "the model differentiates in its forward pass, in module `{}`, where rules stand in for derivatives; give that "
+    "module a rule, EpsilonRule say, so that it runs as one unit"
+)
+
+
+class Unmatched:
+    """Stands for the selector of an operation that nothing is known of."""
+
+
+Found: TypeAlias = "tuple[Any, Rule | None]"
+Lookup: TypeAlias = "Callable[[str, str, nn.Module], Found]"
+"""``(operation, path of the module around it, that module) -> (selector, rule)``."""
+
+
+@dataclass
+class Entered:
+    """A layer that makes its weights itself is running.
+
+    Attributes:
+        rule: its rule.
+        found: whether a linear operation was seen that they reach.
+    """
+
+    rule: Rule
+    found: bool = False
+
+
+class Observer(Protocol):
+    """Makes the calls of a forward pass itself, to take note of them."""
+
+    def call(self, path: str, selector: Selector | Unmatched | None, bound: Bound, call: Call) -> Any:
+        """Make one call of a module that has a rule, or of an operation."""
+
+    def inside(self, call: Call) -> Call:
+        """A call inside such a module, as it is to be made."""
+
+    def again(self) -> AbstractContextManager[None]:
+        """What is entered around calls that were made before and are made once more."""
