@@ -130,7 +130,7 @@ def test_the_example_is_what_it_says() -> None:
                 ),
                 (
                     '{"select": "*", "rule": "ZBoxRule", "low": -Infinity, "high": 1}',
-                    "ZBoxRule needs finite bounds",
+                    "is a finite number",
                 ),
                 (
                     '{"select": {"type": {"Linear": 1}}, "rule": "PassRule"}',

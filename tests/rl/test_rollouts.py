@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import runpy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from tensordict.nn import TensorDictModule
 from tolerances import TOLERANCE
 from torch import Tensor, nn
 
-from tdhook import LRP, Contrast, Target, preset
+from tdhook import LRP, Composite, Contrast, Target, preset
 from tdhook.rl.rollouts import (
     Episode,
     conservation,
@@ -24,6 +23,8 @@ from tdhook.rl.rollouts import (
     summarise,
     taken_actions,
 )
+from tdhook.rules import IgnoreRule
+from tdhook.selectors import Op
 
 rl = pytest.importorskip("tdhook.rl.policies")
 pytest.importorskip("torchrl")
@@ -166,27 +167,16 @@ def test_what_is_absorbed_is_the_share_of_the_bias() -> None:
     assert account.error < 1e-5
 
 
-class Double(torch.autograd.Function):
-    """Hands on twice what reaches it, where no rule can see it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 1
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * grad
-
-
-class Doubling(nn.Module):
+class Adds(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return Double.apply(x)
+        return x + x.tanh()
 
 
 def test_relevance_that_is_doubled_shows_as_an_error() -> None:
-    policy = TensorDictModule(nn.Sequential(nn.Linear(4, 4), Doubling()), ["observation"], ["action_value"])
+    policy = TensorDictModule(nn.Sequential(nn.Linear(4, 4), Adds()), ["observation"], ["action_value"])
     steps = TensorDict({"observation": torch.randn(5, 4)}, [5])
-    account = conservation(steps, policy, preset("epsilon_plus"), Target("action_value", 0))
+    doubling = Composite([(Op("add"), IgnoreRule())]) + preset("epsilon_plus")
+    account = conservation(steps, policy, doubling, Target("action_value", 0))
     assert account is not None and account.error > 0.5
 
 

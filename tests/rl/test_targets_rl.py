@@ -153,8 +153,8 @@ def test_the_action_that_was_drawn():
         assert ratio.isfinite().all()
     from torchrl.modules.distributions import continuous, utils
 
-    assert continuous.safetanh_noeps is not None
-    assert continuous.safetanh_noeps == utils.safetanh_noeps  # put back
+    y = torch.randn(3)
+    assert torch.equal(continuous.safetanh_noeps(y), utils.safetanh_noeps(y))  # elsewhere it does what it did
 
 
 @FLOWS

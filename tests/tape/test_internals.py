@@ -260,3 +260,13 @@ def test_scripted_modules():
     finally:
         internals.set_script_method_call(internals.script_method_call)
     assert module(torch.ones(1, 2)).shape == (1, 1)
+
+
+def test_forward_mode_is_loaded_without_a_word() -> None:
+    code = (
+        "import warnings; warnings.simplefilter('error'); from tdhook.tape.internals import load_forward_mode; "
+        "load_forward_mode(); import torch; print(torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "tensor(1.)" in done.stdout

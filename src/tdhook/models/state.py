@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tdhook.models.holding import modules_of
 from tdhook.models.snapshots import LEFT_ALONE, Snapshot
@@ -118,9 +119,9 @@ def _inference_slots(modules: Iterable[nn.Module]) -> list[Slot]:
     found: list[Slot] = []
     for module in modules:
         own = module.__dict__
-        for registry in (own["_parameters"], own["_buffers"]):
+        for registry in (parameters_of(module), buffers_of(module)):
             for name, value in registry.items():
-                if value is not None and value.is_inference():
+                if value is not None and not is_lazy(value) and value.is_inference():
                     found.append((registry, name))
         for name, value in list(own.items()):
             if isinstance(value, Tensor) and value.is_inference():
@@ -134,7 +135,7 @@ def without_backward_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
     found: list[Slot] = []
     for module in modules:
         own = module.__dict__
-        found += [(own, name) for name in ("_backward_hooks", "_backward_pre_hooks") if own[name]]
+        found += [(own, name) for name in ("_backward_hooks", "_backward_pre_hooks") if own.get(name)]
     if not found:
         yield
         return

@@ -5,8 +5,11 @@ The upper bound on torch in ``pyproject.toml`` follows from this file: with a ne
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from importlib import import_module
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -42,6 +45,7 @@ __all__ = [
     "is_batched",
     "is_view",
     "is_wrapped",
+    "load_forward_mode",
     "maker_of",
     "mode_options",
     "nodes_made",
@@ -95,6 +99,15 @@ inside: Callable[[Tensor], Tensor] = _C._functorch.get_unwrapped
 
 warn_of_loops: Callable[[bool], None] = _C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
 """Set whether ``torch.vmap`` warns of functions that it loops over, which it does unless told."""
+
+
+@cache
+def load_forward_mode() -> None:
+    """Import what forward-mode derivatives need, which warns of functions that torch itself deprecates."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import_module("torch._decomp.decompositions_for_jvp")
+
 
 attention_in_parts: Callable[..., tuple[Tensor, Tensor]] = torch._scaled_dot_product_attention_math
 """Attention without a fused kernel: its values and its weights."""

@@ -239,7 +239,7 @@ def affine_cases() -> list[Case]:
             "",
             {"": lambda h: torch.segment_reduce(h, "sum", lengths=_lengths(h), axis=1)},
         ),
-        Case("cumprod", "", {**forms_of("cumprod", 1)}),
+        Case("cumprod", "", {**forms_of("cumprod", -1)}),
         Case(
             "prod",
             "",

@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tensordict import TensorDict
 from torch import Tensor
+
+from tdhook import LRP, Target
+from tdhook.relevance.operations.table import OPERATIONS
 
 from .cases import const
 from .checks import assert_same, every_flow, relevance_of
@@ -55,3 +59,30 @@ def test_all_relevance_is_accounted_for(case: str, flow: str) -> None:
 def test_explained_as_in_real_numbers(case: str, flow: str) -> None:
     transformed, real = SAME[case]
     assert_same(relevance_of(transformed, flow), relevance_of(real, flow), 1e-8)
+
+
+TRANSFORMS = sorted(name.removeprefix("fft_") for name in OPERATIONS if name.startswith("fft_"))
+KERNELS = ("c2c", "c2r", "r2c")  # exported graphs call them; tested with those
+
+
+def transform(name: str, h: Tensor) -> Tensor:
+    """A transform of ``torch.fft`` of the features ``[batch, 6]``, as real numbers."""
+    function = getattr(torch.fft, name)
+    flat = name.endswith(("2", "n")) and not name.startswith("fftshift")
+    z = function(h.unflatten(1, (2, 3)), dim=(1, 2)) if flat else function(h, dim=-1)
+    return (torch.view_as_real(z.resolve_conj()) if z.is_complex() else z).flatten(1)
+
+
+@pytest.mark.parametrize("flow", ["relevance", "gradient"])
+@pytest.mark.parametrize("name", [name for name in TRANSFORMS if name not in KERNELS])
+def test_every_transform_is_linear(name: str, flow: str) -> None:
+    class Transforms(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return transform(name, x)
+
+    x = torch.randn(3, 6, dtype=torch.float64)
+    lrp = LRP("epsilon", target=Target("output", 2), flow=flow, ledger=True, on_unmatched="raise")
+    td = lrp.wrap(Transforms())(TensorDict({"input": x}, [3]))
+    (row,) = torch.autograd.functional.jacobian(lambda v: transform(name, v[None])[0], x[0])[2][None]
+    torch.testing.assert_close(td["attr", "input"], x * row, rtol=1e-9, atol=1e-12)
+    assert td["ledger", "gap"].abs().max() < 1e-12

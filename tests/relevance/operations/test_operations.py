@@ -74,7 +74,8 @@ def test_both_flows_agree(case: Case) -> None:
 
 def test_there_is_a_case_of_each_operation() -> None:
     covered = {case.name for case in CASES} | set(NOT_CALLED)
-    assert set(OPERATIONS) - covered == set()
+    elsewhere = {name for name in OPERATIONS if name.startswith("fft_")} | {"stft", "istft", "slice"}
+    assert set(OPERATIONS) - covered - elsewhere == set()
 
 
 def test_ids_are_unique() -> None:

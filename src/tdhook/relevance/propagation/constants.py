@@ -16,7 +16,13 @@ from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.tape.dependence import leaf
 from tdhook.tape.functions import Identity, TapeFunction, may_look_at, on_tape, parts, unwrapped, whole
-from tdhook.tape.internals import attention_in_parts, maker_of, parameters_of, saving_as_it_is
+from tdhook.tape.internals import (
+    attention_in_parts,
+    load_forward_mode,
+    maker_of,
+    parameters_of,
+    saving_as_it_is,
+)
 from tdhook.tape.masks import masking, unmasked
 from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
 from tdhook.tape.undoing import lock
@@ -222,6 +228,7 @@ def _forward_mode(
     function: Callable[..., tuple[Tensor, ...]], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
 ) -> list[Tensor]:
     with _LOCK:  # torch counts how deep it is in it for all threads together
+        load_forward_mode()
         return list(torch.func.jvp(function, primals, tangents)[1])
 
 
@@ -231,7 +238,8 @@ def _twice_backward(
     with torch.enable_grad(), saving_as_it_is():
         leaves = [leaf(x.clone()) for x in primals]
         outputs = [z if z.requires_grad else leaves[0].sum() * 0 + z for z in function(*leaves)]
-        seeds = [leaf(torch.zeros_like(z)) for z in outputs]
+        # Not zeros: what is linear in them may be computed by way of their logarithm.
+        seeds = [leaf(torch.ones_like(z)) for z in outputs]
         pulled: Sequence[Tensor | None] = torch.autograd.grad(
             outputs, leaves, seeds, create_graph=True, allow_unused=True
         )
