@@ -97,6 +97,7 @@ def test_a_lazy_policy_acts_as_it_does_unexplained():
 
 
 def test_agents_of_vmas():
+    pytest.importorskip("vmas")
     env = VmasEnv("navigation", num_envs=2, n_agents=3, seed=0)
     network = MultiAgentMLP(None, 4, 3, centralized=False, share_params=True, depth=1, num_cells=8)
     policy = ProbabilisticActor(

@@ -17,7 +17,7 @@ from weakref import ref
 from torch import Tensor
 from torch.utils import swap_tensors
 
-from tdhook.tape.internals import base_of, is_view
+from tdhook.tape.internals import base_of, is_view, without_modes
 
 __all__ = ["Graph"]
 
@@ -49,17 +49,16 @@ class Graph:
         Returns:
             Whether it is of use to look everywhere.
         """
-        found = 0
         for look in (_young, _less_young, partial(_below, root)):
             if self.alive:
                 self._cut_off_among(look())
         if everywhere and self.alive:
-            found = self._cut_off_among(gc.get_objects())
+            everywhere = self._cut_off_among(gc.get_objects()) > 0
         for leaf in self._leaves:
             held = leaf()
             if held is not None:
                 held.requires_grad_(False)
-        return found > 0
+        return everywhere
 
     def _cut_off_among(self, objects: Iterable[object]) -> int:
         """Take those objects off it that are on it, and say how many."""
@@ -125,10 +124,11 @@ def _reaches(node: Any, leaves: set[int], reached: dict[Any, bool]) -> bool:
 
 
 def _detach(value: Tensor) -> None:
-    if is_view(value):
+    with without_modes():  # one that watches the pass is on still, where that was interrupted
+        if not is_view(value):
+            value.detach_()
+            return
         try:
             swap_tensors(value, value.detach())
         except RuntimeError:  # it is weakly referred to
             return
-    else:
-        value.detach_()
