@@ -14,7 +14,7 @@ from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdhook.tape.conditions import holds
 from tdhook.tape.functions import may_look_at
@@ -100,14 +100,21 @@ def _where_given(found: Tensor | None, given: Sequence[Tensor | None]) -> Tensor
 
 def _numbers(x: Tensor) -> Tensor:
     """What is kept of a tensor: zeros for NaN, and for infinities the largest number."""
-    if not x.is_floating_point():
+    if not x.is_floating_point() or _is_elsewhere(x):
         return x
     return x if bool(x.isfinite().all()) else x.nan_to_num(0.0)
 
 
 def _known(x: Tensor) -> Tensor:
     """Likewise, with infinities as they are."""
-    return x.nan_to_num(0.0, torch.inf, -torch.inf) if x.is_floating_point() else x
+    if not x.is_floating_point() or _is_elsewhere(x):
+        return x
+    return x.nan_to_num(0.0, torch.inf, -torch.inf)
+
+
+def _is_elsewhere(x: Tensor) -> bool:
+    """Whether the memory of a tensor is given back until it is needed, as that of sharded parameters is."""
+    return type(x) in (Tensor, nn.Parameter) and x.numel() > 0 and x.untyped_storage().size() == 0
 
 
 def _itself(x: Tensor) -> Tensor:
