@@ -24,6 +24,7 @@ ENOUGH = 0.99
 # The cosine under autocast, measured, where it is not enough.
 ILL_CONDITIONED = {
     "JambaForCausalLM": 0.960,
+    "RecurrentGemmaForCausalLM": -0.208,
     "RegNetForImageClassification": -0.857,
     "BitForImageClassification": 0.976,
     "MobileNetV1ForImageClassification": -0.339,

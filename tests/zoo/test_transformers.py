@@ -33,6 +33,10 @@ ATTENTION = (
 )
 
 
+SINGLE = ("RecurrentGemmaForCausalLM",)
+"""What these lose is rounding: their recurrence computes in single precision whatever the model is in."""
+
+
 @pytest.fixture(autouse=True)
 def _double() -> Iterator[None]:
     """Models make masks and positions in the default precision on the way."""
@@ -44,9 +48,9 @@ def _double() -> Iterator[None]:
 def explain(case: Case, composite: str, *flows: str, **config: Any) -> dict[str, TensorDict]:
     """Check the explanation of the model's largest output in each flow."""
     module, td, attributed = ready(case, **config)
-    return check(
-        module, td, **attributed, target=Target("answer", "argmax"), flows=flows, composite=composite
-    )
+    tolerance = {"tolerance": 1e-5} if case.id in SINGLE else {}
+    target = Target("answer", "argmax")
+    return check(module, td, **attributed, target=target, flows=flows, composite=composite, **tolerance)
 
 
 @pytest.mark.parametrize("name", CASES)
