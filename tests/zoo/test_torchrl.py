@@ -50,6 +50,8 @@ def parameters():
         yield pytest.param(case, id=name, marks=marks)
 
 
+# torch compiles a scan, and looks there for the gradients of what it is given.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("case", list(parameters()))
 def test_all_relevance_is_accounted_for(case):
     case.check()
