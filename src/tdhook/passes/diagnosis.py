@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from tdhook.models.model import Model
 from tdhook.models.state import restored
 from tdhook.selectors.names import name_of
 from tdhook.tape.conditions import holds
+from tdhook.tape.trees import tree_leaves
 from tdhook.tape.undoing import Hook, hooked
 
 __all__ = ["is_explainable", "why_not_finite", "why_relevance_is_not"]
@@ -143,27 +143,11 @@ class _Watch(TorchFunctionMode):
                 self.first = told
 
 
-def _leaves(value: object) -> Iterator[object]:
-    """What a nested structure is made of: in tuples, dictionaries, dataclasses and TensorDicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, TensorDictBase):
-        yield from value.values(True, True)
-    elif isinstance(value, Mapping):
-        yield from (leaf for item in value.values() for leaf in _leaves(item))
-    elif isinstance(value, list | tuple):
-        yield from (leaf for item in value for leaf in _leaves(item))
-    elif is_dataclass(value) and not isinstance(value, type):
-        yield from (leaf for field in fields(value) for leaf in _leaves(getattr(value, field.name, None)))
-    else:
-        yield value
-
-
 def _floats(value: object) -> Iterator[Tensor]:
-    for leaf in _leaves(value):
+    for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
             yield leaf
 
 
 def _numbers(value: object) -> Iterator[float]:
-    return (leaf for leaf in _leaves(value) if isinstance(leaf, float))
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, float))
