@@ -15,7 +15,8 @@ from torch.nn.parameter import is_lazy
 from tdhook.attribution.lrp import LRP
 from tdhook.conventions import Convention
 from tdhook.keys import parts_of
-from tdhook.relevance.operations.table import AFFINE, ARITHMETIC, PRODUCTS, default_rule
+from tdhook.relevance.operations.table import ARITHMETIC, default_rule
+from tdhook.selectors.kinds import AFFINE, PRODUCTS
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.stabilisers import rounding

@@ -27,8 +27,9 @@ from tdhook.relevance.operations.parties import (
 )
 from tdhook.relevance.operations.paths import Paths
 from tdhook.relevance.operations.stand_ins import standing_in, while_alive
-from tdhook.relevance.operations.table import ARITHMETIC, default_rule
-from tdhook.relevance.operations.written_out import entered, written_out
+from tdhook.relevance.operations.readings import DIFFERENCES, VALUES
+from tdhook.relevance.operations.table import ARITHMETIC
+from tdhook.relevance.operations.written_out import entered
 from tdhook.relevance.propagation.again import Again
 from tdhook.relevance.propagation.binding import Binding
 from tdhook.relevance.propagation.call import ALONE, Call, Setting
@@ -100,6 +101,10 @@ class Interception(Watching):
         self._paused = 0
         self._entered: Entered | None = None
         self.paths = Paths(modules)
+        self._reading = VALUES
+        if setting.reference is not None:
+            self._reading = DIFFERENCES
+            setting.reference.path = self._place
         self._outer: list[list[TorchFunctionMode]] = []
         self.dependence = Dependence()
         while_alive(self)
@@ -141,6 +146,9 @@ class Interception(Watching):
             yield
         self._look_for_kept()
 
+    def _place(self) -> str:
+        return self.paths.current if self.paths.following else ""
+
     def resting(self) -> Callable[[], None]:
         """Make it again what it is now, between calls, or around one that is made within another."""
         paths = self.paths
@@ -173,6 +181,7 @@ class Interception(Watching):
             with (
                 nullcontext() if self.observer is None else self.observer.again(),
                 Again(tuple(self.paths.modules.values())).unnoticed(),
+                nullcontext() if self.setting.reference is None else self.setting.reference.aside(),
                 standing_in(self),
                 self,
             ):
@@ -344,7 +353,7 @@ class Interception(Watching):
         if self._lookup is not None and not self._by_path:
             known.selector, known.rule = self._lookup(name, *self.paths.innermost)
         if not known.in_place and not self._by_path:
-            default = known.own or default_rule(name, (), {}) if self._defaults else _NATIVE
+            default = known.own or self._reading.default(name, (), {}) if self._defaults else _NATIVE
             rule = default if known.rule is None else known.rule
             known.quick = rule is not None and rule.native
         return known
@@ -361,7 +370,7 @@ class Interception(Watching):
                 return known.selector, known.rule
         if not self._defaults:
             return None, _NATIVE
-        return None, known.own or default_rule(known.operation.name, args, kwargs)
+        return None, known.own or self._reading.default(known.operation.name, args, kwargs)
 
     def _overwrite(
         self, known: Known, selector: Any, rule: Any, func: Any, args: object, kwargs: Any, target: Any
@@ -377,7 +386,7 @@ class Interception(Watching):
     def _run(self, known: Known, selector: Any, rule: Rule | None, func: Any, args: Any, kwargs: Any) -> Any:
         operation = known.operation
         if rule is None:
-            inside = written_out(operation.name)
+            inside = self._reading.written_out(operation.name)
             if inside is not None:
                 return self._in_parts(inside, func, args, kwargs)
             first = first_output(operation.name)
@@ -393,9 +402,9 @@ class Interception(Watching):
             self._unmatched(operation.name, self.paths.current)
             selector = Unmatched()
             rule = ARITHMETIC
-        bound = known.bound(rule, self.flow)
+        bound = known.bound(rule, self.flow, self._reading)
         call = Call(operation, func, args, kwargs, self.setting)
-        if rule.opens:
+        if self._reading.opens(rule):
             with self:
                 return bound.run(call)
         if self.observer is not None:

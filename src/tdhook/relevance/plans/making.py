@@ -22,6 +22,7 @@ from tdhook.relevance.propagation.call import Setting
 from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.merges import Merges
 from tdhook.relevance.propagation.params import require_parameters
+from tdhook.relevance.propagation.reference import Reference
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.relevance.propagation.weights import WeightCache
@@ -54,6 +55,7 @@ def make_plan(
     merge_batch_norm: bool | Sequence[Merge],
     unmatched: Callable[[str, str], None],
     cache_weights: bool = True,
+    against: bool = False,
 ) -> Plan:
     """Ask a composite or a mapper for the rule of every module.
 
@@ -67,6 +69,7 @@ def make_plan(
         merge_batch_norm: whether to merge batch norms, or which.
         unmatched: told ``(operation, path)`` of operations that nothing is known of.
         cache_weights: whether modified weights are kept from call to call.
+        against: whether differences from a reference are explained, and not values.
 
     Raises:
         TypeError: the mapper returned something else than a rule.
@@ -101,7 +104,8 @@ def make_plan(
     rank = {name: i for i, name in reversed(list(enumerate(execution.order)))}
     rows.sort(key=lambda row: rank.get(row.path, len(rank)))
     weights = WeightCache(row.module for row in rows if row.rule is not None) if cache_weights else None
-    setting = Setting(None, weights, Merges() if merge_batch_norm else None)
+    merging = Merges() if merge_batch_norm else None
+    setting = Setting(None, weights, merging, Reference() if against else None)
     merges: dict[str, list[nn.Module]] = {}
     if not isinstance(merge_batch_norm, bool):
         merges = _named_merges(merge_batch_norm, execution)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import get_ident
 from types import TracebackType
@@ -18,18 +18,19 @@ from tdhook.models.parallel import home_of, lends_weights
 from tdhook.relevance.ledger.ledger import Ledger
 from tdhook.relevance.operations.interception import Interception
 from tdhook.relevance.operations.parties import Observer, Unmatched
-from tdhook.relevance.operations.table import MOVES, WINNER
+from tdhook.selectors.kinds import MOVES, WINNER
 from tdhook.relevance.propagation.binding import Binding
 from tdhook.relevance.propagation.call import ALONE, Setting
 from tdhook.relevance.propagation.conversions import finite_product
 from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.reference import Reference
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.batchnorm import merging
 from tdhook.relevance.rules.simple import PassRule
 from tdhook.selectors import Selector
 from tdhook.tape.functions import copying
 from tdhook.tape.overwriting import Mutated, out_of_place, overwrites, was_overwritten
-from tdhook.tape.undoing import Change
+from tdhook.tape.undoing import Change, undone
 
 __all__ = ["COLUMNS", "Merge", "Plan", "Row"]
 
@@ -172,6 +173,7 @@ class Plan:
             rule = row.rule
             # To ignore a layer of torch's own is to leave it to the rule of its operation.
             own = home_of(row.module).startswith("torch.nn.")
+            own = own or self.reference is not None
             if rule is None or (rule.native and (own or interception is None)):
                 continue
             if rule.binds_itself and not rule.native:
@@ -183,6 +185,11 @@ class Plan:
                 elif merge:
                     rule = merging()
             self._bindings.append(Binding(row.module, rule, flow, interception, setting))
+
+    @property
+    def reference(self) -> Reference | None:
+        """What the calls of a run meet on a reference, if differences from one are explained."""
+        return self.setting.reference
 
     def attach(self, stack: ExitStack) -> None:
         """Run the model under the rules until ``stack`` is closed; operations only :meth:`within` it."""
@@ -199,11 +206,27 @@ class Plan:
         stack.callback(change.undo)
         if self.setting.weights is not None:
             self.setting.weights.begin()
+        if self.reference is not None:
+            self.reference.begin()
         thread = get_ident()
         for binding in self._bindings:
             binding.attach(thread)
         for rule, module in self._custom:
             stack.enter_context(rule.register(module))
+
+    @contextmanager
+    def still_attached(self) -> Iterator[None]:
+        """See to it that the rules are on in a run within another one, for which the model was put back as it was."""
+        off: list[Callable[[], None]] = []
+
+        def take_off() -> None:
+            for undo in off:
+                undo()
+
+        with undone(take_off):
+            for binding in self._bindings:
+                off.append(binding.put_back())
+            yield
 
     def _detach(self) -> None:
         for binding in reversed(self._bindings):
@@ -212,6 +235,8 @@ class Plan:
             self.interception.dependence.end()
         if self.setting.weights is not None:
             self.setting.weights.end()
+        if self.reference is not None:
+            self.reference.begin()
 
     def rules_on(self, ledger: Ledger | None = None, *, observer: Observer | None = None) -> RulesOn:
         """How to run the model under its rules.

@@ -47,6 +47,9 @@ class Bindable(Protocol):
     def bound(self, module: nn.Module, flow: Convention) -> Run:
         """How calls of the module run."""
 
+    def against(self, module: nn.Module, flow: Convention) -> Run:
+        """How they run where differences from a reference are explained."""
+
 
 class Bound(NamedTuple):
     """A rule, and how it runs the calls of one module or operation in one flow."""
@@ -61,6 +64,10 @@ class Around(Protocol):
 
     def unit(self, binding: Binding, call: Call) -> Any:
         """Make the call under its rule."""
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 class Binding:
@@ -104,7 +111,9 @@ class Binding:
     @cached_property
     def bound(self) -> Bound:
         """The rule on the module."""
-        return Bound(self.rule, self.flow, self.rule.bound(self.module, self.flow))
+        rule = self.rule
+        made = rule.bound if self.setting.reference is None else rule.against
+        return Bound(rule, self.flow, made(self.module, self.flow))
 
     def __getstate__(self) -> dict[str, Any]:
         # How a rule runs is decided again in a copy: functions that are made on the way cannot be written.
@@ -126,6 +135,19 @@ class Binding:
         attributes["forward"] = self
         if self._applied:
             attributes["_prev_forward"] = self.original
+
+    def put_back(self) -> Callable[[], None]:
+        """Take that place again, if what the module held before was given back to it meanwhile; returns the reverse."""
+        attributes = self.module.__dict__
+        if attributes.get("forward") is self:
+            return _nothing
+        attributes["forward"] = self
+
+        def off() -> None:
+            if attributes.get("forward") is self:
+                del attributes["forward"]
+
+        return off
 
     def detach(self) -> None:
         """Put back what :meth:`attach` replaced, if it did."""

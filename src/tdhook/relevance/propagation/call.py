@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor, nn
 
 from tdhook.relevance.propagation.merges import Merges
+from tdhook.relevance.propagation.reference import Reference
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.relevance.propagation.weights import WeightCache
 from tdhook.tape.functions import live, on_tape
@@ -26,11 +27,13 @@ class Setting:
         report: where to report what the rule keeps, if anyone wants to know.
         weights: keeps modified weights, if anything does.
         merges: what batch norms tell the layers before them, if they are merged.
+        reference: what the calls meet on a reference, if differences from one are explained.
     """
 
     report: Report | None = None
     weights: WeightCache | None = None
     merges: Merges | None = None
+    reference: Reference | None = None
 
 
 ALONE = Setting()

@@ -114,8 +114,20 @@ class ExecutedLayer(Place):
         self.dtype = z.dtype
         return alias(z) if is_view(z) else z
 
-    def step(self, x: Tensor, weight: Tensor, bias: Tensor | None, *outputs: Tensor) -> Step:
-        """The call as the rule sees it in the backward pass."""
+    def step(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *outputs: Tensor,
+        origin: Tensor | None = None,
+    ) -> Step:
+        """The call as the rule sees it in the backward pass.
+
+        Args:
+            x: the input, ``weight``, ``bias``: the parameters, ``outputs``: what the layer returned.
+            origin: the input on a reference, if input and outputs are differences from it.
+        """
         setting = self._setting
         cache, merged = setting.weights, None
         if x.device != weight.device:  # hooks move what goes in to where the layer lies
@@ -128,10 +140,11 @@ class ExecutedLayer(Place):
         if dtype is not None and (weight.dtype != dtype or dtype != self.dtype):
             # Under autocast the layer computed in another precision than it is kept in.
             cache = None
+            origin = None if origin is None else origin.to(dtype)
             x, weight, outputs = x.to(dtype), weight.to(dtype), tuple(z.to(dtype) for z in outputs)
             bias = None if bias is None else bias.to(dtype)
             merged = None if merged is None else merged.to(dtype)
-        step = LinearStep(self.module, self.form, x, outputs, weight, bias, merged, cache)
+        step = LinearStep(self.module, self.form, x, outputs, weight, bias, merged, cache, origin)
         step.report, step.nonnegative = setting.report, self.nonnegative
         if step.report is not None and self.dtype is torch.float16:
             step.report = step.report.rounded_to(self.dtype)

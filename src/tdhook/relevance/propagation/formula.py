@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Run
+from tdhook.relevance.propagation.differences import formula_of_layer, formula_of_module
 from tdhook.relevance.propagation.executed import running_layer, running_module
 from tdhook.relevance.propagation.forms import closed_form, makes_weights
+from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.params import require_parameters
 from tdhook.relevance.propagation.rule import RunningRule, converted
 from tdhook.relevance.propagation.steps import Grads, Step
@@ -54,6 +56,20 @@ class PropagationRule(RunningRule):
         """A rule that modifies weights gets them where they reach a linear operation."""
         return self.modifies and makes_weights(module)
 
+    def against(self, module: nn.Module, flow: Convention) -> Run:
+        """By the formula, whose inputs and outputs are differences."""
+        if self.applied:
+            return super().against(module, flow)
+        if self.modifies and closed_form(module) is None and not _is_weighted(module):
+            raise NotImplementedError(
+                f"{self!r} modifies weights, and {type(module).__name__} is no linear layer, whose difference from a "
+                "baseline is made of weights alone: give it another rule, EpsilonRule say"
+            )
+        run = formula_of_module(self, module, self.convention, flow)
+        if closed_form(module) is not None:
+            run = formula_of_layer(self, module, self.convention, flow, run)
+        return run
+
     @abstractmethod
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         """The relevance of each input, given that of each output (same shapes); ``None`` for no relevance."""
@@ -78,3 +94,7 @@ class PropagationRule(RunningRule):
         if form is not None:
             run = running_layer(self, module, form, run)
         return converted(run, self.convention, flow)
+
+
+def _is_weighted(module: nn.Module) -> bool:
+    return isinstance(module, Operation) and module.weighted

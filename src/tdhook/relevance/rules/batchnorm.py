@@ -9,12 +9,15 @@ from torch import Tensor, nn
 
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Call, Run
+from tdhook.relevance.propagation.differences import secant
 from tdhook.relevance.propagation.executed import ExecutedLayer
 from tdhook.relevance.propagation.forms import DenseForm
 from tdhook.relevance.propagation.lent import are_lent
 from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.relevance.rules.epsilon import EpsilonRule
 from tdhook.relevance.rules.simple import PassRule
+from tdhook.relevance.secants.averages import midpoint
+from tdhook.relevance.secants.norms import normalised
 from tdhook.tape.functions import Identity
 
 __all__ = ["merging"]
@@ -44,10 +47,7 @@ class _MergedBatchNormRule(PassRule):
             if merges is None or not isinstance(x, Tensor) or module.training or module.running_mean is None:
                 return passed(call)
             if are_lent(module):
-                raise NotImplementedError(
-                    f"{type(module).__name__} is merged into the layer before it, for which its statistics are needed, "
-                    "and these are offloaded: keep this module in memory, or pass merge_batch_norm=False"
-                )
+                raise NotImplementedError(_LENT.format(type(module).__name__))
             node, stabilizing = _maker(x)
             if type(node).__name__.startswith(_PLAIN):
                 # Merging amounts to the epsilon rule, stabilised once.
@@ -60,6 +60,28 @@ class _MergedBatchNormRule(PassRule):
                 if not isinstance(layer.form, DenseForm) or x.dim() == 2 or self.linears:
                     merges.merge(module, layer)
             return passed(call)
+
+        return run
+
+    def against(self, module: nn.Module, flow: Convention) -> Run:
+        """Likewise: a batch norm scales differences, and its mean and bias are none."""
+        passed = super().against(module, flow)
+        scaled = secant(module, flow, midpoint)
+
+        def run(call: Call) -> Any:
+            x = call.args[0] if call.args else call.kwargs.get("input")
+            if not isinstance(x, Tensor) or module.training or module.running_mean is None:
+                return secant(module, flow, normalised)(call)
+            merges, reference = call.setting.merges, call.setting.reference
+            if merges is None:
+                return scaled(call)
+            if are_lent(module):
+                raise NotImplementedError(_LENT.format(type(module).__name__))
+            if reference is not None and not reference.running:
+                for layer in self._producers(_maker(x)[0]):
+                    if not isinstance(layer.form, DenseForm) or x.dim() == 2 or self.linears:
+                        merges.merge(module, layer)
+            return passed(call) if flow == "relevance" else scaled(call)
 
         return run
 
@@ -81,6 +103,10 @@ class _MergedBatchNormRule(PassRule):
         return found
 
 
+_LENT = (
+    "{} is merged into the layer before it, for which its statistics are needed, and these are offloaded: keep this "
+    "module in memory, or pass merge_batch_norm=False"
+)
 _PLAIN = ("Addmm", "Mm", "Convolution", "Addbmm", "Baddbmm", "Bmm")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import with_constants
+from tdhook.relevance.propagation.differences import between, damped, secant
 from tdhook.relevance.propagation.conversions import Damped, PerValue, Scaled, TimesValue
 from tdhook.relevance.propagation.forms import closed_form
 from tdhook.relevance.propagation.formula import PropagationRule
@@ -88,6 +89,19 @@ class EpsilonRule(PropagationRule):
         if self.zero_params or (flow == "relevance" and closed_form(module) is not None):
             return None
         return self._between_factors if flow == "relevance" else self._damped
+
+    def against(self, module: nn.Module, flow: Convention) -> Run:
+        """Shares of the difference, which the secant tells of anything that is not linear."""
+        if self.applied or self.zero_params:
+            return super().against(module, flow)
+        if flow == "gradient":
+            return damped(self._by_secant(module, flow), self.epsilon)
+        if closed_form(module) is not None:
+            return super().against(module, flow)
+        return between(self._by_secant(module, "gradient"), "gradient", flow, self.epsilon)
+
+    def _by_secant(self, module: nn.Module, flow: Convention) -> Run:
+        return secant(module, flow)
 
     def _between_factors(self, call: Call) -> object:
         setting = call.setting

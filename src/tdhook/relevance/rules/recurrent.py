@@ -31,6 +31,7 @@ class RecurrentRule(RunningRule):
 
     convention: ClassVar[Convention] = "gradient"
     opens: ClassVar[bool] = True
+    opens_against: ClassVar[bool] = True
     in_both: ClassVar[bool] = True
 
     def running(self, module: nn.Module, flow: Convention) -> Run:
@@ -38,6 +39,14 @@ class RecurrentRule(RunningRule):
 
         Nothing is converted: the operations inside are ruled in the convention of the flow.
         """
+        return self._written(module, shares=False)
+
+    def against(self, module: nn.Module, flow: Convention) -> Run:
+        """Likewise, where gates take their share of the difference."""
+        return self._written(module, shares=True)
+
+    @staticmethod
+    def _written(module: nn.Module, *, shares: bool) -> Run:
         name = type(module).__name__
         if name not in _CELLS:  # a module, whose operations are ruled one by one
             return Call.execute
@@ -46,7 +55,8 @@ class RecurrentRule(RunningRule):
             args, kwargs = call.args, call.kwargs
             with torch.no_grad():
                 values = call.execute()
-            written = _cell_call(name, *args, **kwargs) if name.endswith("_cell") else _network(name, *args)
+            write = _cell_call if name.endswith("_cell") else _network
+            written = write(name, shares, *args, **kwargs)
             single = isinstance(values, Tensor)
             pairs = zip((written,) if single else written, (values,) if single else values, strict=True)
             outputs = tuple(Substituted.apply(w, v) for w, v in pairs)
@@ -63,15 +73,17 @@ class _Weights:
         joint: ``[W_ih, W_hh]`` of shape ``[gates, input + hidden]``, and ``bias``: ``b_ih + b_hh``.
         separate: ``W_ih``, ``W_hh``, ``b_ih``, ``b_hh`` of the last of the gates, the signal of a GRU.
         projection: what makes the state smaller, if anything.
+        shares: whether gates take their share, or are held constant.
     """
 
     joint: Tensor
     bias: Tensor | None
     separate: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
     projection: Tensor | None
+    shares: bool
 
     @staticmethod
-    def of(params: Sequence[Tensor], n_joint: int) -> _Weights:
+    def of(params: Sequence[Tensor], n_joint: int, shares: bool) -> _Weights:
         """From torch's order; ``n_joint`` of three parts of the gates are joint, where not all are."""
         w_ih, w_hh, *rest = params
         biases, projection = rest[: len(rest) // 2 * 2], rest[len(rest) // 2 * 2 :]
@@ -84,9 +96,12 @@ class _Weights:
             None if b_ih is None else b_ih[n:],
             None if b_hh is None else b_hh[n:],
         )
-        return _Weights(
-            torch.cat([w_ih[:n], w_hh[:n]], -1), bias, separate, projection[0] if projection else None
-        )
+        joint = torch.cat([w_ih[:n], w_hh[:n]], -1)
+        return _Weights(joint, bias, separate, projection[0] if projection else None, shares)
+
+    def gate(self, values: Tensor) -> Tensor:
+        """Values of gates, as far as they take a share."""
+        return values if self.shares else values.detach()
 
     def gates(self, x: Tensor, h: Tensor) -> Tensor:
         """``W_ih x + b_ih + W_hh h + b_hh`` of the joint gates as one product."""
@@ -96,14 +111,14 @@ class _Weights:
 def _lstm(x: Tensor, state: State, weights: _Weights) -> State:
     h, c = state
     i, f, g, o = weights.gates(x, h).chunk(4, -1)
-    c = f.sigmoid().detach() * c + i.sigmoid().detach() * g.tanh()
-    h = o.sigmoid().detach() * c.tanh()
+    c = weights.gate(f.sigmoid()) * c + weights.gate(i.sigmoid()) * g.tanh()
+    h = weights.gate(o.sigmoid()) * c.tanh()
     return (h if weights.projection is None else F.linear(h, weights.projection)), c
 
 
 def _gru(x: Tensor, state: State, weights: _Weights) -> State:
     (h,) = state
-    r, z = weights.gates(x, h).sigmoid().detach().chunk(2, -1)
+    r, z = weights.gate(weights.gates(x, h).sigmoid()).chunk(2, -1)
     w_ih, w_hh, b_ih, b_hh = weights.separate
     signal = (F.linear(x, w_ih, b_ih) + r * F.linear(h, w_hh, b_hh)).tanh()
     return ((1 - z) * signal + z * h,)
@@ -131,6 +146,7 @@ _CELLS |= {f"{name}_cell": cell for name, cell in _CELLS.items()}
 
 def _cell_call(
     name: str,
+    shares: bool,
     input: Tensor,
     hx: Tensor | Sequence[Tensor],
     w_ih: Tensor,
@@ -139,12 +155,12 @@ def _cell_call(
     b_hh: Tensor | None = None,
 ) -> Any:
     params = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
-    weights = _Weights.of(params, _n_joint(name))
+    weights = _Weights.of(params, _n_joint(name), shares)
     state = _CELLS[name](input, (hx,) if isinstance(hx, Tensor) else tuple(hx), weights)
     return state if len(state) > 1 else state[0]
 
 
-def _network(name: str, data: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _network(name: str, shares: bool, data: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """A network over a padded batch ``(hx, params, ...)``, or over a packed one ``(batch_sizes, hx, params, ...)``."""
     packed = isinstance(arguments[1], Tensor) or (
         isinstance(arguments[0], Tensor) and not arguments[0].is_floating_point()
@@ -164,7 +180,7 @@ def _network(name: str, data: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         made = []
         for direction in range(directions):
             at = layer * directions + direction
-            weights = _Weights.of(params[at * per_cell : (at + 1) * per_cell], _n_joint(name))
+            weights = _Weights.of(params[at * per_cell : (at + 1) * per_cell], _n_joint(name), shares)
             initial = tuple(s[at] for s in states)
             outputs, final = _along(steps, initial, weights, _CELLS[name], reverse=direction == 1)
             made.append(outputs)

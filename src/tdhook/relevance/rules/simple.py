@@ -12,9 +12,13 @@ from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import with_masks
 from tdhook.relevance.propagation.conversions import NotOneTensor, Ratio, Unchanged
+from tdhook.relevance.propagation.differences import secant
 from tdhook.relevance.propagation.formula import PropagationRule
+from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import RemovableRuleHandle, RunningRule
 from tdhook.relevance.propagation.steps import Grads, Step
+from tdhook.relevance.secants.slopes import slopes
+from tdhook.selectors.kinds import WINNER
 from tdhook.tape.functions import on_tape
 from tdhook.tape.trees import tree_leaves
 
@@ -79,6 +83,12 @@ class PassRule(PropagationRule):
 
         return run
 
+    def against(self, module: nn.Module, flow: Convention) -> Run:
+        """Unchanged; per unit of difference that is the slope of the secant."""
+        if self.applied:
+            return super().against(module, flow)
+        return self.running(module, flow) if flow == "relevance" else secant(module, flow, slopes)
+
     abbreviates = propagate
 
 
@@ -142,3 +152,8 @@ class IgnoreRule(RunningRule):
     def running(self, module: nn.Module, flow: Convention) -> Run:
         """As it is."""
         return Call.execute
+
+    def against(self, module: nn.Module, flow: Convention) -> Run:
+        """As it is where data are moved; what picks values may pick others on the reference."""
+        moves = isinstance(module, Operation) and module.moves and module.name not in WINNER
+        return Call.execute if moves else secant(module, flow)

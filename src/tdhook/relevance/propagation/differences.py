@@ -1,0 +1,441 @@
+"""Calls under a formula that sees differences from a reference, and identities at which these are converted.
+
+What a rule says of values it says of differences: contributions are ``w_ij (x_i - x0_i)``, denominators differences of
+outputs, and there are no biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tdhook.conventions import Convention
+from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
+from tdhook.relevance.propagation.conversions import finite_product
+from tdhook.relevance.propagation.executed import ExecutedLayer, ExecutedModule, Formula
+from tdhook.relevance.propagation.forms import ClosedForm, closed_form
+from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.reference import Place, Reference
+from tdhook.relevance.propagation.stabilisers import Stabilizer, quotient, rounding, stabilize
+from tdhook.relevance.propagation.steps import Grads, LinearStep, Modify, ModuleStep, Step
+from tdhook.relevance.secants.pair import Pair, Pull, difference
+from tdhook.relevance.secants.table import secant_of
+from tdhook.tape.functions import Identity, TapeFunction, alias, on_tape, parts, whole
+from tdhook.tape.internals import is_view
+from tdhook.tape.masks import unmasked
+from tdhook.tape.overwriting import natively
+from tdhook.tape.sharded import added_up
+from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
+
+__all__ = [
+    "Differences",
+    "between",
+    "damped",
+    "formula_of_layer",
+    "formula_of_module",
+    "noted",
+    "secant",
+]
+
+
+def name_of_call(call: Call) -> str:
+    """What is called."""
+    module = call.module
+    return module.name if isinstance(module, Operation) else type(module).__name__
+
+
+def _tensors(call: Call) -> list[Tensor]:
+    return [x for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor)]
+
+
+def _reference(call: Call) -> Reference:
+    assert call.setting.reference is not None, "there is no reference"
+    return call.setting.reference
+
+
+def noted(first: Callable[[Call, Place], Any], second: Run = Call.natively) -> Run:
+    """How calls run: ``first`` in the run that is explained, ``second`` in that on the reference."""
+
+    def run(call: Call) -> Any:
+        reference, name, given = _reference(call), name_of_call(call), _tensors(call)
+        if reference.running:
+            return reference.follow(name, given, lambda: second(call))
+        place = reference.place(name, given)
+        outputs = first(call, place)
+        place.made = [z.shape for z in tree_leaves(outputs) if isinstance(z, Tensor)]
+        return outputs
+
+    return run
+
+
+class Differences(ModuleStep):
+    """A step whose inputs and outputs are differences, and whose vector-Jacobian product is that of the secant.
+
+    Attributes:
+        pair: the call, and the one on the reference.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        evaluate: Callable[[Sequence[Tensor], Modify], Sequence[Tensor]],
+        pair: Pair,
+        pull: Pull,
+        arguments: tuple[tuple[object, ...], dict[str, object]],
+    ) -> None:
+        super().__init__(module, evaluate, pair.steps, pair.rises, None, arguments)
+        self.pair, self._pull = pair, pull
+        self.origin = pair.starts[0] if pair.starts else None
+
+    def vjp(self, *grads: Tensor) -> Grads:
+        return self._pull(self.pair, grads)
+
+    def modified(
+        self, inputs: Sequence[Tensor], modify: Modify
+    ) -> tuple[tuple[Tensor, ...], Callable[..., Grads]]:
+        def without_bias(name: str, param: Tensor) -> Tensor:
+            return torch.zeros_like(param) if name == "bias" else modify(name, param)
+
+        return super().modified(inputs, without_bias)
+
+    def constants(self, modify: Modify) -> tuple[Tensor | None, ...]:
+        return (None,) * len(self.outputs)
+
+
+class _Pulling(Protocol):
+    """What an executed call asks of a formula."""
+
+    def propagate(self, step: Differences, relevance: tuple[Tensor, ...]) -> Grads:
+        """What each input gets, given what each output has."""
+
+
+class _DifferencedModule(ExecutedModule):
+    """Any call, beside that on the reference.
+
+    Args:
+        formula: what the inputs get.
+        rule: whom to ask what is kept, and whether the call fits.
+        pull: the secant of what is called.
+    """
+
+    def __init__(self, rule: Formula, formula: _Pulling, pull: Pull, call: Call, place: Place) -> None:
+        super().__init__(rule, call)
+        self.formula, self.place, self._pull = formula, place, pull
+        self.at = [i for i in self.at if on_tape(self.leaves[i])]
+        if self.spec is None:
+            self.leaves, self.spec = tree_flatten((call.args, call.kwargs))
+        self._indices = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
+
+    def run(self) -> Any:
+        outputs = _Differenced.apply(self, *(self.leaves[i] for i in self.at))
+        self.rule.check(self.module, [self.place.given[self._indices.index(i)] for i in self.at], outputs)
+        for i in self.at:
+            self.leaves[i] = None
+        leaves, self.out_leaves = self.out_leaves, []
+        if self.out_spec is None:
+            return outputs[0]
+        tensors = iter(outputs)
+        return tree_unflatten([next(tensors) if isinstance(z, Tensor) else z for z in leaves], self.out_spec)
+
+    def execute(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        with natively(self.module):
+            found = self._outputs(inputs)
+        return tuple(alias(z) if is_view(z) or any(z is x for x in inputs) else z for z in found)
+
+    def _once_more(self, *args: object, **kwargs: object) -> Any:
+        once_more = nullcontext() if self._again is None else self._again.as_before()
+        with once_more, natively(self.module):
+            return self._function(*args, **kwargs)
+
+    def differences(self, saved: Sequence[Tensor]) -> Differences:
+        """The call as the rule sees it in the backward pass."""
+        count = len(self.at)
+        inputs, outputs = tuple(saved[:count]), tuple(saved[count:])
+        leaves = list(self.leaves)
+        for i, x in zip(self.at, inputs, strict=True):
+            leaves[i] = x
+        starts = dict(zip(self._indices, self.place.starts, strict=True))
+        assert self.spec is not None
+        pair = Pair(
+            name_of_module(self.module),
+            None if isinstance(self.module, Operation) else self.module,
+            self._once_more,
+            leaves,
+            self.spec,
+            tuple(self.at),
+            inputs,
+            tuple(_there(starts[i], x) for i, x in zip(self.at, inputs, strict=True)),
+            outputs,
+            self.place.before,
+            {i: x for i, x in starts.items() if x is not None and i not in self.at},
+        )
+        step = Differences(self.module, self.evaluate, pair, self._pull, self._arguments())
+        step.report = self.report
+        return step
+
+
+def _there(start: Tensor | None, x: Tensor) -> Tensor:
+    return x if start is None else start
+
+
+def name_of_module(module: nn.Module) -> str:
+    """The name of an operation, or of the class of a module."""
+    return module.name if isinstance(module, Operation) else type(module).__name__
+
+
+class _Differenced(TapeFunction):
+    """Any call under a formula of differences, on the tape."""
+
+    @staticmethod
+    def forward(executed: _DifferencedModule, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return executed.execute(inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.executed = executed = inputs[0]
+        ctx.made_by = name_of_module(executed.module)
+        ctx.mark_non_differentiable(
+            *(z for z in output if not (z.is_floating_point() or z.is_complex()))
+        )
+        ctx.save_for_backward(*inputs[1:], *output)
+
+    @staticmethod
+    def backward(ctx: Any, *out_relevance: Tensor) -> object:
+        executed: _DifferencedModule = ctx.executed
+        step = executed.differences(ctx.saved_tensors)
+        return None, *executed.formula.propagate(step, out_relevance)
+
+
+class _Secant:
+    """The formula of the secant itself, in the gradient convention.
+
+    Args:
+        keeps: whether it leaves something out.
+    """
+
+    needs_inputs: ClassVar[bool] = True
+    needs_outputs: ClassVar[bool] = True
+    needs_vjp: ClassVar[bool] = False
+    needs_sign: ClassVar[bool] = False
+    reruns: ClassVar[bool] = True
+
+    def __init__(self, keeps: bool) -> None:
+        self.keeps = keeps
+
+    def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """It fits everything."""
+
+    def propagate(
+        self, step: Differences, relevance: tuple[Tensor, ...]) -> Grads:
+        found = step.vjp(*relevance)
+        if step.report is not None and (self.keeps or step.pair.beside):
+            # What went to nothing that is attributed.
+            amounts = [finite_product(d, g) for d, g in zip(step.outputs, relevance, strict=True)]
+            amounts += [-finite_product(d, g) for d, g in zip(step.inputs, found, strict=True) if g is not None]
+            for amount in amounts:
+                step.report("constant", amount)
+        return found
+
+
+_SECANTS = _Secant(False), _Secant(True)
+
+
+def secant(
+    module: nn.Module, flow: Convention, pull: Pull | None = None, *, keeps: bool = False
+) -> Run:
+    """How calls run whose difference is shared by the secant of what is called.
+
+    Args:
+        module: what is called.
+        flow: the convention in which values arrive.
+        pull: the secant, by default that of the module's name.
+        keeps: whether it leaves a part out on purpose, which is reported as constant.
+    """
+    rule = _SECANTS[keeps]
+    name = name_of_module(module)
+    chosen = pull or secant_of(name, is_module=not isinstance(module, Operation))
+
+    def first(call: Call, place: Place) -> Any:
+        return _DifferencedModule(rule, rule, chosen, call, place).run()
+
+    return between(noted(first), "gradient", flow)
+
+
+def formula_of_module(rule: Formula, module: nn.Module, own: Convention, flow: Convention) -> Run:
+    """How any call runs under a rule's formula, of differences."""
+    pull = secant_of(name_of_module(module), is_module=not isinstance(module, Operation))
+
+    def first(call: Call, place: Place) -> Any:
+        return _DifferencedModule(rule, rule, pull, call, place).run()
+
+    return between(noted(first), own, flow)
+
+
+class _DifferencedLayer(ExecutedLayer):
+    """A call of a linear layer, beside that on the reference."""
+
+    __slots__ = ("place",)
+
+    def differences(self, x: Tensor, weight: Tensor, bias: Tensor | None, *outputs: Tensor) -> Step:
+        """The call as the rule sees it in the backward pass."""
+        start, before = _there(self.place.starts[0], x), self.place.before
+        rises = list(map(difference, outputs, before))
+        self.nonnegative = False
+        step = self.step(x - start, weight, bias, *rises, origin=start)
+        assert isinstance(step, LinearStep)
+        return step
+
+
+def formula_of_layer(
+    rule: Formula, layer: nn.Module, own: Convention, flow: Convention, otherwise: Run
+) -> Run:
+    """How a linear layer or convolution runs under a rule's formula, of differences."""
+    parameters: Any = layer
+
+    def first(call: Call, place: Place) -> Any:
+        form = closed_form(layer)
+        args = call.args or tuple(call.kwargs.values())
+        assert form is not None
+        executed = _DifferencedLayer(rule, form, call, False)
+        executed.place = place
+        z = _RuledLayer.apply(executed, args[0], parameters.weight, parameters.bias)
+        rule.check(layer, args, (z,))
+        return z
+
+    run = between(noted(first), own, flow)
+
+    def one(call: Call) -> Any:
+        args = call.args or tuple(call.kwargs.values())
+        fits = len(args) == 1 and isinstance(args[0], Tensor)
+        return run(call) if fits else otherwise(call)
+
+    return one
+
+
+class _RuledLayer(TapeFunction):
+    """A linear layer or convolution under a formula of differences, on the tape."""
+
+    @staticmethod
+    def forward(executed: _DifferencedLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return executed.execute(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        executed, x, weight, bias = inputs
+        ctx.executed = executed
+        ctx.save_for_backward(x, weight, bias, output)
+
+    @staticmethod
+    def backward(ctx: Any, out_relevance: Tensor) -> object:
+        executed: _DifferencedLayer = ctx.executed
+        step = executed.differences(*ctx.saved_tensors)
+        (relevance,) = executed.rule.propagate(step, (added_up(out_relevance),))
+        return None, relevance, None, None
+
+
+def between(run: Run, own: Convention, flow: Convention, epsilon: Stabilizer = rounding) -> Run:
+    """``run``, whose values are in its ``own`` convention, for differences in that of ``flow``."""
+    if own == flow:
+        return run
+    before, behind = (_Times, _Per) if flow == "relevance" else (_Per, _Times)
+
+    def first(call: Call, place: Place) -> Any:
+        leaves, spec = tree_flatten((call.args, call.kwargs))
+        at = -1
+        for i, x in enumerate(leaves):
+            if isinstance(x, Tensor):
+                at += 1
+                if on_tape(x):
+                    leaves[i] = before.apply(x, place, at, epsilon, call.setting)
+        args, kwargs = tree_unflatten(leaves, spec)
+        return _behind(run(call._replace(args=args, kwargs=kwargs)), behind, place, epsilon, call.setting)
+
+    return noted(first, run)
+
+
+def damped(run: Run, epsilon: Stabilizer) -> Run:
+    """``run`` in the gradient convention, with the stabiliser's share of relevance taken off its outputs."""
+    if epsilon is rounding:
+        return run
+
+    def first(call: Call, place: Place) -> Any:
+        return _behind(run(call), _Damped, place, epsilon, call.setting)
+
+    return noted(first, run)
+
+
+def _behind(outputs: Any, identity: Any, place: Place, epsilon: Stabilizer, setting: Setting) -> Any:
+    leaves, spec = tree_flatten(outputs)
+    at = -1
+    for i, z in enumerate(leaves):
+        if isinstance(z, Tensor):
+            at += 1
+            if on_tape(z):
+                leaves[i] = identity.apply(z, place, ~at, epsilon, setting)
+    return tree_unflatten(leaves, spec)
+
+
+class _OfDifference(Identity):
+    """Identity that sees the difference of its value: the argument of a call by its number ``at``, or the output
+    ``~at``."""
+
+    @staticmethod
+    def forward(x: Tensor, place: Place, at: int, epsilon: Stabilizer, setting: Setting = ALONE) -> Tensor:
+        return alias(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.where, ctx.at, ctx.epsilon, ctx.setting = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def difference(ctx: Any) -> Tensor:
+        """The difference of the value."""
+        (x,) = ctx.saved_tensors
+        place: Place = ctx.where
+        start = place.before[~ctx.at] if ctx.at < 0 else place.starts[ctx.at]
+        return parts(difference(x, _there(start, x)))
+
+    @staticmethod
+    def like(ctx: Any, grad: Tensor) -> object:
+        """What is handed back."""
+        return whole(grad, ctx.saved_tensors[0]), None, None, None, None
+
+
+class _Times(_OfDifference):
+    """Relevance per unit of difference becomes relevance."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> object:
+        return _OfDifference.like(ctx, finite_product(_OfDifference.difference(ctx), parts(grad)))
+
+
+class _Per(_OfDifference):
+    """Relevance becomes relevance per unit of difference."""
+
+    @staticmethod
+    def backward(ctx: Any, relevance: Tensor) -> object:
+        d, r = _OfDifference.difference(ctx), parts(relevance)
+        grad = quotient(r, stabilize(d, ctx.epsilon))
+        if ctx.setting.report is not None:
+            ctx.setting.report("stabiliser", unmasked(r - finite_product(d, grad), d))
+        return _OfDifference.like(ctx, grad)
+
+
+class _Damped(_OfDifference):
+    """Relevance per unit of difference loses the stabiliser's share."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> object:
+        d, g = _OfDifference.difference(ctx), parts(grad)
+        less = g * quotient(d, stabilize(d, ctx.epsilon))
+        if ctx.setting.report is not None:
+            lost = finite_product(d, g) - finite_product(d, less)
+            ctx.setting.report("stabiliser", unmasked(lost, d))
+        return _OfDifference.like(ctx, less)
+
+

@@ -1,0 +1,170 @@
+"""The reference: a second run of a model, beside which the values of the first are seen.
+
+Rules take down each of their calls in the first run, in order; the second run, on the reference, fills in what the same
+calls met there. It comes after the first, whose choices and draws it repeats, and before the backward pass, in which
+both are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdhook.tape.internals import storage_of, version_of
+from tdhook.tape.trees import tree_leaves
+
+__all__ = ["Parted", "Place", "Reference"]
+
+
+class Parted(RuntimeError):
+    """The model does something else on the reference than on the input."""
+
+
+@dataclass
+class Place:
+    """One call of the first run, and what it met in the second.
+
+    Attributes:
+        name: what was called, and ``path``: where.
+        given: the tensors that went in in the first run, ``live``: which of them are attributed.
+        made: the shapes of what came out.
+        starts: the tensors that went in in the second run; ``None`` for what is the same in both.
+        before: those that came out.
+    """
+
+    name: str
+    path: str
+    given: list[Tensor]
+    live: list[bool]
+    made: list[torch.Size] = field(default_factory=list)
+    starts: list[Tensor | None] = field(default_factory=list)
+    before: tuple[Tensor, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name}" + (f" in `{self.path}`" if self.path else "")
+
+
+class Reference:
+    """What the calls of one run met in another one.
+
+    Attributes:
+        running: whether the second run is on.
+        decided: whether the second run takes the decisions of the first: the whole numbers and truth values that were
+            computed of what is attributed there stand for those of the reference.
+        path: tells where in the model the present call is.
+    """
+
+    def __init__(self) -> None:
+        self.running = self.decided = False
+        self.path: Callable[[], str] = str
+        self.places: list[Place] = []
+        self._at = 0
+        self._copies = False
+        self._aside = 0
+        self._versions: list[tuple[Tensor, int]] = []
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"decided": self.decided}
+
+    def __setstate__(self, state: dict[str, bool]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.decided = state["decided"]
+
+    def begin(self) -> None:
+        """Begin a first run."""
+        self.places = []
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take down nothing: a part of the first run is run once more."""
+        self._aside += 1
+        try:
+            yield
+        finally:
+            self._aside -= 1
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """The second run.
+
+        Raises:
+            Parted: it does not do what the first one did.
+        """
+        self._at, self.running, self._versions = 0, True, []
+        try:
+            yield
+            if self._at < len(self.places):
+                raise Parted(_PARTED.format(f"{self.places[self._at]} is not reached there"))
+        finally:
+            self.running = False
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the second run has overwritten what it met; another one will keep copies."""
+        found = any(version_of(x) != version for x, version in self._versions)
+        self._copies = self._copies or found
+        self._versions = []
+        return found
+
+    def place(self, name: str, given: Sequence[Tensor]) -> Place:
+        """Take down a call of the first run, given its name and the tensors among its arguments."""
+        place = Place(name, self.path(), [x.detach() for x in given], [x.requires_grad for x in given])
+        if not self._aside:
+            self.places.append(place)
+        return place
+
+    def follow(self, name: str, given: Sequence[Tensor], run: Callable[[], Any]) -> Any:
+        """Make a call of the second run, and fill in what it met."""
+        place = self._next(name)
+        self._check(place, [x.shape for x in place.given], given)
+        place.starts = [
+            None if not live and _is_same(x, start) else self._kept(start)
+            for x, live, start in zip(place.given, place.live, given, strict=True)
+        ]
+        outputs = run()
+        made = [z for z in tree_leaves(outputs) if isinstance(z, Tensor)]
+        self._check(place, place.made, made)
+        place.before = tuple(map(self._kept, made))
+        return outputs
+
+    def _next(self, name: str) -> Place:
+        if self._at >= len(self.places):
+            raise Parted(_PARTED.format(f"{name} is called there, where the model has ended else"))
+        place = self.places[self._at]
+        if place.name != name:
+            raise Parted(_PARTED.format(f"{name} is called there instead of {place}"))
+        self._at += 1
+        return place
+
+    def _check(self, place: Place, now: Sequence[torch.Size], there: Sequence[Tensor]) -> None:
+        shapes, others = list(map(list, now)), [list(x.shape) for x in there]
+        if shapes != others:
+            raise Parted(_PARTED.format(f"{place} meets shapes {others} there instead of {shapes}"))
+
+    def _kept(self, x: Tensor) -> Tensor:
+        if self._copies:
+            return x.detach().clone()
+        kept = x.detach()
+        if not torch.compiler.is_compiling():
+            self._versions.append((kept, version_of(kept)))
+        return kept
+
+
+_PARTED = (
+    "the model does something else on the reference (baseline) than on the input, so that their difference cannot be "
+    "followed: {}. Choose a reference that takes the same way, or hold the key fixed that decides it"
+)
+
+
+def _is_same(x: Tensor, start: Tensor) -> bool:
+    """Whether a tensor is the very same in both runs: a weight, say."""
+    if start.requires_grad or x.shape != start.shape or x.dtype != start.dtype:
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    return storage_of(x) == storage_of(start) and x.storage_offset() == start.storage_offset()

@@ -1,0 +1,95 @@
+"""Winners: functions that pick values, such as maxima and what is sorted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tdhook.relevance.secants.pair import Grads, Pair, pulled
+from tdhook.tape.dependence import leaf
+from tdhook.tape.functions import may_look_at
+
+__all__ = ["winner"]
+
+_PIECES = (1, 4, 16, 64)
+
+
+def winner(pair: Pair, grads: Sequence[Tensor]) -> Grads:
+    """The way is followed from one winner to the other: each counts for the part on which it wins.
+
+    Two that cross once share exactly. Where more of them win in turn, the way is cut into pieces.
+    """
+    looks = all(may_look_at(g) for g in (*grads, *pair.ends))
+    found: Grads = ()
+    for count in _PIECES if looks else (_PIECES[1],):
+        found, exact = _along(pair, grads, count, looks)
+        if exact:
+            break
+    return found
+
+
+def _along(pair: Pair, grads: Sequence[Tensor], count: int, looks: bool) -> tuple[Grads, bool]:
+    total: list[Tensor | None] = [None] * len(pair.live)
+    exact = True
+    steps = pair.steps
+    starts = pair.starts
+    for piece in range(1, count + 1):
+        ends = (
+            pair.ends
+            if piece == count
+            else [s + (piece / count) * d for s, d in zip(pair.starts, steps, strict=True)]
+        )
+        shares, met = _piece(pair, list(starts), list(ends), grads, looks)
+        exact = exact and met
+        for i, g in enumerate(shares):
+            if g is not None:
+                before = total[i]
+                total[i] = g / count if before is None else before + g / count
+        starts = tuple(ends)
+    return tuple(total), exact
+
+
+def _piece(
+    pair: Pair, starts: list[Tensor], ends: list[Tensor], grads: Sequence[Tensor], looks: bool
+) -> tuple[Grads, bool]:
+    """One piece of the way: what wins at its start gives way to what wins at its end, where these cross."""
+    at_start, first = _picked(pair, starts, ends)
+    at_end, last = _picked(pair, ends, starts)
+    here, there, exact = [], [], True
+    for (_, z0, x_of_first), (_, z, s_of_last), g in zip(first, last, grads, strict=True):
+        if not z.is_floating_point():
+            here.append(g)
+            there.append(g)
+            continue
+        lead, lag = z0 - s_of_last, z - x_of_first
+        length = lead + lag
+        way = torch.where(length == 0, 0.5, lead / torch.where(length == 0, 1.0, length))
+        fits = ((way >= 0) & (way <= 1) & ((length != 0) | (lead == 0))) | way.isnan()
+        way = torch.nan_to_num(way, 0.5)
+        if looks:
+            exact = exact and bool(fits.all())
+        way = torch.where(fits, way, 0.5)
+        here.append(way * g)
+        there.append((1 - way) * g)
+    early = pulled(at_start, [z for z, _, _ in first], here)
+    late = pulled(at_end, [z for z, _, _ in last], there)
+    return tuple(b if a is None else a if b is None else a + b for a, b in zip(early, late, strict=True)), exact
+
+
+def _picked(
+    pair: Pair, at: list[Tensor], other: list[Tensor]
+) -> tuple[list[Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
+    """What is picked at one place: on a tape, its values, and the values of what is picked at the other place."""
+    inputs = [leaf(x) for x in at]
+    with torch.enable_grad():
+        outputs = pair.run(inputs)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x.detach(), o) for x, o in zip(at, other, strict=True)]
+        picked = [forward_ad.unpack_dual(z) for z in pair.run(duals)]
+    return inputs, [
+        (z, p.primal.detach(), torch.zeros_like(p.primal) if p.tangent is None else p.tangent)
+        for z, p in zip(outputs, picked, strict=True)
+    ]
