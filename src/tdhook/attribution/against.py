@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from tensordict import TensorDictBase
@@ -45,6 +45,10 @@ def explain_difference(
     for number, one in enumerate(drawn):
         other = _beside(runner, plan, ledger, target, asked, one)
         grads = _seeds(seeds, run, other, plan)
+        if ledger is not None:
+            runner.beside.update(
+                balance(ledger, run, grads, sources, plan.flow, _counterparts(run, other, seeds, sources))
+            )
         last = number == len(drawn) - 1
         pulled = run.pull(grads, sources, keep=ledger is not None or not last)
         starts = other.sources()
@@ -71,6 +75,16 @@ def _beside(
             pass
         if not reference.overwritten:
             return run
+
+
+def _counterparts(
+    run: Run, other: Run, seeds: Seeds, sources: Mapping[NestedKey, Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """What values of one run are in the other."""
+    offered, starts = other.offered(), {**other.inputs, **other.sources()}
+    found = {id(z): offered.get(key) for key, z in zip(seeds.keys, seeds.tensors, strict=True)}
+    found.update((id(x), starts[key]) for key, x in {**run.inputs, **sources}.items() if key in starts)
+    return lambda x: found.get(id(x), x).detach()
 
 
 def _seeds(seeds: Seeds, run: Run, other: Run, plan: Plan) -> Seeds:

@@ -15,8 +15,11 @@ from tdhook.markup import html_table
 from tdhook.relevance.propagation.again import Again
 from tdhook.relevance.propagation.binding import Bindable, Bound
 from tdhook.relevance.propagation.call import Call, Setting
+from tdhook.relevance.ledger.metered import metered_arguments, metered_outputs
 from tdhook.relevance.propagation.constants import with_constants
+from tdhook.relevance.propagation.differences import noted
 from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.reference import Place
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.tape.functions import Identity, alias, live, parts, unwrapped
 from tdhook.tape.internals import storage_of
@@ -170,6 +173,8 @@ class Ledger:
                 outputs = call.execute()
             if _shares_memory(outputs, (call.args, call.kwargs)):
                 return outputs
+        if call.setting.reference is not None:
+            return self._of_differences(path, bound, call, again)
         name = f"{module.name}()" if isinstance(module, Operation) else type(module).__name__
         entry = Entry(path, name, rule, spread=spread_of(call.tensors(), self._spreads))
         self.entries.append(entry)
@@ -193,6 +198,30 @@ class Ledger:
         if rule.native:
             outputs = with_constants(call, outputs, moves=flow == "relevance")
         return live(lambda z: Metered.apply(z, arrive, flow), outputs)
+
+    def _of_differences(self, path: str, bound: Bound, call: Call, again: Again) -> Any:
+        """The same of a call that is seen beside the one on a reference."""
+        rule, flow, run = bound
+        module = call.module
+        name = f"{module.name}()" if isinstance(module, Operation) else type(module).__name__
+
+        def first(call: Call, place: Place) -> Any:
+            entry = Entry(path, name, rule, spread=spread_of(call.tensors(), self._spreads))
+            self.entries.append(entry)
+
+            def note(column: str, amount: Tensor) -> None:
+                self.note(entry, column, amount)
+
+            setting = replace(call.setting, report=Report(note, again))
+            call = metered_arguments(call._replace(setting=setting), place, note, flow)
+            outer, self._within = self._within, setting
+            try:
+                outputs = run(call)
+            finally:
+                self._within = outer
+            return metered_outputs(outputs, place, note, flow)
+
+        return noted(first, run)(call)
 
     def inside(self, call: Call) -> Call:
         """A call inside another one, which reports what is kept there."""

@@ -95,7 +95,7 @@ def make_plan(
     rules = [row.rule for row in rows if row.rule is not None] + [rule for _, rule in composite.on_operations]
     if flow is None:
         # With a mapper what arrives is written as it is, so that the flow tells what is meant.
-        flow = _flow_of(rules, damped=defaults)
+        flow = _flow_of(rules, damped=defaults, against=against)
     sensitivity = any(rule.yields == "sensitivity" for rule in rules)
     if defaults and not sensitivity:
         rows = [_by_default(row) for row in rows]
@@ -132,16 +132,17 @@ def make_plan(
     )
 
 
-def _flow_of(rules: Sequence[Rule], damped: bool) -> Convention:
+def _flow_of(rules: Sequence[Rule], damped: bool, against: bool) -> Convention:
     """The gradient flow if there is a rule for it and none that would have to be converted.
 
     Args:
         rules: the rules.
         damped: whether epsilon's stabiliser may be a factor there.
+        against: whether differences are explained: then all that no rule is for is done there.
     """
     # Nothing, and no relevance, are the same in both conventions.
     telling = [rule for rule in rules if not (rule.native or rule.absorbs_all)]
-    if not any(rule.convention == "gradient" for rule in telling):
+    if not against and not any(rule.convention == "gradient" for rule in telling):
         return "relevance"
 
     def fits(rule: Rule) -> bool:

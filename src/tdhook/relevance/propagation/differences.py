@@ -33,6 +33,7 @@ from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
 
 __all__ = [
     "Differences",
+    "OfDifference",
     "between",
     "damped",
     "formula_of_layer",
@@ -359,7 +360,7 @@ def between(run: Run, own: Convention, flow: Convention, epsilon: Stabilizer = r
 
 def damped(run: Run, epsilon: Stabilizer) -> Run:
     """``run`` in the gradient convention, with the stabiliser's share of relevance taken off its outputs."""
-    if epsilon is rounding:
+    if epsilon is rounding or epsilon == 0:
         return run
 
     def first(call: Call, place: Place) -> Any:
@@ -379,7 +380,7 @@ def _behind(outputs: Any, identity: Any, place: Place, epsilon: Stabilizer, sett
     return tree_unflatten(leaves, spec)
 
 
-class _OfDifference(Identity):
+class OfDifference(Identity):
     """Identity that sees the difference of its value: the argument of a call by its number ``at``, or the output
     ``~at``."""
 
@@ -406,36 +407,36 @@ class _OfDifference(Identity):
         return whole(grad, ctx.saved_tensors[0]), None, None, None, None
 
 
-class _Times(_OfDifference):
+class _Times(OfDifference):
     """Relevance per unit of difference becomes relevance."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> object:
-        return _OfDifference.like(ctx, finite_product(_OfDifference.difference(ctx), parts(grad)))
+        return OfDifference.like(ctx, finite_product(OfDifference.difference(ctx), parts(grad)))
 
 
-class _Per(_OfDifference):
+class _Per(OfDifference):
     """Relevance becomes relevance per unit of difference."""
 
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> object:
-        d, r = _OfDifference.difference(ctx), parts(relevance)
+        d, r = OfDifference.difference(ctx), parts(relevance)
         grad = quotient(r, stabilize(d, ctx.epsilon))
         if ctx.setting.report is not None:
             ctx.setting.report("stabiliser", unmasked(r - finite_product(d, grad), d))
-        return _OfDifference.like(ctx, grad)
+        return OfDifference.like(ctx, grad)
 
 
-class _Damped(_OfDifference):
+class _Damped(OfDifference):
     """Relevance per unit of difference loses the stabiliser's share."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> object:
-        d, g = _OfDifference.difference(ctx), parts(grad)
+        d, g = OfDifference.difference(ctx), parts(grad)
         less = g * quotient(d, stabilize(d, ctx.epsilon))
         if ctx.setting.report is not None:
             lost = finite_product(d, g) - finite_product(d, less)
             ctx.setting.report("stabiliser", unmasked(lost, d))
-        return _OfDifference.like(ctx, less)
+        return OfDifference.like(ctx, less)
 
 
