@@ -54,10 +54,10 @@ class _Meter(OfDifference):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> object:
         amount = parts(grad)
+        x, difference = OfDifference.difference(ctx)
         if ctx.flow == "gradient":
-            difference = OfDifference.difference(ctx)
             amount = torch.where(amount == 0, 0.0, difference * amount)
-        masks = masks_in(parts(ctx.saved_tensors[0]))
+        masks = masks_in(parts(x))
         if masks is not None:
             amount = torch.where(masks, 0.0, amount)
         note, column = ctx.tell

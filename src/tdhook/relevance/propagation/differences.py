@@ -23,7 +23,7 @@ from tdhook.relevance.propagation.reference import Place, Reference
 from tdhook.relevance.propagation.stabilisers import Stabilizer, quotient, rounding, stabilize
 from tdhook.relevance.propagation.steps import Grads, LinearStep, Modify, ModuleStep, Step
 from tdhook.relevance.secants.pair import Pair, Pull, difference
-from tdhook.relevance.secants.table import secant_of
+from tdhook.relevance.secants.table import LINEAR, secant_of
 from tdhook.tape.functions import Identity, TapeFunction, alias, on_tape, parts, whole
 from tdhook.tape.internals import is_view
 from tdhook.tape.masks import unmasked
@@ -43,16 +43,6 @@ __all__ = [
 ]
 
 
-def name_of_call(call: Call) -> str:
-    """What is called."""
-    module = call.module
-    return module.name if isinstance(module, Operation) else type(module).__name__
-
-
-def _tensors(call: Call) -> list[Tensor]:
-    return [x for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor)]
-
-
 def _reference(call: Call) -> Reference:
     assert call.setting.reference is not None, "there is no reference"
     return call.setting.reference
@@ -62,7 +52,8 @@ def noted(first: Callable[[Call, Place], Any], second: Run = Call.natively) -> R
     """How calls run: ``first`` in the run that is explained, ``second`` in that on the reference."""
 
     def run(call: Call) -> Any:
-        reference, name, given = _reference(call), name_of_call(call), _tensors(call)
+        reference, name = _reference(call), name_of_module(call.module)
+        given = tree_leaves((call.args, call.kwargs))
         if reference.running:
             return reference.follow(name, given, lambda: second(call))
         place = reference.place(name, given)
@@ -173,6 +164,7 @@ class _DifferencedModule(ExecutedModule):
             outputs,
             self.place.before,
             {i: x for i, x in starts.items() if x is not None and i not in self.at},
+            self.place.other,
         )
         step = Differences(self.module, self.evaluate, pair, self._pull, self._arguments())
         step.report = self.report
@@ -233,7 +225,7 @@ class _Secant:
     def propagate(
         self, step: Differences, relevance: tuple[Tensor, ...]) -> Grads:
         found = step.vjp(*relevance)
-        if step.report is not None and (self.keeps or step.pair.beside):
+        if step.report is not None and (self.keeps or step.pair.differs):
             # What went to nothing that is attributed.
             amounts = [finite_product(d, g) for d, g in zip(step.outputs, relevance, strict=True)]
             amounts += [-finite_product(d, g) for d, g in zip(step.inputs, found, strict=True) if g is not None]
@@ -257,13 +249,33 @@ def secant(
         keeps: whether it leaves a part out on purpose, which is reported as constant.
     """
     rule = _SECANTS[keeps]
-    name = name_of_module(module)
-    chosen = pull or secant_of(name, is_module=not isinstance(module, Operation))
+    name, is_module = name_of_module(module), not isinstance(module, Operation)
+    chosen = pull or secant_of(name, is_module=is_module)
+    linear = pull is None and not is_module and name in LINEAR
 
     def first(call: Call, place: Place) -> Any:
         return _DifferencedModule(rule, rule, chosen, call, place).run()
 
-    return between(noted(first), "gradient", flow)
+    run = noted(first)
+    return between(_natively_or(run) if linear else run, "gradient", flow)
+
+
+def _natively_or(otherwise: Run) -> Run:
+    """What is linear has its plain derivative, unless what it is computed with may differ on the reference."""
+
+    def run(call: Call) -> Any:
+        leaves = tree_leaves((call.args, call.kwargs))
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        if not all(on_tape(x) or isinstance(x, nn.Parameter) for x in tensors):
+            return otherwise(call)
+        sums = name_of_module(call.module) in _SUMS
+        plain = float not in map(type, leaves) if sums else sum(map(on_tape, tensors)) == 1
+        return call.natively() if plain else otherwise(call)
+
+    return run
+
+
+_SUMS = frozenset(("add", "sub", "rsub"))
 
 
 def formula_of_module(rule: Formula, module: nn.Module, own: Convention, flow: Convention) -> Run:
@@ -394,17 +406,12 @@ class OfDifference(Identity):
         ctx.save_for_backward(x)
 
     @staticmethod
-    def difference(ctx: Any) -> Tensor:
-        """The difference of the value."""
+    def difference(ctx: Any) -> tuple[Tensor, Tensor]:
+        """The value, and its difference as real numbers."""
         (x,) = ctx.saved_tensors
         place: Place = ctx.where
         start = place.before[~ctx.at] if ctx.at < 0 else place.starts[ctx.at]
-        return parts(difference(x, _there(start, x)))
-
-    @staticmethod
-    def like(ctx: Any, grad: Tensor) -> object:
-        """What is handed back."""
-        return whole(grad, ctx.saved_tensors[0]), None, None, None, None
+        return x, parts(difference(x, _there(start, x)))
 
 
 class _Times(OfDifference):
@@ -412,7 +419,8 @@ class _Times(OfDifference):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> object:
-        return OfDifference.like(ctx, finite_product(OfDifference.difference(ctx), parts(grad)))
+        x, d = OfDifference.difference(ctx)
+        return whole(finite_product(d, parts(grad)), x), *_NONE
 
 
 class _Per(OfDifference):
@@ -420,11 +428,11 @@ class _Per(OfDifference):
 
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> object:
-        d, r = OfDifference.difference(ctx), parts(relevance)
+        (x, d), r = OfDifference.difference(ctx), parts(relevance)
         grad = quotient(r, stabilize(d, ctx.epsilon))
         if ctx.setting.report is not None:
             ctx.setting.report("stabiliser", unmasked(r - finite_product(d, grad), d))
-        return OfDifference.like(ctx, grad)
+        return whole(grad, x), *_NONE
 
 
 class _Damped(OfDifference):
@@ -432,11 +440,14 @@ class _Damped(OfDifference):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> object:
-        d, g = OfDifference.difference(ctx), parts(grad)
+        (x, d), g = OfDifference.difference(ctx), parts(grad)
         less = g * quotient(d, stabilize(d, ctx.epsilon))
         if ctx.setting.report is not None:
             lost = finite_product(d, g) - finite_product(d, less)
             ctx.setting.report("stabiliser", unmasked(lost, d))
-        return OfDifference.like(ctx, less)
+        return whole(less, x), *_NONE
+
+
+_NONE = (None,) * 4
 
 

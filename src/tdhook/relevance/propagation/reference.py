@@ -32,18 +32,22 @@ class Place:
     Attributes:
         name: what was called, and ``path``: where.
         given: the tensors that went in in the first run, ``live``: which of them are attributed.
+        numbers: plain numbers among the arguments.
         made: the shapes of what came out.
         starts: the tensors that went in in the second run; ``None`` for what is the same in both.
         before: those that came out.
+        other: whether plain numbers were others in the second run.
     """
 
     name: str
     path: str
     given: list[Tensor]
     live: list[bool]
+    numbers: list[float]
     made: list[torch.Size] = field(default_factory=list)
     starts: list[Tensor | None] = field(default_factory=list)
     before: tuple[Tensor, ...] = ()
+    other: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}" + (f" in `{self.path}`" if self.path else "")
@@ -111,16 +115,20 @@ class Reference:
         self._versions = []
         return found
 
-    def place(self, name: str, given: Sequence[Tensor]) -> Place:
-        """Take down a call of the first run, given its name and the tensors among its arguments."""
-        place = Place(name, self.path(), [x.detach() for x in given], [x.requires_grad for x in given])
+    def place(self, name: str, leaves: Sequence[object]) -> Place:
+        """Take down a call of the first run, given its name and the leaves of its arguments."""
+        given, numbers = _parted(leaves)
+        live = [x.requires_grad for x in given]
+        place = Place(name, self.path(), [x.detach() for x in given], live, numbers)
         if not self._aside:
             self.places.append(place)
         return place
 
-    def follow(self, name: str, given: Sequence[Tensor], run: Callable[[], Any]) -> Any:
+    def follow(self, name: str, leaves: Sequence[object], run: Callable[[], Any]) -> Any:
         """Make a call of the second run, and fill in what it met."""
         place = self._next(name)
+        given, numbers = _parted(leaves)
+        place.other = numbers != place.numbers
         self._check(place, [x.shape for x in place.given], given)
         place.starts = [
             None if not live and _is_same(x, start) else self._kept(start)
@@ -159,6 +167,11 @@ _PARTED = (
     "the model does something else on the reference (baseline) than on the input, so that their difference cannot be "
     "followed: {}. Choose a reference that takes the same way, or hold the key fixed that decides it"
 )
+
+
+def _parted(leaves: Sequence[object]) -> tuple[list[Tensor], list[float]]:
+    """The tensors, and the plain numbers."""
+    return [x for x in leaves if isinstance(x, Tensor)], [x for x in leaves if type(x) is float]
 
 
 def _is_same(x: Tensor, start: Tensor) -> bool:

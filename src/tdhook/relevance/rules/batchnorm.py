@@ -16,7 +16,7 @@ from tdhook.relevance.propagation.lent import are_lent
 from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.relevance.rules.epsilon import EpsilonRule
 from tdhook.relevance.rules.simple import PassRule
-from tdhook.relevance.secants.averages import midpoint
+from tdhook.relevance.secants.averages import product
 from tdhook.relevance.secants.norms import normalised
 from tdhook.tape.functions import Identity
 
@@ -66,7 +66,7 @@ class _MergedBatchNormRule(PassRule):
     def against(self, module: nn.Module, flow: Convention) -> Run:
         """Likewise: a batch norm scales differences, and its mean and bias are none."""
         passed = super().against(module, flow)
-        scaled = secant(module, flow, midpoint)
+        scaled = secant(module, flow, product)
 
         def run(call: Call) -> Any:
             x = call.args[0] if call.args else call.kwargs.get("input")

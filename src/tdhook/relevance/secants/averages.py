@@ -16,16 +16,23 @@ from tdhook.perturbing.quadrature import gauss_legendre
 from tdhook.relevance.secants.pair import Grads, Pair, inner
 from tdhook.tape.functions import may_look_at
 
-__all__ = ["average", "midpoint"]
+__all__ = ["average", "product"]
 
 _NODES = (1, 4, 8, 16, 32, 64)
 # Where values cannot be looked at: enough for what is smooth.
 _UNSEEN = 16
+# By how much shares may be scaled to what they should sum to.
+_SCALES = 0.2
 
 
-def midpoint(pair: Pair, grads: Sequence[Tensor]) -> Grads:
-    """Of products of two: each factor counts by the other one half way, ``d(ab) = a_mid db + b_mid da``."""
-    return pair.pull(0.5, grads)[0]
+def product(pair: Pair, grads: Sequence[Tensor]) -> Grads:
+    """Of what is linear in each of its arguments.
+
+    Of two factors each counts by the other one half way, ``d(ab) = a_mid db + b_mid da``; of more by a quadrature that
+    is exact for polynomials of that degree.
+    """
+    degree = len(pair.live) + len(pair.beside)
+    return _quadrature(pair, grads, (degree + 1) // 2)[0]
 
 
 def average(pair: Pair, grads: Sequence[Tensor]) -> Grads:
@@ -43,8 +50,28 @@ def average(pair: Pair, grads: Sequence[Tensor]) -> Grads:
         made = sum(share.sum() for share in shares)
         scale = max(scale, sum(share.abs().sum() for share in shares))
         if abs(float(made - wanted)) <= _tolerance(pair.ends[0]) * float(scale):
-            break
-    return found
+            return found
+    return _scaled(pair, grads, found)
+
+
+def _scaled(pair: Pair, grads: Sequence[Tensor], found: Grads) -> Grads:
+    """What quadrature leaves, where a function has kinks on the way, shared in proportion by each batch element."""
+    count = pair.ends[0].shape[0] if pair.ends[0].dim() else 1
+    tensors = [*pair.ends, *pair.outputs]
+    rows = count if all(x.dim() and x.shape[0] == count for x in tensors) else 1
+    wanted = _per_row(grads, pair.rises, rows)
+    made = _per_row(found, pair.steps, rows)
+    factor = wanted / torch.where(made == 0, 1.0, made)
+    factor = torch.where((factor - 1).abs() < _SCALES, factor, 1.0)
+    return tuple(
+        None if g is None else (g.reshape(rows, -1) * factor.to(g.dtype).unsqueeze(1)).reshape(g.shape)
+        for g in found
+    )
+
+
+def _per_row(grads: Sequence[Tensor | None], differences: Sequence[Tensor], rows: int) -> Tensor:
+    pairs = [(g, d) for g, d in zip(grads, differences, strict=True) if g is not None]
+    return torch.stack([inner(g, d).reshape(rows, -1).sum(1) for g, d in pairs]).sum(0)
 
 
 def _quadrature(pair: Pair, grads: Sequence[Tensor], count: int) -> tuple[Grads, dict[int, Tensor]]:

@@ -33,6 +33,7 @@ class Pair:
         ends: the values of these, ``starts``: likewise, on the reference.
         outputs: the tensors that it returned, ``before``: likewise, on the reference.
         beside: other tensors among the leaves that differ on the reference, by index: their values there.
+        other: whether plain numbers do.
     """
 
     name: str
@@ -46,6 +47,12 @@ class Pair:
     outputs: tuple[Tensor, ...]
     before: tuple[Tensor, ...]
     beside: Mapping[int, Tensor] = field(default_factory=dict)
+    other: bool = False
+
+    @property
+    def differs(self) -> bool:
+        """Whether anything else differs on the reference than what is attributed."""
+        return self.other or bool(self.beside)
 
     @property
     def rises(self) -> tuple[Tensor, ...]:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tdhook.relevance.secants.averages import average
+from tdhook.relevance.secants.averages import average, product
 from tdhook.relevance.secants.pair import Grads, Pair, pulled
 from tdhook.tape.dependence import leaf
 
-__all__ = ["choice", "filled", "slope", "slopes"]
+__all__ = ["choice", "filled", "quotient", "scaled", "slope", "slopes"]
 
 
 def slopes(pair: Pair, grads: Sequence[Tensor]) -> Grads:
@@ -19,6 +19,32 @@ def slopes(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     if len(pair.live) != 1 or pair.ends[0].shape != pair.outputs[0].shape or pair.ends[0].is_complex():
         return average(pair, grads)
     return (grads[0] * slope(pair),)
+
+
+def scaled(pair: Pair, grads: Sequence[Tensor]) -> Grads:
+    """Of sums and products of one value that is attributed with something else.
+
+    If that is another on the reference, as masks are that were made of the inputs, or copies off the tape, it is so
+    because of the inputs: the value that is attributed takes all, by the slope of the secant.
+    """
+    alone = len(pair.live) == 1 and pair.ends[0].shape == pair.outputs[0].shape
+    if not alone or not pair.differs or pair.ends[0].is_complex():
+        return product(pair, grads)
+    step, rise = pair.steps[0], pair.rises[0]
+    taken = torch.where(step == 0, 0.0, rise / torch.where(step == 0, 1.0, step))
+    return (grads[0] * taken,)
+
+
+def quotient(pair: Pair, grads: Sequence[Tensor]) -> Grads:
+    """``a / b - a0 / b0 = (a - a0) (1/b + 1/b0) / 2 - (b - b0) (a + a0) / (2 b b0)``."""
+    numerator, denominator = pair.argument(0, "input"), pair.argument(1, "other")
+    both = [x for x in (numerator, denominator) if any(x is end for end in pair.ends)]
+    if len(both) < 2 or pair.argument(2, "rounding_mode") is not None:
+        return scaled(pair, grads) if numerator is not None and both == [numerator] else average(pair, grads)
+    (a, b), (a0, b0), (g,) = pair.ends, pair.starts, grads
+    over = (a + a0) / (2 * b * b0)
+    shares = (g * (1 / b + 1 / b0) / 2, -g * over)
+    return tuple(share.sum_to_size(x.shape) for share, x in zip(shares, pair.ends, strict=True))
 
 
 def slope(pair: Pair) -> Tensor:

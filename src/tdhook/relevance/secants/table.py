@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tdhook.relevance.secants.averages import average, midpoint
+from tdhook.relevance.secants.averages import average, product
 from tdhook.relevance.secants.norms import normalised
 from tdhook.relevance.secants.pair import Pull
 from tdhook.relevance.secants.shares import log_softmax, logsumexp, softmax
-from tdhook.relevance.secants.slopes import choice, filled, slopes
+from tdhook.relevance.secants.slopes import choice, filled, quotient, scaled, slopes
 from tdhook.relevance.secants.winners import winner
 from tdhook.selectors.kinds import AFFINE, ELEMENTWISE, NORMS, PRODUCTS, WINNER
 
@@ -19,9 +19,11 @@ LINEAR = AFFINE - {"batch_norm", "lerp", "scatter_reduce", "index_reduce", "segm
 
 _SECANTS: Mapping[str, Pull] = {
     **dict.fromkeys(ELEMENTWISE, slopes),
-    **dict.fromkeys(PRODUCTS | LINEAR, midpoint),
+    **dict.fromkeys(PRODUCTS | LINEAR, product),
     **dict.fromkeys(WINNER, winner),
     **dict.fromkeys(NORMS, normalised),
+    **dict.fromkeys(("add", "sub", "rsub", "mul"), scaled),
+    "div": quotient,
     "softmax": softmax,
     "log_softmax": log_softmax,
     "logsumexp": logsumexp,
