@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -15,6 +16,7 @@ from tdhook.relevance.ledger.balance import balance
 from tdhook.relevance.ledger.ledger import Ledger
 from tdhook.relevance.plans.beside import Beside
 from tdhook.relevance.plans.plan import Plan
+from tdhook.relevance.propagation.reference import Parted
 from tdhook.perturbing.references import Drawn, References
 from tdhook.targets.base import Seeder, Seeds
 
@@ -71,10 +73,25 @@ def _beside(
             given.set(key, value)
     while True:
         within = Beside(plan, whole=ledger is not None)
-        with runner.forward(given, within, target=target, replaced=one.replaced) as run:
-            pass
+        try:
+            with runner.forward(given, within, target=target, replaced=one.replaced) as run:
+                pass
+        except Parted as error:
+            if reference.decided == 2:
+                raise
+            reference.decided += 1
+            _tell(error)
+            continue
         if not reference.overwritten:
             return run
+
+
+def _tell(error: Parted) -> None:
+    warnings.warn(
+        f"{str(error).split('. ')[0]}; on the reference it is run with the decisions that it takes on the input, and "
+        "the difference from there is explained",
+        stacklevel=2,
+    )
 
 
 def _counterparts(

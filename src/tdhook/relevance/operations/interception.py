@@ -398,7 +398,8 @@ class Interception(Watching):
                     return inside(*args, **kwargs)
             result = func(*args, **kwargs)
             if not self.dependence.look((result,))[0]:
-                return result
+                reference = self.setting.reference
+                return result if reference is None else reference.decision(result)
             self._unmatched(operation.name, self.paths.current)
             selector = Unmatched()
             rule = ARITHMETIC

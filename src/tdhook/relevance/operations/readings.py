@@ -63,10 +63,10 @@ class _Differences:
     def default(self, name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
         if name in _PICKS:
             return ARITHMETIC
+        if not args and not kwargs:
+            return _MOVES if name in _STAYS else None  # it depends on the call, or is nothing to be left alone
         if name in MOVES:
             return _MOVES
-        if not args and not kwargs:
-            return None  # it depends on the call, or is nothing that may be left alone
         if name in ELEMENTWISE and _is_of_one(args, kwargs):
             return _PASSES
         if name in _WRITTEN:
@@ -92,6 +92,13 @@ DIFFERENCES: Reading = _Differences()
 
 _MOVES, _PASSES = IgnoreRule(), PassRule()
 # What they pick, or where they put it, may be another choice on the reference.
+_STAYS = MOVES - frozenset(
+    """
+    embedding gather getitem index index_copy index_fill index_put index_select masked_scatter masked_select
+    max_unpool1d max_unpool2d max_unpool3d repeat_interleave scatter select_scatter setitem slice_scatter
+    take take_along_dim where masked_fill
+    """.split()
+)
 _PICKS = frozenset(("where", "masked_fill"))
 _KNOWN = (
     AFFINE | ELEMENTWISE | FUSED | HOMOGENEOUS | NORMS | PRODUCTS | TAYLOR | WINNER

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
-from tdhook.relevance.propagation.conversions import finite_product
+from tdhook.relevance.propagation.conversions import Substituted, finite_product
 from tdhook.relevance.propagation.executed import ExecutedLayer, ExecutedModule, Formula
 from tdhook.relevance.propagation.forms import ClosedForm, closed_form
 from tdhook.relevance.propagation.operation import Operation
@@ -38,6 +40,7 @@ __all__ = [
     "damped",
     "formula_of_layer",
     "formula_of_module",
+    "moving",
     "noted",
     "secant",
 ]
@@ -62,6 +65,14 @@ def noted(first: Callable[[Call, Place], Any], second: Run = Call.natively) -> R
         return outputs
 
     return run
+
+
+def moving(call: Call) -> Any:
+    """Make a call that moves data, and see that the reference has them moved to the same places."""
+    leaves = tree_leaves((call.args, call.kwargs))
+    if any(isinstance(x, Tensor) and not x.is_floating_point() and not x.is_complex() for x in leaves):
+        _reference(call).moved(name_of_module(call.module), leaves)
+    return call.execute()
 
 
 class Differences(ModuleStep):
@@ -123,11 +134,14 @@ class _DifferencedModule(ExecutedModule):
         self._indices = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
 
     def run(self) -> Any:
+        inputs = [self.leaves[i].detach() for i in self.at]
         outputs = _Differenced.apply(self, *(self.leaves[i] for i in self.at))
         self.rule.check(self.module, [self.place.given[self._indices.index(i)] for i in self.at], outputs)
         for i in self.at:
             self.leaves[i] = None
         leaves, self.out_leaves = self.out_leaves, []
+        if any(not z.is_floating_point() for z in outputs) and self.out_spec is not None:
+            self.place.picked = partial(self._picked, inputs)
         if self.out_spec is None:
             return outputs[0]
         tensors = iter(outputs)
@@ -137,6 +151,22 @@ class _DifferencedModule(ExecutedModule):
         with natively(self.module):
             found = self._outputs(inputs)
         return tuple(alias(z) if is_view(z) or any(z is x for x in inputs) else z for z in found)
+
+    def _picked(self, inputs: Sequence[Tensor], given: Sequence[Tensor], own: Any) -> Any:
+        """What comes out of other inputs, given what came out of itself, where that is picked which was of ``inputs``."""
+        leaves = list(self.leaves)
+        with forward_ad.dual_level():
+            for i, x in zip(self.at, inputs, strict=True):
+                leaves[i] = forward_ad.make_dual(x, given[self._indices.index(i)].detach())
+            assert self.spec is not None
+            args, kwargs = tree_unflatten(leaves, self.spec)
+            duals = [forward_ad.unpack_dual(z) for z in tree_leaves(self._once_more(*args, **kwargs))]
+        outputs, spec = tree_flatten(own)
+        made = [
+            z.primal if z.tangent is None else Substituted.apply(x, z.tangent)
+            for z, x in zip(duals, outputs, strict=True)
+        ]
+        return tree_unflatten(made, spec)
 
     def _once_more(self, *args: object, **kwargs: object) -> Any:
         once_more = nullcontext() if self._again is None else self._again.as_before()
@@ -165,6 +195,7 @@ class _DifferencedModule(ExecutedModule):
             self.place.before,
             {i: x for i, x in starts.items() if x is not None and i not in self.at},
             self.place.other,
+            self.place.chosen,
         )
         step = Differences(self.module, self.evaluate, pair, self._pull, self._arguments())
         step.report = self.report

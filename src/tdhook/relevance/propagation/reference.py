@@ -37,6 +37,8 @@ class Place:
         starts: the tensors that went in in the second run; ``None`` for what is the same in both.
         before: those that came out.
         other: whether plain numbers were others in the second run.
+        picked: what comes out for other inputs where the first run decides what is picked, if it picks, and
+            ``chosen``: whether it did.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Place:
     starts: list[Tensor | None] = field(default_factory=list)
     before: tuple[Tensor, ...] = ()
     other: bool = False
+    picked: Callable[[Sequence[Tensor], Any], Any] | None = None
+    chosen: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}" + (f" in `{self.path}`" if self.path else "")
@@ -58,16 +62,18 @@ class Reference:
 
     Attributes:
         running: whether the second run is on.
-        decided: whether the second run takes the decisions of the first: the whole numbers and truth values that were
-            computed of what is attributed there stand for those of the reference.
+        decided: how far the second run takes the decisions of the first: whole numbers (1), such as which values were
+            picked, and truth values as well (2), that were computed of what is attributed there.
         path: tells where in the model the present call is.
     """
 
     def __init__(self) -> None:
-        self.running = self.decided = False
+        self.running = False
+        self.decided = 0
+        self.decisions: list[Any] = []
         self.path: Callable[[], str] = str
         self.places: list[Place] = []
-        self._at = 0
+        self._at = self._decided_at = 0
         self._copies = False
         self._aside = 0
         self._versions: list[tuple[Tensor, int]] = []
@@ -75,13 +81,13 @@ class Reference:
     def __getstate__(self) -> dict[str, object]:
         return {"decided": self.decided}
 
-    def __setstate__(self, state: dict[str, bool]) -> None:
+    def __setstate__(self, state: dict[str, int]) -> None:
         self.__init__()  # type: ignore[misc]
         self.decided = state["decided"]
 
     def begin(self) -> None:
         """Begin a first run."""
-        self.places = []
+        self.places, self.decisions = [], []
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -99,7 +105,7 @@ class Reference:
         Raises:
             Parted: it does not do what the first one did.
         """
-        self._at, self.running, self._versions = 0, True, []
+        self._at, self._decided_at, self.running, self._versions = 0, 0, True, []
         try:
             yield
             if self._at < len(self.places):
@@ -128,6 +134,7 @@ class Reference:
         """Make a call of the second run, and fill in what it met."""
         place = self._next(name)
         given, numbers = _parted(leaves)
+        place.chosen = False
         place.other = numbers != place.numbers
         self._check(place, [x.shape for x in place.given], given)
         place.starts = [
@@ -135,10 +142,38 @@ class Reference:
             for x, live, start in zip(place.given, place.live, given, strict=True)
         ]
         outputs = run()
+        if self.decided and place.picked is not None:
+            outputs, place.chosen = place.picked(given, outputs), True
         made = [z for z in tree_leaves(outputs) if isinstance(z, Tensor)]
         self._check(place, place.made, made)
         place.before = tuple(map(self._kept, made))
         return outputs
+
+    def decision(self, result: Any) -> Any:
+        """What was computed of attributed values and is none itself; in the second run maybe as the first had it."""
+        if not self.running:
+            if not self._aside:
+                self.decisions.append(result)
+            return result
+        if self._decided_at >= len(self.decisions):
+            raise Parted(_PARTED.format("more is decided there"))
+        first = self.decisions[self._decided_at]
+        self._decided_at += 1
+        return result if not self.decided else _as_decided(first, result, truths=self.decided > 1)
+
+    def moved(self, name: str, leaves: Sequence[object]) -> None:
+        """Take down where data are moved to, or see that it is the same in the second run."""
+        places = [x for x in leaves if isinstance(x, Tensor) and not x.is_floating_point()]
+        if not self.running:
+            if not self._aside:
+                self.places.append(Place(name, self.path(), [x.detach() for x in places], [], []))
+            return
+        place = self._next(name)
+        self._check(place, [x.shape for x in place.given], places)
+        if not self.decided and not all(
+            _is_same(x, y) or _equal(x, y) for x, y in zip(place.given, places, strict=True)
+        ):
+            raise Parted(_PARTED.format(f"{place} moves other values there"))
 
     def _next(self, name: str) -> Place:
         if self._at >= len(self.places):
@@ -167,6 +202,20 @@ _PARTED = (
     "the model does something else on the reference (baseline) than on the input, so that their difference cannot be "
     "followed: {}. Choose a reference that takes the same way, or hold the key fixed that decides it"
 )
+
+
+def _as_decided(first: Any, second: Any, *, truths: bool) -> Any:
+    """The second result with the decisions of the first one."""
+    if isinstance(second, tuple | list) and isinstance(first, tuple | list) and len(first) == len(second):
+        made = [_as_decided(a, b, truths=truths) for a, b in zip(first, second, strict=True)]
+        return type(second)(made) if type(second) in (tuple, list) else type(second)(*made)
+    if not isinstance(second, Tensor) or not isinstance(first, Tensor) or second.is_floating_point():
+        return second
+    return first if truths or second.dtype is not torch.bool else second
+
+
+def _equal(x: Tensor, other: Tensor) -> bool:
+    return torch.compiler.is_compiling() or torch.equal(x, other)
 
 
 def _parted(leaves: Sequence[object]) -> tuple[list[Tensor], list[float]]:

@@ -12,7 +12,7 @@ from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import with_masks
 from tdhook.relevance.propagation.conversions import NotOneTensor, Ratio, Unchanged
-from tdhook.relevance.propagation.differences import secant
+from tdhook.relevance.propagation.differences import moving, secant
 from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import RemovableRuleHandle, RunningRule
@@ -156,4 +156,4 @@ class IgnoreRule(RunningRule):
     def against(self, module: nn.Module, flow: Convention) -> Run:
         """As it is where data are moved; what picks values may pick others on the reference."""
         moves = isinstance(module, Operation) and module.moves and module.name not in WINNER
-        return Call.execute if moves else secant(module, flow)
+        return moving if moves else secant(module, flow)

@@ -34,6 +34,7 @@ class Pair:
         outputs: the tensors that it returned, ``before``: likewise, on the reference.
         beside: other tensors among the leaves that differ on the reference, by index: their values there.
         other: whether plain numbers do.
+        chosen: whether that was picked on the reference which is picked in the call.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Pair:
     before: tuple[Tensor, ...]
     beside: Mapping[int, Tensor] = field(default_factory=dict)
     other: bool = False
+    chosen: bool = False
 
     @property
     def differs(self) -> bool:

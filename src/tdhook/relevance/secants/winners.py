@@ -22,6 +22,8 @@ def winner(pair: Pair, grads: Sequence[Tensor]) -> Grads:
 
     Two that cross once share exactly. Where more of them win in turn, the way is cut into pieces.
     """
+    if pair.chosen:
+        return pair.pull(1.0, grads)[0]
     looks = all(may_look_at(g) for g in (*grads, *pair.ends))
     found: Grads = ()
     for count in _PIECES if looks else (_PIECES[1],):
