@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
@@ -25,7 +24,9 @@ from tdhook.relevance.propagation.reference import Place, Reference
 from tdhook.relevance.propagation.stabilisers import Stabilizer, quotient, rounding, stabilize
 from tdhook.relevance.propagation.steps import Grads, LinearStep, Modify, ModuleStep, Step
 from tdhook.relevance.secants.pair import Pair, Pull, difference
+from tdhook.relevance.secants.winners import picked_of
 from tdhook.relevance.secants.table import LINEAR, secant_of
+from tdhook.tape.dependence import leaf
 from tdhook.tape.functions import Identity, TapeFunction, alias, on_tape, parts, whole
 from tdhook.tape.internals import is_view
 from tdhook.tape.masks import unmasked
@@ -154,17 +155,19 @@ class _DifferencedModule(ExecutedModule):
 
     def _picked(self, inputs: Sequence[Tensor], given: Sequence[Tensor], own: Any) -> Any:
         """What comes out of other inputs, given what came out of itself, where that is picked which was of ``inputs``."""
-        leaves = list(self.leaves)
-        with forward_ad.dual_level():
-            for i, x in zip(self.at, inputs, strict=True):
-                leaves[i] = forward_ad.make_dual(x, given[self._indices.index(i)].detach())
-            assert self.spec is not None
-            args, kwargs = tree_unflatten(leaves, self.spec)
-            duals = [forward_ad.unpack_dual(z) for z in tree_leaves(self._once_more(*args, **kwargs))]
-        outputs, spec = tree_flatten(own)
+        leaves, starts = list(self.leaves), [given[self._indices.index(i)].detach() for i in self.at]
+        ends = [leaf(x) for x in inputs]
+        for i, x in zip(self.at, ends, strict=True):
+            leaves[i] = x
+        assert self.spec is not None
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        with torch.enable_grad():
+            outputs = tree_leaves(self._once_more(*args, **kwargs))
+        values = picked_of(ends, outputs, starts)
+        theirs, spec = tree_flatten(own)
         made = [
-            z.primal if z.tangent is None else Substituted.apply(x, z.tangent)
-            for z, x in zip(duals, outputs, strict=True)
+            Substituted.apply(x, value) if z.requires_grad else z
+            for z, value, x in zip(outputs, values, theirs, strict=True)
         ]
         return tree_unflatten(made, spec)
 

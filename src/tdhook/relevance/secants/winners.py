@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from tdhook.relevance.secants.pair import Grads, Pair, pulled
 from tdhook.tape.dependence import leaf
 from tdhook.tape.functions import may_look_at
 
-__all__ = ["winner"]
+__all__ = ["picked_of", "winner"]
 
 _PIECES = (1, 4, 16, 64)
 
@@ -88,10 +87,34 @@ def _picked(
     inputs = [leaf(x) for x in at]
     with torch.enable_grad():
         outputs = pair.run(inputs)
-    with forward_ad.dual_level():
-        duals = [forward_ad.make_dual(x.detach(), o) for x, o in zip(at, other, strict=True)]
-        picked = [forward_ad.unpack_dual(z) for z in pair.run(duals)]
     return inputs, [
-        (z, p.primal.detach(), torch.zeros_like(p.primal) if p.tangent is None else p.tangent)
-        for z, p in zip(outputs, picked, strict=True)
+        (z, z.detach(), x) for z, x in zip(outputs, picked_of(inputs, outputs, other), strict=True)
     ]
+
+
+def picked_of(inputs: Sequence[Tensor], outputs: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
+    """What ``outputs`` would be of other inputs if the same were picked of them.
+
+    Picking is linear, and so is the vector-Jacobian product in its vector, whose own Jacobian picks.
+    """
+    with torch.enable_grad():
+        vectors = [torch.zeros_like(z).requires_grad_() if z.requires_grad else None for z in outputs]
+        pairs = [(z, v) for z, v in zip(outputs, vectors, strict=True) if v is not None]
+        pulled_back = torch.autograd.grad(
+            [z for z, _ in pairs],
+            list(inputs),
+            [v for _, v in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+        reached = [(g, x) for g, x in zip(pulled_back, other, strict=True) if g is not None]
+        found = iter(
+            torch.autograd.grad(
+                [g for g, _ in reached],
+                [v for _, v in pairs],
+                [x for _, x in reached],
+                allow_unused=True,
+            )
+        )
+    values = [z.detach() if v is None else next(found) for z, v in zip(outputs, vectors, strict=True)]
+    return [torch.zeros_like(z) if x is None else x for z, x in zip(outputs, values, strict=True)]
