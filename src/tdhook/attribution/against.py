@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tdhook.passes.forward import Run
 from tdhook.passes.runner import Runner
+from tdhook.perturbing.references import Drawn, References
 from tdhook.relevance.ledger.balance import balance
 from tdhook.relevance.ledger.ledger import Ledger
 from tdhook.relevance.plans.beside import Beside
 from tdhook.relevance.plans.plan import Plan
 from tdhook.relevance.propagation.reference import Parted
-from tdhook.perturbing.references import Drawn, References
 from tdhook.targets.base import Seeder, Seeds
 
 __all__ = ["explain_difference"]

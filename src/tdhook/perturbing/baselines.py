@@ -145,6 +145,7 @@ def _check_name(given: str) -> None:
 
 
 def fitting(made: Tensor, key: NestedKey, value: Tensor) -> Tensor:
+    """A baseline in the shape, precision and place of the values that it is for."""
     try:
         return made.to(value).expand(value.shape)
     except RuntimeError:

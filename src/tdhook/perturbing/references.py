@@ -121,7 +121,9 @@ class References:
         if isinstance(given, str):
             source = rows if self.data is None else self._rows(key, rows)
             if given == "mean":
-                made = source.to(torch.get_default_dtype() if not source.is_floating_point() else source.dtype)
+                made = source.to(
+                    torch.get_default_dtype() if not source.is_floating_point() else source.dtype
+                )
                 made = made.mean(0)
             else:
                 index = torch.randint(len(source), (len(rows),), generator=chance)
@@ -134,7 +136,7 @@ class References:
         assert self.data is not None
         if key not in self.data.keys(True):
             raise KeyError(f"the data that baselines are taken of have no {key!r}")
-        found = self.data.get(key)
+        found: Tensor = self.data.get(key)
         return found.reshape(-1, *rows.shape[1:])
 
 
@@ -160,7 +162,7 @@ def _entry(name: NestedKey, key: NestedKey, value: Tensor, td: TensorDictBase) -
     under = unravel_key((*parts_of(name), *parts_of(key)))
     for candidate in (under, unravel_key(name)):
         if candidate in td.keys(True):
-            return fitting(td.get(candidate), key, value)
+            return fitting(cast(Tensor, td.get(candidate)), key, value)
     raise KeyError(
         f"baseline {name!r} is neither {', '.join(map(repr, NAMES))} nor an entry of the TensorDict, which has "
         f"{', '.join(map(repr, td.keys(True, True)))}"
@@ -180,7 +182,9 @@ def previous(value: Tensor, td: TensorDictBase) -> Tensor:
     """
     axis = td.batch_dims - 1
     if axis < 0:
-        raise ValueError('baseline="previous" is the step before along the last axis of the batch, and there is none')
+        raise ValueError(
+            'baseline="previous" is the step before along the last axis of the batch, and there is none'
+        )
     first = value.narrow(axis, 0, 1)
     before = torch.cat([first, value.narrow(axis, 0, value.shape[axis] - 1)], axis)
     begins = _begins(td)
@@ -192,11 +196,13 @@ def previous(value: Tensor, td: TensorDictBase) -> Tensor:
 def _begins(td: TensorDictBase) -> Tensor | None:
     """Which steps are the first of their trajectory, ``[*batch, time]``."""
     axis = td.batch_dims - 1
-    begins = td.get("is_init", None)
+    begins: Tensor | None = td.get("is_init", None)
     if begins is not None:
         return begins.reshape(td.batch_size)
     done = td.get(("next", "done"), None)
     if done is None:
         return None
     done = done.reshape(*td.batch_size, -1).any(-1)
-    return torch.cat([torch.ones_like(done.narrow(axis, 0, 1)), done.narrow(axis, 0, done.shape[axis] - 1)], axis)
+    return torch.cat(
+        [torch.ones_like(done.narrow(axis, 0, 1)), done.narrow(axis, 0, done.shape[axis] - 1)], axis
+    )

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tdhook.conventions import Convention
 from tdhook.markup import html_table
+from tdhook.relevance.ledger.metered import metered_arguments, metered_outputs
 from tdhook.relevance.propagation.again import Again
+from tdhook.relevance.propagation.beside import noted
 from tdhook.relevance.propagation.binding import Bindable, Bound
 from tdhook.relevance.propagation.call import Call, Setting
-from tdhook.relevance.ledger.metered import metered_arguments, metered_outputs
 from tdhook.relevance.propagation.constants import with_constants
-from tdhook.relevance.propagation.differences import noted
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reference import Place
 from tdhook.relevance.propagation.reporting import Report

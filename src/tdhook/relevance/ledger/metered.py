@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tdhook.conventions import Convention
+from tdhook.relevance.propagation.beside import OfDifference
 from tdhook.relevance.propagation.call import Call
-from tdhook.relevance.propagation.differences import OfDifference
 from tdhook.relevance.propagation.reference import Place
 from tdhook.tape.functions import on_tape, parts
 from tdhook.tape.masks import masks_in

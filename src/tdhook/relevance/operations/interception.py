@@ -26,8 +26,8 @@ from tdhook.relevance.operations.parties import (
     Unmatched,
 )
 from tdhook.relevance.operations.paths import Paths
-from tdhook.relevance.operations.stand_ins import standing_in, while_alive
 from tdhook.relevance.operations.readings import DIFFERENCES, VALUES
+from tdhook.relevance.operations.stand_ins import standing_in, while_alive
 from tdhook.relevance.operations.table import ARITHMETIC
 from tdhook.relevance.operations.written_out import entered
 from tdhook.relevance.propagation.again import Again

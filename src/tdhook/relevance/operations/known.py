@@ -15,10 +15,10 @@ from tdhook.relevance.operations.own_backward import own_backward
 from tdhook.relevance.operations.parts import one_by_one
 from tdhook.relevance.operations.readings import Reading
 from tdhook.relevance.operations.table import ARITHMETIC
-from tdhook.selectors.kinds import ELEMENTWISE, MOVES, PRODUCTS, WINNER
 from tdhook.relevance.propagation.binding import Bound
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import Rule
+from tdhook.selectors.kinds import ELEMENTWISE, MOVES, PRODUCTS, WINNER
 from tdhook.selectors.names import (
     begins_tape,
     initialises,

@@ -15,8 +15,18 @@ from tdhook.relevance.propagation.binding import Bound
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule, PassRule
-from tdhook.selectors.kinds import ELEMENTWISE, FUSED, HOMOGENEOUS, MOVES, NORMS, PRODUCTS, RECURRENT, TAYLOR
-from tdhook.selectors.kinds import AFFINE, WINNER
+from tdhook.selectors.kinds import (
+    AFFINE,
+    ELEMENTWISE,
+    FUSED,
+    HOMOGENEOUS,
+    MOVES,
+    NORMS,
+    PRODUCTS,
+    RECURRENT,
+    TAYLOR,
+    WINNER,
+)
 from tdhook.tape.functions import on_tape
 
 __all__ = ["DIFFERENCES", "VALUES", "Reading"]
@@ -64,7 +74,9 @@ class _Differences:
         if name in _PICKS:
             return ARITHMETIC
         if not args and not kwargs:
-            return _MOVES if name in _STAYS else None  # it depends on the call, or is nothing to be left alone
+            return (
+                _MOVES if name in _STAYS else None
+            )  # it depends on the call, or is nothing to be left alone
         if name in MOVES:
             return _MOVES
         if name in ELEMENTWISE and _is_of_one(args, kwargs):
@@ -93,11 +105,30 @@ DIFFERENCES: Reading = _Differences()
 _MOVES, _PASSES = IgnoreRule(), PassRule()
 # What they pick, or where they put it, may be another choice on the reference.
 _STAYS = MOVES - frozenset(
-    """
-    embedding gather getitem index index_copy index_fill index_put index_select masked_scatter masked_select
-    max_unpool1d max_unpool2d max_unpool3d repeat_interleave scatter select_scatter setitem slice_scatter
-    take take_along_dim where masked_fill
-    """.split()
+    [
+        "embedding",
+        "gather",
+        "getitem",
+        "index",
+        "index_copy",
+        "index_fill",
+        "index_put",
+        "index_select",
+        "masked_scatter",
+        "masked_select",
+        "max_unpool1d",
+        "max_unpool2d",
+        "max_unpool3d",
+        "repeat_interleave",
+        "scatter",
+        "select_scatter",
+        "setitem",
+        "slice_scatter",
+        "take",
+        "take_along_dim",
+        "where",
+        "masked_fill",
+    ]
 )
 _PICKS = frozenset(("where", "masked_fill"))
 _KNOWN = (
@@ -127,7 +158,8 @@ def _vector_norm(
         return x.abs().sum(axes, keepdim=keepdim)
     if ord == float("inf"):
         return x.abs().amax(axes, keepdim=keepdim)
-    return (x.abs() ** ord).sum(axes, keepdim=keepdim) ** (1 / ord)
+    total: Tensor = (x.abs() ** ord).sum(axes, keepdim=keepdim) ** (1 / ord)
+    return total
 
 
 _WRITTEN: Mapping[str, Callable[..., Any]] = {"std": _std, "linalg_vector_norm": _vector_norm}

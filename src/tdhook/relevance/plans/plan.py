@@ -18,7 +18,6 @@ from tdhook.models.parallel import home_of, lends_weights
 from tdhook.relevance.ledger.ledger import Ledger
 from tdhook.relevance.operations.interception import Interception
 from tdhook.relevance.operations.parties import Observer, Unmatched
-from tdhook.selectors.kinds import MOVES, WINNER
 from tdhook.relevance.propagation.binding import Binding
 from tdhook.relevance.propagation.call import ALONE, Setting
 from tdhook.relevance.propagation.conversions import finite_product
@@ -28,6 +27,7 @@ from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.batchnorm import merging
 from tdhook.relevance.rules.simple import PassRule
 from tdhook.selectors import Selector
+from tdhook.selectors.kinds import MOVES, WINNER
 from tdhook.tape.functions import copying
 from tdhook.tape.overwriting import Mutated, out_of_place, overwrites, was_overwritten
 from tdhook.tape.undoing import Change, undone

@@ -1,4 +1,4 @@
-"""Calls under a formula that sees differences from a reference, and identities at which these are converted.
+"""Calls under a formula that sees differences from a reference.
 
 What a rule says of values it says of differences: contributions are ``w_ij (x_i - x0_i)``, denominators differences of
 outputs, and there are no biases.
@@ -9,71 +9,31 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
-from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
+from tdhook.relevance.propagation.beside import between, name_of_module, noted, there
+from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.conversions import Substituted, finite_product
 from tdhook.relevance.propagation.executed import ExecutedLayer, ExecutedModule, Formula
 from tdhook.relevance.propagation.forms import ClosedForm, closed_form
 from tdhook.relevance.propagation.operation import Operation
-from tdhook.relevance.propagation.reference import Place, Reference
-from tdhook.relevance.propagation.stabilisers import Stabilizer, quotient, rounding, stabilize
+from tdhook.relevance.propagation.reference import Place
 from tdhook.relevance.propagation.steps import Grads, LinearStep, Modify, ModuleStep, Step
 from tdhook.relevance.secants.pair import Pair, Pull, difference
-from tdhook.relevance.secants.winners import picked_of
 from tdhook.relevance.secants.table import LINEAR, secant_of
+from tdhook.relevance.secants.winners import picked_of
 from tdhook.tape.dependence import leaf
-from tdhook.tape.functions import Identity, TapeFunction, alias, on_tape, parts, whole
+from tdhook.tape.functions import TapeFunction, alias, on_tape
 from tdhook.tape.internals import is_view
-from tdhook.tape.masks import unmasked
 from tdhook.tape.overwriting import natively
 from tdhook.tape.sharded import added_up
 from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
 
-__all__ = [
-    "Differences",
-    "OfDifference",
-    "between",
-    "damped",
-    "formula_of_layer",
-    "formula_of_module",
-    "moving",
-    "noted",
-    "secant",
-]
-
-
-def _reference(call: Call) -> Reference:
-    assert call.setting.reference is not None, "there is no reference"
-    return call.setting.reference
-
-
-def noted(first: Callable[[Call, Place], Any], second: Run = Call.natively) -> Run:
-    """How calls run: ``first`` in the run that is explained, ``second`` in that on the reference."""
-
-    def run(call: Call) -> Any:
-        reference, name = _reference(call), name_of_module(call.module)
-        given = tree_leaves((call.args, call.kwargs))
-        if reference.running:
-            return reference.follow(name, given, lambda: second(call))
-        place = reference.place(name, given)
-        outputs = first(call, place)
-        place.made = [z.shape for z in tree_leaves(outputs) if isinstance(z, Tensor)]
-        return outputs
-
-    return run
-
-
-def moving(call: Call) -> Any:
-    """Make a call that moves data, and see that the reference has them moved to the same places."""
-    leaves = tree_leaves((call.args, call.kwargs))
-    if any(isinstance(x, Tensor) and not x.is_floating_point() and not x.is_complex() for x in leaves):
-        _reference(call).moved(name_of_module(call.module), leaves)
-    return call.execute()
+__all__ = ["Differences", "formula_of_layer", "formula_of_module", "secant"]
 
 
 class Differences(ModuleStep):
@@ -110,25 +70,17 @@ class Differences(ModuleStep):
         return (None,) * len(self.outputs)
 
 
-class _Pulling(Protocol):
-    """What an executed call asks of a formula."""
-
-    def propagate(self, step: Differences, relevance: tuple[Tensor, ...]) -> Grads:
-        """What each input gets, given what each output has."""
-
-
 class _DifferencedModule(ExecutedModule):
     """Any call, beside that on the reference.
 
     Args:
-        formula: what the inputs get.
-        rule: whom to ask what is kept, and whether the call fits.
+        rule: says what the inputs get.
         pull: the secant of what is called.
     """
 
-    def __init__(self, rule: Formula, formula: _Pulling, pull: Pull, call: Call, place: Place) -> None:
+    def __init__(self, rule: Formula, pull: Pull, call: Call, place: Place) -> None:
         super().__init__(rule, call)
-        self.formula, self.place, self._pull = formula, place, pull
+        self.place, self._pull = place, pull
         self.at = [i for i in self.at if on_tape(self.leaves[i])]
         if self.spec is None:
             self.leaves, self.spec = tree_flatten((call.args, call.kwargs))
@@ -154,7 +106,7 @@ class _DifferencedModule(ExecutedModule):
         return tuple(alias(z) if is_view(z) or any(z is x for x in inputs) else z for z in found)
 
     def _picked(self, inputs: Sequence[Tensor], given: Sequence[Tensor], own: Any) -> Any:
-        """What comes out of other inputs, given what came out of itself, where that is picked which was of ``inputs``."""
+        """What comes out of other inputs, given what came out by itself, where that is picked which was before."""
         leaves, starts = list(self.leaves), [given[self._indices.index(i)].detach() for i in self.at]
         ends = [leaf(x) for x in inputs]
         for i, x in zip(self.at, ends, strict=True):
@@ -193,7 +145,7 @@ class _DifferencedModule(ExecutedModule):
             self.spec,
             tuple(self.at),
             inputs,
-            tuple(_there(starts[i], x) for i, x in zip(self.at, inputs, strict=True)),
+            tuple(there(starts[i], x) for i, x in zip(self.at, inputs, strict=True)),
             outputs,
             self.place.before,
             {i: x for i, x in starts.items() if x is not None and i not in self.at},
@@ -203,15 +155,6 @@ class _DifferencedModule(ExecutedModule):
         step = Differences(self.module, self.evaluate, pair, self._pull, self._arguments())
         step.report = self.report
         return step
-
-
-def _there(start: Tensor | None, x: Tensor) -> Tensor:
-    return x if start is None else start
-
-
-def name_of_module(module: nn.Module) -> str:
-    """The name of an operation, or of the class of a module."""
-    return module.name if isinstance(module, Operation) else type(module).__name__
 
 
 class _Differenced(TapeFunction):
@@ -225,16 +168,14 @@ class _Differenced(TapeFunction):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.executed = executed = inputs[0]
         ctx.made_by = name_of_module(executed.module)
-        ctx.mark_non_differentiable(
-            *(z for z in output if not (z.is_floating_point() or z.is_complex()))
-        )
+        ctx.mark_non_differentiable(*(z for z in output if not (z.is_floating_point() or z.is_complex())))
         ctx.save_for_backward(*inputs[1:], *output)
 
     @staticmethod
     def backward(ctx: Any, *out_relevance: Tensor) -> object:
         executed: _DifferencedModule = ctx.executed
         step = executed.differences(ctx.saved_tensors)
-        return None, *executed.formula.propagate(step, out_relevance)
+        return None, *executed.rule.propagate(step, out_relevance)
 
 
 class _Secant:
@@ -256,13 +197,14 @@ class _Secant:
     def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """It fits everything."""
 
-    def propagate(
-        self, step: Differences, relevance: tuple[Tensor, ...]) -> Grads:
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         found = step.vjp(*relevance)
-        if step.report is not None and (self.keeps or step.pair.differs):
+        if step.report is not None and (self.keeps or cast(Differences, step).pair.differs):
             # What went to nothing that is attributed.
             amounts = [finite_product(d, g) for d, g in zip(step.outputs, relevance, strict=True)]
-            amounts += [-finite_product(d, g) for d, g in zip(step.inputs, found, strict=True) if g is not None]
+            amounts += [
+                -finite_product(d, g) for d, g in zip(step.inputs, found, strict=True) if g is not None
+            ]
             for amount in amounts:
                 step.report("constant", amount)
         return found
@@ -271,9 +213,7 @@ class _Secant:
 _SECANTS = _Secant(False), _Secant(True)
 
 
-def secant(
-    module: nn.Module, flow: Convention, pull: Pull | None = None, *, keeps: bool = False
-) -> Run:
+def secant(module: nn.Module, flow: Convention, pull: Pull | None = None, *, keeps: bool = False) -> Run:
     """How calls run whose difference is shared by the secant of what is called.
 
     Args:
@@ -288,7 +228,7 @@ def secant(
     linear = pull is None and not is_module and name in LINEAR
 
     def first(call: Call, place: Place) -> Any:
-        return _DifferencedModule(rule, rule, chosen, call, place).run()
+        return _DifferencedModule(rule, chosen, call, place).run()
 
     run = noted(first)
     return between(_natively_or(run) if linear else run, "gradient", flow)
@@ -317,7 +257,7 @@ def formula_of_module(rule: Formula, module: nn.Module, own: Convention, flow: C
     pull = secant_of(name_of_module(module), is_module=not isinstance(module, Operation))
 
     def first(call: Call, place: Place) -> Any:
-        return _DifferencedModule(rule, rule, pull, call, place).run()
+        return _DifferencedModule(rule, pull, call, place).run()
 
     return between(noted(first), own, flow)
 
@@ -327,11 +267,14 @@ class _DifferencedLayer(ExecutedLayer):
 
     __slots__ = ("place",)
 
+    def __init__(self, rule: Formula, form: ClosedForm, call: Call, place: Place) -> None:
+        super().__init__(rule, form, call, nonnegative=False)
+        self.place = place
+
     def differences(self, x: Tensor, weight: Tensor, bias: Tensor | None, *outputs: Tensor) -> Step:
         """The call as the rule sees it in the backward pass."""
-        start, before = _there(self.place.starts[0], x), self.place.before
+        start, before = there(self.place.starts[0], x), self.place.before
         rises = list(map(difference, outputs, before))
-        self.nonnegative = False
         step = self.step(x - start, weight, bias, *rises, origin=start)
         assert isinstance(step, LinearStep)
         return step
@@ -347,8 +290,7 @@ def formula_of_layer(
         form = closed_form(layer)
         args = call.args or tuple(call.kwargs.values())
         assert form is not None
-        executed = _DifferencedLayer(rule, form, call, False)
-        executed.place = place
+        executed = _DifferencedLayer(rule, form, call, place)
         z = _RuledLayer.apply(executed, args[0], parameters.weight, parameters.bias)
         rule.check(layer, args, (z,))
         return z
@@ -382,106 +324,3 @@ class _RuledLayer(TapeFunction):
         step = executed.differences(*ctx.saved_tensors)
         (relevance,) = executed.rule.propagate(step, (added_up(out_relevance),))
         return None, relevance, None, None
-
-
-def between(run: Run, own: Convention, flow: Convention, epsilon: Stabilizer = rounding) -> Run:
-    """``run``, whose values are in its ``own`` convention, for differences in that of ``flow``."""
-    if own == flow:
-        return run
-    before, behind = (_Times, _Per) if flow == "relevance" else (_Per, _Times)
-
-    def first(call: Call, place: Place) -> Any:
-        leaves, spec = tree_flatten((call.args, call.kwargs))
-        at = -1
-        for i, x in enumerate(leaves):
-            if isinstance(x, Tensor):
-                at += 1
-                if on_tape(x):
-                    leaves[i] = before.apply(x, place, at, epsilon, call.setting)
-        args, kwargs = tree_unflatten(leaves, spec)
-        return _behind(run(call._replace(args=args, kwargs=kwargs)), behind, place, epsilon, call.setting)
-
-    return noted(first, run)
-
-
-def damped(run: Run, epsilon: Stabilizer) -> Run:
-    """``run`` in the gradient convention, with the stabiliser's share of relevance taken off its outputs."""
-    if epsilon is rounding or epsilon == 0:
-        return run
-
-    def first(call: Call, place: Place) -> Any:
-        return _behind(run(call), _Damped, place, epsilon, call.setting)
-
-    return noted(first, run)
-
-
-def _behind(outputs: Any, identity: Any, place: Place, epsilon: Stabilizer, setting: Setting) -> Any:
-    leaves, spec = tree_flatten(outputs)
-    at = -1
-    for i, z in enumerate(leaves):
-        if isinstance(z, Tensor):
-            at += 1
-            if on_tape(z):
-                leaves[i] = identity.apply(z, place, ~at, epsilon, setting)
-    return tree_unflatten(leaves, spec)
-
-
-class OfDifference(Identity):
-    """Identity that sees the difference of its value: the argument of a call by its number ``at``, or the output
-    ``~at``."""
-
-    @staticmethod
-    def forward(x: Tensor, place: Place, at: int, epsilon: Stabilizer, setting: Setting = ALONE) -> Tensor:
-        return alias(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.where, ctx.at, ctx.epsilon, ctx.setting = inputs
-        ctx.save_for_backward(x)
-
-    @staticmethod
-    def difference(ctx: Any) -> tuple[Tensor, Tensor]:
-        """The value, and its difference as real numbers."""
-        (x,) = ctx.saved_tensors
-        place: Place = ctx.where
-        start = place.before[~ctx.at] if ctx.at < 0 else place.starts[ctx.at]
-        return x, parts(difference(x, _there(start, x)))
-
-
-class _Times(OfDifference):
-    """Relevance per unit of difference becomes relevance."""
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> object:
-        x, d = OfDifference.difference(ctx)
-        return whole(finite_product(d, parts(grad)), x), *_NONE
-
-
-class _Per(OfDifference):
-    """Relevance becomes relevance per unit of difference."""
-
-    @staticmethod
-    def backward(ctx: Any, relevance: Tensor) -> object:
-        (x, d), r = OfDifference.difference(ctx), parts(relevance)
-        grad = quotient(r, stabilize(d, ctx.epsilon))
-        if ctx.setting.report is not None:
-            ctx.setting.report("stabiliser", unmasked(r - finite_product(d, grad), d))
-        return whole(grad, x), *_NONE
-
-
-class _Damped(OfDifference):
-    """Relevance per unit of difference loses the stabiliser's share."""
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> object:
-        (x, d), g = OfDifference.difference(ctx), parts(grad)
-        less = g * quotient(d, stabilize(d, ctx.epsilon))
-        if ctx.setting.report is not None:
-            lost = finite_product(d, g) - finite_product(d, less)
-            ctx.setting.report("stabiliser", unmasked(lost, d))
-        return whole(less, x), *_NONE
-
-
-_NONE = (None,) * 4
-
-

@@ -125,7 +125,10 @@ class ExecutedLayer(Place):
         """The call as the rule sees it in the backward pass.
 
         Args:
-            x: the input, ``weight``, ``bias``: the parameters, ``outputs``: what the layer returned.
+            x: the input.
+            weight: the layer's.
+            bias: likewise.
+            *outputs: what it returned, if the rule asks for that.
             origin: the input on a reference, if input and outputs are differences from it.
         """
         setting = self._setting

@@ -95,9 +95,12 @@ def attention(
     """Scaled dot-product attention in other operations, as torch defines it.
 
     Args:
-        query: ``[*batch, heads, L, d]``; ``key``, ``value``: ``[*batch, heads, S, d]``.
+        query: ``[*batch, heads, L, d]``.
+        key: ``[*batch, heads, S, d]``.
+        value: likewise.
         attn_mask: which keys are attended to, or what is added to the scores.
-        dropout_p: which part of the weights is dropped, ``is_causal``: whether later keys are left out.
+        dropout_p: which part of the weights is dropped.
+        is_causal: whether later keys are left out.
         scale: of the scores, by default ``1 / sqrt(d)``.
         enable_gqa: whether several heads of queries share one of keys and values.
         weigh: makes weights of scores.

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
+from tdhook.relevance.propagation.beside import between, damped
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import with_constants
-from tdhook.relevance.propagation.differences import between, damped, secant
 from tdhook.relevance.propagation.conversions import Damped, PerValue, Scaled, TimesValue
+from tdhook.relevance.propagation.differences import secant
 from tdhook.relevance.propagation.forms import closed_form
 from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.operation import Operation

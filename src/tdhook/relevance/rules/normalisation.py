@@ -12,8 +12,8 @@ from tdhook.relevance.propagation.call import Run
 from tdhook.relevance.propagation.differences import secant
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.steps import Grads, Step
-from tdhook.relevance.secants.norms import Normalisation, held
 from tdhook.relevance.rules.gradient import GradientRule
+from tdhook.relevance.secants.norms import Normalisation, held
 
 __all__ = ["LayerNormRule"]
 

@@ -58,8 +58,10 @@ class SignalTakeAllRule(RunningRule):
 
             def pull(pair: Pair, grads: Sequence[Tensor]) -> Grads:
                 found = average(pair, grads)
-                return found if signal is None else tuple(
-                    g if i == signal else None for i, g in zip(pair.live, found, strict=True)
+                return (
+                    found
+                    if signal is None
+                    else tuple(g if i == signal else None for i, g in zip(pair.live, found, strict=True))
                 )
 
             return secant(module, flow, pull, keeps=True)(call)

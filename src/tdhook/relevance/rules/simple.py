@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
+from tdhook.relevance.propagation.beside import moving
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import with_masks
 from tdhook.relevance.propagation.conversions import NotOneTensor, Ratio, Unchanged
-from tdhook.relevance.propagation.differences import moving, secant
+from tdhook.relevance.propagation.differences import secant
 from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import RemovableRuleHandle, RunningRule

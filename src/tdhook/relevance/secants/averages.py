@@ -91,4 +91,3 @@ def _quadrature(pair: Pair, grads: Sequence[Tensor], count: int) -> tuple[Grads,
 def _tolerance(x: Tensor) -> float:
     """How far a sum may be off: what rounding makes of it anyway."""
     return 16 * torch.finfo(x.dtype).eps if x.is_floating_point() or x.is_complex() else 0.0
-

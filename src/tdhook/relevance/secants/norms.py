@@ -44,7 +44,9 @@ class Normalisation:
         Args:
             name: the operation, where no module is called.
             module: the module.
-            x: what it is called with, and ``args``, ``kwargs``: all of it.
+            x: what it is called with first.
+            args: all of it.
+            kwargs: all of it by name.
         """
         if module is None:
             return _of_operation(name, x, args, kwargs)

@@ -106,9 +106,9 @@ def _chosen(
     second: str,
     at: tuple[int, int],
 ) -> Grads:
-    """Where the choice is another on the reference, the way goes along one of the two, and from where they meet on
+    """The way goes along one of the two, and where the choice is another on the reference along both.
 
-    along the other. Where they do not meet, the jump is shared in proportion.
+    It turns from one to the other where they meet. Where they do not, the jump is shared in proportion.
     """
     (g,) = grads
     shape = pair.outputs[0].shape

@@ -77,7 +77,9 @@ def _piece(
         there.append((1 - way) * g)
     early = pulled(at_start, [z for z, _, _ in first], here)
     late = pulled(at_end, [z for z, _, _ in last], there)
-    return tuple(b if a is None else a if b is None else a + b for a, b in zip(early, late, strict=True)), exact
+    return tuple(
+        b if a is None else a if b is None else a + b for a, b in zip(early, late, strict=True)
+    ), exact
 
 
 def _picked(
@@ -100,7 +102,7 @@ def picked_of(inputs: Sequence[Tensor], outputs: Sequence[Tensor], other: Sequen
     with torch.enable_grad():
         vectors = [torch.zeros_like(z).requires_grad_() if z.requires_grad else None for z in outputs]
         pairs = [(z, v) for z, v in zip(outputs, vectors, strict=True) if v is not None]
-        pulled_back = torch.autograd.grad(
+        pulled_back: Sequence[Tensor | None] = torch.autograd.grad(
             [z for z, _ in pairs],
             list(inputs),
             [v for _, v in pairs],
@@ -108,13 +110,12 @@ def picked_of(inputs: Sequence[Tensor], outputs: Sequence[Tensor], other: Sequen
             allow_unused=True,
         )
         reached = [(g, x) for g, x in zip(pulled_back, other, strict=True) if g is not None]
-        found = iter(
-            torch.autograd.grad(
-                [g for g, _ in reached],
-                [v for _, v in pairs],
-                [x for _, x in reached],
-                allow_unused=True,
-            )
+        picked: Sequence[Tensor | None] = torch.autograd.grad(
+            [g for g, _ in reached],
+            [v for _, v in pairs],
+            [x for _, x in reached],
+            allow_unused=True,
         )
+    found = iter(picked)
     values = [z.detach() if v is None else next(found) for z, v in zip(outputs, vectors, strict=True)]
     return [torch.zeros_like(z) if x is None else x for z, x in zip(outputs, values, strict=True)]
