@@ -5,7 +5,7 @@ A call takes down what it meets in the run that is explained, and again in the r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,17 +29,26 @@ def _reference(call: Call) -> Reference:
     return call.setting.reference
 
 
+def _leaves(call: Call) -> Sequence[object]:
+    """The leaves of the arguments, which mostly are the arguments."""
+    args = call.args
+    if call.kwargs or not all(isinstance(x, Tensor) for x in args):
+        return tree_leaves((args, call.kwargs))
+    return args
+
+
 def noted(first: Callable[[Call, Place], Any], second: Run = Call.natively) -> Run:
     """How calls run: ``first`` in the run that is explained, ``second`` in that on the reference."""
 
     def run(call: Call) -> Any:
         reference, name = _reference(call), name_of_module(call.module)
-        given = tree_leaves((call.args, call.kwargs))
+        given = _leaves(call)
         if reference.running:
             return reference.follow(name, given, lambda: second(call))
         place = reference.place(name, given)
         outputs = first(call, place)
-        place.made = [z.shape for z in tree_leaves(outputs) if isinstance(z, Tensor)]
+        made = (outputs,) if isinstance(outputs, Tensor) else tree_leaves(outputs)
+        place.made = [z.shape for z in made if isinstance(z, Tensor)]
         return outputs
 
     return run
@@ -70,6 +79,9 @@ def between(run: Run, own: Convention, flow: Convention, epsilon: Stabilizer = r
     before, behind = (_Times, _Per) if flow == "relevance" else (_Per, _Times)
 
     def first(call: Call, place: Place) -> Any:
+        if len(call.args) == 1 and isinstance(call.args[0], Tensor) and not call.kwargs:
+            call = call.on(before.apply(call.args[0], place, 0, epsilon, call.setting))
+            return _behind(run(call), behind, place, epsilon, call.setting)
         leaves, spec = tree_flatten((call.args, call.kwargs))
         at = -1
         for i, x in enumerate(leaves):
@@ -95,6 +107,8 @@ def damped(run: Run, epsilon: Stabilizer) -> Run:
 
 
 def _behind(outputs: Any, identity: Any, place: Place, epsilon: Stabilizer, setting: Setting) -> Any:
+    if isinstance(outputs, Tensor):
+        return identity.apply(outputs, place, ~0, epsilon, setting) if on_tape(outputs) else outputs
     leaves, spec = tree_flatten(outputs)
     at = -1
     for i, z in enumerate(leaves):

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.beside import between, name_of_module, noted, there
 from tdhook.relevance.propagation.call import Call, Run
-from tdhook.relevance.propagation.conversions import Substituted, finite_product
+from tdhook.relevance.propagation.conversions import NotOneTensor, Substituted, finite_product
 from tdhook.relevance.propagation.executed import ExecutedLayer, ExecutedModule, Formula
 from tdhook.relevance.propagation.forms import ClosedForm, closed_form
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reference import Place
 from tdhook.relevance.propagation.steps import Grads, LinearStep, Modify, ModuleStep, Step
 from tdhook.relevance.secants.pair import Pair, Pull, difference
+from tdhook.relevance.secants.slopes import slope, slopes
 from tdhook.relevance.secants.table import LINEAR, secant_of
 from tdhook.relevance.secants.winners import picked_of
 from tdhook.tape.dependence import leaf
@@ -225,13 +226,54 @@ def secant(module: nn.Module, flow: Convention, pull: Pull | None = None, *, kee
     rule = _SECANTS[keeps]
     name, is_module = name_of_module(module), not isinstance(module, Operation)
     chosen = pull or secant_of(name, is_module=is_module)
-    linear = pull is None and not is_module and name in LINEAR
+    linear = pull is None and (name in LINEAR if not is_module else closed_form(module) is not None)
+    if chosen is slopes:
+        return between(_sloped(name, module, rule, chosen), "gradient", flow)
 
     def first(call: Call, place: Place) -> Any:
         return _DifferencedModule(rule, chosen, call, place).run()
 
     run = noted(first)
     return between(_natively_or(run) if linear else run, "gradient", flow)
+
+
+def _sloped(name: str, module: nn.Module, rule: Formula, pull: Pull) -> Run:
+    """How functions run that are applied to each value."""
+
+    def first(call: Call, place: Place) -> Any:
+        if len(call.args) and isinstance(call.args[0], Tensor) and len(place.given) == 1:
+            try:
+                return _Sloped.apply(call.args[0], call, place, name)
+            except NotOneTensor:
+                pass
+        return _DifferencedModule(rule, pull, call, place).run()
+
+    return noted(first)
+
+
+class _Sloped(TapeFunction):
+    """A function that is applied to each value of one tensor, on the tape."""
+
+    @staticmethod
+    def forward(x: Tensor, call: Call, place: Place, name: str) -> Tensor:
+        z = call.on(x).natively()
+        if not isinstance(z, Tensor) or z.shape != x.shape or x.is_complex():
+            raise NotOneTensor
+        return alias(z) if z is x or is_view(z) else z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.call, ctx.where, ctx.made_by = inputs
+        ctx.call = ctx.call.on(None)
+        ctx.save_for_backward(x, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> object:
+        x, z = ctx.saved_tensors
+        place: Place = ctx.where
+        start, before = there(place.starts[0], x), place.before[0]
+        found = slope(ctx.made_by, lambda at: ctx.call.on(at).natively(), x, start, z, before)
+        return grad * found, None, None, None
 
 
 def _natively_or(otherwise: Run) -> Run:

@@ -144,7 +144,8 @@ class Reference:
         outputs = run()
         if self.decided and place.picked is not None:
             outputs, place.chosen = place.picked(given, outputs), True
-        made = [z for z in tree_leaves(outputs) if isinstance(z, Tensor)]
+        leaves_made = (outputs,) if isinstance(outputs, Tensor) else tree_leaves(outputs)
+        made = [z for z in leaves_made if isinstance(z, Tensor)]
         self._check(place, place.made, made)
         place.before = tuple(map(self._kept, made))
         return outputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ def slopes(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     """Of a function that is applied to each value: the slope of the secant (Shrikumar et al. 2017, eq. 10)."""
     if len(pair.live) != 1 or pair.ends[0].shape != pair.outputs[0].shape or pair.ends[0].is_complex():
         return average(pair, grads)
-    return (grads[0] * slope(pair),)
+    (x,), (start,) = pair.ends, pair.starts
+    return (grads[0] * slope(pair.name, lambda at: pair.run([at])[0], x, start, pair.outputs[0], pair.before[0]),)
 
 
 def scaled(pair: Pair, grads: Sequence[Tensor]) -> Grads:
@@ -47,21 +48,30 @@ def quotient(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     return tuple(share.sum_to_size(x.shape) for share, x in zip(shares, pair.ends, strict=True))
 
 
-def slope(pair: Pair) -> Tensor:
+def slope(
+    name: str, function: Callable[[Tensor], Tensor], x: Tensor, start: Tensor, z: Tensor, before: Tensor
+) -> Tensor:
     """``(f(x) - f(s)) / (x - s)``, and the derivative half way where that is as exact.
 
     The quotient of two small differences is rounded so that the derivative, which agrees with it within that, is the
     better value.
+
+    Args:
+        name: that of the function.
+        function: applied to each value.
+        x: ``[*shape]``.
+        start: likewise, on the reference.
+        z: ``f(x)``.
+        before: ``f(start)``.
     """
-    (x,), (start,), z, before = pair.ends, pair.starts, pair.outputs[0], pair.before[0]
-    step, rise = x - start, z - before
+    step = x - start
     same = step == 0
-    ratio = rise / torch.where(same, 1.0, step)
-    if pair.name in _KINKED:
+    ratio = (z - before) / torch.where(same, 1.0, step)
+    if name in _KINKED:
         # Its pieces are lines through zero: on each of them the quotient is exact.
-        near = torch.where(same, _derivative(pair, x), ratio)
+        near = torch.where(same, (x > 0).to(x.dtype), ratio)
     else:
-        middle = _derivative(pair, torch.where(x == start, x, (x + start) / 2))
+        middle = _derivative(function, torch.where(x == start, x, (x + start) / 2))
         size = torch.maximum(z.abs(), before.abs()) + middle.abs() * torch.maximum(x.abs(), start.abs())
         noise = 8 * torch.finfo(x.dtype).eps * size / step.abs()
         near = torch.where(same | ((ratio - middle).abs() <= noise), middle, ratio)
@@ -72,13 +82,11 @@ def slope(pair: Pair) -> Tensor:
 _KINKED = frozenset(("relu", "ReLU"))
 
 
-def _derivative(pair: Pair, at: Tensor) -> Tensor:
-    if pair.name in _KINKED:
-        return (at > 0).to(at.dtype)
+def _derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     x = leaf(at)
     with torch.enable_grad():
-        outputs = pair.run([x])
-    found = pulled([x], outputs[:1], [torch.ones_like(outputs[0])])[0]
+        z = function(x)
+    found = pulled([x], [z], [torch.ones_like(z)])[0]
     return torch.zeros_like(at) if found is None else found
 
 
