@@ -3,87 +3,192 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.attribution.kept import Kept, There
+from tdhook.models.families import BatchNorm
 from tdhook.passes.forward import Run
 from tdhook.passes.runner import Runner
 from tdhook.perturbing.references import Drawn, References
 from tdhook.relevance.ledger.balance import balance
-from tdhook.relevance.ledger.ledger import Ledger
 from tdhook.relevance.plans.beside import Beside
 from tdhook.relevance.plans.plan import Plan
+from tdhook.relevance.plans.rehearsal import Ready
 from tdhook.relevance.propagation.reference import Parted
+from tdhook.relevance.secants.pair import difference
 from tdhook.targets.base import Seeder, Seeds
 
 __all__ = ["explain_difference"]
 
 
 def explain_difference(
-    runner: Runner, run: Run, plan: Plan, ledger: Ledger | None, seeder: Seeder, references: References
+    runner: Runner, run: Run, ready: Ready, plan: Plan, seeder: Seeder, references: References
 ) -> dict[NestedKey, Tensor]:
     """Share the difference of the target from what it is on a reference, on the mean of several of these.
 
     Args:
         runner: runs the model.
         run: the run that is explained, under the rules of ``plan``.
+        ready: what is kept from call to call.
         plan: a plan of differences.
-        ledger: keeps accounts, if any.
         seeder: what is explained.
         references: what it is compared with.
 
     Returns:
         Relevance by source, as :meth:`~tdhook.contexts.attribution.Attribution.explain` does.
     """
+    ledger = ready.ledger
     sources, seeds = run.sources(), run.seeds(seeder)
-    target, asked = runner.pinned(run)
     ends = {key: x.detach() for key, x in sources.items()}
     found: dict[NestedKey, Tensor] = {}
     drawn = references.of(run.independent_sources()[0], run.batch_dims(sources), runner.td)
+    beside = _Runs(runner, run, ready, plan, references)
     for number, one in enumerate(drawn):
-        other = _beside(runner, plan, ledger, target, asked, one)
-        grads = _seeds(seeds, run, other, plan)
+        there = beside.on(one)
+        grads = _seeds(seeds, there, plan)
         if ledger is not None:
-            runner.beside.update(
-                balance(ledger, run, grads, sources, plan.flow, _counterparts(run, other, seeds, sources))
-            )
+            counterparts = _counterparts(run, there, seeds, sources)
+            runner.beside.update(balance(ledger, run, grads, sources, plan.flow, counterparts))
         last = number == len(drawn) - 1
         pulled = run.pull(grads, sources, keep=ledger is not None or not last)
-        starts = other.sources()
         for key, value in pulled.items():
-            difference = ends[key] - starts[key].detach() if key in starts else torch.zeros_like(ends[key])
-            share = plan.relevance(difference, value) / len(drawn)
+            start = there.sources.get(key, ends[key])
+            share = plan.relevance(difference(ends[key], start.detach()), value)
+            share = share if len(drawn) == 1 else share / len(drawn)
             found[key] = found[key] + share if key in found else share
     return found
 
 
-def _beside(
-    runner: Runner, plan: Plan, ledger: Ledger | None, target: Seeder, asked: TensorDictBase, one: Drawn
-) -> Run:
-    reference = plan.reference
-    assert reference is not None
-    given = asked
-    if one.entries:
-        given = asked.copy()
-        for key, value in one.entries.items():
-            given.set(key, value)
-    while True:
-        within = Beside(plan, whole=ledger is not None)
+class _Runs:
+    """Runs a model on references, beside a run that is explained.
+
+    Args:
+        runner: runs the model.
+        run: the run that is explained.
+        ready: what is kept from call to call.
+        plan: the rules.
+        references: what is compared with.
+    """
+
+    def __init__(self, runner: Runner, run: Run, ready: Ready, plan: Plan, references: References) -> None:
+        assert plan.reference is not None
+        self.runner, self.run, self.ready, self.plan = runner, run, ready, plan
+        self.reference = plan.reference
+        target = runner.setup.question.target
+        # Whatever the target computes depends on more than the reference: on an action that was taken, say.
+        self._settled = references.constant and not target.writes and ready.ledger is None
+        trains = any(isinstance(m, BatchNorm) and m.training for m in plan.modules)
+        self._settled = self._settled and not trains and not torch.compiler.is_compiling()
+
+    def on(self, one: Drawn) -> There:
+        """The run on a reference, or a kept one that did the same."""
+        given = self._given(one)
+        if not self._settled or given is None:
+            return self._there(self._forward(one))
+        alone = self.ready.one_row is not False and self._is_uniform(one)
+        first = {key: value[:1] for key, value in given.items()} if alone else given
+        kept = self.ready.kept
+        if isinstance(kept, Kept) and kept.fits(first, self.reference, self.plan.modules):
+            return kept.there
+        drawn = torch.get_rng_state()
+        if not alone:
+            made = self._there(self._forward(one))
+        elif self.ready.one_row is None:
+            made = self._there(self._forward(one))
+            self.ready.one_row = self._is_alike(one)
+            first = given
+        else:
+            made = self._there(self._forward(one, alone=True))
+        # Where it draws random numbers, or decides, another one would not be the same.
+        if not self.reference.decided and torch.equal(drawn, torch.get_rng_state()):
+            self.ready.kept = Kept.of(made, first, self.reference, self.plan.modules)
+        return made
+
+    def _given(self, one: Drawn) -> dict[NestedKey, Tensor] | None:
+        """What the run depends on, by key; ``None`` where that cannot be told."""
+        found = dict(one.replaced)
+        for key in self.runner.setup.in_keys:
+            if key not in found:
+                value = self.runner.td.get(key, None)
+                if not isinstance(value, Tensor):
+                    return None
+                found[key] = value.detach()
+        return found
+
+    def _is_uniform(self, one: Drawn) -> bool:
+        """Whether all rows of the reference are the same, and nothing else goes into the model."""
+        td = self.runner.td
+        if td.batch_dims != 1 or len(td) < 2 or one.entries:
+            return False
+        return set(self.runner.setup.in_keys) <= set(one.replaced)
+
+    def _is_alike(self, one: Drawn) -> bool:
+        """Whether a run on one row does to it what one on all of the batch did to each."""
+        places = [(place.starts, place.before) for place in self.reference.places]
         try:
-            with runner.forward(given, within, target=target, replaced=one.replaced) as run:
-                pass
-        except Parted as error:
-            if reference.decided == 2:
-                raise
-            reference.decided += 1
-            _tell(error)
-            continue
-        if not reference.overwritten:
-            return run
+            self._forward(one, alone=True)
+        except (Parted, RuntimeError, ValueError):
+            alike = False
+        else:
+            alike = all(
+                _are_close([*starts, *before], [*place.starts, *place.before])
+                for (starts, before), place in zip(places, self.reference.places, strict=True)
+            )
+        for place, (starts, before) in zip(self.reference.places, places, strict=True):
+            place.starts, place.before = starts, before
+        return alike
+
+    def _forward(self, one: Drawn, *, alone: bool = False) -> Run:
+        runner, reference = self.runner, self.reference
+        target, given = runner.pinned(self.run)
+        if one.entries:
+            given = given.copy()
+            for key, value in one.entries.items():
+                given.set(key, value)
+        replaced = one.replaced
+        if alone:
+            given, replaced = given[:1], {key: value[:1] for key, value in replaced.items()}
+        reference.one = alone
+        while True:
+            within = Beside(self.plan, whole=self.ready.ledger is not None)
+            try:
+                with runner.forward(given, within, target=target, replaced=replaced) as run:
+                    pass
+            except Parted as error:
+                if alone or reference.decided == 2:
+                    raise
+                reference.decided += 1
+                _tell(error)
+                continue
+            if not reference.overwritten:
+                return run
+
+    @staticmethod
+    def _there(run: Run) -> There:
+        sources = {key: x.detach() for key, x in run.sources().items()}
+        inputs = {key: x.detach() for key, x in run.inputs.items()}
+        offered = run.offered().detach()
+        return There(offered.get, sources, inputs)
+
+
+def _are_close(full: Sequence[Tensor | None], one: Sequence[Tensor | None]) -> bool:
+    if len(full) != len(one):
+        return False
+    return all(
+        a is b or (a is not None and b is not None and _is_close(a, b))
+        for a, b in zip(full, one, strict=True)
+    )
+
+
+def _is_close(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point():
+        return bool((a == b).all())
+    tolerance = 64 * torch.finfo(a.dtype).eps
+    return bool(torch.allclose(a, b.expand_as(a), tolerance, tolerance, equal_nan=True))
 
 
 def _tell(error: Parted) -> None:
@@ -95,22 +200,21 @@ def _tell(error: Parted) -> None:
 
 
 def _counterparts(
-    run: Run, other: Run, seeds: Seeds, sources: Mapping[NestedKey, Tensor]
+    run: Run, there: There, seeds: Seeds, sources: Mapping[NestedKey, Tensor]
 ) -> Callable[[Tensor], Tensor]:
     """What values of one run are in the other."""
-    offered, starts = other.offered(), {**other.inputs, **other.sources()}
-    found = {id(z): offered.get(key) for key, z in zip(seeds.keys, seeds.tensors, strict=True)}
+    starts = {**there.inputs, **there.sources}
+    found = {id(z): there.outputs(key) for key, z in zip(seeds.keys, seeds.tensors, strict=True)}
     found.update((id(x), starts[key]) for key, x in {**run.inputs, **sources}.items() if key in starts)
     return lambda x: found.get(id(x), x).detach()
 
 
-def _seeds(seeds: Seeds, run: Run, other: Run, plan: Plan) -> Seeds:
+def _seeds(seeds: Seeds, there: There, plan: Plan) -> Seeds:
     """Where the backward pass starts: at differences of what is explained."""
     if plan.flow == "gradient":
         return seeds
-    offered = other.offered()
     grads = []
     for key, z, grad in zip(seeds.keys, seeds.tensors, seeds.grads, strict=True):
-        rise = z.detach() - offered.get(key).detach()
+        rise = difference(z.detach(), there.outputs(key))
         grads.append(torch.where(grad == 0, 0.0, grad * rise))
     return Seeds(seeds.keys, seeds.tensors, grads, seeds.several)

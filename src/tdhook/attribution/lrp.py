@@ -140,7 +140,7 @@ class LRP(Attribution):
         plan, ledger = runner.state.ready(runner), self._new_ledger(runner.state)
         with runner.forward(td, plan.rules_on(ledger)) as run:
             if self.references is not None:
-                return explain_difference(runner, run, plan, ledger, self.seeder, self.references)
+                return explain_difference(runner, run, runner.state, plan, self.seeder, self.references)
             seeds, sources = run.seeds(self.seeder, plan.flow), run.sources()
             pulled = run.pull(seeds, sources, keep=ledger is not None)
             if ledger is not None:

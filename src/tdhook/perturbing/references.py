@@ -56,6 +56,12 @@ class References:
         if samples > 1 and not any(isinstance(given, str) and given == "sample" for given in named):
             raise ValueError(f'samples={samples} are drawn of data: give baseline="sample"')
 
+    @property
+    def constant(self) -> bool:
+        """Whether the references are the same for each batch, as far as they are known beforehand."""
+        named = self.baseline.values() if isinstance(self.baseline, Mapping) else [self.baseline]
+        return not any(isinstance(given, str | tuple) or callable(given) for given in named)
+
     def of(
         self, values: Mapping[NestedKey, Tensor], batch_dims: Mapping[NestedKey, int], td: TensorDictBase
     ) -> list[Drawn]:

@@ -65,7 +65,7 @@ def deeplift() -> Composite:
     Linear layers share differences by their weights, without a stabiliser, and every operation by its secant, so that
     all of the difference arrives. Averaged over several baselines it is DeepSHAP (Lundberg and Lee 2017).
     """
-    return Composite([(Linear, EpsilonRule(0.0))])
+    return Composite([(Linear, EpsilonRule(0.0)), *_base(0.0)])
 
 
 def epsilon_plus(

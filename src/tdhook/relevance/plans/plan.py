@@ -191,6 +191,11 @@ class Plan:
         """What the calls of a run meet on a reference, if differences from one are explained."""
         return self.setting.reference
 
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All modules of the model."""
+        return self._modules
+
     def attach(self, stack: ExitStack) -> None:
         """Run the model under the rules until ``stack`` is closed; operations only :meth:`within` it."""
         overwriting = [m for m in self._units if m.__dict__.get("inplace") is True and overwrites(m)]

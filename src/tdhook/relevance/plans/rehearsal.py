@@ -33,6 +33,8 @@ class Ready:
     Attributes:
         plan: the plan, as far as it is known.
         ledger: accounts of the last call, if they were asked for.
+        kept: a run on a reference that may serve once more, if one does.
+        one_row: whether one row of a reference stands for all of a batch; ``None`` until that was seen.
     """
 
     def __init__(
@@ -45,8 +47,13 @@ class Ready:
         self._pending = needs_execution
         self.plan = make(None)
         self.ledger: Ledger | None = None
+        self.kept: object = None
+        self.one_row: bool | None = None
         if not needs_execution:
             check(self.plan)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "kept": None}
 
     def _repr_html_(self) -> str:
         accounts = "" if self.ledger is None else self.ledger._repr_html_()

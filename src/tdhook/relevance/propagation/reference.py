@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,38 @@ class Place:
     picked: Callable[[Sequence[Tensor], Any], Any] | None = None
     chosen: bool = False
 
+    def to_keep(self) -> Place:
+        """The same for later runs, without what was attributed."""
+        given = [
+            torch.empty(x.shape, device="meta") if live else x.clone() if x.numel() <= _SMALL else x
+            for x, live in zip(self.given, self.live, strict=True)
+        ]
+        return replace(self, given=given, picked=None)
+
+    def meets(self, kept: Place) -> bool:
+        """Whether an earlier call went as this one does, as far as that is no matter of attributed values."""
+        if (self.name, self.numbers, self.live) != (kept.name, kept.numbers, kept.live):
+            return False
+        starts = [
+            x.shape if start is None else start.shape
+            for x, start in zip(kept.given, kept.starts, strict=True)
+        ]
+        shapes, others = (
+            [*self.made, *(x.shape for x in self.given)],
+            [*(z.shape for z in kept.before), *starts],
+        )
+        if len(shapes) != len(others) or not all(map(_fits, shapes, others)):
+            return False
+        return all(
+            live or start is not None or _is_same(x, other) or (x.numel() <= _SMALL and torch.equal(x, other))
+            for x, other, live, start in zip(self.given, kept.given, self.live, kept.starts, strict=True)
+        )
+
+    def fill_as(self, kept: Place) -> None:
+        """Fill in what an earlier call met."""
+        self.starts, self.before = kept.starts, kept.before
+        self.other, self.chosen = kept.other, kept.chosen
+
     def __str__(self) -> str:
         return f"{self.name}" + (f" in `{self.path}`" if self.path else "")
 
@@ -65,10 +97,11 @@ class Reference:
         decided: how far the second run takes the decisions of the first: whole numbers (1), such as which values were
             picked, and truth values as well (2), that were computed of what is attributed there.
         path: tells where in the model the present call is.
+        one: whether the second run has one row, which stands for all of the batch.
     """
 
     def __init__(self) -> None:
-        self.running = False
+        self.running = self.one = False
         self.decided = 0
         self.decisions: list[Any] = []
         self.path: Callable[[], str] = str
@@ -167,7 +200,9 @@ class Reference:
         places = [x for x in leaves if isinstance(x, Tensor) and not x.is_floating_point()]
         if not self.running:
             if not self._aside:
-                self.places.append(Place(name, self.path(), [x.detach() for x in places], [], []))
+                given = [x.detach() for x in places]
+                nothing: list[Tensor | None] = [None] * len(given)
+                self.places.append(Place(name, self.path(), given, [False] * len(given), [], starts=nothing))
             return
         place = self._next(name)
         self._check(place, [x.shape for x in place.given], places)
@@ -187,7 +222,10 @@ class Reference:
 
     def _check(self, place: Place, now: Sequence[torch.Size], there: Sequence[Tensor]) -> None:
         shapes, others = list(map(list, now)), [list(x.shape) for x in there]
-        if shapes != others:
+        fits = shapes == others
+        if self.one and not fits:
+            fits = len(shapes) == len(others) and all(map(_fits, shapes, others))
+        if not fits:
             raise Parted(_PARTED.format(f"{place} meets shapes {others} there instead of {shapes}"))
 
     def _kept(self, x: Tensor) -> Tensor:
@@ -203,6 +241,18 @@ _PARTED = (
     "the model does something else on the reference (baseline) than on the input, so that their difference cannot be "
     "followed: {}. Choose a reference that takes the same way, or hold the key fixed that decides it"
 )
+
+
+_SMALL = 1 << 14
+
+
+def _fits(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether a value of one row stands for one of several."""
+    if len(shape) != len(other):
+        return False
+    return sum(n != m for n, m in zip(shape, other, strict=True)) <= 1 and all(
+        n == m or m == 1 for n, m in zip(shape, other, strict=True)
+    )
 
 
 def _as_decided(first: Any, second: Any, *, truths: bool) -> Any:

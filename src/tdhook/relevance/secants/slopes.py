@@ -19,7 +19,9 @@ def slopes(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     if len(pair.live) != 1 or pair.ends[0].shape != pair.outputs[0].shape or pair.ends[0].is_complex():
         return average(pair, grads)
     (x,), (start,) = pair.ends, pair.starts
-    return (grads[0] * slope(pair.name, lambda at: pair.run([at])[0], x, start, pair.outputs[0], pair.before[0]),)
+    return (
+        grads[0] * slope(pair.name, lambda at: pair.run([at])[0], x, start, pair.outputs[0], pair.before[0]),
+    )
 
 
 def scaled(pair: Pair, grads: Sequence[Tensor]) -> Grads:
