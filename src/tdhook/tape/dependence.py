@@ -101,8 +101,11 @@ class Dependence:
 
     def look_at_call(self, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[bool, bool]:
         """The same of what a module is called with, however it is packed."""
-        if not kwargs and all(isinstance(x, Tensor) for x in args):
-            return self.look(args)
+        if len(args) == 1 and not kwargs:
+            x = args[0]
+            if isinstance(x, Tensor) and x.requires_grad:
+                live = self.has(x)
+                return live, not live
         return self.look(tree_leaves((args, kwargs)))
 
     def constants_off(self, tree: T, *, own: bool) -> T:

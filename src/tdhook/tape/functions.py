@@ -115,9 +115,11 @@ class TapeFunction(Function):
         if "_is_piece" in cls.__dict__:
             return
 
+        run, keep = cls.forward, cls.setup_context
+
         def forward(ctx: Any, *inputs: Any) -> object:
-            outputs = cls.forward(*inputs)
-            cls.setup_context(ctx, inputs, outputs)
+            outputs = run(*inputs)
+            keep(ctx, inputs, outputs)
             return outputs
 
         namespace = {

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
+from operator import methodcaller
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -116,9 +117,8 @@ without_modes: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorc
 """Runs torch functions in sight of no mode."""
 
 
-def is_view(x: Tensor) -> bool:
-    """Whether a tensor is a view of another one."""
-    return x._is_view()
+is_view: Callable[[Tensor], bool] = Tensor._is_view
+"""Whether a tensor is a view of another one."""
 
 
 def base_of(x: Tensor) -> Tensor:
@@ -162,9 +162,8 @@ nodes_made: Callable[[], int] = _C._autograd._get_sequence_nr
 """How many nodes this thread has put on the tape so far."""
 
 
-def number_of(node: Any) -> int:
-    """The number of a node of the tape among those of its thread, in the order in which they were made."""
-    return int(node._sequence_nr())
+number_of: Callable[[object], int] = methodcaller("_sequence_nr")
+"""The number of a node of the tape among those of its thread, in the order in which they were made."""
 
 
 def maker_of(node: object) -> type | None:

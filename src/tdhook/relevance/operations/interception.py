@@ -197,13 +197,23 @@ class Interception(Watching):
             if aside and not (live and binding.closed):
                 aside = False
                 push_mode(self)
-            result = self._run_unit(binding, call) if live else call.execute()
+            if not live:
+                result = call.execute()
+            elif self.observer is None and not binding.enters:
+                self._paused += 1
+                try:
+                    result = binding.bound.run(call)
+                finally:
+                    self._paused -= 1
+            else:
+                result = self._run_unit(binding, call)
         finally:
             if aside:
                 push_mode(self)
-        return self._as_in_place(call.module, call.args, result)
+        return self._as_in_place(call.module, call.args, result) if self.outdated.layers else result
 
     def _run_unit(self, binding: Binding, call: Call) -> Any:
+        """Run a module in sight of the observer, or in parts if that is how it is ruled."""
         if binding.enters and not self._paused:
             return self._enter(binding, call)
         bound = binding.bound
@@ -230,8 +240,7 @@ class Interception(Watching):
 
     def _as_in_place(self, module: nn.Module, args: Any, result: Any) -> Any:
         """What a layer returns that overwrites its input, having been run out of place."""
-        layers = self.outdated.layers
-        if not layers or id(module) not in layers or not args or not isinstance(args[0], Tensor):
+        if id(module) not in self.outdated.layers or not args or not isinstance(args[0], Tensor):
             return result
         if not self.outdated.heeded:
             if not isinstance(result, Tensor) or storage_of(result) != storage_of(args[0]):

@@ -101,7 +101,8 @@ def make_plan(
     rank = {name: i for i, name in reversed(list(enumerate(execution.order)))}
     rows.sort(key=lambda row: rank.get(row.path, len(rank)))
     weights = WeightCache(row.module for row in rows if row.rule is not None) if cache_weights else None
-    setting = Setting(None, weights, Merges() if merge_batch_norm else None)
+    norms = merge_batch_norm and any(isinstance(m, BatchNorm) for m in execution.modules.values())
+    setting = Setting(None, weights, Merges() if norms else None)
     merges: dict[str, list[nn.Module]] = {}
     if not isinstance(merge_batch_norm, bool):
         merges = _named_merges(merge_batch_norm, execution)

@@ -149,15 +149,17 @@ class Binding:
             return (self.original or self.module.forward)(*args, **kwargs)
         if self._on_tensordict:
             return self._call_on_tensordict(cast(TensorDictModuleBase, self.module), *args, **kwargs)
-        assert self.original is not None
-        return self._call(self.original, args, kwargs)
-
-    def _call(
-        self, original: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> Any:
+        original, around = self.original, self.around
+        assert original is not None
         if not torch.is_grad_enabled():
             return original(*args, **kwargs)
         call = Call(self.module, original, args, kwargs, self.setting)
+        return self.bound.run(call) if around is None else around.unit(self, call)
+
+    def _call(self, original: Callable[..., object], args: tuple[object, ...]) -> Any:
+        if not torch.is_grad_enabled():
+            return original(*args)
+        call = Call(self.module, original, args, {}, self.setting)
         return self.bound.run(call) if self.around is None else self.around.unit(self, call)
 
     def _call_on_tensordict(self, module: TensorDictModuleBase, *args: Any, **kwargs: Any) -> Any:
@@ -189,11 +191,11 @@ class Binding:
             attributes = self.module.__dict__
             attributes["_prev_forward"] = on_tensors
             try:
-                outputs = self._call(on_tensors, tensors, {})
+                outputs = self._call(on_tensors, tensors)
             finally:
                 attributes["_prev_forward"] = original
         else:
-            outputs = self._call(on_tensors, tensors, {})
+            outputs = self._call(on_tensors, tensors)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         destination = td if destination is None else destination
         written = writes()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from tdhook.relevance.propagation.again import Again, remembers
-from tdhook.relevance.propagation.call import Call, Run
+from tdhook.relevance.propagation.call import Call, Run, Setting
 from tdhook.relevance.propagation.forms import ClosedForm, closed_form
 from tdhook.relevance.propagation.lent import Lent, are_lent
 from tdhook.relevance.propagation.merges import Place
@@ -26,6 +26,7 @@ from tdhook.tape.sharded import added_up, is_sharded
 from tdhook.tape.trees import Shape, tree_flatten, tree_leaves, tree_unflatten
 
 __all__ = [
+    "Directly",
     "ExecutedLayer",
     "ExecutedModule",
     "Formula",
@@ -34,6 +35,16 @@ __all__ = [
     "running_layer",
     "running_module",
 ]
+
+
+Directly: TypeAlias = "Callable[..., Tensor | None]"
+"""``(form, relevance, x, weight, bias, *outputs) -> relevance of x``: a formula on plain tensors of one precision.
+
+It may say ``None``, and leave it to a step.
+"""
+
+_PLAIN = (Tensor, nn.Parameter)
+_WITH_ROOM = frozenset((torch.float32, torch.float64, torch.bfloat16))
 
 
 class Formula(Protocol):
@@ -52,7 +63,9 @@ class Formula(Protocol):
         """Raise where the rule does not fit the module."""
 
 
-def running_layer(rule: Formula, layer: nn.Module, form: ClosedForm, otherwise: Run) -> Run:
+def running_layer(
+    rule: Formula, layer: nn.Module, form: ClosedForm, otherwise: Run, directly: Directly | None = None
+) -> Run:
     """How a linear layer or convolution runs under a formula.
 
     Args:
@@ -60,18 +73,19 @@ def running_layer(rule: Formula, layer: nn.Module, form: ClosedForm, otherwise: 
         layer: the layer.
         form: how it computes.
         otherwise: makes calls with anything else than one tensor.
+        directly: what the formula comes to where nothing is reported, merged, lent, sharded or converted.
     """
     parameters: Any = layer
 
     def run(call: Call) -> Any:
-        args = call.args
-        if call.kwargs and not args and list(call.kwargs) == ["input"]:
-            args = (call.kwargs["input"],)
-        elif len(args) != 1 or call.kwargs:
-            return otherwise(call)
-        if not isinstance(args[0], Tensor):
+        _, function, args, kwargs, setting = call
+        if kwargs and not args and list(kwargs) == ["input"]:
+            args = (kwargs["input"],)
+        elif len(args) != 1 or kwargs:
             return otherwise(call)
         x = args[0]
+        if not isinstance(x, Tensor):
+            return otherwise(call)
         if on_tape(x):
             # Strides and the like may have been set anew since the rule was bound.
             now = form if form.settled else closed_form(layer) or form
@@ -80,13 +94,29 @@ def running_layer(rule: Formula, layer: nn.Module, form: ClosedForm, otherwise: 
             if weight.is_meta:
                 executed.lent = Lent(layer)
                 weight = bias = None
+            elif directly is not None and not transformed() and _is_plain(setting, x, weight):
+                executed.directly = directly
             z = RuledLayer.apply(executed, x, weight, bias)
         else:
-            z = call.function(x)
+            z = function(x)
         rule.check(layer, args, (z,))
         return z
 
     return run
+
+
+def _is_plain(setting: Setting, x: Tensor, weight: Tensor) -> bool:
+    """Whether nothing surrounds a call that a rule has to mind, and all tensors are plain ones of one precision."""
+    return (
+        setting.report is None
+        and setting.merges is None
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and x.dtype is weight.dtype
+        and x.dtype in _WITH_ROOM
+        and x.device == weight.device
+        and not torch.compiler.is_compiling()
+    )
 
 
 class ExecutedLayer(Place):
@@ -98,15 +128,17 @@ class ExecutedLayer(Place):
         nonnegative: whether no entry of ``x`` can be negative, as far as that is known.
         dtype: the precision in which the layer computed.
         lent: the parameters that it computed with, where it is only lent them while it runs.
+        directly: what the formula comes to, if it can be had without a step.
     """
 
-    __slots__ = ("_function", "_setting", "dtype", "form", "lent", "module", "nonnegative", "rule")
+    __slots__ = ("_function", "_setting", "directly", "dtype", "form", "lent", "module", "nonnegative", "rule")
 
     def __init__(self, rule: Formula, form: ClosedForm, call: Call, nonnegative: bool) -> None:
         self.rule, self.form, self.nonnegative = rule, form, nonnegative
         self.module, self._function, _, _, self._setting = call
         self.dtype: torch.dtype | None = None
         self.lent: Lent | None = None
+        self.directly: Directly | None = None
 
     def execute(self, x: Tensor) -> Tensor:
         """Run the layer itself."""
@@ -164,6 +196,11 @@ class RuledLayer(TapeFunction):
         """Turn the relevance of the output into that of the input."""
         executed: ExecutedLayer = ctx.executed
         saved = ctx.saved_tensors
+        directly = executed.directly
+        if directly is not None and executed.dtype is saved[0].dtype and not torch.is_grad_enabled():
+            found = directly(executed.form, out_relevance, *saved)
+            if found is not None:
+                return None, found, None, None
         step = executed.step(*saved)
         (relevance,) = executed.rule.propagate(step, (added_up(out_relevance),))
         if relevance is not None and relevance.device != saved[0].device:

@@ -42,19 +42,18 @@ def stabilize(tensor: Tensor, epsilon: Stabilizer = 1e-6) -> Tensor:
 
 def _moved(tensor: Tensor, epsilon: float) -> Tensor:
     # Negative zero is zero: adding zero makes it positive.
-    return _added(torch.copysign(_distance(tensor, epsilon), tensor + 0.0), tensor)
+    return _moved_along(tensor, tensor + 0.0, epsilon)
 
 
 def moved_away(tensor: Tensor, epsilon: float) -> Tensor:
     """:func:`stabilize` where it does not matter which way a negative zero is moved."""
-    return _added(torch.copysign(_distance(tensor, epsilon), tensor), tensor)
+    return _moved_along(tensor, tensor, epsilon)
 
 
-def _added(step: Tensor, tensor: Tensor) -> Tensor:
-    """Their sum, in the memory of ``step`` unless the tape has kept it."""
-    if torch.is_grad_enabled() and on_tape(step):
-        return step + tensor
-    return step.add_(tensor)
+def _moved_along(tensor: Tensor, sign: Tensor, epsilon: float) -> Tensor:
+    step = torch.copysign(_distance(tensor, epsilon), sign)
+    # In its memory, unless the tape has kept it.
+    return step + tensor if torch.is_grad_enabled() and on_tape(step) else step.add_(tensor)
 
 
 def _distance(tensor: Tensor, epsilon: float) -> Tensor:

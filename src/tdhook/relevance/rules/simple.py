@@ -60,9 +60,11 @@ class PassRule(PropagationRule):
         def run(call: Call) -> object:
             if not _takes_one_on_tape(call):
                 return formula(call)
+            alone = len(call.args) == 1 and not call.kwargs
+            alone = alone and not (module._modules or module.__dict__.get("inplace"))
 
             def function(x: Tensor) -> Any:
-                z = call.on(x).natively()
+                z = call.function(x) if alone else call.on(x).natively()
                 if not isinstance(z, Tensor):
                     z = tree_leaves(z)
                     self.check(module, (x,), [leaf for leaf in z if isinstance(leaf, Tensor)])
@@ -72,7 +74,8 @@ class PassRule(PropagationRule):
 
             try:
                 if flow == "relevance":
-                    return with_masks(call, call.args[0], Unchanged.apply(call.args[0], function, name))
+                    z = Unchanged.apply(call.args[0], function, name)
+                    return z if call.setting.report is None else with_masks(call, call.args[0], z)
                 return Ratio.apply(call.args[0], function, name, call.setting.report)
             except NotOneTensor:
                 return formula(call)
@@ -84,7 +87,7 @@ class PassRule(PropagationRule):
 
 def _takes_one_on_tape(call: Call) -> bool:
     """Whether the first argument is on the tape, and the only tensor."""
-    args, kwargs = call.args, call.kwargs
+    _, _, args, kwargs, _ = call
     if not args or not isinstance(args[0], Tensor) or not on_tape(args[0]):
         return False
     return not (len(args) > 1 and _has_tensor(args[1:])) and not (kwargs and _has_tensor(kwargs))
