@@ -42,6 +42,8 @@ Entry: TypeAlias = "object | tuple[object, ...]"
 
 def is_batch(value: object) -> TypeGuard[TensorDictBase]:
     """Whether a value has entries: a TensorDict, a lazy stack, a tensorclass."""
+    if isinstance(value, Tensor):
+        return False
     if isinstance(value, TensorDict):
         return True
     return (isinstance(value, TensorDictBase) or is_tensorclass(value)) and not is_non_tensor(value)
@@ -49,13 +51,15 @@ def is_batch(value: object) -> TypeGuard[TensorDictBase]:
 
 def _is_stack(value: object) -> TypeGuard[LazyStackedTensorDict]:
     """Whether a value is a lazy stack of TensorDicts; one of texts is another thing."""
+    if type(value) is TensorDict or isinstance(value, Tensor):
+        return False
     return isinstance(value, LazyStackedTensorDict) and not is_non_tensor(value)
 
 
 def entries_of(td: TensorDictBase) -> Iterator[tuple[NestedKey, Entry]]:
     """The entries of a TensorDict by key, with those below it and those that are no tensors."""
     try:
-        yield from list(td.items(True, True, is_leaf=is_leaf_nontensor))
+        yield from list(td.items() if _is_flat(td) else td.items(True, True, is_leaf=is_leaf_nontensor))
     except RuntimeError:  # a ragged entry, which cannot be stacked
         for key in list(td.keys()):
             if is_ragged(td, key):
@@ -69,6 +73,9 @@ def entries_of(td: TensorDictBase) -> Iterator[tuple[NestedKey, Entry]]:
 def objects_of(td: TensorDictBase) -> dict[NestedKey, Entry]:
     """The entries of a TensorDict by key, as the objects that they are: those of a lazy stack are those it stacks."""
     found: dict[NestedKey, Entry] = {}
+    if _is_flat(td):
+        found.update(td.items())
+        return found
     for key, value in td.items(True, True, is_leaf=_is_whole):
         if not _is_stack(value):
             found[key] = value
@@ -77,6 +84,16 @@ def objects_of(td: TensorDictBase) -> dict[NestedKey, Entry]:
         for name in set(each[0]).intersection(*each[1:]):
             found[under(key, name)] = tuple(one[name] for one in each)
     return found
+
+
+def _is_flat(td: TensorDictBase) -> bool:
+    """Whether a TensorDict has nothing but tensors."""
+    if type(td) is not TensorDict:
+        return False
+    for value in td.values():  # noqa: SIM110
+        if not isinstance(value, Tensor):
+            return False
+    return True
 
 
 def _is_whole(kind: type) -> bool:
@@ -98,7 +115,7 @@ def _same(a: Entry, b: Entry) -> bool:
 
 def plain(td: TensorDictBase) -> TensorDictBase:
     """The same entries in a TensorDict, if they are those of a tensorclass."""
-    if isinstance(td, TensorDictBase):
+    if type(td) is TensorDict or isinstance(td, TensorDictBase):
         return td
     found = TensorDict({}, td.batch_size, names=names_of(td), device=td.device)
     for key, value in td.items():
@@ -109,6 +126,8 @@ def plain(td: TensorDictBase) -> TensorDictBase:
 
 def dense_copy(td: TensorDictBase) -> TensorDictBase:
     """A copy with the same tensors, in which lazy stacks are stacked."""
+    if _is_flat(td):
+        return td.copy()
     if _is_stack(td):
         return _stacked(td)
     if not isinstance(td, TensorDictBase):

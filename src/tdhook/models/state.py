@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -30,6 +30,7 @@ __all__ = [
     "without_backward_hooks",
 ]
 
+_NOTHING = nullcontext()
 _LISTS = ("_flat_weights", "_flat_weight_refs")
 
 LIBRARIES = (LEFT_ALONE - {"tdhook"}) | {"timm", "torchvision"}
@@ -129,16 +130,21 @@ def _inference_slots(modules: Iterable[nn.Module]) -> list[Slot]:
     return found
 
 
-@contextmanager
-def without_backward_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
+def without_backward_hooks(modules: Collection[nn.Module]) -> AbstractContextManager[None]:
     """Have no backward hooks of modules called: what comes by is relevance, and no gradient that they are meant for."""
+    for module in modules:
+        own = module.__dict__
+        if own.get("_backward_hooks") or own.get("_backward_pre_hooks"):
+            return _without_backward_hooks(modules)
+    return _NOTHING
+
+
+@contextmanager
+def _without_backward_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
     found: list[Slot] = []
     for module in modules:
         own = module.__dict__
         found += [(own, name) for name in ("_backward_hooks", "_backward_pre_hooks") if own.get(name)]
-    if not found:
-        yield
-        return
     theirs = [registry[name] for registry, name in found]
     empty: list[OrderedDict[int, object]] = [OrderedDict() for _ in found]
 
@@ -215,17 +221,19 @@ class Memory:
         found = (*self._moving.values(), *self._suspects, *counting)
         return tuple({id(module): module for module in found}.values())
 
-    @contextmanager
-    def kept(self, *, always: bool) -> Iterator[Snapshot | None]:
+    def kept(self, *, always: bool) -> AbstractContextManager[Snapshot | None]:
         """:func:`restored` of what may change; ``None`` is yielded where nothing may.
 
         Args:
             always: whether to put it back also where the block did not raise.
         """
+        if self._moving == {} and not (self._draws or self._suspects or self._counting):
+            return _NOTHING
         among = self.changing
-        if among == () and not self._draws:
-            yield None
-            return
+        return _NOTHING if among == () and not self._draws else self._kept(among, always)
+
+    @contextmanager
+    def _kept(self, among: Sequence[nn.Module] | None, always: bool) -> Iterator[Snapshot]:
         known = among is not None and not self._draws
         with restored(self._root, always=always, among=among, torch_alone=known) as snapshot:
             yield snapshot

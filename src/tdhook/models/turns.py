@@ -18,6 +18,8 @@ _LOCK = lock()
 _FREE = Condition(_LOCK)
 _CLAIMS: list[_Claim] = []
 """Which threads have which modules."""
+_WAITING: list[_Claim] = []
+"""What is waited for."""
 
 
 class _Claim:
@@ -33,7 +35,8 @@ class _Claim:
         with _LOCK:
             if self in _CLAIMS:
                 _CLAIMS.remove(self)
-                _FREE.notify_all()
+                if _WAITING:
+                    _FREE.notify_all()
 
 
 def _forget() -> None:
@@ -42,6 +45,7 @@ def _forget() -> None:
     _LOCK = lock()
     _FREE = Condition(_LOCK)
     _CLAIMS.clear()
+    _WAITING.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -71,19 +75,22 @@ class Turn:
 
     def __enter__(self) -> None:
         claim = _Claim(get_ident(), self._ids)
-        self._taken().append(Change(claim.give_up))
+        # What this thread took by it, and has not given back.
+        self._mine.__dict__.setdefault("taken", []).append(Change(claim.give_up))
         with _LOCK:
-            while any(it.thread != claim.thread and not self._ids.isdisjoint(it.ids) for it in _CLAIMS):
-                _FREE.wait()
+            if _CLAIMS:
+                self._wait(claim)
             _CLAIMS.append(claim)
 
     def __exit__(self, *exception: object) -> None:
-        self._taken().pop().undo()
+        self._mine.taken.pop().undo()
 
-    def _taken(self) -> list[Change]:
-        """What this thread took by it, and has not given back."""
-        taken: list[Change] = self._mine.__dict__.setdefault("taken", [])
-        return taken
+    def _wait(self, claim: _Claim) -> None:
+        """Wait until no other thread has any of the modules; where that is interrupted, one is told in vain."""
+        _WAITING.append(claim)
+        while any(it.thread != claim.thread and not self._ids.isdisjoint(it.ids) for it in _CLAIMS):
+            _FREE.wait()
+        _WAITING.remove(claim)
 
 
 def elsewhere(thread: int | None) -> bool:

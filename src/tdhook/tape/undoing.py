@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from threading import RLock, local
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 from weakref import ref
 
 import torch
@@ -32,6 +33,8 @@ __all__ = ["Change", "Hook", "Undoing", "hooked", "lock", "set_to", "undone", "u
 Hook: TypeAlias = "tuple[Callable[..., Any], Callable[..., object], dict[str, bool]]"
 """A method that registers a hook, such as ``module.register_forward_hook``, the hook, and how."""
 
+T = TypeVar("T")
+
 _HERE = local()
 _LOCKS: list[RLock] = []
 _MOST_INTERRUPTS = 3
@@ -48,9 +51,10 @@ class Change:
 
     def __init__(self, put_back: Callable[[], object]) -> None:
         self._put_back: Callable[[], object] | None = put_back
-        within = _innermost()
-        if within is not None:
-            within.note(self)
+        within: ref[Undoing] | None = getattr(_HERE, "innermost", None)
+        block = None if within is None else within()
+        if block is not None:
+            block.changes.append(self)
 
     def undo(self) -> None:
         """Put it back, unless it was."""
@@ -82,16 +86,20 @@ def undone_where_raised(put_back: Callable[[], object]) -> Iterator[None]:
         change.undo()
 
 
-@contextmanager
-def set_to(variable: ContextVar[Any], value: object) -> Iterator[None]:
+class set_to(Generic[T]):
     """Give a context variable a value within."""
-    before = variable.get()
-    change = Change(lambda: variable.set(before))
-    try:
-        variable.set(value)
-        yield
-    finally:
-        change.undo()
+
+    __slots__ = ("_change", "_value", "_variable")
+
+    def __init__(self, variable: ContextVar[T], value: T) -> None:
+        self._variable, self._value = variable, value
+
+    def __enter__(self) -> None:
+        self._change = Change(partial(self._variable.set, self._variable.get()))
+        self._variable.set(self._value)
+
+    def __exit__(self, *exception: object) -> None:
+        self._change.undo()
 
 
 @contextmanager
@@ -146,20 +154,19 @@ class Undoing:
     """A block at whose end, where it raises, all changes are undone that are noted within it, in this thread.
 
     The modes of torch that were on when it began are on again, too.
+
+    Attributes:
+        changes: those that were noted, which are undone unless somebody did before.
     """
 
-    __slots__ = ("__weakref__", "_changes", "_grad", "_hooks", "_modes", "_outer", "_seen")
+    __slots__ = ("__weakref__", "_grad", "_hooks", "_modes", "_outer", "_seen", "changes")
 
     def __enter__(self) -> None:
-        self._changes: list[Change] = []
+        self.changes: list[Change] = []
         self._outer = _innermost()
         self._grad, self._modes = torch.is_grad_enabled(), function_modes()
         self._seen, self._hooks = torch_functions_seen(), saved_tensors_hooks_on_top()
         _HERE.innermost = ref(self)
-
-    def note(self, change: Change) -> None:
-        """Undo a change at the end, if nobody did before."""
-        self._changes.append(change)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
@@ -177,6 +184,6 @@ class Undoing:
         without_saved_tensors_hooks(self._hooks)
         set_torch_functions_seen(self._seen)
         set_function_modes(self._modes)
-        for change in reversed(self._changes):
+        for change in reversed(self.changes):
             change.undo()
         torch.set_grad_enabled(self._grad)

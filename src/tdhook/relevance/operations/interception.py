@@ -121,25 +121,20 @@ class Interception(Watching):
         # Not merely the uppermost one off: where this is interrupted, it need not be this one.
         set_function_modes(self._outer.pop())
 
-    @contextmanager
-    def running(self, *, tracked: bool = False) -> Iterator[None]:
+    def running(self, *, tracked: bool = False) -> AbstractContextManager[None]:
         """Watch one forward pass; ``tracked`` where the path of each operation has to be known."""
-        self.outdated.clear()
         follows = self._by_path or tracked or self.observer is not None
-        if not follows and not self.guard.active:
-            with standing_in(self), self:
-                yield
-            self._look_for_kept()
-            return
+        return self._followed(follows) if follows or self.guard.active else Pass(self)
+
+    @contextmanager
+    def _followed(self, follows: bool) -> Iterator[None]:
         with ExitStack() as stack:
             if self.guard.active:
                 stack.enter_context(self.guard.watching())
             if follows:
                 stack.enter_context(self.paths.followed())
-            stack.enter_context(standing_in(self))
-            stack.enter_context(self)
+            stack.enter_context(Pass(self))
             yield
-        self._look_for_kept()
 
     def resting(self) -> Callable[[], None]:
         """Make it again what it is now, between calls, or around one that is made within another."""
@@ -155,7 +150,7 @@ class Interception(Watching):
 
         return put_back
 
-    def _look_for_kept(self) -> None:
+    def look_for_kept(self) -> None:
         """See whether a module keeps what should have been overwritten."""
         if self.outdated.any:
             for module in self.paths.modules.values():
@@ -428,6 +423,32 @@ class Interception(Watching):
         if isinstance(values, Tensor):
             return Substituted.apply(written, values)
         return tuple(Substituted.apply(w, v) for w, v in zip(written, values, strict=True))
+
+
+class Pass(AbstractContextManager[None]):
+    """One forward pass in sight of an interception.
+
+    Args:
+        interception: what watches it.
+    """
+
+    __slots__ = ("_interception", "_standing_in")
+
+    def __init__(self, interception: Interception) -> None:
+        self._interception, self._standing_in = interception, standing_in(interception)
+
+    def __enter__(self) -> None:
+        self._interception.outdated.clear()
+        self._standing_in.__enter__()
+        self._interception.__enter__()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self._interception.__exit__()
+        finally:
+            self._standing_in.__exit__(None, None, None)
+        if error is None:
+            self._interception.look_for_kept()
 
 
 def _overwritten(args: Any, kwargs: Any) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, Protocol
 from weakref import finalize
@@ -67,8 +67,7 @@ def while_alive(watch: Watch) -> None:
     finalize(watch, _leave, entry).atexit = False
 
 
-@contextmanager
-def standing_in(watch: Watch) -> Iterator[None]:
+def standing_in(watch: Watch) -> AbstractContextManager[None]:
     """Have what hides operations run in sight of a mode, which was said to be :func:`while_alive`.
 
     Functions compiled by ``torch.jit.script`` run as the Python that they were written in. What
@@ -82,8 +81,7 @@ def standing_in(watch: Watch) -> Iterator[None]:
     home = sys.modules.get(_SQUASHING)
     if home is not None and not isinstance(getattr(home, "safetanh_noeps", None), _Squash):
         _replace_squashing(home, ours=True)  # it was imported since
-    with set_to(_WATCH, watch):
-        yield
+    return set_to(_WATCH, watch)
 
 
 def _enter(entry: object) -> None:

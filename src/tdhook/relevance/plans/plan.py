@@ -73,7 +73,7 @@ class RulesOn:
     def __init__(self, plan: Plan, observer: Observer | None) -> None:
         self.plan, self.observer = plan, observer
         self.whole = observer is not None
-        self._stack = ExitStack()
+        self._around: ExitStack | None = None
         self._overwrote = False
 
     @property
@@ -87,14 +87,17 @@ class RulesOn:
         return self
 
     def __enter__(self) -> None:
-        self._overwrote = self.overwrites
-        if self.plan.interception is not None:
-            Change(self.plan.interception.resting())
-        with self._stack:  # takes off what is on, if something goes wrong here
-            self.plan.attach(self._stack)
-            if self.plan.interception is not None:
-                self.plan.interception.observer = self.observer
-            self._stack = self._stack.pop_all()
+        plan, interception = self.plan, self.plan.interception
+        self._detaching = Change(plan.detach)
+        if interception is not None:
+            self._overwrote = interception.guard.active
+            Change(interception.resting())
+            interception.observer = self.observer
+        try:
+            self._around = plan.attach()
+        except BaseException:
+            self._detaching.undo()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -102,7 +105,11 @@ class RulesOn:
         interception = self.plan.interception
         if interception is not None:
             interception.observer = None
-        self._stack.close()
+        try:
+            if self._around is not None:
+                self._around.close()
+        finally:
+            self._detaching.undo()
         if error is None:
             self.plan.seen = True
         elif isinstance(error, RuntimeError) and was_overwritten(error):
@@ -184,28 +191,35 @@ class Plan:
                     rule = merging()
             self._bindings.append(Binding(row.module, rule, flow, interception, setting))
 
-    def attach(self, stack: ExitStack) -> None:
-        """Run the model under the rules until ``stack`` is closed; operations only :meth:`within` it."""
+    def attach(self) -> ExitStack | None:
+        """Run the model under the rules until they are taken off; operations only :meth:`within` it.
+
+        Returns:
+            What is to be closed before that, if anything is.
+        """
         overwriting = [m for m in self._units if m.__dict__.get("inplace") is True and overwrites(m)]
         if self.interception is not None:
             self.interception.dependence.begin()
             self.interception.outdated.layers = set(map(id, overwriting))
-        if overwriting:
-            stack.enter_context(out_of_place(overwriting))
-        if self._lent:
-            # What hangs on the outputs of layers would be lost with views that are overwritten.
-            stack.enter_context(copying())
-        change = Change(self._detach)
-        stack.callback(change.undo)
         if self.setting.weights is not None:
             self.setting.weights.begin()
         thread = get_ident()
         for binding in self._bindings:
             binding.attach(thread)
-        for rule, module in self._custom:
-            stack.enter_context(rule.register(module))
+        if not (overwriting or self._lent or self._custom):
+            return None
+        with ExitStack() as around:
+            if overwriting:
+                around.enter_context(out_of_place(overwriting))
+            if self._lent:
+                # What hangs on the outputs of layers would be lost with views that are overwritten.
+                around.enter_context(copying())
+            for rule, module in self._custom:
+                around.enter_context(rule.register(module))
+            return around.pop_all()
 
-    def _detach(self) -> None:
+    def detach(self) -> None:
+        """Take the rules off, as far as they are on."""
         for binding in reversed(self._bindings):
             binding.detach()
         if self.interception is not None:

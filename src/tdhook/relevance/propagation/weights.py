@@ -33,6 +33,7 @@ class WeightCache:
 
     def __init__(self, layers: Iterable[nn.Module] = ()) -> None:
         self._layers: WeakSet[nn.Module] = WeakSet(layer for layer in layers if _may_be_large(layer))
+        self._looks = len(self._layers) > 0
         self._own: dict[int, Tensor] = {}
         self._kept: WeakKeyDictionary[nn.Module, dict[Hashable, _Kept]] = WeakKeyDictionary()
 
@@ -41,6 +42,8 @@ class WeightCache:
 
     def begin(self) -> None:
         """Look what the layers hold while nothing runs; what was made of anything else is kept no longer."""
+        if not self._looks:
+            return
         self._own = {
             id(layer): weight for layer in self._layers if (weight := _own_weight(layer)) is not None
         }
