@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
@@ -28,6 +28,8 @@ from tdhook.tape.internals import buffers_of, children_of, parameters_of, top_mo
 from tdhook.tape.undoing import Undoing
 
 __all__ = ["ExplainedModule", "Explaining"]
+
+_NOTHING = nullcontext()
 
 
 class Explaining(Protocol):
@@ -197,7 +199,8 @@ class ExplainedModule(TensorDictModuleBase):
                 "this explained module ended with its `with` block; use `.wrap(module)` for one that lasts"
             )
         given = args[0] if args else kwargs.get("tensordict")
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             if in_an_objective():
                 return self._model.runner(*args, **kwargs)
             if transformed():
@@ -208,26 +211,21 @@ class ExplainedModule(TensorDictModuleBase):
         if not is_batch(given):
             values = self._called_with_tensors(named_tensors(self.in_keys, args, kwargs), tensordict_out)
             return values[0] if len(values) == 1 else values
-        others = [*map(repr, args[1:]), *(name for name in kwargs if name != "tensordict")]
-        if others:
-            raise TypeError(
-                f"an explained module takes a TensorDict and tensordict_out=, and also got {', '.join(others)}; put "
-                "what the model reads into the TensorDict"
-            )
+        if kwargs or len(args) > 1:
+            _require_none_besides(args, kwargs)
         td = given
         self._check_fields(td if tensordict_out is None else tensordict_out)
-        if not torch.compiler.is_compiling() and not self._makeup.holds():
+        if not compiling and not self._makeup.holds():
             self._begin(self._model.anew())
         if self._unmade:
             self._make_lazy_layers(td)
-        if torch.compiler.is_compiling():
+        if compiling:
             written = compiled.inline(self._graphs, td)
+        elif self._graphs.wanted:
+            with Undoing():
+                written = compiled.run(self._graphs, td)
         else:
-            if self._graphs.wanted:
-                with Undoing():
-                    written = compiled.run(self._graphs, td)
-            else:
-                written = self.explain(td)
+            written = self.explain(td)
         apart = self._setup.apart
         into = tensordict_out
         if into is None:
@@ -251,7 +249,7 @@ class ExplainedModule(TensorDictModuleBase):
 
     def _check_fields(self, td: TensorDictBase) -> None:
         """A tensorclass has the fields that are written to."""
-        if isinstance(td, TensorDictBase):
+        if type(td) is TensorDict or isinstance(td, TensorDictBase):
             return
         known = set(type(td).__expected_keys__)
         for key in self.out_keys:
@@ -281,8 +279,9 @@ class ExplainedModule(TensorDictModuleBase):
 
     def _carried_out(self, runner: Runner) -> dict[NestedKey, Any]:
         """What is written, with nothing left behind: no change of the model, no graph on what it keeps."""
-        alone = nullcontext() if top_mode() is None else unwatched()
-        with Undoing(), torch.inference_mode(False), torch.enable_grad(), alone:
+        alone = _NOTHING if top_mode() is None else unwatched()
+        normal = torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
+        with Undoing(), normal, torch.enable_grad(), alone:
             try:
                 written = self._written(runner)
             except BaseException:
@@ -362,3 +361,13 @@ class ExplainedModule(TensorDictModuleBase):
             RuntimeError: no ledger was kept.
         """
         return self._method.report(self._state)
+
+
+def _require_none_besides(args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+    """Raise where an explained module is called with something else than a TensorDict."""
+    others = [*map(repr, args[1:]), *(name for name in kwargs if name != "tensordict")]
+    if others:
+        raise TypeError(
+            f"an explained module takes a TensorDict and tensordict_out=, and also got {', '.join(others)}; put what "
+            "the model reads into the TensorDict"
+        )

@@ -143,7 +143,7 @@ class Model:
         return self._returns[0]
 
     def run(
-        self, td: TensorDictBase, again: Callable[[], None] = lambda: None
+        self, td: TensorDictBase, again: Callable[[], None] | None = None
     ) -> tuple[TensorDictBase, bool]:
         """Run the model on a TensorDict of any batch shape.
 
@@ -152,7 +152,7 @@ class Model:
 
         Args:
             td: what the model reads; it may be written to.
-            again: called where the model is run once more.
+            again: called where the model is run once more, if anyone wants to know.
 
         Returns:
             What the model wrote, in the batch shape of ``td``, and whether it ran on a flat batch.
@@ -165,7 +165,8 @@ class Model:
             with restored(self.root, always=False):
                 written = self._written(td.copy())
         except _OF_SHAPE as error:
-            again()
+            if again is not None:
+                again()
             try:
                 written = self._flat(td)
             except _OF_SHAPE:

@@ -97,18 +97,22 @@ class Runner:
                 for key, value in inputs.items():
                     if key not in integers:
                         work.set(key, value.clone())
-            captured = Captured(replaced, self.graph, partial(setup.axis, tuple(td.batch_size)))
+            captured = None
+            if setup.collects:
+                captured = Captured(replaced, self.graph, partial(setup.axis, tuple(td.batch_size)))
             heads = (
                 setup.heads.off_the_tape(how.overwrites)
                 if setup.heads.possible and not how.whole
                 else _NOTHING
             )
-            collecting = setup.collecting(captured) if setup.collects else _NOTHING
+            collecting = _NOTHING if captured is None else setup.collecting(captured)
             with collecting, how.running():
                 given = work.copy() if asked.writes else work  # what the model writes goes into it
                 numbers = setup.leaves.made(inputs, integers, exact=not replaced) if integers else _NOTHING
                 with heads, numbers:
-                    outputs, flat = setup.model.run(self._as_given(work), captured.clear)
+                    outputs, flat = setup.model.run(
+                        self._as_given(work), None if captured is None else captured.clear
+                    )
                 how.returned(outputs.values(True, True))
                 outputs = asked.derive(outputs, given)
             if outputs.batch_size != td.batch_size:
@@ -117,7 +121,9 @@ class Runner:
                     f"{list(td.batch_size)}, where its outputs cannot be written; wrap it in a module that moves "
                     "the new axes behind those of the batch"
                 )
-            run = Run(setup, td, inputs, outputs, flat, captured.modules, captured.keys)
+            run = Run(setup, td, inputs, outputs, flat)
+            if captured is not None:
+                run.modules, run.keys = captured.modules, captured.keys
             if is_base:
                 self.base, setup.apart = run, setup.model.apart
             yield run
