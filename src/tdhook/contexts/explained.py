@@ -89,7 +89,8 @@ class ExplainedModule(TensorDictModuleBase):
         self._unmade = is_unmade(model.root)
         self._setup = setup = Setup(model, method.question)
         self.in_keys = list(setup.in_keys)
-        self._entries: dict[NestedKey, NestedKey] = {key: self.entry(key) for key in setup.sources}
+        self._entries = {key: self.entry(key) for key in setup.sources}
+        self._told = {entry: parts_of(key) for key, entry in self._entries.items()}
         target = setup.question.target
         self.out_keys = [*model.runner.out_keys, *self._entries.values(), *target.writes, *method.writes]
         # Some models say which of the entries that they read are attributed, and read others.
@@ -239,13 +240,18 @@ class ExplainedModule(TensorDictModuleBase):
 
     def _write(self, written: Mapping[NestedKey, Any], into: TensorDictBase) -> None:
         """Write relevance beside what it tells of: ``("attr", "agents")`` has the axes of ``"agents"``."""
-        ours = [parts_of(key) for key in (self._method.attribution_key, self._method.value_key)]
         for key, value in written.items():
             if isinstance(key, str):
                 into.set(key, value)
-                continue
-            of = next((key[len(name) :] for name in ours if key[: len(name)] == name), key)
-            put(into, key, value, of or None)
+            else:
+                put(into, key, value, self._told.get(key) or self._of(key))
+
+    def _of(self, key: tuple[str, ...]) -> tuple[str, ...] | None:
+        """What an entry tells of."""
+        for name in map(parts_of, (self._method.attribution_key, self._method.value_key)):
+            if key[: len(name)] == name:
+                return key[len(name) :] or None
+        return key
 
     def _check_fields(self, td: TensorDictBase) -> None:
         """A tensorclass has the fields that are written to."""

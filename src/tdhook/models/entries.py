@@ -102,12 +102,12 @@ def _is_whole(kind: type) -> bool:
 
 def changed(before: Mapping[NestedKey, Entry], after: Mapping[NestedKey, Entry]) -> list[NestedKey]:
     """The keys of objects that are others than before."""
-    return [key for key, entry in after.items() if not _same(before.get(key), entry)]
+    return [key for key, now in after.items() if now is not (was := before.get(key)) and not _same(was, now)]
 
 
 def _same(a: Entry, b: Entry) -> bool:
-    if a is b:
-        return True
+    if a is b or isinstance(b, Tensor):
+        return a is b
     if isinstance(a, NonTensorData) and isinstance(b, NonTensorData):
         return a.data is b.data
     return isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and all(map(_same, a, b))
@@ -194,7 +194,7 @@ def frames_of(td: TensorDictBase, within: TensorDictBase) -> Iterator[tuple[Nest
         within: where its entries are to be written.
     """
     for key, value in td.items():
-        if not isinstance(value, TensorDictBase) or is_non_tensor(value):
+        if isinstance(value, Tensor) or not isinstance(value, TensorDictBase) or is_non_tensor(value):
             continue
         if within.get(key, None) is None and (value.batch_size != td.batch_size or value.is_empty()):
             yield key, TensorDict({}, value.batch_size, names=names_of(value), device=value.device)

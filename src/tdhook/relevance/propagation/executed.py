@@ -115,7 +115,6 @@ def _is_plain(setting: Setting, x: Tensor, weight: Tensor) -> bool:
         and x.dtype is weight.dtype
         and x.dtype in _WITH_ROOM
         and x.device == weight.device
-        and not torch.compiler.is_compiling()
     )
 
 
