@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -25,11 +24,9 @@ from tdhook.passes.graphs import Graphs
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Question, Setup
 from tdhook.tape.internals import buffers_of, children_of, parameters_of, top_mode, transformed, unwatched
-from tdhook.tape.undoing import Undoing
+from tdhook.tape.undoing import Undoing, all_of
 
 __all__ = ["ExplainedModule", "Explaining"]
-
-_NOTHING = nullcontext()
 
 
 class Explaining(Protocol):
@@ -285,9 +282,12 @@ class ExplainedModule(TensorDictModuleBase):
 
     def _carried_out(self, runner: Runner) -> dict[NestedKey, Any]:
         """What is written, with nothing left behind: no change of the model, no graph on what it keeps."""
-        alone = _NOTHING if top_mode() is None else unwatched()
-        normal = torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
-        with Undoing(), normal, torch.enable_grad(), alone:
+        surroundings = all_of(
+            torch.inference_mode(False) if torch.is_inference_mode_enabled() else None,
+            torch.enable_grad(),
+            None if top_mode() is None else unwatched(),
+        )
+        with Undoing(), surroundings:
             try:
                 written = self._written(runner)
             except BaseException:

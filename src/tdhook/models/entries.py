@@ -30,6 +30,7 @@ __all__ = [
     "entries_of",
     "frames_of",
     "is_batch",
+    "is_flat",
     "is_ragged",
     "leaves_of",
     "objects_of",
@@ -59,7 +60,7 @@ def _is_stack(value: object) -> TypeGuard[LazyStackedTensorDict]:
 def entries_of(td: TensorDictBase) -> Iterator[tuple[NestedKey, Entry]]:
     """The entries of a TensorDict by key, with those below it and those that are no tensors."""
     try:
-        yield from list(td.items() if _is_flat(td) else td.items(True, True, is_leaf=is_leaf_nontensor))
+        yield from list(td.items() if is_flat(td) else td.items(True, True, is_leaf=is_leaf_nontensor))
     except RuntimeError:  # a ragged entry, which cannot be stacked
         for key in list(td.keys()):
             if is_ragged(td, key):
@@ -73,7 +74,7 @@ def entries_of(td: TensorDictBase) -> Iterator[tuple[NestedKey, Entry]]:
 def objects_of(td: TensorDictBase) -> dict[NestedKey, Entry]:
     """The entries of a TensorDict by key, as the objects that they are: those of a lazy stack are those it stacks."""
     found: dict[NestedKey, Entry] = {}
-    if _is_flat(td):
+    if is_flat(td):
         found.update(td.items())
         return found
     for key, value in td.items(True, True, is_leaf=_is_whole):
@@ -86,7 +87,7 @@ def objects_of(td: TensorDictBase) -> dict[NestedKey, Entry]:
     return found
 
 
-def _is_flat(td: TensorDictBase) -> bool:
+def is_flat(td: TensorDictBase) -> bool:
     """Whether a TensorDict has nothing but tensors."""
     if type(td) is not TensorDict:
         return False
@@ -126,7 +127,7 @@ def plain(td: TensorDictBase) -> TensorDictBase:
 
 def dense_copy(td: TensorDictBase) -> TensorDictBase:
     """A copy with the same tensors, in which lazy stacks are stacked."""
-    if _is_flat(td):
+    if is_flat(td):
         return td.copy()
     if _is_stack(td):
         return _stacked(td)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -30,7 +30,6 @@ __all__ = [
     "without_backward_hooks",
 ]
 
-_NOTHING = nullcontext()
 _LISTS = ("_flat_weights", "_flat_weight_refs")
 
 LIBRARIES = (LEFT_ALONE - {"tdhook"}) | {"timm", "torchvision"}
@@ -130,13 +129,16 @@ def _inference_slots(modules: Iterable[nn.Module]) -> list[Slot]:
     return found
 
 
-def without_backward_hooks(modules: Collection[nn.Module]) -> AbstractContextManager[None]:
-    """Have no backward hooks of modules called: what comes by is relevance, and no gradient that they are meant for."""
+def without_backward_hooks(modules: Collection[nn.Module]) -> AbstractContextManager[None] | None:
+    """Have no backward hooks of modules called: what comes by is relevance, and no gradient that they are meant for.
+
+    ``None`` says that there are none.
+    """
     for module in modules:
         own = module.__dict__
         if own.get("_backward_hooks") or own.get("_backward_pre_hooks"):
             return _without_backward_hooks(modules)
-    return _NOTHING
+    return None
 
 
 @contextmanager
@@ -221,19 +223,22 @@ class Memory:
         found = (*self._moving.values(), *self._suspects, *counting)
         return tuple({id(module): module for module in found}.values())
 
-    def kept(self, *, always: bool) -> AbstractContextManager[Snapshot | None]:
+    @property
+    def is_empty(self) -> bool:
+        """Whether no module may change, whether or not it is in training."""
+        return self._moving == {} and not (self._draws or self._suspects or self._counting)
+
+    @contextmanager
+    def kept(self, *, always: bool) -> Iterator[Snapshot | None]:
         """:func:`restored` of what may change; ``None`` is yielded where nothing may.
 
         Args:
             always: whether to put it back also where the block did not raise.
         """
-        if self._moving == {} and not (self._draws or self._suspects or self._counting):
-            return _NOTHING
         among = self.changing
-        return _NOTHING if among == () and not self._draws else self._kept(among, always)
-
-    @contextmanager
-    def _kept(self, among: Sequence[nn.Module] | None, always: bool) -> Iterator[Snapshot]:
+        if among == () and not self._draws:
+            yield None
+            return
         known = among is not None and not self._draws
         with restored(self._root, always=always, among=among, torch_alone=known) as snapshot:
             yield snapshot

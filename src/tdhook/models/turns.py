@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from functools import wraps
-from threading import Condition, get_ident, local
+from threading import Condition, get_ident
 
 from torch import nn
 
@@ -68,22 +68,23 @@ class Turn:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.modules = tuple(modules)
         self._ids = frozenset(map(id, self.modules))
-        self._mine = local()
+        self._taken: list[Change] = []
+        """What the thread took by it that has it, and has not given back."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return Turn, (self.modules,)
 
     def __enter__(self) -> None:
         claim = _Claim(get_ident(), self._ids)
-        # What this thread took by it, and has not given back.
-        self._mine.__dict__.setdefault("taken", []).append(Change(claim.give_up))
+        change = Change(claim.give_up)
         with _LOCK:
             if _CLAIMS:
                 self._wait(claim)
             _CLAIMS.append(claim)
+        self._taken.append(change)
 
     def __exit__(self, *exception: object) -> None:
-        self._mine.taken.pop().undo()
+        self._taken.pop().undo()
 
     def _wait(self, claim: _Claim) -> None:
         """Wait until no other thread has any of the modules; where that is interrupted, one is told in vain."""

@@ -104,7 +104,9 @@ class Dependence:
         if len(args) == 1 and not kwargs:
             x = args[0]
             if isinstance(x, Tensor) and x.requires_grad:
-                live = self.has(x)
+                node = x.grad_fn
+                simple = node is not None and self._reached is None
+                live = number_of(node) >= self._first if simple else self.has(x)
                 return live, not live
         return self.look(tree_leaves((args, kwargs)))
 

@@ -200,7 +200,7 @@ push_mode: Callable[[TorchFunctionMode], None] = _C._push_on_torch_function_stac
 def function_modes() -> list[TorchFunctionMode]:
     """The modes that see torch functions, the one that sees them last first."""
     count = _C._len_torch_function_stack()
-    return [_C._get_function_stack_at(i) for i in range(count)] if count else []
+    return [*map(_C._get_function_stack_at, range(count))] if count else []
 
 
 def set_function_modes(modes: Sequence[TorchFunctionMode]) -> None:

@@ -8,7 +8,7 @@ noted when an explanation ends by an exception is put back then.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from threading import RLock, local
@@ -28,7 +28,7 @@ from tdhook.tape.internals import (
     without_saved_tensors_hooks,
 )
 
-__all__ = ["Change", "Hook", "Undoing", "hooked", "lock", "set_to", "undone", "undone_where_raised"]
+__all__ = ["Change", "Hook", "Undoing", "hooked", "lock", "all_of", "set_to", "undone", "undone_where_raised"]
 
 Hook: TypeAlias = "tuple[Callable[..., Any], Callable[..., object], dict[str, bool]]"
 """A method that registers a hook, such as ``module.register_forward_hook``, the hook, and how."""
@@ -36,6 +36,7 @@ Hook: TypeAlias = "tuple[Callable[..., Any], Callable[..., object], dict[str, bo
 T = TypeVar("T")
 
 _HERE = local()
+_NOTHING = nullcontext()
 _LOCKS: list[RLock] = []
 _MOST_INTERRUPTS = 3
 
@@ -128,6 +129,22 @@ def _take_off(modules: Sequence[nn.Module], put: Mapping[int, object]) -> None:
                 mark.pop(number, None)
             for table in hooks:  # last, as its number is found by the hook
                 table.pop(number, None)
+
+
+def all_of(*contexts: AbstractContextManager[object] | None) -> AbstractContextManager[object]:
+    """Enter contexts one after the other, as far as there are any."""
+    there = [*filter(None, contexts)]
+    if len(there) < 2:
+        return there[0] if there else _NOTHING
+    return _one_after_the_other(there)
+
+
+@contextmanager
+def _one_after_the_other(contexts: Sequence[AbstractContextManager[object]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 def _innermost() -> Undoing | None:

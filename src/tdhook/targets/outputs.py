@@ -39,16 +39,16 @@ def _output(outputs: TensorDictBase, key: NestedKey) -> Tensor:
     if value is None:
         known = sorted(map(str, outputs.keys(True, True)))
         raise KeyError(f"the target names {key!r}, which the module did not write; it has {', '.join(known)}")
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value
     if is_batch(value):
         raise TypeError(
             f"the target {key!r} is a TensorDict; name one of its entries: {heads_of(key, value)}"
         )
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(
-            f"the target {key!r} is {getattr(value, 'dtype', type(value).__name__)}; only floating-point outputs can "
-            "be explained"
-        )
-    return value
+    raise TypeError(
+        f"the target {key!r} is {getattr(value, 'dtype', type(value).__name__)}; only floating-point outputs can be "
+        "explained"
+    )
 
 
 def heads_of(key: NestedKey, value: object) -> str:

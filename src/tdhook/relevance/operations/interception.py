@@ -152,9 +152,8 @@ class Interception(Watching):
 
     def look_for_kept(self) -> None:
         """See whether a module keeps what should have been overwritten."""
-        if self.outdated.any:
-            for module in self.paths.modules.values():
-                self.outdated.check(list(vars(module).values()))
+        for module in self.paths.modules.values():
+            self.outdated.check(list(vars(module).values()))
 
     def again(self) -> AbstractContextManager[None] | None:
         """Watch a part of the forward pass that is run once more, in which nothing must have been overwritten."""
@@ -438,7 +437,8 @@ class Pass(AbstractContextManager[None]):
         self._interception, self._standing_in = interception, standing_in(interception)
 
     def __enter__(self) -> None:
-        self._interception.outdated.clear()
+        if self._interception.outdated.any:
+            self._interception.outdated.clear()
         self._standing_in.__enter__()
         self._interception.__enter__()
 
@@ -447,7 +447,7 @@ class Pass(AbstractContextManager[None]):
             self._interception.__exit__()
         finally:
             self._standing_in.__exit__(None, None, None)
-        if error is None:
+        if error is None and self._interception.outdated.any:
             self._interception.look_for_kept()
 
 

@@ -120,7 +120,9 @@ class RulesOn:
 
     def running(self) -> AbstractContextManager[None]:
         """Run operations under their rules. The first run tells the path of operations that nothing is known of."""
-        return self.plan.within(tracked=not self.plan.seen)
+        plan = self.plan
+        interception = plan.interception
+        return nullcontext() if interception is None else interception.running(tracked=not plan.seen)
 
     def returned(self, values: Iterable[object]) -> None:
         """See whether the model returns what should have been overwritten."""
@@ -170,6 +172,8 @@ class Plan:
         self._lent = any(map(lends_weights, self._modules))
         self.sensitivity = sensitivity
         self.setting = setting
+        weights = setting.weights
+        self._weights = None if weights is None or weights.keeps_none else weights
         # Layers without a rule may overwrite what they are given: their operations are seen.
         self._units = [row.module for row in rows if interception is None or row.rule is not None]
         self.seen = False
@@ -197,12 +201,15 @@ class Plan:
         Returns:
             What is to be closed before that, if anything is.
         """
-        overwriting = [m for m in self._units if m.__dict__.get("inplace") is True and overwrites(m)]
+        overwriting: list[nn.Module] = []
+        for module in self._units:
+            if module.__dict__.get("inplace") is True and overwrites(module):
+                overwriting.append(module)
         if self.interception is not None:
             self.interception.dependence.begin()
             self.interception.outdated.layers = set(map(id, overwriting))
-        if self.setting.weights is not None:
-            self.setting.weights.begin()
+        if self._weights is not None:
+            self._weights.begin()
         thread = get_ident()
         for binding in self._bindings:
             binding.attach(thread)
@@ -224,8 +231,8 @@ class Plan:
             binding.detach()
         if self.interception is not None:
             self.interception.dependence.end()
-        if self.setting.weights is not None:
-            self.setting.weights.end()
+        if self._weights is not None:
+            self._weights.end()
 
     def rules_on(self, ledger: Ledger | None = None, *, observer: Observer | None = None) -> RulesOn:
         """How to run the model under its rules.

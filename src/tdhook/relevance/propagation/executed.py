@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tdhook.relevance.propagation.again import Again, remembers
-from tdhook.relevance.propagation.call import Call, Run, Setting
+from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.forms import ClosedForm, closed_form
 from tdhook.relevance.propagation.lent import Lent, are_lent
 from tdhook.relevance.propagation.merges import Place
@@ -86,7 +86,7 @@ def running_layer(
         x = args[0]
         if not isinstance(x, Tensor):
             return otherwise(call)
-        if on_tape(x):
+        if x.requires_grad or on_tape(x):
             # Strides and the like may have been set anew since the rule was bound.
             now = form if form.settled else closed_form(layer) or form
             executed = ExecutedLayer(rule, now, call, rule.needs_sign and is_nonnegative(x))
@@ -94,7 +94,18 @@ def running_layer(
             if weight.is_meta:
                 executed.lent = Lent(layer)
                 weight = bias = None
-            elif directly is not None and not transformed() and _is_plain(setting, x, weight):
+            elif (
+                directly is not None
+                and setting.report is None
+                and setting.merges is None
+                and type(x) in _PLAIN
+                and type(weight) in _PLAIN
+                and x.dtype is weight.dtype
+                and x.dtype in _WITH_ROOM
+                and x.device == weight.device
+                and not transformed()
+                and not torch.compiler.is_compiling()
+            ):
                 executed.directly = directly
             z = RuledLayer.apply(executed, x, weight, bias)
         else:
@@ -105,45 +116,26 @@ def running_layer(
     return run
 
 
-def _is_plain(setting: Setting, x: Tensor, weight: Tensor) -> bool:
-    """Whether nothing surrounds a call that a rule has to mind, and all tensors are plain ones of one precision."""
-    return (
-        setting.report is None
-        and setting.merges is None
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
-        and x.dtype is weight.dtype
-        and x.dtype in _WITH_ROOM
-        and x.device == weight.device
-    )
-
-
 class ExecutedLayer(Place):
     """A call of a linear layer or convolution with one tensor ``x``.
 
     Attributes:
         rule: the rule, and ``form``: how the layer computes.
-        module: the layer.
+        module: the layer, and ``function``: its forward without the rule.
         nonnegative: whether no entry of ``x`` can be negative, as far as that is known.
         dtype: the precision in which the layer computed.
         lent: the parameters that it computed with, where it is only lent them while it runs.
         directly: what the formula comes to, if it can be had without a step.
     """
 
-    __slots__ = ("_function", "_setting", "directly", "dtype", "form", "lent", "module", "nonnegative", "rule")
+    __slots__ = ("_setting", "directly", "dtype", "form", "function", "lent", "module", "nonnegative", "rule")
 
     def __init__(self, rule: Formula, form: ClosedForm, call: Call, nonnegative: bool) -> None:
         self.rule, self.form, self.nonnegative = rule, form, nonnegative
-        self.module, self._function, _, _, self._setting = call
+        self.module, self.function, _, _, self._setting = call
         self.dtype: torch.dtype | None = None
         self.lent: Lent | None = None
         self.directly: Directly | None = None
-
-    def execute(self, x: Tensor) -> Tensor:
-        """Run the layer itself."""
-        z: Tensor = self._function(x) if self.lent is None else self.lent.taken_down(self._function, x)
-        self.dtype = z.dtype
-        return alias(z) if is_view(z) else z
 
     def step(self, x: Tensor, weight: Tensor, bias: Tensor | None, *outputs: Tensor) -> Step:
         """The call as the rule sees it in the backward pass."""
@@ -175,8 +167,11 @@ class RuledLayer(TapeFunction):
 
     @staticmethod
     def forward(executed: ExecutedLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Run the layer."""
-        return executed.execute(x)
+        """Run the layer itself."""
+        lent, function = executed.lent, executed.function
+        z: Tensor = function(x) if lent is None else lent.taken_down(function, x)
+        executed.dtype = z.dtype
+        return alias(z) if is_view(z) else z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -17,7 +17,17 @@ from torch import Tensor
 
 from tdhook.tape.functions import on_tape
 
-__all__ = ["Stabilizer", "checked", "moved_away", "number", "quotient", "rounding", "saturated", "stabilize"]
+__all__ = [
+    "Stabilizer",
+    "checked",
+    "kept_number",
+    "moved_away",
+    "number",
+    "quotient",
+    "rounding",
+    "saturated",
+    "stabilize",
+]
 
 Stabilizer: TypeAlias = "float | Callable[[Tensor], Tensor]"
 # An eighth of the largest number of float16: what is made of quotients still fits. Other precisions have the room.
@@ -60,11 +70,12 @@ def _distance(tensor: Tensor, epsilon: float) -> Tensor:
     dtype = tensor.dtype if tensor.is_floating_point() else torch.get_default_dtype()
     if torch.compiler.is_compiling():
         return torch.full((), epsilon, dtype=dtype, device=tensor.device)
-    return _number(epsilon, dtype, tensor.device)
+    return kept_number(epsilon, dtype, tensor.device)
 
 
 @lru_cache
-def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def kept_number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a tensor, which is made once. No graph must be traced meanwhile, which would not know it."""
     with torch.inference_mode(False):
         return torch.full((), value, dtype=dtype, device=device)
 

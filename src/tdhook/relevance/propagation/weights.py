@@ -29,11 +29,14 @@ class WeightCache:
 
     Args:
         layers: those whose weights may be modified.
+
+    Attributes:
+        keeps_none: whether all of these are small.
     """
 
     def __init__(self, layers: Iterable[nn.Module] = ()) -> None:
         self._layers: WeakSet[nn.Module] = WeakSet(layer for layer in layers if _may_be_large(layer))
-        self._looks = len(self._layers) > 0
+        self.keeps_none = len(self._layers) == 0
         self._own: dict[int, Tensor] = {}
         self._kept: WeakKeyDictionary[nn.Module, dict[Hashable, _Kept]] = WeakKeyDictionary()
 
@@ -42,8 +45,6 @@ class WeightCache:
 
     def begin(self) -> None:
         """Look what the layers hold while nothing runs; what was made of anything else is kept no longer."""
-        if not self._looks:
-            return
         self._own = {
             id(layer): weight for layer in self._layers if (weight := _own_weight(layer)) is not None
         }

@@ -20,7 +20,7 @@ from tdhook.relevance.propagation.forms import ClosedForm, closed_form
 from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.params import ZeroParams, zero_param_names
-from tdhook.relevance.propagation.stabilisers import Stabilizer, checked, moved_away, rounding
+from tdhook.relevance.propagation.stabilisers import Stabilizer, checked, kept_number, rounding
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.rules.shares import itself, modified_by, per_unit, report_bias, share_of
 from tdhook.tape.functions import live
@@ -100,7 +100,8 @@ class EpsilonRule(PropagationRule):
         epsilon = self.epsilon
         if callable(epsilon) or epsilon == 0 or self.zero_params:
             return None
-        return form.adjoint(r / moved_away(z, epsilon), x, weight).mul_(x)
+        stabilised = torch.copysign(kept_number(epsilon, z.dtype, z.device), z).add_(z)
+        return form.adjoint(r / stabilised, x, weight).mul_(x)
 
     def _between_factors(self, call: Call) -> object:
         setting = call.setting

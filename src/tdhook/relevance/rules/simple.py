@@ -60,11 +60,11 @@ class PassRule(PropagationRule):
         def run(call: Call) -> object:
             if not _takes_one_on_tape(call):
                 return formula(call)
-            alone = len(call.args) == 1 and not call.kwargs
-            alone = alone and not (module._modules or module.__dict__.get("inplace"))
+            _, own, args, kwargs, _ = call
+            alone = len(args) == 1 and not (kwargs or module._modules or module.__dict__.get("inplace"))
 
             def function(x: Tensor) -> Any:
-                z = call.function(x) if alone else call.on(x).natively()
+                z = own(x) if alone else call.on(x).natively()
                 if not isinstance(z, Tensor):
                     z = tree_leaves(z)
                     self.check(module, (x,), [leaf for leaf in z if isinstance(leaf, Tensor)])
@@ -88,7 +88,7 @@ class PassRule(PropagationRule):
 def _takes_one_on_tape(call: Call) -> bool:
     """Whether the first argument is on the tape, and the only tensor."""
     _, _, args, kwargs, _ = call
-    if not args or not isinstance(args[0], Tensor) or not on_tape(args[0]):
+    if not args or not isinstance(args[0], Tensor) or not (args[0].requires_grad or on_tape(args[0])):
         return False
     return not (len(args) > 1 and _has_tensor(args[1:])) and not (kwargs and _has_tensor(kwargs))
 
