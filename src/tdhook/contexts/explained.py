@@ -284,7 +284,7 @@ class ExplainedModule(TensorDictModuleBase):
         """What is written, with nothing left behind: no change of the model, no graph on what it keeps."""
         surroundings = all_of(
             torch.inference_mode(False) if torch.is_inference_mode_enabled() else None,
-            torch.enable_grad(),
+            None if torch.is_grad_enabled() else torch.enable_grad(),
             None if top_mode() is None else unwatched(),
         )
         with Undoing(), surroundings:

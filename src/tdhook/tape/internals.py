@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from operator import methodcaller
 from types import FrameType
@@ -219,9 +219,8 @@ set_torch_functions_seen: Callable[[Any], None] = _C._set_torch_function_state  
 """Set who sees torch functions."""
 
 
-def saved_tensors_hooks_on_top() -> object:
-    """The pair of hooks on saved tensors that is at work, if any."""
-    return _C._autograd._top_saved_tensors_default_hooks(True)
+saved_tensors_hooks_on_top: Callable[[], object] = partial(_C._autograd._top_saved_tensors_default_hooks, True)
+"""The pair of hooks on saved tensors that is at work, if any."""
 
 
 def saving_as_it_is() -> AbstractContextManager[None]:

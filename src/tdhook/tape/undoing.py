@@ -36,6 +36,7 @@ Hook: TypeAlias = "tuple[Callable[..., Any], Callable[..., object], dict[str, bo
 T = TypeVar("T")
 
 _HERE = local()
+# The block that this thread is in is held weakly there: where its end was interrupted, it is gone all the same.
 _NOTHING = nullcontext()
 _LOCKS: list[RLock] = []
 _MOST_INTERRUPTS = 3
@@ -147,12 +148,6 @@ def _one_after_the_other(contexts: Sequence[AbstractContextManager[object]]) -> 
         yield
 
 
-def _innermost() -> Undoing | None:
-    """The block that this thread is in. It is held weakly: where its end was interrupted, it is gone all the same."""
-    found: ref[Undoing] | None = getattr(_HERE, "innermost", None)
-    return None if found is None else found()
-
-
 def lock() -> RLock:
     """A lock for what takes no time: where that is interrupted, it is let go when the explanation ends."""
     _LOCKS.append(RLock())
@@ -170,7 +165,7 @@ def _let_go(held: RLock) -> None:
 class Undoing:
     """A block at whose end, where it raises, all changes are undone that are noted within it, in this thread.
 
-    The modes of torch that were on when it began are on again, too.
+    The modes of torch that were on when it began are on again, too. So are gradients, in any case.
 
     Attributes:
         changes: those that were noted, which are undone unless somebody did before.
@@ -180,7 +175,7 @@ class Undoing:
 
     def __enter__(self) -> None:
         self.changes: list[Change] = []
-        self._outer = _innermost()
+        self._outer: ref[Undoing] | None = getattr(_HERE, "innermost", None)
         self._grad, self._modes = torch.is_grad_enabled(), function_modes()
         self._seen, self._hooks = torch_functions_seen(), saved_tensors_hooks_on_top()
         _HERE.innermost = ref(self)
@@ -193,7 +188,9 @@ class Undoing:
                     break
                 except KeyboardInterrupt:
                     continue
-        _HERE.innermost = None if self._outer is None else ref(self._outer)
+        elif torch.is_grad_enabled() is not self._grad:
+            torch.set_grad_enabled(self._grad)
+        _HERE.innermost = self._outer
 
     def _undo(self) -> None:
         for held in _LOCKS:

@@ -210,9 +210,7 @@ class Plan:
             self.interception.outdated.layers = set(map(id, overwriting))
         if self._weights is not None:
             self._weights.begin()
-        thread = get_ident()
-        for binding in self._bindings:
-            binding.attach(thread)
+        Binding.attach_all(self._bindings, get_ident())
         if not (overwriting or self._lent or self._custom):
             return None
         with ExitStack() as around:
@@ -227,8 +225,7 @@ class Plan:
 
     def detach(self) -> None:
         """Take the rules off, as far as they are on."""
-        for binding in reversed(self._bindings):
-            binding.detach()
+        Binding.detach_all(reversed(self._bindings))
         if self.interception is not None:
             self.interception.dependence.end()
         if self._weights is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from threading import get_ident
 from typing import Any, NamedTuple, Protocol, cast
@@ -20,6 +20,9 @@ from tdhook.models.turns import elsewhere
 from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
 
 __all__ = ["Around", "Bindable", "Binding", "Bound"]
+
+
+_NOTHING: tuple[Any, Any] = (None, None)
 
 
 class Bindable(Protocol):
@@ -99,7 +102,7 @@ class Binding:
         self.original: Callable[..., Any] | None = None
         self.thread: int | None = None
         self._applied = rule.applied
-        self._replaced: tuple[Any, Any] = (None, None)
+        self._replaced = _NOTHING
 
     @cached_property
     def bound(self) -> Bound:
@@ -141,7 +144,29 @@ class Binding:
             attributes["_prev_forward"] = previous
         elif self._applied:
             attributes.pop("_prev_forward", None)
-        self.original, self._replaced = None, (None, None)
+        self.original, self._replaced = None, _NOTHING
+
+    @staticmethod
+    def attach_all(bindings: Iterable[Binding], thread: int) -> None:
+        """Attach bindings, in one thread alone."""
+        for binding in bindings:
+            module = binding.module
+            attributes = module.__dict__
+            if binding._applied or "forward" in attributes:
+                binding.attach(thread)
+                continue
+            binding.thread, binding.original = thread, module.forward
+            attributes["forward"] = binding
+
+    @staticmethod
+    def detach_all(bindings: Iterable[Binding]) -> None:
+        """Detach bindings, as far as they are attached."""
+        for binding in bindings:
+            if binding._applied or binding._replaced is not _NOTHING:
+                binding.detach()
+            elif binding.original is not None:
+                binding.module.__dict__.pop("forward", None)
+                binding.original = None
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """Run the module."""
