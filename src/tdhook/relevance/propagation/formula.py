@@ -83,5 +83,7 @@ class PropagationRule(RunningRule):
         """How calls run by :meth:`propagate`: in closed form where the module has one."""
         run, form = running_module(self), closed_form(module)
         if form is not None:
-            run = running_layer(self, module, form, run, self.directly() if self._is_abbreviated else None)
+            directly = self.directly() if self._is_abbreviated else None
+            checks = type(self).check is not PropagationRule.check
+            run = running_layer(self, module, form, run, directly, checks=checks)
         return converted(run, self.convention, flow)
