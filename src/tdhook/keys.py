@@ -47,7 +47,7 @@ def put(td: TensorDictBase, key: NestedKey, value: object, of: NestedKey | None 
     """
     parts = parts_of(key)
     above = parts_of(of)
-    if type(td) is TensorDict and len(parts) == 2 and len(above) < 2 and parts[0] not in td.keys():
+    if type(td) is TensorDict and len(parts) == 2 and len(above) < 2 and parts[0] not in td:
         td.set(parts, value)
         return
     around, depth = td, 0

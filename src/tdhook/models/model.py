@@ -46,9 +46,8 @@ class Wrapped(TensorDictModule):
         made = self.module(*values)
         if isinstance(made, dict):
             made = {unravel_key(key): value for key, value in made.items()}
-        if isinstance(made, dict | TensorDictBase):
-            named = tuple(made.get(key, None) for key in self.out_keys)
-            made = made if any(value is None for value in named) else named
+        if isinstance(made, dict | TensorDictBase) and all(key in made for key in self.out_keys):
+            made = tuple(made.get(key) for key in self.out_keys)
         return self._write_to_tensordict(td, made if isinstance(made, tuple) else (made,))
 
     def _write_to_tensordict(
@@ -60,7 +59,7 @@ class Wrapped(TensorDictModule):
     ) -> TensorDictBase:
         keys = self.out_keys if out_keys is None else out_keys
         plain = tensordict_out is None and self.inplace is True and len(tensors) == len(keys)
-        if not plain or "_" in keys or not all([isinstance(z, Tensor) for z in tensors]):
+        if not plain or "_" in keys or not all(isinstance(z, Tensor) for z in tensors):
             written: TensorDictBase = super()._write_to_tensordict(
                 tensordict, tensors, tensordict_out, out_keys
             )
@@ -160,9 +159,7 @@ class Model:
         """How it returned a TensorDict of its own in its last run, if it did."""
         return self._returns[0]
 
-    def run(
-        self, td: TensorDictBase, again: Callable[[], None] | None = None
-    ) -> tuple[TensorDictBase, bool]:
+    def run(self, td: TensorDictBase, again: Callable[[], None] | None = None) -> tuple[TensorDictBase, bool]:
         """Run the model on a TensorDict of any batch shape.
 
         Layers of fixed rank (convolutions, batch norm) take one batch axis: where the model fails for another number

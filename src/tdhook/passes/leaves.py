@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -70,7 +70,7 @@ class Leaves:
             return work, inputs, {}
         nonnegative = assumed_nonnegative()
         found = self._attributed(work, td)
-        integers = {} if all([value.is_floating_point() for _, value in found]) else self._numbers(found)
+        integers = {} if all(value.is_floating_point() for _, value in found) else self._numbers(found)
         for key, value in found:
             if key in integers:
                 inputs[key] = leaf_of(replaced[key]) if key in replaced else as_numbers(value)

@@ -37,7 +37,7 @@ class Graph:
     @property
     def alive(self) -> bool:
         """Whether anybody holds a value on it."""
-        for leaf in self._leaves:  # noqa: SIM110
+        for leaf in self._leaves:  # noqa: SIM110 (likewise asked in each call)
             if leaf() is not None:
                 return True
         return False

@@ -219,7 +219,9 @@ set_torch_functions_seen: Callable[[Any], None] = _C._set_torch_function_state  
 """Set who sees torch functions."""
 
 
-saved_tensors_hooks_on_top: Callable[[], object] = partial(_C._autograd._top_saved_tensors_default_hooks, True)
+saved_tensors_hooks_on_top: Callable[[], object] = partial(
+    _C._autograd._top_saved_tensors_default_hooks, True
+)
 """The pair of hooks on saved tensors that is at work, if any."""
 
 

@@ -28,7 +28,7 @@ from tdhook.tape.internals import (
     without_saved_tensors_hooks,
 )
 
-__all__ = ["Change", "Hook", "Undoing", "hooked", "lock", "all_of", "set_to", "undone", "undone_where_raised"]
+__all__ = ["Change", "Hook", "Undoing", "all_of", "hooked", "lock", "set_to", "undone", "undone_where_raised"]
 
 Hook: TypeAlias = "tuple[Callable[..., Any], Callable[..., object], dict[str, bool]]"
 """A method that registers a hook, such as ``module.register_forward_hook``, the hook, and how."""
