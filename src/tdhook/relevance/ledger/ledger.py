@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from tdhook.relevance.propagation.call import Call, Setting
 from tdhook.relevance.propagation.constants import with_constants
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reporting import Report
-from tdhook.tape.functions import Identity, alias, live, parts, unwrapped
+from tdhook.tape.functions import Context, Identity, alias, live, parts, unwrapped
 from tdhook.tape.internals import storage_of
 from tdhook.tape.masks import masks_in
 from tdhook.tape.sharded import Spread, gathered, spread_of
@@ -199,6 +199,10 @@ class Ledger:
         return call if self._within is None else call._replace(setting=self._within)
 
 
+class _OfMetered(Context, Protocol):
+    tell: Callable[[Tensor], None]
+
+
 class Metered(Identity):
     """Identity that tells how much relevance passes."""
 
@@ -209,12 +213,14 @@ class Metered(Identity):
         return alias(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(
+        ctx: _OfMetered, inputs: tuple[Tensor, Callable[[Tensor], None], Convention], output: Tensor
+    ) -> None:
         x, ctx.tell, flow = inputs
         ctx.save_for_backward(x if flow == "gradient" else None, masks_in(parts(x)))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> object:
+    def backward(ctx: _OfMetered, grad: Tensor) -> object:
         amount = parts(grad)
         x, masks = ctx.saved_tensors
         if x is not None:
@@ -228,7 +234,7 @@ class Metered(Identity):
     @staticmethod
     def vmap(
         info: object, in_dims: tuple[object, ...], x: Tensor, tell: object, flow: Convention
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, object]:
         return Metered.apply(x, tell, flow), in_dims[0]
 
 

@@ -18,7 +18,7 @@ from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.params import ParamModifier
 from tdhook.relevance.propagation.steps import Affine, Grads, LinearStep, Modify, ModuleStep, Step
 from tdhook.tape.dependence import leaf
-from tdhook.tape.functions import TapeFunction, alias, on_tape
+from tdhook.tape.functions import Context, TapeFunction, alias, on_tape
 from tdhook.tape.internals import is_view, transformed
 from tdhook.tape.origins import is_nonnegative
 from tdhook.tape.overwriting import natively
@@ -170,6 +170,15 @@ class ExecutedLayer(Place):
         return step
 
 
+class _OfLayer(Context, Protocol):
+    executed: ExecutedLayer
+
+
+class _OfModule(Context, Protocol):
+    executed: ExecutedModule
+    made_by: str
+
+
 class RuledLayer(TapeFunction):
     """A linear layer or convolution under a formula, on the tape."""
 
@@ -182,7 +191,9 @@ class RuledLayer(TapeFunction):
         return alias(z) if is_view(z) else z
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(
+        ctx: _OfLayer, inputs: tuple[ExecutedLayer, Tensor, Tensor, Tensor | None], output: Tensor
+    ) -> None:
         """Keep what the rule reads."""
         executed, x, weight, bias = inputs
         if executed.lent is not None:
@@ -194,9 +205,9 @@ class RuledLayer(TapeFunction):
             ctx.save_for_backward(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, out_relevance: Tensor) -> object:
+    def backward(ctx: _OfLayer, out_relevance: Tensor) -> object:
         """Turn the relevance of the output into that of the input."""
-        executed: ExecutedLayer = ctx.executed
+        executed = ctx.executed
         saved = ctx.saved_tensors
         directly = executed.directly
         if directly is not None and executed.dtype is saved[0].dtype and not torch.is_grad_enabled():
@@ -229,11 +240,12 @@ class ExecutedModule:
         self.leaves: list[Any] = list(args)
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             self.leaves, self.spec = tree_flatten((args, kwargs))
-        self.at = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        tensors = {i: leaf for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)}
+        self.at = list(tensors)
         self.names: dict[int, str] = {}
         if isinstance(self.module, Operation):
             names = self.module.parameter_names(args, kwargs)
-            self.names = {i: names[i] for i in self.at if not on_tape(self.leaves[i])}
+            self.names = {i: names[i] for i, x in tensors.items() if not on_tape(x)}
             self.at = [i for i in self.at if i not in self.names]
         of = self.module
         draws = "dropout" in of.name if isinstance(of, Operation) else remembers(of)
@@ -337,7 +349,7 @@ class Ruled(TapeFunction):
         return executed.execute(tensors)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: _OfModule, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep what the rule reads."""
         ctx.executed = executed = inputs[0]
         ctx.made_by = type(executed.module).__name__
@@ -350,7 +362,7 @@ class Ruled(TapeFunction):
         )
 
     @staticmethod
-    def backward(ctx: Any, *out_relevance: Tensor) -> object:
+    def backward(ctx: _OfModule, *out_relevance: Tensor) -> object:
         """Turn the relevance of the outputs into that of the inputs."""
-        executed: ExecutedModule = ctx.executed
+        executed = ctx.executed
         return None, *executed.rule.propagate(executed.step(ctx.saved_tensors), out_relevance)
