@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdhook.contexts.acting import in_an_objective, takes_one_argument
 from tdhook.keys import named_tensors, parts_of, put, under
-from tdhook.markup import html_table
+from tdhook.markup import html_table, shown
 from tdhook.models.entries import is_batch
 from tdhook.models.holding import Makeup
 from tdhook.models.lazy import initialise, is_unmade
@@ -357,8 +357,7 @@ class ExplainedModule(TensorDictModuleBase):
             ("writes", ", ".join(map(repr, self.out_keys))),
         )
         table = html_table(f"{kind}, explained by {self._method!r}", ("", "keys"), rows)
-        shown = getattr(self._state, "_repr_html_", None)
-        return table if shown is None else table + str(shown())
+        return table + shown(self._state)
 
     def report(self) -> Any:
         """The ledger of the last call as a table for ``rich.print``: one row per module or operation.

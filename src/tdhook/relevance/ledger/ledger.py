@@ -196,7 +196,7 @@ class Ledger:
 
     def inside(self, call: Call) -> Call:
         """A call inside another one, which reports what is kept there."""
-        return call if self._within is None else call._replace(setting=self._within)
+        return call if self._within is None else call.within(self._within)
 
 
 class _OfMetered(Context, Protocol):

@@ -185,7 +185,7 @@ class Interception(Watching):
             live, foreign = self.dependence.look_at_call(call.args, call.kwargs)
             if foreign:
                 args, kwargs = self.dependence.constants_off((call.args, call.kwargs), own=live)
-                call = call._replace(args=args, kwargs=kwargs)
+                call = call.given(args, kwargs)
             if self.outdated.any:
                 self.outdated.check((*call.args, *call.kwargs.values()) if call.kwargs else call.args)
             if aside and not (live and binding.closed):

@@ -18,6 +18,7 @@ from tdhook.models.entries import is_batch, leaves_of
 from tdhook.models.parallel import home_of
 from tdhook.models.turns import elsewhere
 from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
+from tdhook.tape.internals import children_of
 
 __all__ = ["Around", "Bindable", "Binding", "Bound"]
 
@@ -97,12 +98,12 @@ class Binding:
         self.around = None if rule.opens else around
         self.flow: Convention = flow or rule.convention
         self._on_tensordict = isinstance(module, TensorDictModuleBase)
-        self.closed = home_of(module).startswith("torch.nn.modules.") and not module._modules
+        self.closed = home_of(module).startswith("torch.nn.modules.") and not children_of(module)
         self.enters = rule.enters(module)
         self.original: Callable[..., Any] | None = None
         self.thread: int | None = None
-        self._applied = rule.applied
-        self._replaced = _NOTHING
+        self.applied = rule.applied
+        self.replaced = _NOTHING
 
     @cached_property
     def bound(self) -> Bound:
@@ -124,10 +125,10 @@ class Binding:
         self.thread = thread
         attributes = self.module.__dict__
         current = attributes.get("forward")
-        self._replaced = current, attributes.get("_prev_forward")
+        self.replaced = current, attributes.get("_prev_forward")
         self.original = current.original if isinstance(current, Binding) else self.module.forward
         attributes["forward"] = self
-        if self._applied:
+        if self.applied:
             attributes["_prev_forward"] = self.original
 
     def detach(self) -> None:
@@ -135,16 +136,16 @@ class Binding:
         if self.original is None:
             return
         attributes = self.module.__dict__
-        forward, previous = self._replaced
+        forward, previous = self.replaced
         if forward is None:
             attributes.pop("forward", None)
         else:
             attributes["forward"] = forward
         if previous is not None:
             attributes["_prev_forward"] = previous
-        elif self._applied:
+        elif self.applied:
             attributes.pop("_prev_forward", None)
-        self.original, self._replaced = None, _NOTHING
+        self.original, self.replaced = None, _NOTHING
 
     @staticmethod
     def attach_all(bindings: Iterable[Binding], thread: int) -> None:
@@ -152,7 +153,7 @@ class Binding:
         for binding in bindings:
             module = binding.module
             attributes = module.__dict__
-            if binding._applied or "forward" in attributes:
+            if binding.applied or "forward" in attributes:
                 binding.attach(thread)
                 continue
             binding.thread, binding.original = thread, module.forward
@@ -162,7 +163,7 @@ class Binding:
     def detach_all(bindings: Iterable[Binding]) -> None:
         """Detach bindings, as far as they are attached."""
         for binding in bindings:
-            if binding._applied or binding._replaced is not _NOTHING:
+            if binding.applied or binding.replaced is not _NOTHING:
                 binding.detach()
             elif binding.original is not None:
                 binding.module.__dict__.pop("forward", None)
@@ -212,7 +213,7 @@ class Binding:
             return [name for key in module.out_keys for name, _ in leaves_of(key, result.get(key, None))]
 
         tensors = tuple(td.get(key) for key in reads)
-        if self._applied:
+        if self.applied:
             attributes = self.module.__dict__
             attributes["_prev_forward"] = on_tensors
             try:

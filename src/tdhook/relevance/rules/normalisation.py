@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.steps import Grads, Step
@@ -89,8 +91,8 @@ class _Norm:
         eps = torch.finfo(x.dtype).eps if eps is None else float(eps)
         if isinstance(module, nn.GroupNorm):
             return _Norm(_channels(weight, x), _channels(bias, x), eps, groups=module.num_groups)
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            per_sample = isinstance(module, nn.modules.instancenorm._InstanceNorm)
+        if isinstance(module, _NormBase):
+            per_sample = isinstance(module, _InstanceNorm)
             groups = x.shape[1] if per_sample else 0
             return _Norm(_channels(weight, x), _channels(bias, x), eps, groups=groups)
         centred = not any("RMSNorm" in cls.__name__ for cls in type(module).__mro__)

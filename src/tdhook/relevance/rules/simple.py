@@ -16,6 +16,7 @@ from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.rule import RemovableRuleHandle, RunningRule
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.tape.functions import on_tape
+from tdhook.tape.internals import children_of
 from tdhook.tape.trees import tree_leaves
 
 __all__ = ["IgnoreRule", "PassRule", "StopRule", "UniformRule"]
@@ -54,6 +55,7 @@ class PassRule(PropagationRule):
     def shortcut(self, module: nn.Module, flow: Convention) -> Run:
         """A function of one tensor: relevance is handed on; in the gradient convention, ``g_x = g_z * z / x``."""
         name, formula = type(module).__name__, self.by_formula(module, flow)
+        children = children_of(module)
         if flow == "gradient" and name in _HOMOGENEOUS:
             return lambda call: call.natively() if _takes_one_on_tape(call) else formula(call)
 
@@ -61,7 +63,7 @@ class PassRule(PropagationRule):
             if not _takes_one_on_tape(call):
                 return formula(call)
             _, own, args, kwargs, _ = call
-            alone = len(args) == 1 and not (kwargs or module._modules or module.__dict__.get("inplace"))
+            alone = len(args) == 1 and not (kwargs or children or module.__dict__.get("inplace"))
 
             def function(x: Tensor) -> Any:
                 z = own(x) if alone else call.on(x).natively()
