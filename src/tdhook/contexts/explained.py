@@ -23,7 +23,8 @@ from tdhook.passes.forward import Run
 from tdhook.passes.graphs import Graphs
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Question, Setup
-from tdhook.tape.internals import buffers_of, children_of, parameters_of, top_mode, transformed, unwatched
+from tdhook.tape.internals import buffers_of, children_of, parameters_of, top_mode, transformed
+from tdhook.tape.modes import unwatched
 from tdhook.tape.undoing import Undoing, all_of
 
 __all__ = ["ExplainedModule", "Explaining"]

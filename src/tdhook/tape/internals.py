@@ -27,11 +27,9 @@ from torch.overrides import TorchFunctionMode
 __all__ = [
     "APPLIED_IN_TRANSFORMS",
     "CHECKPOINTING",
-    "Watching",
     "applying_of",
     "attention_in_parts",
     "base_of",
-    "beneath",
     "buffers_of",
     "called",
     "children_of",
@@ -74,7 +72,6 @@ __all__ = [
     "top_mode",
     "torch_functions_seen",
     "transformed",
-    "unwatched",
     "version_of",
     "warn_of_loops",
     "without_modes",
@@ -245,51 +242,11 @@ def without_saved_tensors_hooks(top: object) -> None:
         _autograd._pop_saved_tensors_default_hooks()
 
 
-class Watching(TorchFunctionMode):
-    """A mode that watches one pass; a pass within another is watched by its own mode alone."""
-
-
-@contextmanager
-def unwatched() -> Iterator[None]:
-    """Run in sight of no mode that watches another pass."""
-    modes = []
-    while (mode := top_mode()) is not None:
-        modes.append(pop_mode())
-    try:
-        for mode in reversed(modes):
-            if not isinstance(mode, Watching):
-                push_mode(mode)
-        yield
-    finally:
-        while top_mode() is not None:
-            pop_mode()
-        for mode in reversed(modes):
-            push_mode(mode)
-
-
 def sees(mode: TorchFunctionMode) -> bool:
     """Whether a mode is on and sees torch functions, above or below others."""
     if not _C._is_torch_function_mode_enabled():
         return False
     return any(_mode_at(i) is mode for i in range(_modes_on()))
-
-
-@contextmanager
-def beneath(mode: TorchFunctionMode) -> Iterator[None]:
-    """Run out of sight of a mode that is on, in sight of the others."""
-    above = []
-    while (top := pop_mode()) is not mode:
-        above.append(top)
-    for other in reversed(above):
-        push_mode(other)
-    try:
-        yield
-    finally:
-        for _ in above:
-            pop_mode()
-        push_mode(mode)
-        for other in reversed(above):
-            push_mode(other)
 
 
 _Function: Any = autograd_functions._SingleLevelFunction

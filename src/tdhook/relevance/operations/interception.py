@@ -43,8 +43,6 @@ from tdhook.selectors.names import (
 from tdhook.tape.dependence import Dependence
 from tdhook.tape.internals import (
     APPLIED_IN_TRANSFORMS,
-    Watching,
-    beneath,
     function_modes,
     pop_mode,
     push_mode,
@@ -54,6 +52,7 @@ from tdhook.tape.internals import (
     through_transforms,
     top_mode,
 )
+from tdhook.tape.modes import Watching, beneath
 from tdhook.tape.overwriting import Guard, Outdated
 from tdhook.tape.sharded import moves_between_processes
 
