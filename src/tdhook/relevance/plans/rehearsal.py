@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from tensordict import TensorDictBase
 
+from tdhook.markup import shown
 from tdhook.models.state import restored
 from tdhook.passes.runner import Runner
 from tdhook.relevance.ledger.ledger import Ledger
@@ -56,8 +57,7 @@ class Ready:
         return {**self.__dict__, "kept": None}
 
     def _repr_html_(self) -> str:
-        accounts = "" if self.ledger is None else self.ledger._repr_html_()
-        return self.plan._repr_html_() + accounts
+        return shown(self.plan, self.ledger)
 
     def ready(self, runner: Runner) -> Plan:
         """The plan to run what an explained module was called with."""
