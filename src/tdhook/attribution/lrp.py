@@ -138,6 +138,8 @@ class LRP(Attribution):
     def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
         """Run the model forwards under its rules, and pull the relevance of the target back to the sources."""
         plan, ledger = runner.state.ready(runner), self._new_ledger(runner.state)
+        if self.references is not None:
+            runner.state.draw()
         with runner.forward(td, plan.rules_on(ledger)) as run:
             if self.references is not None:
                 return explain_difference(runner, run, runner.state, plan, self.seeder, self.references)

@@ -7,7 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from tensordict import TensorDictBase
+from torch import Tensor
 
 from tdhook.markup import shown
 from tdhook.models.state import restored
@@ -50,11 +52,20 @@ class Ready:
         self.ledger: Ledger | None = None
         self.kept: object = None
         self.one_row: bool | None = None
+        self._chance: Tensor | None = None
         if not needs_execution:
             check(self.plan)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "kept": None}
+
+    def draw(self) -> None:
+        """Take down what random numbers come next."""
+        self._chance = None if torch.compiler.is_compiling() else torch.get_rng_state()
+
+    def drawn(self) -> bool:
+        """Whether any were drawn since."""
+        return self._chance is None or not torch.equal(self._chance, torch.get_rng_state())
 
     def _repr_html_(self) -> str:
         return shown(self.plan, self.ledger)
