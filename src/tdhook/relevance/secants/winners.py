@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from tdhook.relevance.secants.pair import Grads, Pair, pulled
 from tdhook.tape.dependence import leaf
 from tdhook.tape.functions import may_look_at
+from tdhook.tape.internals import transformed
 
 __all__ = ["picked_of", "winner"]
 
@@ -57,41 +58,45 @@ def _piece(
     pair: Pair, starts: list[Tensor], ends: list[Tensor], grads: Sequence[Tensor], looks: bool
 ) -> tuple[Grads, bool]:
     """One piece of the way: what wins at its start gives way to what wins at its end, where these cross."""
-    at_start, first = _picked(pair, starts, ends)
-    at_end, last = _picked(pair, ends, starts)
+    early, first, x_of_first = _picked(pair, starts, ends)
+    late, last, s_of_last = _picked(pair, ends, starts)
     here, there, exact = [], [], True
-    for (_, z0, x_of_first), (_, z, s_of_last), g in zip(first, last, grads, strict=True):
+    for z0, x0, z, s, g in zip(first, x_of_first, last, s_of_last, grads, strict=True):
         if not z.is_floating_point():
             here.append(g)
             there.append(g)
             continue
-        lead, lag = z0 - s_of_last, z - x_of_first
+        lead, lag = z0 - s, z - x0
         length = lead + lag
         way = torch.where(length == 0, 0.5, lead / torch.where(length == 0, 1.0, length))
         fits = ((way >= 0) & (way <= 1) & ((length != 0) | (lead == 0))) | way.isnan()
-        way = torch.nan_to_num(way, 0.5)
         if looks:
             exact = exact and bool(fits.all())
-        way = torch.where(fits, way, 0.5)
+        way = torch.where(fits, torch.nan_to_num(way, 0.5), 0.5)
         here.append(way * g)
         there.append((1 - way) * g)
-    early = pulled(at_start, [z for z, _, _ in first], here)
-    late = pulled(at_end, [z for z, _, _ in last], there)
-    return tuple(
-        b if a is None else a if b is None else a + b for a, b in zip(early, late, strict=True)
-    ), exact
+    pairs = zip(early(here), late(there), strict=True)
+    return tuple(b if a is None else a if b is None else a + b for a, b in pairs), exact
 
 
 def _picked(
     pair: Pair, at: list[Tensor], other: list[Tensor]
-) -> tuple[list[Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
-    """What is picked at one place: on a tape, its values, and the values of what is picked at the other place."""
+) -> tuple[Callable[[Sequence[Tensor]], Grads], list[Tensor], list[Tensor]]:
+    """What is picked at one place.
+
+    Returns:
+        How it is pulled back, its values, and the values of what is picked at the other place.
+    """
+    if transformed():
+        outputs, pull = torch.func.vjp(lambda *values: pair.run(values)[:1], *at)[:2]
+        (transposed,) = torch.func.vjp(pull, tuple(torch.zeros_like(z) for z in outputs))[1](tuple(other))
+        rest = pair.run(at)[1:]
+        return lambda grads: pull(tuple(grads[:1])), [*outputs, *rest], [*transposed, *rest]
     inputs = [leaf(x) for x in at]
     with torch.enable_grad():
-        outputs = pair.run(inputs)
-    return inputs, [
-        (z, z.detach(), x) for z, x in zip(outputs, picked_of(inputs, outputs, other), strict=True)
-    ]
+        made = pair.run(inputs)
+    values = picked_of(inputs, made, other)
+    return lambda grads: pulled(inputs, made, grads), [z.detach() for z in made], values
 
 
 def picked_of(inputs: Sequence[Tensor], outputs: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
