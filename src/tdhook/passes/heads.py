@@ -57,6 +57,11 @@ class Heads:
         """Whether there are heads, or may be."""
         return not self._known or self._first is not None
 
+    @property
+    def known(self) -> bool:
+        """Whether it was seen which modules are heads: before, all are run as the others."""
+        return self._known
+
     @contextmanager
     def off_the_tape(self, seen: bool) -> Iterator[None]:
         """Run the model with its heads off the tape, as far as they are known.

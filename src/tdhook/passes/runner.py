@@ -49,6 +49,7 @@ class Runner:
         td: the same as a TensorDict.
         base: the run on ``td`` as it is: its outputs are what the explained module writes.
         beside: further entries to write, by key.
+        headless: whether the heads of the model were off the tape in the run on ``td``.
         graph: what its runs leave on the tape.
     """
 
@@ -56,6 +57,7 @@ class Runner:
         self.setup, self.given, self.td, self.state = setup, td, plain(td), state
         self.base: Run | None = None
         self.beside: dict[NestedKey, Tensor] = {}
+        self.headless = False
         self.graph = Graph()
         self._before: Snapshot | None = None
 
@@ -106,6 +108,8 @@ class Runner:
             with all_of(collecting, how.running()):
                 given = work.copy() if asked.writes else work  # what the model writes goes into it
                 heads = setup.heads.possible and not how.whole
+                if is_base:
+                    self.headless = heads and setup.heads.known
                 inside = all_of(
                     setup.heads.off_the_tape(how.overwrites) if heads else None,
                     setup.leaves.made(inputs, integers, exact=not replaced) if integers else None,
