@@ -11,7 +11,7 @@ pytest.importorskip("torchrl")
 
 from torchrl.modules import MultiAgentMLP
 
-from tdhook import LRP
+from tdhook import LRP, Target
 
 AGENTS, SEEN, ACTIONS, KNOWS = 4, 5, 3, 2
 PRICE = 1e-3  # of the size of weights, so that noise is not looked at
@@ -133,3 +133,22 @@ def test_an_agent_that_sees_for_itself_rests_on_itself():
     )
     alone = TensorDictModule(network, [OBSERVATION], [LOGITS])
     assert torch.equal(share(alone, "epsilon"), torch.eye(AGENTS))
+
+
+@pytest.mark.parametrize("composite", ["deeplift", "attn_lrp"])
+def test_networks_of_their_own_are_explained_against_a_baseline_again_and_again(composite):
+    """They run inside ``torch.vmap``: of what was met there nothing is kept for the next call."""
+    torch.manual_seed(0)
+    policy = TensorDictModule(centralised(False), [OBSERVATION], [LOGITS])
+    observation, _ = situations(6, seed=1)
+    td = TensorDict({"agents": {"observation": observation}}, [6])
+    explained = LRP(composite, target=Target(LOGITS, (0, 1)), baseline=0.0).wrap(policy)
+    first, second = (explained(td.clone())["attr", "agents", "observation"] for _ in range(2))
+    with torch.no_grad():
+        risen = network_at(policy, observation) - network_at(policy, torch.zeros_like(observation))
+    torch.testing.assert_close(first.sum((1, 2)), risen)
+    assert torch.equal(first, second)
+
+
+def network_at(policy, observation):
+    return policy.module(observation)[:, 0, 1]
