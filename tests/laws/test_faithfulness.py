@@ -116,6 +116,14 @@ def test_chance_is_worth_nothing_and_shapley_values_more_than_the_gradient() -> 
         assert areas["gradient"] < best, row["name"]
 
 
+def test_what_the_page_says_of_pictures() -> None:
+    rows = {row["name"]: summary(row) for row in read() if row["kind"] == "pixels"}
+    for found in rows.values():
+        assert mean_area(found["recommended"]) > max(mean_area(found["without"]), mean_area(found["rival"]))
+    pretrained = rows["efficientnet"]
+    assert mean_area(pretrained["recommended"]) > 1.6 * mean_area(pretrained["without"])
+
+
 @pytest.mark.parametrize("row", read(), ids=lambda row: row["name"])
 def test_results_are_whole(row: dict[str, object]) -> None:
     for each in row["methods"]:
