@@ -72,11 +72,11 @@ What follows from the tables:
   gradients of 32 steps, which cost ten times as much and more.
 - **It is not always the best at its price.** Where contributions cancel each other (`demo`, `dqn`, `distributional`)
   every method that goes from the reference to the input in a straight line falls behind Shapley values, integrated
-  gradients as much as this one, and on two of these agents `gamma` without a reference does better. With fewer than
-  about ten features, and many states at once, occlusion or Shapley values cost less than ten gradients: take those.
-- **For pictures, `LRP("deeplift", baseline=blurred(width))`.** By the mean over what features are replaced by, a blur is
-  a better reference than zero or the mean, and `deeplift` better than `gamma` against it. On Freeway it is worth more
-  than occlusion; on the pretrained network more than 1.6 times the best preset without a reference.
+  gradients as much as this one, and on two of these agents `gamma` without a reference does better. With
+  half a dozen features, and many states at once, occlusion or Shapley values cost less than ten gradients: take those.
+- **For pictures, `LRP("deeplift", baseline=blurred(width))`.** By the mean over what features are replaced by, a blur
+  is a better reference than zero or the mean, and `deeplift` better than `gamma` against it. On Freeway it is worth
+  more than occlusion; on the pretrained network more than 1.6 times the best preset without a reference.
 - **For sentences, the mask token** is one (`minilm`): `deeplift` has what sampled Shapley values have.
 - **Recurrent networks cost more**: their steps are explained one by one, and several gradients cost less.
 - **Embeddings are not compared with zero.** A normalisation divides by nothing there, and what is found is worse than
