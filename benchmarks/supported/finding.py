@@ -46,6 +46,8 @@ def subject(model_type: str) -> tuple[Subject, dict[str, Any]]:
     with in_precision(torch.float64):
         found = find(model_type)
     model, reads = found.model, found.reads
+    # What single precision has too, as the weights are: its error is that of the arithmetic alone.
+    values = {k: v.float().double() if v.is_floating_point() else v for k, v in reads.values.items()}
 
     def single() -> nn.Module:
         with in_precision(torch.float32):
@@ -56,10 +58,10 @@ def subject(model_type: str) -> tuple[Subject, dict[str, Any]]:
                 tensor.data.copy_(theirs[name])
         return made
 
-    relevant = reads.sources or [key for key, value in reads.values.items() if value.is_floating_point()]
+    relevant = reads.sources or [key for key, value in values.items() if value.is_floating_point()]
     told = {"model": type(model).__name__, "relevant": list(relevant), "way": found.way.name}
     batch = BATCH if found.shape and found.shape[0] == BATCH else 0
-    return Subject(model, single, reads.values, found.index, batch, reads.sources, reads.fixed), told
+    return Subject(model, single, values, found.index, batch, reads.sources, reads.fixed), told
 
 
 def first_output(outputs: Any) -> int | None:

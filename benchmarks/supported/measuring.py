@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ def in_precision(dtype: torch.dtype) -> Iterator[None]:
 
 
 def measured(subject: Subject) -> dict[str, Any]:
-    """The row of a model: gap, difference of the flows, error of single precision, and what no rule is known for."""
+    """The row of a model: gap, difference of the flows, error of single precision, the model's own, and unknown operations."""
     double, unknown = _answers(subject, subject.model), set()
     with in_precision(torch.float64), torch.no_grad():
         answer = double(*subject.values.values())
@@ -117,7 +117,40 @@ def measured(subject: Subject) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             low, _ = _explained(subject, single, top, flow, ledger=False)
         worst = max(worst, difference(low.double(), found[flow]))
-    return row | {"float32": worst}
+    with in_precision(torch.float64), warnings.catch_warnings(), _shaken(subject) as shaken:
+        warnings.simplefilter("ignore")
+        moved, _ = _explained(shaken, shaken.model, top, "gradient", ledger=False)
+    return row | {"float32": worst, "conditioning": difference(moved, found["gradient"])}
+
+
+ROUNDING = 2.0**-24
+"""By how much a number moves that single precision rounds, as a part of it, at most."""
+
+
+@contextmanager
+def _shaken(subject: Subject) -> Iterator[Subject]:
+    """The subject with weights and inputs each moved by as much as single precision may round them.
+
+    They are numbers of single precision, so rounding them again would move nothing: each goes up or down by lot.
+    """
+    lots = torch.Generator().manual_seed(0)
+
+    def moved(tensor: Tensor) -> Tensor:
+        sides = torch.randint(0, 2, tensor.shape, generator=lots).to(tensor.dtype) * 2 - 1
+        return tensor * (1 + ROUNDING * sides)
+
+    held = [parameter for parameter in subject.model.parameters() if parameter.is_floating_point()]
+    before = [tensor.detach().clone() for tensor in held]
+    try:
+        with torch.no_grad():
+            for tensor in held:
+                tensor.copy_(moved(tensor))
+        values = {k: moved(v) if v.is_floating_point() else v for k, v in subject.values.items()}
+        yield replace(subject, values=values)
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(held, before, strict=True):
+                tensor.copy_(value)
 
 
 def _answers(subject: Subject, model: nn.Module) -> Answer:
