@@ -39,10 +39,12 @@ the libraries' own, unmodified. A model is *ok* if three things are small:
   {condition} times the *conditioning*.
 
 *Conditioning* is the model's own share in that: how far relevance in double precision moves where each weight and input
-moves up or down, by lot, by the 6e-08 of its value that single precision may round it by. Nothing that computes in
-single precision is closer than about that, and it rounds after every operation, not once. A model whose error is above
-{float32:g}, but no more than {condition} times its conditioning, is ok: not because its relevance is exact, but because
-the model, at these random weights, has none that is. How many these are stands below.
+moves up or down, by lot, by the 6e-08 of its value that single precision may round it by. Where that does not tell, up
+to four lots are drawn, and then it is what single precision does to plain gradient times input, which no rule has a part
+in: a unit that is nearly zero is on in one precision and off in the other. Nothing that computes in single precision is
+closer than about that, and it rounds after every operation, not once. So a model whose error is above {float32:g}, but
+no more than {condition} times its conditioning, is ok: not because its relevance is exact, but because the model, at
+these random weights, has none that is. How many these are stands below.
 
 Each is that of the worst batch element. What a model computes in single precision whatever its weights are in, it
 computes in double precision here, so that there is something to compare with.
@@ -66,7 +68,9 @@ def read(file: Path = RESULTS) -> list[dict[str, Any]]:
 
 def page(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     """The page that belongs to results, in the order of libraries and names."""
-    return "\n".join([INTRODUCTION.format(**ENOUGH, condition=CONDITION), *_summary(rows, machine), *_tables(rows)])
+    return "\n".join(
+        [INTRODUCTION.format(**ENOUGH, condition=CONDITION), *_summary(rows, machine), *_tables(rows)]
+    )
 
 
 def _summary(rows: list[dict[str, Any]], machine: dict[str, Any]) -> Iterator[str]:
@@ -93,7 +97,10 @@ def _summary(rows: list[dict[str, Any]], machine: dict[str, Any]) -> Iterator[st
     shares = [f"{100 * counts[each]['ok'] / max(built[each], 1):.1f} %" for each in libraries]
     yield f"| ok, of those built | {' | '.join(shares)} | |"
     reached = [
-        sum(row["library"] == each and status(row) == "ok" and row["float32"] <= ENOUGH["float32"] for row in rows)
+        sum(
+            row["library"] == each and status(row) == "ok" and row["float32"] <= ENOUGH["float32"]
+            for row in rows
+        )
         for each in libraries
     ]
     shares = [f"{100 * n / max(built[each], 1):.1f} %" for n, each in zip(reached, libraries, strict=True)]
