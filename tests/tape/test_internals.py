@@ -108,6 +108,19 @@ def test_checkpoints_call_what_is_replaced(reentrant, monkeypatch):
     assert len(called) == 1
 
 
+def test_tensors_are_saved_as_they_are_within_hooks_that_work_again_afterwards():
+    kept, x = [], torch.ones(2, requires_grad=True)
+    outer = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(1) or t, lambda t: t)
+    inner = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(2) or t, lambda t: t)
+    with outer, inner:
+        with pytest.raises(KeyError), internals.saving_as_it_is():
+            x.exp()
+            raise KeyError
+        assert not kept
+        x.exp()
+    assert kept == [2] and internals.saved_tensors_hooks_on_top() is None
+
+
 def test_hooks_on_saved_tensors_are_switched_back():
     switch = torch._C._autograd._saved_tensors_hooks_set_tracing
     before = switch(True)

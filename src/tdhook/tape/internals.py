@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib import import_module
 from types import FrameType
@@ -220,20 +220,27 @@ set_torch_functions_seen: Callable[[Any], None] = _C._set_torch_function_state  
 """Set who sees torch functions."""
 
 
-def saved_tensors_hooks_on_top() -> object:
+def saved_tensors_hooks_on_top() -> Any:
     """The pair of hooks on saved tensors that is at work, if any."""
     return _C._autograd._top_saved_tensors_default_hooks(True)
 
 
-def saving_as_it_is() -> AbstractContextManager[None]:
-    """Save tensors as they are, whatever hooks are at work outside, those of a checkpointed block say."""
-    if saved_tensors_hooks_on_top() is None:
-        return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+@contextmanager
+def saving_as_it_is() -> Iterator[None]:
+    """Save tensors as they are, whatever hooks are at work outside, those of a checkpointed block say.
 
-
-def _itself(x: Tensor) -> Tensor:
-    return x
+    They are taken off meanwhile: hooks that return what they are given would hold a tape for ever, which second
+    derivatives refer to from what they save.
+    """
+    off = []
+    try:
+        while (pair := saved_tensors_hooks_on_top()) is not None:
+            off.append(pair)
+            _C._autograd._pop_saved_tensors_default_hooks()
+        yield
+    finally:
+        for pack, unpack in reversed(off):
+            _C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def without_saved_tensors_hooks(top: object) -> None:
