@@ -50,6 +50,7 @@ __all__ = [
     "mode_options",
     "nodes_made",
     "nonstrict",
+    "noted_by",
     "number_of",
     "parameters_of",
     "pop_mode",
@@ -218,6 +219,11 @@ torch_functions_seen: Callable[[], Any] = _C._get_torch_function_state  # type: 
 
 set_torch_functions_seen: Callable[[Any], None] = _C._set_torch_function_state  # type: ignore[attr-defined]
 """Set who sees torch functions."""
+
+
+def noted_by(node: Any, name: str) -> Any:
+    """What a node of torch's own has noted under a name, no tensor; axes that were negative are large numbers."""
+    return getattr(node, f"_saved_{name}")
 
 
 def saved_tensors_hooks_on_top() -> Any:
