@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks.supported.values import BATCH, MAKERS, embeddings
+from benchmarks.supported.values import BATCH, embeddings, maker, makes
 
 __all__ = ["BATCH", "Reads", "candidates"]
 
@@ -53,7 +53,7 @@ def candidates(model: nn.Module, said: Sequence[str]) -> Iterator[Reads]:
     left, seen = deque(_sets(model, names, required)), set()
     while left and len(seen) < SETS:
         chosen = left.popleft()
-        options = [MAKERS[name](model) if name in MAKERS else [] for name in chosen]
+        options = [maker(name)(model) for name in chosen]
         if frozenset(chosen) in seen or not all(options):
             continue
         seen.add(frozenset(chosen))
@@ -73,7 +73,7 @@ def _reads(model: nn.Module, given: dict[str, Any]) -> Reads:
 
 def _extended(chosen: list[str], names: list[str], message: str) -> Iterator[list[str]]:
     """More arguments: those that the message names, or else, where it names nothing, one that may be missing."""
-    able = [name for name in names if name in MAKERS and name not in chosen]
+    able = [name for name in names if makes(name) and name not in chosen]
     named = [name for name in able if re.search(rf"\b{name}\b", message)]
     if named:
         yield [*chosen, *named]

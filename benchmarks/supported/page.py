@@ -40,11 +40,11 @@ the libraries' own, unmodified. A model is *ok* if three things are small:
 
 *Conditioning* is the model's own share in that: how far relevance in double precision moves where each weight and input
 moves up or down, by lot, by the 6e-08 of its value that single precision may round it by. Where that does not tell, up
-to four lots are drawn, and then it is what single precision does to plain gradient times input, which no rule has a part
-in: a unit that is nearly zero is on in one precision and off in the other. Nothing that computes in single precision is
-closer than about that, and it rounds after every operation, not once. So a model whose error is above {float32:g}, but
-no more than {condition} times its conditioning, is ok: not because its relevance is exact, but because the model, at
-these random weights, has none that is. How many these are stands below.
+to four lots are drawn, and then it is what single precision does to plain gradient times input, which no rule has a
+part in: a unit that is nearly zero is on in one precision and off in the other. Nothing that computes in single
+precision is closer than about that, and it rounds after every operation, not once. So a model whose error is above
+{float32:g}, but no more than {condition} times its conditioning, is ok: not because its relevance is exact, but because
+the model, at these random weights, has none that is. How many these are stands below.
 
 Each is that of the worst batch element. What a model computes in single precision whatever its weights are in, it
 computes in double precision here, so that there is something to compare with.
