@@ -58,10 +58,16 @@ def candidates(model: nn.Module, said: Sequence[str]) -> Iterator[Reads]:
             continue
         seen.add(frozenset(chosen))
         before = len(said)
-        for values in islice(product(*options), MOST):
+        for values in islice(_choices(options), MOST):
             yield _reads(model, dict(zip(chosen, values, strict=True)))
         for message in list(dict.fromkeys(said[before:]))[:4]:
             left.extendleft(reversed(list(_extended(chosen, names, message))))
+
+
+def _choices(options: list[list[Any]]) -> Iterator[tuple[Any, ...]]:
+    """One of the values for each argument: first the like of each, as images of one size are, then each with each."""
+    yield from zip(*options, strict=False)
+    yield from product(*options)
 
 
 def _reads(model: nn.Module, given: dict[str, Any]) -> Reads:

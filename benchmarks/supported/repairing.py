@@ -28,6 +28,9 @@ def repaired(model: nn.Module, reads: Reads, message: str) -> Iterator[Reads]:
         for first, second in pattern.findall(message)[:1]:
             want, got = (first, second) if wants_first else (second, first)
             yield from _resized(reads, int(got), int(want))
+            if pattern is CHANNELS:  # of what has no rows and columns
+                flat = {k: v for k, v in reads.values.items() if v.dim() == 3 and v.is_floating_point()}
+                yield from (_changed(reads, {k: torch.randn(BATCH, int(want), 64, 64)}) for k in flat)
     for pattern in (MATCHED, CONCATENATED):
         for first, second in pattern.findall(message)[:1]:
             yield from _resized(reads, int(first), int(second))

@@ -321,6 +321,10 @@ MAKERS: dict[str, Callable[[nn.Module], list[Any]]] = {
     "visual_embeds": lambda model: [torch.randn(BATCH, LENGTH, number(model, "visual_embedding_dim", 64))],
     "task_inputs": lambda model: [torch.randint(5, 90, (BATCH, number(model, "task_seq_len", 77)))],
     "image1": _pixels,
+    "image_attention_mask": _ones(BATCH, LENGTH, 1),
+    "tgt_sizes": lambda model: [torch.tensor([[GRID, GRID]] * BATCH)],
+    "target_sizes": lambda model: [torch.tensor([[GRID, GRID]] * BATCH)],
+    "classes_structure": _ones(BATCH),
 }
 """For each argument that is known values, the most likely first."""
 
