@@ -12,7 +12,7 @@ from .pairs import assert_all_arrives, integrated, pair_of, random_grads
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, dtype=dtype)
+    return torch.randn(shape, dtype=dtype)
 
 
 @pytest.mark.parametrize(
