@@ -73,7 +73,9 @@ def slope(
         near = torch.where(same, (x > 0).to(x.dtype), ratio)
     else:
         middle = _derivative(function, torch.where(x == start, x, (x + start) / 2))
-        size = torch.maximum(z.abs(), before.abs()) + middle.abs() * torch.maximum(x.abs(), start.abs())
+        far = torch.maximum(x.abs(), start.abs())
+        # What functions compute on their way is of the size of their argument, up to one.
+        size = torch.maximum(z.abs(), before.abs()) + middle.abs() * far + far.clamp(max=1.0)
         noise = 8 * torch.finfo(x.dtype).eps * size / step.abs()
         near = torch.where(same | ((ratio - middle).abs() <= noise), middle, ratio)
     # Where both are infinite, as masks are, nothing is different.
