@@ -25,6 +25,7 @@ ORDER = (
     "tdhook.selectors",
     "tdhook.passes",
     "tdhook.contexts",
+    "tdhook.relevance.secants",
     "tdhook.relevance.propagation",
     "tdhook.relevance.rules",
     "tdhook.relevance.operations",

@@ -12,6 +12,7 @@ from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
+from tdhook.attribution.against import explain_difference
 from tdhook.attribution.keywords_03 import Keywords03, copies_of, translated
 from tdhook.contexts.attribution import Attribution, Shared
 from tdhook.conventions import Convention
@@ -20,6 +21,7 @@ from tdhook.models.lazy import initialise, is_unmade
 from tdhook.models.model import InKeys, Model
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Setup
+from tdhook.perturbing.references import Baseline, References, as_references
 from tdhook.relevance.composites.composite import Composite, Pairs, RuleMapper, preset
 from tdhook.relevance.ledger.balance import balance
 from tdhook.relevance.ledger.ledger import Ledger
@@ -47,6 +49,9 @@ class LRP(Attribution):
         composite: what happens where: a :class:`~tdhook.composites.Composite`, a list of ``(selector, rule)``, or the
             name of a preset.
         target: what is explained (:mod:`tdhook.targets`); by default the only output there is.
+        baseline: what the target is compared with, so that its difference from there is explained
+            (:data:`~tdhook.perturbing.references.Baseline`); by default its value is.
+        samples: how many references are drawn where the baseline is drawn; relevance is the mean over them.
         flow: the convention in which the backward pass runs; by default ``"gradient"`` if all rules are in that
             convention, else ``"relevance"``. Rules of the other one are converted.
         merge_batch_norm: whether a batch norm right behind a linear layer is merged into it; or pairs
@@ -78,6 +83,8 @@ class LRP(Attribution):
         composite: Composite | Pairs | str | None = None,
         *,
         target: TargetLike = None,
+        baseline: Baseline | References | None = None,
+        samples: int = 1,
         flow: Convention | None = None,
         merge_batch_norm: bool | Sequence[Merge] = True,
         rule_mapper: RuleMapper | None = None,
@@ -108,6 +115,12 @@ class LRP(Attribution):
         self.warn_on_missing_rule = warn_on_missing_rule
         self.skip_modules = skip_modules
         self.on_unmatched = on_unmatched
+        self.references = as_references(baseline, samples)
+        if self.references is not None and self.composite is None:
+            raise ValueError(
+                "a baseline needs a composite, whose rules say what of a difference each input gets; a rule_mapper "
+                "leaves operations open"
+            )
         self.ledger = ledger
         self.cache_weights = cache_weights
         self._copies = found.copies
@@ -125,7 +138,11 @@ class LRP(Attribution):
     def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
         """Run the model forwards under its rules, and pull the relevance of the target back to the sources."""
         plan, ledger = runner.state.ready(runner), self._new_ledger(runner.state)
+        if self.references is not None:
+            runner.state.draw()
         with runner.forward(td, plan.rules_on(ledger)) as run:
+            if self.references is not None:
+                return explain_difference(runner, run, runner.state, plan, self.seeder, self.references)
             seeds, sources = run.seeds(self.seeder, plan.flow), run.sources()
             pulled = run.pull(seeds, sources, keep=ledger is not None)
             if ledger is not None:
@@ -205,6 +222,7 @@ class LRP(Attribution):
             merge_batch_norm=self.merge_batch_norm,
             unmatched=_Unmatched(self.on_unmatched),
             cache_weights=self.cache_weights,
+            against=self.references is not None,
         )
 
     def _complain(self, plan: Plan) -> None:

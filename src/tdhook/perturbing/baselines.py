@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tdhook.perturbing.features import Features
 
-__all__ = ["Baseline", "blurred"]
+__all__ = ["Baseline", "OneBaseline", "blurred", "fitting"]
 
-OneBaseline: TypeAlias = "float | str | Tensor | Callable[[Tensor], Tensor]"
+OneBaseline: TypeAlias = "float | str | tuple[str, ...] | Tensor | Callable[[Tensor], Tensor]"
 Baseline: TypeAlias = "OneBaseline | Mapping[NestedKey, OneBaseline]"
 """A number; a tensor of the shape of one input; ``"mean"``, the mean over the data; ``"sample"``, the value that the
 feature has in an element drawn from the data, for each feature anew; a function of the inputs ``[n, *shape]``; or
@@ -94,7 +94,7 @@ class Replacements:
                 made = given(value)
             else:
                 made = torch.as_tensor(given)
-            found[key] = _fitting(made, key, value)
+            found[key] = fitting(made, key, value)
         return found
 
 
@@ -133,7 +133,7 @@ def references(
             _check_name(given)
             index = torch.rand(rows.shape, generator=chance, dtype=torch.float64) * len(rows)
             made = rows.gather(0, index.long().to(rows.device))
-        found[key] = _fitting(made, name, rows).reshape(x.shape)
+        found[key] = fitting(made, name, rows).reshape(x.shape)
     return found
 
 
@@ -144,7 +144,8 @@ def _check_name(given: str) -> None:
         )
 
 
-def _fitting(made: Tensor, key: NestedKey, value: Tensor) -> Tensor:
+def fitting(made: Tensor, key: NestedKey, value: Tensor) -> Tensor:
+    """A baseline in the shape, precision and place of the values that it is for."""
     try:
         return made.to(value).expand(value.shape)
     except RuntimeError:

@@ -15,13 +15,14 @@ from torch.nn.parameter import is_lazy
 from tdhook.attribution.lrp import LRP
 from tdhook.conventions import Convention
 from tdhook.keys import parts_of
-from tdhook.relevance.operations.table import AFFINE, ARITHMETIC, PRODUCTS, default_rule
+from tdhook.relevance.operations.table import ARITHMETIC, default_rule
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.relevance.rules.epsilon import EpsilonRule
 from tdhook.relevance.rules.simple import PassRule
 from tdhook.selectors import Op
+from tdhook.selectors.kinds import AFFINE, PRODUCTS
 from tdhook.tape.functions import on_tape
 
 if TYPE_CHECKING:

@@ -262,6 +262,7 @@ def test_a_users_rule_is_found_by_name():
 
 FIRST_RULES = {  # of a network that starts with a convolution: the first and second convolution, linear, ReLU
     "epsilon": [EpsilonRule(), EpsilonRule(), EpsilonRule(), PassRule()],
+    "deeplift": [EpsilonRule(0.0)] * 3 + [PassRule()],
     "epsilon_plus": [ZPlusRule(), ZPlusRule(), EpsilonRule(), PassRule()],
     "epsilon_plus_flat": [FlatRule(), ZPlusRule(), EpsilonRule(), PassRule()],
     "epsilon_alpha2_beta1": [AlphaBetaRule(2.0, 1.0)] * 2 + [EpsilonRule(), PassRule()],

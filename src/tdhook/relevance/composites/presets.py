@@ -26,6 +26,7 @@ __all__ = [
     "beta_smooth",
     "cp_lrp",
     "deconvnet",
+    "deeplift",
     "epsilon",
     "epsilon_alpha2_beta1",
     "epsilon_alpha2_beta1_flat",
@@ -56,6 +57,15 @@ def epsilon(
 ) -> Composite:
     """Epsilon for all linear layers (Bach et al. 2015, eq. 58)."""
     return Composite([(Linear, EpsilonRule(epsilon, zero_params)), *_base(stabilizer)])
+
+
+def deeplift() -> Composite:
+    """DeepLIFT's rescale rule (Shrikumar et al. 2017, eq. 9 to 11), for any model: give a baseline.
+
+    Linear layers share differences by their weights, without a stabiliser, and every operation by its secant, so that
+    all of the difference arrives. Averaged over several baselines it is DeepSHAP (Lundberg and Lee 2017).
+    """
+    return Composite([(Linear, EpsilonRule(0.0)), *_base(0.0)])
 
 
 def epsilon_plus(
@@ -202,6 +212,7 @@ PRESETS.update(
             excitation_backprop,
             guided_backprop,
             deconvnet,
+            deeplift,
             beta_smooth,
             attn_lrp,
             cp_lrp,

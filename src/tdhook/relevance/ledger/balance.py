@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from tensordict.utils import NestedKey
@@ -13,18 +14,26 @@ from tdhook.conventions import Convention, relevance_of
 from tdhook.passes.forward import Run
 from tdhook.relevance.ledger.elements import Account, Probe, each_sign, probes
 from tdhook.relevance.ledger.ledger import Entry, Ledger, Note
+from tdhook.relevance.secants.pair import difference
 from tdhook.tape.functions import parts
 from tdhook.tape.masks import masking
 from tdhook.targets import Seeds
 
-__all__ = ["balance"]
+__all__ = ["Counterpart", "balance"]
+
+Counterpart: TypeAlias = "Callable[[Tensor], Tensor]"
 
 # Batches of so many elements that meet are accounted for by a backward pass for each of them.
 _FEW = 32
 
 
 def balance(
-    ledger: Ledger, run: Run, seeds: Seeds, sources: Mapping[NestedKey, Tensor], flow: Convention
+    ledger: Ledger,
+    run: Run,
+    seeds: Seeds,
+    sources: Mapping[NestedKey, Tensor],
+    flow: Convention,
+    there: Counterpart | None = None,
 ) -> dict[NestedKey, Tensor]:
     """Account for the relevance of each batch element, by a few backward passes of the whole batch.
 
@@ -35,6 +44,8 @@ def balance(
         seeds: what was put in.
         sources: where relevance can arrive, besides at the inputs of the run.
         flow: the convention of the backward pass.
+        there: what explained values, and values where relevance arrives, are on a reference, if their differences are
+            accounted for.
 
     Returns:
         ``("ledger", "target")``, ``"inputs"``, ``"absorbed"`` and ``"gap"`` of shape ``[*batch]``, or
@@ -47,7 +58,7 @@ def balance(
     apart = True
     for i in range(seeds.several or 1):
         grads = [grad if seeds.several is None else grad[i] for grad in seeds.grads]
-        books = _Books(ledger, seeds.tensors, grads, ends, flow, batch)
+        books = _Books(ledger, seeds.tensors, grads, ends, flow, batch, there)
         apart = books.close() and apart
         for name, amounts in books.columns().items():
             columns[name].append(amounts)
@@ -81,6 +92,7 @@ class _Books:
     ends: list[Tensor]
     flow: Convention
     batch: torch.Size
+    there: Counterpart | None = None
     inputs: Entry = field(default_factory=lambda: Entry("", "inputs", None))
     accounts: dict[tuple[int, str], list[Account]] = field(default_factory=dict)
 
@@ -192,7 +204,8 @@ class _Books:
 
     def _split(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """The relevance of values, and that of values that mask."""
-        relevance, masks = relevance_of(parts(x), parts(grad), self.flow).detach(), masking(parts(x))
+        value = x if self.there is None else difference(x.detach(), self.there(x))
+        relevance, masks = relevance_of(parts(value), parts(grad), self.flow).detach(), masking(parts(x))
         return torch.where(masks, 0.0, relevance), torch.where(masks, relevance, 0.0)
 
     def _weighted(self, grad: Tensor, weights: Tensor) -> Tensor:

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from tdhook.conventions import Convention
 from tdhook.markup import html_table
+from tdhook.relevance.ledger.metered import metered_arguments, metered_outputs
 from tdhook.relevance.propagation.again import Again
+from tdhook.relevance.propagation.beside import noted
 from tdhook.relevance.propagation.binding import Bindable, Bound
 from tdhook.relevance.propagation.call import Call, Setting
 from tdhook.relevance.propagation.constants import with_constants
 from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.reference import Place
 from tdhook.relevance.propagation.reporting import Report
-from tdhook.tape.functions import Identity, alias, live, parts, unwrapped
+from tdhook.tape.functions import Context, Identity, alias, live, parts, unwrapped
 from tdhook.tape.internals import storage_of
 from tdhook.tape.masks import masks_in
 from tdhook.tape.sharded import Spread, gathered, spread_of
@@ -170,6 +173,8 @@ class Ledger:
                 outputs = call.execute()
             if _shares_memory(outputs, (call.args, call.kwargs)):
                 return outputs
+        if call.setting.reference is not None:
+            return self._of_differences(path, bound, call, again)
         name = f"{module.name}()" if isinstance(module, Operation) else type(module).__name__
         entry = Entry(path, name, rule, spread=spread_of(call.tensors(), self._spreads))
         self.entries.append(entry)
@@ -194,9 +199,37 @@ class Ledger:
             outputs = with_constants(call, outputs, moves=flow == "relevance")
         return live(lambda z: Metered.apply(z, arrive, flow), outputs)
 
+    def _of_differences(self, path: str, bound: Bound, call: Call, again: Again) -> Any:
+        """The same of a call that is seen beside the one on a reference."""
+        rule, flow, run = bound
+        module = call.module
+        name = f"{module.name}()" if isinstance(module, Operation) else type(module).__name__
+
+        def first(call: Call, place: Place) -> Any:
+            entry = Entry(path, name, rule, spread=spread_of(call.tensors(), self._spreads))
+            self.entries.append(entry)
+
+            def note(column: str, amount: Tensor) -> None:
+                self.note(entry, column, amount)
+
+            setting = replace(call.setting, report=Report(note, again))
+            call = metered_arguments(call._replace(setting=setting), place, note, flow)
+            outer, self._within = self._within, setting
+            try:
+                outputs = run(call)
+            finally:
+                self._within = outer
+            return metered_outputs(outputs, place, note, flow)
+
+        return noted(first, run)(call)
+
     def inside(self, call: Call) -> Call:
         """A call inside another one, which reports what is kept there."""
-        return call if self._within is None else call._replace(setting=self._within)
+        return call if self._within is None else call.within(self._within)
+
+
+class _OfMetered(Context, Protocol):
+    tell: Callable[[Tensor], None]
 
 
 class Metered(Identity):
@@ -209,12 +242,14 @@ class Metered(Identity):
         return alias(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(
+        ctx: _OfMetered, inputs: tuple[Tensor, Callable[[Tensor], None], Convention], output: Tensor
+    ) -> None:
         x, ctx.tell, flow = inputs
         ctx.save_for_backward(x if flow == "gradient" else None, masks_in(parts(x)))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> object:
+    def backward(ctx: _OfMetered, grad: Tensor) -> object:
         amount = parts(grad)
         x, masks = ctx.saved_tensors
         if x is not None:
@@ -228,7 +263,7 @@ class Metered(Identity):
     @staticmethod
     def vmap(
         info: object, in_dims: tuple[object, ...], x: Tensor, tell: object, flow: Convention
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, object]:
         return Metered.apply(x, tell, flow), in_dims[0]
 
 

@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from tdhook.conventions import Convention
 from tdhook.relevance.operations.applied import Applied, is_ours
-from tdhook.relevance.operations.kernels import first_output, positional
+from tdhook.relevance.operations.in_place import overwritten, writing
+from tdhook.relevance.operations.kernels import first_output, of_a_kernel, positional
 from tdhook.relevance.operations.known import Known, learned, on_a_copy
 from tdhook.relevance.operations.parties import (
     COMPILED,
@@ -26,25 +27,21 @@ from tdhook.relevance.operations.parties import (
     Unmatched,
 )
 from tdhook.relevance.operations.paths import Paths
+from tdhook.relevance.operations.readings import DIFFERENCES, VALUES
 from tdhook.relevance.operations.stand_ins import standing_in, while_alive
-from tdhook.relevance.operations.table import ARITHMETIC, default_rule
-from tdhook.relevance.operations.written_out import entered, written_out
+from tdhook.relevance.operations.table import ARITHMETIC
+from tdhook.relevance.operations.watched import Pass
+from tdhook.relevance.operations.written_out import entered, in_parts
 from tdhook.relevance.propagation.again import Again
 from tdhook.relevance.propagation.binding import Binding
 from tdhook.relevance.propagation.call import ALONE, Call, Setting
-from tdhook.relevance.propagation.conversions import Substituted
 from tdhook.relevance.propagation.entering import is_linear, no_operation
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule
-from tdhook.selectors.names import (
-    relabels,
-    writes_in_place,
-)
+from tdhook.selectors.names import relabels, writes_in_place
 from tdhook.tape.dependence import Dependence
 from tdhook.tape.internals import (
     APPLIED_IN_TRANSFORMS,
-    Watching,
-    beneath,
     function_modes,
     pop_mode,
     push_mode,
@@ -54,6 +51,7 @@ from tdhook.tape.internals import (
     through_transforms,
     top_mode,
 )
+from tdhook.tape.modes import Watching, beneath
 from tdhook.tape.overwriting import Guard, Outdated
 from tdhook.tape.sharded import moves_between_processes
 
@@ -100,6 +98,10 @@ class Interception(Watching):
         self._paused = 0
         self._entered: Entered | None = None
         self.paths = Paths(modules)
+        self._reading = VALUES
+        if setting.reference is not None:
+            self._reading = DIFFERENCES
+            setting.reference.path = self._place
         self._outer: list[list[TorchFunctionMode]] = []
         self.dependence = Dependence()
         while_alive(self)
@@ -121,25 +123,23 @@ class Interception(Watching):
         # Not merely the uppermost one off: where this is interrupted, it need not be this one.
         set_function_modes(self._outer.pop())
 
-    @contextmanager
-    def running(self, *, tracked: bool = False) -> Iterator[None]:
+    def running(self, *, tracked: bool = False) -> AbstractContextManager[None]:
         """Watch one forward pass; ``tracked`` where the path of each operation has to be known."""
-        self.outdated.clear()
         follows = self._by_path or tracked or self.observer is not None
-        if not follows and not self.guard.active:
-            with standing_in(self), self:
-                yield
-            self._look_for_kept()
-            return
+        return self._followed(follows) if follows or self.guard.active else Pass(self)
+
+    @contextmanager
+    def _followed(self, follows: bool) -> Iterator[None]:
         with ExitStack() as stack:
             if self.guard.active:
                 stack.enter_context(self.guard.watching())
             if follows:
                 stack.enter_context(self.paths.followed())
-            stack.enter_context(standing_in(self))
-            stack.enter_context(self)
+            stack.enter_context(Pass(self))
             yield
-        self._look_for_kept()
+
+    def _place(self) -> str:
+        return self.paths.current if self.paths.following else ""
 
     def resting(self) -> Callable[[], None]:
         """Make it again what it is now, between calls, or around one that is made within another."""
@@ -155,11 +155,10 @@ class Interception(Watching):
 
         return put_back
 
-    def _look_for_kept(self) -> None:
+    def look_for_kept(self) -> None:
         """See whether a module keeps what should have been overwritten."""
-        if self.outdated.any:
-            for module in self.paths.modules.values():
-                self.outdated.check(list(vars(module).values()))
+        for module in self.paths.modules.values():
+            self.outdated.check(list(vars(module).values()))
 
     def again(self) -> AbstractContextManager[None] | None:
         """Watch a part of the forward pass that is run once more, in which nothing must have been overwritten."""
@@ -173,6 +172,7 @@ class Interception(Watching):
             with (
                 nullcontext() if self.observer is None else self.observer.again(),
                 Again(tuple(self.paths.modules.values())).unnoticed(),
+                nullcontext() if self.setting.reference is None else self.setting.reference.aside(),
                 standing_in(self),
                 self,
             ):
@@ -191,19 +191,29 @@ class Interception(Watching):
             live, foreign = self.dependence.look_at_call(call.args, call.kwargs)
             if foreign:
                 args, kwargs = self.dependence.constants_off((call.args, call.kwargs), own=live)
-                call = call._replace(args=args, kwargs=kwargs)
+                call = call.given(args, kwargs)
             if self.outdated.any:
                 self.outdated.check((*call.args, *call.kwargs.values()) if call.kwargs else call.args)
             if aside and not (live and binding.closed):
                 aside = False
                 push_mode(self)
-            result = self._run_unit(binding, call) if live else call.execute()
+            if not live:
+                result = call.execute()
+            elif self.observer is None and not binding.enters:
+                self._paused += 1
+                try:
+                    result = binding.bound.run(call)
+                finally:
+                    self._paused -= 1
+            else:
+                result = self._run_unit(binding, call)
         finally:
             if aside:
                 push_mode(self)
-        return self._as_in_place(call.module, call.args, result)
+        return self._as_in_place(call.module, call.args, result) if self.outdated.layers else result
 
     def _run_unit(self, binding: Binding, call: Call) -> Any:
+        """Run a module in sight of the observer, or in parts if that is how it is ruled."""
         if binding.enters and not self._paused:
             return self._enter(binding, call)
         bound = binding.bound
@@ -230,8 +240,7 @@ class Interception(Watching):
 
     def _as_in_place(self, module: nn.Module, args: Any, result: Any) -> Any:
         """What a layer returns that overwrites its input, having been run out of place."""
-        layers = self.outdated.layers
-        if not layers or id(module) not in layers or not args or not isinstance(args[0], Tensor):
+        if id(module) not in self.outdated.layers or not args or not isinstance(args[0], Tensor):
             return result
         if not self.outdated.heeded:
             if not isinstance(result, Tensor) or storage_of(result) != storage_of(args[0]):
@@ -258,7 +267,7 @@ class Interception(Watching):
             self.outdated.check((*args, *kwargs.values()) if kwargs else args)
         in_place = known.in_place or (bool(kwargs) and writes_in_place(func, kwargs))
         if in_place and self.guard.active:
-            self.guard.before(_overwritten(args, kwargs))
+            self.guard.before(overwritten(args, kwargs))
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
         dependence = self.dependence
@@ -271,7 +280,7 @@ class Interception(Watching):
             args, kwargs = dependence.constants_off((args, kwargs), own=live and not self._paused)
         if in_place:
             # What is overwritten stays the tensor that the model holds.
-            target = _overwritten(given, given_by_name)
+            target = overwritten(given, given_by_name)
             return self._in_place(known, func, args, kwargs, target, live)
         if (known.quick and self.observer is None and self._entered is None) or self._paused or not live:
             return func(*args, **kwargs)
@@ -296,15 +305,15 @@ class Interception(Watching):
             if live and not self.guard.active:
                 self.guard.before(target)
             if live or relabels(func):
-                return func(*_writing(args, kwargs, target), **kwargs)
+                return func(*writing(args, kwargs, target), **kwargs)
             result = func(*args, **kwargs)
-            return target if result is _overwritten(args, kwargs) else result
+            return target if result is overwritten(args, kwargs) else result
         if not self.guard.active:
             self.guard.before(target)
         selector, rule = self._find(known, args, kwargs)
         native = known.in_place and rule is not None and rule.native
         if native and self.observer is None:
-            return self._run(known, selector, rule, func, _writing(args, kwargs, target), kwargs)
+            return self._run(known, selector, rule, func, writing(args, kwargs, target), kwargs)
         form = on_a_copy(func) if native else known.operation.function
         return self._overwrite(known, selector, rule, form, args, kwargs, target)
 
@@ -344,7 +353,7 @@ class Interception(Watching):
         if self._lookup is not None and not self._by_path:
             known.selector, known.rule = self._lookup(name, *self.paths.innermost)
         if not known.in_place and not self._by_path:
-            default = known.own or default_rule(name, (), {}) if self._defaults else _NATIVE
+            default = known.own or self._reading.default(name, (), {}) if self._defaults else _NATIVE
             rule = default if known.rule is None else known.rule
             known.quick = rule is not None and rule.native
         return known
@@ -361,7 +370,7 @@ class Interception(Watching):
                 return known.selector, known.rule
         if not self._defaults:
             return None, _NATIVE
-        return None, known.own or default_rule(known.operation.name, args, kwargs)
+        return None, known.own or self._reading.default(known.operation.name, args, kwargs)
 
     def _overwrite(
         self, known: Known, selector: Any, rule: Any, func: Any, args: object, kwargs: Any, target: Any
@@ -377,58 +386,28 @@ class Interception(Watching):
     def _run(self, known: Known, selector: Any, rule: Rule | None, func: Any, args: Any, kwargs: Any) -> Any:
         operation = known.operation
         if rule is None:
-            inside = written_out(operation.name)
+            inside = self._reading.written_out(operation.name)
             if inside is not None:
-                return self._in_parts(inside, func, args, kwargs)
+                return in_parts(self, inside, func, args, kwargs)
             first = first_output(operation.name)
             if first is not None:
-                return self._of_a_kernel(first, func, args, kwargs)
+                return of_a_kernel(self, first, func, args, kwargs)
             inside = entered(func)
             if inside is not None:
                 with self:
                     return inside(*args, **kwargs)
             result = func(*args, **kwargs)
             if not self.dependence.look((result,))[0]:
-                return result
+                reference = self.setting.reference
+                return result if reference is None else reference.decision(result)
             self._unmatched(operation.name, self.paths.current)
             selector = Unmatched()
             rule = ARITHMETIC
-        bound = known.bound(rule, self.flow)
+        bound = known.bound(rule, self.flow, self._reading)
         call = Call(operation, func, args, kwargs, self.setting)
-        if rule.opens:
+        if self._reading.opens(rule):
             with self:
                 return bound.run(call)
         if self.observer is not None:
             return self.observer.call(self.paths.current, selector, bound, call)
         return bound.run(call)
-
-    def _of_a_kernel(self, first: Callable[..., Tensor], func: Any, args: Any, kwargs: Any) -> Any:
-        """The values of a kernel, the first of them on the tape of the functions that make the same."""
-        with torch.no_grad():
-            value, *others = func(*args, **kwargs)
-        with self:
-            written = first((value, *others), *args, **kwargs)
-        return (Substituted.apply(written, value), *others)
-
-    def _in_parts(self, inside: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> Any:
-        """The values of a fused operation, on the tape of those that it is made of."""
-        with torch.no_grad():
-            values = func(*args, **kwargs)
-        with self:
-            written = inside(*args, **kwargs)
-        if isinstance(values, Tensor):
-            return Substituted.apply(written, values)
-        return tuple(Substituted.apply(w, v) for w, v in zip(written, values, strict=True))
-
-
-def _overwritten(args: Any, kwargs: Any) -> Any:
-    """What a call in place writes to."""
-    target = kwargs.get("out")
-    if target is not None:
-        return target
-    return args[0] if args else kwargs["input"]
-
-
-def _writing(args: Any, kwargs: Any, target: Any) -> Any:
-    """Positional arguments of a call that writes to ``target``."""
-    return (target, *args[1:]) if args and kwargs.get("out") is None else args

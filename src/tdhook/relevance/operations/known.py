@@ -13,10 +13,12 @@ from tdhook.conventions import Convention
 from tdhook.relevance.operations.applied import Applied, is_foreign, overwrites_arguments
 from tdhook.relevance.operations.own_backward import own_backward
 from tdhook.relevance.operations.parts import one_by_one
-from tdhook.relevance.operations.table import ARITHMETIC, ELEMENTWISE, MOVES, PRODUCTS, WINNER
+from tdhook.relevance.operations.readings import Reading
+from tdhook.relevance.operations.table import ARITHMETIC
 from tdhook.relevance.propagation.binding import Bound
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import Rule
+from tdhook.selectors.kinds import ELEMENTWISE, MOVES, PRODUCTS, WINNER
 from tdhook.selectors.names import (
     begins_tape,
     initialises,
@@ -65,11 +67,11 @@ class Known:
     rule: Rule | None = None
     bounds: dict[int, Bound] = field(default_factory=dict)
 
-    def bound(self, rule: Rule, flow: Convention) -> Bound:
+    def bound(self, rule: Rule, flow: Convention, reading: Reading) -> Bound:
         """A rule on the operation, decided once."""
         found = self.bounds.get(id(rule))
         if found is None:
-            found = self.bounds[id(rule)] = Bound(rule, flow, rule.bound(self.operation, flow))
+            found = self.bounds[id(rule)] = reading.bound(rule, self.operation, flow)
         return found
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import inspect
 import math
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["entered", "written_out"]
+from tdhook.relevance.propagation.conversions import Substituted
+
+__all__ = ["entered", "in_parts", "written_out"]
 
 Function = Callable[..., Any]
+Axes: TypeAlias = "int | Sequence[int] | None"
 
 _INSIDE: dict[object, Function | None] = {}
 
@@ -53,13 +57,39 @@ def written_out(name: str) -> Function | None:
     return _WRITTEN.get(name)
 
 
+def in_parts(
+    mode: AbstractContextManager[object],
+    inside: Function,
+    fused: Function,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> Tensor | tuple[Tensor, ...]:
+    """The values of a fused operation, on the tape of those that it is made of.
+
+    Args:
+        mode: what sees these.
+        inside: what calls them (:func:`written_out`).
+        fused: the operation.
+        args: what it is called with.
+        kwargs: by name.
+    """
+    with torch.no_grad():
+        values = fused(*args, **kwargs)
+    with mode:
+        written = inside(*args, **kwargs)
+    if isinstance(values, Tensor):
+        made: Tensor = Substituted.apply(written, values)
+        return made
+    return tuple(Substituted.apply(w, v) for w, v in zip(written, values, strict=True))
+
+
 def _sum_and_product(product: Function) -> Function:
     def write(
         input: Tensor,
         *factors: Tensor,
-        beta: Any = 1,
-        alpha: Any = 1,
-        value: Any = 1,
+        beta: float = 1,
+        alpha: float = 1,
+        value: float = 1,
         out: object = None,
         **named: Tensor,
     ) -> Tensor:
@@ -124,7 +154,7 @@ def _xlogy(input: Tensor, other: Tensor, out: object = None) -> Tensor:
     return torch.where(input == 0, 0.0, input * other.log())
 
 
-def _axes(input: Tensor, dim: Any) -> tuple[int, ...]:
+def _axes(input: Tensor, dim: Axes) -> tuple[int, ...]:
     if dim is None:
         return tuple(range(input.dim()))
     return (dim,) if isinstance(dim, int) else tuple(dim)
@@ -132,15 +162,15 @@ def _axes(input: Tensor, dim: Any) -> tuple[int, ...]:
 
 def _var(
     input: Tensor,
-    dim: Any = None,
+    dim: Axes | bool = None,
     unbiased: bool = True,
     keepdim: bool = False,
     *,
-    correction: Any = None,
-    out: Any = None,
+    correction: float | None = None,
+    out: object = None,
 ) -> Tensor:
     if isinstance(dim, bool):
-        dim, unbiased = None, dim
+        return _var(input, None, dim, keepdim, correction=correction)
     axes = _axes(input, dim)
     count = math.prod(input.shape[axis] for axis in axes)
     taken = int(unbiased) if correction is None else correction
@@ -149,10 +179,10 @@ def _var(
 
 
 def _var_mean(
-    input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, **kwargs: Any
+    input: Tensor, dim: Axes | bool = None, unbiased: bool = True, keepdim: bool = False, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     if isinstance(dim, bool):
-        dim, unbiased = None, dim
+        return _var_mean(input, None, dim, keepdim, **kwargs)
     mean = input.mean(_axes(input, dim), keepdim=keepdim)
     return _var(input, dim, unbiased, keepdim, **kwargs), mean
 

@@ -22,6 +22,7 @@ from tdhook.relevance.propagation.call import Setting
 from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.merges import Merges
 from tdhook.relevance.propagation.params import require_parameters
+from tdhook.relevance.propagation.reference import Reference
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.relevance.propagation.weights import WeightCache
@@ -54,6 +55,7 @@ def make_plan(
     merge_batch_norm: bool | Sequence[Merge],
     unmatched: Callable[[str, str], None],
     cache_weights: bool = True,
+    against: bool = False,
 ) -> Plan:
     """Ask a composite or a mapper for the rule of every module.
 
@@ -67,6 +69,7 @@ def make_plan(
         merge_batch_norm: whether to merge batch norms, or which.
         unmatched: told ``(operation, path)`` of operations that nothing is known of.
         cache_weights: whether modified weights are kept from call to call.
+        against: whether differences from a reference are explained, and not values.
 
     Raises:
         TypeError: the mapper returned something else than a rule.
@@ -92,7 +95,7 @@ def make_plan(
     rules = [row.rule for row in rows if row.rule is not None] + [rule for _, rule in composite.on_operations]
     if flow is None:
         # With a mapper what arrives is written as it is, so that the flow tells what is meant.
-        flow = _flow_of(rules, damped=defaults)
+        flow = _flow_of(rules, damped=defaults, against=against)
     sensitivity = any(rule.yields == "sensitivity" for rule in rules)
     if defaults and not sensitivity:
         rows = [_by_default(row) for row in rows]
@@ -101,7 +104,8 @@ def make_plan(
     rank = {name: i for i, name in reversed(list(enumerate(execution.order)))}
     rows.sort(key=lambda row: rank.get(row.path, len(rank)))
     weights = WeightCache(row.module for row in rows if row.rule is not None) if cache_weights else None
-    setting = Setting(None, weights, Merges() if merge_batch_norm else None)
+    norms = merge_batch_norm and any(isinstance(m, BatchNorm) for m in execution.modules.values())
+    setting = Setting(None, weights, Merges() if norms else None, Reference() if against else None)
     merges: dict[str, list[nn.Module]] = {}
     if not isinstance(merge_batch_norm, bool):
         merges = _named_merges(merge_batch_norm, execution)
@@ -128,16 +132,17 @@ def make_plan(
     )
 
 
-def _flow_of(rules: Sequence[Rule], damped: bool) -> Convention:
+def _flow_of(rules: Sequence[Rule], damped: bool, against: bool) -> Convention:
     """The gradient flow if there is a rule for it and none that would have to be converted.
 
     Args:
         rules: the rules.
         damped: whether epsilon's stabiliser may be a factor there.
+        against: whether differences are explained: then all that no rule is for is done there.
     """
     # Nothing, and no relevance, are the same in both conventions.
     telling = [rule for rule in rules if not (rule.native or rule.absorbs_all)]
-    if not any(rule.convention == "gradient" for rule in telling):
+    if not against and not any(rule.convention == "gradient" for rule in telling):
         return "relevance"
 
     def fits(rule: Rule) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import get_ident
 from types import TracebackType
@@ -18,18 +18,19 @@ from tdhook.models.parallel import home_of, lends_weights
 from tdhook.relevance.ledger.ledger import Ledger
 from tdhook.relevance.operations.interception import Interception
 from tdhook.relevance.operations.parties import Observer, Unmatched
-from tdhook.relevance.operations.table import MOVES, WINNER
 from tdhook.relevance.propagation.binding import Binding
 from tdhook.relevance.propagation.call import ALONE, Setting
 from tdhook.relevance.propagation.conversions import finite_product
 from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.reference import Reference
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.batchnorm import merging
 from tdhook.relevance.rules.simple import PassRule
 from tdhook.selectors import Selector
+from tdhook.selectors.kinds import MOVES, WINNER
 from tdhook.tape.functions import copying
 from tdhook.tape.overwriting import Mutated, out_of_place, overwrites, was_overwritten
-from tdhook.tape.undoing import Change
+from tdhook.tape.undoing import Change, undone
 
 __all__ = ["COLUMNS", "Merge", "Plan", "Row"]
 
@@ -73,7 +74,7 @@ class RulesOn:
     def __init__(self, plan: Plan, observer: Observer | None) -> None:
         self.plan, self.observer = plan, observer
         self.whole = observer is not None
-        self._stack = ExitStack()
+        self._around: ExitStack | None = None
         self._overwrote = False
 
     @property
@@ -87,14 +88,17 @@ class RulesOn:
         return self
 
     def __enter__(self) -> None:
-        self._overwrote = self.overwrites
-        if self.plan.interception is not None:
-            Change(self.plan.interception.resting())
-        with self._stack:  # takes off what is on, if something goes wrong here
-            self.plan.attach(self._stack)
-            if self.plan.interception is not None:
-                self.plan.interception.observer = self.observer
-            self._stack = self._stack.pop_all()
+        plan, interception = self.plan, self.plan.interception
+        self._detaching = Change(plan.detach)
+        if interception is not None:
+            self._overwrote = interception.guard.active
+            Change(interception.resting())
+            interception.observer = self.observer
+        try:
+            self._around = plan.attach()
+        except BaseException:
+            self._detaching.undo()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -102,7 +106,11 @@ class RulesOn:
         interception = self.plan.interception
         if interception is not None:
             interception.observer = None
-        self._stack.close()
+        try:
+            if self._around is not None:
+                self._around.close()
+        finally:
+            self._detaching.undo()
         if error is None:
             self.plan.seen = True
         elif isinstance(error, RuntimeError) and was_overwritten(error):
@@ -113,7 +121,9 @@ class RulesOn:
 
     def running(self) -> AbstractContextManager[None]:
         """Run operations under their rules. The first run tells the path of operations that nothing is known of."""
-        return self.plan.within(tracked=not self.plan.seen)
+        plan = self.plan
+        interception = plan.interception
+        return nullcontext() if interception is None else interception.running(tracked=not plan.seen)
 
     def returned(self, values: Iterable[object]) -> None:
         """See whether the model returns what should have been overwritten."""
@@ -163,6 +173,8 @@ class Plan:
         self._lent = any(map(lends_weights, self._modules))
         self.sensitivity = sensitivity
         self.setting = setting
+        weights = setting.weights
+        self._weights = None if weights is None or weights.keeps_none else weights
         # Layers without a rule may overwrite what they are given: their operations are seen.
         self._units = [row.module for row in rows if interception is None or row.rule is not None]
         self.seen = False
@@ -172,6 +184,7 @@ class Plan:
             rule = row.rule
             # To ignore a layer of torch's own is to leave it to the rule of its operation.
             own = home_of(row.module).startswith("torch.nn.")
+            own = own or self.reference is not None
             if rule is None or (rule.native and (own or interception is None)):
                 continue
             if rule.binds_itself and not rule.native:
@@ -184,34 +197,69 @@ class Plan:
                     rule = merging()
             self._bindings.append(Binding(row.module, rule, flow, interception, setting))
 
-    def attach(self, stack: ExitStack) -> None:
-        """Run the model under the rules until ``stack`` is closed; operations only :meth:`within` it."""
-        overwriting = [m for m in self._units if m.__dict__.get("inplace") is True and overwrites(m)]
+    @property
+    def reference(self) -> Reference | None:
+        """What the calls of a run meet on a reference, if differences from one are explained."""
+        return self.setting.reference
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All modules of the model."""
+        return self._modules
+
+    def attach(self) -> ExitStack | None:
+        """Run the model under the rules until they are taken off; operations only :meth:`within` it.
+
+        Returns:
+            What is to be closed before that, if anything is.
+        """
+        overwriting: list[nn.Module] = []
+        for module in self._units:
+            if module.__dict__.get("inplace") is True and overwrites(module):
+                overwriting.append(module)
         if self.interception is not None:
             self.interception.dependence.begin()
             self.interception.outdated.layers = set(map(id, overwriting))
-        if overwriting:
-            stack.enter_context(out_of_place(overwriting))
-        if self._lent:
-            # What hangs on the outputs of layers would be lost with views that are overwritten.
-            stack.enter_context(copying())
-        change = Change(self._detach)
-        stack.callback(change.undo)
-        if self.setting.weights is not None:
-            self.setting.weights.begin()
-        thread = get_ident()
-        for binding in self._bindings:
-            binding.attach(thread)
-        for rule, module in self._custom:
-            stack.enter_context(rule.register(module))
+        if self._weights is not None:
+            self._weights.begin()
+        if self.reference is not None:
+            self.reference.begin()
+        Binding.attach_all(self._bindings, get_ident())
+        if not (overwriting or self._lent or self._custom):
+            return None
+        with ExitStack() as around:
+            if overwriting:
+                around.enter_context(out_of_place(overwriting))
+            if self._lent:
+                # What hangs on the outputs of layers would be lost with views that are overwritten.
+                around.enter_context(copying())
+            for rule, module in self._custom:
+                around.enter_context(rule.register(module))
+            return around.pop_all()
 
-    def _detach(self) -> None:
-        for binding in reversed(self._bindings):
-            binding.detach()
+    @contextmanager
+    def still_attached(self) -> Iterator[None]:
+        """See to it that the rules are on in a run within another one, for which the model was put back as it was."""
+        off: list[Callable[[], None]] = []
+
+        def take_off() -> None:
+            for undo in off:
+                undo()
+
+        with undone(take_off):
+            for binding in self._bindings:
+                off.append(binding.put_back())
+            yield
+
+    def detach(self) -> None:
+        """Take the rules off, as far as they are on."""
+        Binding.detach_all(reversed(self._bindings))
         if self.interception is not None:
             self.interception.dependence.end()
-        if self.setting.weights is not None:
-            self.setting.weights.end()
+        if self._weights is not None:
+            self._weights.end()
+        if self.reference is not None:
+            self.reference.begin()
 
     def rules_on(self, ledger: Ledger | None = None, *, observer: Observer | None = None) -> RulesOn:
         """How to run the model under its rules.

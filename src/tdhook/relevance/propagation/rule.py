@@ -52,7 +52,8 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
         yields: ``"relevance"``, or ``"sensitivity"`` for rules that make the result a modified gradient, which is
             explained as it is and not multiplied by the input.
         in_both: whether the rule is defined alike in both conventions, so that nothing need be converted.
-        opens: whether the rule writes its call out as operations that are ruled in turn.
+        opens: whether the rule writes its call out as operations that are ruled in turn, and ``opens_against``: whether
+            it does of differences from a reference.
         native: whether the rule leaves the call and its gradient alone.
         absorbs_all: whether no relevance goes through.
         needs_sign: whether the rule saves work where it is known that no input is negative.
@@ -62,6 +63,7 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
     yields: ClassVar[Literal["relevance", "sensitivity"]] = "relevance"
     in_both: ClassVar[bool] = False
     opens: ClassVar[bool] = False
+    opens_against: ClassVar[bool] = False
     native: ClassVar[bool] = False
     absorbs_all: ClassVar[bool] = False
     needs_sign: ClassVar[bool] = False
@@ -116,6 +118,21 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
             flow: the convention in which values arrive; where it is not the rule's own they are converted.
         """
         return converted(self._apply, self.convention, flow)
+
+    def against(self, module: nn.Module, flow: Convention) -> Run:
+        """How calls of ``module`` run where what is explained is the difference from a reference, decided once.
+
+        Args:
+            module: the module, or the operation.
+            flow: the convention in which values arrive.
+
+        Raises:
+            NotImplementedError: the rule says nothing of differences.
+        """
+        raise NotImplementedError(
+            f"{self!r} says what becomes of values, and nothing of their difference from a baseline: leave baseline "
+            "out, or override Rule.against"
+        )
 
     def _apply(self, call: Call) -> object:
         return self.apply(self._apply_kwargs, call.module, call.kwargs, *call.args)

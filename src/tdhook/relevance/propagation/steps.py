@@ -38,12 +38,14 @@ class Step(ABC):
         arguments: positional and keyword arguments of the call; ``None`` stands for the inputs.
         nonnegative: whether no input can be negative, as far as that is known.
         writable: whether what the step computes belongs to who asked for it, and may be overwritten.
+        origin: where inputs and outputs are differences from a reference, the input there.
     """
 
     arguments: tuple[tuple[object, ...], dict[str, object]] = ((), {})
     report: Report | None = None
     nonnegative: bool = False
     writable: bool = False
+    origin: Tensor | None = None
     module: nn.Module
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -154,6 +156,7 @@ class LinearStep(Step):
         x: its input, ``outputs``: what it returned (empty unless asked for), ``weight``, ``bias``: its parameters.
         merged: the batch normalisation that is merged into the layer, if any.
         cache: keeps modified weights, if any.
+        origin: the input on a reference, if ``x`` and ``outputs`` are differences from it: there are no biases in them.
     """
 
     writable = True
@@ -168,16 +171,19 @@ class LinearStep(Step):
         bias: Tensor | None,
         merged: Affine | None = None,
         cache: WeightCache | None = None,
+        origin: Tensor | None = None,
     ) -> None:
+        self.origin = origin
         self.module, self.form, self.inputs = layer, form, (x,)
         self._sources: tuple[Tensor, ...] = (weight,)
         self._merged, self._cache = merged, cache
         if merged is not None:
             self._sources += merged.sources
             bias = merged.shift if bias is None else bias * merged.scale + merged.shift
-            outputs = tuple(
-                form.along_outputs(merged.scale, z) * z + form.along_outputs(merged.shift, z) for z in outputs
-            )
+            outputs = tuple(form.along_outputs(merged.scale, z) * z for z in outputs)
+            if origin is None:
+                outputs = tuple(z + form.along_outputs(merged.shift, z) for z in outputs)
+        bias = None if origin is not None else bias
         self.outputs, self._weight, self._bias = tuple(map(added_up, outputs)), weight, bias
 
     def vjp(self, *grads: Tensor) -> Grads:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
+from tdhook.relevance.propagation.again import Again
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import with_constants
-from tdhook.relevance.propagation.conversions import Scaled
+from tdhook.relevance.propagation.conversions import Scaled, Substituted
 from tdhook.relevance.propagation.rule import RunningRule, converted
 from tdhook.tape.functions import on_tape
 
@@ -28,6 +34,7 @@ class AttentionRule(RunningRule):
     """
 
     convention: ClassVar[Convention] = "gradient"
+    opens_against: ClassVar[bool] = True
 
     def __init__(self, values_only: bool = False) -> None:
         super().__init__()
@@ -38,6 +45,24 @@ class AttentionRule(RunningRule):
     def running(self, module: nn.Module, flow: Convention) -> Run:
         """On query, key and value with their gradients scaled."""
         return converted(self._scaled, self.convention, flow)
+
+    def against(self, module: nn.Module, flow: Convention) -> Run:
+        """Written out as the operations that it is made of, each by its secant."""
+
+        def run(call: Call) -> object:
+            draws = (call.args[4] if len(call.args) > 4 else call.kwargs.get("dropout_p", 0.0)) != 0
+            again = Again() if draws else None
+            with torch.no_grad():
+                value = call.execute()
+            with nullcontext() if again is None else again.as_before():
+                written = attention(*call.args, weigh=self._weigh, **call.kwargs)
+            return Substituted.apply(written, value)
+
+        return run
+
+    def _weigh(self, scores: Tensor) -> Tensor:
+        weights = scores.softmax(-1)
+        return weights.detach() if self.values_only else weights
 
     def _scaled(self, call: Call) -> object:
         args, kwargs = call.args, call.kwargs
@@ -56,8 +81,48 @@ class AttentionRule(RunningRule):
         scaled = [_times(x, factor) for x, factor in zip(operands, factors, strict=True)]
         outputs = call.function(*scaled, *args[4:], **named)
         kept = [f for x, f in zip(operands, factors, strict=True) if isinstance(x, Tensor) and on_tape(x)]
-        unscaled = call._replace(args=(*operands, *args[4:]), kwargs=named)
+        unscaled = call.given((*operands, *args[4:]), named)
         return with_constants(unscaled, outputs, factors=kept)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    weigh: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Scaled dot-product attention in other operations, as torch defines it.
+
+    Args:
+        query: ``[*batch, heads, L, d]``.
+        key: ``[*batch, heads, S, d]``.
+        value: likewise.
+        attn_mask: which keys are attended to, or what is added to the scores.
+        dropout_p: which part of the weights is dropped.
+        is_causal: whether later keys are left out.
+        scale: of the scores, by default ``1 / sqrt(d)``.
+        enable_gqa: whether several heads of queries share one of keys and values.
+        weigh: makes weights of scores.
+    """
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = query @ key.transpose(-2, -1) * factor
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -math.inf)
+    if attn_mask is not None:
+        masks = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -math.inf) if masks else scores + attn_mask
+    weights = weigh(scores)
+    return (F.dropout(weights, dropout_p) if dropout_p else weights) @ value
 
 
 def _times(x: object, factor: float) -> object:

@@ -9,11 +9,15 @@ from torch import Tensor, nn
 
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Call, Run
+from tdhook.relevance.propagation.differences import secant
 from tdhook.relevance.propagation.executed import ExecutedLayer
 from tdhook.relevance.propagation.lent import are_lent
+from tdhook.relevance.propagation.merges import Merges
 from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.relevance.rules.epsilon import EpsilonRule
 from tdhook.relevance.rules.simple import PassRule
+from tdhook.relevance.secants.averages import product
+from tdhook.relevance.secants.norms import normalised
 from tdhook.tape.axes import before_moves
 from tdhook.tape.functions import Identity
 
@@ -44,10 +48,7 @@ class _MergedBatchNormRule(PassRule):
             if merges is None or not isinstance(x, Tensor) or module.training or module.running_mean is None:
                 return passed(call)
             if are_lent(module):
-                raise NotImplementedError(
-                    f"{type(module).__name__} is merged into the layer before it, for which its statistics are needed, "
-                    "and these are offloaded: keep this module in memory, or pass merge_batch_norm=False"
-                )
+                raise NotImplementedError(_LENT.format(type(module).__name__))
             maker = _Maker(x)
             if maker.is_plain:
                 # Merging amounts to the epsilon rule, stabilised once.
@@ -56,13 +57,36 @@ class _MergedBatchNormRule(PassRule):
                 for identity in stabilizing:
                     merges.postpone(identity.place)
                 return EpsilonRule(epsilon).bound(module, flow)(call)
-            for layer in self._producers(maker.node):
-                # On [N, C, L] a batch norm scales the rows of what a fully connected layer made, not its features.
-                if self.linears or maker.axis == layer.form.output_axis(maker.n_axes):
-                    merges.merge(module, layer)
+            self._tell(merges, module, maker)
             return passed(call)
 
         return run
+
+    def against(self, module: nn.Module, flow: Convention) -> Run:
+        """Likewise: a batch norm scales differences, and its mean and bias are none."""
+        passed = super().against(module, flow)
+        scaled = secant(module, flow, product)
+
+        def run(call: Call) -> Any:
+            x = call.args[0] if call.args else call.kwargs.get("input")
+            if not isinstance(x, Tensor) or module.training or module.running_mean is None:
+                return secant(module, flow, normalised)(call)
+            merges, reference = call.setting.merges, call.setting.reference
+            if merges is None:
+                return scaled(call)
+            if are_lent(module):
+                raise NotImplementedError(_LENT.format(type(module).__name__))
+            if reference is not None and not reference.running:
+                self._tell(merges, module, _Maker(x))
+            return passed(call) if flow == "relevance" else scaled(call)
+
+        return run
+
+    def _tell(self, merges: Merges, module: nn.Module, maker: _Maker) -> None:
+        for layer in self._producers(maker.node):
+            # On [N, C, L] a batch norm scales the rows of what a fully connected layer made, not its features.
+            if self.linears or maker.axis == layer.form.output_axis(maker.n_axes):
+                merges.merge(module, layer)
 
     def _producers(self, node: Any) -> list[ExecutedLayer]:
         if not self.linears:
@@ -82,6 +106,10 @@ class _MergedBatchNormRule(PassRule):
         return found
 
 
+_LENT = (
+    "{} is merged into the layer before it, for which its statistics are needed, and these are offloaded: keep this "
+    "module in memory, or pass merge_batch_norm=False"
+)
 _PLAIN = ("Addmm", "Mm", "Convolution", "Addbmm", "Baddbmm", "Bmm")
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
+from tdhook.relevance.propagation.call import Run
+from tdhook.relevance.propagation.differences import secant
 from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.stabilisers import (
     Stabilizer,
@@ -22,6 +24,7 @@ from tdhook.relevance.propagation.stabilisers import (
     stabilize,
 )
 from tdhook.relevance.propagation.steps import Grads, Step
+from tdhook.relevance.secants.slopes import slopes
 
 __all__ = [
     "AHQKVRule",
@@ -58,6 +61,10 @@ class PseudoIdentityRule(GradientRule):
     def __init__(self, stabilizer: Stabilizer = 1e-6) -> None:
         super().__init__()
         self.stabilizer = checked(stabilizer)
+
+    def against(self, module: nn.Module, flow: Convention) -> Run:
+        """The slope of the secant, which needs no stabiliser."""
+        return super().against(module, flow) if self.applied else secant(module, flow, slopes)
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         (x,), (z,), (g,) = step.inputs, step.outputs, relevance
@@ -98,6 +105,17 @@ class _SensitivityRule(GradientRule):
     """A rule that makes the result a modified gradient."""
 
     yields: ClassVar[Literal["relevance", "sensitivity"]] = "sensitivity"
+
+    def against(self, module: nn.Module, flow: Convention) -> Run:
+        """There is none.
+
+        Raises:
+            ValueError: a modified gradient is no share of anything.
+        """
+        raise ValueError(
+            f"{self!r} makes a modified gradient, which is no share of a difference: leave baseline out, or choose a "
+            "composite whose result is relevance"
+        )
 
 
 class ReLUDeconvNetRule(_SensitivityRule):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,10 @@ from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import Reported, with_constants
 from tdhook.relevance.propagation.conversions import Scaled
+from tdhook.relevance.propagation.differences import secant
 from tdhook.relevance.propagation.rule import RunningRule, converted
+from tdhook.relevance.secants.averages import average
+from tdhook.relevance.secants.pair import Grads, Pair
 from tdhook.tape.functions import live, on_tape
 from tdhook.tape.origins import made_by
 
@@ -46,19 +50,41 @@ class SignalTakeAllRule(RunningRule):
         """With the gates taken off the tape."""
         return converted(self._ungated, self.convention, flow)
 
+    def against(self, module: nn.Module, flow: Convention) -> Run:
+        """The gates are held at the mean of what they are on the input and on the reference."""
+
+        def run(call: Call) -> object:
+            signal = self._chosen(call)
+
+            def pull(pair: Pair, grads: Sequence[Tensor]) -> Grads:
+                found = average(pair, grads)
+                return (
+                    found
+                    if signal is None
+                    else tuple(g if i == signal else None for i, g in zip(pair.live, found, strict=True))
+                )
+
+            return secant(module, flow, pull, keeps=True)(call)
+
+        return run
+
+    def _chosen(self, call: Call) -> int | None:
+        """Which of the arguments is the signal."""
+        arguments, factors = _factors(call)
+        if self.signal is None and len(factors) > 1:
+            return self._signal(call.module, arguments, factors)
+        return self.signal
+
     def _ungated(self, call: Call) -> object:
-        arguments: list[Any] = [*call.args, *call.kwargs.values()]
-        factors = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and on_tape(x)]
-        signal = self.signal
-        if signal is None and len(factors) > 1:
-            signal = self._signal(call.module, arguments, factors)
+        arguments, factors = _factors(call)
+        signal = self._chosen(call)
         equal = 1 / max(len(factors), 1) if signal is None else 1.0
         for i in factors:
             if signal is not None and i != signal:
                 arguments[i] = arguments[i].detach()
         n_args = len(call.args)
         kwargs = dict(zip(call.kwargs, arguments[n_args:], strict=True))
-        call = call._replace(args=tuple(arguments[:n_args]), kwargs=kwargs)
+        call = call.given(tuple(arguments[:n_args]), kwargs)
         outputs = call.execute()
         if equal != 1:
             outputs = live(lambda z: Scaled.apply(z, equal), outputs)
@@ -70,6 +96,12 @@ class SignalTakeAllRule(RunningRule):
             return factors[0]
         signals = [i for i in factors if not made_by(arguments[i], _GATES)]
         return signals[0] if len(signals) == 1 else None
+
+
+def _factors(call: Call) -> tuple[list[Any], list[int]]:
+    """The arguments of a call, and which of them are on the tape."""
+    arguments: list[Any] = [*call.args, *call.kwargs.values()]
+    return arguments, [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and on_tape(x)]
 
 
 class ConstantRule(RunningRule):
@@ -86,6 +118,15 @@ class ConstantRule(RunningRule):
 
         return converted(run, self.convention, flow)
 
+    def against(self, module: nn.Module, flow: Convention) -> Run:
+        """Off the tape; what is computed with it books its share."""
+
+        def run(call: Call) -> object:
+            with torch.no_grad():
+                return call.execute()
+
+        return run
+
 
 class FactorsRule(RunningRule):
     """Equal parts to all factors of each output that are activations (AttnLRP, Achtibat et al. 2024, Prop. 3.3).
@@ -99,6 +140,10 @@ class FactorsRule(RunningRule):
     def running(self, module: nn.Module, flow: Convention) -> Run:
         """As it is, with the gradient of each output divided by the number of its factors."""
         return converted(self._shared, self.convention, flow)
+
+    def against(self, module: nn.Module, flow: Convention) -> Run:
+        """Each factor by the others, on the mean of the way."""
+        return secant(module, flow)
 
     @staticmethod
     def _shared(call: Call) -> object:

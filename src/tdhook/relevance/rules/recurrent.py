@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
+from tdhook.relevance.propagation.again import Again
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.conversions import Substituted
 from tdhook.relevance.propagation.rule import RunningRule
@@ -31,6 +33,7 @@ class RecurrentRule(RunningRule):
 
     convention: ClassVar[Convention] = "gradient"
     opens: ClassVar[bool] = True
+    opens_against: ClassVar[bool] = True
     in_both: ClassVar[bool] = True
 
     def running(self, module: nn.Module, flow: Convention) -> Run:
@@ -38,15 +41,26 @@ class RecurrentRule(RunningRule):
 
         Nothing is converted: the operations inside are ruled in the convention of the flow.
         """
+        return self._written(module, shares=False)
+
+    def against(self, module: nn.Module, flow: Convention) -> Run:
+        """Likewise, where gates take their share of the difference."""
+        return self._written(module, shares=True)
+
+    @staticmethod
+    def _written(module: nn.Module, *, shares: bool) -> Run:
         name = type(module).__name__
         if name not in _CELLS:  # a module, whose operations are ruled one by one
             return Call.execute
 
         def run(call: Call) -> Any:
             args, kwargs = call.args, call.kwargs
+            write = _cell_call if name.endswith("_cell") else _network
+            again = Again() if write is _network and _dropped(args) else None
             with torch.no_grad():
                 values = call.execute()
-            written = _cell_call(name, *args, **kwargs) if name.endswith("_cell") else _network(name, *args)
+            with nullcontext() if again is None else again.as_before():
+                written = write(name, shares, *args, **kwargs)
             single = isinstance(values, Tensor)
             pairs = zip((written,) if single else written, (values,) if single else values, strict=True)
             outputs = tuple(Substituted.apply(w, v) for w, v in pairs)
@@ -63,15 +77,17 @@ class _Weights:
         joint: ``[W_ih, W_hh]`` of shape ``[gates, input + hidden]``, and ``bias``: ``b_ih + b_hh``.
         separate: ``W_ih``, ``W_hh``, ``b_ih``, ``b_hh`` of the last of the gates, the signal of a GRU.
         projection: what makes the state smaller, if anything.
+        shares: whether gates take their share, or are held constant.
     """
 
     joint: Tensor
     bias: Tensor | None
     separate: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
     projection: Tensor | None
+    shares: bool
 
     @staticmethod
-    def of(params: Sequence[Tensor], n_joint: int) -> _Weights:
+    def of(params: Sequence[Tensor], n_joint: int, shares: bool) -> _Weights:
         """From torch's order; ``n_joint`` of three parts of the gates are joint, where not all are."""
         w_ih, w_hh, *rest = params
         biases, projection = rest[: len(rest) // 2 * 2], rest[len(rest) // 2 * 2 :]
@@ -84,9 +100,12 @@ class _Weights:
             None if b_ih is None else b_ih[n:],
             None if b_hh is None else b_hh[n:],
         )
-        return _Weights(
-            torch.cat([w_ih[:n], w_hh[:n]], -1), bias, separate, projection[0] if projection else None
-        )
+        joint = torch.cat([w_ih[:n], w_hh[:n]], -1)
+        return _Weights(joint, bias, separate, projection[0] if projection else None, shares)
+
+    def gate(self, values: Tensor) -> Tensor:
+        """Values of gates, as far as they take a share."""
+        return values if self.shares else values.detach()
 
     def gates(self, x: Tensor, h: Tensor) -> Tensor:
         """``W_ih x + b_ih + W_hh h + b_hh`` of the joint gates as one product."""
@@ -96,14 +115,14 @@ class _Weights:
 def _lstm(x: Tensor, state: State, weights: _Weights) -> State:
     h, c = state
     i, f, g, o = weights.gates(x, h).chunk(4, -1)
-    c = f.sigmoid().detach() * c + i.sigmoid().detach() * g.tanh()
-    h = o.sigmoid().detach() * c.tanh()
+    c = weights.gate(f.sigmoid()) * c + weights.gate(i.sigmoid()) * g.tanh()
+    h = weights.gate(o.sigmoid()) * c.tanh()
     return (h if weights.projection is None else F.linear(h, weights.projection)), c
 
 
 def _gru(x: Tensor, state: State, weights: _Weights) -> State:
     (h,) = state
-    r, z = weights.gates(x, h).sigmoid().detach().chunk(2, -1)
+    r, z = weights.gate(weights.gates(x, h).sigmoid()).chunk(2, -1)
     w_ih, w_hh, b_ih, b_hh = weights.separate
     signal = (F.linear(x, w_ih, b_ih) + r * F.linear(h, w_hh, b_hh)).tanh()
     return ((1 - z) * signal + z * h,)
@@ -131,6 +150,7 @@ _CELLS |= {f"{name}_cell": cell for name, cell in _CELLS.items()}
 
 def _cell_call(
     name: str,
+    shares: bool,
     input: Tensor,
     hx: Tensor | Sequence[Tensor],
     w_ih: Tensor,
@@ -139,16 +159,15 @@ def _cell_call(
     b_hh: Tensor | None = None,
 ) -> Any:
     params = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
-    weights = _Weights.of(params, _n_joint(name))
+    weights = _Weights.of(params, _n_joint(name), shares)
     state = _CELLS[name](input, (hx,) if isinstance(hx, Tensor) else tuple(hx), weights)
     return state if len(state) > 1 else state[0]
 
 
-def _network(name: str, data: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _network(name: str, shares: bool, data: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """A network over a padded batch ``(hx, params, ...)``, or over a packed one ``(batch_sizes, hx, params, ...)``."""
-    packed = isinstance(arguments[1], Tensor) or (
-        isinstance(arguments[0], Tensor) and not arguments[0].is_floating_point()
-    )
+    dropped = _dropped((data, *arguments))
+    packed = _is_packed(arguments)
     if packed:
         sizes, hx, params, _, n_layers, _, _, bidirectional = arguments
         steps = list(data.split(sizes.tolist()))
@@ -161,10 +180,13 @@ def _network(name: str, data: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     per_cell = len(params) // (n_layers * directions)
     finals: list[State] = []
     for layer in range(n_layers):
+        if layer and dropped:
+            sizes_of = [x.shape[0] for x in steps]
+            steps = list(F.dropout(torch.cat(steps), dropped).split(sizes_of))
         made = []
         for direction in range(directions):
             at = layer * directions + direction
-            weights = _Weights.of(params[at * per_cell : (at + 1) * per_cell], _n_joint(name))
+            weights = _Weights.of(params[at * per_cell : (at + 1) * per_cell], _n_joint(name), shares)
             initial = tuple(s[at] for s in states)
             outputs, final = _along(steps, initial, weights, _CELLS[name], reverse=direction == 1)
             made.append(outputs)
@@ -174,6 +196,17 @@ def _network(name: str, data: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         )
     output = torch.cat(steps) if packed else torch.stack(steps, 1 if batch_first else 0)
     return output, *(torch.stack(parts) for parts in zip(*finals, strict=True))
+
+
+def _is_packed(arguments: Sequence[Any]) -> bool:
+    first, second = arguments[:2]
+    return isinstance(second, Tensor) or (isinstance(first, Tensor) and not first.is_floating_point())
+
+
+def _dropped(args: Sequence[Any]) -> float:
+    """Which part of the values is dropped between layers."""
+    part, training = args[6:8] if _is_packed(args[1:]) else args[5:7]
+    return float(part) if training else 0.0
 
 
 def _along(

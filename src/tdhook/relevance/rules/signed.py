@@ -295,14 +295,19 @@ class ZBoxRule(_SignedRule):
         for name, bound in (("low", self.low), ("high", self.high)):
             self._bound(bound, inputs[0], name)
 
+    def _within(self, step: Step, bound: float | Tensor, name: str) -> Tensor:
+        """The least or largest value that an input can have, or the difference that it can make."""
+        found = self._bound(bound, step.inputs[0], name)
+        return found if step.origin is None else found - step.origin
+
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         (r,) = relevance
         x = step.inputs[0]
         zero = (*self.zero_params, "bias")
         terms = [
             (x, 1.0, itself),
-            (self._bound(self.low, x, "low"), -1.0, positive),
-            (self._bound(self.high, x, "high"), -1.0, negative),
+            (self._within(step, self.low, "low"), -1.0, positive),
+            (self._within(step, self.high, "high"), -1.0, negative),
         ]
         z: Tensor | float = 0.0
         pulls = []

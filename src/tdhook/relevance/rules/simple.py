@@ -9,13 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
+from tdhook.relevance.propagation.beside import moving
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import with_masks
 from tdhook.relevance.propagation.conversions import NotOneTensor, Ratio, Unchanged
+from tdhook.relevance.propagation.differences import secant
 from tdhook.relevance.propagation.formula import PropagationRule
+from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import RemovableRuleHandle, RunningRule
 from tdhook.relevance.propagation.steps import Grads, Step
+from tdhook.relevance.secants.slopes import slopes
+from tdhook.selectors.kinds import WINNER
 from tdhook.tape.functions import on_tape
+from tdhook.tape.internals import children_of
 from tdhook.tape.trees import tree_leaves
 
 __all__ = ["IgnoreRule", "PassRule", "StopRule", "UniformRule"]
@@ -54,15 +60,18 @@ class PassRule(PropagationRule):
     def shortcut(self, module: nn.Module, flow: Convention) -> Run:
         """A function of one tensor: relevance is handed on; in the gradient convention, ``g_x = g_z * z / x``."""
         name, formula = type(module).__name__, self.by_formula(module, flow)
+        children = children_of(module)
         if flow == "gradient" and name in _HOMOGENEOUS:
             return lambda call: call.natively() if _takes_one_on_tape(call) else formula(call)
 
         def run(call: Call) -> object:
             if not _takes_one_on_tape(call):
                 return formula(call)
+            _, own, args, kwargs, _ = call
+            alone = len(args) == 1 and not (kwargs or children or module.__dict__.get("inplace"))
 
             def function(x: Tensor) -> Any:
-                z = call.on(x).natively()
+                z = own(x) if alone else call.on(x).natively()
                 if not isinstance(z, Tensor):
                     z = tree_leaves(z)
                     self.check(module, (x,), [leaf for leaf in z if isinstance(leaf, Tensor)])
@@ -72,20 +81,27 @@ class PassRule(PropagationRule):
 
             try:
                 if flow == "relevance":
-                    return with_masks(call, call.args[0], Unchanged.apply(call.args[0], function, name))
+                    z = Unchanged.apply(call.args[0], function, name)
+                    return z if call.setting.report is None else with_masks(call, call.args[0], z)
                 return Ratio.apply(call.args[0], function, name, call.setting.report)
             except NotOneTensor:
                 return formula(call)
 
         return run
 
+    def against(self, module: nn.Module, flow: Convention) -> Run:
+        """Unchanged; per unit of difference that is the slope of the secant."""
+        if self.applied:
+            return super().against(module, flow)
+        return self.running(module, flow) if flow == "relevance" else secant(module, flow, slopes)
+
     abbreviates = propagate
 
 
 def _takes_one_on_tape(call: Call) -> bool:
     """Whether the first argument is on the tape, and the only tensor."""
-    args, kwargs = call.args, call.kwargs
-    if not args or not isinstance(args[0], Tensor) or not on_tape(args[0]):
+    _, _, args, kwargs, _ = call
+    if not args or not isinstance(args[0], Tensor) or not (args[0].requires_grad or on_tape(args[0])):
         return False
     return not (len(args) > 1 and _has_tensor(args[1:])) and not (kwargs and _has_tensor(kwargs))
 
@@ -142,3 +158,8 @@ class IgnoreRule(RunningRule):
     def running(self, module: nn.Module, flow: Convention) -> Run:
         """As it is."""
         return Call.execute
+
+    def against(self, module: nn.Module, flow: Convention) -> Run:
+        """As it is where data are moved; what picks values may pick others on the reference."""
+        moves = isinstance(module, Operation) and module.moves and module.name not in WINNER
+        return moving if moves else secant(module, flow)

@@ -1,0 +1,222 @@
+"""Explaining a difference: what LRP finds where it is given a baseline."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from tdhook.attribution.kept import Kept, There
+from tdhook.models.families import BatchNorm
+from tdhook.passes.forward import Run
+from tdhook.passes.runner import Runner
+from tdhook.perturbing.references import Drawn, References
+from tdhook.relevance.ledger.balance import balance
+from tdhook.relevance.plans.beside import Beside
+from tdhook.relevance.plans.plan import Plan
+from tdhook.relevance.plans.rehearsal import Ready
+from tdhook.relevance.propagation.reference import Parted
+from tdhook.relevance.secants.pair import difference
+from tdhook.targets.base import Seeder, Seeds
+
+__all__ = ["explain_difference"]
+
+
+def explain_difference(
+    runner: Runner, run: Run, ready: Ready, plan: Plan, seeder: Seeder, references: References
+) -> dict[NestedKey, Tensor]:
+    """Share the difference of the target from what it is on a reference, on the mean of several of these.
+
+    Args:
+        runner: runs the model.
+        run: the run that is explained, under the rules of ``plan``.
+        ready: what is kept from call to call.
+        plan: a plan of differences.
+        seeder: what is explained.
+        references: what it is compared with.
+
+    Returns:
+        Relevance by source, as :meth:`~tdhook.contexts.attribution.Attribution.explain` does.
+    """
+    ledger = ready.ledger
+    sources, seeds = run.sources(), run.seeds(seeder)
+    ends = {key: x.detach() for key, x in sources.items()}
+    found: dict[NestedKey, Tensor] = {}
+    drawn = references.of(run.independent_sources()[0], run.batch_dims(sources), runner.td)
+    beside = _Runs(runner, run, ready, plan, references)
+    for number, one in enumerate(drawn):
+        there = beside.on(one)
+        grads = _seeds(seeds, there, plan)
+        if ledger is not None:
+            counterparts = _counterparts(run, there, seeds, sources)
+            runner.beside.update(balance(ledger, run, grads, sources, plan.flow, counterparts))
+        last = number == len(drawn) - 1
+        pulled = run.pull(grads, sources, keep=ledger is not None or not last)
+        for key, value in pulled.items():
+            start = there.sources.get(key, ends[key])
+            share = plan.relevance(difference(ends[key], start.detach()), value)
+            share = share if len(drawn) == 1 else share / len(drawn)
+            found[key] = found[key] + share if key in found else share
+    return found
+
+
+class _Runs:
+    """Runs a model on references, beside a run that is explained.
+
+    Args:
+        runner: runs the model.
+        run: the run that is explained.
+        ready: what is kept from call to call.
+        plan: the rules.
+        references: what is compared with.
+    """
+
+    def __init__(self, runner: Runner, run: Run, ready: Ready, plan: Plan, references: References) -> None:
+        assert plan.reference is not None
+        self.runner, self.run, self.ready, self.plan = runner, run, ready, plan
+        self.reference = plan.reference
+        target = runner.setup.question.target
+        # Whatever the target computes depends on more than the reference: on an action that was taken, say.
+        self._settled = references.constant and not target.writes and ready.ledger is None
+        trains = any(isinstance(m, BatchNorm) and m.training for m in plan.modules)
+        self._settled = self._settled and not trains and not torch.compiler.is_compiling()
+        # What it draws it will draw anew.
+        self._settled = self._settled and not ready.drawn()
+
+    def on(self, one: Drawn) -> There:
+        """The run on a reference, or a kept one that did the same."""
+        given = self._given(one)
+        if not self._settled or given is None:
+            return self._there(self._forward(one))
+        alone = self.ready.one_row is not False and self._is_uniform(one)
+        first = {key: value[:1] for key, value in given.items()} if alone else given
+        kept = self.ready.kept
+        if isinstance(kept, Kept) and kept.fits(first, self.reference, self.plan.modules):
+            return kept.there
+        if not alone:
+            made = self._there(self._forward(one))
+        elif self.ready.one_row is None:
+            made = self._there(self._forward(one))
+            self.ready.one_row = self._is_alike(one)
+            first = given
+        else:
+            made = self._there(self._forward(one, alone=True))
+        if not self.reference.decided:
+            self.ready.kept = Kept.of(made, first, self.reference, self.plan.modules)
+        return made
+
+    def _given(self, one: Drawn) -> dict[NestedKey, Tensor] | None:
+        """What the run depends on, by key; ``None`` where that cannot be told."""
+        found = dict(one.replaced)
+        for key in self.runner.setup.in_keys:
+            if key not in found:
+                value = self.runner.td.get(key, None)
+                if not isinstance(value, Tensor):
+                    return None
+                found[key] = value.detach()
+        return found
+
+    def _is_uniform(self, one: Drawn) -> bool:
+        """Whether all rows of the reference are the same, and nothing else goes into the model."""
+        td = self.runner.td
+        if td.batch_dims != 1 or len(td) < 2 or one.entries:
+            return False
+        if not set(self.runner.setup.in_keys) <= set(one.replaced):
+            return False
+        return all(torch.equal(value, value[:1].expand_as(value)) for value in one.replaced.values())
+
+    def _is_alike(self, one: Drawn) -> bool:
+        """Whether a run on one row does to it what one on all of the batch did to each."""
+        places = [(place.starts, place.before) for place in self.reference.places]
+        try:
+            self._forward(one, alone=True)
+        except (Parted, RuntimeError, ValueError):
+            alike = False
+        else:
+            alike = all(
+                _are_close([*starts, *before], [*place.starts, *place.before])
+                for (starts, before), place in zip(places, self.reference.places, strict=True)
+            )
+        for place, (starts, before) in zip(self.reference.places, places, strict=True):
+            place.starts, place.before = starts, before
+        return alike
+
+    def _forward(self, one: Drawn, *, alone: bool = False) -> Run:
+        runner, reference = self.runner, self.reference
+        target, given = runner.pinned(self.run)
+        if one.entries:
+            given = given.copy()
+            for key, value in one.entries.items():
+                given.set(key, value)
+        replaced = one.replaced
+        if alone:
+            given, replaced = given[:1], {key: value[:1] for key, value in replaced.items()}
+        reference.one = alone
+        while True:
+            within = Beside(self.plan, whole=self.ready.ledger is not None)
+            try:
+                with runner.forward(given, within, target=target, replaced=replaced) as run:
+                    pass
+            except Parted as error:
+                if alone or reference.decided == 2:
+                    raise
+                reference.decided += 1
+                _tell(error)
+                continue
+            if not reference.overwritten:
+                return run
+
+    @staticmethod
+    def _there(run: Run) -> There:
+        sources = {key: x.detach() for key, x in run.sources().items()}
+        inputs = {key: x.detach() for key, x in run.inputs.items()}
+        offered = run.offered().detach()
+        return There(offered.get, sources, inputs)
+
+
+def _are_close(full: Sequence[Tensor | None], one: Sequence[Tensor | None]) -> bool:
+    if len(full) != len(one):
+        return False
+    return all(
+        a is b or (a is not None and b is not None and _is_close(a, b))
+        for a, b in zip(full, one, strict=True)
+    )
+
+
+def _is_close(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point():
+        return bool((a == b).all())
+    tolerance = 64 * torch.finfo(a.dtype).eps
+    return bool(torch.allclose(a, b.expand_as(a), tolerance, tolerance, equal_nan=True))
+
+
+def _tell(error: Parted) -> None:
+    warnings.warn(
+        f"{str(error).split('. ')[0]}; on the reference it is run with the decisions that it takes on the input, and "
+        "the difference from there is explained",
+        stacklevel=2,
+    )
+
+
+def _counterparts(
+    run: Run, there: There, seeds: Seeds, sources: Mapping[NestedKey, Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """What values of one run are in the other."""
+    starts = {**there.inputs, **there.sources}
+    found = {id(z): there.outputs(key) for key, z in zip(seeds.keys, seeds.tensors, strict=True)}
+    found.update((id(x), starts[key]) for key, x in {**run.inputs, **sources}.items() if key in starts)
+    return lambda x: found.get(id(x), x).detach()
+
+
+def _seeds(seeds: Seeds, there: There, plan: Plan) -> Seeds:
+    """Where the backward pass starts: at differences of what is explained."""
+    if plan.flow == "gradient":
+        return seeds
+    grads = []
+    for key, z, grad in zip(seeds.keys, seeds.tensors, seeds.grads, strict=True):
+        rise = difference(z.detach(), there.outputs(key))
+        grads.append(torch.where(grad == 0, 0.0, grad * rise))
+    return Seeds(seeds.keys, seeds.tensors, grads, seeds.several)

@@ -1,0 +1,109 @@
+"""Kept runs: what a model does on a reference is not computed again while nothing changes that it depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+
+from tdhook.models.state import slots_of
+from tdhook.relevance.propagation.reference import Place, Reference
+from tdhook.tape.internals import version_of
+
+__all__ = ["Kept", "There"]
+
+_SAMPLED = 16
+
+
+@dataclass
+class There:
+    """What a run on a reference left behind.
+
+    Attributes:
+        outputs: what may be explained, by key.
+        sources: what is attributed, by key.
+        inputs: the attributed inputs.
+    """
+
+    outputs: Callable[[NestedKey], Tensor]
+    sources: Mapping[NestedKey, Tensor]
+    inputs: Mapping[NestedKey, Tensor]
+
+
+@dataclass
+class Kept:
+    """A run on a reference, with what tells whether another one would be the same.
+
+    That is what the model was given, its parameters and buffers, and, call by call, the constants and numbers that were
+    met. A parameter is told by its memory, its version, and a sample of its values, since writes through ``.data`` do
+    not raise the version.
+
+    Attributes:
+        there: what it left behind.
+        given: the entries that the model read, as far as they may change.
+    """
+
+    there: There
+    given: dict[NestedKey, Tensor]
+    places: list[Place]
+    _state: list[tuple[Tensor, int, Tensor]]
+    _modes: list[bool]
+
+    @staticmethod
+    def of(
+        there: There, given: Mapping[NestedKey, Tensor], reference: Reference, modules: Sequence[nn.Module]
+    ) -> Kept:
+        """Keep what a run has just left behind."""
+        # The places go on being those of the run that is explained; what is kept is no part of its tape.
+        places = [place.to_keep() for place in reference.places]
+        state = [(x.detach(), version_of(x), _sample(x).clone()) for x in _tensors(modules)]
+        return Kept(there, dict(given), places, state, [m.training for m in modules])
+
+    def fits(
+        self, given: Mapping[NestedKey, Tensor], reference: Reference, modules: Sequence[nn.Module]
+    ) -> bool:
+        """Whether the same would come out again; if so, it is filled in."""
+        if not _same_entries(self.given, given) or len(self.places) != len(reference.places):
+            return False
+        if self._modes != [m.training for m in modules]:
+            return False
+        now = _tensors(modules)
+        if len(now) != len(self._state) or not all(map(_unchanged, self._state, now)):
+            return False
+        pairs = list(zip(reference.places, self.places, strict=True))
+        if not all(place.meets(kept) for place, kept in pairs):
+            return False
+        for place, kept in pairs:
+            place.fill_as(kept)
+        return True
+
+
+def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
+    return [registry[name] for registry, name in slots_of(modules)]
+
+
+def _unchanged(state: tuple[Tensor, int, Tensor], x: Tensor) -> bool:
+    kept, version, sample = state
+    return (
+        x.data_ptr() == kept.data_ptr()
+        and x.shape == kept.shape
+        and version_of(x) == version
+        and torch.equal(_sample(x), sample)
+    )
+
+
+def _sample(x: Tensor) -> Tensor:
+    values = x.detach().reshape(-1)
+    return values[:: max(1, -(-len(values) // _SAMPLED))]
+
+
+def _same_entries(kept: Mapping[NestedKey, Tensor], now: Mapping[NestedKey, Tensor]) -> bool:
+    if kept.keys() != now.keys():
+        return False
+    return all(
+        x.shape == now[key].shape and x.dtype == now[key].dtype and torch.equal(x, now[key])
+        for key, x in kept.items()
+    )

@@ -1,0 +1,43 @@
+"""The run on the reference, beside the one that is explained, under the same rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from tdhook.relevance.plans.plan import Plan
+
+__all__ = ["Beside"]
+
+
+class Beside:
+    """A model on a reference, while the rules of a plan are on it: :class:`~tdhook.passes.forward.Within`.
+
+    Args:
+        plan: the plan, of differences.
+        whole: whether all of the model is wanted on the tape.
+    """
+
+    def __init__(self, plan: Plan, whole: bool) -> None:
+        self.plan, self.whole = plan, whole
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether the model was seen to overwrite tensors."""
+        interception = self.plan.interception
+        return interception is not None and interception.guard.active
+
+    def attached(self) -> AbstractContextManager[None]:
+        """The rules are on already, and stay."""
+        return self.plan.still_attached()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Fill in what the calls of the run that is explained meet here."""
+        reference = self.plan.reference
+        assert reference is not None, "the plan is one of values"
+        with self.plan.within(tracked=not self.plan.seen), reference.beside():
+            yield
+
+    def returned(self, values: Iterable[object]) -> None:
+        """Nothing is done."""

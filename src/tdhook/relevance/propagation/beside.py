@@ -1,0 +1,180 @@
+"""Identities at which what travels backwards is converted where it is that of differences from a reference.
+
+A call takes down what it meets in the run that is explained, and again in the run on the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tdhook.conventions import Convention
+from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
+from tdhook.relevance.propagation.conversions import finite_product
+from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.reference import Place, Reference
+from tdhook.relevance.propagation.stabilisers import Stabilizer, quotient, rounding, stabilize
+from tdhook.relevance.secants.pair import difference
+from tdhook.tape.functions import Identity, alias, on_tape, parts, whole
+from tdhook.tape.masks import unmasked
+from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
+
+__all__ = ["OfDifference", "between", "damped", "moving", "name_of_module", "noted", "there"]
+
+
+def _reference(call: Call) -> Reference:
+    assert call.setting.reference is not None, "there is no reference"
+    return call.setting.reference
+
+
+def _leaves(call: Call) -> Sequence[object]:
+    """The leaves of the arguments, which mostly are the arguments."""
+    args = call.args
+    if call.kwargs or not all(isinstance(x, Tensor) for x in args):
+        return tree_leaves((args, call.kwargs))
+    return args
+
+
+def noted(first: Callable[[Call, Place], Any], second: Run = Call.natively) -> Run:
+    """How calls run: ``first`` in the run that is explained, ``second`` in that on the reference."""
+
+    def run(call: Call) -> Any:
+        reference, name = _reference(call), name_of_module(call.module)
+        given = _leaves(call)
+        if reference.running:
+            return reference.follow(name, given, lambda: second(call))
+        place = reference.place(name, given)
+        outputs = first(call, place)
+        made = (outputs,) if isinstance(outputs, Tensor) else tree_leaves(outputs)
+        place.made = [z.shape for z in made if isinstance(z, Tensor)]
+        return outputs
+
+    return run
+
+
+def moving(call: Call) -> Any:
+    """Make a call that moves data, and see that the reference has them moved to the same places."""
+    leaves = tree_leaves((call.args, call.kwargs))
+    if any(isinstance(x, Tensor) and not x.is_floating_point() and not x.is_complex() for x in leaves):
+        _reference(call).moved(name_of_module(call.module), leaves)
+    return call.execute()
+
+
+def there(start: Tensor | None, x: Tensor) -> Tensor:
+    """A value of the run on the reference, if it is another one than ``x`` there."""
+    return x if start is None else start
+
+
+def name_of_module(module: nn.Module) -> str:
+    """The name of an operation, or of the class of a module."""
+    return module.name if isinstance(module, Operation) else type(module).__name__
+
+
+def between(run: Run, own: Convention, flow: Convention, epsilon: Stabilizer = rounding) -> Run:
+    """``run``, whose values are in its ``own`` convention, for differences in that of ``flow``."""
+    if own == flow:
+        return run
+    before, behind = (_Times, _Per) if flow == "relevance" else (_Per, _Times)
+
+    def first(call: Call, place: Place) -> Any:
+        if len(call.args) == 1 and isinstance(call.args[0], Tensor) and not call.kwargs:
+            call = call.on(before.apply(call.args[0], place, 0, epsilon, call.setting))
+            return _behind(run(call), behind, place, epsilon, call.setting)
+        leaves, spec = tree_flatten((call.args, call.kwargs))
+        at = -1
+        for i, x in enumerate(leaves):
+            if isinstance(x, Tensor):
+                at += 1
+                if on_tape(x):
+                    leaves[i] = before.apply(x, place, at, epsilon, call.setting)
+        args, kwargs = tree_unflatten(leaves, spec)
+        return _behind(run(call._replace(args=args, kwargs=kwargs)), behind, place, epsilon, call.setting)
+
+    return noted(first, run)
+
+
+def damped(run: Run, epsilon: Stabilizer) -> Run:
+    """``run`` in the gradient convention, with the stabiliser's share of relevance taken off its outputs."""
+    if epsilon is rounding or epsilon == 0:
+        return run
+
+    def first(call: Call, place: Place) -> Any:
+        return _behind(run(call), _Damped, place, epsilon, call.setting)
+
+    return noted(first, run)
+
+
+def _behind(outputs: Any, identity: Any, place: Place, epsilon: Stabilizer, setting: Setting) -> Any:
+    if isinstance(outputs, Tensor):
+        return identity.apply(outputs, place, ~0, epsilon, setting) if on_tape(outputs) else outputs
+    leaves, spec = tree_flatten(outputs)
+    at = -1
+    for i, z in enumerate(leaves):
+        if isinstance(z, Tensor):
+            at += 1
+            if on_tape(z):
+                leaves[i] = identity.apply(z, place, ~at, epsilon, setting)
+    return tree_unflatten(leaves, spec)
+
+
+class OfDifference(Identity):
+    """Identity that sees the difference of its value.
+
+    That is the argument of a call by its number ``at``, or its output by the number ``~at``.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, place: Place, at: int, epsilon: Stabilizer, setting: Setting = ALONE) -> Tensor:
+        return alias(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.where, ctx.at, ctx.epsilon, ctx.setting = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def difference(ctx: Any) -> tuple[Tensor, Tensor]:
+        """The value, and its difference as real numbers."""
+        (x,) = ctx.saved_tensors
+        place: Place = ctx.where
+        start = place.before[~ctx.at] if ctx.at < 0 else place.starts[ctx.at]
+        return x, parts(difference(x, there(start, x)))
+
+
+class _Times(OfDifference):
+    """Relevance per unit of difference becomes relevance."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> object:
+        x, d = OfDifference.difference(ctx)
+        return whole(finite_product(d, parts(grad)), x), *_NONE
+
+
+class _Per(OfDifference):
+    """Relevance becomes relevance per unit of difference."""
+
+    @staticmethod
+    def backward(ctx: Any, relevance: Tensor) -> object:
+        (x, d), r = OfDifference.difference(ctx), parts(relevance)
+        grad = quotient(r, stabilize(d, ctx.epsilon))
+        if ctx.setting.report is not None:
+            ctx.setting.report("stabiliser", unmasked(r - finite_product(d, grad), d))
+        return whole(grad, x), *_NONE
+
+
+class _Damped(OfDifference):
+    """Relevance per unit of difference loses the stabiliser's share."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> object:
+        (x, d), g = OfDifference.difference(ctx), parts(grad)
+        less = g * quotient(d, stabilize(d, ctx.epsilon))
+        if ctx.setting.report is not None:
+            lost = finite_product(d, g) - finite_product(d, less)
+            ctx.setting.report("stabiliser", unmasked(lost, d))
+        return whole(less, x), *_NONE
+
+
+_NONE = (None,) * 4

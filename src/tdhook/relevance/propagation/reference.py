@@ -1,0 +1,283 @@
+"""The reference: a second run of a model, beside which the values of the first are seen.
+
+Rules take down each of their calls in the first run, in order; the second run, on the reference, fills in what the same
+calls met there. It comes after the first, whose choices and draws it repeats, and before the backward pass, in which
+both are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdhook.tape.internals import storage_of, version_of
+from tdhook.tape.trees import tree_leaves
+
+__all__ = ["Parted", "Place", "Reference"]
+
+
+class Parted(RuntimeError):
+    """The model does something else on the reference than on the input."""
+
+
+@dataclass
+class Place:
+    """One call of the first run, and what it met in the second.
+
+    Attributes:
+        name: what was called, and ``path``: where.
+        given: the tensors that went in in the first run, ``live``: which of them are attributed.
+        numbers: plain numbers among the arguments.
+        made: the shapes of what came out.
+        starts: the tensors that went in in the second run; ``None`` for what is the same in both.
+        before: those that came out.
+        other: whether plain numbers were others in the second run.
+        picked: what comes out for other inputs where the first run decides what is picked, if it picks, and
+            ``chosen``: whether it did.
+    """
+
+    name: str
+    path: str
+    given: list[Tensor]
+    live: list[bool]
+    numbers: list[float]
+    made: list[torch.Size] = field(default_factory=list)
+    starts: list[Tensor | None] = field(default_factory=list)
+    before: tuple[Tensor, ...] = ()
+    other: bool = False
+    picked: Callable[[Sequence[Tensor], Any], Any] | None = None
+    chosen: bool = False
+
+    def to_keep(self) -> Place:
+        """The same for later runs, without what was attributed."""
+        given = [
+            torch.empty(x.shape, device="meta") if live else x.clone() if x.numel() <= _SMALL else x
+            for x, live in zip(self.given, self.live, strict=True)
+        ]
+        return replace(self, given=given, picked=None)
+
+    def meets(self, kept: Place) -> bool:
+        """Whether an earlier call went as this one does, as far as that is no matter of attributed values."""
+        if (self.name, self.numbers, self.live) != (kept.name, kept.numbers, kept.live):
+            return False
+        starts = [
+            x.shape if start is None else start.shape
+            for x, start in zip(kept.given, kept.starts, strict=True)
+        ]
+        shapes, others = (
+            [*self.made, *(x.shape for x in self.given)],
+            [*(z.shape for z in kept.before), *starts],
+        )
+        if len(shapes) != len(others) or not all(map(_fits, shapes, others)):
+            return False
+        return all(
+            live or start is not None or _is_same(x, other) or (x.numel() <= _SMALL and torch.equal(x, other))
+            for x, other, live, start in zip(self.given, kept.given, self.live, kept.starts, strict=True)
+        )
+
+    def fill_as(self, kept: Place) -> None:
+        """Fill in what an earlier call met."""
+        self.starts, self.before = kept.starts, kept.before
+        self.other, self.chosen = kept.other, kept.chosen
+
+    def __str__(self) -> str:
+        return f"{self.name}" + (f" in `{self.path}`" if self.path else "")
+
+
+class Reference:
+    """What the calls of one run met in another one.
+
+    Attributes:
+        running: whether the second run is on.
+        decided: how far the second run takes the decisions of the first: whole numbers (1), such as which values were
+            picked, and truth values as well (2), that were computed of what is attributed there.
+        path: tells where in the model the present call is.
+        one: whether the second run has one row, which stands for all of the batch.
+    """
+
+    def __init__(self) -> None:
+        self.running = self.one = False
+        self.decided = 0
+        self.decisions: list[Any] = []
+        self.path: Callable[[], str] = str
+        self.places: list[Place] = []
+        self._at = self._decided_at = 0
+        self._copies = False
+        self._aside = 0
+        self._versions: list[tuple[Tensor, int]] = []
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"decided": self.decided}
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.decided = state["decided"]
+
+    def begin(self) -> None:
+        """Begin a first run."""
+        self.places, self.decisions = [], []
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take down nothing: a part of the first run is run once more."""
+        self._aside += 1
+        try:
+            yield
+        finally:
+            self._aside -= 1
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """The second run.
+
+        Raises:
+            Parted: it does not do what the first one did.
+        """
+        self._at, self._decided_at, self.running, self._versions = 0, 0, True, []
+        try:
+            yield
+            if self._at < len(self.places):
+                raise Parted(_PARTED.format(f"{self.places[self._at]} is not reached there"))
+        finally:
+            self.running = False
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the second run has overwritten what it met; another one will keep copies."""
+        found = any(version_of(x) != version for x, version in self._versions)
+        self._copies = self._copies or found
+        self._versions = []
+        return found
+
+    def place(self, name: str, leaves: Sequence[object]) -> Place:
+        """Take down a call of the first run, given its name and the leaves of its arguments."""
+        given, numbers = _parted(leaves)
+        live = [x.requires_grad for x in given]
+        place = Place(name, self.path(), [x.detach() for x in given], live, numbers)
+        if not self._aside:
+            self.places.append(place)
+        return place
+
+    def follow(self, name: str, leaves: Sequence[object], run: Callable[[], Any]) -> Any:
+        """Make a call of the second run, and fill in what it met."""
+        place = self._next(name)
+        given, numbers = _parted(leaves)
+        place.chosen = False
+        place.other = numbers != place.numbers
+        self._check(place, [x.shape for x in place.given], given)
+        place.starts = [
+            None if not live and _is_same(x, start) else self._kept(start)
+            for x, live, start in zip(place.given, place.live, given, strict=True)
+        ]
+        outputs = run()
+        if self.decided and place.picked is not None:
+            outputs, place.chosen = place.picked(given, outputs), True
+        leaves_made = (outputs,) if isinstance(outputs, Tensor) else tree_leaves(outputs)
+        made = [z for z in leaves_made if isinstance(z, Tensor)]
+        self._check(place, place.made, made)
+        place.before = tuple(map(self._kept, made))
+        return outputs
+
+    def decision(self, result: Any) -> Any:
+        """What was computed of attributed values and is none itself; in the second run maybe as the first had it."""
+        if not self.running:
+            if not self._aside:
+                self.decisions.append(result)
+            return result
+        if self._decided_at >= len(self.decisions):
+            raise Parted(_PARTED.format("more is decided there"))
+        first = self.decisions[self._decided_at]
+        self._decided_at += 1
+        return result if not self.decided else _as_decided(first, result, truths=self.decided > 1)
+
+    def moved(self, name: str, leaves: Sequence[object]) -> None:
+        """Take down where data are moved to, or see that it is the same in the second run."""
+        places = [x for x in leaves if isinstance(x, Tensor) and not x.is_floating_point()]
+        if not self.running:
+            if not self._aside:
+                given = [x.detach() for x in places]
+                nothing: list[Tensor | None] = [None] * len(given)
+                self.places.append(Place(name, self.path(), given, [False] * len(given), [], starts=nothing))
+            return
+        place = self._next(name)
+        self._check(place, [x.shape for x in place.given], places)
+        if not self.decided and not all(
+            _is_same(x, y) or _equal(x, y) for x, y in zip(place.given, places, strict=True)
+        ):
+            raise Parted(_PARTED.format(f"{place} moves other values there"))
+
+    def _next(self, name: str) -> Place:
+        if self._at >= len(self.places):
+            raise Parted(_PARTED.format(f"{name} is called there, where the model has ended else"))
+        place = self.places[self._at]
+        if place.name != name:
+            raise Parted(_PARTED.format(f"{name} is called there instead of {place}"))
+        self._at += 1
+        return place
+
+    def _check(self, place: Place, now: Sequence[torch.Size], there: Sequence[Tensor]) -> None:
+        shapes, others = list(map(list, now)), [list(x.shape) for x in there]
+        fits = shapes == others
+        if self.one and not fits:
+            fits = len(shapes) == len(others) and all(map(_fits, shapes, others))
+        if not fits:
+            raise Parted(_PARTED.format(f"{place} meets shapes {others} there instead of {shapes}"))
+
+    def _kept(self, x: Tensor) -> Tensor:
+        if self._copies:
+            return x.detach().clone()
+        kept = x.detach()
+        if not torch.compiler.is_compiling():
+            self._versions.append((kept, version_of(kept)))
+        return kept
+
+
+_PARTED = (
+    "the model does something else on the reference (baseline) than on the input, so that their difference cannot be "
+    "followed: {}. Choose a reference that takes the same way, or hold the key fixed that decides it"
+)
+
+
+_SMALL = 1 << 14
+
+
+def _fits(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether a value of one row stands for one of several."""
+    if len(shape) != len(other):
+        return False
+    return sum(n != m for n, m in zip(shape, other, strict=True)) <= 1 and all(
+        n == m or m == 1 for n, m in zip(shape, other, strict=True)
+    )
+
+
+def _as_decided(first: Any, second: Any, *, truths: bool) -> Any:
+    """The second result with the decisions of the first one."""
+    if isinstance(second, tuple | list) and isinstance(first, tuple | list) and len(first) == len(second):
+        made = [_as_decided(a, b, truths=truths) for a, b in zip(first, second, strict=True)]
+        return type(second)(made) if type(second) in (tuple, list) else type(second)(*made)
+    if not isinstance(second, Tensor) or not isinstance(first, Tensor) or second.is_floating_point():
+        return second
+    return first if truths or second.dtype is not torch.bool else second
+
+
+def _equal(x: Tensor, other: Tensor) -> bool:
+    return torch.compiler.is_compiling() or torch.equal(x, other)
+
+
+def _parted(leaves: Sequence[object]) -> tuple[list[Tensor], list[float]]:
+    """The tensors, and the plain numbers."""
+    return [x for x in leaves if isinstance(x, Tensor)], [x for x in leaves if type(x) is float]
+
+
+def _is_same(x: Tensor, start: Tensor) -> bool:
+    """Whether a tensor is the very same in both runs: a weight, say."""
+    if start.requires_grad or x.shape != start.shape or x.dtype != start.dtype:
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    return storage_of(x) == storage_of(start) and x.storage_offset() == start.storage_offset()

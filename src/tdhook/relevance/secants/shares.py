@@ -1,0 +1,66 @@
+"""Functions that normalise: softmax and its kin, and layers that divide by a deviation, each in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tdhook.relevance.secants.averages import average
+from tdhook.relevance.secants.pair import Grads, Pair
+
+__all__ = ["log_softmax", "logsumexp", "softmax"]
+
+
+def softmax(pair: Pair, grads: Sequence[Tensor]) -> Grads:
+    """``s_i - s0_i = L_i (dx_i - sum_k L_k dx_k / sum_k L_k)``, where ``L`` is the logarithmic mean of both.
+
+    That is the derivative of softmax with the logarithmic mean in place of the value, and it is exact.
+    """
+    if len(pair.live) != 1:
+        return average(pair, grads)
+    means, total = _means(pair)
+    (g,) = grads
+    centre = (means * g).sum(_axis(pair), keepdim=True) / total
+    return (means * (g - centre),)
+
+
+def log_softmax(pair: Pair, grads: Sequence[Tensor]) -> Grads:
+    """``x_i`` less the logarithm of the sum of exponentials."""
+    if len(pair.live) != 1:
+        return average(pair, grads)
+    means, total = _means(pair)
+    (g,) = grads
+    return (g - means * (g.sum(_axis(pair), keepdim=True) / total),)
+
+
+def logsumexp(pair: Pair, grads: Sequence[Tensor]) -> Grads:
+    """``sum_k L_k dx_k / sum_k L_k``."""
+    dim = pair.argument(1, "dim")
+    if len(pair.live) != 1 or not isinstance(dim, int):
+        return average(pair, grads)
+    means, total = _means(pair)
+    g = grads[0] if pair.argument(2, "keepdim", False) else grads[0].unsqueeze(dim)
+    return (means * (g / total),)
+
+
+def _axis(pair: Pair) -> int:
+    module = pair.module
+    given = pair.argument(1, "dim") if module is None else getattr(module, "dim", None)
+    return given if isinstance(given, int) else -1
+
+
+def _means(pair: Pair) -> tuple[Tensor, Tensor]:
+    """The logarithmic means of two softmaxes, and their sum along the axis."""
+    (x,), (start,), axis = pair.ends, pair.starts, _axis(pair)
+    now, before = x.log_softmax(axis), start.log_softmax(axis)
+    more, less = torch.maximum(now, before), torch.minimum(now, before)
+    gap = more - less
+    gap = torch.where(gap.isnan(), 0.0, gap)  # masked in both
+    near = gap < 1e-3 if x.dtype == torch.float32 else gap < 1e-5
+    # (1 - exp(-d)) / d, by its series where d is small.
+    part = torch.where(near, 1 - gap / 2 + gap.square() / 6, -torch.expm1(-gap) / torch.where(near, 1.0, gap))
+    means = (more.exp() * torch.where(gap.isinf(), 0.0, part)).nan_to_num(0.0)
+    total = means.sum(axis, keepdim=True)
+    return means, torch.where(total == 0, 1.0, total)

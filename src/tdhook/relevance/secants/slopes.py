@@ -1,0 +1,158 @@
+"""Slopes: functions of one value at each place, and choices between two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tdhook.relevance.secants.averages import average, product
+from tdhook.relevance.secants.pair import Grads, Pair, pull_back
+
+__all__ = ["choice", "filled", "quotient", "scaled", "slope", "slopes"]
+
+
+def slopes(pair: Pair, grads: Sequence[Tensor]) -> Grads:
+    """Of a function that is applied to each value: the slope of the secant (Shrikumar et al. 2017, eq. 10)."""
+    if len(pair.live) != 1 or pair.ends[0].shape != pair.outputs[0].shape or pair.ends[0].is_complex():
+        return average(pair, grads)
+    (x,), (start,) = pair.ends, pair.starts
+    return (
+        grads[0] * slope(pair.name, lambda at: pair.run([at])[0], x, start, pair.outputs[0], pair.before[0]),
+    )
+
+
+def scaled(pair: Pair, grads: Sequence[Tensor]) -> Grads:
+    """Of sums and products of one value that is attributed with something else.
+
+    If that is another on the reference, as masks are that were made of the inputs, or copies off the tape, it is so
+    because of the inputs: the value that is attributed takes all, by the slope of the secant.
+    """
+    alone = len(pair.live) == 1 and pair.ends[0].shape == pair.outputs[0].shape
+    if not alone or not pair.differs or pair.ends[0].is_complex():
+        return product(pair, grads)
+    step, rise = pair.steps[0], pair.rises[0]
+    taken = torch.where(step == 0, 0.0, rise / torch.where(step == 0, 1.0, step))
+    return (grads[0] * taken,)
+
+
+def quotient(pair: Pair, grads: Sequence[Tensor]) -> Grads:
+    """``a / b - a0 / b0 = (a - a0) (1/b + 1/b0) / 2 - (b - b0) (a + a0) / (2 b b0)``."""
+    numerator, denominator = pair.argument(0, "input"), pair.argument(1, "other")
+    both = [x for x in (numerator, denominator) if any(x is end for end in pair.ends)]
+    if len(both) < 2 or pair.argument(2, "rounding_mode") is not None:
+        return scaled(pair, grads) if numerator is not None and both == [numerator] else average(pair, grads)
+    (a, b), (a0, b0), (g,) = pair.ends, pair.starts, grads
+    over = (a + a0) / (2 * b * b0)
+    shares = (g * (1 / b + 1 / b0) / 2, -g * over)
+    return tuple(share.sum_to_size(x.shape) for share, x in zip(shares, pair.ends, strict=True))
+
+
+def slope(
+    name: str, function: Callable[[Tensor], Tensor], x: Tensor, start: Tensor, z: Tensor, before: Tensor
+) -> Tensor:
+    """``(f(x) - f(s)) / (x - s)``, and the derivative half way where that is as exact.
+
+    The quotient of two small differences is rounded so that the derivative, which agrees with it within that, is the
+    better value.
+
+    Args:
+        name: that of the function.
+        function: applied to each value.
+        x: ``[*shape]``.
+        start: likewise, on the reference.
+        z: ``f(x)``.
+        before: ``f(start)``.
+    """
+    step = x - start
+    same = step == 0
+    ratio = (z - before) / torch.where(same, 1.0, step)
+    if name in _KINKED:
+        # Its pieces are lines through zero: on each of them the quotient is exact.
+        near = torch.where(same, (x > 0).to(x.dtype), ratio)
+    else:
+        middle = _derivative(function, torch.where(x == start, x, (x + start) / 2))
+        far = torch.maximum(x.abs(), start.abs())
+        # What functions compute on their way is of the size of their argument, up to one.
+        size = torch.maximum(z.abs(), before.abs()) + middle.abs() * far + far.clamp(max=1.0)
+        noise = 8 * torch.finfo(x.dtype).eps * size / step.abs()
+        near = torch.where(same | ((ratio - middle).abs() <= noise), middle, ratio)
+    # Where both are infinite, as masks are, nothing is different.
+    return torch.where(near.isfinite(), near, 0.0)
+
+
+_KINKED = frozenset(("relu", "ReLU"))
+
+
+def _derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    found = pull_back(lambda x: (function(x),), [at], [torch.ones_like(at)])[0]
+    return torch.zeros_like(at) if found is None else found
+
+
+def choice(pair: Pair, grads: Sequence[Tensor]) -> Grads:
+    """Of ``where(condition, a, b)``."""
+    condition = pair.argument(0, "condition")
+    index = next(i for i, value in enumerate(pair.leaves) if value is condition)
+    return _chosen(pair, grads, condition, pair.beside.get(index, condition), "input", "other", (1, 2))
+
+
+def filled(pair: Pair, grads: Sequence[Tensor]) -> Grads:
+    """Of ``masked_fill(a, mask, value)``."""
+    mask = pair.argument(1, "mask")
+    index = next(i for i, value in enumerate(pair.leaves) if value is mask)
+    before = pair.beside.get(index, mask)
+    return _chosen(pair, grads, ~mask, ~before, "input", "value", (0, 2))
+
+
+def _chosen(
+    pair: Pair,
+    grads: Sequence[Tensor],
+    now: Tensor,
+    before: Tensor,
+    first: str,
+    second: str,
+    at: tuple[int, int],
+) -> Grads:
+    """The way goes along one of the two, and where the choice is another on the reference along both.
+
+    It turns from one to the other where they meet. Where they do not, the jump is shared in proportion.
+    """
+    (g,) = grads
+    shape = pair.outputs[0].shape
+    values = [_both(pair, i, name, g) for i, name in zip(at, (first, second), strict=True)]
+    (a, a0, _), (b, b0, _) = values
+    da, db = a - a0, b - b0
+    # How much of its way each has gone where the other one takes over.
+    turned = now & ~before
+    meets = torch.where(turned, (b0 - a0) / (da - db), (a0 - b0) / (db - da))
+    along = torch.where(turned, 1 - meets, meets), torch.where(turned, meets, 1 - meets)
+    rise = pair.rises[0]
+    length = da.square() + db.square()
+    jump = torch.where(length == 0, 0.0, rise / torch.where(length == 0, 1.0, length))
+    fits = (meets >= 0) & (meets <= 1)
+    flips = now != before
+    shares = [
+        torch.where(flips, torch.where(fits, part, jump * d), chosen.to(g.dtype))
+        for part, d, chosen in zip(along, (da, db), (now, ~now), strict=True)
+    ]
+    found: dict[int, Tensor] = {}
+    for share, (_, _, index) in zip(shares, values, strict=True):
+        if index is not None:
+            amount = torch.where(share == 0, 0.0, g * share).expand(shape)
+            summed = amount.sum_to_size(pair.shape_of(index))
+            found[index] = found[index] + summed if index in found else summed
+    return tuple(found.get(i) for i in pair.live)
+
+
+def _both(pair: Pair, index: int, name: str, like: Tensor) -> tuple[Tensor, Tensor, int | None]:
+    """An argument, what it is on the reference, and which leaf it is if it is attributed."""
+    value = pair.argument(index, name)
+    if not isinstance(value, Tensor):
+        constant = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+        return constant, constant, None
+    for position, i in enumerate(pair.live):
+        if pair.ends[position] is value:
+            return value, pair.starts[position], i
+    place = next(i for i, leaf_ in enumerate(pair.leaves) if leaf_ is value)
+    return value.to(like.dtype), pair.beside.get(place, value).to(like.dtype), None

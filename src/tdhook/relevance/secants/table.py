@@ -1,0 +1,48 @@
+"""Which secant a function has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tdhook.relevance.secants.averages import average, product
+from tdhook.relevance.secants.norms import normalised
+from tdhook.relevance.secants.pair import Pull
+from tdhook.relevance.secants.products import matrix_product, pointwise_product
+from tdhook.relevance.secants.shares import log_softmax, logsumexp, softmax
+from tdhook.relevance.secants.slopes import choice, filled, quotient, scaled, slopes
+from tdhook.relevance.secants.winners import winner
+from tdhook.selectors.kinds import AFFINE, ELEMENTWISE, NORMS, PRODUCTS, WINNER
+
+__all__ = ["LINEAR", "secant_of"]
+
+LINEAR = AFFINE - {"batch_norm", "lerp", "scatter_reduce", "index_reduce", "segment_reduce"}
+"""Linear in what is attributed, where that is one argument or a sum."""
+
+_SECANTS: Mapping[str, Pull] = {
+    **dict.fromkeys(ELEMENTWISE, slopes),
+    **dict.fromkeys(PRODUCTS | LINEAR, product),
+    **dict.fromkeys(WINNER, winner),
+    **dict.fromkeys(NORMS, normalised),
+    **dict.fromkeys(("add", "sub", "rsub"), scaled),
+    "mul": pointwise_product,
+    **dict.fromkeys(("matmul", "bmm", "mm"), matrix_product),
+    "div": quotient,
+    "softmax": softmax,
+    "log_softmax": log_softmax,
+    "logsumexp": logsumexp,
+    "where": choice,
+    "masked_fill": filled,
+}
+# Modules have the secant of the function that they are named after.
+_BY_CLASS = {name.replace("_", ""): secant for name, secant in _SECANTS.items()}
+_PREFIX = ("instance", "group", "layer", "rms")
+
+
+def secant_of(name: str, *, is_module: bool = False) -> Pull:
+    """The secant of an operation, or of a module by the name of its class; an average of derivatives by default."""
+    if not is_module:
+        return _SECANTS.get(name, average)
+    plain = name.lower()
+    if plain.startswith(_PREFIX) and plain.rstrip("123d").endswith("norm"):
+        return normalised
+    return _BY_CLASS.get(plain, average)
