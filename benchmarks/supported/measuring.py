@@ -108,7 +108,9 @@ def measured(subject: Subject) -> dict[str, Any]:
     for flow in FLOWS:
         with in_precision(torch.float64), _noting(unknown):
             found[flow], ledger = _explained(subject, subject.model, top, _lrp(flow, ledger=True))
-        share = (ledger["gap"] / ledger["target"]).abs()
+        # What cancels is rounded as it is large: where relevance grows on its way, the target is nothing to measure by.
+        largest = torch.stack([ledger[key].abs() for key in ("target", "inputs", "absorbed")]).amax(0)
+        share = ledger["gap"].abs() / largest
         gap = max(gap, float(share.max()) if share.isfinite().all() else float("inf"))
     row: dict[str, Any] = {"gap": gap, "flows": difference(found["gradient"], found["relevance"])}
     if unknown:
@@ -214,7 +216,11 @@ def _explained(
     ]
     if len({len(v) for v in flat}) > 1:
         flat = [v.reshape(1, -1) for v in flat]
-    accounts = {k: done["ledger", k] for k in ("target", "gap")} if getattr(made, "ledger", False) else {}
+    accounts = (
+        {k: done["ledger", k] for k in ("target", "inputs", "absorbed", "gap")}
+        if getattr(made, "ledger", False)
+        else {}
+    )
     return torch.cat(flat, 1), accounts
 
 

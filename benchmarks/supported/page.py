@@ -33,7 +33,8 @@ Every model type that transformers registers, and every builder of torchvision, 
 explained under `attn_lrp`: one value of its first output that is a number and depends on what it reads. The models are
 the libraries' own, unmodified. A model is *ok* if three things are small:
 
-- *gap*: what the [ledger](the-ledger.md) misses, as a part of the target, at most {gap:g};
+- *gap*: what the [ledger](the-ledger.md) misses, as a part of its largest account (the target, what arrives at the
+  inputs, or what is absorbed on the way), at most {gap:g};
 - *flows*: how far the relevance of the two flows is apart, as a part of its norm, at most {flows:g};
 - *float32*: how far single precision is from double precision, likewise, in the worse flow, at most {float32:g}, or
   {condition} times the *conditioning*.

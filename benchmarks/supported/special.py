@@ -19,7 +19,7 @@ EFFICIENT = {
     "depthwise_padding": [],
     "image_size": 32,
 }
-SWIN = {"patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}
+SWIN = {"patch_size": 4, "embed_dim": 8, "depths": [1] * 4, "num_heads": [2] * 4, "window_size": 4}
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 CHANGES: dict[str, dict[str, Any]] = {
     "align_text_model": {"hidden_size": 320, "num_attention_heads": 4},
