@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # where `benchmarks` is that of this repository; torchrl installs one, too
 
-from benchmarks.supported.inputs import candidates  # noqa: E402
+from benchmarks.supported.inputs import Reads, candidates  # noqa: E402
 from benchmarks.supported.measuring import Double, Subject, difference, in_precision, measured  # noqa: E402
 from benchmarks.supported.page import PAGE, RESULTS, page  # noqa: E402
+from benchmarks.supported.repairing import repaired  # noqa: E402
 from benchmarks.supported.shrinking import WAYS, parts, shrunk  # noqa: E402
 from benchmarks.supported.status import status  # noqa: E402
 from benchmarks.supported.workers import rows  # noqa: E402
@@ -142,6 +144,47 @@ def test_where_only_token_ids_are_read_the_embedded_tokens_get_relevance() -> No
     reads = next(candidates(Reader(), []))
     assert sorted(reads.values) == ["input_ids"] and reads.sources == ("tokens",)
     assert int(reads.values["input_ids"].max()) < 128
+
+
+@pytest.mark.parametrize(
+    "message, shape",
+    [
+        ("mat1 and mat2 shapes cannot be multiplied (16x10 and 12x64)", (2, 8, 12)),
+        (
+            "Given normalized_shape=[6], expected input with shape [*, 6], but got input of size[2, 8, 10]",
+            (2, 8, 6),
+        ),
+        ("expected input[2, 8, 10] to have 3 channels, but got 8 channels instead", (2, 3, 10)),
+        (
+            "The size of tensor a (10) must match the size of tensor b (7) at non-singleton dimension 2",
+            (2, 8, 7),
+        ),
+        ("Sizes of tensors must match. Expected size 9 but got size 8 for tensor number 1", (2, 9, 10)),
+    ],
+)
+def test_inputs_are_repaired_as_the_message_asks_for(message: str, shape: tuple[int, ...]) -> None:
+    found = list(repaired(Toy(), Reads({"inputs_embeds": torch.randn(2, 8, 10)}), message))
+    assert shape in [tuple(reads.values["inputs_embeds"].shape) for reads in found]
+
+
+def test_a_text_gets_as_many_tokens_of_an_image_as_there_are_features() -> None:
+    model = Toy()
+    reads = Reads({"input_ids": torch.randint(5, 50, (2, 8)), "attention_mask": torch.ones(2, 8)})
+    message = "Image features and image tokens do not match, tokens: 0, features: 12"
+    (found,) = repaired(model, reads, message)
+    assert (found.values["input_ids"] == model.config.image_token_id).sum() == 12
+    assert found.values["input_ids"].shape == found.values["attention_mask"].shape == (2, 14)
+    assert not list(repaired(model, reads, "something else"))
+
+
+def test_arguments_of_one_kind_are_first_given_the_like_of_each() -> None:
+    class Pair(nn.Module):
+        config = shrunk(Config, EQUAL)
+
+        def forward(self, pixel_values: Tensor, prompt_pixel_values: Tensor) -> None: ...
+
+    tried = [reads.values for reads in islice(candidates(Pair(), []), 3)]
+    assert all(v["pixel_values"].shape == v["prompt_pixel_values"].shape for v in tried)
 
 
 class Net(nn.Module):

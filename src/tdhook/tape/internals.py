@@ -12,7 +12,7 @@ from functools import cache, partial
 from importlib import import_module
 from operator import methodcaller
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.autograd.function as autograd_functions
@@ -222,13 +222,15 @@ set_torch_functions_seen: Callable[[Any], None] = _C._set_torch_function_state  
 """Set who sees torch functions."""
 
 
+Hooks: TypeAlias = "tuple[Callable[[Tensor], object], Callable[[Any], Tensor]]"
+
+saved_tensors_hooks_on_top: Callable[[], Hooks | None] = partial(_autograd._top_saved_tensors_default_hooks, True)
+"""The pair of hooks on saved tensors that is at work, if any."""
+
+
 def noted_by(node: Any, name: str) -> Any:
     """What a node of torch's own has noted under a name, no tensor; axes that were negative are large numbers."""
     return getattr(node, f"_saved_{name}")
-
-
-saved_tensors_hooks_on_top: Callable[[], Any] = partial(_autograd._top_saved_tensors_default_hooks, True)
-"""The pair of hooks on saved tensors that is at work, if any."""
 
 
 @contextmanager
@@ -238,15 +240,15 @@ def saving_as_it_is() -> Iterator[None]:
     They are taken off meanwhile: hooks that return what they are given would hold a tape for ever, which second
     derivatives refer to from what they save.
     """
-    off = []
+    off: list[Hooks] = []
     try:
         while (pair := saved_tensors_hooks_on_top()) is not None:
             off.append(pair)
-            _C._autograd._pop_saved_tensors_default_hooks()
+            _autograd._pop_saved_tensors_default_hooks()
         yield
     finally:
         for pack, unpack in reversed(off):
-            _C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+            _autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def without_saved_tensors_hooks(top: object) -> None:

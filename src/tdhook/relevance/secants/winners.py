@@ -81,8 +81,10 @@ def _shares(z0: Tensor, x0: Tensor, z: Tensor, s: Tensor) -> tuple[Tensor, Tenso
     """What part of the way the winners at its start and at its end count for.
 
     Args:
-        z0: what wins at the start, and ``x0``: what that is at the end.
-        z: what wins at the end, and ``s``: what that was at the start.
+        z0: what wins at the start.
+        x0: what that is at the end.
+        z: what wins at the end.
+        s: what that was at the start.
 
     Returns:
         The parts, where the two cross once, and where all arrives: where they do not, what differs is shared in
