@@ -71,5 +71,3 @@ def assert_all_arrives(
     made = sum((g * d)[d != 0].sum() for g, d in zip(found, pair.steps, strict=True) if g is not None)
     size = sum((g * d)[d != 0].abs().sum() for g, d in zip(grads, pair.rises, strict=True))
     assert abs(float(made - wanted)) <= tolerance * max(1.0, float(size)), (float(made), float(wanted))
-
-

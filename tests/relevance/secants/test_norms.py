@@ -73,8 +73,6 @@ def test_by_the_definition() -> None:
     assert torch.allclose(held(pair, [g])[0], g @ holding)
 
 
-
-
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "group_norm", "batch_norm"])
 def test_operations(name: str) -> None:
     x, start = draw(3, 4, 6)

@@ -30,7 +30,14 @@ def test_pointwise(left: tuple[int, ...], right: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(
     "left, right",
-    [((3, 4), (4, 2)), ((5, 3, 4), (5, 4, 2)), ((5, 3, 4), (4, 2)), ((3, 4), (5, 4, 2)), ((4,), (4, 2)), ((3, 4), (4,))],
+    [
+        ((3, 4), (4, 2)),
+        ((5, 3, 4), (5, 4, 2)),
+        ((5, 3, 4), (4, 2)),
+        ((3, 4), (5, 4, 2)),
+        ((4,), (4, 2)),
+        ((3, 4), (4,)),
+    ],
 )
 def test_matrices(left: tuple[int, ...], right: tuple[int, ...]) -> None:
     torch.manual_seed(0)

@@ -72,7 +72,9 @@ def test_near_both_it_stays_exact(away: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, step = torch.randn(50, 5).double(), away * torch.randn(50, 5).double()
     x, start = x.to(dtype), (x + step).to(dtype)
-    (found,) = softmax(pair_of("softmax", torch.softmax, [x, -1], [start, -1]), [torch.eye(5)[0].to(dtype).expand(50, 5)])
+    (found,) = softmax(
+        pair_of("softmax", torch.softmax, [x, -1], [start, -1]), [torch.eye(5)[0].to(dtype).expand(50, 5)]
+    )
     for row in range(50):
         wanted = jacobian_of_softmax(x[row].double(), start[row].double())[0]
         assert torch.allclose(found[row].double(), wanted, atol=1e-8 if dtype == torch.float64 else 3e-6)
@@ -85,7 +87,9 @@ def test_masks() -> None:
     pair = pair_of("softmax", torch.softmax, [x, -1], [start, -1])
     grads = random_grads(pair)
     (found,) = softmax(pair, grads)
-    (part,) = softmax(pair_of("softmax", torch.softmax, [x[:, :3], -1], [start[:, :3], -1]), [grads[0][:, :3]])
+    (part,) = softmax(
+        pair_of("softmax", torch.softmax, [x[:, :3], -1], [start[:, :3], -1]), [grads[0][:, :3]]
+    )
     assert torch.allclose(found[:, :3], part, atol=1e-14) and (found[:, 3:] == 0).all()
 
 

@@ -87,7 +87,10 @@ def test_quotients_broadcast() -> None:
 
 
 def test_what_differs_off_the_tape_is_taken_by_what_is_on_it() -> None:
-    (a, a0), (mask, mask0) = draw(3, 4), ((torch.rand(3, 4) > 0.5).double(), (torch.rand(3, 4) > 0.5).double())
+    (a, a0), (mask, mask0) = (
+        draw(3, 4),
+        ((torch.rand(3, 4) > 0.5).double(), (torch.rand(3, 4) > 0.5).double()),
+    )
     pair = pair_of("mul", torch.mul, [a, mask], [a0, mask0], live=[0])
     grads = random_grads(pair)
     (found,) = scaled(pair, grads)

@@ -14,7 +14,13 @@ from tdhook.relevance.secants.winners import winner
 
 @pytest.mark.parametrize(
     "name, secant",
-    [("tanh", slopes), ("softmax", softmax), ("amax", winner), ("layer_norm", normalised), ("conv2d", product)],
+    [
+        ("tanh", slopes),
+        ("softmax", softmax),
+        ("amax", winner),
+        ("layer_norm", normalised),
+        ("conv2d", product),
+    ],
 )
 def test_operations(name: str, secant: object) -> None:
     assert secant_of(name) is secant

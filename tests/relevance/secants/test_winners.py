@@ -60,7 +60,9 @@ def test_where_both_are_the_same_it_is_the_derivative(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(CALLS))
 def test_some_are_the_same(name: str) -> None:
     pair, grads = pair_for(name, (2, 4, 6))
-    starts = [torch.where(torch.rand_like(x) < 0.5, x, s) for x, s in zip(pair.ends, pair.starts, strict=True)]
+    starts = [
+        torch.where(torch.rand_like(x) < 0.5, x, s) for x, s in zip(pair.ends, pair.starts, strict=True)
+    ]
     function, _, rest = CALLS[name]
     pair = pair_of(name, function, [*pair.ends, *rest], [*starts, *rest])
     assert_all_arrives(pair, grads, winner(pair, grads))

@@ -74,9 +74,11 @@ def _piece(
         there.append(late_share * g)
     early = pulled(at_start, [z for z, _, _ in first], here)
     late = pulled(at_end, [z for z, _, _ in last], there)
-    return tuple(
-        b if a is None else a if b is None else a + b for a, b in zip(early, late, strict=True)
-    ), exact, whole
+    return (
+        tuple(b if a is None else a if b is None else a + b for a, b in zip(early, late, strict=True)),
+        exact,
+        whole,
+    )
 
 
 def _shares(z0: Tensor, x0: Tensor, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
