@@ -404,7 +404,7 @@ def test_at_an_embedding(flow: str) -> None:
     )
     with method.prepare(model) as run:
         found = run(td_of(ids))
-    (relevance,) = [value for value in found["attr"].values(True, True)]
+    (relevance,) = list(found["attr"].values(True, True))
     wanted = (model(ids) - model(other)).detach()[:, 0]
     torch.testing.assert_close(relevance.flatten(1).sum(1), wanted)
 
@@ -673,7 +673,7 @@ def test_a_rule_mapper_has_no_differences() -> None:
 
 @pytest.mark.parametrize("name", ["guided_backprop", "deconvnet"])
 def test_modified_gradients_have_no_differences(name: str) -> None:
-    with pytest.raises((ValueError, NotImplementedError), match="baseline|reference|difference"):
+    with pytest.raises((ValueError, NotImplementedError), match=r"baseline|reference|difference"):
         explained(mlp(), torch.randn(4, 6), 0.0, name)
 
 

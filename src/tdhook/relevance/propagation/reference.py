@@ -158,7 +158,7 @@ class Reference:
         return found
 
     def place(self, name: str, leaves: Sequence[object], module: object = None) -> Place:
-        """Take down a call of the first run, given its name, the leaves of its arguments, and the module, if it is one."""
+        """Take down a call of the first run: what is called, maybe a module, with which leaves of arguments."""
         given, numbers = _parted(leaves)
         live = [x.requires_grad for x in given]
         place = Place(name, self.path(), [x.detach() for x in given], live, numbers)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from tdhook.relevance.secants.averages import average, product
-from tdhook.relevance.secants.pair import Grads, Pair, pulled
-from tdhook.tape.dependence import leaf
+from tdhook.relevance.secants.pair import Grads, Pair, pull_back
 
 __all__ = ["choice", "filled", "quotient", "scaled", "slope", "slopes"]
 
@@ -87,10 +86,7 @@ _KINKED = frozenset(("relu", "ReLU"))
 
 
 def _derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-    x = leaf(at)
-    with torch.enable_grad():
-        z = function(x)
-    found = pulled([x], [z], [torch.ones_like(z)])[0]
+    found = pull_back(lambda x: (function(x),), [at], [torch.ones_like(at)])[0]
     return torch.zeros_like(at) if found is None else found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from tdhook.relevance.secants.pair import Grads, Pair, pulled
 from tdhook.tape.dependence import leaf
 from tdhook.tape.functions import may_look_at
+from tdhook.tape.internals import transformed
 
 __all__ = ["picked_of", "winner"]
 
@@ -59,34 +60,31 @@ def _piece(
     pair: Pair, starts: list[Tensor], ends: list[Tensor], grads: Sequence[Tensor], looks: bool
 ) -> tuple[Grads, bool, bool]:
     """One piece of the way: what wins at its start gives way to what wins at its end, where these cross."""
-    at_start, first = _picked(pair, starts, ends)
-    at_end, last = _picked(pair, ends, starts)
+    early, first, x_of_first = _picked(pair, starts, ends)
+    late, last, s_of_last = _picked(pair, ends, starts)
     here, there, exact, whole = [], [], True, True
-    for (_, z0, x_of_first), (_, z, s_of_last), g in zip(first, last, grads, strict=True):
+    for z0, x0, z, s, g in zip(first, x_of_first, last, s_of_last, grads, strict=True):
         if not z.is_floating_point():
             here.append(g)
             there.append(g)
             continue
-        early_share, late_share, fits, arrives = _shares(z0, x_of_first, z, s_of_last)
+        early_share, late_share, fits, arrives = _shares(z0, x0, z, s)
         if looks:
             exact, whole = exact and bool(fits.all()), whole and bool(arrives.all())
         here.append(early_share * g)
         there.append(late_share * g)
-    early = pulled(at_start, [z for z, _, _ in first], here)
-    late = pulled(at_end, [z for z, _, _ in last], there)
-    return (
-        tuple(b if a is None else a if b is None else a + b for a, b in zip(early, late, strict=True)),
-        exact,
-        whole,
-    )
+    pairs = zip(early(here), late(there), strict=True)
+    return tuple(b if a is None else a if b is None else a + b for a, b in pairs), exact, whole
 
 
 def _shares(z0: Tensor, x0: Tensor, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What part of the way the winners at its start and at its end count for.
 
     Args:
-        z0: what wins at the start, and ``x0``: what that is at the end.
-        z: what wins at the end, and ``s``: what that was at the start.
+        z0: what wins at the start.
+        x0: what that is at the end.
+        z: what wins at the end.
+        s: what that was at the start.
 
     Returns:
         The parts, where the two cross once, and where all arrives: where they do not, what differs is shared in
@@ -107,14 +105,24 @@ def _shares(z0: Tensor, x0: Tensor, z: Tensor, s: Tensor) -> tuple[Tensor, Tenso
 
 def _picked(
     pair: Pair, at: list[Tensor], other: list[Tensor]
-) -> tuple[list[Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
-    """What is picked at one place: on a tape, its values, and the values of what is picked at the other place."""
+) -> tuple[Callable[[Sequence[Tensor]], Grads], list[Tensor], list[Tensor]]:
+    """What is picked at one place.
+
+    Returns:
+        How it is pulled back, its values, and the values of what is picked at the other place.
+    """
+    # Nothing times infinity, as masks are, is no number.
+    other = [torch.nan_to_num(x) if x.is_floating_point() else x for x in other]
+    if transformed():
+        outputs, pull = torch.func.vjp(lambda *values: pair.run(values)[:1], *at)[:2]
+        (transposed,) = torch.func.vjp(pull, tuple(torch.zeros_like(z) for z in outputs))[1](tuple(other))
+        rest = pair.run(at)[1:]
+        return lambda grads: pull(tuple(grads[:1])), [*outputs, *rest], [*transposed, *rest]
     inputs = [leaf(x) for x in at]
     with torch.enable_grad():
-        outputs = pair.run(inputs)
-    return inputs, [
-        (z, z.detach(), x) for z, x in zip(outputs, picked_of(inputs, outputs, other), strict=True)
-    ]
+        made = pair.run(inputs)
+    values = picked_of(inputs, made, other)
+    return lambda grads: pulled(inputs, made, grads), [z.detach() for z in made], values
 
 
 def picked_of(inputs: Sequence[Tensor], outputs: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
@@ -122,8 +130,6 @@ def picked_of(inputs: Sequence[Tensor], outputs: Sequence[Tensor], other: Sequen
 
     Picking is linear, and so is the vector-Jacobian product in its vector, whose own Jacobian picks.
     """
-    # Nothing times infinity, as masks are, is no number.
-    other = [torch.nan_to_num(x) if x.is_floating_point() else x for x in other]
     with torch.enable_grad():
         vectors = [torch.zeros_like(z).requires_grad_() if z.requires_grad else None for z in outputs]
         pairs = [(z, v) for z, v in zip(outputs, vectors, strict=True) if v is not None]
