@@ -46,6 +46,10 @@ def put(td: TensorDictBase, key: NestedKey, value: object, of: NestedKey | None 
             that entry, behind those of the batch.
     """
     parts = parts_of(key)
+    above = parts_of(of)
+    if type(td) is TensorDict and len(parts) == 2 and len(above) < 2 and parts[0] not in td:
+        td.set(parts, value)
+        return
     around, depth = td, 0
     while depth < len(parts) - 1:
         child = around.get(parts[depth], None)
@@ -56,7 +60,7 @@ def put(td: TensorDictBase, key: NestedKey, value: object, of: NestedKey | None 
         around, depth = child, depth + 1
     found = value
     for level in range(len(parts) - 2, depth - 1, -1):
-        size, names = _axes(td, parts_of(of), len(parts) - 1 - level, value)
+        size, names = _axes(td, above, len(parts) - 1 - level, value)
         found = TensorDict({parts[level + 1]: found}, size, names=names, device=td.device)
     around.set(parts[depth], found)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from html import escape
 
-__all__ = ["encodable", "html_table", "visible"]
+__all__ = ["encodable", "html_table", "shown", "visible"]
 
 # Control characters, line and paragraph separators, what turns the direction of writing, and halves of surrogate pairs.
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -20,6 +20,12 @@ def visible(text: str) -> str:
 def encodable(text: str) -> str:
     """A text as it is; halves of surrogate pairs, which no file can hold, are written out."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def shown(*values: object) -> str:
+    """What a notebook shows of some values, one below the other, as far as they say it."""
+    told = (getattr(value, "_repr_html_", None) for value in values)
+    return "".join(str(tell()) for tell in told if tell is not None)
 
 
 def html_table(

@@ -227,19 +227,16 @@ def test_autograd_functions_in_transforms():
     assert internals.function_inside(Doubled) is Doubled
 
 
-def test_modes_above_and_beneath():
+def test_modes_that_are_on_see_unless_nobody_does():
     class Mode(TorchFunctionMode):
         pass
 
-    low, middle, high = Mode(), Mode(), Mode()
+    low, high = Mode(), Mode()
     assert not internals.sees(low)
-    with low, middle, high:
-        assert internals.sees(middle)
-        with internals.beneath(middle):
-            assert not internals.sees(middle) and internals.sees(low) and internals.top_mode() is high
-        assert internals.top_mode() is high and internals.sees(middle)
+    with low, high:
+        assert internals.sees(low) and internals.top_mode() is high
         with internals.without_modes():
-            assert not internals.sees(middle)
+            assert not internals.sees(low)
 
 
 def test_operators():

@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from tdhook.tape.internals import function_modes, push_mode, saved_tensors_hooks_on_top
-from tdhook.tape.undoing import Change, Undoing, hooked, lock, set_to, undone, undone_where_raised
+from tdhook.tape.undoing import Change, Undoing, all_of, hooked, lock, set_to, undone, undone_where_raised
 
 
 class Boom(Exception):
@@ -113,3 +113,25 @@ def test_undone_only_where_the_block_raised():
     with pytest.raises(Boom), undone_where_raised(lambda: order.append(2)):
         raise Boom
     assert order == [2]
+
+
+def test_gradients_are_what_they_were_whether_or_not_the_block_raised():
+    for on in (True, False):
+        with torch.set_grad_enabled(on):
+            with Undoing():
+                torch.set_grad_enabled(not on)
+            assert torch.is_grad_enabled() is on
+            with pytest.raises(Boom):
+                failing(lambda on=on: torch.set_grad_enabled(not on))
+            assert torch.is_grad_enabled() is on
+
+
+def test_contexts_are_entered_as_far_as_there_are_any():
+    first, second = ContextVar("first", default=0), ContextVar("second", default=0)
+    with all_of():
+        assert (first.get(), second.get()) == (0, 0)
+    with all_of(None, set_to(second, 2)):
+        assert (first.get(), second.get()) == (0, 2)
+    with all_of(set_to(first, 1), None, set_to(second, 2)):
+        assert (first.get(), second.get()) == (1, 2)
+    assert (first.get(), second.get()) == (0, 0)

@@ -99,6 +99,8 @@ class _Runs:
         self._settled = references.constant and not target.writes and ready.ledger is None
         trains = any(isinstance(m, BatchNorm) and m.training for m in plan.modules)
         self._settled = self._settled and not trains and not torch.compiler.is_compiling()
+        # What it draws it will draw anew.
+        self._settled = self._settled and not ready.drawn()
 
     def on(self, one: Drawn) -> There:
         """The run on a reference, or a kept one that did the same."""
@@ -110,7 +112,6 @@ class _Runs:
         kept = self.ready.kept
         if isinstance(kept, Kept) and kept.fits(first, self.reference, self.plan.modules):
             return kept.there
-        drawn = torch.get_rng_state()
         if not alone:
             made = self._there(self._forward(one))
         elif self.ready.one_row is None:
@@ -119,8 +120,7 @@ class _Runs:
             first = given
         else:
             made = self._there(self._forward(one, alone=True))
-        # Where it draws random numbers, or decides, another one would not be the same.
-        if not self.reference.decided and torch.equal(drawn, torch.get_rng_state()):
+        if not self.reference.decided:
             self.ready.kept = Kept.of(made, first, self.reference, self.plan.modules)
         return made
 
@@ -170,7 +170,7 @@ class _Runs:
             given, replaced = given[:1], {key: value[:1] for key, value in replaced.items()}
         reference.one = alone
         while True:
-            within = Beside(self.plan, whole=self.ready.ledger is not None)
+            within = Beside(self.plan)
             try:
                 with runner.forward(given, within, target=target, replaced=replaced) as run:
                     pass

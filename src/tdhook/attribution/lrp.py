@@ -21,6 +21,7 @@ from tdhook.keys import under
 from tdhook.models.families import Linear
 from tdhook.models.lazy import initialise, is_unmade
 from tdhook.models.model import InKeys, Model
+from tdhook.passes.heads import NowKnown
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Setup
 from tdhook.perturbing.references import Baseline, Fill, References, as_references
@@ -140,8 +141,14 @@ class LRP(Attribution):
     def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
         """Run the model forwards under its rules, and pull the relevance of the target back to the sources."""
         plan, ledger = runner.state.ready(runner), self._new_ledger(runner.state)
+        if self.references is not None:
+            runner.state.draw()
+        heads = runner.setup.heads
+        known = heads.known
         with runner.forward(td, plan.rules_on(ledger)) as run:
             if self.references is not None:
+                if heads.known and not known and heads.possible:
+                    raise NowKnown  # on the reference they will be off the tape
                 return explain_difference(runner, run, runner.state, plan, self.seeder, self.references)
             seeds, sources = run.seeds(self.seeder, plan.flow), run.sources()
             pulled = run.pull(seeds, sources, keep=ledger is not None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from inspect import Parameter, Signature
+from inspect import Parameter, Signature, currentframe
 from types import FrameType
 from typing import TypeVar
 
@@ -23,7 +23,7 @@ def in_an_objective() -> bool:
     """
     if _OBJECTIVES not in sys.modules:
         return False
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = currentframe()
     while frame is not None:
         if frame.f_globals.get("__name__", "").startswith(_OBJECTIVES):
             return True

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.contexts.acting import in_an_objective, takes_one_argument
 from tdhook.keys import named_tensors, parts_of, put, under
-from tdhook.markup import html_table
+from tdhook.markup import html_table, shown
 from tdhook.models.entries import is_batch
 from tdhook.models.holding import Makeup
 from tdhook.models.lazy import initialise, is_unmade
@@ -24,8 +23,9 @@ from tdhook.passes.forward import Run
 from tdhook.passes.graphs import Graphs
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Question, Setup
-from tdhook.tape.internals import buffers_of, children_of, parameters_of, top_mode, transformed, unwatched
-from tdhook.tape.undoing import Undoing
+from tdhook.tape.internals import buffers_of, children_of, parameters_of, top_mode, transformed
+from tdhook.tape.modes import unwatched
+from tdhook.tape.undoing import Undoing, all_of
 
 __all__ = ["ExplainedModule", "Explaining"]
 
@@ -94,7 +94,8 @@ class ExplainedModule(TensorDictModuleBase):
         self._unmade = is_unmade(model.root)
         self._setup = setup = Setup(model, method.question)
         self.in_keys = list(setup.in_keys)
-        self._entries: dict[NestedKey, NestedKey] = {key: self.entry(key) for key in setup.sources}
+        self._entries = {key: self.entry(key) for key in setup.sources}
+        self._told = {entry: parts_of(key) for key, entry in self._entries.items()}
         target = setup.question.target
         self.out_keys = [*model.runner.out_keys, *self._entries.values(), *target.writes, *method.writes]
         if "spread" in method.writes_under:
@@ -210,7 +211,8 @@ class ExplainedModule(TensorDictModuleBase):
                 "this explained module ended with its `with` block; use `.wrap(module)` for one that lasts"
             )
         given = args[0] if args else kwargs.get("tensordict")
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             if in_an_objective():
                 return self._model.runner(*args, **kwargs)
             if transformed():
@@ -221,26 +223,21 @@ class ExplainedModule(TensorDictModuleBase):
         if not is_batch(given):
             values = self._called_with_tensors(named_tensors(self.in_keys, args, kwargs), tensordict_out)
             return values[0] if len(values) == 1 else values
-        others = [*map(repr, args[1:]), *(name for name in kwargs if name != "tensordict")]
-        if others:
-            raise TypeError(
-                f"an explained module takes a TensorDict and tensordict_out=, and also got {', '.join(others)}; put "
-                "what the model reads into the TensorDict"
-            )
+        if kwargs or len(args) > 1:
+            _require_none_besides(args, kwargs)
         td = given
         self._check_fields(td if tensordict_out is None else tensordict_out)
-        if not torch.compiler.is_compiling() and not self._makeup.holds():
+        if not compiling and not self._makeup.holds():
             self._begin(self._model.anew())
         if self._unmade:
             self._make_lazy_layers(td)
-        if torch.compiler.is_compiling():
+        if compiling:
             written = compiled.inline(self._graphs, td)
+        elif self._graphs.wanted:
+            with Undoing():
+                written = compiled.run(self._graphs, td)
         else:
-            if self._graphs.wanted:
-                with Undoing():
-                    written = compiled.run(self._graphs, td)
-            else:
-                written = self.explain(td)
+            written = self.explain(td)
         apart = self._setup.apart
         into = tensordict_out
         if into is None:
@@ -254,18 +251,23 @@ class ExplainedModule(TensorDictModuleBase):
 
     def _write(self, written: Mapping[NestedKey, Any], into: TensorDictBase) -> None:
         """Write relevance beside what it tells of: ``("attr", "agents")`` has the axes of ``"agents"``."""
-        names = (self._method.attribution_key, self._method.value_key, *self._method.writes_under)
-        ours = [parts_of(key) for key in names]
         for key, value in written.items():
             if isinstance(key, str):
                 into.set(key, value)
-                continue
-            of = next((key[len(name) :] for name in ours if key[: len(name)] == name), key)
-            put(into, key, value, of or None)
+            else:
+                put(into, key, value, self._told.get(key) or self._of(key))
+
+    def _of(self, key: tuple[str, ...]) -> tuple[str, ...] | None:
+        """What an entry tells of."""
+        ours = (self._method.attribution_key, self._method.value_key, *self._method.writes_under)
+        for name in map(parts_of, ours):
+            if key[: len(name)] == name:
+                return key[len(name) :] or None
+        return key
 
     def _check_fields(self, td: TensorDictBase) -> None:
         """A tensorclass has the fields that are written to."""
-        if isinstance(td, TensorDictBase):
+        if type(td) is TensorDict or isinstance(td, TensorDictBase):
             return
         known = set(type(td).__expected_keys__)
         for key in self.out_keys:
@@ -295,8 +297,12 @@ class ExplainedModule(TensorDictModuleBase):
 
     def _carried_out(self, runner: Runner) -> dict[NestedKey, Any]:
         """What is written, with nothing left behind: no change of the model, no graph on what it keeps."""
-        alone = nullcontext() if top_mode() is None else unwatched()
-        with Undoing(), torch.inference_mode(False), torch.enable_grad(), alone:
+        surroundings = all_of(
+            torch.inference_mode(False) if torch.is_inference_mode_enabled() else None,
+            None if torch.is_grad_enabled() else torch.enable_grad(),
+            None if top_mode() is None else unwatched(),
+        )
+        with Undoing(), surroundings:
             try:
                 written = self._written(runner)
             except BaseException:
@@ -369,8 +375,7 @@ class ExplainedModule(TensorDictModuleBase):
             ("writes", ", ".join(map(repr, self.out_keys))),
         )
         table = html_table(f"{kind}, explained by {self._method!r}", ("", "keys"), rows)
-        shown = getattr(self._state, "_repr_html_", None)
-        return table if shown is None else table + str(shown())
+        return table + shown(self._state)
 
     def report(self) -> Any:
         """The ledger of the last call as a table for ``rich.print``: one row per module or operation.
@@ -379,3 +384,13 @@ class ExplainedModule(TensorDictModuleBase):
             RuntimeError: no ledger was kept.
         """
         return self._method.report(self._state)
+
+
+def _require_none_besides(args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+    """Raise where an explained module is called with something else than a TensorDict."""
+    others = [*map(repr, args[1:]), *(name for name in kwargs if name != "tensordict")]
+    if others:
+        raise TypeError(
+            f"an explained module takes a TensorDict and tensordict_out=, and also got {', '.join(others)}; put what "
+            "the model reads into the TensorDict"
+        )

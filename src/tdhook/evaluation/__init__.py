@@ -4,14 +4,9 @@ from tdhook.attribution.gradient import Gradient, GradientTimesInput
 from tdhook.evaluation.bridges import Classifier, as_classifier, quantus_explain_func
 from tdhook.evaluation.comparison import Metric, as_markdown, compare
 from tdhook.evaluation.controls import RandomMap
+from tdhook.evaluation.curves import Curve, InsertionDeletion, PerturbationCurves
 from tdhook.evaluation.measures import Measure
-from tdhook.evaluation.perturbation import (
-    Curve,
-    InsertionDeletion,
-    PerturbationCurves,
-    insertion_deletion,
-    perturbation_curve,
-)
+from tdhook.evaluation.perturbation import insertion_deletion, perturbation_curve
 from tdhook.evaluation.randomisation import Randomisation, Similarity, layers_of, randomisation
 from tdhook.evaluation.returns import MaskedPolicy, ReturnLost, Which, return_lost
 from tdhook.evaluation.runs import Explainer, Method

@@ -114,7 +114,7 @@ class MaskedPolicy(TensorDictModuleBase):
         self._chance = torch.Generator().manual_seed(seed)
         self._draws = torch.Generator().manual_seed(seed)
         self._explain: Callable[[TensorDictBase], TensorDictBase] | None = None
-        self._features: Features | None = None
+        self.features: Features | None = None
         self._replace: Replacements | None = None
 
     def forward(self, td: TensorDictBase) -> TensorDictBase:
@@ -123,10 +123,10 @@ class MaskedPolicy(TensorDictModuleBase):
             return self.actor(td)
         chosen = self.hidden(td)
         rows = rows_of(td, td.batch_dims)
-        assert self._features is not None and self._replace is not None
-        seen = self._features.replaced(rows, self._replace(rows), chosen)
+        assert self.features is not None and self._replace is not None
+        seen = self.features.replaced(rows, self._replace(rows), chosen)
         work = td.copy()
-        for key in self._features.keys:
+        for key in self.features.keys:
             work.set(key, seen.get(key).reshape(td.get(key).shape))
         acted = self.actor(work)
         for key in self.out_keys:
@@ -136,35 +136,35 @@ class MaskedPolicy(TensorDictModuleBase):
     def hidden(self, td: TensorDictBase) -> Tensor:
         """Which features are hidden, as truth values ``[rows, features]``."""
         rows = rows_of(td, td.batch_dims)
-        if self._features is None or self.which != "random":
+        if self.features is None or self.which != "random":
             relevance = self._relevance(rows)
-        if self._features is None:
+        if self.features is None:
             keys = list(relevance) if self._keys is None else [unravel_key(key) for key in self._keys]
-            self._features = Features.of(rows, keys, self._groups)
+            self.features = Features.of(rows, keys, self._groups)
             source = rows if self._data is None else rows_of(self._data, self._data.batch_dims)
-            self._replace = Replacements(self._baseline, self._features, source, self._draws)
-        count = self._features.count
+            self._replace = Replacements(self._baseline, self.features, source, self._draws)
+        count = self.features.count
         if not 0 <= self.count <= count:
             raise ValueError(f"{self.count} features are to be hidden, and there are {count}")
         if self.which == "random":
             worth = torch.zeros(len(rows), count, device=rows.device)
         else:
-            worth = self._features.by_entry(relevance)
+            worth = self.features.by_entry(relevance)
         rank = ranked(worth, self._absolute, self._chance)
         if self.which == "least":
             rank = count - 1 - rank
-        return rank < self.count if self._features.alike else self._within_share(rank)
+        return rank < self.count if self.features.alike else self._within_share(rank)
 
     def _within_share(self, rank: Tensor) -> Tensor:
         """The first features that have the share of the entries that ``count`` of them have on average.
 
         One that is larger than what is left of the share is hidden so often that the share is kept on average.
         """
-        assert self._features is not None
-        extent = self._features.extent.to(rank.device)
+        assert self.features is not None
+        extent = self.features.extent.to(rank.device)
         sorted_ = torch.zeros_like(rank).scatter_(1, rank, extent.expand_as(rank))
         before = (sorted_.cumsum(1) - sorted_).gather(1, rank)
-        left = self.count * extent.sum() / self._features.count - before
+        left = self.count * extent.sum() / self.features.count - before
         lots = torch.rand(rank.shape[0], 1, generator=self._chance, dtype=torch.float64).to(rank.device)
         return lots < left / extent
 
@@ -244,8 +244,8 @@ def return_lost(
         data = torch.cat(seen)
         probe = MaskedPolicy(actor, method, 0, data=data, **options)
         probe.hidden(data[:1])
-        assert probe._features is not None
-        features = probe._features.count
+        assert probe.features is not None
+        features = probe.features.count
         hidden = count if fraction is None else max(1, round(fraction * features))
         assert hidden is not None
         for which in ("most", "least", "random"):

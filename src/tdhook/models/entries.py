@@ -30,6 +30,7 @@ __all__ = [
     "entries_of",
     "frames_of",
     "is_batch",
+    "is_flat",
     "is_ragged",
     "leaves_of",
     "objects_of",
@@ -42,6 +43,8 @@ Entry: TypeAlias = "object | tuple[object, ...]"
 
 def is_batch(value: object) -> TypeGuard[TensorDictBase]:
     """Whether a value has entries: a TensorDict, a lazy stack, a tensorclass."""
+    if isinstance(value, Tensor):
+        return False
     if isinstance(value, TensorDict):
         return True
     return (isinstance(value, TensorDictBase) or is_tensorclass(value)) and not is_non_tensor(value)
@@ -49,13 +52,15 @@ def is_batch(value: object) -> TypeGuard[TensorDictBase]:
 
 def _is_stack(value: object) -> TypeGuard[LazyStackedTensorDict]:
     """Whether a value is a lazy stack of TensorDicts; one of texts is another thing."""
+    if type(value) is TensorDict or isinstance(value, Tensor):
+        return False
     return isinstance(value, LazyStackedTensorDict) and not is_non_tensor(value)
 
 
 def entries_of(td: TensorDictBase) -> Iterator[tuple[NestedKey, Entry]]:
     """The entries of a TensorDict by key, with those below it and those that are no tensors."""
     try:
-        yield from list(td.items(True, True, is_leaf=is_leaf_nontensor))
+        yield from list(td.items() if is_flat(td) else td.items(True, True, is_leaf=is_leaf_nontensor))
     except RuntimeError:  # a ragged entry, which cannot be stacked
         for key in list(td.keys()):
             if is_ragged(td, key):
@@ -69,6 +74,9 @@ def entries_of(td: TensorDictBase) -> Iterator[tuple[NestedKey, Entry]]:
 def objects_of(td: TensorDictBase) -> dict[NestedKey, Entry]:
     """The entries of a TensorDict by key, as the objects that they are: those of a lazy stack are those it stacks."""
     found: dict[NestedKey, Entry] = {}
+    if is_flat(td):
+        found.update(td.items())
+        return found
     for key, value in td.items(True, True, is_leaf=_is_whole):
         if not _is_stack(value):
             found[key] = value
@@ -79,18 +87,28 @@ def objects_of(td: TensorDictBase) -> dict[NestedKey, Entry]:
     return found
 
 
+def is_flat(td: TensorDictBase) -> bool:
+    """Whether a TensorDict has nothing but tensors."""
+    if type(td) is not TensorDict:
+        return False
+    for value in td.values():  # noqa: SIM110 (a generator takes longer than the rest)
+        if not isinstance(value, Tensor):
+            return False
+    return True
+
+
 def _is_whole(kind: type) -> bool:
     return is_leaf_nontensor(kind) or issubclass(kind, LazyStackedTensorDict)
 
 
 def changed(before: Mapping[NestedKey, Entry], after: Mapping[NestedKey, Entry]) -> list[NestedKey]:
     """The keys of objects that are others than before."""
-    return [key for key, entry in after.items() if not _same(before.get(key), entry)]
+    return [key for key, now in after.items() if now is not (was := before.get(key)) and not _same(was, now)]
 
 
 def _same(a: Entry, b: Entry) -> bool:
-    if a is b:
-        return True
+    if a is b or isinstance(b, Tensor):
+        return a is b
     if isinstance(a, NonTensorData) and isinstance(b, NonTensorData):
         return a.data is b.data
     return isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and all(map(_same, a, b))
@@ -98,7 +116,7 @@ def _same(a: Entry, b: Entry) -> bool:
 
 def plain(td: TensorDictBase) -> TensorDictBase:
     """The same entries in a TensorDict, if they are those of a tensorclass."""
-    if isinstance(td, TensorDictBase):
+    if type(td) is TensorDict or isinstance(td, TensorDictBase):
         return td
     found = TensorDict({}, td.batch_size, names=names_of(td), device=td.device)
     for key, value in td.items():
@@ -109,6 +127,8 @@ def plain(td: TensorDictBase) -> TensorDictBase:
 
 def dense_copy(td: TensorDictBase) -> TensorDictBase:
     """A copy with the same tensors, in which lazy stacks are stacked."""
+    if is_flat(td):
+        return td.copy()
     if _is_stack(td):
         return _stacked(td)
     if not isinstance(td, TensorDictBase):
@@ -175,7 +195,7 @@ def frames_of(td: TensorDictBase, within: TensorDictBase) -> Iterator[tuple[Nest
         within: where its entries are to be written.
     """
     for key, value in td.items():
-        if not isinstance(value, TensorDictBase) or is_non_tensor(value):
+        if isinstance(value, Tensor) or not isinstance(value, TensorDictBase) or is_non_tensor(value):
             continue
         if within.get(key, None) is None and (value.batch_size != td.batch_size or value.is_empty()):
             yield key, TensorDict({}, value.batch_size, names=names_of(value), device=value.device)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, skip_existing
 from tensordict.utils import NestedKey, unravel_key
 from torch import Size, Tensor, nn
 
@@ -29,9 +29,26 @@ InKeys: TypeAlias = "Sequence[NestedKey] | Mapping[NestedKey, NestedKey]"
 class Wrapped(TensorDictModule):
     """A plain module with keys.
 
-    Tensors are written as they are, where a ``TensorDictModule`` asks of each whether it is a data frame, for which it
-    looks for pandas on the disk.
+    Tensors are read and written as they are, where a ``TensorDictModule`` asks of each what else it may be: whether it
+    is a data frame, say, for which it looks for pandas on the disk.
     """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module."""
+        plain = len(args) == 1 and not kwargs and type(args[0]) is TensorDict and self._kwargs is None
+        if not plain or skip_existing():
+            return super().forward(*args, **kwargs)
+        td: TensorDict = args[0]
+        values = [td.get(key, None) for key in self.in_keys]
+        for value in values:
+            if not isinstance(value, Tensor):
+                return super().forward(td)
+        made = self.module(*values)
+        if isinstance(made, dict):
+            made = {unravel_key(key): value for key, value in made.items()}
+        if isinstance(made, dict | TensorDictBase) and all(key in made for key in self.out_keys):
+            made = tuple(made.get(key) for key in self.out_keys)
+        return self._write_to_tensordict(td, made if isinstance(made, tuple) else (made,))
 
     def _write_to_tensordict(
         self,
@@ -41,8 +58,8 @@ class Wrapped(TensorDictModule):
         out_keys: Sequence[NestedKey] | None = None,
     ) -> TensorDictBase:
         keys = self.out_keys if out_keys is None else out_keys
-        plain = len(tensors) == len(keys) and "_" not in keys and all(isinstance(z, Tensor) for z in tensors)
-        if tensordict_out is not None or self.inplace is not True or not plain:
+        plain = tensordict_out is None and self.inplace is True and len(tensors) == len(keys)
+        if not plain or "_" in keys or not all(isinstance(z, Tensor) for z in tensors):
             written: TensorDictBase = super()._write_to_tensordict(
                 tensordict, tensors, tensordict_out, out_keys
             )
@@ -142,9 +159,7 @@ class Model:
         """How it returned a TensorDict of its own in its last run, if it did."""
         return self._returns[0]
 
-    def run(
-        self, td: TensorDictBase, again: Callable[[], None] = lambda: None
-    ) -> tuple[TensorDictBase, bool]:
+    def run(self, td: TensorDictBase, again: Callable[[], None] | None = None) -> tuple[TensorDictBase, bool]:
         """Run the model on a TensorDict of any batch shape.
 
         Layers of fixed rank (convolutions, batch norm) take one batch axis: where the model fails for another number
@@ -152,7 +167,7 @@ class Model:
 
         Args:
             td: what the model reads; it may be written to.
-            again: called where the model is run once more.
+            again: called where the model is run once more, if anyone wants to know.
 
         Returns:
             What the model wrote, in the batch shape of ``td``, and whether it ran on a flat batch.
@@ -165,7 +180,8 @@ class Model:
             with restored(self.root, always=False):
                 written = self._written(td.copy())
         except _OF_SHAPE as error:
-            again()
+            if again is not None:
+                again()
             try:
                 written = self._flat(td)
             except _OF_SHAPE:

@@ -9,19 +9,18 @@ registers as a hook while it runs, and a parameter whose values are overwritten.
 
 from __future__ import annotations
 
-import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from operator import is_not
-from threading import current_thread, main_thread
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tensordict import LazyStackedTensorDict, TensorDict
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from tdhook.models.generators import By, Held, drawn_by_others, drawn_by_torch, of_generator
 from tdhook.tape.internals import buffers_of, parameters_of, version_of
 
 __all__ = ["LEFT_ALONE", "Snapshot"]
@@ -48,25 +47,6 @@ _PLAIN = frozenset(
 )  # nothing to look into
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
 _MACHINERY = frozenset(vars(nn.Module())) - frozenset(_REGISTRIES)
-
-
-class Held(Protocol):
-    """Something as it was."""
-
-    def changed(self) -> bool:
-        """Whether it no longer is."""
-
-    def restore(self) -> object:
-        """Make it so again."""
-
-
-class _By:
-    """Something that two functions tell of, and put back."""
-
-    __slots__ = ("changed", "restore")
-
-    def __init__(self, changed: Callable[[], bool], restore: Callable[[], object]) -> None:
-        self.changed, self.restore = changed, restore
 
 
 class _Entries:
@@ -139,8 +119,8 @@ class Snapshot:
         # What was seen is kept alive, lest something else come to have its id.
         self._seen: dict[int, object] = {id(x): x for x in without}
         traced = torch.compiler.is_compiling()
-        self._drawn = [] if traced else list(_drawn_by_torch())
-        self._random = [*self._drawn, *([] if traced or torch_alone else _drawn_by_others())]
+        self._drawn = [] if traced else list(drawn_by_torch())
+        self._random = [*self._drawn, *([] if traced or torch_alone else drawn_by_others())]
         for module in modules:
             self._visit(module, module)
 
@@ -238,7 +218,7 @@ def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
         return _set(value), list(value)
     if isinstance(value, tuple | frozenset):
         return None, value
-    generator = _generator(value)
+    generator = of_generator(value)
     if generator is not None:
         return generator, ()
     if type(value).__module__ == "numpy" and hasattr(value, "flat"):
@@ -268,7 +248,7 @@ def _sequence(held: list[object] | deque[object]) -> Held:
         held.clear()
         held.extend(before)
 
-    return _By(lambda: len(held) != len(before) or any(map(is_not, held, before)), restore)
+    return By(lambda: len(held) != len(before) or any(map(is_not, held, before)), restore)
 
 
 def _set(held: set[object]) -> Held:
@@ -278,7 +258,7 @@ def _set(held: set[object]) -> Held:
         held.clear()
         held.update(before)
 
-    return _By(lambda: held != before, restore)
+    return By(lambda: held != before, restore)
 
 
 def _object(value: object) -> tuple[Held | None, list[object]]:
@@ -306,7 +286,7 @@ def _object(value: object) -> tuple[Held | None, list[object]]:
             held.restore()
 
     found = [old for old in before.values() if old is not absent]
-    return _By(changed, restore), [*found, *(() if held is None else held.values())]
+    return By(changed, restore), [*found, *(() if held is None else held.values())]
 
 
 def _names(slots: str | Iterable[str]) -> tuple[str, ...]:
@@ -332,7 +312,7 @@ def _tensor(value: Tensor) -> Held:
         with torch.inference_mode(value.is_inference()):
             value.copy_(before)
 
-    return _By(changed, restore)
+    return By(changed, restore)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -345,57 +325,4 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 def _array(value: Any) -> Held:
     before = value.copy()
-    return _By(lambda: bool((value != before).any()), lambda: value.__setitem__(..., before))
-
-
-def _generator(value: Any) -> Held | None:
-    """The state of a random generator."""
-    if isinstance(value, torch.Generator):
-        state = value.get_state()
-        return _By(lambda: not torch.equal(value.get_state(), state), lambda: value.set_state(state))
-    if isinstance(value, random.Random):
-        own = value.getstate()
-        return _By(lambda: value.getstate() != own, lambda: value.setstate(own))
-    numpy: Any = sys.modules.get("numpy.random")
-    if numpy is not None and isinstance(value, numpy.Generator):
-        value = value.bit_generator
-    if numpy is not None and isinstance(value, numpy.BitGenerator):
-        its = value.state
-        return _By(lambda: repr(value.state) != repr(its), lambda: setattr(value, "state", its))
-    if numpy is not None and isinstance(value, numpy.RandomState):
-        return _legacy(value.get_state, value.set_state)
-    return None
-
-
-def _drawn_by_torch() -> Iterator[Held]:
-    """The states of the random numbers of torch that are shared by all.
-
-    Not from another thread: the main one would draw the same numbers twice.
-    """
-    if current_thread() is not main_thread():
-        return
-    state = torch.get_rng_state()
-    yield _By(lambda: not torch.equal(torch.get_rng_state(), state), lambda: torch.set_rng_state(state))
-    if torch.cuda.is_initialized():
-        devices = torch.cuda.get_rng_state_all()
-        yield _By(
-            lambda: not all(map(torch.equal, torch.cuda.get_rng_state_all(), devices)),
-            lambda: torch.cuda.set_rng_state_all(devices),
-        )
-
-
-def _drawn_by_others() -> Iterator[Held]:
-    """Likewise those of Python and numpy."""
-    if current_thread() is not main_thread():
-        return
-    own = random.getstate()
-    yield _By(lambda: random.getstate() != own, lambda: random.setstate(own))
-    numpy: Any = sys.modules.get("numpy.random")
-    if numpy is not None:
-        yield _legacy(numpy.get_state, numpy.set_state)
-
-
-def _legacy(get_state: Callable[..., Any], set_state: Callable[[Any], None]) -> Held:
-    """The state of one of numpy's older generators."""
-    before = get_state(legacy=False)
-    return _By(lambda: repr(get_state(legacy=False)) != repr(before), lambda: set_state(before))
+    return By(lambda: bool((value != before).any()), lambda: value.__setitem__(..., before))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -129,16 +129,24 @@ def _inference_slots(modules: Iterable[nn.Module]) -> list[Slot]:
     return found
 
 
+def without_backward_hooks(modules: Collection[nn.Module]) -> AbstractContextManager[None] | None:
+    """Have no backward hooks of modules called: what comes by is relevance, and no gradient that they are meant for.
+
+    ``None`` says that there are none.
+    """
+    for module in modules:
+        own = module.__dict__
+        if own.get("_backward_hooks") or own.get("_backward_pre_hooks"):
+            return _without_backward_hooks(modules)
+    return None
+
+
 @contextmanager
-def without_backward_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Have no backward hooks of modules called: what comes by is relevance, and no gradient that they are meant for."""
+def _without_backward_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
     found: list[Slot] = []
     for module in modules:
         own = module.__dict__
         found += [(own, name) for name in ("_backward_hooks", "_backward_pre_hooks") if own.get(name)]
-    if not found:
-        yield
-        return
     theirs = [registry[name] for registry, name in found]
     empty: list[OrderedDict[int, object]] = [OrderedDict() for _ in found]
 
@@ -214,6 +222,11 @@ class Memory:
         counting = [module for module in self._counting if module.training]
         found = (*self._moving.values(), *self._suspects, *counting)
         return tuple({id(module): module for module in found}.values())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no module may change, whether or not it is in training."""
+        return self._moving == {} and not (self._draws or self._suspects or self._counting)
 
     @contextmanager
     def kept(self, *, always: bool) -> Iterator[Snapshot | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from functools import wraps
-from threading import Condition, get_ident, local
+from threading import Condition, get_ident
 
 from torch import nn
 
@@ -18,6 +18,8 @@ _LOCK = lock()
 _FREE = Condition(_LOCK)
 _CLAIMS: list[_Claim] = []
 """Which threads have which modules."""
+_WAITING: list[_Claim] = []
+"""What is waited for."""
 
 
 class _Claim:
@@ -33,7 +35,8 @@ class _Claim:
         with _LOCK:
             if self in _CLAIMS:
                 _CLAIMS.remove(self)
-                _FREE.notify_all()
+                if _WAITING:
+                    _FREE.notify_all()
 
 
 def _forget() -> None:
@@ -42,6 +45,7 @@ def _forget() -> None:
     _LOCK = lock()
     _FREE = Condition(_LOCK)
     _CLAIMS.clear()
+    _WAITING.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -64,26 +68,30 @@ class Turn:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.modules = tuple(modules)
         self._ids = frozenset(map(id, self.modules))
-        self._mine = local()
+        self._taken: list[Change] = []
+        """What the thread took by it that has it, and has not given back."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return Turn, (self.modules,)
 
     def __enter__(self) -> None:
         claim = _Claim(get_ident(), self._ids)
-        self._taken().append(Change(claim.give_up))
+        change = Change(claim.give_up)
         with _LOCK:
-            while any(it.thread != claim.thread and not self._ids.isdisjoint(it.ids) for it in _CLAIMS):
-                _FREE.wait()
+            if _CLAIMS:
+                self._wait(claim)
             _CLAIMS.append(claim)
+        self._taken.append(change)
 
     def __exit__(self, *exception: object) -> None:
-        self._taken().pop().undo()
+        self._taken.pop().undo()
 
-    def _taken(self) -> list[Change]:
-        """What this thread took by it, and has not given back."""
-        taken: list[Change] = self._mine.__dict__.setdefault("taken", [])
-        return taken
+    def _wait(self, claim: _Claim) -> None:
+        """Wait until no other thread has any of the modules; where that is interrupted, one is told in vain."""
+        _WAITING.append(claim)
+        while any(it.thread != claim.thread and not self._ids.isdisjoint(it.ids) for it in _CLAIMS):
+            _FREE.wait()
+        _WAITING.remove(claim)
 
 
 def elsewhere(thread: int | None) -> bool:

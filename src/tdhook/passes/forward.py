@@ -16,7 +16,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from tdhook.conventions import Convention
 from tdhook.keys import parts_of
 from tdhook.models.capture import call_name
-from tdhook.models.entries import entries_of, frames_of
+from tdhook.models.entries import entries_of, frames_of, is_flat
 from tdhook.passes.diagnosis import is_explainable, why_not_finite, why_relevance_is_not
 from tdhook.passes.finite import Disregarding, are_finite
 from tdhook.passes.setup import Setup
@@ -215,7 +215,11 @@ class Run:
             if not are_finite(pulled):
                 dtype = next(x.dtype for x in pulled if x is not None and not are_finite([x]))
                 raise ValueError(why_relevance_is_not(self.setup.model, list(sources), dtype, past.culprit))
-        require_dependence(seeds, sources, [any(grad is not None for grad in pulled)])
+        for grad in pulled:
+            if grad is not None:
+                break
+        else:
+            require_dependence(seeds, sources, [False])
         several = () if seeds.several is None else (seeds.several,)
         return {
             key: value.new_zeros(*several, *value.shape) if grad is None else grad.detach()
@@ -276,6 +280,8 @@ class Run:
 
     def written(self) -> dict[NestedKey, Any]:
         """What the model wrote, detached."""
+        if is_flat(self.outputs):
+            return {key: value.detach() for key, value in self.outputs.items()}
         found: dict[NestedKey, Any] = dict(frames_of(self.outputs, self.td))
         for key, value in entries_of(self.outputs):
             found[key] = value.detach() if isinstance(value, Tensor) else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -69,8 +69,8 @@ class Leaves:
         if self._inputs is False:
             return work, inputs, {}
         nonnegative = assumed_nonnegative()
-        found = list(self._attributed(work, td))
-        integers = self._numbers(found)
+        found = self._attributed(work, td)
+        integers = {} if all(value.is_floating_point() for _, value in found) else self._numbers(found)
         for key, value in found:
             if key in integers:
                 inputs[key] = leaf_of(replaced[key]) if key in replaced else as_numbers(value)
@@ -83,14 +83,13 @@ class Leaves:
                 mark_nonnegative(leaf)
             inputs[key] = leaf
             work.set(key, leaf)
-        self._require(inputs)
+        if not inputs:
+            self._require(inputs)
         return work, inputs, integers
 
     def _numbers(self, found: Sequence[tuple[NestedKey, Tensor]]) -> dict[NestedKey, Tensor]:
         """Those of the inputs that are integers, and get relevance as numbers."""
         kinds = {key: value.dtype for key, value in found if not value.is_floating_point()}
-        if not kinds:
-            return {}
         only = len(kinds) == len(found) and torch.uint8 not in kinds.values() and not self._others
         chosen = {key for key, kind in kinds.items() if only or kind is torch.uint8 or key in self._named}
         return {key: value for key, value in found if key in chosen and not value.is_complex()}
@@ -145,14 +144,14 @@ class Leaves:
                 "of them"
             )
 
-    def _attributed(self, work: TensorDictBase, td: TensorDictBase) -> Iterable[tuple[NestedKey, Tensor]]:
+    def _attributed(self, work: TensorDictBase, td: TensorDictBase) -> list[tuple[NestedKey, Tensor]]:
         if callable(self._inputs):
             chosen = self._inputs(work.select(*self.model.attributed), td)
             return [(key, value) for key, value in chosen.items(True, True) if isinstance(value, Tensor)]
         found: list[tuple[NestedKey, Tensor]] = []
         for key in self.model.attributed:
-            value, made = work.get(key, None), self.model.made.get(key, ())
-            found += (leaf for leaf in leaves_of(key, value) if not made or leaf[0] not in made)
+            leaves, made = leaves_of(key, work.get(key, None)), self.model.made.get(key)
+            found += [leaf for leaf in leaves if leaf[0] not in made] if made else leaves
         return found
 
     def readable(self, td: TensorDictBase) -> TensorDictBase:

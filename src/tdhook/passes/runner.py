@@ -8,7 +8,7 @@ catches what says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,18 +23,17 @@ from tdhook.models.snapshots import Snapshot
 from tdhook.models.state import as_normal, without_backward_hooks
 from tdhook.passes.axes import Misread
 from tdhook.passes.forward import AsItIs, Run, Within
-from tdhook.passes.heads import NotBehind
+from tdhook.passes.heads import NotBehind, NowKnown
 from tdhook.passes.setup import Setup
 from tdhook.tape.cutting import Graph
 from tdhook.tape.overwriting import Mutated
-from tdhook.tape.undoing import undone
+from tdhook.tape.undoing import all_of, undone
 from tdhook.targets.base import Seeder
 from tdhook.targets.pinned import pin
 
 __all__ = ["Runner"]
 
 T = TypeVar("T")
-_NOTHING = nullcontext()
 
 
 class Runner:
@@ -87,28 +86,32 @@ class Runner:
         setup, replaced, how = self.setup, replaced or {}, within or AsItIs()
         asked = target or self.setup.question.target
         is_base = td is self.td and not replaced and self.base is None
-        alone = _NOTHING if is_base else self.from_the_start()
         modules = setup.turn.modules
-        normal = as_normal(modules) if setup.of_inference else _NOTHING
-        with setup.turn, alone, normal, without_backward_hooks(modules), how.attached():
+        prepared = all_of(
+            None if is_base else self.from_the_start(),
+            as_normal(modules) if setup.of_inference else None,
+            without_backward_hooks(modules),
+        )
+        with setup.turn, prepared, how.attached():
             work, inputs, integers = setup.leaves(td, replaced)
             self.graph.grows_from(inputs.values())
             if how.overwrites:
                 for key, value in inputs.items():
                     if key not in integers:
                         work.set(key, value.clone())
-            captured = Captured(replaced, self.graph, partial(setup.axis, tuple(td.batch_size)))
-            heads = (
-                setup.heads.off_the_tape(how.overwrites)
-                if setup.heads.possible and not how.whole
-                else _NOTHING
-            )
-            collecting = setup.collecting(captured) if setup.collects else _NOTHING
-            with collecting, how.running():
+            captured, collecting, forget = None, None, None
+            if setup.collects:
+                captured = Captured(replaced, self.graph, partial(setup.axis, tuple(td.batch_size)))
+                collecting, forget = setup.collecting(captured), captured.clear
+            with all_of(collecting, how.running()):
                 given = work.copy() if asked.writes else work  # what the model writes goes into it
-                numbers = setup.leaves.made(inputs, integers, exact=not replaced) if integers else _NOTHING
-                with heads, numbers:
-                    outputs, flat = setup.model.run(self._as_given(work), captured.clear)
+                heads = setup.heads.possible and not how.whole
+                inside = all_of(
+                    setup.heads.off_the_tape(how.overwrites) if heads else None,
+                    setup.leaves.made(inputs, integers, exact=not replaced) if integers else None,
+                )
+                with inside:
+                    outputs, flat = setup.model.run(self._as_given(work), forget)
                 how.returned(outputs.values(True, True))
                 outputs = asked.derive(outputs, given)
             if outputs.batch_size != td.batch_size:
@@ -117,7 +120,9 @@ class Runner:
                     f"{list(td.batch_size)}, where its outputs cannot be written; wrap it in a module that moves "
                     "the new axes behind those of the batch"
                 )
-            run = Run(setup, td, inputs, outputs, flat, captured.modules, captured.keys)
+            run = Run(setup, td, inputs, outputs, flat)
+            if captured is not None:
+                run.modules, run.keys = captured.modules, captured.keys
             if is_base:
                 self.base, setup.apart = run, setup.model.apart
             yield run
@@ -165,9 +170,12 @@ class Runner:
             self.base = None
             self.beside.clear()
             try:
+                if setup.memory.is_empty:
+                    self._before = None
+                    return attempt()
                 with setup.memory.kept(always=False) as self._before:
                     return attempt()
-            except (Mutated, NotBehind, Misread):
+            except (Mutated, NotBehind, NowKnown, Misread):
                 continue
             except RuntimeError as error:
                 if setup.of_inference or "nference tensor" not in str(error):

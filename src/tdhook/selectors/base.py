@@ -49,7 +49,7 @@ class Selector(ABC):
         return NotThe(self)
 
     @staticmethod
-    def from_dict(data: Any) -> Selector:
+    def from_dict(data: object) -> Selector:
         """Make a selector from plain data (what :meth:`to_dict` gave; a string is a glob on the path).
 
         Classes are looked up by name among those already imported; nothing is imported or evaluated.
@@ -57,13 +57,14 @@ class Selector(ABC):
         Raises:
             ValueError: the data is not that of a selector.
         """
+        found: Mapping[str, object] = data if isinstance(data, Mapping) else {}
         if isinstance(data, str):
-            data = {"name": data}
-        kinds: list[object] = list(data) if isinstance(data, Mapping) else []
+            found = {"name": data}
+        kinds = list(found)
         if len(kinds) != 1 or kinds[0] not in _READERS:
             raise ValueError(f"not a selector: {data!r}; expected one entry out of {', '.join(_READERS)}")
         try:
-            return _READERS[kinds[0]](data[kinds[0]])
+            return _READERS[kinds[0]](found[kinds[0]])
         except (KeyError, TypeError, OverflowError, RecursionError, re.error) as error:
             raise ValueError(f"not a selector: {data!r}: {error}") from error
 
@@ -91,7 +92,7 @@ _READERS: dict[str, Callable[[object], Selector]] = {}
 _OBVIOUS: list[tuple[Callable[[object], bool], Callable[[object], Selector]]] = []
 
 
-def reads_data(kind: str) -> Callable[[Callable[[Any], Selector]], Callable[[Any], Selector]]:
+def reads_data(kind: str) -> Callable[[Callable[[object], Selector]], Callable[[object], Selector]]:
     """Have a function read the selectors that are written as ``{kind: value}``."""
 
     def register(read: Callable[[object], Selector]) -> Callable[[object], Selector]:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 from tensordict.utils import NestedKey, unravel_key
 from torch import nn
@@ -121,7 +120,7 @@ class _OfKey(Selector):
     def needs_execution(self) -> bool:
         return True
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         key = self.key if isinstance(self.key, str) else list(self.key)
         return {type(self).__name__.lower(): key}
 
@@ -180,7 +179,7 @@ class _Extreme(Selector):
     def _directed(self, order: tuple[str, ...]) -> tuple[str, ...]:
         raise NotImplementedError
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {type(self).__name__.lower(): self.selector.to_dict()}
 
     def __repr__(self) -> str:
@@ -221,7 +220,7 @@ class Where(Selector):
             pass
         return bool(self.predicate(site.name, site.module))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         raise TypeError(
             f"{self!r} holds a callable, which cannot be written as plain data; use Type, Name or Reads"
         )
@@ -231,26 +230,27 @@ class Where(Selector):
 
 
 @reads_data("type")
-def _read_type(value: Any) -> Selector:
+def _read_type(value: object) -> Selector:
     return Type(*(_class_named(name) for name in names_in(value)))
 
 
 @reads_data("name")
-def _read_name(value: Any) -> Selector:
+def _read_name(value: object) -> Selector:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no glob")
     return Name(value)
 
 
 @reads_data("regex")
-def _read_regex(value: Any) -> Selector:
-    given = value if isinstance(value, Mapping) else {"pattern": value}
-    if not isinstance(given["pattern"], str) or set(given) - {"pattern", "flags"}:
+def _read_regex(value: object) -> Selector:
+    given: Mapping[object, object] = value if isinstance(value, Mapping) else {"pattern": value}
+    pattern, flags = given["pattern"], given.get("flags", 0)
+    if not isinstance(pattern, str) or not isinstance(flags, int) or set(given) - {"pattern", "flags"}:
         raise TypeError("a regular expression is a string, or a table of 'pattern' and 'flags'")
-    return Name(re.compile(given["pattern"], given.get("flags", 0)))
+    return Name(re.compile(pattern, flags))
 
 
-def _read_key(value: Any) -> NestedKey:
+def _read_key(value: object) -> NestedKey:
     return unravel_key(tuple(names_in(value)))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -89,11 +89,11 @@ class Casts(TorchFunctionMode, Generic[K]):
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
+        func: Callable[..., object],
         types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         given = tree_leaves((args, kwargs))
         found = [one for one in map(self._find, given) if one is not None]
@@ -112,7 +112,7 @@ class Casts(TorchFunctionMode, Generic[K]):
             return result
         kinds = [x.dtype for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
         if name in _CONVERSIONS and not kinds:
-            numbers: list[Any] = [found[0].numbers]
+            numbers: list[object] = [found[0].numbers]
         else:
             try:
                 there, moved = self._with_numbers(args, kwargs, kinds[0] if kinds else None)
@@ -122,13 +122,13 @@ class Casts(TorchFunctionMode, Generic[K]):
         keys = frozenset().union(*(one.keys for one in found))
         return tree_unflatten(list(self._on_tape(leaves, numbers, keys)), shape)
 
-    def _on_tape(self, leaves: list[Any], numbers: list[Any], keys: frozenset[K]) -> Iterator[Any]:
+    def _on_tape(self, leaves: list[object], numbers: list[object], keys: frozenset[K]) -> Iterator[object]:
         """What takes the place of results of a function of integers: the same values, on the tape if they can be."""
         if len(numbers) != len(leaves):
             yield from leaves
             return
         for x, number in zip(leaves, numbers, strict=True):
-            if not self._is_same(x, number):
+            if not isinstance(x, Tensor) or not isinstance(number, Tensor) or not self._is_same(x, number):
                 yield x
             elif x.is_floating_point():
                 self.reached |= keys
@@ -145,8 +145,8 @@ class Casts(TorchFunctionMode, Generic[K]):
         return any(x.requires_grad for x in values)
 
     def _with_numbers(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype | None
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self, args: tuple[object, ...], kwargs: dict[str, object], dtype: torch.dtype | None
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
         """Arguments with numbers in the place of integers, in the precision of the result."""
 
         def numbers(x: object) -> object:
@@ -161,9 +161,9 @@ class Casts(TorchFunctionMode, Generic[K]):
         for one in found:
             self.reached |= one.keys
 
-    def _is_same(self, x: object, number: object) -> bool:
+    def _is_same(self, x: Tensor, number: Tensor) -> bool:
         """Whether numbers on the tape are the values of a result."""
-        if not isinstance(x, Tensor) or not isinstance(number, Tensor) or x.shape != number.shape:
+        if x.shape != number.shape:
             return False
         if not number.requires_grad or (x.is_floating_point() and x.dtype != number.dtype):
             return False

@@ -32,12 +32,15 @@ class Graph:
 
     def grows_from(self, begun: Iterable[Tensor]) -> None:
         """Note where it begins: what :func:`~tdhook.tape.dependence.leaf` made, each a view of a leaf."""
-        self._leaves += (ref(base_of(x)) for x in begun)
+        self._leaves += [ref(base_of(x)) for x in begun]
 
     @property
     def alive(self) -> bool:
         """Whether anybody holds a value on it."""
-        return any(leaf() is not None for leaf in self._leaves)
+        for leaf in self._leaves:  # noqa: SIM110 (likewise asked in each call)
+            if leaf() is not None:
+                return True
+        return False
 
     def cut_off(self, root: object, *, everywhere: bool) -> bool:
         """Take off it whatever is still held.

@@ -44,10 +44,13 @@ class Dependence:
     provided that constants are taken off it before anything is computed of them (:meth:`sorted`). A model that puts
     tensors on the tape by itself, in order to differentiate in its forward pass say, is looked at more closely: back
     from each value to where the tape begins.
+
+    Args:
+        first: the number of the first node on the tape that may depend on leaves.
     """
 
-    def __init__(self) -> None:
-        self._first = 0
+    def __init__(self, first: int = 0) -> None:
+        self._first = first
         self._reached: dict[Node, bool] | None = None
 
     def __getstate__(self) -> dict[str, object]:
@@ -63,9 +66,7 @@ class Dependence:
 
     def begin_again(self) -> Dependence:
         """What tells the same in a part of the pass that is run once more, maybe by another thread."""
-        again = Dependence()
-        again._first = min(self._first, nodes_made())
-        return again
+        return Dependence(min(self._first, nodes_made()))
 
     def look_closely(self, x: Tensor) -> None:
         """From now on look back from each value, as the model itself puts ``x`` on the tape."""
@@ -101,8 +102,13 @@ class Dependence:
 
     def look_at_call(self, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[bool, bool]:
         """The same of what a module is called with, however it is packed."""
-        if not kwargs and all(isinstance(x, Tensor) for x in args):
-            return self.look(args)
+        if len(args) == 1 and not kwargs:
+            x = args[0]
+            if isinstance(x, Tensor) and x.requires_grad:
+                node = x.grad_fn
+                simple = node is not None and self._reached is None
+                live = number_of(node) >= self._first if simple else self.has(x)
+                return live, not live
         return self.look(tree_leaves((args, kwargs)))
 
     def constants_off(self, tree: T, *, own: bool) -> T:

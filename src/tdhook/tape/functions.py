@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from tdhook.tape.trees import tree_map_tensors
 from tdhook.tape.undoing import set_to
 
 __all__ = [
+    "Context",
     "Identity",
     "TapeFunction",
     "alias",
@@ -101,6 +102,20 @@ def alias(x: Tensor) -> Tensor:
     return x.clone() if _COPIES.get() else x.view_as(x)
 
 
+class Context(Protocol):
+    """What a call of a function keeps between its forward and its backward pass."""
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]:
+        """What was saved, of which some may be ``None``."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keep tensors that came in or go out."""
+
+    def mark_non_differentiable(self, *outputs: Tensor) -> None:
+        """Say of outputs that no gradient comes to them."""
+
+
 class TapeFunction(Function):
     """A function with a backward pass of its own, written once in the form that ``torch.vmap`` can batch.
 
@@ -115,9 +130,11 @@ class TapeFunction(Function):
         if "_is_piece" in cls.__dict__:
             return
 
+        run, keep = cls.forward, cls.setup_context
+
         def forward(ctx: Any, *inputs: Any) -> object:
-            outputs = cls.forward(*inputs)
-            cls.setup_context(ctx, inputs, outputs)
+            outputs = run(*inputs)
+            keep(ctx, inputs, outputs)
             return outputs
 
         namespace = {

@@ -8,28 +8,28 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
+from operator import methodcaller
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-import torch._functorch.autograd_function
-import torch._functorch.pyfunctorch
-import torch._higher_order_ops.utils
 import torch.autograd.function as autograd_functions
 import torch.utils.checkpoint as checkpointing
 from torch import _C, Tensor, nn
+from torch._C import _autograd, _functorch
+from torch._functorch import autograd_function, pyfunctorch
+from torch._higher_order_ops import utils as higher_order
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.overrides import TorchFunctionMode
 
 __all__ = [
     "APPLIED_IN_TRANSFORMS",
     "CHECKPOINTING",
-    "Watching",
     "applying_of",
     "attention_in_parts",
     "base_of",
-    "beneath",
     "buffers_of",
     "called",
     "children_of",
@@ -72,7 +72,6 @@ __all__ = [
     "top_mode",
     "torch_functions_seen",
     "transformed",
-    "unwatched",
     "version_of",
     "warn_of_loops",
     "without_modes",
@@ -87,17 +86,17 @@ T = TypeVar("T")
 transformed: Callable[[], bool] = _C._are_functorch_transforms_active
 """Whether a transform such as ``torch.vmap`` is at work."""
 
-is_batched: Callable[[Tensor], bool] = _C._functorch.is_batchedtensor
+is_batched: Callable[[Tensor], bool] = _functorch.is_batchedtensor
 """Whether ``torch.vmap`` wrapped a tensor."""
 
-is_wrapped: Callable[[Tensor], bool] = _C._functorch.is_functorch_wrapped_tensor
+is_wrapped: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor
 """Whether any transform wrapped a tensor."""
 
-inside: Callable[[Tensor], Tensor] = _C._functorch.get_unwrapped
+inside: Callable[[Tensor], Tensor] = _functorch.get_unwrapped
 """The tensor that a transform wrapped."""
 
 
-warn_of_loops: Callable[[bool], None] = _C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
+warn_of_loops: Callable[[bool], None] = _functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
 """Set whether ``torch.vmap`` warns of functions that it loops over, which it does unless told."""
 
 
@@ -112,13 +111,12 @@ def load_forward_mode() -> None:
 attention_in_parts: Callable[..., tuple[Tensor, Tensor]] = torch._scaled_dot_product_attention_math
 """Attention without a fused kernel: its values and its weights."""
 
-without_modes: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunction
+without_modes: Callable[[], AbstractContextManager[None]] = _C.DisableTorchFunction
 """Runs torch functions in sight of no mode."""
 
 
-def is_view(x: Tensor) -> bool:
-    """Whether a tensor is a view of another one."""
-    return x._is_view()
+is_view: Callable[[Tensor], bool] = Tensor._is_view
+"""Whether a tensor is a view of another one."""
 
 
 def base_of(x: Tensor) -> Tensor:
@@ -158,13 +156,12 @@ def storage_of(x: Tensor) -> int:
     return int(x.untyped_storage()._cdata)
 
 
-nodes_made: Callable[[], int] = _C._autograd._get_sequence_nr
+nodes_made: Callable[[], int] = _autograd._get_sequence_nr
 """How many nodes this thread has put on the tape so far."""
 
 
-def number_of(node: Any) -> int:
-    """The number of a node of the tape among those of its thread, in the order in which they were made."""
-    return int(node._sequence_nr())
+number_of: Callable[[object], int] = methodcaller("_sequence_nr")
+"""The number of a node of the tape among those of its thread, in the order in which they were made."""
 
 
 def maker_of(node: object) -> type | None:
@@ -185,10 +182,14 @@ def saved_by(node: object) -> Iterator[Any]:
             yield from kept if isinstance(kept, tuple | list) else (kept,)
 
 
+_modes_on: Callable[[], int] = _C._len_torch_function_stack
+_mode_at: Callable[[int], TorchFunctionMode] = _C._get_function_stack_at
+
+
 def top_mode() -> TorchFunctionMode | None:
     """The mode that sees torch functions first, if any."""
-    count = _C._len_torch_function_stack()
-    return _C._get_function_stack_at(count - 1) if count else None
+    count = _modes_on()
+    return _mode_at(count - 1) if count else None
 
 
 pop_mode: Callable[[], TorchFunctionMode] = _C._pop_torch_function_stack
@@ -200,14 +201,14 @@ push_mode: Callable[[TorchFunctionMode], None] = _C._push_on_torch_function_stac
 
 def function_modes() -> list[TorchFunctionMode]:
     """The modes that see torch functions, the one that sees them last first."""
-    count = _C._len_torch_function_stack()
-    return [_C._get_function_stack_at(i) for i in range(count)] if count else []
+    count = _modes_on()
+    return [*map(_mode_at, range(count))] if count else []
 
 
 def set_function_modes(modes: Sequence[TorchFunctionMode]) -> None:
     """Have these modes see torch functions, and no others."""
     if function_modes() != modes:
-        while _C._len_torch_function_stack():
+        while _modes_on():
             pop_mode()
         for mode in modes:
             push_mode(mode)
@@ -220,9 +221,8 @@ set_torch_functions_seen: Callable[[Any], None] = _C._set_torch_function_state  
 """Set who sees torch functions."""
 
 
-def saved_tensors_hooks_on_top() -> object:
-    """The pair of hooks on saved tensors that is at work, if any."""
-    return _C._autograd._top_saved_tensors_default_hooks(True)
+saved_tensors_hooks_on_top: Callable[[], object] = partial(_autograd._top_saved_tensors_default_hooks, True)
+"""The pair of hooks on saved tensors that is at work, if any."""
 
 
 def saving_as_it_is() -> AbstractContextManager[None]:
@@ -239,54 +239,14 @@ def _itself(x: Tensor) -> Tensor:
 def without_saved_tensors_hooks(top: object) -> None:
     """Take pairs of hooks on saved tensors off until that one is at work."""
     while (found := saved_tensors_hooks_on_top()) is not None and found != top:
-        _C._autograd._pop_saved_tensors_default_hooks()
-
-
-class Watching(TorchFunctionMode):
-    """A mode that watches one pass; a pass within another is watched by its own mode alone."""
-
-
-@contextmanager
-def unwatched() -> Iterator[None]:
-    """Run in sight of no mode that watches another pass."""
-    modes = []
-    while (mode := top_mode()) is not None:
-        modes.append(pop_mode())
-    try:
-        for mode in reversed(modes):
-            if not isinstance(mode, Watching):
-                push_mode(mode)
-        yield
-    finally:
-        while top_mode() is not None:
-            pop_mode()
-        for mode in reversed(modes):
-            push_mode(mode)
+        _autograd._pop_saved_tensors_default_hooks()
 
 
 def sees(mode: TorchFunctionMode) -> bool:
     """Whether a mode is on and sees torch functions, above or below others."""
     if not _C._is_torch_function_mode_enabled():
         return False
-    return any(_C._get_function_stack_at(i) is mode for i in range(_C._len_torch_function_stack()))
-
-
-@contextmanager
-def beneath(mode: TorchFunctionMode) -> Iterator[None]:
-    """Run out of sight of a mode that is on, in sight of the others."""
-    above = []
-    while (top := pop_mode()) is not mode:
-        above.append(top)
-    for other in reversed(above):
-        push_mode(other)
-    try:
-        yield
-    finally:
-        for _ in above:
-            pop_mode()
-        push_mode(mode)
-        for other in reversed(above):
-            push_mode(other)
+    return any(_mode_at(i) is mode for i in range(_modes_on()))
 
 
 _Function: Any = autograd_functions._SingleLevelFunction
@@ -315,22 +275,22 @@ def function_inside(function: type) -> type:
     return next((kind for kind in kinds if issubclass(kind, torch.autograd.Function)), function)
 
 
-APPLIED_IN_TRANSFORMS: Any = torch._functorch.autograd_function.custom_function_call
+APPLIED_IN_TRANSFORMS: Any = autograd_function.custom_function_call
 """The operator by which autograd functions are applied within ``torch.vmap`` and its kin."""
 
-through_transforms: Callable[[Any, Any, Any], Any] = torch._functorch.pyfunctorch.dispatch_functorch
+through_transforms: Callable[[Any, Any, Any], Any] = pyfunctorch.dispatch_functorch
 """Calls an operator within a transform, given its arguments as a tuple and a dictionary."""
 
 
 def dense_of(function: object) -> Callable[..., Any] | None:
     """What an operator that takes functions (``torch.cond``, a scan) does on tensors, in Python."""
-    if not isinstance(function, torch._ops.HigherOrderOperator):
+    if not isinstance(function, HigherOrderOperator):
         return None
     kernel: Callable[..., Any] | None = function.py_kernels.get(_C.DispatchKey.CompositeExplicitAutograd)
     return kernel
 
 
-_CONTROL_FLOW: Any = torch._higher_order_ops.utils
+_CONTROL_FLOW: Any = higher_order
 _control_flow = _CONTROL_FLOW._hop_compile_and_call
 
 
@@ -348,7 +308,7 @@ def set_control_flow(
 
 def schema_of(function: object) -> Any:
     """The signature of one overload of an operator, as torch's dispatcher knows it; ``None`` for other functions."""
-    return function._schema if isinstance(function, torch._ops.OpOverload) else None
+    return function._schema if isinstance(function, OpOverload) else None
 
 
 script_method_call: Any = _C.ScriptMethod.__dict__["__call__"]
@@ -384,11 +344,12 @@ CHECKPOINTING: Any = checkpointing
 @contextmanager
 def hooks_on_saved_tensors() -> Iterator[None]:
     """Let hooks on saved tensors run while a graph is traced, instead of putting them off until the graph runs."""
-    put_off = _C._autograd._saved_tensors_hooks_set_tracing(False)
+    set_tracing = _autograd._saved_tensors_hooks_set_tracing
+    put_off = set_tracing(False)
     try:
         yield
     finally:
-        _C._autograd._saved_tensors_hooks_set_tracing(put_off)
+        set_tracing(put_off)
 
 
 def nonstrict(function: F) -> F:

@@ -30,6 +30,7 @@ _MOVES = (
 # What a gate may go through and stay one: 1 - gate, and moving it about.
 _KEEPS_GATE = (*_MOVES, "Rsub", "Sub")
 _KEEPS_SIGN = (*_MOVES, "MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool", "Mean", "Sum", "Upsample")
+_MARK = "_nonnegative"
 _NONNEGATIVE = frozenset(
     ("abs", "exp", "relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "sqrt")
 )
@@ -49,7 +50,7 @@ def _made_by(x: Tensor, names: Set[str], through: tuple[str, ...], marked: bool 
     x = unwrapped(x)
     node: Any = x.grad_fn
     if node is None:
-        return marked and hasattr(x, "_nonnegative")
+        return marked and hasattr(x, _MARK)
     while node is not None:
         kind = type(node).__name__
         made = maker_of(node)
@@ -57,7 +58,7 @@ def _made_by(x: Tensor, names: Set[str], through: tuple[str, ...], marked: bool 
         if maker.removesuffix("Backward0").lower() in names:
             return True
         identity = made is not None and issubclass(made, Identity)
-        if marked and hasattr(getattr(node, "variable", None), "_nonnegative"):
+        if marked and hasattr(getattr(node, "variable", None), _MARK):
             return True
         parents = [parent for parent, _ in node.next_functions if parent is not None]
         if len(parents) != 1 or not (identity or kind.startswith(through)):
@@ -68,5 +69,5 @@ def _made_by(x: Tensor, names: Set[str], through: tuple[str, ...], marked: bool 
 
 def mark_nonnegative(x: Tensor) -> Tensor:
     """Note of a leaf of the tape that none of its values is negative."""
-    x._nonnegative = True  # type: ignore[attr-defined]
+    setattr(x, _MARK, True)
     return x

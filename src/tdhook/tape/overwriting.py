@@ -12,7 +12,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from tdhook.tape.functions import copying
-from tdhook.tape.internals import has_storage, inside, is_wrapped, storage_of
+from tdhook.tape.internals import children_of, has_storage, inside, is_wrapped, storage_of
 from tdhook.tape.undoing import undone
 
 __all__ = [
@@ -138,7 +138,7 @@ def was_overwritten(error: RuntimeError) -> bool:
 
 def natively(module: nn.Module) -> AbstractContextManager[None]:
     """Run a module as it is, but for what it would overwrite."""
-    single = not module._modules and not module.__dict__.get("inplace")
+    single = not children_of(module) and not module.__dict__.get("inplace")
     return nullcontext() if single else out_of_place(module.modules())
 
 

@@ -43,7 +43,7 @@ class _Opened:
     """A container that PyTorch does not know: how many leaves it has, and how it is built of others."""
 
     count: int
-    build: Callable[[list[Any]], object]
+    build: Callable[[list[object]], object]
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class _Packed:
 Shape: TypeAlias = "pytree.TreeSpec | _Packed"
 
 
-def tree_flatten(tree: object) -> tuple[list[Any], Shape]:
+def tree_flatten(tree: object) -> tuple[list[object], Shape]:
     """The leaves of a tree, and what it is built of them with."""
     return _flatten(tree, frozenset())
 
 
-def tree_unflatten(leaves: Iterable[Any], shape: Shape) -> Any:
+def tree_unflatten(leaves: Iterable[object], shape: Shape) -> Any:
     """A tree of the same shape with other leaves. What holds tensors as attributes is a shallow copy."""
     if isinstance(shape, pytree.TreeSpec):
         return pytree.tree_unflatten(leaves, shape)
@@ -78,12 +78,12 @@ def tree_unflatten(leaves: Iterable[Any], shape: Shape) -> Any:
     return pytree.tree_unflatten(packed, shape.spec)
 
 
-def tree_leaves(tree: object) -> list[Any]:
+def tree_leaves(tree: object) -> list[object]:
     """The leaves of a tree."""
     return tree_flatten(tree)[0]
 
 
-def tree_map_tensors(function: Callable[[Tensor], Any], tree: object) -> Any:
+def tree_map_tensors(function: Callable[[Tensor], object], tree: object) -> Any:
     """The tree with ``function`` applied to all its tensors."""
     leaves, shape = tree_flatten(tree)
     changed = [function(x) if isinstance(x, Tensor) else x for x in leaves]
@@ -91,10 +91,10 @@ def tree_map_tensors(function: Callable[[Tensor], Any], tree: object) -> Any:
     return tree if same else tree_unflatten(changed, shape)
 
 
-def _flatten(tree: object, around: frozenset[int]) -> tuple[list[Any], Shape]:
+def _flatten(tree: object, around: frozenset[int]) -> tuple[list[object], Shape]:
     leaves, spec = pytree.tree_flatten(tree)
     opened: dict[int, _Opened] = {}
-    found: list[Any] = []
+    found: list[object] = []
     for i, leaf in enumerate(leaves):
         below = None if isinstance(leaf, _LEAVES) else _open(leaf, around)
         if below is None:
@@ -105,7 +105,7 @@ def _flatten(tree: object, around: frozenset[int]) -> tuple[list[Any], Shape]:
     return found, _Packed(spec, opened) if opened else spec
 
 
-def _open(value: Any, around: frozenset[int]) -> tuple[list[Any], _Opened] | None:
+def _open(value: object, around: frozenset[int]) -> tuple[list[object], _Opened] | None:
     """The leaves of a container that PyTorch does not know, if there are tensors among them."""
     if id(value) in around:
         return None
@@ -116,7 +116,7 @@ def _open(value: Any, around: frozenset[int]) -> tuple[list[Any], _Opened] | Non
     if not any(isinstance(x, Tensor) for x in leaves):
         return None
 
-    def rebuilt(new: list[Any]) -> object:
+    def rebuilt(new: list[object]) -> object:
         if all(before is after for before, after in zip(leaves, new, strict=True)):
             return value
         return build(tree_unflatten(new, shape))
@@ -130,7 +130,7 @@ def _is_state(value: object) -> bool:
     return any(name.startswith("update") for name in dir(type(value)))
 
 
-def _contents(value: Any) -> tuple[Sequence[Any], list[Any], Callable[[list[Any]], object]]:
+def _contents(value: object) -> tuple[Sequence[object], list[object], Callable[[list[object]], object]]:
     """Keys or names, what lies there, and how the container is built of other contents."""
     if isinstance(value, dict):
         keys, old = list(value), list(value.values())
@@ -144,7 +144,10 @@ def _contents(value: Any) -> tuple[Sequence[Any], list[Any], Callable[[list[Any]
 
 
 def _dictionary(
-    value: Any, entries: Mapping[Any, object], old: Sequence[object], new: Sequence[object]
+    value: dict[object, object],
+    entries: Mapping[object, object],
+    old: Sequence[object],
+    new: Sequence[object],
 ) -> object:
     """A copy of a dictionary with other values, also where these are attributes as well."""
     made = copy.copy(value)
@@ -157,7 +160,7 @@ def _dictionary(
     return made
 
 
-def _list(value: Any, contents: list[Any]) -> object:
+def _list(value: list[object], contents: list[object]) -> object:
     made = copy.copy(value)
     made[:] = contents
     return made

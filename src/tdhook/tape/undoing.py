@@ -8,10 +8,11 @@ noted when an explanation ends by an exception is put back then.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from threading import RLock, local
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 from weakref import ref
 
 import torch
@@ -27,12 +28,16 @@ from tdhook.tape.internals import (
     without_saved_tensors_hooks,
 )
 
-__all__ = ["Change", "Hook", "Undoing", "hooked", "lock", "set_to", "undone", "undone_where_raised"]
+__all__ = ["Change", "Hook", "Undoing", "all_of", "hooked", "lock", "set_to", "undone", "undone_where_raised"]
 
 Hook: TypeAlias = "tuple[Callable[..., Any], Callable[..., object], dict[str, bool]]"
 """A method that registers a hook, such as ``module.register_forward_hook``, the hook, and how."""
 
+T = TypeVar("T")
+
 _HERE = local()
+# The block that this thread is in is held weakly there: where its end was interrupted, it is gone all the same.
+_NOTHING = nullcontext()
 _LOCKS: list[RLock] = []
 _MOST_INTERRUPTS = 3
 
@@ -48,9 +53,10 @@ class Change:
 
     def __init__(self, put_back: Callable[[], object]) -> None:
         self._put_back: Callable[[], object] | None = put_back
-        within = _innermost()
-        if within is not None:
-            within.note(self)
+        within: ref[Undoing] | None = getattr(_HERE, "innermost", None)
+        block = None if within is None else within()
+        if block is not None:
+            block.changes.append(self)
 
     def undo(self) -> None:
         """Put it back, unless it was."""
@@ -82,16 +88,20 @@ def undone_where_raised(put_back: Callable[[], object]) -> Iterator[None]:
         change.undo()
 
 
-@contextmanager
-def set_to(variable: ContextVar[Any], value: object) -> Iterator[None]:
+class set_to(Generic[T]):
     """Give a context variable a value within."""
-    before = variable.get()
-    change = Change(lambda: variable.set(before))
-    try:
-        variable.set(value)
-        yield
-    finally:
-        change.undo()
+
+    __slots__ = ("_change", "_value", "_variable")
+
+    def __init__(self, variable: ContextVar[T], value: T) -> None:
+        self._variable, self._value = variable, value
+
+    def __enter__(self) -> None:
+        self._change = Change(partial(self._variable.set, self._variable.get()))
+        self._variable.set(self._value)
+
+    def __exit__(self, *exception: object) -> None:
+        self._change.undo()
 
 
 @contextmanager
@@ -122,10 +132,20 @@ def _take_off(modules: Sequence[nn.Module], put: Mapping[int, object]) -> None:
                 table.pop(number, None)
 
 
-def _innermost() -> Undoing | None:
-    """The block that this thread is in. It is held weakly: where its end was interrupted, it is gone all the same."""
-    found: ref[Undoing] | None = getattr(_HERE, "innermost", None)
-    return None if found is None else found()
+def all_of(*contexts: AbstractContextManager[object] | None) -> AbstractContextManager[object]:
+    """Enter contexts one after the other, as far as there are any."""
+    there = [*filter(None, contexts)]
+    if len(there) < 2:
+        return there[0] if there else _NOTHING
+    return _one_after_the_other(there)
+
+
+@contextmanager
+def _one_after_the_other(contexts: Sequence[AbstractContextManager[object]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 def lock() -> RLock:
@@ -145,21 +165,20 @@ def _let_go(held: RLock) -> None:
 class Undoing:
     """A block at whose end, where it raises, all changes are undone that are noted within it, in this thread.
 
-    The modes of torch that were on when it began are on again, too.
+    The modes of torch that were on when it began are on again, too. So are gradients, in any case.
+
+    Attributes:
+        changes: those that were noted, which are undone unless somebody did before.
     """
 
-    __slots__ = ("__weakref__", "_changes", "_grad", "_hooks", "_modes", "_outer", "_seen")
+    __slots__ = ("__weakref__", "_grad", "_hooks", "_modes", "_outer", "_seen", "changes")
 
     def __enter__(self) -> None:
-        self._changes: list[Change] = []
-        self._outer = _innermost()
+        self.changes: list[Change] = []
+        self._outer: ref[Undoing] | None = getattr(_HERE, "innermost", None)
         self._grad, self._modes = torch.is_grad_enabled(), function_modes()
         self._seen, self._hooks = torch_functions_seen(), saved_tensors_hooks_on_top()
         _HERE.innermost = ref(self)
-
-    def note(self, change: Change) -> None:
-        """Undo a change at the end, if nobody did before."""
-        self._changes.append(change)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
@@ -169,7 +188,9 @@ class Undoing:
                     break
                 except KeyboardInterrupt:
                     continue
-        _HERE.innermost = None if self._outer is None else ref(self._outer)
+        elif torch.is_grad_enabled() is not self._grad:
+            torch.set_grad_enabled(self._grad)
+        _HERE.innermost = self._outer
 
     def _undo(self) -> None:
         for held in _LOCKS:
@@ -177,6 +198,6 @@ class Undoing:
         without_saved_tensors_hooks(self._hooks)
         set_torch_functions_seen(self._seen)
         set_function_modes(self._modes)
-        for change in reversed(self._changes):
+        for change in reversed(self.changes):
             change.undo()
         torch.set_grad_enabled(self._grad)

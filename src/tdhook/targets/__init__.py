@@ -6,7 +6,8 @@ A target is a value. Called with the outputs and the inputs of the model it give
 from tdhook.tape.as_one import as_one
 from tdhook.targets.base import Seeder, Seeds, require_dependence
 from tdhook.targets.computed import Computed, Derived
-from tdhook.targets.outputs import Contrast, Key, Target, TargetLike, as_seeder
+from tdhook.targets.contrasts import Contrast, TargetLike, as_seeder
+from tdhook.targets.outputs import Key, Target
 from tdhook.targets.policies import Entropy, LogProb, Probability
 from tdhook.targets.time import AtStep
 from tdhook.targets.values import Advantage, Atom, ExpectedValue

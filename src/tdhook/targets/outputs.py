@@ -1,9 +1,8 @@
-"""Targets that are outputs of the model: one, each of them, a difference of two, or any relevance that you compute."""
+"""Targets that are outputs of the model: one of them, or each of several."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,12 +11,12 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
-from tdhook.conventions import Convention, per_value
+from tdhook.conventions import Convention
 from tdhook.models.entries import is_batch, leaves_of
 from tdhook.tape.conditions import holds, seen_to_hold
 from tdhook.targets.base import Seeder, Seeds
 
-__all__ = ["Contrast", "Key", "Selection", "Target", "TargetLike", "as_seeder"]
+__all__ = ["Index", "Key", "Selection", "Target", "heads_of", "output_of", "same_index", "seed_of"]
 
 
 @dataclass(frozen=True)
@@ -34,21 +33,27 @@ OneIndex: TypeAlias = "int | str | tuple[Any, ...] | Key | Tensor | None"
 Index: TypeAlias = "OneIndex | list[Any]"
 
 
-def _output(outputs: TensorDictBase, key: NestedKey) -> Tensor:
+def output_of(outputs: TensorDictBase, key: NestedKey) -> Tensor:
+    """What a target names.
+
+    Raises:
+        KeyError: the model did not write it.
+        TypeError: it is nothing that can be explained.
+    """
     value = outputs.get(key, None)
     if value is None:
         known = sorted(map(str, outputs.keys(True, True)))
         raise KeyError(f"the target names {key!r}, which the module did not write; it has {', '.join(known)}")
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value
     if is_batch(value):
         raise TypeError(
             f"the target {key!r} is a TensorDict; name one of its entries: {heads_of(key, value)}"
         )
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(
-            f"the target {key!r} is {getattr(value, 'dtype', type(value).__name__)}; only floating-point outputs can "
-            "be explained"
-        )
-    return value
+    raise TypeError(
+        f"the target {key!r} is {getattr(value, 'dtype', type(value).__name__)}; only floating-point outputs can be "
+        "explained"
+    )
 
 
 def heads_of(key: NestedKey, value: object) -> str:
@@ -56,7 +61,7 @@ def heads_of(key: NestedKey, value: object) -> str:
     return ", ".join(repr(name) for name, _ in leaves_of(key, value)) or "there are none"
 
 
-def _seed(z: Tensor, weight: Tensor, flow: Convention) -> Tensor:
+def seed_of(z: Tensor, weight: Tensor, flow: Convention) -> Tensor:
     """The seed of ``weight`` units of output ``z``: the weight, or the relevance ``weight * z``.
 
     Outputs of weight zero may be infinite (masked logits) and still have no relevance. A weight may be a truth value.
@@ -159,9 +164,9 @@ class Target(Selection):
 
     def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
         """The seeds for this target."""
-        z = _output(outputs, self.key)
+        z = output_of(outputs, self.key)
         weight = self.weight(z, outputs, inputs)
-        return Seeds([self.key], [z], [_seed(z, weight, flow)], len(weight) if self.several else None)
+        return Seeds([self.key], [z], [seed_of(z, weight, flow)], len(weight) if self.several else None)
 
     def weight(self, z: Tensor, outputs: TensorDictBase, inputs: TensorDictBase) -> Tensor:
         """Where ``z`` is explained: truth values of the shape of ``z``, after a leading axis if there are several."""
@@ -291,146 +296,3 @@ def same_index(a: object, b: object) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
     return bool(a == b)
-
-
-@dataclass(frozen=True)
-class Contrast(Seeder):
-    """Why this and not that: the relevance of ``a`` minus that of ``b``.
-
-    Where one of them explains several outputs, the other is compared with each of these, which gives relevance of shape
-    ``[*batch, outputs, *features]``: ``Contrast(Target("q", "argmax"), Target("q", "all"))`` is the best against each.
-
-    Args:
-        a: the output that is explained, or what is computed (:mod:`tdhook.targets.computed`).
-        b: the one that it is compared with.
-    """
-
-    a: Selection
-    b: Selection
-
-    def __post_init__(self) -> None:
-        targets: tuple[object, ...] = (self.a, self.b)
-        for target in targets:
-            if not isinstance(target, Selection):
-                raise TypeError(f"Contrast compares two targets, got {target!r}")
-        if self.a.several and self.b.several:
-            raise TypeError(
-                f"Contrast compares one output with one or with several, got several twice: {self.a!r} and {self.b!r}"
-            )
-        alike = self.a.is_of_the_value_of(self.b) and self.b.is_of_the_value_of(self.a)
-        if self.a.key == self.b.key and not alike:
-            raise ValueError(
-                f"{self.a!r} and {self.b!r} are different values of the same name; give one of them another key="
-            )
-
-    @property
-    def entries(self) -> list[NestedKey] | None:
-        """The entries of the TensorDict that hold indices, and others that are read."""
-        found: list[NestedKey] = []
-        for entries in (self.a.entries, self.b.entries):
-            if entries is None:
-                return None
-            found += entries
-        return found
-
-    @property
-    def explains(self) -> list[NestedKey] | None:
-        """What is compared, and what that is computed from."""
-        a, b = self.a.explains, self.b.explains
-        return None if a is None or b is None else [*a, *b]
-
-    @property
-    def choices(self) -> list[NestedKey]:
-        """What was chosen, for either."""
-        return [*self.a.choices, *self.b.choices]
-
-    @property
-    def writes(self) -> Sequence[NestedKey]:
-        """The keys of what is computed."""
-        return list(dict.fromkeys([*self.a.writes, *self.b.writes]))
-
-    def derive(self, outputs: TensorDictBase, inputs: TensorDictBase) -> TensorDictBase:
-        """Compute what is compared."""
-        outputs = self.a.derive(outputs, inputs)
-        return outputs if self.a.key == self.b.key else self.b.derive(outputs, inputs)
-
-    def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
-        """The seeds for this contrast."""
-        several: int | None = None
-        weights: dict[NestedKey, Tensor] = {}
-        for target, sign in ((self.a, 1.0), (self.b, -1.0)):
-            z = _output(outputs, target.key)
-            weight = target.weight(z, outputs, inputs).to(z.dtype)
-            if target.several:
-                several = len(weight)
-            weight = sign * weight
-            weights[target.key] = weights[target.key] + weight if target.key in weights else weight
-        tensors = [_output(outputs, key) for key in weights]
-        grads = [_seed(z, weight, flow) for z, weight in zip(tensors, weights.values(), strict=True)]
-        if several is not None:
-            grads = [grad.expand(several, *z.shape) for grad, z in zip(grads, tensors, strict=True)]
-        return Seeds(list(weights), tensors, grads, several)
-
-
-TargetFn: TypeAlias = Callable[[TensorDictBase, TensorDictBase], TensorDictBase]
-TargetLike: TypeAlias = "Seeder | str | tuple[str, ...] | TargetFn | None"
-
-
-def as_seeder(target: TargetLike) -> Seeder:
-    """What makes the seeds of a target: a key stands for all of that output, ``None`` for the only one there is."""
-    if target is None:
-        return _OnlyOutput()
-    if isinstance(target, Seeder):
-        return target
-    if isinstance(target, str | tuple):
-        return Target(target)
-    if callable(target):
-        return _Computed(target)
-    raise TypeError(f"a target is a Target, a Contrast, a key or a callable, got {type(target).__name__}")
-
-
-class _OnlyOutput(Seeder):
-    """The one output that depends on the inputs."""
-
-    def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
-        tensors = {key: z for key, z in outputs.items(True, True) if isinstance(z, Tensor)}
-        keys = [key for key, z in tensors.items() if z.is_floating_point() and z.requires_grad]
-        if len(keys) != 1:
-            found = ", ".join(repr(key) for key in keys) or "none that depends on an attributed input"
-            raise ValueError(
-                f"which output is to be explained? Give target=Target(key); the module wrote {found}"
-            )
-        return Target(keys[0])(outputs, inputs, flow)
-
-
-@dataclass(frozen=True)
-class _Computed(Seeder):
-    """A user's ``(outputs, inputs) -> relevance`` as a target."""
-
-    function: TargetFn
-
-    @property
-    def entries(self) -> None:
-        """What the function reads is not known."""
-        return None
-
-    def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
-        relevance = self.function(outputs, inputs)
-        if not isinstance(relevance, TensorDictBase):
-            raise TypeError(
-                f"a target function returns a TensorDict of relevance, got {type(relevance).__name__}"
-            )
-        keys: list[NestedKey] = list(relevance.keys(True, True))
-        tensors = [_output(outputs, key) for key in keys]
-        grads = []
-        for key, z in zip(keys, tensors, strict=True):
-            r = relevance.get(key).detach()
-            if r.shape != z.shape:
-                raise ValueError(
-                    f"the target function gave relevance of shape {tuple(r.shape)} for {key!r}, whose shape is "
-                    f"{tuple(z.shape)}"
-                )
-            if flow == "gradient":
-                r = per_value(z, r)
-            grads.append(r)
-        return Seeds(keys, tensors, grads)

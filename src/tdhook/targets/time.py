@@ -13,7 +13,8 @@ from torch import Tensor
 from tdhook.conventions import Convention
 from tdhook.tape.conditions import holds
 from tdhook.targets.base import Around, Seeder, Seeds
-from tdhook.targets.outputs import Key, TargetLike, as_seeder, same_index
+from tdhook.targets.contrasts import TargetLike, as_seeder
+from tdhook.targets.outputs import Key, same_index
 
 __all__ = ["AtStep", "time_axis"]
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from tdhook.relevance.propagation.call import Call
 from tdhook.relevance.rules import definitions
-from tdhook.rules import AlphaBetaRule, EpsilonRule, GammaRule, ZPlusRule
+from tdhook.rules import AlphaBetaRule, EpsilonRule, GammaRule, NormRule, UniformEpsilonRule, ZPlusRule
 
 RULES = {
     "epsilon": (EpsilonRule(0.01), lambda *args: definitions.epsilon(*args, 0.01)),
@@ -77,3 +77,40 @@ def test_a_formula_of_ones_own_is_what_runs(flow):
     for layer in (nn.Linear(6, 5), nn.Sequential(nn.Linear(6, 5))):
         rule.bound(layer, flow)(Call(layer, layer.forward, (x,), {})).sum().backward()
     assert rule.count == 2
+
+
+class InSteps(EpsilonRule):
+    """The formula of epsilon as any formula of a user's is run: by a step."""
+
+    def propagate(self, step, relevance):
+        return super().propagate(step, relevance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make, shape", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("rule", [EpsilonRule, UniformEpsilonRule, NormRule], ids=lambda rule: rule.__name__)
+def test_a_layer_in_one_go_gives_what_a_step_gives(rule, make, shape, dtype):
+    torch.manual_seed(0)
+    layer = make().to(dtype)
+    x = torch.randn(3, *shape).to(dtype)
+    found = []
+    for each in (rule(0.01), InSteps(0.01)):
+        leaf = x.clone().requires_grad_()
+        with each.register(layer):
+            z = layer(leaf)
+            (r,) = torch.autograd.grad(z, leaf, torch.ones_like(z))
+        found.append(r)
+    assert torch.equal(*found)
+
+
+def test_a_stabiliser_that_is_set_anew_holds_for_layers_in_one_go():
+    torch.manual_seed(0)
+    layer, rule, x = nn.Linear(6, 5), EpsilonRule(0.01), torch.randn(3, 6, requires_grad=True)
+    for epsilon in (0.5, 0.0, lambda z: z + 1):
+        rule.epsilon = epsilon
+        found = []
+        for each in (rule, InSteps(epsilon)):
+            with each.register(layer):
+                z = layer(x)
+                found += torch.autograd.grad(z, x, z)
+        assert torch.equal(*found)

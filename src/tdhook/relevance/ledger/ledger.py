@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from tdhook.relevance.propagation.constants import with_constants
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reference import Place
 from tdhook.relevance.propagation.reporting import Report
-from tdhook.tape.functions import Identity, alias, live, parts, unwrapped
+from tdhook.tape.functions import Context, Identity, alias, live, parts, unwrapped
 from tdhook.tape.internals import storage_of
 from tdhook.tape.masks import masks_in
 from tdhook.tape.sharded import Spread, gathered, spread_of
@@ -225,7 +225,11 @@ class Ledger:
 
     def inside(self, call: Call) -> Call:
         """A call inside another one, which reports what is kept there."""
-        return call if self._within is None else call._replace(setting=self._within)
+        return call if self._within is None else call.within(self._within)
+
+
+class _OfMetered(Context, Protocol):
+    tell: Callable[[Tensor], None]
 
 
 class Metered(Identity):
@@ -238,12 +242,14 @@ class Metered(Identity):
         return alias(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(
+        ctx: _OfMetered, inputs: tuple[Tensor, Callable[[Tensor], None], Convention], output: Tensor
+    ) -> None:
         x, ctx.tell, flow = inputs
         ctx.save_for_backward(x if flow == "gradient" else None, masks_in(parts(x)))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> object:
+    def backward(ctx: _OfMetered, grad: Tensor) -> object:
         amount = parts(grad)
         x, masks = ctx.saved_tensors
         if x is not None:
@@ -257,7 +263,7 @@ class Metered(Identity):
     @staticmethod
     def vmap(
         info: object, in_dims: tuple[object, ...], x: Tensor, tell: object, flow: Convention
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, object]:
         return Metered.apply(x, tell, flow), in_dims[0]
 
 

@@ -44,8 +44,6 @@ from tdhook.selectors.names import (
 from tdhook.tape.dependence import Dependence
 from tdhook.tape.internals import (
     APPLIED_IN_TRANSFORMS,
-    Watching,
-    beneath,
     function_modes,
     pop_mode,
     push_mode,
@@ -55,6 +53,7 @@ from tdhook.tape.internals import (
     through_transforms,
     top_mode,
 )
+from tdhook.tape.modes import Watching, beneath
 from tdhook.tape.overwriting import Guard, Outdated
 from tdhook.tape.sharded import moves_between_processes
 
@@ -126,25 +125,20 @@ class Interception(Watching):
         # Not merely the uppermost one off: where this is interrupted, it need not be this one.
         set_function_modes(self._outer.pop())
 
-    @contextmanager
-    def running(self, *, tracked: bool = False) -> Iterator[None]:
+    def running(self, *, tracked: bool = False) -> AbstractContextManager[None]:
         """Watch one forward pass; ``tracked`` where the path of each operation has to be known."""
-        self.outdated.clear()
         follows = self._by_path or tracked or self.observer is not None
-        if not follows and not self.guard.active:
-            with standing_in(self), self:
-                yield
-            self._look_for_kept()
-            return
+        return self._followed(follows) if follows or self.guard.active else Pass(self)
+
+    @contextmanager
+    def _followed(self, follows: bool) -> Iterator[None]:
         with ExitStack() as stack:
             if self.guard.active:
                 stack.enter_context(self.guard.watching())
             if follows:
                 stack.enter_context(self.paths.followed())
-            stack.enter_context(standing_in(self))
-            stack.enter_context(self)
+            stack.enter_context(Pass(self))
             yield
-        self._look_for_kept()
 
     def _place(self) -> str:
         return self.paths.current if self.paths.following else ""
@@ -163,11 +157,10 @@ class Interception(Watching):
 
         return put_back
 
-    def _look_for_kept(self) -> None:
+    def look_for_kept(self) -> None:
         """See whether a module keeps what should have been overwritten."""
-        if self.outdated.any:
-            for module in self.paths.modules.values():
-                self.outdated.check(list(vars(module).values()))
+        for module in self.paths.modules.values():
+            self.outdated.check(list(vars(module).values()))
 
     def again(self) -> AbstractContextManager[None] | None:
         """Watch a part of the forward pass that is run once more, in which nothing must have been overwritten."""
@@ -200,19 +193,29 @@ class Interception(Watching):
             live, foreign = self.dependence.look_at_call(call.args, call.kwargs)
             if foreign:
                 args, kwargs = self.dependence.constants_off((call.args, call.kwargs), own=live)
-                call = call._replace(args=args, kwargs=kwargs)
+                call = call.given(args, kwargs)
             if self.outdated.any:
                 self.outdated.check((*call.args, *call.kwargs.values()) if call.kwargs else call.args)
             if aside and not (live and binding.closed):
                 aside = False
                 push_mode(self)
-            result = self._run_unit(binding, call) if live else call.execute()
+            if not live:
+                result = call.execute()
+            elif self.observer is None and not binding.enters:
+                self._paused += 1
+                try:
+                    result = binding.bound.run(call)
+                finally:
+                    self._paused -= 1
+            else:
+                result = self._run_unit(binding, call)
         finally:
             if aside:
                 push_mode(self)
-        return self._as_in_place(call.module, call.args, result)
+        return self._as_in_place(call.module, call.args, result) if self.outdated.layers else result
 
     def _run_unit(self, binding: Binding, call: Call) -> Any:
+        """Run a module in sight of the observer, or in parts if that is how it is ruled."""
         if binding.enters and not self._paused:
             return self._enter(binding, call)
         bound = binding.bound
@@ -239,8 +242,7 @@ class Interception(Watching):
 
     def _as_in_place(self, module: nn.Module, args: Any, result: Any) -> Any:
         """What a layer returns that overwrites its input, having been run out of place."""
-        layers = self.outdated.layers
-        if not layers or id(module) not in layers or not args or not isinstance(args[0], Tensor):
+        if id(module) not in self.outdated.layers or not args or not isinstance(args[0], Tensor):
             return result
         if not self.outdated.heeded:
             if not isinstance(result, Tensor) or storage_of(result) != storage_of(args[0]):
@@ -429,6 +431,33 @@ class Interception(Watching):
         if isinstance(values, Tensor):
             return Substituted.apply(written, values)
         return tuple(Substituted.apply(w, v) for w, v in zip(written, values, strict=True))
+
+
+class Pass(AbstractContextManager[None]):
+    """One forward pass in sight of an interception.
+
+    Args:
+        interception: what watches it.
+    """
+
+    __slots__ = ("_interception", "_standing_in")
+
+    def __init__(self, interception: Interception) -> None:
+        self._interception, self._standing_in = interception, standing_in(interception)
+
+    def __enter__(self) -> None:
+        if self._interception.outdated.any:
+            self._interception.outdated.clear()
+        self._standing_in.__enter__()
+        self._interception.__enter__()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self._interception.__exit__()
+        finally:
+            self._standing_in.__exit__(None, None, None)
+        if error is None and self._interception.outdated.any:
+            self._interception.look_for_kept()
 
 
 def _overwritten(args: Any, kwargs: Any) -> Any:

@@ -6,8 +6,8 @@ needs. The value alone is explained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +15,36 @@ from torch import Tensor
 
 __all__ = ["first_output", "positional"]
 
-Written = Callable[..., Tensor]
+Written: TypeAlias = Callable[..., Tensor]
+Outputs: TypeAlias = Sequence[Tensor]
+Maybe: TypeAlias = "Tensor | None"
 
 
-def positional(schema: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+class Argument(Protocol):
+    """What the signature of an operator says of one argument."""
+
+    name: str
+    kwarg_only: bool
+
+
+class Signature(Protocol):
+    """The signature of one overload of an operator."""
+
+    @property
+    def arguments(self) -> Sequence[Argument]:
+        """Its arguments, in order."""
+
+
+def positional(
+    schema: Signature, args: Iterable[object], kwargs: Mapping[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
     """Arguments of an overload with all by position that can be, as functions of torch are called."""
-    args, kwargs = list(args), dict(kwargs)
-    for argument in schema.arguments[len(args) :]:
-        if argument.kwarg_only or argument.name not in kwargs:
+    given, named = list(args), dict(kwargs)
+    for argument in schema.arguments[len(given) :]:
+        if argument.kwarg_only or argument.name not in named:
             break
-        args.append(kwargs.pop(argument.name))
-    return tuple(args), kwargs
+        given.append(named.pop(argument.name))
+    return tuple(given), named
 
 
 def first_output(name: str) -> Written | None:
@@ -34,32 +53,47 @@ def first_output(name: str) -> Written | None:
 
 
 def _layer_norm(
-    values: Any, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    values: Outputs,
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Maybe = None,
+    bias: Maybe = None,
+    eps: float = 1e-5,
 ) -> Tensor:
     return F.layer_norm(x, shape, weight, bias, eps)
 
 
-def _rms_norm(values: Any, x: Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
+def _rms_norm(
+    values: Outputs, x: Tensor, shape: Sequence[int], weight: Maybe = None, eps: float | None = None
+) -> Tensor:
     return F.rms_norm(x, shape, weight, eps)
 
 
 def _group_norm(
-    values: Any, x: Tensor, weight: Any, bias: Any, n: int, c: int, pixels: int, groups: int, eps: float
+    values: Outputs,
+    x: Tensor,
+    weight: Maybe,
+    bias: Maybe,
+    n: int,
+    c: int,
+    pixels: int,
+    groups: int,
+    eps: float,
 ) -> Tensor:
     return F.group_norm(x, groups, weight, bias, eps)
 
 
 def _batch_norm(
-    values: Any,
+    values: Outputs,
     x: Tensor,
-    weight: Any,
-    bias: Any,
-    mean: Any,
-    var: Any,
+    weight: Maybe,
+    bias: Maybe,
+    mean: Maybe,
+    var: Maybe,
     training: bool,
     momentum: float,
     eps: float,
-    *rest: Any,
+    *rest: object,
 ) -> Tensor:
     # The kernel has already counted the batch.
     kept = (None, None) if training else (mean, var)
@@ -67,73 +101,92 @@ def _batch_norm(
 
 
 def _batch_norm_without_statistics(
-    values: Any, x: Tensor, weight: Any, bias: Any, training: bool, momentum: float, eps: float
+    values: Outputs, x: Tensor, weight: Maybe, bias: Maybe, training: bool, momentum: float, eps: float
 ) -> Tensor:
     return torch.batch_norm(x, weight, bias, None, None, True, momentum, eps, False)
 
 
-def _batch_norm_legit(values: Any, *args: Any) -> Tensor:
+def _batch_norm_legit(values: Outputs, *args: Any) -> Tensor:
     """The overload with statistics, or the one without."""
     return (_batch_norm_without_statistics if isinstance(args[3], bool) else _batch_norm)(values, *args)
 
 
 def _batch_norm_in(training: bool) -> Written:
     def write(
-        values: Any, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float
+        values: Outputs,
+        x: Tensor,
+        weight: Maybe,
+        bias: Maybe,
+        mean: Maybe,
+        var: Maybe,
+        momentum: float,
+        eps: float,
     ) -> Tensor:
         return _batch_norm(values, x, weight, bias, mean, var, training, momentum, eps)
 
     return write
 
 
-def _dropout(values: Any, x: Tensor, p: float, train: bool | None = True) -> Tensor:
+def _dropout(values: Outputs, x: Tensor, p: float, train: bool | None = True) -> Tensor:
     kept: Tensor = values[1].to(x.dtype)
     return x * (kept / (1 - p)) if train and p < 1 else x * kept
 
 
-def _attention(values: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Tensor:
-    """Of one of the kernels whose further arguments are the probability of dropout and whether it is causal."""
-    return _attended(query, key, value, named.get("attn_mask"), *rest[:2], scale=named.get("scale"))
+def _attention(
+    values: Outputs,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *rest: object,
+    attn_mask: Maybe = None,
+    scale: float | None = None,
+    **named: object,
+) -> Tensor:
+    return _attended(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
 
 
 def _masked_attention(
-    values: Any,
+    values: Outputs,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Any,
+    mask: Maybe,
     statistics: bool,
-    *rest: Any,
-    scale: Any = None,
-    **named: Any,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *rest: object,
+    scale: float | None = None,
+    **named: object,
 ) -> Tensor:
-    return _attended(query, key, value, mask, *rest[:2], scale=scale)
+    return _attended(query, key, value, mask, dropout_p, is_causal, scale=scale)
 
 
 def _written_attention(
-    values: Any,
+    values: Outputs,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Any = None,
-    dropout: float = 0.0,
-    causal: bool = False,
-    *rest: Any,
-    scale: Any = None,
-    **named: Any,
+    mask: Maybe = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *rest: object,
+    scale: float | None = None,
+    **named: object,
 ) -> Tensor:
-    return _attended(query, key, value, mask, dropout, causal, scale=scale)
+    return _attended(query, key, value, mask, dropout_p, is_causal, scale=scale)
 
 
 def _attended(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Any,
+    mask: Maybe,
     dropout: float = 0.0,
     causal: bool = False,
     *,
-    scale: Any,
+    scale: float | None,
 ) -> Tensor:
     if dropout:
         raise NotImplementedError(

@@ -17,7 +17,7 @@ __all__ = ["one_by_one"]
 _PREFIX = "_foreach_"
 
 
-def one_by_one(function: Callable[..., object]) -> Callable[..., Any] | None:
+def one_by_one(function: Callable[..., object]) -> Callable[..., object] | None:
     """What a function that acts on lists of tensors (``torch._foreach_mul``) or takes functions (``torch.cond``) does.
 
     ``None`` for all others.
@@ -31,15 +31,15 @@ def one_by_one(function: Callable[..., object]) -> Callable[..., Any] | None:
     return None if dense is None else {"cond": _cond, "scan": _scan, "while_loop": _while}.get(name, dense)
 
 
-def _of_each(name: str, kind: Callable[[list[Tensor]], Sequence[Tensor]]) -> Callable[..., Any] | None:
+def _of_each(name: str, kind: Callable[[list[Tensor]], Sequence[Tensor]]) -> Callable[..., object] | None:
     single = torch.linalg.vector_norm if name == "norm" else getattr(torch.Tensor, name, None)
     if single is None:
         return None
 
-    def each(first: Any, *others: Any, **named: Any) -> Sequence[Tensor]:
+    def each(first: object, *others: object, **named: object) -> object:
         if name in ("addcdiv", "addcdiv_", "addcmul", "addcmul_") and len(others) > 2:
             others, named = others[:2], {**named, "value": others[2]}
-        length = len(first if isinstance(first, list | tuple) else others[0])
+        length = next(len(given) for given in (first, *others) if isinstance(given, list | tuple))
         made = []
         for i in range(length):
             x, *rest = (_at(given, i) for given in (first, *others))
@@ -50,7 +50,7 @@ def _of_each(name: str, kind: Callable[[list[Tensor]], Sequence[Tensor]]) -> Cal
     return each
 
 
-def _at(given: Any, index: int, *, scalar: bool = False) -> Any:
+def _at(given: object, index: int, *, scalar: bool = False) -> Any:
     """What an argument is for one tensor of the lists: an entry of a list, or the same for all."""
     if isinstance(given, list | tuple):
         return given[index]
@@ -63,17 +63,20 @@ def _copied(destination: Tensor, source: Tensor, non_blocking: bool = False) -> 
 
 
 def _cond(
-    condition: Any, if_true: Callable[..., Any], if_false: Callable[..., Any], operands: Any = ()
-) -> Any:
+    condition: Tensor | bool,
+    if_true: Callable[..., object],
+    if_false: Callable[..., object],
+    operands: Sequence[object] = (),
+) -> object:
     return if_true(*operands) if condition else if_false(*operands)
 
 
 def _while(
-    condition: Callable[..., Any],
-    body: Callable[..., Any],
-    carried: Sequence[Any],
-    additional: Sequence[Any] = (),
-) -> Any:
+    condition: Callable[..., object],
+    body: Callable[..., object],
+    carried: Sequence[object],
+    additional: Sequence[object] = (),
+) -> object:
     """A loop: what is carried is given one by one, and returned as ``body`` returns it."""
     made, flat = None, list(carried)
     while condition(*flat, *additional):
@@ -86,8 +89,8 @@ def _while(
 
 
 def _scan(
-    combine: Callable[..., Any], init: Sequence[Any], xs: Sequence[Tensor], additional: Sequence[Any]
-) -> Any:
+    combine: Callable[..., object], init: Sequence[object], xs: Sequence[Tensor], additional: Sequence[object]
+) -> object:
     """A scan over the first axis.
 
     ``combine(*carry, *x, *additional)`` returns ``(*carry, *out)`` where a graph calls it, ``(carry, out)`` where a

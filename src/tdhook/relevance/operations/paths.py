@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import currentframe
 from types import FrameType
 
 from torch import nn
@@ -74,7 +74,7 @@ class Paths:
 
 def _calls() -> Iterator[nn.Module]:
     """The modules whose calls this thread is in the midst of, the innermost first."""
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = currentframe()
     while frame is not None:
         module = called(frame)
         if module is not None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, TypeAlias
 from weakref import finalize
 
 import torch
@@ -28,6 +29,11 @@ from tdhook.tape.undoing import lock, set_to
 __all__ = ["Watch", "standing_in", "while_alive"]
 
 
+Arguments: TypeAlias = "tuple[object, ...]"
+Named: TypeAlias = "dict[str, object]"
+Contexts: TypeAlias = "Callable[[], tuple[AbstractContextManager[object], AbstractContextManager[object]]]"
+
+
 class Watch(Protocol):
     """What watches a forward pass, and is told of what no mode sees."""
 
@@ -41,10 +47,10 @@ class Watch(Protocol):
         ``None`` says that none can be, so that everything is kept.
         """
 
-    def applied(self, function: type, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def applied(self, function: type, apply: Callable[..., object], args: Arguments, kwargs: Named) -> object:
         """Make a call of an autograd function, which torch would make by ``apply``."""
 
-    def compiled(self, kind: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def compiled(self, kind: str, run: Callable[..., object], args: Arguments, kwargs: Named) -> object:
         """Make a call of a module that ``torch.jit`` compiled, given the name of its class and how it runs."""
 
 
@@ -67,8 +73,7 @@ def while_alive(watch: Watch) -> None:
     finalize(watch, _leave, entry).atexit = False
 
 
-@contextmanager
-def standing_in(watch: Watch) -> Iterator[None]:
+def standing_in(watch: Watch) -> AbstractContextManager[None]:
     """Have what hides operations run in sight of a mode, which was said to be :func:`while_alive`.
 
     Functions compiled by ``torch.jit.script`` run as the Python that they were written in. What
@@ -82,8 +87,7 @@ def standing_in(watch: Watch) -> Iterator[None]:
     home = sys.modules.get(_SQUASHING)
     if home is not None and not isinstance(getattr(home, "safetanh_noeps", None), _Squash):
         _replace_squashing(home, ours=True)  # it was imported since
-    with set_to(_WATCH, watch):
-        yield
+    return set_to(_WATCH, watch)
 
 
 def _enter(entry: object) -> None:
@@ -156,13 +160,13 @@ def _call_of_method(method: Any, *args: object, **kwargs: object) -> object:
     return watch.compiled(method.owner._type().name(), run, args, kwargs)
 
 
-def _apply(function: type, *args: object, **kwargs: object) -> Any:
+def _apply(function: type, *args: object, **kwargs: object) -> object:
     own, watch = applying_of(function), _WATCH.get()
     return own(*args, **kwargs) if watch is None else watch.applied(function, own, args, kwargs)
 
 
 def _in_python(
-    compiled: Callable[..., object], function: Callable[..., object], args: Any, kwargs: Any
+    compiled: Callable[..., object], function: Callable[..., object], args: Arguments, kwargs: Named
 ) -> object:
     watch = _WATCH.get()
     if watch is None or not watch.watching:
@@ -170,23 +174,32 @@ def _in_python(
     if (
         function.__name__ == "_cond_op_wrapper"
     ):  # the operator itself takes tensors alone, and no containers of them
-        condition, if_true, if_false, operands = args
-        return if_true(*operands) if condition else if_false(*operands)
+        choose: Callable[..., object] = _cond
+        return choose(*args)
     return function(*args, **kwargs)
+
+
+def _cond(
+    condition: Tensor | bool,
+    if_true: Callable[..., object],
+    if_false: Callable[..., object],
+    operands: Sequence[object],
+) -> object:
+    return if_true(*operands) if condition else if_false(*operands)
 
 
 class _Checkpoint:
     """The variant that differentiates in an autograd function of its own, for which the other one stands in."""
 
     @staticmethod
-    def apply(function: Callable[..., object], preserve: bool, *args: object) -> Any:
+    def apply(function: Callable[..., object], preserve: bool, *args: object) -> object:
         if _WATCH.get() is None:
             return _Function.apply(function, preserve, *args)
         return CHECKPOINTING.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
 
 
 def _checkpointed(
-    function: Any, preserve: Any, contexts: Any, *args: object, **kwargs: object
+    function: Callable[..., object], preserve: bool, contexts: Contexts, *args: object, **kwargs: object
 ) -> Generator[None, None, None]:
     """What surrounds a checkpointed part; it is resumed once the part has run."""
     watch = _WATCH.get()
@@ -197,7 +210,7 @@ def _checkpointed(
         yield
         return
 
-    def both() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    def both() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
         first, second = contexts()
         return first, _Reentered(second, watch)
 
@@ -209,13 +222,17 @@ class _Reentered:
 
     def __init__(self, own: AbstractContextManager[object], watch: Watch) -> None:
         self._own, self._watch = own, watch
-        self._entered: list[Any] = []
+        self._entered: list[AbstractContextManager[None]] = []
 
     def __enter__(self) -> None:
         self._own.__enter__()
-        self._entered.append(self._watch.again())
-        self._entered[-1].__enter__()
+        again = self._watch.again()
+        assert again is not None, "it was asked for before the part ran"
+        self._entered.append(again)
+        again.__enter__()
 
-    def __exit__(self, *exception: Any) -> None:
-        self._entered.pop().__exit__(*exception)
-        self._own.__exit__(*exception)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._entered.pop().__exit__(kind, error, trace)
+        self._own.__exit__(kind, error, trace)

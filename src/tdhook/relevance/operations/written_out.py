@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = ["entered", "written_out"]
 
 Function = Callable[..., Any]
+Axes: TypeAlias = "int | Sequence[int] | None"
 
 _INSIDE: dict[object, Function | None] = {}
 
@@ -57,9 +58,9 @@ def _sum_and_product(product: Function) -> Function:
     def write(
         input: Tensor,
         *factors: Tensor,
-        beta: Any = 1,
-        alpha: Any = 1,
-        value: Any = 1,
+        beta: float = 1,
+        alpha: float = 1,
+        value: float = 1,
         out: object = None,
         **named: Tensor,
     ) -> Tensor:
@@ -124,7 +125,7 @@ def _xlogy(input: Tensor, other: Tensor, out: object = None) -> Tensor:
     return torch.where(input == 0, 0.0, input * other.log())
 
 
-def _axes(input: Tensor, dim: Any) -> tuple[int, ...]:
+def _axes(input: Tensor, dim: Axes) -> tuple[int, ...]:
     if dim is None:
         return tuple(range(input.dim()))
     return (dim,) if isinstance(dim, int) else tuple(dim)
@@ -132,15 +133,15 @@ def _axes(input: Tensor, dim: Any) -> tuple[int, ...]:
 
 def _var(
     input: Tensor,
-    dim: Any = None,
+    dim: Axes | bool = None,
     unbiased: bool = True,
     keepdim: bool = False,
     *,
-    correction: Any = None,
-    out: Any = None,
+    correction: float | None = None,
+    out: object = None,
 ) -> Tensor:
     if isinstance(dim, bool):
-        dim, unbiased = None, dim
+        return _var(input, None, dim, keepdim, correction=correction)
     axes = _axes(input, dim)
     count = math.prod(input.shape[axis] for axis in axes)
     taken = int(unbiased) if correction is None else correction
@@ -149,10 +150,10 @@ def _var(
 
 
 def _var_mean(
-    input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, **kwargs: Any
+    input: Tensor, dim: Axes | bool = None, unbiased: bool = True, keepdim: bool = False, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     if isinstance(dim, bool):
-        dim, unbiased = None, dim
+        return _var_mean(input, None, dim, keepdim, **kwargs)
     mean = input.mean(_axes(input, dim), keepdim=keepdim)
     return _var(input, dim, unbiased, keepdim, **kwargs), mean
 

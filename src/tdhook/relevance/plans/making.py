@@ -104,8 +104,8 @@ def make_plan(
     rank = {name: i for i, name in reversed(list(enumerate(execution.order)))}
     rows.sort(key=lambda row: rank.get(row.path, len(rank)))
     weights = WeightCache(row.module for row in rows if row.rule is not None) if cache_weights else None
-    merging = Merges() if merge_batch_norm else None
-    setting = Setting(None, weights, merging, Reference() if against else None)
+    norms = merge_batch_norm and any(isinstance(m, BatchNorm) for m in execution.modules.values())
+    setting = Setting(None, weights, Merges() if norms else None, Reference() if against else None)
     merges: dict[str, list[nn.Module]] = {}
     if not isinstance(merge_batch_norm, bool):
         merges = _named_merges(merge_batch_norm, execution)

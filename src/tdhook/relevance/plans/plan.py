@@ -69,12 +69,12 @@ class RulesOn:
     Args:
         plan: the plan.
         observer: what takes note of the calls, if anything does.
+        whole: whether all of the model is wanted on the tape.
     """
 
-    def __init__(self, plan: Plan, observer: Observer | None) -> None:
-        self.plan, self.observer = plan, observer
-        self.whole = observer is not None
-        self._stack = ExitStack()
+    def __init__(self, plan: Plan, observer: Observer | None, whole: bool) -> None:
+        self.plan, self.observer, self.whole = plan, observer, whole
+        self._around: ExitStack | None = None
         self._overwrote = False
 
     @property
@@ -88,14 +88,17 @@ class RulesOn:
         return self
 
     def __enter__(self) -> None:
-        self._overwrote = self.overwrites
-        if self.plan.interception is not None:
-            Change(self.plan.interception.resting())
-        with self._stack:  # takes off what is on, if something goes wrong here
-            self.plan.attach(self._stack)
-            if self.plan.interception is not None:
-                self.plan.interception.observer = self.observer
-            self._stack = self._stack.pop_all()
+        plan, interception = self.plan, self.plan.interception
+        self._detaching = Change(plan.detach)
+        if interception is not None:
+            self._overwrote = interception.guard.active
+            Change(interception.resting())
+            interception.observer = self.observer
+        try:
+            self._around = plan.attach()
+        except BaseException:
+            self._detaching.undo()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -103,7 +106,11 @@ class RulesOn:
         interception = self.plan.interception
         if interception is not None:
             interception.observer = None
-        self._stack.close()
+        try:
+            if self._around is not None:
+                self._around.close()
+        finally:
+            self._detaching.undo()
         if error is None:
             self.plan.seen = True
         elif isinstance(error, RuntimeError) and was_overwritten(error):
@@ -114,7 +121,9 @@ class RulesOn:
 
     def running(self) -> AbstractContextManager[None]:
         """Run operations under their rules. The first run tells the path of operations that nothing is known of."""
-        return self.plan.within(tracked=not self.plan.seen)
+        plan = self.plan
+        interception = plan.interception
+        return nullcontext() if interception is None else interception.running(tracked=not plan.seen)
 
     def returned(self, values: Iterable[object]) -> None:
         """See whether the model returns what should have been overwritten."""
@@ -164,6 +173,8 @@ class Plan:
         self._lent = any(map(lends_weights, self._modules))
         self.sensitivity = sensitivity
         self.setting = setting
+        weights = setting.weights
+        self._weights = None if weights is None or weights.keeps_none else weights
         # Layers without a rule may overwrite what they are given: their operations are seen.
         self._units = [row.module for row in rows if interception is None or row.rule is not None]
         self.seen = False
@@ -196,28 +207,35 @@ class Plan:
         """All modules of the model."""
         return self._modules
 
-    def attach(self, stack: ExitStack) -> None:
-        """Run the model under the rules until ``stack`` is closed; operations only :meth:`within` it."""
-        overwriting = [m for m in self._units if m.__dict__.get("inplace") is True and overwrites(m)]
+    def attach(self) -> ExitStack | None:
+        """Run the model under the rules until they are taken off; operations only :meth:`within` it.
+
+        Returns:
+            What is to be closed before that, if anything is.
+        """
+        overwriting: list[nn.Module] = []
+        for module in self._units:
+            if module.__dict__.get("inplace") is True and overwrites(module):
+                overwriting.append(module)
         if self.interception is not None:
             self.interception.dependence.begin()
             self.interception.outdated.layers = set(map(id, overwriting))
-        if overwriting:
-            stack.enter_context(out_of_place(overwriting))
-        if self._lent:
-            # What hangs on the outputs of layers would be lost with views that are overwritten.
-            stack.enter_context(copying())
-        change = Change(self._detach)
-        stack.callback(change.undo)
-        if self.setting.weights is not None:
-            self.setting.weights.begin()
+        if self._weights is not None:
+            self._weights.begin()
         if self.reference is not None:
             self.reference.begin()
-        thread = get_ident()
-        for binding in self._bindings:
-            binding.attach(thread)
-        for rule, module in self._custom:
-            stack.enter_context(rule.register(module))
+        Binding.attach_all(self._bindings, get_ident())
+        if not (overwriting or self._lent or self._custom):
+            return None
+        with ExitStack() as around:
+            if overwriting:
+                around.enter_context(out_of_place(overwriting))
+            if self._lent:
+                # What hangs on the outputs of layers would be lost with views that are overwritten.
+                around.enter_context(copying())
+            for rule, module in self._custom:
+                around.enter_context(rule.register(module))
+            return around.pop_all()
 
     @contextmanager
     def still_attached(self) -> Iterator[None]:
@@ -233,13 +251,13 @@ class Plan:
                 off.append(binding.put_back())
             yield
 
-    def _detach(self) -> None:
-        for binding in reversed(self._bindings):
-            binding.detach()
+    def detach(self) -> None:
+        """Take the rules off, as far as they are on."""
+        Binding.detach_all(reversed(self._bindings))
         if self.interception is not None:
             self.interception.dependence.end()
-        if self.setting.weights is not None:
-            self.setting.weights.end()
+        if self._weights is not None:
+            self._weights.end()
         if self.reference is not None:
             self.reference.begin()
 
@@ -250,7 +268,9 @@ class Plan:
             ledger: what keeps accounts of the run.
             observer: what takes note of its calls instead.
         """
-        return RulesOn(self, ledger or observer)
+        # What is behind the explained values may decide something else on a reference, and has no part in it.
+        whole = observer is not None or (ledger is not None and self.reference is None)
+        return RulesOn(self, ledger or observer, whole)
 
     def relevance(self, value: Tensor, found: Tensor) -> Tensor:
         """The relevance of a value, given what the backward pass brought to it.

@@ -7,8 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from tensordict import TensorDictBase
+from torch import Tensor
 
+from tdhook.markup import shown
 from tdhook.models.state import restored
 from tdhook.passes.runner import Runner
 from tdhook.relevance.ledger.ledger import Ledger
@@ -49,15 +52,23 @@ class Ready:
         self.ledger: Ledger | None = None
         self.kept: object = None
         self.one_row: bool | None = None
+        self._chance: Tensor | None = None
         if not needs_execution:
             check(self.plan)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "kept": None}
 
+    def draw(self) -> None:
+        """Take down what random numbers come next."""
+        self._chance = None if torch.compiler.is_compiling() else torch.get_rng_state()
+
+    def drawn(self) -> bool:
+        """Whether any were drawn since."""
+        return self._chance is None or not torch.equal(self._chance, torch.get_rng_state())
+
     def _repr_html_(self) -> str:
-        accounts = "" if self.ledger is None else self.ledger._repr_html_()
-        return self.plan._repr_html_() + accounts
+        return shown(self.plan, self.ledger)
 
     def ready(self, runner: Runner) -> Plan:
         """The plan to run what an explained module was called with."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tdhook.models.snapshots import Snapshot
 from tdhook.models.state import slots_of
 from tdhook.relevance.propagation.operation import Operation
+from tdhook.tape.internals import children_of
 from tdhook.tape.undoing import undone
 
 __all__ = ["Again", "remembers"]
@@ -75,7 +76,7 @@ class Again:
 def remembers(module: nn.Module) -> bool:
     """Whether calls of a module may change what it holds, or draw random numbers."""
     own = type(module).__module__.startswith("torch.nn.modules.")
-    return module.training or not own or bool(module._modules)
+    return module.training or not own or bool(children_of(module))
 
 
 def _drawn(generators: Sequence[torch.Generator]) -> list[Tensor]:

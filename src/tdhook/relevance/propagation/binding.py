@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from threading import get_ident
 from typing import Any, NamedTuple, Protocol, cast
@@ -18,8 +18,12 @@ from tdhook.models.entries import is_batch, leaves_of
 from tdhook.models.parallel import home_of
 from tdhook.models.turns import elsewhere
 from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
+from tdhook.tape.internals import children_of
 
 __all__ = ["Around", "Bindable", "Binding", "Bound"]
+
+
+_NOTHING: tuple[Any, Any] = (None, None)
 
 
 class Bindable(Protocol):
@@ -101,12 +105,12 @@ class Binding:
         self.around = None if rule.opens else around
         self.flow: Convention = flow or rule.convention
         self._on_tensordict = isinstance(module, TensorDictModuleBase)
-        self.closed = home_of(module).startswith("torch.nn.modules.") and not module._modules
+        self.closed = home_of(module).startswith("torch.nn.modules.") and not children_of(module)
         self.enters = rule.enters(module)
         self.original: Callable[..., Any] | None = None
         self.thread: int | None = None
-        self._applied = rule.applied
-        self._replaced: tuple[Any, Any] = (None, None)
+        self.applied = rule.applied
+        self.replaced = _NOTHING
 
     @cached_property
     def bound(self) -> Bound:
@@ -130,10 +134,10 @@ class Binding:
         self.thread = thread
         attributes = self.module.__dict__
         current = attributes.get("forward")
-        self._replaced = current, attributes.get("_prev_forward")
+        self.replaced = current, attributes.get("_prev_forward")
         self.original = current.original if isinstance(current, Binding) else self.module.forward
         attributes["forward"] = self
-        if self._applied:
+        if self.applied:
             attributes["_prev_forward"] = self.original
 
     def put_back(self) -> Callable[[], None]:
@@ -154,16 +158,38 @@ class Binding:
         if self.original is None:
             return
         attributes = self.module.__dict__
-        forward, previous = self._replaced
+        forward, previous = self.replaced
         if forward is None:
             attributes.pop("forward", None)
         else:
             attributes["forward"] = forward
         if previous is not None:
             attributes["_prev_forward"] = previous
-        elif self._applied:
+        elif self.applied:
             attributes.pop("_prev_forward", None)
-        self.original, self._replaced = None, (None, None)
+        self.original, self.replaced = None, _NOTHING
+
+    @staticmethod
+    def attach_all(bindings: Iterable[Binding], thread: int) -> None:
+        """Attach bindings, in one thread alone."""
+        for binding in bindings:
+            module = binding.module
+            attributes = module.__dict__
+            if binding.applied or "forward" in attributes:
+                binding.attach(thread)
+                continue
+            binding.thread, binding.original = thread, module.forward
+            attributes["forward"] = binding
+
+    @staticmethod
+    def detach_all(bindings: Iterable[Binding]) -> None:
+        """Detach bindings, as far as they are attached."""
+        for binding in bindings:
+            if binding.applied or binding.replaced is not _NOTHING:
+                binding.detach()
+            elif binding.original is not None:
+                binding.module.__dict__.pop("forward", None)
+                binding.original = None
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """Run the module."""
@@ -171,15 +197,17 @@ class Binding:
             return (self.original or self.module.forward)(*args, **kwargs)
         if self._on_tensordict:
             return self._call_on_tensordict(cast(TensorDictModuleBase, self.module), *args, **kwargs)
-        assert self.original is not None
-        return self._call(self.original, args, kwargs)
-
-    def _call(
-        self, original: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> Any:
+        original, around = self.original, self.around
+        assert original is not None
         if not torch.is_grad_enabled():
             return original(*args, **kwargs)
         call = Call(self.module, original, args, kwargs, self.setting)
+        return self.bound.run(call) if around is None else around.unit(self, call)
+
+    def _call(self, original: Callable[..., object], args: tuple[object, ...]) -> Any:
+        if not torch.is_grad_enabled():
+            return original(*args)
+        call = Call(self.module, original, args, {}, self.setting)
         return self.bound.run(call) if self.around is None else self.around.unit(self, call)
 
     def _call_on_tensordict(self, module: TensorDictModuleBase, *args: Any, **kwargs: Any) -> Any:
@@ -207,15 +235,15 @@ class Binding:
             return [name for key in module.out_keys for name, _ in leaves_of(key, result.get(key, None))]
 
         tensors = tuple(td.get(key) for key in reads)
-        if self._applied:
+        if self.applied:
             attributes = self.module.__dict__
             attributes["_prev_forward"] = on_tensors
             try:
-                outputs = self._call(on_tensors, tensors, {})
+                outputs = self._call(on_tensors, tensors)
             finally:
                 attributes["_prev_forward"] = original
         else:
-            outputs = self._call(on_tensors, tensors, {})
+            outputs = self._call(on_tensors, tensors)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         destination = td if destination is None else destination
         written = writes()

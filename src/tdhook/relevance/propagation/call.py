@@ -13,6 +13,7 @@ from tdhook.relevance.propagation.reference import Reference
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.relevance.propagation.weights import WeightCache
 from tdhook.tape.functions import live, on_tape
+from tdhook.tape.internals import children_of
 from tdhook.tape.overwriting import out_of_place
 from tdhook.tape.trees import tree_leaves
 
@@ -63,7 +64,7 @@ class Call(NamedTuple):
     def natively(self) -> Any:
         """Make the call as it is, but let nothing inside it overwrite its input."""
         module = self.module
-        if module._modules or module.__dict__.get("inplace"):
+        if children_of(module) or module.__dict__.get("inplace"):
             with out_of_place(module.modules()):
                 return self.function(*self.args, **self.kwargs)
         return self.function(*self.args, **self.kwargs)
@@ -72,6 +73,14 @@ class Call(NamedTuple):
         """The same call with another first argument."""
         module, function, args, kwargs, setting = self
         return Call(module, function, (x, *args[1:]), kwargs, setting)
+
+    def given(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Call:
+        """The same call with other arguments."""
+        return Call(self.module, self.function, args, kwargs, self.setting)
+
+    def within(self, setting: Setting) -> Call:
+        """The same call in another setting."""
+        return Call(self.module, self.function, self.args, self.kwargs, setting)
 
     def live(self, function: Callable[[Tensor], Tensor]) -> Call:
         """The same call with ``function`` applied to all its tensors on the tape."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,16 @@ from tdhook.relevance.propagation.call import Call
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.tape.dependence import leaf
-from tdhook.tape.functions import Identity, TapeFunction, may_look_at, on_tape, parts, unwrapped, whole
+from tdhook.tape.functions import (
+    Context,
+    Identity,
+    TapeFunction,
+    may_look_at,
+    on_tape,
+    parts,
+    unwrapped,
+    whole,
+)
 from tdhook.tape.internals import (
     attention_in_parts,
     load_forward_mode,
@@ -32,6 +41,17 @@ __all__ = ["Reported", "with_constants", "with_masks"]
 _LOCK = lock()
 
 
+class _OfReported(Context, Protocol):
+    reason: str
+    report: Report
+
+
+class _OfDifference(Context, Protocol):
+    made: Tensor
+    inputs: Sequence[Tensor]
+    report: Report
+
+
 class Reported(Identity):
     """Identity at which a fixed part, finite, of what travels backwards is reported."""
 
@@ -40,12 +60,12 @@ class Reported(Identity):
         return z.view_as(z)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.reason, ctx.report = inputs[2:]
+    def setup_context(ctx: _OfReported, inputs: tuple[Tensor, Tensor, str, Report], output: Tensor) -> None:
+        _, part, ctx.reason, ctx.report = inputs
+        ctx.save_for_backward(part)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> object:
+    def backward(ctx: _OfReported, grad: Tensor) -> object:
         (part,) = ctx.saved_tensors
         ctx.report(ctx.reason, parts(grad) * parts(part))
         return grad, None, None, None
@@ -62,11 +82,13 @@ class Difference(Identity):
         return z.view_as(z)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(
+        ctx: _OfDifference, inputs: tuple[Tensor, Tensor, Sequence[Tensor], Report], output: Tensor
+    ) -> None:
         _, ctx.made, ctx.inputs, ctx.report = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> object:
+    def backward(ctx: _OfDifference, grad: Tensor) -> object:
         made, inputs = ctx.made, ctx.inputs
         pulled = torch.autograd.grad(made, inputs, grad, retain_graph=True, allow_unused=True)
         for x, g, sign in ((made, grad, 1), *((x, g, -1) for x, g in zip(inputs, pulled, strict=True))):
@@ -109,22 +131,21 @@ def with_constants(
     if report is None or not _is_expected(call, factors, moves):
         return outputs
     leaves, spec = tree_flatten(outputs)
-    at = [i for i, z in enumerate(leaves) if isinstance(z, Tensor) and on_tape(z)]
+    made = {i: z for i, z in enumerate(leaves) if isinstance(z, Tensor) and on_tape(z)}
     linear = None
-    if moves or not _runs_own_functions([leaves[i] for i in at], call.tensors()):
-        linear = linear_part(call, report, at, factors, moves)
+    if moves or not _runs_own_functions([*made.values()], call.tensors()):
+        linear = linear_part(call, report, [*made], factors, moves)
     if linear is None:
         if not moves:
-            for i in at:
-                leaves[i] = Difference.apply(leaves[i], leaves[i], call.tensors(), report)
+            for i, z in made.items():
+                leaves[i] = Difference.apply(z, z, call.tensors(), report)
         return tree_unflatten(leaves, spec)
     weighted = parameters_of(module).get("bias") is not None  # not read: some are made by reading
     named = isinstance(module, Operation) and module.name.startswith(
         ("linear", "conv", "batch_norm", "addmm")
     )
     reason = "bias" if weighted or named else "constant"
-    for i, part in zip(at, linear, strict=True):
-        z = leaves[i]
+    for (i, z), part in zip(made.items(), linear, strict=True):
         rest = (_counted(z, moves) - part).nan_to_num(0.0, 0.0, 0.0)
         if not may_look_at(rest) or bool(rest.any()):
             leaves[i] = Reported.apply(z, rest, reason, report)
@@ -170,8 +191,8 @@ def linear_part(
 ) -> list[Tensor] | None:
     """``J x`` of the outputs ``at``, or ``J 1``; ``None`` where the function has no derivative of the kind."""
     leaves, spec = tree_flatten((call.args, call.kwargs))
-    live = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and on_tape(x)]
-    primals = tuple(leaves[i].detach() for i in live)
+    live = {i: x.detach() for i, x in enumerate(leaves) if isinstance(x, Tensor) and on_tape(x)}
+    primals = tuple(live.values())
     scales = [factors] * len(live) if isinstance(factors, int | float) else list(factors)
     # What is missing (NaN) is replaced by constants, if it is of any account.
     tangents = tuple(
@@ -186,7 +207,7 @@ def linear_part(
         in_args, in_kwargs = tree_unflatten(given, spec)
         again = Call(call.module, call.function, in_args, in_kwargs)
         made = tree_leaves(again.natively())
-        return tuple(made[i] for i in at)
+        return tuple(z for i in at if isinstance(z := made[i], Tensor))
 
     for derive in (_twice_backward, _forward_mode):
         try:

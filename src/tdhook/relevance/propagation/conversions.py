@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from tdhook.relevance.propagation.call import ALONE, Setting
 from tdhook.relevance.propagation.merges import Place
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.relevance.propagation.stabilisers import Stabilizer, quotient, rounding, saturated, stabilize
-from tdhook.tape.functions import Identity, TapeFunction, alias, may_look_at, parts, whole
+from tdhook.tape.functions import Context, Identity, TapeFunction, alias, may_look_at, parts, whole
 from tdhook.tape.internals import is_view
 from tdhook.tape.masks import unmasked
 
@@ -31,6 +31,23 @@ __all__ = [
 ]
 
 
+class _OfPerValue(Context, Protocol):
+    n_rest: int
+    stabilizer: Stabilizer
+    setting: Setting
+    place: Place
+
+
+class _OfScaled(Context, Protocol):
+    factor: float | Tensor
+
+
+class _OfFunction(Context, Protocol):
+    made_by: str
+    report: Report | None
+    n_rest: int
+
+
 class TimesValue(Identity):
     """Identity at whose input relevance per unit of activation becomes relevance: ``R = x * g``."""
 
@@ -40,12 +57,12 @@ class TimesValue(Identity):
         return alias(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
         """Keep the value."""
         ctx.save_for_backward(inputs[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> object:
+    def backward(ctx: Context, grad: Tensor) -> object:
         """Multiply; what is infinite (masked logits) has no relevance."""
         (x,) = ctx.saved_tensors
         return finite_product(x, grad)
@@ -64,7 +81,7 @@ class PerValue(Identity):
         return alias(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: _OfPerValue, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep the value."""
         ctx.save_for_backward(inputs[0])
         ctx.n_rest = len(inputs) - 1
@@ -74,14 +91,14 @@ class PerValue(Identity):
             ctx.place = Place()
 
     @staticmethod
-    def stabilised(ctx: Any, x: Tensor) -> Tensor:
+    def stabilised(ctx: _OfPerValue, x: Tensor) -> Tensor:
         """The denominator ``stab(x)``."""
         merges = ctx.setting.merges
         postponed = merges is not None and merges.is_postponed(ctx.place)
         return stabilize(x, rounding if postponed else ctx.stabilizer)
 
     @staticmethod
-    def backward(ctx: Any, relevance: Tensor) -> object:
+    def backward(ctx: _OfPerValue, relevance: Tensor) -> object:
         """Divide."""
         (value,) = ctx.saved_tensors
         x, relevance = parts(value), parts(relevance)
@@ -95,7 +112,7 @@ class Damped(PerValue):
     """Identity at which relevance per unit of activation loses the stabiliser's share: ``g * z / stab(z)``."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> object:
+    def backward(ctx: _OfPerValue, grad: Tensor) -> object:
         """Multiply by a factor of at most one."""
         (value,) = ctx.saved_tensors
         z, grad = parts(value), parts(grad)
@@ -115,12 +132,12 @@ class Scaled(Identity):
         return alias(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float | Tensor], output: Tensor) -> None:
+    def setup_context(ctx: _OfScaled, inputs: tuple[Tensor, float | Tensor], output: Tensor) -> None:
         """Keep the factor."""
         ctx.factor = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> object:
+    def backward(ctx: _OfScaled, grad: Tensor) -> object:
         """Multiply."""
         return grad * ctx.factor, None
 
@@ -138,11 +155,11 @@ class Final(Identity):
         return alias(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
         """Nothing is kept."""
 
     @staticmethod
-    def backward(ctx: Any, relevance: Tensor) -> object:
+    def backward(ctx: Context, relevance: Tensor) -> object:
         """Hand it on, on a tape that ends here."""
         return _Undifferentiable.apply(relevance) if torch.is_grad_enabled() else relevance
 
@@ -155,11 +172,11 @@ class _Undifferentiable(TapeFunction):
         return relevance.view_as(relevance)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
         """Nothing is kept."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> object:
+    def backward(ctx: Context, grad: Tensor) -> object:
         raise RuntimeError(
             "relevance cannot be differentiated: a second backward pass would go through rules where derivatives are "
             "meant. Detach the relevance, or train on gradient times input, which autograd differentiates"
@@ -178,7 +195,7 @@ class Unchanged(TapeFunction):
     """
 
     @staticmethod
-    def forward(x: Tensor, function: Callable[[Tensor], Any], made_by: str) -> Tensor:
+    def forward(x: Tensor, function: Callable[[Tensor], object], made_by: str) -> Tensor:
         """The function's value."""
         z = function(x)
         if not isinstance(z, Tensor):
@@ -186,12 +203,14 @@ class Unchanged(TapeFunction):
         return alias(z) if z is x or is_view(z) else z
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
+    def setup_context(
+        ctx: _OfFunction, inputs: tuple[Tensor, Callable[[Tensor], object], str], output: Tensor
+    ) -> None:
         """Keep the name of the function."""
         ctx.made_by = inputs[2]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> object:
+    def backward(ctx: _OfFunction, grad: Tensor) -> object:
         """Hand it on."""
         return grad, None, None
 
@@ -201,13 +220,13 @@ class Ratio(TapeFunction):
 
     @staticmethod
     def forward(
-        x: Tensor, function: Callable[[Tensor], Any], made_by: str, report: Report | None = None
+        x: Tensor, function: Callable[[Tensor], object], made_by: str, report: Report | None = None
     ) -> Tensor:
         """The function's value."""
         return Unchanged.forward(x, function, made_by)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
+    def setup_context(ctx: _OfFunction, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep argument and value."""
         x, _, ctx.made_by, *rest = inputs
         ctx.report = rest[0] if rest else None
@@ -215,7 +234,7 @@ class Ratio(TapeFunction):
         ctx.save_for_backward(x, output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> object:
+    def backward(ctx: _OfFunction, grad: Tensor) -> object:
         """Multiply by the slope of the secant through the origin."""
         x, z = ctx.saved_tensors
         pulled = saturated(grad * quotient(z, rounding(x)))
@@ -235,11 +254,11 @@ class Substituted(TapeFunction):
         return alias(value)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         """Nothing is kept."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> object:
+    def backward(ctx: Context, grad: Tensor) -> object:
         """Hand it to the computation that is written out."""
         return grad, None
 

@@ -18,8 +18,9 @@ from tdhook.conventions import Convention
 from tdhook.relevance.propagation.beside import between, name_of_module, noted, there
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.conversions import NotOneTensor, Substituted, finite_product
-from tdhook.relevance.propagation.executed import ExecutedLayer, ExecutedModule, Formula
+from tdhook.relevance.propagation.executed import ExecutedLayer, ExecutedModule, Formula, RuledLayer
 from tdhook.relevance.propagation.forms import ClosedForm, closed_form
+from tdhook.relevance.propagation.lent import Lent
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reference import Place
 from tdhook.relevance.propagation.steps import Grads, LinearStep, Modify, ModuleStep, Step
@@ -115,7 +116,7 @@ class _DifferencedModule(ExecutedModule):
         assert self.spec is not None
         args, kwargs = tree_unflatten(leaves, self.spec)
         with torch.enable_grad():
-            outputs = tree_leaves(self._once_more(*args, **kwargs))
+            outputs = [z for z in tree_leaves(self._once_more(*args, **kwargs)) if isinstance(z, Tensor)]
         values = picked_of(ends, outputs, starts)
         theirs, spec = tree_flatten(own)
         made = [
@@ -333,7 +334,11 @@ def formula_of_layer(
         args = call.args or tuple(call.kwargs.values())
         assert form is not None
         executed = _DifferencedLayer(rule, form, call, place)
-        z = _RuledLayer.apply(executed, args[0], parameters.weight, parameters.bias)
+        weight, bias = parameters.weight, parameters.bias
+        if weight.is_meta:
+            executed.lent = Lent(layer)
+            weight = bias = None
+        z = _LayerOfDifferences.apply(executed, args[0], weight, bias)
         rule.check(layer, args, (z,))
         return z
 
@@ -347,16 +352,18 @@ def formula_of_layer(
     return one
 
 
-class _RuledLayer(TapeFunction):
+class _LayerOfDifferences(TapeFunction):
     """A linear layer or convolution under a formula of differences, on the tape."""
 
     @staticmethod
     def forward(executed: _DifferencedLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return executed.execute(x)
+        return RuledLayer.forward(executed, x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         executed, x, weight, bias = inputs
+        if executed.lent is not None:
+            weight, bias = executed.lent.parameters
         ctx.executed = executed
         ctx.save_for_backward(x, weight, bias, output)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.params import ParamModifier
 from tdhook.relevance.propagation.steps import Affine, Grads, LinearStep, Modify, ModuleStep, Step
 from tdhook.tape.dependence import leaf
-from tdhook.tape.functions import TapeFunction, alias, on_tape
+from tdhook.tape.functions import Context, TapeFunction, alias, on_tape
 from tdhook.tape.internals import is_view, transformed
 from tdhook.tape.origins import is_nonnegative
 from tdhook.tape.overwriting import natively
@@ -26,6 +26,7 @@ from tdhook.tape.sharded import added_up, is_sharded
 from tdhook.tape.trees import Shape, tree_flatten, tree_leaves, tree_unflatten
 
 __all__ = [
+    "Directly",
     "ExecutedLayer",
     "ExecutedModule",
     "Formula",
@@ -34,6 +35,16 @@ __all__ = [
     "running_layer",
     "running_module",
 ]
+
+
+Directly: TypeAlias = "Callable[..., Tensor | None]"
+"""``(form, relevance, x, weight, bias, *outputs) -> relevance of x``: a formula on plain tensors of one precision.
+
+It may say ``None``, and leave it to a step.
+"""
+
+_PLAIN = (Tensor, nn.Parameter)
+_WITH_ROOM = frozenset((torch.float32, torch.float64, torch.bfloat16))
 
 
 class Formula(Protocol):
@@ -52,7 +63,15 @@ class Formula(Protocol):
         """Raise where the rule does not fit the module."""
 
 
-def running_layer(rule: Formula, layer: nn.Module, form: ClosedForm, otherwise: Run) -> Run:
+def running_layer(
+    rule: Formula,
+    layer: nn.Module,
+    form: ClosedForm,
+    otherwise: Run,
+    directly: Directly | None = None,
+    *,
+    checks: bool = True,
+) -> Run:
     """How a linear layer or convolution runs under a formula.
 
     Args:
@@ -60,19 +79,21 @@ def running_layer(rule: Formula, layer: nn.Module, form: ClosedForm, otherwise: 
         layer: the layer.
         form: how it computes.
         otherwise: makes calls with anything else than one tensor.
+        directly: what the formula comes to where nothing is reported, merged, lent, sharded or converted.
+        checks: whether the rule checks its calls.
     """
     parameters: Any = layer
 
     def run(call: Call) -> Any:
-        args = call.args
-        if call.kwargs and not args and list(call.kwargs) == ["input"]:
-            args = (call.kwargs["input"],)
-        elif len(args) != 1 or call.kwargs:
-            return otherwise(call)
-        if not isinstance(args[0], Tensor):
+        _, function, args, kwargs, setting = call
+        if kwargs and not args and list(kwargs) == ["input"]:
+            args = (kwargs["input"],)
+        elif len(args) != 1 or kwargs:
             return otherwise(call)
         x = args[0]
-        if on_tape(x):
+        if not isinstance(x, Tensor):
+            return otherwise(call)
+        if x.requires_grad or on_tape(x):
             # Strides and the like may have been set anew since the rule was bound.
             now = form if form.settled else closed_form(layer) or form
             executed = ExecutedLayer(rule, now, call, rule.needs_sign and is_nonnegative(x))
@@ -80,10 +101,24 @@ def running_layer(rule: Formula, layer: nn.Module, form: ClosedForm, otherwise: 
             if weight.is_meta:
                 executed.lent = Lent(layer)
                 weight = bias = None
+            elif (
+                directly is not None
+                and setting.report is None
+                and setting.merges is None
+                and type(x) in _PLAIN
+                and type(weight) in _PLAIN
+                and x.dtype is weight.dtype
+                and x.dtype in _WITH_ROOM
+                and x.device == weight.device
+                and not transformed()
+                and not torch.compiler.is_compiling()
+            ):
+                executed.directly = directly
             z = RuledLayer.apply(executed, x, weight, bias)
         else:
-            z = call.function(x)
-        rule.check(layer, args, (z,))
+            z = function(x)
+        if checks:
+            rule.check(layer, args, (z,))
         return z
 
     return run
@@ -94,25 +129,21 @@ class ExecutedLayer(Place):
 
     Attributes:
         rule: the rule, and ``form``: how the layer computes.
-        module: the layer.
+        module: the layer, and ``function``: its forward without the rule.
         nonnegative: whether no entry of ``x`` can be negative, as far as that is known.
         dtype: the precision in which the layer computed.
         lent: the parameters that it computed with, where it is only lent them while it runs.
+        directly: what the formula comes to, if it can be had without a step.
     """
 
-    __slots__ = ("_function", "_setting", "dtype", "form", "lent", "module", "nonnegative", "rule")
+    __slots__ = ("_setting", "directly", "dtype", "form", "function", "lent", "module", "nonnegative", "rule")
 
     def __init__(self, rule: Formula, form: ClosedForm, call: Call, nonnegative: bool) -> None:
         self.rule, self.form, self.nonnegative = rule, form, nonnegative
-        self.module, self._function, _, _, self._setting = call
+        self.module, self.function, _, _, self._setting = call
         self.dtype: torch.dtype | None = None
         self.lent: Lent | None = None
-
-    def execute(self, x: Tensor) -> Tensor:
-        """Run the layer itself."""
-        z: Tensor = self._function(x) if self.lent is None else self.lent.taken_down(self._function, x)
-        self.dtype = z.dtype
-        return alias(z) if is_view(z) else z
+        self.directly: Directly | None = None
 
     def step(
         self,
@@ -155,16 +186,30 @@ class ExecutedLayer(Place):
         return step
 
 
+class _OfLayer(Context, Protocol):
+    executed: ExecutedLayer
+
+
+class _OfModule(Context, Protocol):
+    executed: ExecutedModule
+    made_by: str
+
+
 class RuledLayer(TapeFunction):
     """A linear layer or convolution under a formula, on the tape."""
 
     @staticmethod
     def forward(executed: ExecutedLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Run the layer."""
-        return executed.execute(x)
+        """Run the layer itself."""
+        lent, function = executed.lent, executed.function
+        z: Tensor = function(x) if lent is None else lent.taken_down(function, x)
+        executed.dtype = z.dtype
+        return alias(z) if is_view(z) else z
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(
+        ctx: _OfLayer, inputs: tuple[ExecutedLayer, Tensor, Tensor, Tensor | None], output: Tensor
+    ) -> None:
         """Keep what the rule reads."""
         executed, x, weight, bias = inputs
         if executed.lent is not None:
@@ -176,10 +221,15 @@ class RuledLayer(TapeFunction):
             ctx.save_for_backward(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, out_relevance: Tensor) -> object:
+    def backward(ctx: _OfLayer, out_relevance: Tensor) -> object:
         """Turn the relevance of the output into that of the input."""
-        executed: ExecutedLayer = ctx.executed
+        executed = ctx.executed
         saved = ctx.saved_tensors
+        directly = executed.directly
+        if directly is not None and executed.dtype is saved[0].dtype and not torch.is_grad_enabled():
+            found = directly(executed.form, out_relevance, *saved)
+            if found is not None:
+                return None, found, None, None
         step = executed.step(*saved)
         (relevance,) = executed.rule.propagate(step, (added_up(out_relevance),))
         if relevance is not None and relevance.device != saved[0].device:
@@ -206,11 +256,12 @@ class ExecutedModule:
         self.leaves: list[Any] = list(args)
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             self.leaves, self.spec = tree_flatten((args, kwargs))
-        self.at = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        tensors = {i: leaf for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)}
+        self.at = list(tensors)
         self.names: dict[int, str] = {}
         if isinstance(self.module, Operation):
             names = self.module.parameter_names(args, kwargs)
-            self.names = {i: names[i] for i in self.at if not on_tape(self.leaves[i])}
+            self.names = {i: names[i] for i, x in tensors.items() if not on_tape(x)}
             self.at = [i for i in self.at if i not in self.names]
         of = self.module
         draws = "dropout" in of.name if isinstance(of, Operation) else remembers(of)
@@ -314,7 +365,7 @@ class Ruled(TapeFunction):
         return executed.execute(tensors)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: _OfModule, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep what the rule reads."""
         ctx.executed = executed = inputs[0]
         ctx.made_by = type(executed.module).__name__
@@ -327,7 +378,7 @@ class Ruled(TapeFunction):
         )
 
     @staticmethod
-    def backward(ctx: Any, *out_relevance: Tensor) -> object:
+    def backward(ctx: _OfModule, *out_relevance: Tensor) -> object:
         """Turn the relevance of the outputs into that of the inputs."""
-        executed: ExecutedModule = ctx.executed
+        executed = ctx.executed
         return None, *executed.rule.propagate(executed.step(ctx.saved_tensors), out_relevance)

@@ -10,9 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from tdhook.relevance.propagation.operation import Operation
+from tdhook.tape.internals import children_of
 
 __all__ = ["ClosedForm", "DenseForm", "closed_form", "makes_weights"]
 
@@ -65,7 +67,7 @@ class DenseForm(ClosedForm):
 class ConvForm(ClosedForm):
     """Convolutions in one to three dimensions, transposed or not: ``[N, C, *]`` or ``[C, *]``."""
 
-    def __init__(self, layer: nn.modules.conv._ConvNd) -> None:
+    def __init__(self, layer: _ConvNd) -> None:
         self.transposed = layer.transposed
         self.rank = len(layer.kernel_size)
         self.groups = layer.groups
@@ -165,7 +167,7 @@ def makes_weights(module: nn.Module) -> bool:
 
     So may all that are no layers of torch: they standardise their weights, say, or are parametrised.
     """
-    if module._modules and not is_parametrized(module):
+    if children_of(module) and not is_parametrized(module):
         return False
     if isinstance(module, Operation) or type(module).__module__.startswith("torch.nn.modules."):
         return False
@@ -180,7 +182,7 @@ def closed_form(module: nn.Module) -> ClosedForm | None:
     cls = type(module)
     # Modules that torch.jit compiled have no forward that could be asked for.
     forward = getattr(cls, "forward", None)
-    if module._modules and is_parametrized(module):
+    if children_of(module) and is_parametrized(module):
         return None
     if forward is nn.Linear.forward:
         return _DENSE

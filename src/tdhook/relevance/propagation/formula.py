@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Run
 from tdhook.relevance.propagation.differences import formula_of_layer, formula_of_module
-from tdhook.relevance.propagation.executed import running_layer, running_module
+from tdhook.relevance.propagation.executed import Directly, running_layer, running_module
 from tdhook.relevance.propagation.forms import closed_form, makes_weights
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.params import require_parameters
@@ -32,8 +32,8 @@ class PropagationRule(RunningRule):
         zero_params: names of parameters that it treats as zero.
         reruns: whether it may run the step once more (``step.modified``, ``step.constants``), for which what the module
             holds is kept.
-        abbreviates: the formula that :meth:`shortcut` is short for. A class with a :meth:`propagate` of its own has no
-            shortcut unless it names one.
+        abbreviates: the formula that :meth:`shortcut` and :meth:`directly` are short for. A class with a
+            :meth:`propagate` of its own has neither unless it names one.
     """
 
     needs_inputs: ClassVar[bool] = True
@@ -81,18 +81,27 @@ class PropagationRule(RunningRule):
         """A cheaper way to the result of the formula that the rule ``abbreviates``, if there is one for the module."""
         return None
 
+    def directly(self) -> Directly | None:
+        """What the formula comes to on a layer in closed form, if it takes less there than by a step."""
+        return None
+
+    @property
+    def _is_abbreviated(self) -> bool:
+        """Whether its shorter ways are those of this very formula."""
+        return type(self).propagate is type(self).abbreviates
+
     def running(self, module: nn.Module, flow: Convention) -> Run:
-        """How calls run: by the shortcut, if it is one for this very formula, or by the formula."""
-        short = None
-        if type(self).propagate is type(self).abbreviates:
-            short = self.shortcut(module, flow)
+        """How calls run: by the shortcut, if there is one, or by the formula."""
+        short = self.shortcut(module, flow) if self._is_abbreviated else None
         return self.by_formula(module, flow) if short is None else short
 
     def by_formula(self, module: nn.Module, flow: Convention) -> Run:
         """How calls run by :meth:`propagate`: in closed form where the module has one."""
         run, form = running_module(self), closed_form(module)
         if form is not None:
-            run = running_layer(self, module, form, run)
+            directly = self.directly() if self._is_abbreviated else None
+            checks = type(self).check is not PropagationRule.check
+            run = running_layer(self, module, form, run, directly, checks=checks)
         return converted(run, self.convention, flow)
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from tdhook.tape.internals import parameters_of
 from tdhook.tape.undoing import undone
 
 __all__ = ["ParamModifier", "ZeroParams", "require_parameters", "zero_param_names"]
@@ -46,7 +47,7 @@ def require_parameters(names: Iterable[str], modules: Iterable[nn.Module]) -> No
     Raises:
         ValueError: one of ``names`` is none of theirs.
     """
-    own = {key for module in modules for layer in module.modules() for key in layer._parameters}
+    own = {key for module in modules for layer in module.modules() for key in parameters_of(layer)}
     known = {"weight", "bias"} | own
     for name in names:
         if name not in known:
@@ -68,8 +69,8 @@ class ParamModifier:
     """
 
     def __init__(self, modify_fn: ModifyFn | None = None, select_fn: SelectFn | None = None) -> None:
-        self._modify_fn: ModifyFn = modify_fn or (lambda name, param: param)
-        self._select_fn: SelectFn = select_fn or (lambda name, param: False)
+        self.modify_fn: ModifyFn = modify_fn or (lambda name, param: param)
+        self.select_fn: SelectFn = select_fn or (lambda name, param: False)
 
     @contextmanager
     def __call__(self, module: nn.Module) -> Iterator[nn.Module]:
@@ -82,13 +83,14 @@ class ParamModifier:
 
         with undone(put_back):
             for prefix, owner in list(module.named_modules()):
-                for key, param in list(owner._parameters.items()):
+                for key, param in list(parameters_of(owner).items()):
                     name = f"{prefix}.{key}" if prefix else key
-                    if param is None or not self._select_fn(name, param):
+                    if param is None or not self.select_fn(name, param):
                         continue
-                    replacement = self._modify_fn(name, param)
-                    originals.append((owner._parameters, key, param))
-                    owner._parameters[key] = replacement
+                    replacement = self.modify_fn(name, param)
+                    registry: dict[str, Any] = parameters_of(owner)
+                    originals.append((registry, key, param))
+                    registry[key] = replacement
             yield module
 
     @staticmethod
@@ -97,12 +99,12 @@ class ParamModifier:
         chain = tuple(modifiers)
 
         def select(name: str, param: Tensor) -> bool:
-            return any(modifier._select_fn(name, param) for modifier in chain)
+            return any(modifier.select_fn(name, param) for modifier in chain)
 
         def modify(name: str, param: Tensor) -> Tensor:
             for modifier in chain:
-                if modifier._select_fn(name, param):
-                    param = modifier._modify_fn(name, param)
+                if modifier.select_fn(name, param):
+                    param = modifier.modify_fn(name, param)
             return param
 
         return ParamModifier(modify_fn=modify, select_fn=select)

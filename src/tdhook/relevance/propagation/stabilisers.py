@@ -17,7 +17,17 @@ from torch import Tensor
 
 from tdhook.tape.functions import on_tape
 
-__all__ = ["Stabilizer", "checked", "moved_away", "number", "quotient", "rounding", "saturated", "stabilize"]
+__all__ = [
+    "Stabilizer",
+    "checked",
+    "kept_number",
+    "moved_away",
+    "number",
+    "quotient",
+    "rounding",
+    "saturated",
+    "stabilize",
+]
 
 Stabilizer: TypeAlias = "float | Callable[[Tensor], Tensor]"
 # An eighth of the largest number of float16: what is made of quotients still fits. Other precisions have the room.
@@ -42,30 +52,30 @@ def stabilize(tensor: Tensor, epsilon: Stabilizer = 1e-6) -> Tensor:
 
 def _moved(tensor: Tensor, epsilon: float) -> Tensor:
     # Negative zero is zero: adding zero makes it positive.
-    return _added(torch.copysign(_distance(tensor, epsilon), tensor + 0.0), tensor)
+    return _moved_along(tensor, tensor + 0.0, epsilon)
 
 
 def moved_away(tensor: Tensor, epsilon: float) -> Tensor:
     """:func:`stabilize` where it does not matter which way a negative zero is moved."""
-    return _added(torch.copysign(_distance(tensor, epsilon), tensor), tensor)
+    return _moved_along(tensor, tensor, epsilon)
 
 
-def _added(step: Tensor, tensor: Tensor) -> Tensor:
-    """Their sum, in the memory of ``step`` unless the tape has kept it."""
-    if torch.is_grad_enabled() and on_tape(step):
-        return step + tensor
-    return step.add_(tensor)
+def _moved_along(tensor: Tensor, sign: Tensor, epsilon: float) -> Tensor:
+    step = torch.copysign(_distance(tensor, epsilon), sign)
+    # In its memory, unless the tape has kept it.
+    return step + tensor if torch.is_grad_enabled() and on_tape(step) else step.add_(tensor)
 
 
 def _distance(tensor: Tensor, epsilon: float) -> Tensor:
     dtype = tensor.dtype if tensor.is_floating_point() else torch.get_default_dtype()
     if torch.compiler.is_compiling():
         return torch.full((), epsilon, dtype=dtype, device=tensor.device)
-    return _number(epsilon, dtype, tensor.device)
+    return kept_number(epsilon, dtype, tensor.device)
 
 
 @lru_cache
-def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def kept_number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a tensor, which is made once. No graph must be traced meanwhile, which would not know it."""
     with torch.inference_mode(False):
         return torch.full((), value, dtype=dtype, device=device)
 

@@ -29,10 +29,14 @@ class WeightCache:
 
     Args:
         layers: those whose weights may be modified.
+
+    Attributes:
+        keeps_none: whether all of these are small.
     """
 
     def __init__(self, layers: Iterable[nn.Module] = ()) -> None:
         self._layers: WeakSet[nn.Module] = WeakSet(layer for layer in layers if _may_be_large(layer))
+        self.keeps_none = len(self._layers) == 0
         self._own: dict[int, Tensor] = {}
         self._kept: WeakKeyDictionary[nn.Module, dict[Hashable, _Kept]] = WeakKeyDictionary()
 

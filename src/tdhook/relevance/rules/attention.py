@@ -76,7 +76,7 @@ class AttentionRule(RunningRule):
         scaled = [_times(x, factor) for x, factor in zip(operands, factors, strict=True)]
         outputs = call.function(*scaled, *args[4:], **named)
         kept = [f for x, f in zip(operands, factors, strict=True) if isinstance(x, Tensor) and on_tape(x)]
-        unscaled = call._replace(args=(*operands, *args[4:]), kwargs=named)
+        unscaled = call.given((*operands, *args[4:]), named)
         return with_constants(unscaled, outputs, factors=kept)
 
 

@@ -17,11 +17,12 @@ from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import with_constants
 from tdhook.relevance.propagation.conversions import Damped, PerValue, Scaled, TimesValue
 from tdhook.relevance.propagation.differences import secant
-from tdhook.relevance.propagation.forms import closed_form
+from tdhook.relevance.propagation.executed import Directly
+from tdhook.relevance.propagation.forms import ClosedForm, closed_form
 from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.params import ZeroParams, zero_param_names
-from tdhook.relevance.propagation.stabilisers import Stabilizer, checked, rounding
+from tdhook.relevance.propagation.stabilisers import Stabilizer, checked, kept_number, rounding
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.rules.shares import itself, modified_by, per_unit, report_bias, share_of
 from tdhook.tape.functions import live
@@ -104,6 +105,19 @@ class EpsilonRule(PropagationRule):
     def _by_secant(self, module: nn.Module, flow: Convention) -> Run:
         return secant(module, flow)
 
+    def directly(self) -> Directly | None:
+        """Relevance per unit of output, pulled back through the layer, times the input."""
+        return self._at_layer
+
+    def _at_layer(
+        self, form: ClosedForm, r: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor
+    ) -> Tensor | None:
+        epsilon = self.epsilon
+        if callable(epsilon) or epsilon == 0 or self.zero_params:
+            return None
+        stabilised = torch.copysign(kept_number(epsilon, z.dtype, z.device), z).add_(z)
+        return form.adjoint(r / stabilised, x, weight).mul_(x)
+
     def _between_factors(self, call: Call) -> object:
         setting = call.setting
         outputs = self._natively(call.live(TimesValue.apply))
@@ -176,6 +190,10 @@ class SoftmaxEpsilonRule(EpsilonRule):
             amount = r * (1 - counted + (s * counted).sum(_axis(step), keepdim=True))
             step.report("constant", torch.where(r == 0, 0.0, amount))
         return (r - s * r.sum(_axis(step), keepdim=True)) * x, *(None for _ in others)
+
+    def directly(self) -> None:
+        """On a layer it is as on any module."""
+        return
 
     def shortcut(self, module: nn.Module, flow: Convention) -> Run | None:
         """In the gradient convention the formula is the plain backward pass."""

@@ -84,7 +84,7 @@ class SignalTakeAllRule(RunningRule):
                 arguments[i] = arguments[i].detach()
         n_args = len(call.args)
         kwargs = dict(zip(call.kwargs, arguments[n_args:], strict=True))
-        call = call._replace(args=tuple(arguments[:n_args]), kwargs=kwargs)
+        call = call.given(tuple(arguments[:n_args]), kwargs)
         outputs = call.execute()
         if equal != 1:
             outputs = live(lambda z: Scaled.apply(z, equal), outputs)

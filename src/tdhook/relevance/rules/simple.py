@@ -21,6 +21,7 @@ from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.secants.slopes import slopes
 from tdhook.selectors.kinds import WINNER
 from tdhook.tape.functions import on_tape
+from tdhook.tape.internals import children_of
 from tdhook.tape.trees import tree_leaves
 
 __all__ = ["IgnoreRule", "PassRule", "StopRule", "UniformRule"]
@@ -59,15 +60,18 @@ class PassRule(PropagationRule):
     def shortcut(self, module: nn.Module, flow: Convention) -> Run:
         """A function of one tensor: relevance is handed on; in the gradient convention, ``g_x = g_z * z / x``."""
         name, formula = type(module).__name__, self.by_formula(module, flow)
+        children = children_of(module)
         if flow == "gradient" and name in _HOMOGENEOUS:
             return lambda call: call.natively() if _takes_one_on_tape(call) else formula(call)
 
         def run(call: Call) -> object:
             if not _takes_one_on_tape(call):
                 return formula(call)
+            _, own, args, kwargs, _ = call
+            alone = len(args) == 1 and not (kwargs or children or module.__dict__.get("inplace"))
 
             def function(x: Tensor) -> Any:
-                z = call.on(x).natively()
+                z = own(x) if alone else call.on(x).natively()
                 if not isinstance(z, Tensor):
                     z = tree_leaves(z)
                     self.check(module, (x,), [leaf for leaf in z if isinstance(leaf, Tensor)])
@@ -77,7 +81,8 @@ class PassRule(PropagationRule):
 
             try:
                 if flow == "relevance":
-                    return with_masks(call, call.args[0], Unchanged.apply(call.args[0], function, name))
+                    z = Unchanged.apply(call.args[0], function, name)
+                    return z if call.setting.report is None else with_masks(call, call.args[0], z)
                 return Ratio.apply(call.args[0], function, name, call.setting.report)
             except NotOneTensor:
                 return formula(call)
@@ -95,8 +100,8 @@ class PassRule(PropagationRule):
 
 def _takes_one_on_tape(call: Call) -> bool:
     """Whether the first argument is on the tape, and the only tensor."""
-    args, kwargs = call.args, call.kwargs
-    if not args or not isinstance(args[0], Tensor) or not on_tape(args[0]):
+    _, _, args, kwargs, _ = call
+    if not args or not isinstance(args[0], Tensor) or not (args[0].requires_grad or on_tape(args[0])):
         return False
     return not (len(args) > 1 and _has_tensor(args[1:])) and not (kwargs and _has_tensor(kwargs))
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tdhook.relevance.secants.averages import average
 from tdhook.relevance.secants.pair import Grads, Pair
@@ -55,8 +57,8 @@ class Normalisation:
         eps = torch.finfo(x.dtype).eps if eps is None else float(eps)
         if isinstance(module, nn.GroupNorm):
             return Normalisation(_channels(weight, x), _channels(bias, x), eps, groups=module.num_groups)
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            per_sample = isinstance(module, nn.modules.instancenorm._InstanceNorm)
+        if isinstance(module, _NormBase):
+            per_sample = isinstance(module, _InstanceNorm)
             groups = x.shape[1] if per_sample else 0
             return Normalisation(_channels(weight, x), _channels(bias, x), eps, groups=groups)
         centred = not any("RMSNorm" in cls.__name__ for cls in type(module).__mro__)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from tdhook.relevance.secants.averages import average, product
 from tdhook.relevance.secants.norms import normalised
 from tdhook.relevance.secants.pair import Pull
+from tdhook.relevance.secants.products import matrix_product, pointwise_product
 from tdhook.relevance.secants.shares import log_softmax, logsumexp, softmax
 from tdhook.relevance.secants.slopes import choice, filled, quotient, scaled, slopes
 from tdhook.relevance.secants.winners import winner
@@ -22,7 +23,9 @@ _SECANTS: Mapping[str, Pull] = {
     **dict.fromkeys(PRODUCTS | LINEAR, product),
     **dict.fromkeys(WINNER, winner),
     **dict.fromkeys(NORMS, normalised),
-    **dict.fromkeys(("add", "sub", "rsub", "mul"), scaled),
+    **dict.fromkeys(("add", "sub", "rsub"), scaled),
+    "mul": pointwise_product,
+    **dict.fromkeys(("matmul", "bmm", "mm"), matrix_product),
     "div": quotient,
     "softmax": softmax,
     "log_softmax": log_softmax,
