@@ -352,7 +352,7 @@ class ExplainedModule(TensorDictModuleBase):
             integers = [self.entry(key) for key in setup.leaves.integers]
             integers += [("spread", *parts_of(key)) for key in setup.leaves.integers]
             self.out_keys = [key for key in self.out_keys if key not in integers]
-        below = [(name,) for name in self._method.writes_under]
+        below = [parts_of(name) for name in self._method.writes_under]
         if setup.input_modules:
             below.append(parts_of(self._method.attribution_key))
         for ours in below:

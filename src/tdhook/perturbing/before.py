@@ -29,23 +29,24 @@ def step_before(key: NestedKey, value: Tensor, td: TensorDictBase) -> Tensor:
         key: of the value.
         value: ``[*batch, *shape]``.
         td: of batch size ``[*batch]``. A step has none before it where ``"is_init"`` says that a trajectory begins,
-            where ``("next", "done")``, ``"terminated"`` or ``"truncated"`` said that one ended, or where
-            ``("collector", "traj_ids")`` is another one.
+            where ``("next", "done")``, ``"terminated"`` or ``"truncated"`` said that one ended, where
+            ``("collector", "traj_ids")`` is another one, or where it is not what came ``"next"``.
 
     Raises:
         ValueError: nothing says which axis is time, or the batch is no trajectory along it.
     """
-    told = td.get((PREVIOUS, *parts_of(key)), None)
+    told: Tensor | None = td.get((PREVIOUS, *parts_of(key)), None)
     if told is not None:
         return told.to(value)
     axis = _time(td)
     before = _shifted(value, axis)
     begins = _begins(td, axis)
+    broken = _broken(key, value, td, axis, begins)
+    if broken is not None:
+        begins = broken if begins is None else begins | broken
     if begins is None:
         return before
-    beside = begins.reshape(begins.shape + (1,) * (value.dim() - begins.dim()))
-    _require_succession(key, value, td, axis, beside)
-    return torch.where(beside, value, before)
+    return torch.where(begins.reshape(begins.shape + (1,) * (value.dim() - begins.dim())), value, before)
 
 
 def markers(td: TensorDictBase) -> list[NestedKey]:
@@ -61,7 +62,7 @@ def _is_flag(parts: tuple[str, ...]) -> bool:
 
 
 def _time(td: TensorDictBase) -> int:
-    names = td.names if td.batch_dims else []
+    names: list[str | None] = td.names if td.batch_dims else []
     if "time" in names:
         return names.index("time")
     if td.batch_dims and "next" in td:
@@ -79,7 +80,7 @@ def _shifted(value: Tensor, axis: int) -> Tensor:
 
 
 def _begins(td: TensorDictBase, axis: int) -> Tensor | None:
-    """Which steps are the first of their trajectory, as far as they are told, ``[*batch]``."""
+    """Which steps are the first of their trajectory, as far as flags tell, ``[*batch]``."""
     found: Tensor | None = None
     for begins in _told(td, axis):
         found = begins if found is None else found | begins
@@ -102,16 +103,27 @@ def _told(td: TensorDictBase, axis: int) -> Iterator[Tensor]:
             yield ended
 
 
-def _require_succession(key: NestedKey, value: Tensor, td: TensorDictBase, axis: int, begins: Tensor) -> None:
-    """Raise where steps do not follow each other, as in what a buffer drew at random."""
+def _broken(
+    key: NestedKey, value: Tensor, td: TensorDictBase, axis: int, begins: Tensor | None
+) -> Tensor | None:
+    """Where a value is not what the step before it has under ``"next"``, as where a buffer joined slices.
+
+    Raises:
+        ValueError: it mostly is not, as in what a buffer drew at random.
+    """
     after = td.get(unravel_key(("next", *parts_of(key))), None)
-    if after is None or torch.compiler.is_compiling():
-        return
-    goes_on = ~begins.reshape(td.batch_size)
+    if after is None:
+        return None
     differs = (_shifted(after, axis) != value).reshape(*td.batch_size, -1).any(-1)
+    differs.narrow(axis, 0, 1).fill_(True)
+    if torch.compiler.is_compiling():
+        return differs
+    goes_on = torch.ones_like(differs) if begins is None else ~begins
+    goes_on.narrow(axis, 0, 1).fill_(False)
     if 2 * int((differs & goes_on).sum()) > int(goes_on.sum()):
         raise ValueError(
             f'baseline="previous" is the step before along axis {axis} of the batch, and there {key!r} is mostly not '
             "what the step before has under 'next': give whole trajectories (a SliceSampler draws them), or record "
-            "them with the transform tdhook.rl.StepBefore()"
+            "the step before with the transform tdhook.rl.StepBefore()"
         )
+    return differs
