@@ -28,7 +28,15 @@ from tdhook.plain import DEEPEST
 from tdhook.targets import Key, Target
 from tdhook.targets.outputs import Index
 
-__all__ = ["read_baseline", "read_composite", "read_key", "read_target", "write_key", "write_target"]
+__all__ = [
+    "baseline_in",
+    "read_baseline",
+    "read_composite",
+    "read_key",
+    "read_target",
+    "write_key",
+    "write_target",
+]
 
 # What opens and closes, and what hides it: text in quotes, and comments.
 _JSON = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
@@ -50,13 +58,15 @@ def read_composite(text: str | os.PathLike[str]) -> Composite:
         text: name of a preset, with parameters where it needs them (``epsilon_gamma_box:low=-1,high=1``, values as in
             TOML); or path of a file that ends in ``.toml`` or ``.json``.
 
+    What else a file says under ``baseline`` is left to :func:`baseline_in`.
+
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: TOML is read on Python 3.10 and ``tomli`` is not installed.
         ValueError: there is no such preset, or what is written makes no composite. The message says where.
     """
     name = os.fspath(text)
-    if Path(name).suffix.lower() in (".toml", ".json"):
+    if _is_file(name):
         return _from_file(Path(name))
     name, _, parameters = name.partition(":")
     if name not in PRESETS:
@@ -69,7 +79,11 @@ def read_composite(text: str | os.PathLike[str]) -> Composite:
         raise ValueError(f"{error} (parameters are written like epsilon_gamma_box:low=-1,high=1)") from error
 
 
-def _from_file(path: Path) -> Composite:
+def _is_file(text: str) -> bool:
+    return Path(text).suffix.lower() in (".toml", ".json")
+
+
+def _table_in(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no composite file {str(path)!r}")
     kind = path.suffix[1:].upper()
@@ -80,6 +94,12 @@ def _from_file(path: Path) -> Composite:
         raise ValueError(f"{path} is not valid {kind}: {error}") from error
     if not isinstance(data, Mapping):
         raise ValueError(f"{path} holds no table, and a composite is one, with 'preset', 'pairs' or both")
+    return dict(data)
+
+
+def _from_file(path: Path) -> Composite:
+    data = _table_in(path)
+    data.pop("baseline", None)
     if not isinstance(data.get("pairs", []), list):
         raise ValueError(f"{path}: 'pairs' is a list of tables, each with 'select' and 'rule'")
     try:
@@ -154,6 +174,30 @@ def read_target(text: str) -> Target:
     """
     key, *index = _split(text, ":", 1)
     return Target(read_key(key), _read_index("".join(index), text))
+
+
+def baseline_in(text: str | os.PathLike[str]) -> str | None:
+    """What a composite file says under ``baseline``, as one text; ``None`` where it says nothing.
+
+    That is a number, a text as :func:`read_baseline` takes it, or a table of these by key.
+
+    Args:
+        text: as :func:`read_composite` takes it: the name of a preset has no baseline.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is none of these.
+    """
+    name = os.fspath(text)
+    given = _table_in(Path(name)).get("baseline") if _is_file(name) else None
+    if given is None:
+        return None
+    parts = given if isinstance(given, Mapping) else {"": given}
+    if not parts or not all(type(one) in (int, float, str) for one in parts.values()):
+        raise ValueError(
+            f"{name}: 'baseline' is {_shortened(repr(given))}; a baseline is {_BASELINES}, here a table of these"
+        )
+    return ",".join(f"{key}={one}" if key else f"{one}" for key, one in parts.items())
 
 
 def read_baseline(text: str) -> References:
