@@ -63,8 +63,9 @@ def _is_flag(parts: tuple[str, ...]) -> bool:
 
 def _time(td: TensorDictBase) -> int:
     names: list[str | None] = td.names if td.batch_dims else []
-    if "time" in names:
-        return names.index("time")
+    for axis, name in enumerate(names):
+        if name == "time":
+            return axis
     if td.batch_dims and "next" in td:
         return td.batch_dims - 1
     raise ValueError(
