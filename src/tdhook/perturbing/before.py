@@ -66,8 +66,9 @@ def _time(td: TensorDictBase) -> int:
     for axis, name in enumerate(names):
         if name == "time":
             return axis
-    if td.batch_dims and "next" in td:
-        return td.batch_dims - 1
+    last: int = td.batch_dims - 1
+    if last >= 0 and "next" in td:
+        return last
     raise ValueError(
         f'baseline="previous" is the step before, and nothing says which axis of the batch {list(td.batch_size)} is '
         'time: name it, td.names = [..., "time"]; where a policy acts, have the environment tell by the transform '
