@@ -140,7 +140,9 @@ class _Runs:
         td = self.runner.td
         if td.batch_dims != 1 or len(td) < 2 or one.entries:
             return False
-        return set(self.runner.setup.in_keys) <= set(one.replaced)
+        if not set(self.runner.setup.in_keys) <= set(one.replaced):
+            return False
+        return all(torch.equal(value, value[:1].expand_as(value)) for value in one.replaced.values())
 
     def _is_alike(self, one: Drawn) -> bool:
         """Whether a run on one row does to it what one on all of the batch did to each."""

@@ -190,19 +190,19 @@ class References:
     ) -> Tensor:
         rows = value.reshape(-1, *value.shape[dims:])
         if isinstance(given, str | tuple) and not (isinstance(given, str) and given in NAMES):
-            return _entry(cast(NestedKey, given), key, value, td)
+            return _laid_out_as(value, _entry(cast(NestedKey, given), key, value, td))
         if isinstance(given, str):
             if given == PREVIOUS:
-                return fitting(step_before(key, value, td), key, value)
+                return _laid_out_as(value, fitting(step_before(key, value, td), key, value))
             source = self._source(key, value, dims, None)
             made = (
                 _mean(source) if given == "mean" else source[chosen(len(source), len(rows)).to(source.device)]
             )
         else:
             made = given(rows) if callable(given) else torch.as_tensor(given)
-            if made.shape == value.shape:
-                return fitting(made, key, value)
-        return fitting(made, key, rows).reshape(value.shape)
+            if made.dim() > 1 and made.shape == value.shape:
+                made = made.reshape(rows.shape)  # a row each
+        return _laid_out_as(value, fitting(made, key, rows).reshape(value.shape))
 
     def _rows(self, key: NestedKey, rows: Tensor) -> Tensor:
         assert self.data is not None
@@ -301,6 +301,11 @@ def as_references(baseline: Baseline | References | None, samples: int) -> Refer
     if isinstance(baseline, TensorDictBase):
         return References("sample", samples, baseline)
     return References(baseline, samples)
+
+
+def _laid_out_as(value: Tensor, made: Tensor) -> Tensor:
+    """With the strides of a value: a model may ask for these, as it does before it overwrites."""
+    return made if made.stride() == value.stride() else torch.empty_like(value).copy_(made)
 
 
 def _plain(key: NestedKey) -> NestedKey:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from tdhook.tape.dependence import leaf
 from tdhook.tape.functions import parts
+from tdhook.tape.internals import transformed
 from tdhook.tape.trees import Shape, tree_leaves, tree_unflatten
 
-__all__ = ["Grads", "Pair", "Pull", "difference", "inner", "pulled"]
+__all__ = ["Grads", "Pair", "Pull", "difference", "inner", "pull_back", "pulled"]
 
 Grads: TypeAlias = "tuple[Tensor | None, ...]"
 Pull: TypeAlias = "Callable[[Pair, Sequence[Tensor]], Grads]"
@@ -84,10 +85,10 @@ class Pair:
         return args, kwargs
 
     def between(self, place: float) -> tuple[list[Tensor], dict[int, Tensor]]:
-        """What goes in on the way from the reference (0) to the call (1): leaves of a tape, and others by index."""
-        inputs = [leaf(_mixed(s, x, place)) for s, x in zip(self.starts, self.ends, strict=True)]
+        """What goes in on the way from the reference (0) to the call (1), and what differs beside it by index."""
+        inputs = [_mixed(s, x, place) for s, x in zip(self.starts, self.ends, strict=True)]
         moving = [i for i, start in self.beside.items() if start.is_floating_point() or start.is_complex()]
-        others = {i: leaf(_mixed(self.beside[i], self.leaves[i], place)) for i in moving}
+        others = {i: _mixed(self.beside[i], self.leaves[i], place) for i in moving}
         return inputs, others
 
     def run(self, inputs: Sequence[Tensor], others: Mapping[int, Tensor] | None = None) -> tuple[Tensor, ...]:
@@ -104,11 +105,34 @@ class Pair:
     def pull(self, place: float, grads: Sequence[Tensor]) -> tuple[Grads, dict[int, Tensor]]:
         """The vector-Jacobian product on the way: for the inputs, and for what differs beside them."""
         inputs, others = self.between(place)
-        with torch.enable_grad():
-            outputs = self.run(inputs, others)
-        found = pulled([*inputs, *others.values()], outputs, grads)
+
+        def run(*values: Tensor) -> tuple[Tensor, ...]:
+            return self.run(values[: len(inputs)], dict(zip(others, values[len(inputs) :], strict=True)))
+
+        found = pull_back(run, [*inputs, *others.values()], grads)
         rest = {i: g for i, g in zip(others, found[len(inputs) :], strict=True) if g is not None}
         return found[: len(inputs)], rest
+
+
+def pull_back(
+    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> Grads:
+    """The vector-Jacobian product of a function, also inside ``torch.vmap``."""
+    if not transformed():
+        leaves = [leaf(x) for x in inputs]
+        with torch.enable_grad():
+            outputs = function(*leaves)
+        return pulled(leaves, outputs, grads)
+    kinds: list[bool] = []
+
+    def differentiable(*values: Tensor) -> tuple[Tensor, ...]:
+        outputs = function(*values)
+        kinds[:] = [z.is_floating_point() or z.is_complex() for z in outputs]
+        return tuple(z for z, kind in zip(outputs, kinds, strict=True) if kind)
+
+    pull = torch.func.vjp(differentiable, *inputs)[1]
+    found: Grads = pull(tuple(g for g, kind in zip(grads, kinds, strict=True) if kind))
+    return found
 
 
 def pulled(inputs: Sequence[Tensor], outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Grads:

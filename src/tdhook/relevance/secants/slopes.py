@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from tdhook.relevance.secants.averages import average, product
-from tdhook.relevance.secants.pair import Grads, Pair, pulled
-from tdhook.tape.dependence import leaf
+from tdhook.relevance.secants.pair import Grads, Pair, pull_back
 
 __all__ = ["choice", "filled", "quotient", "scaled", "slope", "slopes"]
 
@@ -74,7 +73,9 @@ def slope(
         near = torch.where(same, (x > 0).to(x.dtype), ratio)
     else:
         middle = _derivative(function, torch.where(x == start, x, (x + start) / 2))
-        size = torch.maximum(z.abs(), before.abs()) + middle.abs() * torch.maximum(x.abs(), start.abs())
+        far = torch.maximum(x.abs(), start.abs())
+        # What functions compute on their way is of the size of their argument, up to one.
+        size = torch.maximum(z.abs(), before.abs()) + middle.abs() * far + far.clamp(max=1.0)
         noise = 8 * torch.finfo(x.dtype).eps * size / step.abs()
         near = torch.where(same | ((ratio - middle).abs() <= noise), middle, ratio)
     # Where both are infinite, as masks are, nothing is different.
@@ -85,10 +86,7 @@ _KINKED = frozenset(("relu", "ReLU"))
 
 
 def _derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-    x = leaf(at)
-    with torch.enable_grad():
-        z = function(x)
-    found = pulled([x], [z], [torch.ones_like(z)])[0]
+    found = pull_back(lambda x: (function(x),), [at], [torch.ones_like(at)])[0]
     return torch.zeros_like(at) if found is None else found
 
 
