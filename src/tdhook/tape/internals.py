@@ -224,7 +224,9 @@ set_torch_functions_seen: Callable[[Any], None] = _C._set_torch_function_state  
 
 Hooks: TypeAlias = "tuple[Callable[[Tensor], object], Callable[[Any], Tensor]]"
 
-saved_tensors_hooks_on_top: Callable[[], Hooks | None] = partial(_autograd._top_saved_tensors_default_hooks, True)
+saved_tensors_hooks_on_top: Callable[[], Hooks | None] = partial(
+    _autograd._top_saved_tensors_default_hooks, True
+)
 """The pair of hooks on saved tensors that is at work, if any."""
 
 
