@@ -50,7 +50,9 @@ the model, at these random weights, has none that is. How many these are stands 
 Each is that of the worst batch element. What a model computes in single precision whatever its weights are in, it
 computes in double precision here, so that there is something to compare with.
 
-This page is made of `benchmarks/results/supported/models.json` by a session that goes on where it was interrupted:
+This page is made of `benchmarks/results/supported/models.json` by a session that goes on where it was interrupted. A
+row stays until it is measured anew, so not all are of one state of the library; a time that ran out is that of a
+machine which did other things.
 
 ```bash
 nox -s supported                        # measure what has no result yet, and write this page
