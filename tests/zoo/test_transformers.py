@@ -40,6 +40,9 @@ ATTENTION = (
 SINGLE = ("RecurrentGemmaForCausalLM",)
 """What these lose is rounding: their recurrence computes in single precision whatever the model is in."""
 
+ROUNDING = {"ConvNextV2ForImageClassification": 3e-4}
+"""How much rounding in single precision is of a difference, where much more cancels than is left."""
+
 DECIDES_OFF_THE_TAPE = ("PhimoeForCausalLM",)
 """These choose experts within ``torch.no_grad``, where decisions are not seen, so that others are chosen."""
 
@@ -98,7 +101,7 @@ def test_all_of_a_difference_arrives(name: str) -> None:
     module, td, attributed = ready(CASES[name])
     with torch.no_grad(), Precisions() as precisions:
         Model.of(module, attributed.get("in_keys"), attributed.get("out_keys")).run(td.copy())
-    tolerance = 1e-9 if torch.float32 not in precisions.seen else 5e-5
+    tolerance = 1e-9 if torch.float32 not in precisions.seen else ROUNDING.get(name, 1e-5)
     refused = pytest.raises(RuntimeError, match="something else on the reference")
     with refused if name in DECIDES_OFF_THE_TAPE else nullcontext():
         check_difference(module, td, **attributed, target=Target("answer", "argmax"), tolerance=tolerance)
