@@ -172,7 +172,8 @@ def subject() -> Subject:
 def test_a_model_is_measured_in_double_precision_whatever_it_asks_for() -> None:
     row = measured(subject())
     assert row["gap"] < 1e-9 and row["flows"] < 1e-6
-    assert 1e-9 < row["float32"] < 1e-2, "single precision is single"
+    assert 1e-9 < row["float32"] < 1e-5, "single precision is single"
+    assert 1e-9 < row["conditioning"] < 1e-5, "weights and inputs are moved by what it rounds"
     assert torch.get_default_dtype() == torch.float32
 
 
@@ -198,6 +199,8 @@ def test_the_difference_is_that_of_the_worst_element_and_never_hides_what_is_not
         ({"gap": math.nan, "flows": 0.0, "float32": 0.0}, "gap"),
         ({"gap": 1e-9, "flows": 1e-5, "float32": 1e-6}, "flows"),
         ({"gap": 1e-9, "flows": 1e-9, "float32": math.inf}, "float32"),
+        ({"gap": 1e-9, "flows": 1e-9, "float32": 2e-3, "conditioning": 1e-4}, "float32"),
+        ({"gap": 1e-9, "flows": 1e-9, "float32": 9e-4, "conditioning": 1e-4}, "ok"),
         ({"error": "RuntimeError: no"}, "error"),
         ({"reason": "needs a package"}, "not built"),
     ],
@@ -243,10 +246,11 @@ def test_the_page_names_every_failure_in_words_that_markdown_leaves_alone() -> N
             "gap": 1e-15,
             "flows": 2e-9,
             "float32": 3e-6,
+            "conditioning": 2e-7,
         },
         {"library": "toys", "name": "c", "error": "TypeError: 'x' | <y> is_not [1]\nand more"},
     ]
     text = page(models, {"tdhook": "1", "torch": "2", "python": "3"})
-    assert "| `a_b` | A | `x` | ok | 1e-15 | 2e-9 | 3e-6 |  |" in text
-    assert r"| `c` |  |  | error |  |  |  | TypeError: 'x' \| \<y\> is\_not \[1\] and more |" in text
+    assert "| `a_b` | A | `x` | ok | 1e-15 | 2e-9 | 3e-6 | 2e-7 |  |" in text
+    assert r"| `c` |  |  | error |  |  |  |  | TypeError: 'x' \| \<y\> is\_not \[1\] and more |" in text
     assert "| ok, of those built | 50.0 % | |" in text

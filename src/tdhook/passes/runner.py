@@ -23,7 +23,7 @@ from tdhook.models.snapshots import Snapshot
 from tdhook.models.state import as_normal, without_backward_hooks
 from tdhook.passes.axes import Misread
 from tdhook.passes.forward import AsItIs, Run, Within
-from tdhook.passes.heads import NotBehind
+from tdhook.passes.heads import NotBehind, NowKnown
 from tdhook.passes.setup import Setup
 from tdhook.tape.cutting import Graph
 from tdhook.tape.overwriting import Mutated
@@ -175,7 +175,7 @@ class Runner:
                     return attempt()
                 with setup.memory.kept(always=False) as self._before:
                     return attempt()
-            except (Mutated, NotBehind, Misread):
+            except (Mutated, NotBehind, NowKnown, Misread):
                 continue
             except RuntimeError as error:
                 if setup.of_inference or "nference tensor" not in str(error):
