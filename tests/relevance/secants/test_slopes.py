@@ -119,6 +119,21 @@ def test_choices_that_jump_share_the_jump() -> None:
     assert torch.equal(found[0][both], grads[0][both]) and (found[1][both] == 0).all()
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_choices_by_a_method(by_name: bool) -> None:
+    (a, a0), (b, b0) = draw(50), draw(50)
+    b, b0 = b.roll(1), b0.roll(2)
+    mask = torch.rand(50) > 0.5
+    if by_name:
+        pair = pair_of("where", Tensor.where, [a], [a0], condition=mask, other=b)
+    else:
+        pair = pair_of("where", Tensor.where, [a, mask, b], [a0, mask, b0])
+    grads = random_grads(pair)
+    found = choice(pair, grads)
+    assert torch.equal(found[0], torch.where(mask, grads[0], 0.0))
+    assert_all_arrives(pair, grads, found)
+
+
 def test_what_is_filled_in_counts_nothing() -> None:
     x, start = draw(3, 4)
     mask = torch.rand(3, 4) > 0.5

@@ -91,10 +91,12 @@ def _derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 
 
 def choice(pair: Pair, grads: Sequence[Tensor]) -> Grads:
-    """Of ``where(condition, a, b)``."""
-    condition = pair.argument(0, "condition")
+    """Of ``where(condition, a, b)``, or ``a.where(condition, b)``."""
+    condition, at = pair.argument(0, "condition"), (1, 2)
+    if condition.dtype != torch.bool:
+        condition, at = pair.argument(1, "condition"), (0, 2)
     index = next(i for i, value in enumerate(pair.leaves) if value is condition)
-    return _chosen(pair, grads, condition, pair.beside.get(index, condition), "input", "other", (1, 2))
+    return _chosen(pair, grads, condition, pair.beside.get(index, condition), "input", "other", at)
 
 
 def filled(pair: Pair, grads: Sequence[Tensor]) -> Grads:
