@@ -111,6 +111,8 @@ def _picked(
     Returns:
         How it is pulled back, its values, and the values of what is picked at the other place.
     """
+    # Nothing times infinity, as masks are, is no number.
+    other = [torch.nan_to_num(x) if x.is_floating_point() else x for x in other]
     if transformed():
         outputs, pull = torch.func.vjp(lambda *values: pair.run(values)[:1], *at)[:2]
         (transposed,) = torch.func.vjp(pull, tuple(torch.zeros_like(z) for z in outputs))[1](tuple(other))
@@ -128,8 +130,6 @@ def picked_of(inputs: Sequence[Tensor], outputs: Sequence[Tensor], other: Sequen
 
     Picking is linear, and so is the vector-Jacobian product in its vector, whose own Jacobian picks.
     """
-    # Nothing times infinity, as masks are, is no number.
-    other = [torch.nan_to_num(x) if x.is_floating_point() else x for x in other]
     with torch.enable_grad():
         vectors = [torch.zeros_like(z).requires_grad_() if z.requires_grad else None for z in outputs]
         pairs = [(z, v) for z, v in zip(outputs, vectors, strict=True) if v is not None]
