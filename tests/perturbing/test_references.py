@@ -120,3 +120,22 @@ def test_a_compiled_explanation_reads_what_it_is_settled_to(baseline):
     for part in cut.split(4):
         found, wanted = (module(fill(part).copy())["attr", "input"] for module in (compiled, explained))
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("baseline", ["mean", "sample"])
+def test_one_element_has_nothing_to_be_compared_with(baseline):
+    with pytest.raises(ValueError, match="'input' itself where the batch has one element"):
+        method(baseline).wrap(model())(batch(1))
+    data = References(baseline, data=batch(5))
+    assert method(data).wrap(model())(batch(1))["attr", "input"].any()
+
+
+def test_measures_compare_with_all_that_they_explain():
+    from tdhook.evaluation import perturbation_curve
+
+    net, td = model(), batch(10)
+    curves = [
+        perturbation_curve(net, td, method("mean"), baseline=0.0, chunk_size=count).most.value
+        for count in (3, 10)
+    ]
+    torch.testing.assert_close(*curves)
