@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 from tdhook import LRP, Contrast, References, Target
@@ -16,8 +16,10 @@ from explained_batches import ATTR, CHOSEN, collected, q_actor
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 from torchrl.envs import Compose, InitTracker, SerialEnv, TransformedEnv
+from torchrl.modules import GRUModule, set_recurrent_mode
 
 from tdhook.rl import Explain, StepBefore, make_env
+from tdhook.targets import AtStep
 
 WHY_LEFT = Contrast(Target("action_value", 0), Target("action_value", 1))
 
@@ -133,6 +135,27 @@ def test_a_critic_at_the_next_step_is_told_what_this_step_changed():
     found = Explain(against("previous", Target("state_value")), critic, at="next")(batch)
     rise = (critic(batch["next"].clone())["state_value"] - critic(batch.clone())["state_value"])[:, 0]
     assert_close(found["attr", "next", "observation"].sum(-1), rise.detach())
+
+
+def test_a_policy_with_memory_is_compared_trajectory_by_trajectory():
+    torch.manual_seed(0)
+    gru = GRUModule(4, 8, in_keys=["observation", "h", "is_init"], out_keys=["hidden", ("next", "h")])
+    policy = TensorDictSequential(gru, TensorDictModule(nn.Linear(8, 2), ["hidden"], ["action_value"]))
+    begins = torch.zeros(3, 6, 1, dtype=torch.bool)
+    begins[:, 0] = begins[1, 3] = True
+    entries = {"observation": torch.randn(3, 6, 4), "h": torch.zeros(3, 6, 1, 8), "is_init": begins}
+    batch = TensorDict(entries, [3, 6])
+    method = LRP("deeplift", target=AtStep(Target("action_value", 0), 5), baseline="previous", ledger=True)
+    found = Explain(method, policy, ["observation"], trajectories=True, at_once=6)(batch)
+    seen = batch["observation"]
+    before = torch.cat([seen[:, :1], seen[:, :-1]], 1).where(~begins, seen)
+    with set_recurrent_mode("recurrent"), torch.no_grad():
+        here, there = (
+            policy(batch.copy().set("observation", x))["action_value"][:, 5, 0] for x in (seen, before)
+        )
+    assert_close(found[ATTR].sum((1, 2)), here - there)
+    assert not found[ATTR][1, :4].any()
+    assert found["ledger", "gap"].abs().max() < 1e-6
 
 
 def remembering(count=1):

@@ -207,6 +207,14 @@ class LRP(Attribution):
         """What the references are taken of."""
         return [] if self.references is None else self.references.reads(td)
 
+    def among(self, td: TensorDictBase) -> LRP:
+        """With means and samples of ``td``, unless the references have data of their own."""
+        if self.references is None:
+            return self
+        other = copy.copy(self)
+        other.references = self.references.among(td)
+        return other
+
     def settled(
         self, keys: Sequence[NestedKey], td: TensorDictBase, valid: Tensor | None = None
     ) -> tuple[LRP, TensorDictBase, Fill]:

@@ -78,9 +78,10 @@ def _signed(value: float) -> Text:
 
 def conservation_table(account: Conservation, against: bool = False) -> Group:
     """Where the relevance went, that of the difference from a baseline if it is ``against`` one."""
-    table = _table("Conservation of relevance", "", "mean", "of what was put in", numbers=True)
+    share_of = "of what was put in" if against else "of |target|"
+    table = _table("Conservation of relevance", "", "mean", share_of, numbers=True)
     for label, value, share in account.lines(against):
-        table.add_row(label, f"{value:+.5g}", "" if share is None else f"{share:.1%}")
+        table.add_row(label, f"{value:+.5g}", "" if share is None else f"{share:+.1%}")
     meaning = (
         f"Conservation error: {account.error:.1e}. At the worst of the steps, this part of the mean |target| is "
         "unaccounted for, lost or made on the way."

@@ -160,6 +160,10 @@ class Attribution(ABC):
         """Entries of ``td`` that are read besides those that the model and the target read."""
         return []
 
+    def among(self: Self, td: TensorDictBase) -> Self:
+        """The same, where what is explained is compared with others: with those of ``td``."""
+        return self
+
     def settled(
         self: Self, keys: Sequence[NestedKey], td: TensorDictBase, valid: Tensor | None = None
     ) -> tuple[Self, TensorDictBase, Callable[[TensorDictBase], TensorDictBase]]:

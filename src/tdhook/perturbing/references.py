@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -120,6 +121,14 @@ class References:
                 found.append(given)
         return [key for key in map(unravel_key, found) if key in td.keys(True)]
 
+    def among(self, td: TensorDictBase) -> References:
+        """The same, with means and samples of ``td`` unless there are data already."""
+        if self.data is not None:
+            return self
+        other = copy.copy(self)
+        other.data = td
+        return other
+
     def settled(
         self, keys: Sequence[NestedKey], td: TensorDictBase, valid: Tensor | None = None
     ) -> tuple[References, TensorDictBase, Fill]:
@@ -163,7 +172,14 @@ class References:
         rows = value.reshape(-1, *value.shape[dims:])
         if self.data is not None:
             return self._rows(key, rows)
-        return rows if valid is None else rows[valid.reshape(-1).to(rows.device)]
+        if valid is not None:
+            rows = rows[valid.reshape(-1).to(rows.device)]
+        if len(rows) == 1:
+            raise ValueError(
+                f"the mean or a sample of the batch is {key!r} itself where the batch has one element, and nothing "
+                'would differ: say what it is compared with, baseline=References("mean", data=...)'
+            )
+        return rows
 
     def _named(self, keys: list[NestedKey], td: TensorDictBase, number: int) -> dict[NestedKey, OneBaseline]:
         """What is given for each key, for the reference of a number."""

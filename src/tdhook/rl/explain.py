@@ -233,9 +233,13 @@ class Explain(Transform):
         self, td: TensorDictBase, source: TensorDictBase, method: Attribution
     ) -> TensorDictBase:
         """What is read, with what the batch tells of its trajectories, and what was before that which came next."""
+        whole = source
+        if self.trajectories and source.batch_dims and "time" not in source.names:
+            whole = source.copy()
+            whole.names = [*source.names[:-1], "time"]
         if not self.at:
-            return source
-        whole = source.copy()
+            return whole
+        whole = whole.copy()
         for key in method.reads(td):
             if whole.get(key, None) is None:
                 whole.set(key, td.get(key))

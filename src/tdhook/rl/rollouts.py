@@ -307,11 +307,13 @@ class Conservation:
         )
 
     def lines(self, against: bool = False) -> list[tuple[str, float, float | None]]:
-        """What was put in, what arrived and what was kept: a label, the mean, and its share of what was put in.
+        """What was put in, what arrived and what was kept: a label, the mean, and its share.
 
         Args:
-            against: whether the difference from a baseline was explained.
+            against: whether the difference from a baseline was explained. The share is one of what was put in then,
+                of which all arrives, whatever the sign of each step; else it is one of the mean size of the target.
         """
+        whole = self.target if against else self.size
         what = "the difference of the target from its baseline" if against else "the value of the target"
         kept = "stabilisers, constants" if against else "biases, stabilisers, constants"
         amounts = (
@@ -319,7 +321,7 @@ class Conservation:
             ("arrived at the inputs", self.arrived),
             (f"kept on the way by {kept}", self.absorbed),
         )
-        return [(label, value, value / self.target if self.target else None) for label, value in amounts]
+        return [(label, value, value / whole if whole else None) for label, value in amounts]
 
 
 def conservation(
