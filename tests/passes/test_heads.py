@@ -48,6 +48,15 @@ def test_a_head_is_off_the_tape_once_it_is_known(method) -> None:
     assert torch.is_grad_enabled()
 
 
+def test_a_run_on_a_reference_has_its_heads_as_the_run_that_is_explained() -> None:
+    """What are heads is known after the first run, and that on the reference must do what the first one did."""
+    head = Seen(lambda x: (x.argmax(-1), x.max(-1).values)[0])
+    explained = LRP("epsilon", target=Target("logits", 0), baseline=0.0).wrap(policy(head))
+    td = observation()
+    first, second = explained(td.clone()), explained(td.clone())
+    torch.testing.assert_close(first["attr", "observation"], second["attr", "observation"])
+
+
 def test_a_head_that_makes_the_explained_value_is_on_the_tape() -> None:
     head = Seen(lambda x: 2 * x)
     explained = LRP("epsilon", target=Target("logits", 0)).wrap(policy(head, "logits"))

@@ -11,7 +11,7 @@ pytest.importorskip("torchrl")
 
 from torchrl.modules import MultiAgentMLP
 
-from tdhook import LRP
+from tdhook import LRP, Target
 
 AGENTS, SEEN, ACTIONS, KNOWS = 4, 5, 3, 2
 PRICE = 1e-3  # of the size of weights, so that noise is not looked at
@@ -86,7 +86,7 @@ def policy(request):
     return TensorDictModule(network, [OBSERVATION], [LOGITS])
 
 
-def share(policy, composite):
+def share(policy, composite, baseline=None):
     """``[AGENTS, AGENTS]``: of the relevance for what each agent does, how much lies on what each agent saw."""
     observation, told = situations(1000, seed=1)
     td = TensorDict({"agents": {"observation": observation}}, [1000])
@@ -99,7 +99,7 @@ def share(policy, composite):
         def target(outputs, inputs, weight=weight):
             return TensorDict({"agents": {"logits": outputs[LOGITS] * weight}}, [1000])
 
-        explained = LRP(composite, target=target, ledger=True).wrap(policy)(td.clone())
+        explained = LRP(composite, target=target, baseline=baseline, ledger=True).wrap(policy)(td.clone())
         assert explained["ledger", "gap"].abs().max() < 1e-4 * explained["ledger", "target"].abs().mean()
         amount = explained["attr", "agents", "observation"].abs().sum(-1).mean(0)
         rows.append(amount / amount.sum())
@@ -109,6 +109,14 @@ def share(policy, composite):
 @pytest.mark.parametrize("composite", ["epsilon", "attn_lrp"])
 def test_relevance_lies_on_the_agent_that_knows(policy, composite):
     assert (share(policy, composite)[:, KNOWS] > 0.95).all()
+
+
+@pytest.mark.parametrize("baseline", [0.0, "mean"], ids=["zero", "mean"])
+def test_against_a_baseline_more_of_it_does(policy, baseline):
+    """Of the networks that have a weight for each agent more than 99 %; attention leaves a little to the others."""
+    against = share(policy, "deeplift", baseline)[:, KNOWS]
+    assert (against > share(policy, "epsilon")[:, KNOWS]).all()
+    assert (against > (0.985 if isinstance(policy.module, Attending) else 0.99)).all()
 
 
 def test_an_agent_that_sees_for_itself_rests_on_itself():
@@ -125,3 +133,22 @@ def test_an_agent_that_sees_for_itself_rests_on_itself():
     )
     alone = TensorDictModule(network, [OBSERVATION], [LOGITS])
     assert torch.equal(share(alone, "epsilon"), torch.eye(AGENTS))
+
+
+@pytest.mark.parametrize("composite", ["deeplift", "attn_lrp"])
+def test_networks_of_their_own_are_explained_against_a_baseline_again_and_again(composite):
+    """They run inside ``torch.vmap``: of what was met there nothing is kept for the next call."""
+    torch.manual_seed(0)
+    policy = TensorDictModule(centralised(False), [OBSERVATION], [LOGITS])
+    observation, _ = situations(6, seed=1)
+    td = TensorDict({"agents": {"observation": observation}}, [6])
+    explained = LRP(composite, target=Target(LOGITS, (0, 1)), baseline=0.0).wrap(policy)
+    first, second = (explained(td.clone())["attr", "agents", "observation"] for _ in range(2))
+    with torch.no_grad():
+        risen = network_at(policy, observation) - network_at(policy, torch.zeros_like(observation))
+    torch.testing.assert_close(first.sum((1, 2)), risen)
+    assert torch.equal(first, second)
+
+
+def network_at(policy, observation):
+    return policy.module(observation)[:, 0, 1]

@@ -109,8 +109,11 @@ def best(observation: Tensor) -> Tensor:
     return nn.functional.one_hot((way > STRIDE / 2).long() - (way < -STRIDE / 2).long() + 1, 3)
 
 
-def causal_share(composite: str, target: Any, actor: QValueActor, rollout: TensorDictBase) -> float:
-    explained = LRP(composite, target=target).wrap(actor)(rollout.select("observation", "action"))
+def causal_share(
+    composite: str, target: Any, actor: QValueActor, rollout: TensorDictBase, baseline: Any = None
+) -> float:
+    lrp = LRP(composite, target=target, baseline=baseline)
+    explained = lrp.wrap(actor)(rollout.select("observation", "action"))
     size = explained["attr", "observation"].abs().reshape(-1, FEATURES).sum(0)
     return float(size[:CAUSAL].sum() / size.sum())
 
@@ -131,6 +134,17 @@ def test_relevance_is_on_what_matters(
     composite: str, target: Any, actor: QValueActor, rollout: TensorDictBase
 ) -> None:
     assert causal_share(composite, target, actor, rollout) > 0.95
+
+
+@pytest.mark.parametrize("baseline", [0.0, "mean"], ids=["zero", "mean"])
+@pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
+def test_against_a_baseline_less_is_on_what_does_not_matter(
+    target: Any, baseline: Any, actor: QValueActor, rollout: TensorDictBase
+) -> None:
+    """What is the same for all actions still has a little of the value of one; 99 % where actions are compared."""
+    against = causal_share("deeplift", target, actor, rollout, baseline)
+    assert against > causal_share("epsilon", target, actor, rollout) - 1e-3
+    assert against > (0.99 if isinstance(target, Contrast) else 0.98)
 
 
 def test_each_distractor_has_next_to_none(actor: QValueActor, rollout: TensorDictBase) -> None:

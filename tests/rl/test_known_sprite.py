@@ -96,10 +96,9 @@ def rollout_of():
             loss.backward()
             optimizer.step()
 
-    def rollout(composite, target=None):
-        explained = LRP(composite, target=target or Target("logits", "action"), ledger=True).wrap(
-            actor.eval()
-        )
+    def rollout(composite, target=None, baseline=None):
+        target = target or Target("logits", "action")
+        explained = LRP(composite, target=target, baseline=baseline, ledger=True).wrap(actor.eval())
         found = Scenes(100, seed=2).rollout(4, explained)
         assert found["next", "reward"].mean() > 0.99
         return found
@@ -118,6 +117,14 @@ def test_the_most_relevant_pixel_lies_on_the_sprite_that_tells_the_action(rollou
     rollout = rollout_of(composite)
     assert rollout["attr", "pixels"].shape == (100, 4, 3, SIDE, SIDE)
     assert hits(rollout) > 0.95
+    assert rollout["ledger", "gap"].abs().max() < 1e-4 * rollout["ledger", "target"].abs().mean()
+
+
+@pytest.mark.parametrize("baseline", [0.0, "mean"], ids=["zero", "mean"])
+@pytest.mark.parametrize("composite", ["deeplift", "epsilon_plus", "epsilon_alpha2_beta1"])
+def test_so_it_does_against_a_baseline_in_all_scenes(rollout_of, composite, baseline):
+    rollout = rollout_of(composite, baseline=baseline)
+    assert hits(rollout) > 0.99
     assert rollout["ledger", "gap"].abs().max() < 1e-4 * rollout["ledger", "target"].abs().mean()
 
 

@@ -11,6 +11,12 @@ import torch
 pytest.importorskip("torchrl")
 pytest.importorskip("matplotlib")
 
+from torchrl.modules import set_recurrent_mode
+
+from tdhook import LRP, Key
+from tdhook.rl.history import memory_keys
+from tdhook.targets import AtStep
+
 AGENTS = Path(__file__).parents[2] / "examples" / "agents"
 
 
@@ -46,6 +52,24 @@ def test_that_step_has_the_largest_relevance(recurrent, checkpoint, kind):
     # It speaks for the side that it showed.
     for game, part, lit in episodes:
         left = explained["observation"][game, lit, 0] > 0
+        assert (relevance[game, lit] > 0) == left, (game, part, lit)
+
+
+@pytest.mark.parametrize("composite", ["deeplift", "lstm_lrp"])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_against_a_baseline_it_has_it_too(recurrent, checkpoint, kind, composite):
+    """Against no arrow and no light, in all episodes, and for the side that it showed."""
+    policy = recurrent.load(checkpoint, kind)
+    played = recurrent.make_game(policy, 64, seed=1).rollout(40, policy, break_when_any_done=False)
+    target = AtStep(recurrent.LEFT_NOT_RIGHT, Key(("next", "done")))
+    lrp = LRP(composite, target=target, baseline={"observation": 0.0})
+    reads = ["observation", *memory_keys(policy)]
+    with set_recurrent_mode("recurrent"), lrp.prepare(policy, in_keys=reads) as explained:
+        relevance = explained(played.copy())["attr", "observation"].sum(-1)
+    episodes = recurrent.episodes(played)
+    assert share_on_the_lit_step(recurrent, episodes, relevance) > 0.99
+    for game, part, lit in episodes:
+        left = played["observation"][game, lit, 0] > 0
         assert (relevance[game, lit] > 0) == left, (game, part, lit)
 
 

@@ -22,6 +22,7 @@ from tdhook.relevance.plans.plan import Plan
 from tdhook.relevance.plans.rehearsal import Ready
 from tdhook.relevance.propagation.reference import Parted
 from tdhook.relevance.secants.pair import difference
+from tdhook.tape.internals import is_wrapped
 from tdhook.targets.base import Seeder, Seeds
 
 __all__ = ["REFERENCE", "SPREAD", "explain_difference"]
@@ -101,6 +102,9 @@ class _Runs:
         self._settled = self._settled and not trains and not torch.compiler.is_compiling()
         # What it draws it will draw anew.
         self._settled = self._settled and not ready.drawn()
+        # What was met inside torch.vmap cannot be read outside it.
+        met = (x for place in self.reference.places for x in place.given)
+        self._settled = self._settled and not any(map(is_wrapped, met))
 
     def on(self, one: Drawn) -> There:
         """The run on a reference, or a kept one that did the same."""
