@@ -47,6 +47,7 @@ class Case:
         gpu_batch: the same on a GPU, enough to keep it busy.
         aim: what is aimed at.
         index: whether the largest output is explained or each of them.
+        baseline: what its difference is explained from, if it is one.
     """
 
     model_name: str
@@ -57,11 +58,13 @@ class Case:
     gpu_batch: int | None = None
     aim: Aim = Aim()
     index: Literal["argmax", "all"] = "argmax"
+    baseline: float | None = None
 
     @property
     def name(self) -> str:
-        """The model and the batch."""
-        return f"{self.model_name}, batch {self.batch}"
+        """The model, the batch, and the baseline, if there is one."""
+        against = "" if self.baseline is None else f", against {self.baseline:g}"
+        return f"{self.model_name}, batch {self.batch}{against}"
 
     def on_gpu(self) -> Case:
         """The same case at its batch size for a GPU."""
@@ -84,6 +87,8 @@ MLP = "MLP 17-256-256-6"
 # The rule that `epsilon_plus` has for linear layers is epsilon, and an MLP has no others.
 mlp_case = partial(Case, MLP, "epsilon_plus", mlp, (17,))
 atari_case = partial(Case, "Nature CNN", make=nature_cnn, shape=(4, 84, 84))
+mlp_difference = partial(Case, MLP, "deeplift", mlp, (17,), baseline=0.0)
+atari_difference = partial(Case, "Nature CNN", "deeplift", nature_cnn, (4, 84, 84), baseline=0.0)
 z_plus = Aim(eager=1.6, compiled=1.5)
 transformer = Aim(eager=1.15, compiled=1.1)
 
@@ -94,6 +99,8 @@ CASES = (
     atari_case("epsilon_plus", batch=1, aim=Aim(eager=1.5, compiled=1.5)),
     atari_case("epsilon_plus", batch=32, gpu_batch=4096, aim=Aim(eager=1.5, compiled=1.5)),
     atari_case("epsilon_alpha2_beta1", batch=32, gpu_batch=4096, aim=Aim(eager=2.5, compiled=2.3)),
+    mlp_difference(256, aim=Aim(eager=2.2)),
+    atari_difference(32, 4096, aim=Aim(eager=2.2)),
     Case("VGG-11", "epsilon_plus", vgg11, (3, 224, 224), 2, 64, z_plus),
     Case("ResNet-50", "epsilon_plus", resnet50, (3, 224, 224), 2, 64, z_plus),
     Case("residual CNN", "epsilon_plus", residual_cnn, (3, 32, 32), 8, 1024),

@@ -111,7 +111,7 @@ def traced_once(
 def lrp(case: Case, model: TensorDictModuleBase, index: str | None = None, **settings: object) -> Contender:
     """This library, as a user calls it."""
     target = Target("action_value", index or case.index)
-    explained = LRP(case.preset, target=target, **settings).wrap(model)
+    explained = LRP(case.preset, target=target, baseline=case.baseline, **settings).wrap(model)
     return Contender(lambda td: explained(td)["attr", "observation"])
 
 

@@ -1,4 +1,7 @@
-"""captum's LRP (Kokhlikyan et al. 2020): modified weights in a second forward pass, module by module."""
+"""captum's LRP and DeepLift (Kokhlikyan et al. 2020).
+
+LRP modifies weights in a second forward pass, module by module; DeepLift runs inputs and baselines as one batch.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,8 @@ class Flattened(nn.Module):
 
 
 def contender(case: Case, device: str) -> Contender:
+    if case.baseline is not None:
+        return _of_differences(case, device)
     from captum.attr import LRP
     from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, EpsilonRule
 
@@ -40,6 +45,21 @@ def contender(case: Case, device: str) -> Contender:
         for layer, rule in layers:  # captum takes them off again after each call
             layer.rule = rule()
         relevance: Tensor = lrp.attribute(x, target=module(x).argmax(-1))
+        return relevance
+
+    return Contender(explain)
+
+
+def _of_differences(case: Case, device: str) -> Contender:
+    from captum.attr import DeepLift
+
+    rules_for(case, {"deeplift": None})
+    module = case.model(device, frozen=True).module
+    deep_lift = DeepLift(module)
+
+    def explain(td: TensorDict) -> Tensor:
+        x = td["observation"].requires_grad_()
+        relevance: Tensor = deep_lift.attribute(x, case.baseline, target=module(x).argmax(-1))
         return relevance
 
     return Contender(explain)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks.supported.values import BATCH, MAKERS, embeddings
+from benchmarks.supported.values import BATCH, embeddings, maker, makes
 
 __all__ = ["BATCH", "Reads", "candidates"]
 
@@ -53,15 +53,21 @@ def candidates(model: nn.Module, said: Sequence[str]) -> Iterator[Reads]:
     left, seen = deque(_sets(model, names, required)), set()
     while left and len(seen) < SETS:
         chosen = left.popleft()
-        options = [MAKERS[name](model) if name in MAKERS else [] for name in chosen]
+        options = [maker(name)(model) for name in chosen]
         if frozenset(chosen) in seen or not all(options):
             continue
         seen.add(frozenset(chosen))
         before = len(said)
-        for values in islice(product(*options), MOST):
+        for values in islice(_choices(options), MOST):
             yield _reads(model, dict(zip(chosen, values, strict=True)))
         for message in list(dict.fromkeys(said[before:]))[:4]:
             left.extendleft(reversed(list(_extended(chosen, names, message))))
+
+
+def _choices(options: list[list[Any]]) -> Iterator[tuple[Any, ...]]:
+    """One of the values for each argument: first the like of each, as images of one size are, then each with each."""
+    yield from zip(*options, strict=False)
+    yield from product(*options)
 
 
 def _reads(model: nn.Module, given: dict[str, Any]) -> Reads:
@@ -73,7 +79,7 @@ def _reads(model: nn.Module, given: dict[str, Any]) -> Reads:
 
 def _extended(chosen: list[str], names: list[str], message: str) -> Iterator[list[str]]:
     """More arguments: those that the message names, or else, where it names nothing, one that may be missing."""
-    able = [name for name in names if name in MAKERS and name not in chosen]
+    able = [name for name in names if makes(name) and name not in chosen]
     named = [name for name in able if re.search(rf"\b{name}\b", message)]
     if named:
         yield [*chosen, *named]

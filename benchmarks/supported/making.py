@@ -22,9 +22,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: 
 
 __all__ = ["NotBuilt", "classes", "model_types", "random_weights", "settle", "small"]
 
-LARGEST = 20_000_000
-"""How many weights a small model may have."""
-
 
 class NotBuilt(Exception):
     """Why there is no small model of a type."""
@@ -59,9 +56,9 @@ def classes(model_type: str) -> list[type[nn.Module]]:
             and getattr(cls, "config_class", None) is config
             and not cls.__name__.endswith("PreTrainedModel")
         ]
-    found = [cls for cls in found if cls.forward is not nn.Module.forward] or found
+    found = list(dict.fromkeys(cls for cls in found if cls.forward is not nn.Module.forward))
     if not found:
-        raise NotBuilt("the library has no model of it by itself")
+        raise NotBuilt("the library has no model of it by itself with a forward pass")
     return found
 
 
@@ -78,7 +75,7 @@ def _modeling(configuration: str) -> Iterator[Any]:
             raise NotBuilt(f"needs the package {error.name}") from error
 
 
-def small(model_type: str, cls: type[nn.Module], way: Way) -> nn.Module:
+def small(model_type: str, cls: type[nn.Module], way: Way, largest: int) -> nn.Module:
     """The model in double precision with random weights.
 
     Raises:
@@ -90,7 +87,7 @@ def small(model_type: str, cls: type[nn.Module], way: Way) -> nn.Module:
         if hasattr(part, "use_cache"):
             part.use_cache = False
     count = sum(p.numel() for p in _on_meta(cls, config).parameters())
-    if count > LARGEST:
+    if count > largest:
         raise NotBuilt(f"has {count / 1e6:.0f} million weights where it is small")
     model = cls(config).to(torch.get_default_dtype()).eval()
     random_weights(model)

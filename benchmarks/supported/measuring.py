@@ -6,7 +6,8 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.supported.status import worse
 from tdhook import LRP, Target
+from tdhook.attribution import Attribution, GradientTimesInput
 
 __all__ = ["Double", "Subject", "in_precision", "leaves", "measured"]
 
@@ -95,7 +98,7 @@ def in_precision(dtype: torch.dtype) -> Iterator[None]:
 
 
 def measured(subject: Subject) -> dict[str, Any]:
-    """The row of a model: gap, difference of the flows, error of single precision, and what no rule is known for."""
+    """The row of a model: gap, difference of the flows, error of single precision, the model's own, what is unknown."""
     double, unknown = _answers(subject, subject.model), set()
     with in_precision(torch.float64), torch.no_grad():
         answer = double(*subject.values.values())
@@ -104,44 +107,107 @@ def measured(subject: Subject) -> dict[str, Any]:
     gap = 0.0
     for flow in FLOWS:
         with in_precision(torch.float64), _noting(unknown):
-            found[flow], ledger = _explained(subject, subject.model, top, flow, ledger=True)
-        share = (ledger["gap"] / ledger["target"]).abs()
+            found[flow], ledger = _explained(subject, subject.model, top, _lrp(flow, ledger=True))
+        # What cancels is rounded as it is large: where relevance grows on its way, the target is nothing to measure by.
+        largest = torch.stack([ledger[key].abs() for key in ("target", "inputs", "absorbed")]).amax(0)
+        share = ledger["gap"].abs() / largest
         gap = max(gap, float(share.max()) if share.isfinite().all() else float("inf"))
     row: dict[str, Any] = {"gap": gap, "flows": difference(found["gradient"], found["relevance"])}
     if unknown:
         row["unknown"] = sorted(unknown)
-    worst = 0.0
     single = subject.single()
-    for flow in FLOWS:
-        with in_precision(torch.float32), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            low, _ = _explained(subject, single, top, flow, ledger=False)
-        worst = max(worst, difference(low.double(), found[flow]))
-    return row | {"float32": worst}
+    row["float32"] = max(
+        difference(_relevance(subject, single, top, torch.float32, _lrp(flow)), found[flow]) for flow in FLOWS
+    )
+    row["conditioning"] = _conditioning(subject, single, top, found["gradient"], row["float32"])
+    return row
+
+
+ROUNDING = 2.0**-24
+"""By how much a number moves that single precision rounds, as a part of it, at most."""
+DRAWS = 4
+"""How many times weights and inputs are moved, while single precision is worse than what was found."""
+
+
+def _conditioning(subject: Subject, single: nn.Module, top: Tensor, expected: Tensor, error: float) -> float:
+    """How far relevance moves by rounding alone, whatever computes it; ``error`` is that of single precision.
+
+    In double precision, with weights and inputs rounded. Where that does not tell, by as much as single precision moves
+    plain gradient times input, which no rule has a part in: a unit that is nearly zero, say, is on in one, off in the
+    other.
+    """
+    found = 0.0
+    for seed in range(DRAWS):
+        with _shaken(subject, seed) as shaken:
+            moved = _relevance(shaken, shaken.model, top, torch.float64, _lrp("gradient"))
+        found = max(found, difference(moved, expected))
+        if not worse({"float32": error, "conditioning": found}, "float32"):
+            return found
+    low, high = (
+        _relevance(subject, model, top, dtype, GradientTimesInput)
+        for model, dtype in ((single, torch.float32), (subject.model, torch.float64))
+    )
+    return max(found, difference(low, high))
+
+
+@contextmanager
+def _shaken(subject: Subject, seed: int) -> Iterator[Subject]:
+    """The subject with weights and inputs each moved by as much as single precision may round them.
+
+    They are numbers of single precision, so rounding them again would move nothing: each goes up or down by lot.
+    """
+    lots = torch.Generator().manual_seed(seed)
+
+    def moved(tensor: Tensor) -> Tensor:
+        sides = torch.randint(0, 2, tensor.shape, generator=lots).to(tensor.dtype) * 2 - 1
+        return tensor * (1 + ROUNDING * sides)
+
+    held = [parameter for parameter in subject.model.parameters() if parameter.is_floating_point()]
+    before = [tensor.detach().clone() for tensor in held]
+    try:
+        with torch.no_grad():
+            for tensor in held:
+                tensor.copy_(moved(tensor))
+        values = {k: moved(v) if v.is_floating_point() else v for k, v in subject.values.items()}
+        yield replace(subject, values=values)
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(held, before, strict=True):
+                tensor.copy_(value)
 
 
 def _answers(subject: Subject, model: nn.Module) -> Answer:
     return Answer(subject, model).eval()
 
 
+def _lrp(flow: str, ledger: bool = False) -> Callable[..., Attribution]:
+    return partial(LRP, "attn_lrp", flow=flow, ledger=ledger)
+
+
+def _relevance(
+    subject: Subject, model: nn.Module, top: Tensor, dtype: torch.dtype, method: Callable[..., Attribution]
+) -> Tensor:
+    """Relevance as :func:`_explained` finds it, without accounts, computed in a precision and handed out in double."""
+    with in_precision(dtype), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _explained(subject, model, top, method)[0].double()
+
+
 def _explained(
-    subject: Subject, model: nn.Module, top: Tensor, flow: str, ledger: bool
+    subject: Subject, model: nn.Module, top: Tensor, method: Callable[..., Attribution]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Relevance of all that gets some, ``[batch, ...]`` in a row, and the accounts."""
+    """Relevance of all that gets some, ``[batch, ...]`` in a row, and the accounts if the method keeps them."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     values = {k: v.to(dtype) if v.is_floating_point() else v for k, v in subject.values.items()}
     td = TensorDict(values, batch_size=[subject.batch] if subject.batch else [])
     module = TensorDictModule(_answers(subject, model), in_keys=list(values), out_keys=["answer"])
-    method = LRP(
-        "attn_lrp",
+    made = method(
         target=Target("answer", top),
-        flow=flow,
-        ledger=ledger,
         use_inputs=not subject.sources,
         input_modules=[f"module.model.{path}" for path in subject.sources],
     )
     read = None if subject.sources else [k for k, v in values.items() if v.is_floating_point()]
-    with method.prepare(module, in_keys=read) as run:
+    with made.prepare(module, in_keys=read) as run:
         done = run(td)
     relevance = [value for _, value in sorted(done["attr"].items(True, True), key=lambda item: str(item[0]))]
     flat = [
@@ -150,7 +216,11 @@ def _explained(
     ]
     if len({len(v) for v in flat}) > 1:
         flat = [v.reshape(1, -1) for v in flat]
-    accounts = {k: done["ledger", k] for k in ("target", "gap")} if ledger else {}
+    accounts = (
+        {k: done["ledger", k] for k in ("target", "inputs", "absorbed", "gap")}
+        if getattr(made, "ledger", False)
+        else {}
+    )
     return torch.cat(flat, 1), accounts
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.supported.status import AIM, ENOUGH, STATUSES, status
+from benchmarks.supported.status import CONDITION, ENOUGH, STATUSES, status
 
 __all__ = ["PAGE", "RESULTS", "page", "read"]
 
@@ -21,7 +21,7 @@ MEANING = {
     "ok": "all three are small",
     "gap": "relevance is lost or made: the ledger does not balance",
     "flows": "the two flows find different relevance",
-    "float32": "single precision is less exact than it could be",
+    "float32": "single precision is less exact than the model allows",
     "error": "the explanation raises",
     "not built": "there is no small model to explain, and why",
 }
@@ -33,15 +33,26 @@ Every model type that transformers registers, and every builder of torchvision, 
 explained under `attn_lrp`: one value of its first output that is a number and depends on what it reads. The models are
 the libraries' own, unmodified. A model is *ok* if three things are small:
 
-- *gap*: what the [ledger](the-ledger.md) misses, as a part of the target, at most {gap:g};
+- *gap*: what the [ledger](the-ledger.md) misses, as a part of its largest account (the target, what arrives at the
+  inputs, or what is absorbed on the way), at most {gap:g};
 - *flows*: how far the relevance of the two flows is apart, as a part of its norm, at most {flows:g};
-- *float32*: how far single precision is from double precision, likewise, in the worse flow, at most {float32:g}; the
-  aim is {aim:g}.
+- *float32*: how far single precision is from double precision, likewise, in the worse flow, at most {float32:g}, or
+  {condition} times the *conditioning*.
+
+*Conditioning* is the model's own share in that: how far relevance in double precision moves where each weight and input
+moves up or down, by lot, by the 6e-08 of its value that single precision may round it by. Where that does not tell, up
+to four lots are drawn, and then it is what single precision does to plain gradient times input, which no rule has a
+part in: a unit that is nearly zero is on in one precision and off in the other. Nothing that computes in single
+precision is closer than about that, and it rounds after every operation, not once. So a model whose error is above
+{float32:g}, but no more than {condition} times its conditioning, is ok: not because its relevance is exact, but because
+the model, at these random weights, has none that is. How many these are stands below.
 
 Each is that of the worst batch element. What a model computes in single precision whatever its weights are in, it
 computes in double precision here, so that there is something to compare with.
 
-This page is made of `benchmarks/results/supported/models.json` by a session that goes on where it was interrupted:
+This page is made of `benchmarks/results/supported/models.json` by a session that goes on where it was interrupted. A
+row stays until it is measured anew, so not all are of one state of the library; a time that ran out is that of a
+machine which did other things.
 
 ```bash
 nox -s supported                        # measure what has no result yet, and write this page
@@ -60,7 +71,9 @@ def read(file: Path = RESULTS) -> list[dict[str, Any]]:
 
 def page(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
     """The page that belongs to results, in the order of libraries and names."""
-    return "\n".join([INTRODUCTION.format(**ENOUGH, aim=AIM), *_summary(rows, machine), *_tables(rows)])
+    return "\n".join(
+        [INTRODUCTION.format(**ENOUGH, condition=CONDITION), *_summary(rows, machine), *_tables(rows)]
+    )
 
 
 def _summary(rows: list[dict[str, Any]], machine: dict[str, Any]) -> Iterator[str]:
@@ -87,11 +100,14 @@ def _summary(rows: list[dict[str, Any]], machine: dict[str, Any]) -> Iterator[st
     shares = [f"{100 * counts[each]['ok'] / max(built[each], 1):.1f} %" for each in libraries]
     yield f"| ok, of those built | {' | '.join(shares)} | |"
     reached = [
-        sum(row["library"] == each and status(row) == "ok" and row["float32"] <= AIM for row in rows)
+        sum(
+            row["library"] == each and status(row) == "ok" and row["float32"] <= ENOUGH["float32"]
+            for row in rows
+        )
         for each in libraries
     ]
     shares = [f"{100 * n / max(built[each], 1):.1f} %" for n, each in zip(reached, libraries, strict=True)]
-    yield f"| ok, and float32 at its aim | {' | '.join(shares)} | |"
+    yield f"| ok, and float32 at most {ENOUGH['float32']:g} | {' | '.join(shares)} | |"
     hours = sum(row.get("seconds", 0) for row in rows) / 3600
     yield (
         f"\nMeasured with tdhook {machine['tdhook']}, torch {machine['torch']} and Python {machine['python']}, in"
@@ -102,8 +118,8 @@ def _summary(rows: list[dict[str, Any]], machine: dict[str, Any]) -> Iterator[st
 def _tables(rows: list[dict[str, Any]]) -> Iterator[str]:
     for library in dict.fromkeys(row["library"] for row in rows):
         yield f"## {library}\n"
-        yield "| name | model | relevance of | status | gap | flows | float32 | |"
-        yield "|---|---|---|---|---|---|---|---|"
+        yield "| name | model | relevance of | status | gap | flows | float32 | conditioning | |"
+        yield "|---|---|---|---|---|---|---|---|---|"
         for row in rows:
             if row["library"] == library:
                 yield _line(row)
@@ -112,7 +128,7 @@ def _tables(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def _line(row: dict[str, Any]) -> str:
     reads = ", ".join(f"`{name}`" for name in row.get("relevant", ()))
-    numbers = [_number(row.get(name)) for name in ENOUGH]
+    numbers = [_number(row.get(name)) for name in (*ENOUGH, "conditioning")]
     cells = [f"`{row['name']}`", row.get("model", ""), reads, status(row), *numbers, _said(row)]
     return f"| {' | '.join(cells)} |"
 

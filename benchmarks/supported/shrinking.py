@@ -253,7 +253,10 @@ def _timm(config: Any) -> Any:
 
 
 def _wrapped(config: Any) -> Any:
-    return type(config)(architecture="test_vit", do_pooling=False)
+    if (config.model_args or {}).get("features_only"):
+        return type(config)(architecture="test_resnet", do_pooling=False, model_args=config.model_args)
+    given = {"hidden_size": WIDE, "model_args": {"embed_dim": WIDE}}
+    return type(config)(architecture="test_vit", do_pooling=False, **given)
 
 
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")

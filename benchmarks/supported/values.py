@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.supported.shrinking import parts
 
-__all__ = ["BATCH", "MAKERS", "embeddings"]
+__all__ = ["BATCH", "embeddings", "maker", "makes", "number"]
 
 BATCH, LENGTH, SAMPLES, FRAMES, GRID = 2, 8, 1920, 64, 4
 
@@ -321,5 +321,33 @@ MAKERS: dict[str, Callable[[nn.Module], list[Any]]] = {
     "visual_embeds": lambda model: [torch.randn(BATCH, LENGTH, number(model, "visual_embedding_dim", 64))],
     "task_inputs": lambda model: [torch.randint(5, 90, (BATCH, number(model, "task_seq_len", 77)))],
     "image1": _pixels,
+    "image_attention_mask": _ones(BATCH, LENGTH, 1),
+    "tgt_sizes": lambda model: [torch.tensor([[GRID, GRID]] * BATCH)],
+    "target_sizes": lambda model: [torch.tensor([[GRID, GRID]] * BATCH)],
+    "classes_structure": _ones(BATCH),
 }
 """For each argument that is known values, the most likely first."""
+
+
+ALIKE: dict[str, Callable[[nn.Module], list[Any]]] = {
+    r".*pixel_values.*": _pixels,
+    r".*(input_features|spectrogram)": _sound,
+    r".*(input_values|waveform|audio)": _wave,
+    r".*(input_ids|token_ids|type_ids|_codes)": _ids,
+    r".*position_ids": lambda model: [torch.arange(LENGTH).expand(BATCH, -1)],
+    r".*attention_mask|.*padding_mask|mask": _ones(BATCH, LENGTH),
+    r".*lengths": lambda model: [torch.tensor([FRAMES] * BATCH), torch.tensor([LENGTH] * BATCH)],
+    r".*(embeds|embedding|embeddings|features|hidden_states?|states|queries)": _embedded,
+}
+"""For arguments whose whole name says nothing, what it is like."""
+
+
+def makes(name: str) -> bool:
+    """Whether there are values for an argument of this name."""
+    return name in MAKERS or any(re.fullmatch(pattern, name) for pattern in ALIKE)
+
+
+def maker(name: str) -> Callable[[nn.Module], list[Any]]:
+    """What makes values for an argument of this name: none where nothing is known of it."""
+    alike = (make for pattern, make in ALIKE.items() if re.fullmatch(pattern, name))
+    return MAKERS.get(name) or next(alike, lambda model: [])

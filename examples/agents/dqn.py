@@ -39,12 +39,12 @@ def train(seed: int) -> dict[str, Any]:
 
 
 def explain(checkpoint: dict[str, Any], seed: int) -> Shown:
-    """Why it pushed one way and not the other, at each step of an episode."""
+    """Why it pushed one way and not the other, at each step of an episode, against the mean of the episode."""
     actor = network()
     actor.load_state_dict(checkpoint["weights"])
     why_forth = Contrast(Target("action_value", 2), Target("action_value", 0))
-    policy = LRP("attn_lrp", target=why_forth, ledger=True).wrap(actor)
-    rollout = make_env(PLAN.env, seed).rollout(PLAN.steps, policy)
+    rollout = make_env(PLAN.env, seed).rollout(PLAN.steps, actor)
+    rollout = LRP("attn_lrp", target=why_forth, baseline="mean", ledger=True).wrap(actor)(rollout)
 
     relevance, taken = rollout["attr", "observation"], rollout["action"].argmax(-1)
     figure = relevance_over_time(

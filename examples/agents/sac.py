@@ -89,15 +89,20 @@ def train(seed: int) -> dict[str, Any]:
 
 
 def explain(checkpoint: dict[str, Any], seed: int) -> Shown:
-    """Which way it means to push, and how probable what it did was, at each step of an episode of samples."""
+    """Which way it means to push, and how probable what it did was, at each step of an episode of samples.
+
+    Both against the mean of the episode.
+    """
     actor, _ = networks()
     actor.load_state_dict(checkpoint["weights"])
-    policy = LRP("attn_lrp", target=Target("loc"), ledger=True).wrap(actor)
     with set_exploration_type(ExplorationType.RANDOM):
-        rollout = make_env(ENV, seed).rollout(STEPS, policy)
+        rollout = make_env(ENV, seed).rollout(STEPS, actor)
     rollout["taken"] = rollout["action"]  # an explained policy acts, and writes its action
+    explained = LRP("attn_lrp", target=Target("loc"), baseline="mean", ledger=True).wrap(actor)
+    explained(rollout)
     relevance, largest = rollout["attr", "observation"], gap(rollout)
-    probable = LRP("attn_lrp", target=LogProb.of(actor, action=Key("taken")), ledger=True).wrap(actor)
+    taken = LogProb.of(actor, action=Key("taken"))
+    probable = LRP("attn_lrp", target=taken, baseline="mean", ledger=True).wrap(actor)
     of_action = probable(rollout.select("observation", "taken"))
 
     upright = rollout["observation"][:, 0] > 0.95

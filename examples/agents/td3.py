@@ -101,13 +101,16 @@ def _descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
 
 
 def explain(checkpoint: dict[str, Any], seed: int) -> Shown:
-    """What the action rests on, and what the critic's value of it does: the observation, and the action itself."""
+    """What the action rests on, and what the critic's value of it does: the observation, and the action itself.
+
+    Both against their mean in the episode.
+    """
     actor, critic = networks()
     actor.load_state_dict(checkpoint["weights"]["actor"])
     critic.load_state_dict(checkpoint["weights"]["critic"])
-    policy = LRP("attn_lrp", target=Target("action"), ledger=True).wrap(actor)
-    rollout = make_env(ENV, seed).rollout(STEPS, policy)
-    judged = LRP("attn_lrp", target="state_action_value", ledger=True).wrap(critic)(
+    rollout = make_env(ENV, seed).rollout(STEPS, actor)
+    rollout = LRP("attn_lrp", target=Target("action"), baseline="mean", ledger=True).wrap(actor)(rollout)
+    judged = LRP("attn_lrp", target="state_action_value", baseline="mean", ledger=True).wrap(critic)(
         rollout.select("observation", "action")
     )
     relevance = torch.cat([judged["attr", "observation"], judged["attr", "action"]], dim=-1)

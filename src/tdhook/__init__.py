@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tdhook.attribution.lrp import LRP
     from tdhook.composites import Composite, preset
+    from tdhook.perturbing.references import References
     from tdhook.targets import Contrast, Key, Target
 
 __version__ = "0.1.0"
 
-__all__ = ["LRP", "Composite", "Contrast", "Key", "Target", "__version__", "preset"]
+__all__ = ["LRP", "Composite", "Contrast", "Key", "References", "Target", "__version__", "preset"]
 
 _HOMES = {
     "LRP": "tdhook.attribution.lrp",
     "Composite": "tdhook.composites",
     "Contrast": "tdhook.targets",
     "Key": "tdhook.targets",
+    "References": "tdhook.perturbing.references",
     "Target": "tdhook.targets",
     "preset": "tdhook.composites",
 }

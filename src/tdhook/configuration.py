@@ -1,7 +1,8 @@
 """Composites and targets from text: what configuration files and the command line say, as values.
 
 A composite is named (``epsilon_plus``), named with parameters (``epsilon_gamma_box:low=-1,high=1``), or written in a
-TOML or JSON file as the data of :meth:`tdhook.composites.Composite.from_dict`. A target is ``KEY`` or ``KEY:INDEX``.
+TOML or JSON file as the data of :meth:`tdhook.composites.Composite.from_dict`. A target is ``KEY`` or ``KEY:INDEX``. A
+baseline is a number, ``mean``, ``previous``, ``sample:N``, ``blur:WIDTH``, ``@KEY``, or such for each ``KEY=``.
 Nothing is evaluated and nothing imported: text is data.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import sys
@@ -20,11 +22,21 @@ from tensordict.utils import NestedKey
 
 from tdhook.composites import PRESETS, Composite, preset
 from tdhook.extras import require
+from tdhook.perturbing.baselines import OneBaseline, blurred
+from tdhook.perturbing.references import References
 from tdhook.plain import DEEPEST
 from tdhook.targets import Key, Target
 from tdhook.targets.outputs import Index
 
-__all__ = ["read_composite", "read_key", "read_target", "write_key", "write_target"]
+__all__ = [
+    "baseline_in",
+    "read_baseline",
+    "read_composite",
+    "read_key",
+    "read_target",
+    "write_key",
+    "write_target",
+]
 
 # What opens and closes, and what hides it: text in quotes, and comments.
 _JSON = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
@@ -33,6 +45,9 @@ _TOML = re.compile(
 )
 _LONGEST = 1000
 """Letters of an error that quotes what was read."""
+_BASELINES = (
+    "a number, mean, previous, sample, sample:N, blur:WIDTH, @KEY for an entry, or such for each KEY="
+)
 _INDICES = "a number, argmax, action, all, none, or @KEY for the entry that holds it"
 
 
@@ -43,13 +58,15 @@ def read_composite(text: str | os.PathLike[str]) -> Composite:
         text: name of a preset, with parameters where it needs them (``epsilon_gamma_box:low=-1,high=1``, values as in
             TOML); or path of a file that ends in ``.toml`` or ``.json``.
 
+    What else a file says under ``baseline`` is left to :func:`baseline_in`.
+
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: TOML is read on Python 3.10 and ``tomli`` is not installed.
         ValueError: there is no such preset, or what is written makes no composite. The message says where.
     """
     name = os.fspath(text)
-    if Path(name).suffix.lower() in (".toml", ".json"):
+    if _is_file(name):
         return _from_file(Path(name))
     name, _, parameters = name.partition(":")
     if name not in PRESETS:
@@ -62,7 +79,11 @@ def read_composite(text: str | os.PathLike[str]) -> Composite:
         raise ValueError(f"{error} (parameters are written like epsilon_gamma_box:low=-1,high=1)") from error
 
 
-def _from_file(path: Path) -> Composite:
+def _is_file(text: str) -> bool:
+    return Path(text).suffix.lower() in (".toml", ".json")
+
+
+def _table_in(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no composite file {str(path)!r}")
     kind = path.suffix[1:].upper()
@@ -73,6 +94,12 @@ def _from_file(path: Path) -> Composite:
         raise ValueError(f"{path} is not valid {kind}: {error}") from error
     if not isinstance(data, Mapping):
         raise ValueError(f"{path} holds no table, and a composite is one, with 'preset', 'pairs' or both")
+    return dict(data)
+
+
+def _from_file(path: Path) -> Composite:
+    data = _table_in(path)
+    data.pop("baseline", None)
     if not isinstance(data.get("pairs", []), list):
         raise ValueError(f"{path}: 'pairs' is a list of tables, each with 'select' and 'rule'")
     try:
@@ -147,6 +174,78 @@ def read_target(text: str) -> Target:
     """
     key, *index = _split(text, ":", 1)
     return Target(read_key(key), _read_index("".join(index), text))
+
+
+def baseline_in(text: str | os.PathLike[str]) -> str | None:
+    """What a composite file says under ``baseline``, as one text; ``None`` where it says nothing.
+
+    That is a number, a text as :func:`read_baseline` takes it, or a table of these by key.
+
+    Args:
+        text: as :func:`read_composite` takes it: the name of a preset has no baseline.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is none of these.
+    """
+    name = os.fspath(text)
+    given = _table_in(Path(name)).get("baseline") if _is_file(name) else None
+    if given is None:
+        return None
+    parts = given if isinstance(given, Mapping) else {"": given}
+    if not parts or not all(type(one) in (int, float, str) for one in parts.values()):
+        raise ValueError(
+            f"{name}: 'baseline' is {_shortened(repr(given))}; a baseline is {_BASELINES}, here a table of these"
+        )
+    return ",".join(f"{key}={one}" if key else f"{one}" for key, one in parts.items())
+
+
+def read_baseline(text: str) -> References:
+    """The references that a text stands for.
+
+    Args:
+        text: a number; ``mean`` of the batch; ``previous``, the step before; ``sample`` or ``sample:N``, so many
+            elements of the batch; ``blur:WIDTH``, the image out of focus, by a width in pixels; ``@KEY``, an entry of
+            the TensorDict; or these for each key, ``pixels=blur:3,speed=0``: keys that are not named stay as they are.
+
+    Raises:
+        ValueError: the text is none of these.
+    """
+    parts = text.split(",")
+    if "=" not in text:
+        return _as_references([_read_baseline(text, text)])
+    named = [part.partition("=") for part in parts]
+    if not all(equals for _, equals, _ in named):
+        raise ValueError(f"baseline {text!r} is one for each key, like pixels=blur:3,speed=0, or one for all")
+    keys = [read_key(key) for key, _, _ in named]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"baseline {text!r} names a key twice")
+    return _as_references([_read_baseline(one, text) for _, _, one in named], keys)
+
+
+def _as_references(read: list[tuple[OneBaseline, int]], keys: list[NestedKey] | None = None) -> References:
+    baselines = [baseline for baseline, _ in read]
+    samples = max(count for _, count in read)
+    return References(baselines[0] if keys is None else dict(zip(keys, baselines, strict=True)), samples)
+
+
+def _read_baseline(text: str, whole: str) -> tuple[OneBaseline, int]:
+    """A baseline, and how many of it are drawn."""
+    name, _, parameter = text.partition(":")
+    if text in ("mean", "previous", "sample"):
+        return text, 1
+    if text.startswith("@"):
+        key = read_key(text[1:])
+        return (key,) if isinstance(key, str) else key, 1
+    try:
+        if name == "sample" and int(parameter) > 0:
+            return "sample", int(parameter)
+        number = float(parameter if name == "blur" else text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or (name == "blur" and number <= 0):
+        raise ValueError(f"baseline {whole!r} has {text!r} in it; a baseline is {_BASELINES}")
+    return blurred(number) if name == "blur" else number, 1
 
 
 def read_key(text: str) -> NestedKey:

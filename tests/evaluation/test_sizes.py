@@ -108,6 +108,6 @@ def test_as_much_of_an_observation_is_hidden_whichever_is(which: Any, count: int
         actor, GradientTimesInput(Target("action", 0)), max(count, 0), which, groups=UNEQUAL
     )
     chosen = policy.hidden(td)
-    entries = (chosen.double() @ policy._features.extent.double()).mean().item()
+    entries = (chosen.double() @ policy.features.extent.double()).mean().item()
     assert entries == pytest.approx(count * 3, abs=0.25)
     assert count not in (0, 4) or entries == count * 3

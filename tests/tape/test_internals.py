@@ -108,6 +108,24 @@ def test_checkpoints_call_what_is_replaced(reentrant, monkeypatch):
     assert len(called) == 1
 
 
+def test_what_nodes_have_noted():
+    x = torch.zeros(2, 3, requires_grad=True)
+    assert tuple(internals.noted_by((2 * x).view(6).grad_fn, "self_sym_sizes")) == (2, 3)
+    assert internals.noted_by(x.transpose(0, -1).grad_fn, "dim1") % 2**64 == 2**64 - 1
+
+
+def test_tensors_are_saved_as_they_are_within_hooks_that_work_again_afterwards():
+    kept, x = [], torch.ones(2, requires_grad=True)
+    outer = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(1) or t, lambda t: t)
+    inner = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(2) or t, lambda t: t)
+    with outer, inner:
+        with internals.saving_as_it_is():
+            x.exp()
+        assert not kept
+        x.exp()
+    assert kept == [2] and internals.saved_tensors_hooks_on_top() is None
+
+
 def test_hooks_on_saved_tensors_are_switched_back():
     switch = torch._C._autograd._saved_tensors_hooks_set_tracing
     before = switch(True)

@@ -14,7 +14,7 @@ from torch import nn
 
 from tdhook import Target
 
-from .checks import check
+from .checks import check, check_difference
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,13 @@ class Case:
         with self.within():
             model, td, target = self.make()
             return check(model, td, target=target, **self.options)
+
+    def check_difference(self, **options):
+        """Explain its difference from a baseline, all of which arrives."""
+        with self.within():
+            model, td, target = self.make()
+            own = {key: value for key, value in self.options.items() if key != "composite"}
+            return check_difference(model, td, target=target, **{**own, **options})
 
 
 class Collection(dict[str, Case]):

@@ -77,6 +77,54 @@ def check(
     return explained
 
 
+def check_difference(
+    model: nn.Module,
+    td: TensorDict,
+    *,
+    in_keys=None,
+    out_keys=None,
+    target,
+    input_modules=(),
+    flows=("relevance", "gradient"),
+    composite="deeplift",
+    tolerance=1e-9,
+    exact=True,
+):
+    """Explain the difference of ``model`` from what it is on values half as large, and nearly so, in each flow.
+
+    Every operation is known, and all of the difference arrives. Arguments are those of :func:`check`.
+    """
+    explained = {}
+    for flow in flows:
+        method = LRP(
+            composite,
+            target=target,
+            baseline=_nearby,
+            flow=flow,
+            ledger=True,
+            on_unmatched="raise",
+            use_inputs=not input_modules,
+            input_modules=list(input_modules),
+        )
+        torch.manual_seed(0)
+        with method.prepare(model, in_keys=in_keys, out_keys=out_keys) as run:
+            done = run(td.copy())
+            gap, size = done["ledger", "gap"].abs(), done["ledger", "target"].abs()
+            size = size.clamp(min=max(1e-3 * float(size.max()), 1e-6))
+            assert (gap <= tolerance * size).all(), (
+                f"{flow}: {float((gap / size).max()):.3g} of the difference is lost or made\n"
+                f"{_culprits(run.ledger, tolerance)}"
+            )
+        explained[flow] = done
+    return explained
+
+
+def _nearby(rows: Tensor) -> Tensor:
+    """Other values of either sign, the same of equal ones."""
+    chance = torch.Generator().manual_seed(7)
+    return 0.5 * rows + 0.3 * torch.randn(rows.shape, generator=chance, dtype=torch.float64).to(rows)
+
+
 def _plain(model: Model, input_modules, td: TensorDict, *, frozen: bool) -> dict:
     """The outputs of the model run by itself, with its inputs on the tape and its parameters on or off it.
 

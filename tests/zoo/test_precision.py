@@ -29,9 +29,6 @@ ILL_CONDITIONED = {
     "BitForImageClassification": 0.976,
     "MobileNetV1ForImageClassification": -0.339,
     "MobileNetV2ForImageClassification": -0.317,
-    "LevitForImageClassification": 0.146,
-    "VanForImageClassification": -0.069,
-    "SwiftFormerForImageClassification": -0.136,
     "Wav2Vec2ConformerForSequenceClassification": -0.225,
     "Speech2TextForConditionalGeneration": 0.986,
 }

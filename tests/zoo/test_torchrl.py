@@ -40,10 +40,10 @@ def missing(case) -> list[str]:
     return [package for package in case.needs if importlib.util.find_spec(package) is None]
 
 
-def parameters():
-    for name, case in CASES.items():
+def parameters(every=1):
+    for number, (name, case) in enumerate(CASES.items()):
         marks = [pytest.mark.xfail(strict=True, reason=case.fails)] if case.fails else []
-        if case.slow:
+        if case.slow or number % every:
             marks.append(pytest.mark.slow)
         if missing(case):
             marks.append(pytest.mark.skip(reason=f"needs {', '.join(missing(case))}"))
@@ -55,6 +55,14 @@ def parameters():
 @pytest.mark.parametrize("case", list(parameters()))
 def test_all_relevance_is_accounted_for(case):
     case.check()
+
+
+# Where another action is chosen on the baseline, the one chosen on the input is explained, and that is told.
+@pytest.mark.filterwarnings("ignore:the model does something else on the reference")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("case", list(parameters(every=4)))
+def test_all_of_a_difference_arrives(case):
+    case.check_difference()
 
 
 # --- Nothing is left out --------------------------------------------------------------------------

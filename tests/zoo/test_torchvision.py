@@ -21,7 +21,7 @@ from torchvision_shim import import_torchvision
 
 from tdhook import Target
 
-from .checks import check
+from .checks import check, check_difference
 
 import_torchvision()
 models = pytest.importorskip(
@@ -164,6 +164,14 @@ def test_relevance_is_accounted_for(name: str) -> None:
         assert (share > 1e-3).all(), f"{flow}: next to nothing reaches the image, so that little is shown"
     relevance, other = (td["attr", "input"] for td in explained.values())
     assert (other - relevance).norm() <= 1e-6 * relevance.norm(), "the two flows find different relevance"
+
+
+@pytest.mark.parametrize("composite", ["deeplift", "epsilon_plus"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_of_a_difference_arrives(name: str, composite: str) -> None:
+    model, images = made(FAMILIES[name])
+    td = TensorDict({"input": images}, [2])
+    check_difference(model, td, target=Target("output", "argmax"), composite=composite)
 
 
 def test_every_builder_belongs_to_a_family() -> None:

@@ -7,15 +7,19 @@ output; where a model reads token ids, the relevance is that of the embedded tok
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDict
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tdhook import Target
+from tdhook.models.model import Model
 
-from .checks import check
+from .checks import check, check_difference
 from .transformers_case import Case
 from .transformers_models import CASES, MARKS, ready
 
@@ -35,6 +39,12 @@ ATTENTION = (
 
 SINGLE = ("RecurrentGemmaForCausalLM",)
 """What these lose is rounding: their recurrence computes in single precision whatever the model is in."""
+
+ROUNDING = {"ConvNextV2ForImageClassification": 3e-4}
+"""How much rounding in single precision is of a difference, where much more cancels than is left."""
+
+DECIDES_OFF_THE_TAPE = ("PhimoeForCausalLM",)
+"""These choose experts within ``torch.no_grad``, where decisions are not seen, so that others are chosen."""
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +79,32 @@ def assert_close(a: TensorDict, b: TensorDict, tolerance: float) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_attn_lrp_accounts_for_all_relevance(name: str) -> None:
     explain(CASES[name], "attn_lrp", "gradient")
+
+
+class Precisions(TorchDispatchMode):
+    """Takes down the precisions in which anything is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.seen.update(z.dtype for z in tree_leaves(made) if isinstance(z, torch.Tensor))
+        return made
+
+
+@pytest.mark.filterwarnings("ignore:the model does something else on the reference")
+@pytest.mark.parametrize("name", CASES)
+def test_all_of_a_difference_arrives(name: str) -> None:
+    """Many normalise, or make their attention weights, in single precision."""
+    module, td, attributed = ready(CASES[name])
+    with torch.no_grad(), Precisions() as precisions:
+        Model.of(module, attributed.get("in_keys"), attributed.get("out_keys")).run(td.copy())
+    tolerance = 1e-9 if torch.float32 not in precisions.seen else ROUNDING.get(name, 1e-5)
+    refused = pytest.raises(RuntimeError, match="something else on the reference")
+    with refused if name in DECIDES_OFF_THE_TAPE else nullcontext():
+        check_difference(module, td, **attributed, target=Target("answer", "argmax"), tolerance=tolerance)
 
 
 @pytest.mark.parametrize("flow", ["relevance", "gradient"])

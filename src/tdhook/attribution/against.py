@@ -10,6 +10,8 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.attribution.kept import Kept, There
+from tdhook.attribution.means import Means
+from tdhook.keys import under
 from tdhook.models.families import BatchNorm
 from tdhook.passes.forward import Run
 from tdhook.passes.runner import Runner
@@ -23,7 +25,10 @@ from tdhook.relevance.secants.pair import difference
 from tdhook.tape.internals import is_wrapped
 from tdhook.targets.base import Seeder, Seeds
 
-__all__ = ["explain_difference"]
+__all__ = ["REFERENCE", "SPREAD", "explain_difference"]
+
+REFERENCE, SPREAD = "reference", "spread"
+"""Where what is explained is written as it is on the reference, and the spread of relevance over several."""
 
 
 def explain_difference(
@@ -45,23 +50,34 @@ def explain_difference(
     ledger = ready.ledger
     sources, seeds = run.sources(), run.seeds(seeder)
     ends = {key: x.detach() for key, x in sources.items()}
-    found: dict[NestedKey, Tensor] = {}
+    found, values, accounts = Means(references.spread), Means(), Means()
     drawn = references.of(run.independent_sources()[0], run.batch_dims(sources), runner.td)
     beside = _Runs(runner, run, ready, plan, references)
     for number, one in enumerate(drawn):
         there = beside.on(one)
         grads = _seeds(seeds, there, plan)
+        if references.values:
+            values.add(
+                {
+                    key: there.outputs(key).expand_as(z)
+                    for key, z in zip(seeds.keys, seeds.tensors, strict=True)
+                }
+            )
         if ledger is not None:
             counterparts = _counterparts(run, there, seeds, sources)
-            runner.beside.update(balance(ledger, run, grads, sources, plan.flow, counterparts))
+            accounts.add(balance(ledger, run, grads, sources, plan.flow, counterparts))
         last = number == len(drawn) - 1
         pulled = run.pull(grads, sources, keep=ledger is not None or not last)
+        shares = {}
         for key, value in pulled.items():
             start = there.sources.get(key, ends[key])
-            share = plan.relevance(difference(ends[key], start.detach()), value)
-            share = share if len(drawn) == 1 else share / len(drawn)
-            found[key] = found[key] + share if key in found else share
-    return found
+            shares[key] = plan.relevance(difference(ends[key], start.detach()), value)
+        found.add(shares)
+    runner.beside.update(accounts.mean)
+    runner.beside.update({under(REFERENCE, key): value for key, value in values.mean.items()})
+    for key, value in found.deviations().items():
+        runner.beside[under(SPREAD, key)] = run.in_batch_shape(key, value, sources[key])
+    return found.mean
 
 
 class _Runs:
@@ -128,7 +144,9 @@ class _Runs:
         td = self.runner.td
         if td.batch_dims != 1 or len(td) < 2 or one.entries:
             return False
-        return set(self.runner.setup.in_keys) <= set(one.replaced)
+        if not set(self.runner.setup.in_keys) <= set(one.replaced):
+            return False
+        return all(torch.equal(value, value[:1].expand_as(value)) for value in one.replaced.values())
 
     def _is_alike(self, one: Drawn) -> bool:
         """Whether a run on one row does to it what one on all of the batch did to each."""
@@ -158,8 +176,7 @@ class _Runs:
             given, replaced = given[:1], {key: value[:1] for key, value in replaced.items()}
         reference.one = alone
         while True:
-            # What are heads may be known since the run that is explained, which took down what they did.
-            within = Beside(self.plan, whole=not runner.headless)
+            within = Beside(self.plan)
             try:
                 with runner.forward(given, within, target=target, replaced=replaced) as run:
                     pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -12,16 +13,18 @@ from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-from tdhook.attribution.against import explain_difference
+from tdhook.attribution.against import REFERENCE, SPREAD, explain_difference
 from tdhook.attribution.keywords_03 import Keywords03, copies_of, translated
 from tdhook.contexts.attribution import Attribution, Shared
 from tdhook.conventions import Convention
+from tdhook.keys import under
 from tdhook.models.families import Linear
 from tdhook.models.lazy import initialise, is_unmade
 from tdhook.models.model import InKeys, Model
+from tdhook.passes.heads import NowKnown
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Setup
-from tdhook.perturbing.references import Baseline, References, as_references
+from tdhook.perturbing.references import Baseline, Fill, References, as_references
 from tdhook.relevance.composites.composite import Composite, Pairs, RuleMapper, preset
 from tdhook.relevance.ledger.balance import balance
 from tdhook.relevance.ledger.ledger import Ledger
@@ -140,8 +143,12 @@ class LRP(Attribution):
         plan, ledger = runner.state.ready(runner), self._new_ledger(runner.state)
         if self.references is not None:
             runner.state.draw()
+        heads = runner.setup.heads
+        known = heads.known
         with runner.forward(td, plan.rules_on(ledger)) as run:
             if self.references is not None:
+                if heads.known and not known and heads.possible:
+                    raise NowKnown  # on the reference they will be off the tape
                 return explain_difference(runner, run, runner.state, plan, self.seeder, self.references)
             seeds, sources = run.seeds(self.seeder, plan.flow), run.sources()
             pulled = run.pull(seeds, sources, keep=ledger is not None)
@@ -181,9 +188,42 @@ class LRP(Attribution):
 
     @property
     def writes(self) -> tuple[NestedKey, ...]:
-        """The ledger."""
+        """The ledger, and what is explained as it is on the reference, as far as the target says what that is."""
         accounts = ("target", "inputs", "absorbed", "gap") if self.ledger else ()
-        return tuple(("ledger", name) for name in accounts)
+        there = self.references is not None and self.references.values
+        explained = self.seeder.explains or () if there else ()
+        levels = [cast("tuple[str, ...]", under(REFERENCE, key)) for key in explained]
+        return (*(("ledger", name) for name in accounts), *levels)
+
+    @property
+    def writes_under(self) -> tuple[str, ...]:
+        """``"spread"`` and ``"reference"``, as far as they were asked for."""
+        asked = self.references
+        if asked is None:
+            return ()
+        return (*((SPREAD,) if asked.spread else ()), *((REFERENCE,) if asked.values else ()))
+
+    def reads(self, td: TensorDictBase) -> list[NestedKey]:
+        """What the references are taken of."""
+        return [] if self.references is None else self.references.reads(td)
+
+    def among(self, td: TensorDictBase) -> LRP:
+        """With means and samples of ``td``, unless the references have data of their own."""
+        if self.references is None:
+            return self
+        other = copy.copy(self)
+        other.references = self.references.among(td)
+        return other
+
+    def settled(
+        self, keys: Sequence[NestedKey], td: TensorDictBase, valid: Tensor | None = None
+    ) -> tuple[LRP, TensorDictBase, Fill]:
+        """With references that are entries, where they are means, draws, or the step before."""
+        if self.references is None:
+            return super().settled(keys, td, valid)
+        other = copy.copy(self)
+        other.references, td, fill = self.references.settled(keys, td, valid)
+        return other, td, fill
 
     def reads_signs(self, state: Ready) -> bool:
         """Rules that treat contributions by their sign skip terms."""

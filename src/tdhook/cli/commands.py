@@ -47,6 +47,11 @@ Composite = Annotated[
         metavar="NAME_OR_FILE",
     ),
 ]
+_BASELINE_HELP = (
+    "What each step is compared with, so that the difference is explained, all of which arrives at the inputs: a "
+    "number, `mean` (of the rollout), `previous` (the step before), `sample:N` (so many steps drawn from the rollout), "
+    "`blur:WIDTH` (the picture out of focus), `@KEY` (an entry), or one for each key, `pixels=blur:3,speed=0`"
+)
 Steps = Annotated[int, typer.Option(min=1, help="Steps to act, through as many episodes as they take.")]
 Seed = Annotated[int, typer.Option(help="Of the environment and of sampled actions.")]
 Out = Annotated[Path, typer.Option(help="Folder to write to.", metavar="DIR")]
@@ -90,6 +95,9 @@ def demo(
     out: Out = Path("demo-output"),
     steps: Steps = 500,
     composite: Composite = "epsilon_plus",
+    baseline: Annotated[
+        str, typer.Option(help=f"{_BASELINE_HELP}; `none` to explain values.", metavar="BASELINE")
+    ] = "mean",
     seed: Seed = 0,
     frames: Frames = False,
 ) -> None:
@@ -97,14 +105,15 @@ def demo(
 
     One balances the pole of CartPole; one sees the pixels of Freeway, where ale-py is installed, and its output is in a
     folder of its own. Each acts in the real environment, through an attribution context: it acts as it always does, and
-    each step also says how much every entry of the observation had to do with the action taken. Printed are the return,
+    each step also says how much every entry of the observation had to do with the action taken, compared with the mean
+    observation. Printed are the return,
     the mean relevance of each feature by action, and whether relevance was conserved; written are the explained
     rollout, pictures of it, the printed numbers as JSON, and a page to look through it step by step.
     """
     require("torchrl", "gymnasium", "matplotlib")
     from tdhook.cli import report
     from tdhook.cli.explanations import Request, run
-    from tdhook.configuration import read_composite
+    from tdhook.configuration import read_baseline, read_composite
     from tdhook.rl import demo_policy
 
     policies = {"cartpole": out}
@@ -116,8 +125,10 @@ def demo(
         policies["freeway"] = out / "freeway"
     with notes():
         rules = read_composite(composite)
+        against = None if baseline == "none" else (read_baseline(baseline), baseline)
         for name, folder in policies.items():
-            run(Request(demo_policy(name), rules, composite, None, steps, seed, frames=frames), folder)
+            request = Request(demo_policy(name), rules, composite, None, steps, seed, (), frames, against)
+            run(request, folder)
             report.run(folder, None)
 
 
@@ -126,6 +137,7 @@ def demo(
     "tdhook explain --policy cartpole.pt --steps 500\n\n"
     "tdhook explain --policy cartpole.pt --composite my_rules.toml --target action_value:0 --out why-left\n\n"
     "tdhook explain --policy mypackage.policies:make_actor --env Acrobot-v1 --target logits:action\n\n"
+    "tdhook explain --policy cartpole.pt --baseline previous\n\n"
     "**A composite file** (first match wins; the preset takes what the pairs leave)\n\n"
     'preset = "epsilon_plus"\n\n'
     'pairs = [{ select = { reads = "observation" }, rule = "GammaRule", gamma = 0.5 }]'
@@ -147,6 +159,12 @@ def explain(
         ),
     ] = None,
     frames: Frames = False,
+    baseline: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help=f"{_BASELINE_HELP}; by default that of the composite file, or `none`.", metavar="BASELINE"
+        ),
+    ] = None,
 ) -> None:
     """Let your own policy act in a gymnasium environment, and explain each of its actions.
 
@@ -158,13 +176,17 @@ def explain(
     require("torchrl", "gymnasium", "matplotlib")
     from tdhook.cli.explanations import Request, run
     from tdhook.cli.policies import find_policy
-    from tdhook.configuration import read_composite, read_key, read_target
+    from tdhook.configuration import baseline_in, read_baseline, read_composite, read_key, read_target
 
     with notes():
         rules = read_composite(composite)
         what = None if target is None else read_target(target)
         keys = tuple(read_key(key) for key in attribute or ())
-        run(Request(find_policy(policy, env), rules, composite, what, steps, seed, keys, frames), out)
+        named = baseline_in(composite) if baseline is None else baseline
+        against = None if named in (None, "none") else (read_baseline(named), named)
+        run(
+            Request(find_policy(policy, env), rules, composite, what, steps, seed, keys, frames, against), out
+        )
 
 
 @app.command(

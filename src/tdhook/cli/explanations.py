@@ -24,8 +24,10 @@ from tdhook.cli.tables import conservation_table, progress_bar, relevance_table
 from tdhook.composites import Composite
 from tdhook.configuration import write_key, write_target
 from tdhook.markup import visible
+from tdhook.perturbing.references import References
 from tdhook.plots import relevance_on_frames, relevance_over_time
 from tdhook.rl import Policy
+from tdhook.rl.explain import Explain
 from tdhook.rl.rollouts import (
     Conservation,
     Episode,
@@ -58,6 +60,7 @@ class Request:
         seed: of the environment and of sampled actions.
         attribute: keys besides the inputs that are explained.
         frames: whether the environment is rendered at each step.
+        baseline: what the target is compared with, and what the user calls it; ``None`` to explain its value.
     """
 
     policy: Policy
@@ -68,6 +71,16 @@ class Request:
     seed: int
     attribute: tuple[NestedKey, ...] = ()
     frames: bool = False
+    baseline: tuple[References, str] | None = None
+
+    @property
+    def how(self) -> str:
+        """The rules and the baseline, as the user calls them."""
+        return (
+            self.composite_name
+            if self.baseline is None
+            else f"{self.composite_name} against {self.baseline[1]}"
+        )
 
 
 @dataclass(frozen=True)
@@ -95,26 +108,43 @@ def run(request: Request, out: Path) -> None:
     stage = Stage.of(policy, request.seed, request.frames)
     target = request.target or _default_target(policy)
     keys = [unravel_key(key) for key in (*policy.actor.in_keys, *request.attribute)]
-    explained = LRP(request.composite, target=target, attribute=keys).wrap(policy.actor)
+    against = request.baseline is not None
+    acting = policy.actor
+    if not against:
+        acting = LRP(request.composite, target=target, attribute=keys).wrap(acting)
     with closing(stage.env) as env, progress_bar() as progress:
         task = progress.add_task(
             escape(visible(f"{policy.env_id}: acting and explaining")), total=request.steps
         )
         rollout = explained_rollout(
             env,
-            explained,
+            acting,
             request.steps,
             lambda done: progress.update(task, completed=done),
             frames=request.frames,
         )
-        progress.update(task, description="checking that relevance is conserved")
-        account = conservation(rollout, policy.actor, request.composite, target)
+        if request.baseline is not None:
+            progress.update(task, description="explaining against the baseline")
+            rollout, account = _against(request, request.baseline[0], target, keys, rollout)
+        else:
+            progress.update(task, description="checking that relevance is conserved")
+            account = conservation(rollout, policy.actor, request.composite, target)
         put_on_screen(env, rollout)
     views = _views(rollout, keys, policy, stage.actions)
-    what = f"{policy.env_id}: relevance for {write_target(target)} under {request.composite_name}"
-    _show(console, what, views, account)
+    what = f"{policy.env_id}: relevance for {write_target(target)} under {request.how}"
+    _show(console, what, views, account, against)
     for path in _write(out, request, target, rollout, views, account, what):
         console.print(Text(visible(f"wrote {path}")), soft_wrap=True)
+
+
+def _against(
+    request: Request, references: References, target: Target, keys: list[NestedKey], rollout: TensorDict
+) -> tuple[TensorDict, Conservation | None]:
+    """Explain a rollout afterwards, when all that may be compared with is there, and account for it."""
+    conserves = not any(rule.yields == "sensitivity" for _, rule in request.composite)
+    method = LRP(request.composite, target=target, attribute=keys, baseline=references, ledger=conserves)
+    found: TensorDict = Explain(method, request.policy.actor, mask_key=None)(rollout)
+    return found, Conservation.of(found["ledger"]) if conserves else None
 
 
 def _default_target(policy: Policy) -> Target:
@@ -153,7 +183,9 @@ def _views(
     return views
 
 
-def _show(console: Console, what: str, views: list[_View], account: Conservation | None) -> None:
+def _show(
+    console: Console, what: str, views: list[_View], account: Conservation | None, against: bool
+) -> None:
     console.print(Text(visible(what), style="bold"))
     _show_episodes(console, views[0].summary.episodes)
     for view in views:
@@ -165,7 +197,7 @@ def _show(console: Console, what: str, views: list[_View], account: Conservation
             "These rules give a modified gradient, which is not conserved: it does not sum to the target."
         )
     else:
-        console.print(conservation_table(account))
+        console.print(conservation_table(account, against))
 
 
 def _show_episodes(console: Console, episodes: tuple[Episode, ...], most: int = 6) -> None:
@@ -197,10 +229,11 @@ def _write(
         "seed": request.seed,
         "target": write_target(target),
         "composite": {"name": request.composite_name, **request.composite.to_dict()},
+        "baseline": None if request.baseline is None else request.baseline[1],
         "conservation": None if account is None else asdict(account),
         "explanations": [{"of": view.label or "observation", **view.summary.to_dict()} for view in views],
     }
-    unfinished = {"target": told["target"], "composite": request.composite_name, "steps": len(rollout)}
+    unfinished = {"target": told["target"], "composite": request.how, "steps": len(rollout)}
     with replaced_output(out, unfinished) as new:
         names = ["rollout", *_draw(new, rollout, views, what), "summary.json"]
         save(rollout, new / "rollout")

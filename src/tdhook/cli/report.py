@@ -25,6 +25,7 @@ def run(folder: Path, out: Path | None) -> None:
     explanation = told.explanations[0]
     first, *more = _explained(rollout, explanation.of)
     place = folder / "report.html" if out is None else out
+    against = "" if told.baseline is None else f" against {told.baseline}"
     with made_of(output, place) as new:
         write_report(
             rollout,
@@ -36,7 +37,8 @@ def run(folder: Path, out: Path | None) -> None:
             composite=told.composite,
             target=told.target,
             account=told.account,
-            title=f"{told.environment}: relevance for {told.target} under {told.composite_name}",
+            baseline=told.baseline,
+            title=f"{told.environment}: relevance for {told.target} under {told.composite_name}{against}",
             metadata={
                 "environment": told.environment,
                 "seed": told.seed,

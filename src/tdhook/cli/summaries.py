@@ -43,6 +43,7 @@ class Told:
         target: what was explained, as text.
         composite_name: what the user called it.
         composite: the rules.
+        baseline: what was compared with, as text; ``None`` where values were explained.
         account: of the relevance; ``None`` where none of it is conserved.
         explanations: at least one.
     """
@@ -53,6 +54,7 @@ class Told:
     target: str
     composite_name: str
     composite: Composite
+    baseline: str | None
     account: Conservation | None
     explanations: tuple[Explained, ...]
 
@@ -74,6 +76,7 @@ def told_by(path: Path) -> Told:
             target=_entry(summary, "target", _text),
             composite_name=_entry(composite, "name", _text, "composite."),
             composite=Composite.from_dict({"pairs": _entry(composite, "pairs", _list, "composite.")}),
+            baseline=_entry({"baseline": None, **_entry({"": summary}, "", _table)}, "baseline", _text),
             account=account,
             explanations=_explanations(summary),
         )

@@ -76,15 +76,12 @@ def _signed(value: float) -> Text:
     return Text(f"{value:+.4g}", style="red" if value > 0 else "blue" if value < 0 else "")
 
 
-def conservation_table(account: Conservation) -> Group:
-    """Where the relevance went."""
-    table = _table("Conservation of relevance", "", "mean", "of |target|", numbers=True)
-    for label, value in (
-        ("put in: the value of the target", account.target),
-        ("arrived at the inputs", account.arrived),
-        ("kept on the way by biases, stabilisers, constants", account.absorbed),
-    ):
-        table.add_row(label, f"{value:+.5g}", f"{value / account.size:+.1%}" if account.size else "")
+def conservation_table(account: Conservation, against: bool = False) -> Group:
+    """Where the relevance went, that of the difference from a baseline if it is ``against`` one."""
+    share_of = "of what was put in" if against else "of |target|"
+    table = _table("Conservation of relevance", "", "mean", share_of, numbers=True)
+    for label, value, share in account.lines(against):
+        table.add_row(label, f"{value:+.5g}", "" if share is None else f"{share:+.1%}")
     meaning = (
         f"Conservation error: {account.error:.1e}. At the worst of the steps, this part of the mean |target| is "
         "unaccounted for, lost or made on the way."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict, TypeVar
 
 from tensordict import TensorDictBase
@@ -150,6 +150,34 @@ class Attribution(ABC):
     def writes(self) -> tuple[NestedKey, ...]:
         """Keys that are written besides outputs, relevance and values."""
         return ()
+
+    @property
+    def writes_under(self) -> tuple[str, ...]:
+        """Names under which more is written of what is attributed or explained."""
+        return ()
+
+    def reads(self, td: TensorDictBase) -> list[NestedKey]:
+        """Entries of ``td`` that are read besides those that the model and the target read."""
+        return []
+
+    def among(self: Self, td: TensorDictBase) -> Self:
+        """The same, where what is explained is compared with others: with those of ``td``."""
+        return self
+
+    def settled(
+        self: Self, keys: Sequence[NestedKey], td: TensorDictBase, valid: Tensor | None = None
+    ) -> tuple[Self, TensorDictBase, Callable[[TensorDictBase], TensorDictBase]]:
+        """The same for parts of a batch, where what is explained of one depends on more than that part.
+
+        Args:
+            keys: the inputs that are attributed.
+            td: the whole batch.
+            valid: ``[*batch]``, truth values, which of its elements are no padding; all by default.
+
+        Returns:
+            The method for parts; the batch to take them of, with what they need; and what makes a part ready.
+        """
+        return self, td, lambda part: part
 
     def reads_signs(self, state: Any) -> bool:
         """Whether it spares work to know that no input is negative."""

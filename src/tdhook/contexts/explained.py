@@ -45,6 +45,13 @@ class Explaining(Protocol):
     def writes(self) -> tuple[NestedKey, ...]:
         """Keys that are written besides outputs, relevance and values."""
 
+    @property
+    def writes_under(self) -> tuple[str, ...]:
+        """Names under which more is written of what is attributed or explained."""
+
+    def reads(self, td: TensorDictBase) -> list[NestedKey]:
+        """Entries that are read besides those that the model and the target read."""
+
     def start(self, model: Model) -> Any:
         """What has to be worked out once per model."""
 
@@ -91,6 +98,8 @@ class ExplainedModule(TensorDictModuleBase):
         self._told = {entry: parts_of(key) for key, entry in self._entries.items()}
         target = setup.question.target
         self.out_keys = [*model.runner.out_keys, *self._entries.values(), *target.writes, *method.writes]
+        if "spread" in method.writes_under:
+            self.out_keys += [("spread", *parts_of(key)) for key in setup.sources]
         # Some models say which of the entries that they read are attributed, and read others.
         entries = None if getattr(model.runner, "reads_everything", False) else target.entries
         self._chosen_by = None if entries is None else [key for key in entries if key not in self.in_keys]
@@ -147,6 +156,10 @@ class ExplainedModule(TensorDictModuleBase):
     def method(self) -> Explaining:
         """How the model is explained."""
         return self._method
+
+    def explain_by(self, method: Explaining) -> None:
+        """From now on, explain by a method that asks and writes the same."""
+        self._method = method
 
     @property
     def model(self) -> Model:
@@ -246,7 +259,8 @@ class ExplainedModule(TensorDictModuleBase):
 
     def _of(self, key: tuple[str, ...]) -> tuple[str, ...] | None:
         """What an entry tells of."""
-        for name in map(parts_of, (self._method.attribution_key, self._method.value_key)):
+        ours = (self._method.attribution_key, self._method.value_key, *self._method.writes_under)
+        for name in map(parts_of, ours):
             if key[: len(name)] == name:
                 return key[len(name) :] or None
         return key
@@ -269,7 +283,7 @@ class ExplainedModule(TensorDictModuleBase):
         """The entries of ``td`` that a call depends on."""
         if self._chosen_by is None:
             return list(td.keys(True, True))
-        return [*self.in_keys, *(key for key in self._chosen_by if key in td)]
+        return [*self.in_keys, *(key for key in self._chosen_by if key in td), *self._method.reads(td)]
 
     def explain(self, td: TensorDictBase) -> dict[NestedKey, Any]:
         """What a call writes into ``td``, operation by operation."""
@@ -336,9 +350,12 @@ class ExplainedModule(TensorDictModuleBase):
         setup = self._setup
         if setup.leaves.integers:
             integers = [self.entry(key) for key in setup.leaves.integers]
+            integers += [("spread", *parts_of(key)) for key in setup.leaves.integers]
             self.out_keys = [key for key in self.out_keys if key not in integers]
+        below = [parts_of(name) for name in self._method.writes_under]
         if setup.input_modules:
-            ours = parts_of(self._method.attribution_key)
+            below.append(parts_of(self._method.attribution_key))
+        for ours in below:
             new = [key for key in written if parts_of(key)[: len(ours)] == ours and key not in self.out_keys]
             self.out_keys += new
 

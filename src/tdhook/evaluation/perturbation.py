@@ -210,7 +210,7 @@ class _Plan:
             within = self.td.batch_dims - axes
             source = whole if data is None else rows_of(data, data.batch_dims - within)
             if self.method is not None:
-                explain = bound(self.method, self.module, question.seeder)
+                explain = bound(self.method, self.module, question.seeder, whole)
             for rows in whole.split(self.chunk_size):
                 relevance = relevance_of(
                     rows if explain is None else explain(rows.copy()), self.attribution_key

@@ -156,7 +156,7 @@ def randomisation(
         question, rows = asked(module, td, target, axes, chunk_size)
 
         def explained_by(model: nn.Module) -> Tensor:
-            explain = bound(method, model, question.seeder)
+            explain = bound(method, model, question.seeder, rows)
             parts = [relevance_of(explain(part.copy()), attribution_key) for part in rows.split(chunk_size)]
             chosen = list(parts[0]) if keys is None else [unravel_key(key) for key in keys]
             features = Features.of(rows, chosen)

@@ -74,9 +74,19 @@ def axes_of(td: TensorDictBase, batch_dims: int | None, target: TargetLike) -> i
     return batch_dims
 
 
-def bound(method: Method, module: nn.Module, target: TargetLike) -> Explainer:
-    """An explainer of ``module`` by ``method``, for ``target``."""
+def bound(
+    method: Method, module: nn.Module, target: TargetLike, whole: TensorDictBase | None = None
+) -> Explainer:
+    """An explainer of ``module`` by ``method``, for ``target``.
+
+    Args:
+        method: how.
+        module: the model.
+        target: what is explained.
+        whole: all that will be explained, a part at a time: what its parts are compared with is all of it.
+    """
     if isinstance(method, Attribution):
+        method = method if whole is None else method.among(whole)
         return (method if target is None else method.explaining(target)).wrap(module)
     explain = method(module)
 

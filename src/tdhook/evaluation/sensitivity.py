@@ -95,7 +95,7 @@ def sensitivity(
     axes = axes_of(td, batch_dims, target)
     with quiet(module, seed):
         question, whole = asked(module, td, target, axes, chunk_size)
-        explain = bound(method, module, question.seeder)
+        explain = bound(method, module, question.seeder, whole)
         for rows in whole.split(chunk_size):
             relevance = relevance_of(explain(rows.copy()), attribution_key)
             if features is None:

@@ -93,23 +93,19 @@ def summary_html(view: View, shown: Sequence[int]) -> str:
     )
 
 
-def account_html(account: Conservation | None, composite: Composite | None) -> str:
-    """Where the relevance went."""
+def account_html(account: Conservation | None, composite: Composite | None, against: bool = False) -> str:
+    """Where the relevance went, that of the difference from a baseline if it is ``against`` one."""
     if account is None:
         if composite is not None and any(rule.yields == "sensitivity" for _, rule in composite):
             return "<p>These rules give a modified gradient, which is not conserved: it does not sum to the target.</p>"
         return "<p>No account was kept.</p>"
-    lines = []
-    for label, value in (
-        ("put in: the value of the target", account.target),
-        ("arrived at the inputs", account.arrived),
-        ("kept on the way by biases, stabilisers, constants", account.absorbed),
-    ):
-        share = f"{value / account.size:+.1%}".replace("-", "−") if account.size else ""
-        lines.append(f'<tr><th scope="row">{label}</th><td>{_signed(value)}</td><td>{share}</td></tr>')
+    lines, share_of = [], "of what was put in" if against else "of |target|"
+    for label, value, share in account.lines(against):
+        part = "" if share is None else f"{share:+.1%}".replace("-", "−")
+        lines.append(f'<tr><th scope="row">{label}</th><td>{_signed(value)}</td><td>{part}</td></tr>')
     return (
         '<table class="numbers"><caption>Mean over the steps</caption><thead><tr><td></td><th scope="col">mean</th>'
-        f'<th scope="col">of |target|</th></tr></thead><tbody>{"".join(lines)}</tbody></table>'
+        f'<th scope="col">{share_of}</th></tr></thead><tbody>{"".join(lines)}</tbody></table>'
         f"<p>Conservation error: <strong>{account.error:.1e}</strong>. At the worst of the steps, this part of the "
         "mean |target| is unaccounted for, lost or made on the way.</p>"
     )

@@ -59,6 +59,7 @@ def write_report(
     frame: NestedKey = "frame",
     composite: Composite | Pairs | str | None = None,
     target: TargetLike = None,
+    baseline: str | None = None,
     account: Conservation | None = None,
     title: str | None = None,
     metadata: Mapping[str, Any] | None = None,
@@ -86,6 +87,7 @@ def write_report(
         frame: key of the frames; not there, there are none.
         composite: what it was explained with: a composite, its pairs or the name of a preset.
         target: what is explained.
+        baseline: what it is compared with, in words, if its difference from there is explained.
         account: of the relevance, see :func:`tdhook.rl.rollouts.conservation`; by default that of the ledger in the
             rollout, if it has one.
         title: of the page.
@@ -115,6 +117,7 @@ def write_report(
     pictures = pictures_of(frames, views)
     notes += [] if pictures is None else pictures.notes
     facts = {} if target is None else {"target": target_text(target)}
+    facts |= {} if baseline is None else {"baseline": baseline}
     facts |= {str(name): value for name, value in (metadata or {}).items()}
     page = _assembled(
         {
@@ -125,7 +128,7 @@ def write_report(
                 f'<div data-view="{i}"{" hidden" if i else ""}>{summary_html(view, shown)}</div>'
                 for i, (view, shown) in enumerate(zip(views, rows, strict=True))
             ),
-            "account": account_html(account, rules),
+            "account": account_html(account, rules, baseline is not None),
             "composite": composite_html(rules),
             "facts": list_html(facts)
             if facts

@@ -20,7 +20,7 @@ from tdhook.models.turns import here
 from tdhook.tape.internals import version_of, without_modes
 from tdhook.tape.undoing import Hook, hooked
 
-__all__ = ["Heads", "NotBehind"]
+__all__ = ["Heads", "NotBehind", "NowKnown"]
 
 _Seen: TypeAlias = "list[tuple[Tensor, int]]"
 
@@ -30,6 +30,10 @@ class NotBehind(BaseException):
 
     Not an ``Exception``, so that the model's own handlers let it pass.
     """
+
+
+class NowKnown(BaseException):
+    """The heads were found in a run that had them on the tape, and other runs are to go beside it: it is made again."""
 
 
 class Heads:
@@ -53,14 +57,14 @@ class Heads:
         self._known = len(self._parts) < 2 or len(set(map(id, self._parts))) < len(self._parts)
 
     @property
+    def known(self) -> bool:
+        """Whether it was seen which modules are heads, if any."""
+        return self._known
+
+    @property
     def possible(self) -> bool:
         """Whether there are heads, or may be."""
         return not self._known or self._first is not None
-
-    @property
-    def known(self) -> bool:
-        """Whether it was seen which modules are heads: before, all are run as the others."""
-        return self._known
 
     @contextmanager
     def off_the_tape(self, seen: bool) -> Iterator[None]:

@@ -23,7 +23,7 @@ from tdhook.models.snapshots import Snapshot
 from tdhook.models.state import as_normal, without_backward_hooks
 from tdhook.passes.axes import Misread
 from tdhook.passes.forward import AsItIs, Run, Within
-from tdhook.passes.heads import NotBehind
+from tdhook.passes.heads import NotBehind, NowKnown
 from tdhook.passes.setup import Setup
 from tdhook.tape.cutting import Graph
 from tdhook.tape.overwriting import Mutated
@@ -49,7 +49,6 @@ class Runner:
         td: the same as a TensorDict.
         base: the run on ``td`` as it is: its outputs are what the explained module writes.
         beside: further entries to write, by key.
-        headless: whether the heads of the model were off the tape in the run on ``td``.
         graph: what its runs leave on the tape.
     """
 
@@ -57,7 +56,6 @@ class Runner:
         self.setup, self.given, self.td, self.state = setup, td, plain(td), state
         self.base: Run | None = None
         self.beside: dict[NestedKey, Tensor] = {}
-        self.headless = False
         self.graph = Graph()
         self._before: Snapshot | None = None
 
@@ -108,8 +106,6 @@ class Runner:
             with all_of(collecting, how.running()):
                 given = work.copy() if asked.writes else work  # what the model writes goes into it
                 heads = setup.heads.possible and not how.whole
-                if is_base:
-                    self.headless = heads and setup.heads.known
                 inside = all_of(
                     setup.heads.off_the_tape(how.overwrites) if heads else None,
                     setup.leaves.made(inputs, integers, exact=not replaced) if integers else None,
@@ -179,7 +175,7 @@ class Runner:
                     return attempt()
                 with setup.memory.kept(always=False) as self._before:
                     return attempt()
-            except (Mutated, NotBehind, Misread):
+            except (Mutated, NotBehind, NowKnown, Misread):
                 continue
             except RuntimeError as error:
                 if setup.of_inference or "nference tensor" not in str(error):

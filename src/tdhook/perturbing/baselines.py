@@ -29,12 +29,17 @@ def blurred(width: float) -> Callable[[Tensor], Tensor]:
         width: standard deviation in pixels; the kernel is cut at three of them.
 
     Raises:
-        ValueError: the width is not positive.
+        ValueError: the width is not positive, or what it is given are no pictures.
     """
     if not width > 0:
         raise ValueError(f"a blur has a positive width in pixels, got {width}")
 
     def blur(pictures: Tensor) -> Tensor:
+        if pictures.dim() < 3:
+            raise ValueError(
+                f"a blur is of pictures [rows, height, width], and got {list(pictures.shape)}, in which it would mix "
+                "the rows: give what is no picture another baseline"
+            )
         reach = max(1, round(3 * width))
         offsets = torch.arange(-reach, reach + 1, device=pictures.device, dtype=pictures.dtype)
         kernel = torch.exp(-0.5 * (offsets / width) ** 2)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from functools import partial
+from typing import TypeAlias, cast
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
-from tdhook.keys import parts_of
+from tdhook.keys import parts_of, put
 from tdhook.perturbing.baselines import Baseline, OneBaseline, fitting
+from tdhook.perturbing.before import PREVIOUS, markers, step_before
 
 __all__ = ["Baseline", "Drawn", "References", "as_references"]
 
-NAMES = ("mean", "sample", "previous")
+NAMES = ("mean", "sample", PREVIOUS)
+_GIVEN = "_reference"
+
+Fill: TypeAlias = "Callable[[TensorDictBase], TensorDictBase]"
 
 
 @dataclass
@@ -40,6 +46,13 @@ class References:
         samples: how many are drawn where ``"sample"`` is asked for.
         data: the rows that ``"mean"`` and ``"sample"`` are taken of; by default those of the batch.
         seed: of what is drawn.
+        values: whether what is explained is written as it is on the reference, on the mean of several of them: under
+            ``("reference", key)``, of the shape of the output ``key``.
+        spread: whether the standard deviation of relevance over the references is written, under ``("spread", key)``
+            and of the shape of the relevance of ``key``; divided by the root of ``samples`` it is the standard error.
+
+    Raises:
+        ValueError: ``samples`` is not positive, nothing is drawn, or there is no spread of one reference.
     """
 
     def __init__(
@@ -48,10 +61,16 @@ class References:
         samples: int = 1,
         data: TensorDictBase | None = None,
         seed: int = 0,
+        *,
+        values: bool = False,
+        spread: bool = False,
     ) -> None:
         if type(samples) is not int or samples < 1:
             raise ValueError(f"samples is how many references are drawn, at least one, got {samples!r}")
+        if spread and samples == 1:
+            raise ValueError("one reference has no spread: draw several, by samples")
         self.baseline, self.samples, self.data, self.seed = baseline, samples, data, seed
+        self.values, self.spread = values, spread
         named = baseline.values() if isinstance(baseline, Mapping) else [baseline]
         if samples > 1 and not any(isinstance(given, str) and given == "sample" for given in named):
             raise ValueError(f'samples={samples} are drawn of data: give baseline="sample"')
@@ -77,27 +96,93 @@ class References:
             ValueError: a baseline does not fit.
         """
         chance = torch.Generator().manual_seed(self.seed)
-        return [self._one(values, batch_dims, td, chance) for _ in range(self.samples)]
-
-    def _one(
-        self,
-        values: Mapping[NestedKey, Tensor],
-        batch_dims: Mapping[NestedKey, int],
-        td: TensorDictBase,
-        chance: torch.Generator,
-    ) -> Drawn:
-        drawn = Drawn()
+        found = []
         keys = {_plain(key): key for key in values}
-        for name, given in self._named(list(keys), td).items():
-            if name in keys:
-                key = keys[name]
-                drawn.replaced[key] = self._made(given, name, values[key], batch_dims[key], td, chance)
-            else:
-                value = td.get(name)
-                drawn.entries[name] = self._made(given, name, value, td.batch_dims, td, chance)
-        return drawn
+        for number in range(self.samples):
+            drawn, chosen = Drawn(), _Chosen(chance)
+            for name, given in self._named(list(keys), td, number).items():
+                if name in keys:
+                    key = keys[name]
+                    drawn.replaced[key] = self._made(given, name, values[key], batch_dims[key], td, chosen)
+                else:
+                    value = td.get(name)
+                    drawn.entries[name] = self._made(given, name, value, td.batch_dims, td, chosen)
+            found.append(drawn)
+        return found
 
-    def _named(self, keys: list[NestedKey], td: TensorDictBase) -> dict[NestedKey, OneBaseline]:
+    def reads(self, td: TensorDictBase) -> list[NestedKey]:
+        """The entries of a TensorDict that references are taken of, besides what is attributed."""
+        named = self.baseline.values() if isinstance(self.baseline, Mapping) else [self.baseline]
+        found: list[NestedKey] = list(self.baseline) if isinstance(self.baseline, Mapping) else []
+        for given in named:
+            if isinstance(given, str) and given == PREVIOUS:
+                found += markers(td)
+            elif isinstance(given, tuple) or (isinstance(given, str) and given not in NAMES):
+                found.append(given)
+        return [key for key in map(unravel_key, found) if key in td.keys(True)]
+
+    def among(self, td: TensorDictBase) -> References:
+        """The same, with means and samples of ``td`` unless there are data already."""
+        if self.data is not None:
+            return self
+        other = copy.copy(self)
+        other.data = td
+        return other
+
+    def settled(
+        self, keys: Sequence[NestedKey], td: TensorDictBase, valid: Tensor | None = None
+    ) -> tuple[References, TensorDictBase, Fill]:
+        """The same references for parts of a batch, where what they are depends on more than a part.
+
+        Args:
+            keys: what is attributed. What is no entry of the TensorDict, as a value inside the model, is not settled.
+            td: the whole batch.
+            valid: ``[*batch]``, which elements may be drawn; all by default.
+
+        Returns:
+            References to entries; the batch with those that are known; and what adds those that are drawn to a part.
+        """
+        named = self._named([_plain(key) for key in keys], td, 0)
+        chance = torch.Generator().manual_seed(self.seed)
+        given: dict[NestedKey, OneBaseline] = {}
+        drawn: dict[NestedKey, Tensor] = {}
+        td = td.copy()
+        for key, one in named.items():
+            value = td.get(key)
+            if key in keys and not value.is_floating_point():
+                value = value.to(torch.get_default_dtype())
+            if isinstance(one, str) and one == "sample":
+                drawn[key] = self._source(key, value, td.batch_dims, valid)
+            elif _is_one_row(one, value.dim() - td.batch_dims):
+                given[key] = one
+            else:
+                if isinstance(one, str) and one == "mean":
+                    one = _mean(self._source(key, value, td.batch_dims, valid))
+                made = self._made(one, key, value, td.batch_dims, td, _Chosen(chance))
+                put(td, (_GIVEN, *parts_of(key)), made, key)
+                given[key] = (_GIVEN,)
+        for number in range(self.samples if drawn else 0):
+            chosen = _Chosen(chance)
+            for count in {len(source) for source in drawn.values()}:
+                td.set((_GIVEN, f"{number}", f"of {count}"), chosen(count, td.numel()).reshape(td.batch_size))
+        return _Settled(self, given, tuple(drawn)), td, partial(_fill, drawn, self.samples)
+
+    def _source(self, key: NestedKey, value: Tensor, dims: int, valid: Tensor | None) -> Tensor:
+        """The rows that a mean or a sample is taken of, ``[rows, *shape]``."""
+        rows = value.reshape(-1, *value.shape[dims:])
+        if self.data is not None:
+            return self._rows(key, rows)
+        if valid is not None:
+            rows = rows[valid.reshape(-1).to(rows.device)]
+        if len(rows) == 1:
+            raise ValueError(
+                f"the mean or a sample of the batch is {key!r} itself where the batch has one element, and nothing "
+                'would differ: say what it is compared with, baseline=References("mean", data=...)'
+            )
+        return rows
+
+    def _named(self, keys: list[NestedKey], td: TensorDictBase, number: int) -> dict[NestedKey, OneBaseline]:
+        """What is given for each key, for the reference of a number."""
         baseline = self.baseline
         if not isinstance(baseline, Mapping):
             return dict.fromkeys(keys, baseline)
@@ -117,26 +202,23 @@ class References:
         value: Tensor,
         dims: int,
         td: TensorDictBase,
-        chance: torch.Generator,
+        chosen: _Chosen,
     ) -> Tensor:
         rows = value.reshape(-1, *value.shape[dims:])
         if isinstance(given, str | tuple) and not (isinstance(given, str) and given in NAMES):
-            return _entry(cast(NestedKey, given), key, value, td)
-        if given == "previous" if isinstance(given, str) else False:
-            return previous(value, td)
+            return _laid_out_as(value, _entry(cast(NestedKey, given), key, value, td))
         if isinstance(given, str):
-            source = rows if self.data is None else self._rows(key, rows)
-            if given == "mean":
-                made = source.to(
-                    torch.get_default_dtype() if not source.is_floating_point() else source.dtype
-                )
-                made = made.mean(0)
-            else:
-                index = torch.randint(len(source), (len(rows),), generator=chance)
-                made = source[index.to(source.device)]
+            if given == PREVIOUS:
+                return _laid_out_as(value, fitting(step_before(key, value, td), key, value))
+            source = self._source(key, value, dims, None)
+            made = (
+                _mean(source) if given == "mean" else source[chosen(len(source), len(rows)).to(source.device)]
+            )
         else:
             made = given(rows) if callable(given) else torch.as_tensor(given)
-        return fitting(made, key, rows).reshape(value.shape)
+            if made.dim() > 1 and made.shape == value.shape:
+                made = made.reshape(rows.shape)  # a row each
+        return _laid_out_as(value, fitting(made, key, rows).reshape(value.shape))
 
     def _rows(self, key: NestedKey, rows: Tensor) -> Tensor:
         assert self.data is not None
@@ -144,6 +226,84 @@ class References:
             raise KeyError(f"the data that baselines are taken of have no {key!r}")
         found: Tensor = self.data.get(key)
         return found.reshape(-1, *rows.shape[1:])
+
+
+class _Settled(References):
+    """References that are entries of the TensorDict already, some of them another one for each sample.
+
+    Args:
+        of: what was settled.
+        given: by key.
+        drawn: keys whose references were drawn.
+    """
+
+    def __init__(
+        self, of: References, given: Mapping[NestedKey, OneBaseline], drawn: Sequence[NestedKey]
+    ) -> None:
+        self.baseline, self.samples, self.data, self.seed = of.baseline, of.samples, of.data, of.seed
+        self.values, self.spread = of.values, of.spread
+        self._given, self._drawn = given, drawn
+
+    @property
+    def constant(self) -> bool:
+        """Whether none of them is an entry."""
+        return not self._drawn and not any(isinstance(one, tuple) for one in self._given.values())
+
+    def reads(self, td: TensorDictBase) -> list[NestedKey]:
+        """All that was settled."""
+        return [key for key in (_GIVEN,) if key in td]
+
+    def _named(self, keys: list[NestedKey], td: TensorDictBase, number: int) -> dict[NestedKey, OneBaseline]:
+        known = {**self._given, **dict.fromkeys(self._drawn, (_GIVEN, f"{number}"))}
+        if isinstance(self.baseline, Mapping):
+            return known
+        if isinstance(self.baseline, str) and self.baseline in NAMES and not known.keys() >= set(keys):
+            inner = next(key for key in keys if key not in known)
+            raise ValueError(
+                f"{inner!r} is a value inside the model, whose baseline {self.baseline!r} would depend on how the "
+                "batch is cut to be explained; give a number, a tensor, a function of single rows, or an entry"
+            )
+        return {key: known.get(key, self.baseline) for key in keys}
+
+
+class _Chosen:
+    """The rows that one reference is made of, the same for all keys."""
+
+    def __init__(self, chance: torch.Generator) -> None:
+        self._chance = chance
+        self._found: dict[tuple[int, int], Tensor] = {}
+
+    def __call__(self, among: int, count: int) -> Tensor:
+        """``count`` numbers of rows among so many, ``[count]``."""
+        if (among, count) not in self._found:
+            self._found[among, count] = torch.randint(among, (count,), generator=self._chance)
+        return self._found[among, count]
+
+
+def _fill(drawn: Mapping[NestedKey, Tensor], samples: int, part: TensorDictBase) -> TensorDictBase:
+    """Add the references that were drawn to a part of a batch."""
+    part = part.copy() if drawn else part
+    for key, source in drawn.items():
+        for number in range(samples):
+            index = part.get((_GIVEN, f"{number}", f"of {len(source)}"))
+            put(
+                part,
+                (_GIVEN, f"{number}", *parts_of(key)),
+                source[index.to(source.device)].to(part.get(key).device),
+                key,
+            )
+    return part
+
+
+def _is_one_row(given: OneBaseline, dims: int) -> bool:
+    """Whether a baseline is a number, or a tensor that is one row for all."""
+    if isinstance(given, str | tuple) or callable(given):
+        return False
+    return torch.as_tensor(given).dim() <= dims
+
+
+def _mean(rows: Tensor) -> Tensor:
+    return rows.to(rows.dtype if rows.is_floating_point() else torch.get_default_dtype()).mean(0)
 
 
 def as_references(baseline: Baseline | References | None, samples: int) -> References | None:
@@ -159,6 +319,11 @@ def as_references(baseline: Baseline | References | None, samples: int) -> Refer
     return References(baseline, samples)
 
 
+def _laid_out_as(value: Tensor, made: Tensor) -> Tensor:
+    """With the strides of a value: a model may ask for these, as it does before it overwrites."""
+    return made if made.stride() == value.stride() else torch.empty_like(value).copy_(made)
+
+
 def _plain(key: NestedKey) -> NestedKey:
     return key[0] if isinstance(key, tuple) and len(key) == 1 else key
 
@@ -172,43 +337,4 @@ def _entry(name: NestedKey, key: NestedKey, value: Tensor, td: TensorDictBase) -
     raise KeyError(
         f"baseline {name!r} is neither {', '.join(map(repr, NAMES))} nor an entry of the TensorDict, which has "
         f"{', '.join(map(repr, td.keys(True, True)))}"
-    )
-
-
-def previous(value: Tensor, td: TensorDictBase) -> Tensor:
-    """What a value was a step before, along the last axis of the batch; at the start of a trajectory what it is.
-
-    Args:
-        value: ``[*batch, time, *shape]``.
-        td: of batch size ``[*batch, time]``; a step at which ``("next", "done")`` or ``"is_init"`` says that a
-            trajectory ended, or begins, has none before it.
-
-    Raises:
-        ValueError: the batch has no axis.
-    """
-    axis = td.batch_dims - 1
-    if axis < 0:
-        raise ValueError(
-            'baseline="previous" is the step before along the last axis of the batch, and there is none'
-        )
-    first = value.narrow(axis, 0, 1)
-    before = torch.cat([first, value.narrow(axis, 0, value.shape[axis] - 1)], axis)
-    begins = _begins(td)
-    if begins is None:
-        return before
-    return torch.where(begins.reshape(begins.shape + (1,) * (value.dim() - begins.dim())), value, before)
-
-
-def _begins(td: TensorDictBase) -> Tensor | None:
-    """Which steps are the first of their trajectory, ``[*batch, time]``."""
-    axis = td.batch_dims - 1
-    begins: Tensor | None = td.get("is_init", None)
-    if begins is not None:
-        return begins.reshape(td.batch_size)
-    done = td.get(("next", "done"), None)
-    if done is None:
-        return None
-    done = done.reshape(*td.batch_size, -1).any(-1)
-    return torch.cat(
-        [torch.ones_like(done.narrow(axis, 0, 1)), done.narrow(axis, 0, done.shape[axis] - 1)], axis
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tdhook.rl.policies import Policy, build_actor, demo_policy, load_policy, make_env, save_policy
 
 if TYPE_CHECKING:
+    from tdhook.rl.before import StepBefore
     from tdhook.rl.explain import Explain
     from tdhook.rl.history import explain_windows
     from tdhook.rl.losses import LossTerm, TDError
@@ -19,6 +20,7 @@ __all__ = [
     "Explain",
     "LossTerm",
     "Policy",
+    "StepBefore",
     "TDError",
     "build_actor",
     "demo_policy",
@@ -36,6 +38,7 @@ _HOMES = {
     "AttributionTracker": "tdhook.rl.tracking",
     "Explain": "tdhook.rl.explain",
     "LossTerm": "tdhook.rl.losses",
+    "StepBefore": "tdhook.rl.before",
     "TDError": "tdhook.rl.losses",
     "explain_windows": "tdhook.rl.history",
     "frame_times": "tdhook.rl.raw",

@@ -6,9 +6,9 @@ import copy
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from tensordict import TensorDictBase
@@ -20,12 +20,14 @@ from tdhook.contexts.attribution import Attribution
 from tdhook.contexts.explained import ExplainedModule
 from tdhook.extras import require
 from tdhook.keys import known_keys, parts_of, under
+from tdhook.models.entries import leaves_of
 from tdhook.models.holding import modules_of
 from tdhook.models.loading import Weights, load_weights
 from tdhook.models.model import InKeys
 from tdhook.models.parallel import unwrapped
 from tdhook.models.state import Slot, slots_of
 from tdhook.passes.rows import beside, joined
+from tdhook.perturbing.before import PREVIOUS
 from tdhook.targets.hindsight import InHindsight
 
 __all__ = ["Explain"]
@@ -33,6 +35,8 @@ __all__ = ["Explain"]
 Transform: Any = require("torchrl.envs", "tdhook.rl").Transform
 
 _VALID = "_explain_valid"
+
+Entries: TypeAlias = "Callable[[TensorDictBase], Mapping[NestedKey, Tensor]]"
 
 
 class Explain(Transform):
@@ -45,6 +49,12 @@ class Explain(Transform):
 
     The module itself is left alone: a copy of it is explained, so that a buffer that prefetches in a thread of its own
     does not meddle with training. Parameters and buffers are copied anew for each batch that is explained.
+
+    Baselines that depend on more than one step are those of the whole batch, however it is cut: its mean, what is drawn
+    of it, and with ``baseline="previous"`` the step before, along the axis named ``"time"``, else the last one. Where a
+    trajectory begins, and at the first step of a batch, that is the step itself; with the transform
+    :class:`~tdhook.rl.before.StepBefore` in the environment a batch tells the step before of its first one, too. With
+    ``at="next"`` it is what the batch has of the step itself.
 
     Args:
         method: what is explained and how, say ``LRP("epsilon_plus", target=Target("action_value", "action"))``.
@@ -173,7 +183,8 @@ class Explain(Transform):
     def transform_output_spec(self, output_spec: object) -> Any:
         raise RuntimeError(
             "Explain is a transform of replay buffers and of what a collector brings (postproc=...); in an "
-            "environment, let the explained policy act: LRP(...).wrap(policy)"
+            "environment, let the explained policy act: LRP(...).wrap(policy), which a StepBefore() in the environment "
+            'tells the step before, for baseline="previous"'
         )
 
     def __getstate__(self) -> dict[str, object]:
@@ -204,17 +215,66 @@ class Explain(Transform):
         source = td.get(self.at, None) if self.at else td
         if not isinstance(source, TensorDictBase):
             raise KeyError(f"the batch has no {unravel_key(self.at)!r} to read from; it has {known_keys(td)}")
+        valid = None if self.mask_key is None else td.get(self.mask_key, None)
+        if valid is not None:
+            valid = valid.reshape(*td.batch_size, *(1,) * (source.batch_dims - td.batch_dims))
+            valid = valid.expand(source.batch_size)
+        ours = self._explained.method
+        assert isinstance(ours, Attribution)
+        whole = self._beside_trajectories(td, source, ours)
+        method, whole, fill = ours.settled(self._attributed(source), whole, valid)
+        self._explained.explain_by(method)
+        try:
+            return self._explain_settled(whole, valid, fill)
+        finally:
+            self._explained.explain_by(ours)
+
+    def _beside_trajectories(
+        self, td: TensorDictBase, source: TensorDictBase, method: Attribution
+    ) -> TensorDictBase:
+        """What is read, with what the batch tells of its trajectories, and what was before that which came next."""
+        whole = source
+        if self.trajectories and source.batch_dims and "time" not in source.names:
+            whole = source.copy()
+            whole.names = [*source.names[:-1], "time"]
+        if not self.at:
+            return whole
+        whole = whole.copy()
+        for key in method.reads(td):
+            if whole.get(key, None) is None:
+                whole.set(key, td.get(key))
+        for key in self._attributed(source) if self.at == ("next",) else ():
+            before = td.get(key, None)
+            if before is not None and whole.get((PREVIOUS, *parts_of(key)), None) is None:
+                whole.set((PREVIOUS, *parts_of(key)), before)
+        return whole
+
+    def _attributed(self, source: TensorDictBase) -> list[NestedKey]:
+        """The entries of what is read that are attributed."""
+        reads = [parts_of(key) for key in self._explained.in_keys]
+        given = [key for key in self._explained.attributed if parts_of(key) in reads]
+        return [leaf for key in given for leaf, _ in leaves_of(key, source.get(key, None))]
+
+    def _explain_settled(
+        self,
+        source: TensorDictBase,
+        valid: Tensor | None,
+        fill: Callable[[TensorDictBase], TensorDictBase],
+    ) -> dict[NestedKey, Tensor]:
         work = self._read(source)
         here = next((x.device for x in work.values(True, True) if isinstance(x, Tensor)), None)
         there = next((x.device for x in self._explained.model.root.parameters()), here)
         if here != there:
             work = work.to(there)
-        valid = None if self.mask_key is None else td.get(self.mask_key, None)
-        if valid is not None:
-            valid = valid.reshape(*td.batch_size, *(1,) * (work.batch_dims - td.batch_dims))
-            valid = valid.expand(work.batch_size).to(there)
+        valid = valid if valid is None else valid.to(there)
+
+        def entries(part: TensorDictBase) -> dict[NestedKey, Tensor]:
+            found = self._explained(fill(part))
+            return {key: value for key, value in found.items(True, True) if self._is_ours(parts_of(key))}
+
+        cut = self._by_trajectory if self.trajectories else self._by_step
         with _random_state_kept(there):
-            whole = self._by_trajectory(work, valid) if self.trajectories else self._by_step(work, valid)
+            whole = cut(work, valid, entries)
         return {self._destination(parts_of(key)): value.to(here) for key, value in whole.items()}
 
     def _read(self, source: TensorDictBase) -> TensorDictBase:
@@ -228,20 +288,24 @@ class Explain(Transform):
         kept = source.select(*self._explained.reads(source), strict=False)
         return kept.exclude(*(key for key in kept.keys(True, True) if self._is_ours(parts_of(key))))
 
-    def _by_step(self, work: TensorDictBase, valid: Tensor | None) -> dict[NestedKey, Tensor]:
+    def _by_step(
+        self, work: TensorDictBase, valid: Tensor | None, entries: Entries
+    ) -> dict[NestedKey, Tensor]:
         """Each step for itself, ``at_once`` of them together."""
         batch = work.batch_size
         flat = work.reshape(-1)
         there = None if valid is None else valid.reshape(-1).nonzero()[:, 0]
         found: dict[NestedKey, Tensor] = {}
         rows = flat if there is None else flat[there]
-        for key, value in joined(rows, self.at_once, self._entries).items():
+        for key, value in joined(rows, self.at_once, entries).items():
             if there is not None:
                 value = value.new_zeros(batch.numel(), *value.shape[1:]).index_copy_(0, there, value)
             found[key] = value.reshape(*batch, *value.shape[1:])
         return found
 
-    def _by_trajectory(self, work: TensorDictBase, valid: Tensor | None) -> dict[NestedKey, Tensor]:
+    def _by_trajectory(
+        self, work: TensorDictBase, valid: Tensor | None, entries: Entries
+    ) -> dict[NestedKey, Tensor]:
         """Trajectory by trajectory, as many together as come to about ``at_once`` steps."""
         batch = work.batch_size
         if not batch:
@@ -255,16 +319,13 @@ class Explain(Transform):
             work.set(_VALID, valid)
         rows = work.reshape(-1, batch[-1])
         with require("torchrl.modules", "tdhook.rl").set_recurrent_mode("recurrent"):
-            whole = joined(rows, self.at_once // batch[-1], self._entries)
+            whole = joined(rows, self.at_once // batch[-1], entries)
         return {key: value.reshape(*batch, *value.shape[2:]) for key, value in whole.items()}
-
-    def _entries(self, part: TensorDictBase) -> dict[NestedKey, Tensor]:
-        found = self._explained(part)
-        return {key: value for key, value in found.items(True, True) if self._is_ours(parts_of(key))}
 
     def _is_ours(self, key: tuple[str, ...]) -> bool:
         name = parts_of(self._method.attribution_key)
-        return key[: len(name)] == name or (key[0] == "ledger" and key in map(tuple, self._method.writes))
+        beside = key[0] in self._method.writes_under or key in map(parts_of, self._method.writes)
+        return key[: len(name)] == name or beside
 
     def _destination(self, key: tuple[str, ...]) -> NestedKey:
         name = parts_of(self._method.attribution_key)

@@ -6,7 +6,7 @@ also has an entry ``("attr", key)`` for each input.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -292,6 +292,37 @@ class Conservation:
     size: float
     error: float
 
+    @staticmethod
+    def of(columns: Mapping[str, Tensor] | TensorDictBase) -> Conservation:
+        """What a ledger comes to: ``"target"``, ``"inputs"``, ``"absorbed"`` and ``"gap"``, of any shape."""
+        columns = {name: columns[name].flatten().double() for name in ("target", "inputs", "absorbed", "gap")}
+        size = columns["target"].abs().mean()
+        error = columns["gap"].abs().max() / size.clamp(min=torch.finfo(torch.float64).tiny)
+        return Conservation(
+            target=columns["target"].mean().item(),
+            arrived=columns["inputs"].mean().item(),
+            absorbed=columns["absorbed"].mean().item(),
+            size=size.item(),
+            error=error.item(),
+        )
+
+    def lines(self, against: bool = False) -> list[tuple[str, float, float | None]]:
+        """What was put in, what arrived and what was kept: a label, the mean, and its share.
+
+        Args:
+            against: whether the difference from a baseline was explained. The share is one of what was put in then,
+                of which all arrives, whatever the sign of each step; else it is one of the mean size of the target.
+        """
+        whole = self.target if against else self.size
+        what = "the difference of the target from its baseline" if against else "the value of the target"
+        kept = "stabilisers, constants" if against else "biases, stabilisers, constants"
+        amounts = (
+            (f"put in: {what}", self.target),
+            ("arrived at the inputs", self.arrived),
+            (f"kept on the way by {kept}", self.absorbed),
+        )
+        return [(label, value, value / whole if whole else None) for label, value in amounts]
+
 
 def conservation(
     steps: TensorDictBase, actor: TensorDictModuleBase, composite: Composite, target: Target | Contrast
@@ -314,15 +345,8 @@ def conservation(
 
     def accounts(part: TensorDictBase) -> dict[NestedKey, Tensor]:
         ledger = explained(part)["ledger"]
-        return {name: ledger[name].flatten().double() for name in names}
+        return {name: ledger[name] for name in names}
 
-    columns = joined(steps.reshape(-1), _AT_ONCE, accounts)
-    size = columns["target"].abs().mean()
-    error = columns["gap"].abs().max() / size.clamp(min=torch.finfo(torch.float64).tiny)
-    return Conservation(
-        target=columns["target"].mean().item(),
-        arrived=columns["inputs"].mean().item(),
-        absorbed=columns["absorbed"].mean().item(),
-        size=size.item(),
-        error=error.item(),
+    return Conservation.of(
+        {str(name): column for name, column in joined(steps.reshape(-1), _AT_ONCE, accounts).items()}
     )

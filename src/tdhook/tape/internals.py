@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from importlib import import_module
 from operator import methodcaller
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.autograd.function as autograd_functions
@@ -50,6 +50,7 @@ __all__ = [
     "mode_options",
     "nodes_made",
     "nonstrict",
+    "noted_by",
     "number_of",
     "parameters_of",
     "pop_mode",
@@ -221,19 +222,35 @@ set_torch_functions_seen: Callable[[Any], None] = _C._set_torch_function_state  
 """Set who sees torch functions."""
 
 
-saved_tensors_hooks_on_top: Callable[[], object] = partial(_autograd._top_saved_tensors_default_hooks, True)
+Hooks: TypeAlias = "tuple[Callable[[Tensor], object], Callable[[Any], Tensor]]"
+
+saved_tensors_hooks_on_top: Callable[[], Hooks | None] = partial(
+    _autograd._top_saved_tensors_default_hooks, True
+)
 """The pair of hooks on saved tensors that is at work, if any."""
 
 
-def saving_as_it_is() -> AbstractContextManager[None]:
-    """Save tensors as they are, whatever hooks are at work outside, those of a checkpointed block say."""
-    if saved_tensors_hooks_on_top() is None:
-        return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+def noted_by(node: Any, name: str) -> Any:
+    """What a node of torch's own has noted under a name, no tensor; axes that were negative are large numbers."""
+    return getattr(node, f"_saved_{name}")
 
 
-def _itself(x: Tensor) -> Tensor:
-    return x
+@contextmanager
+def saving_as_it_is() -> Iterator[None]:
+    """Save tensors as they are, whatever hooks are at work outside, those of a checkpointed block say.
+
+    They are taken off meanwhile: hooks that return what they are given would hold a tape for ever, which second
+    derivatives refer to from what they save.
+    """
+    off: list[Hooks] = []
+    try:
+        while (pair := saved_tensors_hooks_on_top()) is not None:
+            off.append(pair)
+            _autograd._pop_saved_tensors_default_hooks()
+        yield
+    finally:
+        for pack, unpack in reversed(off):
+            _autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def without_saved_tensors_hooks(top: object) -> None:

@@ -304,7 +304,7 @@ def test_presets_by_name(name):
     assert [rules.get(path) for path in ("0", "3", "6", "1")] == FIRST_RULES[name]
     if "2" in rules:
         listed = {row.path: row.rule for row in LRP(composite).plan(model)}
-        assert rules["2"] == NormRule() and listed["5"] == IgnoreRule()
+        assert rules["2"] == NormRule(0.0 if name == "deeplift" else 1e-6) and listed["5"] == IgnoreRule()
     with LRP(composite if parameters else name).prepare(model) as explained:
         td = explained(td)
     assert td["attr", "input"].shape == (2, 1, 8, 8) and td["attr", "input"].isfinite().all()

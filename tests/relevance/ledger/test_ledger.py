@@ -1,12 +1,13 @@
 """The ledger: what it says, what it costs nobody, and that it notices what is wrong."""
 
+import gc
 import io
 
 import pytest
 import torch
 from rich.console import Console
 from tensordict import TensorDict
-from torch import nn
+from torch import Tensor, nn
 
 from tdhook import LRP, Target
 from tdhook.rules import EpsilonRule, IgnoreRule, PassRule, StopRule, UniformRule
@@ -170,3 +171,30 @@ def test_single_precision(model):
     td, _ = explain(model.float(), torch.randn(8, 6))
     assert td["ledger", "gap"].dtype == torch.float32
     assert (td["ledger", "gap"].abs() < 1e-4 * td["ledger", "target"].abs()).all()
+
+
+class Overwriting(nn.Module):
+    """Overwrites what its backward pass needs, and has second derivatives that refer to what they save."""
+
+    def forward(self, x):
+        y = x.exp()
+        y += 1
+        return y.log().softmax(-1)
+
+
+def test_accounts_hold_no_tape():
+    """Of a model that overwrites values the second run keeps what they were, by hooks on what the tape saves."""
+
+    def on_tapes():
+        gc.collect()
+        return sum(issubclass(type(x), Tensor) and x.grad_fn is not None for x in gc.get_objects())
+
+    td = TensorDict({"input": torch.randn(2, 3)}, batch_size=[2])
+    with LRP("attn_lrp", target=Target("output", 0), flow="gradient", ledger=True).prepare(
+        Overwriting()
+    ) as explained:
+        explained(td.copy())
+        before = on_tapes()
+        for _ in range(3):
+            explained(td.copy())
+        assert on_tapes() == before

@@ -81,6 +81,18 @@ SAME = {
         )[0],
         lambda h: F.scaled_dot_product_attention(heads(h), heads(h), heads(h), is_causal=True),
     ),
+    "causal attention, by name": (
+        lambda h: aten._scaled_dot_product_flash_attention_for_cpu.default(
+            heads(h), heads(h), heads(h), is_causal=True
+        )[0],
+        lambda h: F.scaled_dot_product_attention(heads(h), heads(h), heads(h), is_causal=True),
+    ),
+    "causal attention in steps, by name": (
+        lambda h: aten._scaled_dot_product_attention_math.default(
+            heads(h), heads(h), heads(h), is_causal=True
+        )[0],
+        lambda h: F.scaled_dot_product_attention(heads(h), heads(h), heads(h), is_causal=True),
+    ),
     "attention in steps": (
         lambda h: aten._scaled_dot_product_attention_math.default(heads(h), heads(h), heads(h), scale=0.5)[0],
         lambda h: F.scaled_dot_product_attention(heads(h), heads(h), heads(h), scale=0.5),

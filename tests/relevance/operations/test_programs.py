@@ -134,3 +134,65 @@ def test_the_ledger_notices_what_a_program_loses() -> None:
     ) as explained:
         td = explained(TensorDict({"input": x}, batch_size=[3]))
     assert (td["ledger", "gap"].abs() > 1e-3 * td["ledger", "target"].abs()).all()
+
+
+# Where differences of nothing meet gradients that cancel, only the gradient convention tells these apart.
+CANCELS = {"relu", "relu_", "relu in place", "clamp_"}
+REMEMBERS = {"counts", "remembers"}
+
+
+@often
+@given(
+    st.lists(lines, min_size=1, max_size=9),
+    st.sampled_from([(3,), (2, 2), (1,), ()]),
+    st.booleans(),
+    st.integers(0, 999),
+)
+def test_random_programs_against_random_references(
+    program: list[Line], batch: tuple[int, ...], one_row: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    names = {line.name for line in program}
+    model = Program(program).double().eval()
+    x, start = (torch.randn(*batch, N, dtype=torch.float64) for _ in range(2))
+    start = start.reshape(-1, N)[0] if one_row else start
+    if names & REMEMBERS:
+        return  # its value on the reference is one thing before a call and another one after it
+    with torch.no_grad():
+        ends = [copy.deepcopy(model)(value.expand(*batch, N).clone()) for value in (x, start)]
+    if not all(torch.isfinite(z).all() and z.abs().max() <= 1e4 for z in ends):
+        return
+    wanted = (ends[0] - ends[1])[..., 0]
+    rounding = 1e-5 if "single precision" in names else 1e-9
+    found = {}
+    for flow in FLOWS:
+        for ledger in (True, False):
+            lrp = LRP(
+                "deeplift",
+                target=Target("output", 0),
+                baseline=start,
+                flow=flow,
+                ledger=ledger,
+                on_unmatched="raise",
+            )
+            same = copy.deepcopy(model)
+            unchanged = Unchanged(same)
+            td = TensorDict({"input": x.clone()}, batch_size=batch)
+            with lrp.prepare(same) as explained, torch.no_grad():
+                for _ in range(2):
+                    td = explained(td)
+                    assert torch.equal(td["output"], ends[0])
+            unchanged.check()
+            relevance = found[flow, ledger] = td["attr", "input"]
+            scale = max(1.0, *(float(value.abs().max()) for value in (*ends, relevance)))
+            note(f"{flow}, ledger={ledger}: {relevance.sum(-1).tolist()} of {wanted.tolist()}")
+            arrived = relevance.sum(-1)
+            off = arrived - wanted if "coupled" not in names else arrived.sum() - wanted.sum()
+            assert off.abs().max() <= rounding * scale
+            if ledger:
+                assert td["ledger", "gap"].abs().max() <= rounding * scale
+    one, other = found["relevance", True], found["gradient", True]
+    if not names & CANCELS:
+        assert (one - other).abs().max() <= max(1e-8, rounding) * scale
+    for flow in FLOWS:
+        assert (found[flow, True] - found[flow, False]).abs().max() <= max(1e-8, rounding) * scale

@@ -127,3 +127,40 @@ def test_a_batch_norm_of_another_axis_is_not_merged():
     x = draw(2, 3, 4)
     output, attr = explain(nn.Sequential(layer, norm), EpsilonRule(1e-14), x)
     assert_close(attr.sum((1, 2)), output.sum((1, 2)))
+
+
+class Residual(nn.Module):
+    """A batch norm behind a sum, as a module or as the function that it calls, whose input is zero at times."""
+
+    def __init__(self, function: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.function = function
+        with torch.no_grad():
+            self.norm.running_mean.normal_()
+            self.norm.bias.normal_()
+
+    def forward(self, x):
+        x = self.first(x).relu() + self.first(-x).relu() * (x[:, :1] > 0)
+        if self.function:
+            norm = self.norm
+            return self.last(
+                nn.functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+            )
+        return self.last(self.norm(x))
+
+
+@pytest.mark.parametrize("preset", ["attn_lrp", "cp_lrp"])
+def test_the_presets_of_transformers_see_a_weighted_sum_wherever_it_stands(preset):
+    """Module and function are the same, and so are the flows, though what goes in is zero at times."""
+    found, x = [], draw(16, 4)
+    for function in (False, True):
+        model = Residual(function).to(DTYPE).eval()
+        for flow in ("relevance", "gradient"):
+            with LRP(preset, target=Target("output", 0), flow=flow, ledger=True).prepare(model) as explained:
+                td = explained(TensorDict({"input": x}, batch_size=[16]))
+            found.append(td["attr", "input"])
+            assert td["ledger", "gap"].abs().max() < 1e-12
+    for other in found[1:]:
+        assert_close(other, found[0])

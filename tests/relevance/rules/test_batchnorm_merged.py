@@ -18,6 +18,7 @@ from tdhook.rules import (
     EpsilonRule,
     FlatRule,
     GammaRule,
+    IgnoreRule,
     PassRule,
     WSquareRule,
     ZBoxRule,
@@ -222,6 +223,57 @@ def test_a_batch_norm_over_another_axis_is_not_merged():
         got = relevance(nn.Sequential(layer, norm), x, composite)
         apart = relevance(nn.Sequential(layer, norm), x, composite, merge_batch_norm=False)
         torch.testing.assert_close(got, apart)
+
+
+class Moved(nn.Module):
+    """A batch norm behind a layer whose values are moved in between."""
+
+    def __init__(self, layer, norm, moves, back):
+        super().__init__()
+        self.layer, self.norm, self.moves, self.back = layer, norm, moves, back
+        self.flat = nn.Flatten()
+
+    def forward(self, x):
+        return self.flat(self.back(self.norm(self.moves(self.layer(x)))).relu())
+
+
+MOVES = {
+    "tokens as rows": (nn.Linear(3, 4), (6, 3), lambda z: z.flatten(0, 1), lambda z: z.view(-1, 6, 4)),
+    "channels first": (nn.Linear(3, 4), (6, 3), lambda z: z.transpose(1, 2), lambda z: z.mT),
+    "channels first, copied": (
+        nn.Linear(3, 4),
+        (2, 3, 3),
+        lambda z: z.permute(0, 3, 1, 2).reshape(-1, 4, 6),
+        lambda z: z.view(-1, 4, 2, 3).permute(0, 2, 3, 1),
+    ),
+    "places as one axis": (nn.Conv2d(2, 4, 2), (2, 3, 4), lambda z: z.flatten(2), lambda z: z),
+}
+
+
+@pytest.mark.parametrize("layer, shape, moves, back", MOVES.values(), ids=MOVES)
+@pytest.mark.parametrize("rule", [ZPlusRule(), EpsilonRule(0.1), None], ids=repr)
+@pytest.mark.parametrize("flow", ["relevance", "gradient"])
+def test_through_what_moves_values(layer, shape, moves, back, rule, flow):
+    torch.manual_seed(0)
+    layer, norm = copy.deepcopy(layer).double(), lived(nn.BatchNorm1d(4))
+    x = torch.randn(5, *shape).double()
+    composite = [(nn.Flatten if rule is None else Linear, rule or IgnoreRule())]
+    got = relevance(Moved(layer, norm, moves, back), x, composite, flow=flow)
+    plain = Moved(merged(layer, norm), nn.Identity(), moves, back)
+    torch.testing.assert_close(got, relevance(plain, x, composite, flow=flow), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", [EpsilonRule(0.1), None], ids=repr)
+def test_not_through_what_mixes_the_axis_with_others(rule):
+    """Of four features two and two: none of the axes is what the layer made."""
+    layer, norm = nn.Linear(3, 4).double(), lived(nn.BatchNorm1d(2))
+    model = Moved(layer, norm, lambda z: z.view(-1, 2, 2).transpose(1, 2), lambda z: z)
+    x, composite = (
+        torch.randn(5, 3).double(),
+        [(nn.Flatten if rule is None else Linear, rule or IgnoreRule())],
+    )
+    apart = relevance(model, x, composite, merge_batch_norm=False)
+    torch.testing.assert_close(relevance(model, x, composite), apart)
 
 
 def test_a_batch_norm_that_follows_no_linear_layer_passes():

@@ -155,8 +155,9 @@ def attn_lrp() -> Composite:
 
     Attention (Prop. 3.1 and 3.3) and softmax (Prop. 3.1) are linearised at their inputs, normalisation has its
     statistics held constant (Prop. 3.4), and activations pass (the identity rule). Everything else has the default of
-    its operation, which is the paper's: epsilon for what is linear, equal parts for products (Prop. 3.3), denominators
-    held constant (Prop. 3.4: normalisation that is written out by hand).
+    its operation, which is the paper's: epsilon for what is linear, batch norm in evaluation among it, wherever it
+    stands, equal parts for products (Prop. 3.3), denominators held constant (Prop. 3.4: normalisation that is written
+    out by hand).
     """
     return _transformer(values_only=False)
 
@@ -167,6 +168,7 @@ def _transformer(values_only: bool) -> Composite:
             (Op("scaled_dot_product_attention"), AttentionRule(values_only)),
             (Op("softmax"), ConstantRule() if values_only else SoftmaxEpsilonRule()),
             (Op("layer_norm", "rms_norm", "group_norm"), LayerNormRule()),
+            (BatchNorm, IgnoreRule()),
             (Activation, PassRule()),
         ]
     )

@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from tdhook.conventions import Convention
 from tdhook.relevance.operations.applied import Applied, is_ours
-from tdhook.relevance.operations.kernels import first_output, positional
+from tdhook.relevance.operations.in_place import overwritten, writing
+from tdhook.relevance.operations.kernels import first_output, of_a_kernel, positional
 from tdhook.relevance.operations.known import Known, learned, on_a_copy
 from tdhook.relevance.operations.parties import (
     COMPILED,
@@ -29,18 +30,15 @@ from tdhook.relevance.operations.paths import Paths
 from tdhook.relevance.operations.readings import DIFFERENCES, VALUES
 from tdhook.relevance.operations.stand_ins import standing_in, while_alive
 from tdhook.relevance.operations.table import ARITHMETIC
-from tdhook.relevance.operations.written_out import entered
+from tdhook.relevance.operations.watched import Pass
+from tdhook.relevance.operations.written_out import entered, in_parts
 from tdhook.relevance.propagation.again import Again
 from tdhook.relevance.propagation.binding import Binding
 from tdhook.relevance.propagation.call import ALONE, Call, Setting
-from tdhook.relevance.propagation.conversions import Substituted
 from tdhook.relevance.propagation.entering import is_linear, no_operation
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule
-from tdhook.selectors.names import (
-    relabels,
-    writes_in_place,
-)
+from tdhook.selectors.names import relabels, writes_in_place
 from tdhook.tape.dependence import Dependence
 from tdhook.tape.internals import (
     APPLIED_IN_TRANSFORMS,
@@ -269,7 +267,7 @@ class Interception(Watching):
             self.outdated.check((*args, *kwargs.values()) if kwargs else args)
         in_place = known.in_place or (bool(kwargs) and writes_in_place(func, kwargs))
         if in_place and self.guard.active:
-            self.guard.before(_overwritten(args, kwargs))
+            self.guard.before(overwritten(args, kwargs))
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
         dependence = self.dependence
@@ -282,7 +280,7 @@ class Interception(Watching):
             args, kwargs = dependence.constants_off((args, kwargs), own=live and not self._paused)
         if in_place:
             # What is overwritten stays the tensor that the model holds.
-            target = _overwritten(given, given_by_name)
+            target = overwritten(given, given_by_name)
             return self._in_place(known, func, args, kwargs, target, live)
         if (known.quick and self.observer is None and self._entered is None) or self._paused or not live:
             return func(*args, **kwargs)
@@ -307,15 +305,15 @@ class Interception(Watching):
             if live and not self.guard.active:
                 self.guard.before(target)
             if live or relabels(func):
-                return func(*_writing(args, kwargs, target), **kwargs)
+                return func(*writing(args, kwargs, target), **kwargs)
             result = func(*args, **kwargs)
-            return target if result is _overwritten(args, kwargs) else result
+            return target if result is overwritten(args, kwargs) else result
         if not self.guard.active:
             self.guard.before(target)
         selector, rule = self._find(known, args, kwargs)
         native = known.in_place and rule is not None and rule.native
         if native and self.observer is None:
-            return self._run(known, selector, rule, func, _writing(args, kwargs, target), kwargs)
+            return self._run(known, selector, rule, func, writing(args, kwargs, target), kwargs)
         form = on_a_copy(func) if native else known.operation.function
         return self._overwrite(known, selector, rule, form, args, kwargs, target)
 
@@ -390,10 +388,10 @@ class Interception(Watching):
         if rule is None:
             inside = self._reading.written_out(operation.name)
             if inside is not None:
-                return self._in_parts(inside, func, args, kwargs)
+                return in_parts(self, inside, func, args, kwargs)
             first = first_output(operation.name)
             if first is not None:
-                return self._of_a_kernel(first, func, args, kwargs)
+                return of_a_kernel(self, first, func, args, kwargs)
             inside = entered(func)
             if inside is not None:
                 with self:
@@ -413,61 +411,3 @@ class Interception(Watching):
         if self.observer is not None:
             return self.observer.call(self.paths.current, selector, bound, call)
         return bound.run(call)
-
-    def _of_a_kernel(self, first: Callable[..., Tensor], func: Any, args: Any, kwargs: Any) -> Any:
-        """The values of a kernel, the first of them on the tape of the functions that make the same."""
-        with torch.no_grad():
-            value, *others = func(*args, **kwargs)
-        with self:
-            written = first((value, *others), *args, **kwargs)
-        return (Substituted.apply(written, value), *others)
-
-    def _in_parts(self, inside: Callable[..., Any], func: Any, args: Any, kwargs: Any) -> Any:
-        """The values of a fused operation, on the tape of those that it is made of."""
-        with torch.no_grad():
-            values = func(*args, **kwargs)
-        with self:
-            written = inside(*args, **kwargs)
-        if isinstance(values, Tensor):
-            return Substituted.apply(written, values)
-        return tuple(Substituted.apply(w, v) for w, v in zip(written, values, strict=True))
-
-
-class Pass(AbstractContextManager[None]):
-    """One forward pass in sight of an interception.
-
-    Args:
-        interception: what watches it.
-    """
-
-    __slots__ = ("_interception", "_standing_in")
-
-    def __init__(self, interception: Interception) -> None:
-        self._interception, self._standing_in = interception, standing_in(interception)
-
-    def __enter__(self) -> None:
-        if self._interception.outdated.any:
-            self._interception.outdated.clear()
-        self._standing_in.__enter__()
-        self._interception.__enter__()
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            self._interception.__exit__()
-        finally:
-            self._standing_in.__exit__(None, None, None)
-        if error is None and self._interception.outdated.any:
-            self._interception.look_for_kept()
-
-
-def _overwritten(args: Any, kwargs: Any) -> Any:
-    """What a call in place writes to."""
-    target = kwargs.get("out")
-    if target is not None:
-        return target
-    return args[0] if args else kwargs["input"]
-
-
-def _writing(args: Any, kwargs: Any, target: Any) -> Any:
-    """Positional arguments of a call that writes to ``target``."""
-    return (target, *args[1:]) if args and kwargs.get("out") is None else args

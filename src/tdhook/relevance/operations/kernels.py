@@ -7,13 +7,16 @@ needs. The value alone is explained.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["first_output", "positional"]
+from tdhook.relevance.propagation.conversions import Substituted
+
+__all__ = ["first_output", "of_a_kernel", "positional"]
 
 Written: TypeAlias = Callable[..., Tensor]
 Outputs: TypeAlias = Sequence[Tensor]
@@ -50,6 +53,29 @@ def positional(
 def first_output(name: str) -> Written | None:
     """The first output of a kernel, given all of them and its arguments, as functions that have rules compute it."""
     return _KERNELS.get(name)
+
+
+def of_a_kernel(
+    mode: AbstractContextManager[object],
+    first: Written,
+    kernel: Callable[..., Sequence[Tensor]],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> tuple[Tensor, ...]:
+    """The values of a kernel, the first of them on the tape of the functions that make the same.
+
+    Args:
+        mode: what sees these functions.
+        first: what calls them (:func:`first_output`).
+        kernel: the kernel.
+        args: what it is called with.
+        kwargs: by name.
+    """
+    with torch.no_grad():
+        value, *others = kernel(*args, **kwargs)
+    with mode:
+        written = first((value, *others), *args, **kwargs)
+    return (Substituted.apply(written, value), *others)
 
 
 def _layer_norm(

@@ -83,6 +83,8 @@ class _Differences:
             return _PASSES
         if name in _WRITTEN:
             return None
+        if "dropout" in name and isinstance(default_rule(name, args, kwargs), IgnoreRule):
+            return _MOVES  # it is off
         if name in RECURRENT or name == "scaled_dot_product_attention":
             return OPERATIONS[name]
         if name in ("batch_norm", "instance_norm") and len(args) < 6:

@@ -6,13 +6,16 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["entered", "written_out"]
+from tdhook.relevance.propagation.conversions import Substituted
+
+__all__ = ["entered", "in_parts", "written_out"]
 
 Function = Callable[..., Any]
 Axes: TypeAlias = "int | Sequence[int] | None"
@@ -52,6 +55,32 @@ def _no(*args: object) -> bool:
 def written_out(name: str) -> Function | None:
     """The computation of a fused operation in others, with the value of the fused one; ``None`` if it is not fused."""
     return _WRITTEN.get(name)
+
+
+def in_parts(
+    mode: AbstractContextManager[object],
+    inside: Function,
+    fused: Function,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> Tensor | tuple[Tensor, ...]:
+    """The values of a fused operation, on the tape of those that it is made of.
+
+    Args:
+        mode: what sees these.
+        inside: what calls them (:func:`written_out`).
+        fused: the operation.
+        args: what it is called with.
+        kwargs: by name.
+    """
+    with torch.no_grad():
+        values = fused(*args, **kwargs)
+    with mode:
+        written = inside(*args, **kwargs)
+    if isinstance(values, Tensor):
+        made: Tensor = Substituted.apply(written, values)
+        return made
+    return tuple(Substituted.apply(w, v) for w, v in zip(written, values, strict=True))
 
 
 def _sum_and_product(product: Function) -> Function:

@@ -15,11 +15,12 @@ class Beside:
 
     Args:
         plan: the plan, of differences.
-        whole: whether all of the model is wanted on the tape.
     """
 
-    def __init__(self, plan: Plan, whole: bool) -> None:
-        self.plan, self.whole = plan, whole
+    whole = False
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
 
     @property
     def overwrites(self) -> bool:

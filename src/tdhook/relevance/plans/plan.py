@@ -69,11 +69,11 @@ class RulesOn:
     Args:
         plan: the plan.
         observer: what takes note of the calls, if anything does.
+        whole: whether all of the model is wanted on the tape.
     """
 
-    def __init__(self, plan: Plan, observer: Observer | None) -> None:
-        self.plan, self.observer = plan, observer
-        self.whole = observer is not None
+    def __init__(self, plan: Plan, observer: Observer | None, whole: bool) -> None:
+        self.plan, self.observer, self.whole = plan, observer, whole
         self._around: ExitStack | None = None
         self._overwrote = False
 
@@ -268,7 +268,9 @@ class Plan:
             ledger: what keeps accounts of the run.
             observer: what takes note of its calls instead.
         """
-        return RulesOn(self, ledger or observer)
+        # What is behind the explained values may decide something else on a reference, and has no part in it.
+        whole = observer is not None or (ledger is not None and self.reference is None)
+        return RulesOn(self, ledger or observer, whole)
 
     def relevance(self, value: Tensor, found: Tensor) -> Tensor:
         """The relevance of a value, given what the backward pass brought to it.

@@ -43,9 +43,10 @@ def noted(first: Callable[[Call, Place], Any], second: Run = Call.natively) -> R
     def run(call: Call) -> Any:
         reference, name = _reference(call), name_of_module(call.module)
         given = _leaves(call)
+        module = None if isinstance(call.module, Operation) else call.module
         if reference.running:
-            return reference.follow(name, given, lambda: second(call))
-        place = reference.place(name, given)
+            return reference.follow(name, given, lambda: second(call), module)
+        place = reference.place(name, given, module)
         outputs = first(call, place)
         made = (outputs,) if isinstance(outputs, Tensor) else tree_leaves(outputs)
         place.made = [z.shape for z in made if isinstance(z, Tensor)]

@@ -137,7 +137,12 @@ class _DifferencedModule(ExecutedModule):
         leaves = list(self.leaves)
         for i, x in zip(self.at, inputs, strict=True):
             leaves[i] = x
-        starts = dict(zip(self._indices, self.place.starts, strict=True))
+        # On the reference, one row may stand for all.
+        starts = {
+            i: start if start is None else start.expand_as(leaves[i])
+            for i, start in zip(self._indices, self.place.starts, strict=True)
+        }
+        before = tuple(z0.expand_as(z) for z, z0 in zip(outputs, self.place.before, strict=True))
         assert self.spec is not None
         pair = Pair(
             name_of_module(self.module),
@@ -149,7 +154,7 @@ class _DifferencedModule(ExecutedModule):
             inputs,
             tuple(there(starts[i], x) for i, x in zip(self.at, inputs, strict=True)),
             outputs,
-            self.place.before,
+            before,
             {i: x for i, x in starts.items() if x is not None and i not in self.at},
             self.place.other,
             self.place.chosen,

@@ -41,6 +41,10 @@ class ClosedForm(ABC):
         """The weight whose outputs are ``scale`` (one per output feature or channel) times as large."""
 
     @abstractmethod
+    def output_axis(self, n_axes: int) -> int:
+        """Which axis of an output of so many holds the output features or channels."""
+
+    @abstractmethod
     def along_outputs(self, values: Tensor, z: Tensor) -> Tensor:
         """``values`` (one per output feature or channel) shaped so that they broadcast against ``z``."""
 
@@ -58,6 +62,9 @@ class DenseForm(ClosedForm):
 
     def scale_outputs(self, weight: Tensor, scale: Tensor) -> Tensor:
         return weight * scale.unsqueeze(-1)
+
+    def output_axis(self, n_axes: int) -> int:
+        return n_axes - 1
 
     def along_outputs(self, values: Tensor, z: Tensor) -> Tensor:
         # Batch norm over [N, C, L] normalises axis 1 even where a linear layer made the last one.
@@ -136,6 +143,9 @@ class ConvForm(ClosedForm):
         inputs, per_group = weight.shape[:2]
         grouped = weight.view(self.groups, inputs // self.groups, per_group, *weight.shape[2:])
         return (grouped * scale.view(self.groups, 1, per_group, *trailing)).view_as(weight)
+
+    def output_axis(self, n_axes: int) -> int:
+        return n_axes - self.rank - 1
 
     def along_outputs(self, values: Tensor, z: Tensor) -> Tensor:
         return values.view(-1, *(1,) * self.rank)

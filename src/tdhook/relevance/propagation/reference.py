@@ -30,7 +30,7 @@ class Place:
     """One call of the first run, and what it met in the second.
 
     Attributes:
-        name: what was called, and ``path``: where.
+        name: what was called, ``path``: where, and ``module``: which one, if it is a module.
         given: the tensors that went in in the first run, ``live``: which of them are attributed.
         numbers: plain numbers among the arguments.
         made: the shapes of what came out.
@@ -52,6 +52,7 @@ class Place:
     other: bool = False
     picked: Callable[[Sequence[Tensor], Any], Any] | None = None
     chosen: bool = False
+    module: object = None
 
     def to_keep(self) -> Place:
         """The same for later runs, without what was attributed."""
@@ -64,6 +65,8 @@ class Place:
     def meets(self, kept: Place) -> bool:
         """Whether an earlier call went as this one does, as far as that is no matter of attributed values."""
         if (self.name, self.numbers, self.live) != (kept.name, kept.numbers, kept.live):
+            return False
+        if self.module is not kept.module:
             return False
         starts = [
             x.shape if start is None else start.shape
@@ -154,18 +157,21 @@ class Reference:
         self._versions = []
         return found
 
-    def place(self, name: str, leaves: Sequence[object]) -> Place:
-        """Take down a call of the first run, given its name and the leaves of its arguments."""
+    def place(self, name: str, leaves: Sequence[object], module: object = None) -> Place:
+        """Take down a call of the first run: what is called, maybe a module, with which leaves of arguments."""
         given, numbers = _parted(leaves)
         live = [x.requires_grad for x in given]
         place = Place(name, self.path(), [x.detach() for x in given], live, numbers)
+        place.module = module
         if not self._aside:
             self.places.append(place)
         return place
 
-    def follow(self, name: str, leaves: Sequence[object], run: Callable[[], Any]) -> Any:
+    def follow(
+        self, name: str, leaves: Sequence[object], run: Callable[[], Any], module: object = None
+    ) -> Any:
         """Make a call of the second run, and fill in what it met."""
-        place = self._next(name)
+        place = self._next(name, module)
         given, numbers = _parted(leaves)
         place.chosen = False
         place.other = numbers != place.numbers
@@ -211,12 +217,14 @@ class Reference:
         ):
             raise Parted(_PARTED.format(f"{place} moves other values there"))
 
-    def _next(self, name: str) -> Place:
+    def _next(self, name: str, module: object = None) -> Place:
         if self._at >= len(self.places):
             raise Parted(_PARTED.format(f"{name} is called there, where the model has ended else"))
         place = self.places[self._at]
         if place.name != name:
             raise Parted(_PARTED.format(f"{name} is called there instead of {place}"))
+        if place.module is not module:
+            raise Parted(_PARTED.format(f"another {name} is called there than {place}"))
         self._at += 1
         return place
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
+from tdhook.relevance.propagation.again import Again
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import with_constants
 from tdhook.relevance.propagation.conversions import Scaled, Substituted
@@ -48,9 +50,12 @@ class AttentionRule(RunningRule):
         """Written out as the operations that it is made of, each by its secant."""
 
         def run(call: Call) -> object:
+            draws = (call.args[4] if len(call.args) > 4 else call.kwargs.get("dropout_p", 0.0)) != 0
+            again = Again() if draws else None
             with torch.no_grad():
                 value = call.execute()
-            written = attention(*call.args, weigh=self._weigh, **call.kwargs)
+            with nullcontext() if again is None else again.as_before():
+                written = attention(*call.args, weigh=self._weigh, **call.kwargs)
             return Substituted.apply(written, value)
 
         return run

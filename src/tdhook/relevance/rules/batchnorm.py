@@ -11,13 +11,14 @@ from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.differences import secant
 from tdhook.relevance.propagation.executed import ExecutedLayer
-from tdhook.relevance.propagation.forms import DenseForm
 from tdhook.relevance.propagation.lent import are_lent
+from tdhook.relevance.propagation.merges import Merges
 from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.relevance.rules.epsilon import EpsilonRule
 from tdhook.relevance.rules.simple import PassRule
 from tdhook.relevance.secants.averages import product
 from tdhook.relevance.secants.norms import normalised
+from tdhook.tape.axes import before_moves
 from tdhook.tape.functions import Identity
 
 __all__ = ["merging"]
@@ -26,8 +27,8 @@ __all__ = ["merging"]
 class _MergedBatchNormRule(PassRule):
     """Pass, and tell the linear layer before that its weights are those times the scale of the batch norm.
 
-    The layer is found on the tape: the one whose output came in. In training, where the statistics are those of the
-    batch and no fixed map exists, this is the pass rule alone.
+    The layer is found on the tape: the one whose output came in, reshaped or transposed at most. In training, where the
+    statistics are those of the batch and no fixed map exists, this is the pass rule alone.
 
     Args:
         linears: the layers to merge into, if something else lies between them and the batch norm.
@@ -48,17 +49,15 @@ class _MergedBatchNormRule(PassRule):
                 return passed(call)
             if are_lent(module):
                 raise NotImplementedError(_LENT.format(type(module).__name__))
-            node, stabilizing = _maker(x)
-            if type(node).__name__.startswith(_PLAIN):
+            maker = _Maker(x)
+            if maker.is_plain:
                 # Merging amounts to the epsilon rule, stabilised once.
+                stabilizing = maker.stabilizing
                 epsilon = rounding if not stabilizing else stabilizing[0].stabilizer
                 for identity in stabilizing:
                     merges.postpone(identity.place)
                 return EpsilonRule(epsilon).bound(module, flow)(call)
-            for layer in self._producers(node):
-                # On [N, C, L] a batch norm scales the rows of what a fully connected layer made, not its features.
-                if not isinstance(layer.form, DenseForm) or x.dim() == 2 or self.linears:
-                    merges.merge(module, layer)
+            self._tell(merges, module, maker)
             return passed(call)
 
         return run
@@ -78,12 +77,16 @@ class _MergedBatchNormRule(PassRule):
             if are_lent(module):
                 raise NotImplementedError(_LENT.format(type(module).__name__))
             if reference is not None and not reference.running:
-                for layer in self._producers(_maker(x)[0]):
-                    if not isinstance(layer.form, DenseForm) or x.dim() == 2 or self.linears:
-                        merges.merge(module, layer)
+                self._tell(merges, module, _Maker(x))
             return passed(call) if flow == "relevance" else scaled(call)
 
         return run
+
+    def _tell(self, merges: Merges, module: nn.Module, maker: _Maker) -> None:
+        for layer in self._producers(maker.node):
+            # On [N, C, L] a batch norm scales the rows of what a fully connected layer made, not its features.
+            if self.linears or maker.axis == layer.form.output_axis(maker.n_axes):
+                merges.merge(module, layer)
 
     def _producers(self, node: Any) -> list[ExecutedLayer]:
         if not self.linears:
@@ -110,10 +113,38 @@ _LENT = (
 _PLAIN = ("Addmm", "Mm", "Convolution", "Addbmm", "Baddbmm", "Bmm")
 
 
-def _maker(x: Tensor) -> tuple[Any, list[Any]]:
-    """The node of the tape that made ``x``, and those between at which relevance is stabilised."""
-    node, passed = Identity.before(x.grad_fn)
-    return node, [identity for identity in passed if getattr(identity, "place", None) is not None]
+class _Maker:
+    """What made the values that a batch norm is given, which may have been moved since.
+
+    Attributes:
+        node: the node of the tape.
+        axis: which axis of what it made the batch norm scales, and ``n_axes``: of how many.
+        moved: whether they were moved since.
+        stabilizing: the identities since, the last one first, at which relevance is stabilised.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.axis, self.moved = 1, False
+        shape: Sequence[int] = x.shape
+        self.node, passed = Identity.before(x.grad_fn)
+        identities = list(passed)
+        while len(shape) > 1 and (moved := before_moves(self.node, self.axis, shape)) is not None:
+            self.moved = True
+            self.node, self.axis, shape = moved
+            self.node, passed = Identity.before(self.node)
+            identities += passed
+        self.n_axes = len(shape)
+        self.stabilizing: list[Any] = [
+            each for each in identities if getattr(each, "place", None) is not None
+        ]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a linear layer or convolution that runs as it is."""
+        name = type(self.node).__name__
+        if not name.startswith(_PLAIN):
+            return False
+        return not self.moved or self.axis == (1 if name.startswith("Conv") else self.n_axes - 1)
 
 
 def merging(linears: Sequence[nn.Module] = ()) -> PassRule:

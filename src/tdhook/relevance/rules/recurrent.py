@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
+from tdhook.relevance.propagation.again import Again
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.conversions import Substituted
 from tdhook.relevance.propagation.rule import RunningRule
@@ -53,10 +55,12 @@ class RecurrentRule(RunningRule):
 
         def run(call: Call) -> Any:
             args, kwargs = call.args, call.kwargs
+            write = _cell_call if name.endswith("_cell") else _network
+            again = Again() if write is _network and _dropped(args) else None
             with torch.no_grad():
                 values = call.execute()
-            write = _cell_call if name.endswith("_cell") else _network
-            written = write(name, shares, *args, **kwargs)
+            with nullcontext() if again is None else again.as_before():
+                written = write(name, shares, *args, **kwargs)
             single = isinstance(values, Tensor)
             pairs = zip((written,) if single else written, (values,) if single else values, strict=True)
             outputs = tuple(Substituted.apply(w, v) for w, v in pairs)
@@ -162,9 +166,8 @@ def _cell_call(
 
 def _network(name: str, shares: bool, data: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """A network over a padded batch ``(hx, params, ...)``, or over a packed one ``(batch_sizes, hx, params, ...)``."""
-    packed = isinstance(arguments[1], Tensor) or (
-        isinstance(arguments[0], Tensor) and not arguments[0].is_floating_point()
-    )
+    dropped = _dropped((data, *arguments))
+    packed = _is_packed(arguments)
     if packed:
         sizes, hx, params, _, n_layers, _, _, bidirectional = arguments
         steps = list(data.split(sizes.tolist()))
@@ -177,6 +180,9 @@ def _network(name: str, shares: bool, data: Tensor, *arguments: Any) -> tuple[Te
     per_cell = len(params) // (n_layers * directions)
     finals: list[State] = []
     for layer in range(n_layers):
+        if layer and dropped:
+            sizes_of = [x.shape[0] for x in steps]
+            steps = list(F.dropout(torch.cat(steps), dropped).split(sizes_of))
         made = []
         for direction in range(directions):
             at = layer * directions + direction
@@ -190,6 +196,17 @@ def _network(name: str, shares: bool, data: Tensor, *arguments: Any) -> tuple[Te
         )
     output = torch.cat(steps) if packed else torch.stack(steps, 1 if batch_first else 0)
     return output, *(torch.stack(parts) for parts in zip(*finals, strict=True))
+
+
+def _is_packed(arguments: Sequence[Any]) -> bool:
+    first, second = arguments[:2]
+    return isinstance(second, Tensor) or (isinstance(first, Tensor) and not first.is_floating_point())
+
+
+def _dropped(args: Sequence[Any]) -> float:
+    """Which part of the values is dropped between layers."""
+    part, training = args[6:8] if _is_packed(args[1:]) else args[5:7]
+    return float(part) if training else 0.0
 
 
 def _along(

@@ -161,5 +161,7 @@ class IgnoreRule(RunningRule):
 
     def against(self, module: nn.Module, flow: Convention) -> Run:
         """As it is where data are moved; what picks values may pick others on the reference."""
-        moves = isinstance(module, Operation) and module.moves and module.name not in WINNER
-        return moving if moves else secant(module, flow)
+        # Each operation in a module has a rule of its own. Dropout that is off returns what it is given.
+        if not isinstance(module, Operation) or "dropout" in module.name:
+            return Call.execute
+        return moving if module.moves and module.name not in WINNER else secant(module, flow)

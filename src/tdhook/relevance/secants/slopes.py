@@ -73,7 +73,9 @@ def slope(
         near = torch.where(same, (x > 0).to(x.dtype), ratio)
     else:
         middle = _derivative(function, torch.where(x == start, x, (x + start) / 2))
-        size = torch.maximum(z.abs(), before.abs()) + middle.abs() * torch.maximum(x.abs(), start.abs())
+        far = torch.maximum(x.abs(), start.abs())
+        # What functions compute on their way is of the size of their argument, up to one.
+        size = torch.maximum(z.abs(), before.abs()) + middle.abs() * far + far.clamp(max=1.0)
         noise = 8 * torch.finfo(x.dtype).eps * size / step.abs()
         near = torch.where(same | ((ratio - middle).abs() <= noise), middle, ratio)
     # Where both are infinite, as masks are, nothing is different.
@@ -89,10 +91,12 @@ def _derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 
 
 def choice(pair: Pair, grads: Sequence[Tensor]) -> Grads:
-    """Of ``where(condition, a, b)``."""
-    condition = pair.argument(0, "condition")
+    """Of ``where(condition, a, b)``, or ``a.where(condition, b)``."""
+    condition, at = pair.argument(0, "condition"), (1, 2)
+    if condition.dtype != torch.bool:
+        condition, at = pair.argument(1, "condition"), (0, 2)
     index = next(i for i, value in enumerate(pair.leaves) if value is condition)
-    return _chosen(pair, grads, condition, pair.beside.get(index, condition), "input", "other", (1, 2))
+    return _chosen(pair, grads, condition, pair.beside.get(index, condition), "input", "other", at)
 
 
 def filled(pair: Pair, grads: Sequence[Tensor]) -> Grads:

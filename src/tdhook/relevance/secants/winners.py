@@ -14,7 +14,9 @@ from tdhook.tape.internals import transformed
 
 __all__ = ["picked_of", "winner"]
 
-_PIECES = (1, 4, 16, 64)
+_PIECES = (1, 4, 16, 64, 256)
+# In so many pieces, what does not cross once is shared in proportion, if anything there moves.
+_ENOUGH = 16
 
 
 def winner(pair: Pair, grads: Sequence[Tensor]) -> Grads:
@@ -27,15 +29,15 @@ def winner(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     looks = all(may_look_at(g) for g in (*grads, *pair.ends))
     found: Grads = ()
     for count in _PIECES if looks else (_PIECES[1],):
-        found, exact = _along(pair, grads, count, looks)
-        if exact:
+        found, exact, whole = _along(pair, grads, count, looks)
+        if exact or (whole and count >= _ENOUGH):
             break
     return found
 
 
-def _along(pair: Pair, grads: Sequence[Tensor], count: int, looks: bool) -> tuple[Grads, bool]:
+def _along(pair: Pair, grads: Sequence[Tensor], count: int, looks: bool) -> tuple[Grads, bool, bool]:
     total: list[Tensor | None] = [None] * len(pair.live)
-    exact = True
+    exact = whole = True
     steps = pair.steps
     starts = pair.starts
     for piece in range(1, count + 1):
@@ -44,39 +46,61 @@ def _along(pair: Pair, grads: Sequence[Tensor], count: int, looks: bool) -> tupl
             if piece == count
             else [s + (piece / count) * d for s, d in zip(pair.starts, steps, strict=True)]
         )
-        shares, met = _piece(pair, list(starts), list(ends), grads, looks)
-        exact = exact and met
+        shares, met, arrives = _piece(pair, list(starts), list(ends), grads, looks)
+        exact, whole = exact and met, whole and arrives
         for i, g in enumerate(shares):
             if g is not None:
                 before = total[i]
                 total[i] = g / count if before is None else before + g / count
         starts = tuple(ends)
-    return tuple(total), exact
+    return tuple(total), exact, whole
 
 
 def _piece(
     pair: Pair, starts: list[Tensor], ends: list[Tensor], grads: Sequence[Tensor], looks: bool
-) -> tuple[Grads, bool]:
+) -> tuple[Grads, bool, bool]:
     """One piece of the way: what wins at its start gives way to what wins at its end, where these cross."""
     early, first, x_of_first = _picked(pair, starts, ends)
     late, last, s_of_last = _picked(pair, ends, starts)
-    here, there, exact = [], [], True
+    here, there, exact, whole = [], [], True, True
     for z0, x0, z, s, g in zip(first, x_of_first, last, s_of_last, grads, strict=True):
         if not z.is_floating_point():
             here.append(g)
             there.append(g)
             continue
-        lead, lag = z0 - s, z - x0
-        length = lead + lag
-        way = torch.where(length == 0, 0.5, lead / torch.where(length == 0, 1.0, length))
-        fits = ((way >= 0) & (way <= 1) & ((length != 0) | (lead == 0))) | way.isnan()
+        early_share, late_share, fits, arrives = _shares(z0, x0, z, s)
         if looks:
-            exact = exact and bool(fits.all())
-        way = torch.where(fits, torch.nan_to_num(way, 0.5), 0.5)
-        here.append(way * g)
-        there.append((1 - way) * g)
+            exact, whole = exact and bool(fits.all()), whole and bool(arrives.all())
+        here.append(early_share * g)
+        there.append(late_share * g)
     pairs = zip(early(here), late(there), strict=True)
-    return tuple(b if a is None else a if b is None else a + b for a, b in pairs), exact
+    return tuple(b if a is None else a if b is None else a + b for a, b in pairs), exact, whole
+
+
+def _shares(z0: Tensor, x0: Tensor, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What part of the way the winners at its start and at its end count for.
+
+    Args:
+        z0: what wins at the start.
+        x0: what that is at the end.
+        z: what wins at the end.
+        s: what that was at the start.
+
+    Returns:
+        The parts, where the two cross once, and where all arrives: where they do not, what differs is shared in
+        proportion, unless neither of them moves.
+    """
+    lead, lag = z0 - s, z - x0
+    length = lead + lag
+    way = torch.where(length == 0, 0.5, lead / torch.where(length == 0, 1.0, length))
+    fits = ((way >= 0) & (way <= 1) & ((length != 0) | (lead == 0))) | way.isnan()
+    way = torch.nan_to_num(way, 0.5)
+    first, last = x0 - z0, z - s
+    size = first.square() + last.square()
+    part = (z - z0) / torch.where(size == 0, 1.0, size)
+    part = torch.where(part.isfinite(), part, 0.0)
+    arrives = fits | (size > 0) | (z == z0)
+    return torch.where(fits, way, part * first), torch.where(fits, 1 - way, part * last), fits, arrives
 
 
 def _picked(
@@ -87,6 +111,8 @@ def _picked(
     Returns:
         How it is pulled back, its values, and the values of what is picked at the other place.
     """
+    # Nothing times infinity, as masks are, is no number.
+    other = [torch.nan_to_num(x) if x.is_floating_point() else x for x in other]
     if transformed():
         outputs, pull = torch.func.vjp(lambda *values: pair.run(values)[:1], *at)[:2]
         (transposed,) = torch.func.vjp(pull, tuple(torch.zeros_like(z) for z in outputs))[1](tuple(other))

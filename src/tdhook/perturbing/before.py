@@ -1,0 +1,131 @@
+"""The step before: what a value was a step earlier in its trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor
+
+from tdhook.keys import parts_of
+
+__all__ = ["PREVIOUS", "markers", "step_before"]
+
+PREVIOUS = "previous"
+
+_ENDS = ("done", "terminated", "truncated")
+
+
+def step_before(key: NestedKey, value: Tensor, td: TensorDictBase) -> Tensor:
+    """What a value was a step before; at the start of a trajectory what it is.
+
+    Where the TensorDict says it itself, under ``("previous", key)``, it is that. Otherwise it is looked up along the
+    axis of time: the one that is named ``"time"``, or the last one of what was recorded, which has entries under
+    ``"next"``.
+
+    Args:
+        key: of the value.
+        value: ``[*batch, *shape]``.
+        td: of batch size ``[*batch]``. A step has none before it where ``"is_init"`` says that a trajectory begins,
+            where ``("next", "done")``, ``"terminated"`` or ``"truncated"`` said that one ended, where
+            ``("collector", "traj_ids")`` is another one, or where it is not what came ``"next"``.
+
+    Raises:
+        ValueError: nothing says which axis is time, or the batch is no trajectory along it.
+    """
+    told: Tensor | None = td.get((PREVIOUS, *parts_of(key)), None)
+    if told is not None:
+        return told.to(value)
+    axis = _time(td)
+    before = _shifted(value, axis)
+    begins = _begins(td, axis)
+    broken = _broken(key, value, td, axis, begins)
+    if broken is not None:
+        begins = broken if begins is None else begins | broken
+    if begins is None:
+        return before
+    return torch.where(begins.reshape(begins.shape + (1,) * (value.dim() - begins.dim())), value, before)
+
+
+def markers(td: TensorDictBase) -> list[NestedKey]:
+    """The entries of a TensorDict that tell what was a step before, and where trajectories begin and end."""
+    found: list[NestedKey] = [name for name in (PREVIOUS, "is_init") if name in td]
+    found += [key for key in td.keys(True, True) if _is_flag(parts_of(key))]
+    return found
+
+
+def _is_flag(parts: tuple[str, ...]) -> bool:
+    ends = parts[0] == "next" and parts[-1] in _ENDS
+    return ends or parts[-1] in ("is_init", "traj_ids")
+
+
+def _time(td: TensorDictBase) -> int:
+    names: list[str | None] = td.names if td.batch_dims else []
+    for axis, name in enumerate(names):
+        if name == "time":
+            return axis
+    last: int = td.batch_dims - 1
+    if last >= 0 and "next" in td:
+        return last
+    raise ValueError(
+        f'baseline="previous" is the step before, and nothing says which axis of the batch {list(td.batch_size)} is '
+        'time: name it, td.names = [..., "time"]; where a policy acts, have the environment tell by the transform '
+        "tdhook.rl.StepBefore()"
+    )
+
+
+def _shifted(value: Tensor, axis: int) -> Tensor:
+    first = value.narrow(axis, 0, 1)
+    return torch.cat([first, value.narrow(axis, 0, value.shape[axis] - 1)], axis)
+
+
+def _begins(td: TensorDictBase, axis: int) -> Tensor | None:
+    """Which steps are the first of their trajectory, as far as flags tell, ``[*batch]``."""
+    found: Tensor | None = None
+    for begins in _told(td, axis):
+        found = begins if found is None else found | begins
+    return found
+
+
+def _told(td: TensorDictBase, axis: int) -> Iterator[Tensor]:
+    for key in td.keys(True, True):
+        parts = parts_of(key)
+        if not _is_flag(parts):
+            continue
+        flag = td.get(key).reshape(*td.batch_size, -1)
+        if parts[-1] == "is_init":
+            yield flag.any(-1)
+        elif parts[-1] == "traj_ids":
+            yield (flag != _shifted(flag, axis)).any(-1)
+        else:
+            ended = _shifted(flag.any(-1), axis).clone()
+            ended.narrow(axis, 0, 1).fill_(True)
+            yield ended
+
+
+def _broken(
+    key: NestedKey, value: Tensor, td: TensorDictBase, axis: int, begins: Tensor | None
+) -> Tensor | None:
+    """Where a value is not what the step before it has under ``"next"``, as where a buffer joined slices.
+
+    Raises:
+        ValueError: it mostly is not, as in what a buffer drew at random.
+    """
+    after = td.get(unravel_key(("next", *parts_of(key))), None)
+    if after is None:
+        return None
+    differs = (_shifted(after, axis) != value).reshape(*td.batch_size, -1).any(-1)
+    differs.narrow(axis, 0, 1).fill_(True)
+    if torch.compiler.is_compiling():
+        return differs
+    goes_on = torch.ones_like(differs) if begins is None else ~begins
+    goes_on.narrow(axis, 0, 1).fill_(False)
+    if 2 * int((differs & goes_on).sum()) > int(goes_on.sum()):
+        raise ValueError(
+            f'baseline="previous" is the step before along axis {axis} of the batch, and there {key!r} is mostly not '
+            "what the step before has under 'next': give whole trajectories (a SliceSampler draws them), or record "
+            "the step before with the transform tdhook.rl.StepBefore()"
+        )
+    return differs

@@ -1,0 +1,141 @@
+"""References: how baselines are given, what is written of them, and how they are settled for a batch that is cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from tdhook import LRP, References, Target
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+
+
+def batch(*size):
+    return TensorDict({"input": torch.randn(*size, 3, dtype=torch.float64)}, size)
+
+
+def method(baseline, **options):
+    return LRP("deeplift", target=Target("output", 0), baseline=baseline, **options)
+
+
+def test_the_value_on_the_reference_is_written():
+    net, td = model(), batch(4)
+    explained = method(References(1.0, values=True)).wrap(net)
+    assert ("reference", "output") in explained.out_keys
+    td = explained(td)
+    there = net(torch.ones(3, dtype=torch.float64)).expand(4, 2)
+    torch.testing.assert_close(td["reference", "output"], there.detach())
+    rise = td["output"] - td["reference", "output"]
+    torch.testing.assert_close(td["attr", "input"].sum(-1), rise[:, 0])
+
+
+def test_the_value_of_an_output_that_no_target_named_is_known_after_a_call():
+    explained = LRP("deeplift", baseline=References(0.0, values=True)).wrap(nn.Linear(3, 1).double())
+    assert ("reference", "output") not in explained.out_keys
+    explained(batch(2))
+    assert ("reference", "output") in explained.out_keys
+
+
+@pytest.mark.parametrize("target", [Target("output", 0), Target("output", "all")])
+def test_the_spread_is_that_of_single_references(target):
+    net, td, rows = model(), batch(2, 3), batch(50)
+    drawn = References("sample", samples=6, data=rows, spread=True)
+    explained = LRP("deeplift", target=target, baseline=drawn).wrap(net)
+    assert ("spread", "input") in explained.out_keys
+    found = explained(td.clone())
+    chance = torch.Generator().manual_seed(0)
+    single = []
+    for _ in range(6):
+        index = torch.randint(50, (6,), generator=chance)
+        one = LRP("deeplift", target=target, baseline=rows["input"][index].reshape(2, 3, 3)).wrap(net)
+        single.append(one(td.clone())["attr", "input"])
+    torch.testing.assert_close(found["attr", "input"], torch.stack(single).mean(0))
+    torch.testing.assert_close(found["spread", "input"], torch.stack(single).std(0))
+
+
+def test_the_ledger_of_several_references_is_their_mean():
+    drawn = References("sample", samples=5, values=True)
+    td = method(drawn, ledger=True).wrap(model())(batch(7))
+    rise = (td["output"] - td["reference", "output"])[:, 0]
+    torch.testing.assert_close(td["ledger", "target"], rise)
+    torch.testing.assert_close(td["ledger", "inputs"], td["attr", "input"].sum(-1))
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        ({"baseline": 0.0, "spread": True}, "one reference has no spread: draw several, by samples"),
+        ({"baseline": "mean", "samples": 2}, 'samples=2 are drawn of data: give baseline="sample"'),
+        ({"samples": 0}, "samples is how many references are drawn, at least one, got 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(arguments, told):
+    with pytest.raises(ValueError, match=told):
+        References(**arguments)
+
+
+def test_keys_are_drawn_from_the_same_row():
+    data = TensorDict({"a": torch.arange(20.0)[:, None], "b": torch.arange(20.0)[:, None]}, [20])
+    values = {"a": torch.zeros(6, 1), "b": torch.zeros(6, 1)}
+    for one in References("sample", samples=3, data=data).of(values, dict.fromkeys(values, 1), data[:6]):
+        assert torch.equal(one.replaced["a"], one.replaced["b"])
+
+
+@pytest.mark.parametrize(
+    "baseline",
+    [0.5, torch.ones(3), "mean", "sample", "there", {"input": "mean"}, lambda rows: rows.flip(0)],
+)
+def test_what_is_settled_for_the_whole_is_that_of_its_parts(baseline):
+    net, td = model(), batch(9)
+    td["there", "input"] = torch.randn(9, 3, dtype=torch.float64)
+    drawn = isinstance(baseline, str) and baseline == "sample"
+    given = method(References(baseline, 4 if drawn else 1, spread=drawn))
+    whole = given.wrap(net)(td.clone())
+    for_parts, cut, fill = given.settled(["input"], td)
+    explained = for_parts.wrap(net)
+    parts = torch.cat([explained(fill(part))["attr", "input"] for part in cut.split(2)])
+    torch.testing.assert_close(parts, whole["attr", "input"])
+    assert sorted(td.keys()) == ["input", "there"]
+
+
+def test_a_value_inside_the_model_has_no_mean_of_a_part():
+    lrp = LRP("deeplift", target=Target("output", 0), baseline="mean", use_inputs=False, input_modules=["0"])
+    for_parts, cut, fill = lrp.settled([], batch(6))
+    with pytest.raises(ValueError, match="would depend on how the batch is cut"):
+        for_parts.wrap(model())(fill(cut[:2]))
+    assert lrp.wrap(model())(batch(6))["attr", "0"].any()
+
+
+@pytest.mark.parametrize("baseline", [0.0, "mean", "sample"])
+def test_a_compiled_explanation_reads_what_it_is_settled_to(baseline):
+    net, td = model(), batch(8)
+    eager, cut, fill = method(baseline).settled(["input"], td)
+    compiled = method(baseline, compile={"backend": "eager"}).settled(["input"], td)[0].wrap(net)
+    explained = eager.wrap(net)
+    for part in cut.split(4):
+        found, wanted = (module(fill(part).copy())["attr", "input"] for module in (compiled, explained))
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("baseline", ["mean", "sample"])
+def test_one_element_has_nothing_to_be_compared_with(baseline):
+    with pytest.raises(ValueError, match="'input' itself where the batch has one element"):
+        method(baseline).wrap(model())(batch(1))
+    data = References(baseline, data=batch(5))
+    assert method(data).wrap(model())(batch(1))["attr", "input"].any()
+
+
+def test_measures_compare_with_all_that_they_explain():
+    from tdhook.evaluation import perturbation_curve
+
+    net, td = model(), batch(10)
+    curves = [
+        perturbation_curve(net, td, method("mean"), baseline=0.0, chunk_size=count).most.value
+        for count in (3, 10)
+    ]
+    torch.testing.assert_close(*curves)

@@ -1,0 +1,62 @@
+"""Any function: its vector-Jacobian product averaged on the way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tdhook.relevance.secants.averages import average
+
+from .pairs import assert_all_arrives, integrated, pair_of, random_grads
+
+FUNCTIONS = {
+    "cosine": (lambda a, b: F.cosine_similarity(a, b, dim=-1), 2),
+    "norm": (lambda a: a.norm(dim=-1), 1),
+    "prod": (lambda a: a.prod(-1), 1),
+    "cumprod": (lambda a: a.cumprod(-1), 1),
+    "pow": (lambda a, b: (a.abs() + 0.5) ** b, 2),
+    "smooth_l1": (lambda a, b: F.smooth_l1_loss(a, b, reduction="none"), 2),
+    "det": (lambda a: torch.linalg.det(a @ a.mT + torch.eye(4)), 1),
+    "huber": (lambda a: F.huber_loss(a, torch.zeros_like(a), reduction="none"), 1),
+}
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+def test_all_arrives(name: str) -> None:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        function, count = FUNCTIONS[name]
+        ends, starts = [torch.randn(4, 4) for _ in range(count)], [torch.randn(4, 4) for _ in range(count)]
+        pair = pair_of(name, function, ends, starts)
+        grads = random_grads(pair)
+        found = average(pair, grads)
+        assert_all_arrives(pair, grads, found, 1e-10)
+        for share, wanted in zip(found, integrated(pair, grads), strict=True):
+            assert (share - wanted).abs().max() < 0.02 * wanted.abs().max()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_where_both_are_the_same_it_is_the_derivative() -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(3, 5).double(), torch.randn(3, 5).double()
+    pair = pair_of("cosine", lambda a, b: F.cosine_similarity(a, b, dim=-1), [a, b], [a, b])
+    grads = random_grads(pair)
+    for share, wanted in zip(average(pair, grads), integrated(pair, grads, 1), strict=True):
+        assert torch.allclose(share, wanted)
+
+
+def test_single_precision() -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(3, 50), torch.randn(3, 50)
+    pair = pair_of("norm", lambda a: a.norm(dim=-1), [a], [b])
+    grads = random_grads(pair)
+    assert_all_arrives(pair, grads, average(pair, grads), 1e-5)
+
+
+def test_unused_inputs_get_nothing() -> None:
+    a, b = torch.randn(3), torch.randn(3)
+    pair = pair_of("own", lambda a, b: a.exp(), [a, b], [b, a])
+    assert average(pair, [torch.ones(3)])[1] is None

@@ -1,0 +1,151 @@
+"""Slopes of functions of one value, and choices between two."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tdhook.relevance.secants.slopes import choice, filled, quotient, scaled, slopes
+
+from .pairs import assert_all_arrives, integrated, pair_of, random_grads
+
+FUNCTIONS = {
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "softplus": F.softplus,
+    "elu": F.elu,
+    "leaky_relu": F.leaky_relu,
+    "hardswish": F.hardswish,
+    "exp": torch.exp,
+    "abs": torch.abs,
+    "square": torch.square,
+    "sin": torch.sin,
+}
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(*shape, dtype=dtype), torch.randn(*shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+def test_a_slope_is_the_average_derivative(name: str) -> None:
+    x, start = draw(3, 4)
+    pair = pair_of(name, FUNCTIONS[name], [x], [start])
+    grads = random_grads(pair)
+    (found,) = slopes(pair, grads)
+    assert (found - integrated(pair, grads)[0]).abs().max() < 2e-3 * grads[0].abs().max()
+    assert torch.allclose(found * (x - start), grads[0] * pair.rises[0], atol=1e-14)
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_where_both_are_the_same_or_nearly_so_it_is_the_derivative(name: str, dtype: torch.dtype) -> None:
+    x, _ = draw(200, dtype=dtype)
+    exact = x.double().requires_grad_()
+    (derivative,) = torch.autograd.grad(FUNCTIONS[name](exact).sum(), exact)
+    for away in (0.0, 1e-30, torch.finfo(dtype).eps, 8 * torch.finfo(dtype).eps):
+        start = x * (1 - away) if away < 1e-20 else x - away
+        pair = pair_of(name, FUNCTIONS[name], [x], [start])
+        (found,) = slopes(pair, [torch.ones_like(x)])
+        off = (found.double() - derivative).abs()
+        # A piece of a line has an exact quotient, up to what rounds its values.
+        assert off.max() < (0.6 if name == "relu" and away > 1e-20 else 1e-4), away
+
+
+def test_masked_values_are_no_difference() -> None:
+    x = torch.tensor([-torch.inf, 1.0, -torch.inf])
+    start = torch.tensor([-torch.inf, 0.5, 0.3])
+    (found,) = slopes(pair_of("exp", torch.exp, [x], [start]), [torch.ones(3)])
+    assert found.isfinite().all() and found[0] == 0
+    assert torch.allclose(found[1], (torch.tensor(1.0).exp() - torch.tensor(0.5).exp()) / 0.5)
+
+
+def test_a_quotient_shares_as_the_product_with_the_reciprocal() -> None:
+    (a, a0), (b, b0) = draw(3, 4), (1.0 + torch.rand(3, 4).double(), 1.0 + torch.rand(3, 4).double())
+    pair = pair_of("div", torch.div, [a, b], [a0, b0])
+    grads = random_grads(pair)
+    found = quotient(pair, grads)
+    assert_all_arrives(pair, grads, found)
+    assert torch.allclose(found[0], grads[0] * (1 / b + 1 / b0) / 2)
+    pair = pair_of("div", torch.div, [a, b], [a0, b])
+    assert torch.allclose(quotient(pair, grads)[0], grads[0] / b)
+
+
+def test_quotients_broadcast() -> None:
+    (a, a0), b, b0 = draw(3, 4), torch.full((3, 1), 2.0).double(), torch.rand(3, 1).double() + 1
+    pair = pair_of("div", torch.div, [a, b], [a0, b0])
+    grads = random_grads(pair)
+    found = quotient(pair, grads)
+    assert found[1].shape == b.shape
+    assert_all_arrives(pair, grads, found)
+
+
+def test_what_differs_off_the_tape_is_taken_by_what_is_on_it() -> None:
+    (a, a0), (mask, mask0) = (
+        draw(3, 4),
+        ((torch.rand(3, 4) > 0.5).double(), (torch.rand(3, 4) > 0.5).double()),
+    )
+    pair = pair_of("mul", torch.mul, [a, mask], [a0, mask0], live=[0])
+    grads = random_grads(pair)
+    (found,) = scaled(pair, grads)
+    assert torch.allclose(found * (a - a0), grads[0] * (a * mask - a0 * mask0))
+
+
+def test_choices_take_turns_where_the_two_meet() -> None:
+    """``where(x > 0, x, 0)`` is a ReLU, and counts as one does."""
+    x, start = draw(40)
+    zero = torch.zeros_like(x)
+    pair = pair_of("where", torch.where, [x > 0, x, zero], [start > 0, start, zero], live=[1])
+    (found,) = choice(pair, [torch.ones_like(x)])
+    relu = slopes(pair_of("relu", torch.relu, [x], [start]), [torch.ones_like(x)])[0]
+    assert torch.allclose(found, relu)
+
+
+def test_choices_that_jump_share_the_jump() -> None:
+    (a, a0), (b, b0) = draw(50), draw(50)
+    now, before = torch.rand(50) > 0.5, torch.rand(50) > 0.5
+    b, b0 = b.roll(1), b0.roll(2)
+    pair = pair_of("where", torch.where, [now, a, b], [before, a0, b0])
+    grads = random_grads(pair)
+    found = choice(pair, grads)
+    assert_all_arrives(pair, grads, found)
+    both = now & before
+    assert torch.equal(found[0][both], grads[0][both]) and (found[1][both] == 0).all()
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_choices_by_a_method(by_name: bool) -> None:
+    (a, a0), (b, b0) = draw(50), draw(50)
+    b, b0 = b.roll(1), b0.roll(2)
+    mask = torch.rand(50) > 0.5
+    if by_name:
+        pair = pair_of("where", Tensor.where, [a], [a0], condition=mask, other=b)
+    else:
+        pair = pair_of("where", Tensor.where, [a, mask, b], [a0, mask, b0])
+    grads = random_grads(pair)
+    found = choice(pair, grads)
+    assert torch.equal(found[0], torch.where(mask, grads[0], 0.0))
+    assert_all_arrives(pair, grads, found)
+
+
+def test_what_is_filled_in_counts_nothing() -> None:
+    x, start = draw(3, 4)
+    mask = torch.rand(3, 4) > 0.5
+    pair = pair_of("masked_fill", torch.masked_fill, [x, mask, -torch.inf], [start, mask, -torch.inf])
+    grads = random_grads(pair)
+    (found,) = filled(pair, grads)
+    assert torch.equal(found, torch.where(mask, 0.0, grads[0]))
+
+
+def test_what_is_filled_in_elsewhere_on_the_reference_still_arrives() -> None:
+    x, start = draw(60)
+    now, before = torch.rand(60) > 0.5, torch.rand(60) > 0.5
+    pair = pair_of("masked_fill", torch.masked_fill, [x, now, 0.0], [start, before, 0.0])
+    grads = random_grads(pair)
+    assert_all_arrives(pair, grads, filled(pair, grads))

@@ -1,0 +1,90 @@
+"""Functions that pick: each counts for the part of the way on which it wins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tdhook.relevance.secants.winners import picked_of, winner
+
+from .pairs import assert_all_arrives, integrated, pair_of, random_grads
+
+CALLS = {
+    "maximum": (torch.maximum, 2, ()),
+    "minimum": (torch.minimum, 2, ()),
+    "max": (torch.max, 1, (-1,)),
+    "amax": (torch.amax, 1, (-1,)),
+    "sort": (torch.sort, 1, (-1,)),
+    "topk": (torch.topk, 1, (2, -1)),
+    "kthvalue": (torch.kthvalue, 1, (2, -1)),
+    "median": (torch.median, 1, (-1,)),
+    "cummax": (torch.cummax, 1, (-1,)),
+    "max_pool1d": (F.max_pool1d, 1, (2,)),
+    "max_pool2d": (F.max_pool2d, 1, (2,)),
+}
+
+
+def pair_for(name: str, shape: tuple[int, ...]) -> tuple[object, list[Tensor]]:
+    torch.manual_seed(0)
+    function, count, rest = CALLS[name]
+    ends = [torch.randn(*shape, dtype=torch.float64) for _ in range(count)]
+    starts = [torch.randn(*shape, dtype=torch.float64) for _ in range(count)]
+    pair = pair_of(name, function, [*ends, *rest], [*starts, *rest])
+    return pair, random_grads(pair)
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_all_arrives(name: str) -> None:
+    pair, grads = pair_for(name, (2, 4, 6))
+    found = winner(pair, grads)
+    assert_all_arrives(pair, grads, found)
+
+
+@pytest.mark.parametrize("name", ["maximum", "minimum"])
+def test_two_share_as_the_way_between_them_goes(name: str) -> None:
+    pair, grads = pair_for(name, (30,))
+    for share, wanted in zip(winner(pair, grads), integrated(pair, grads), strict=True):
+        assert (share - wanted).abs().max() < 2e-3 * grads[0].abs().max()
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_where_both_are_the_same_it_is_the_derivative(name: str) -> None:
+    pair, grads = pair_for(name, (2, 4, 6))
+    pair.starts, pair.before = pair.ends, pair.outputs
+    for share, wanted in zip(winner(pair, grads), integrated(pair, grads, 1), strict=True):
+        assert torch.allclose(share, wanted)
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_some_are_the_same(name: str) -> None:
+    pair, grads = pair_for(name, (2, 4, 6))
+    starts = [
+        torch.where(torch.rand_like(x) < 0.5, x, s) for x, s in zip(pair.ends, pair.starts, strict=True)
+    ]
+    function, _, rest = CALLS[name]
+    pair = pair_of(name, function, [*pair.ends, *rest], [*starts, *rest])
+    assert_all_arrives(pair, grads, winner(pair, grads))
+
+
+def test_ties_are_shared_whole() -> None:
+    x, start = torch.tensor([[1.0, 1.0, 0.0]]).double(), torch.tensor([[0.0, 0.0, 0.0]]).double()
+    pair = pair_of("amax", torch.amax, [x, -1], [start, -1])
+    assert_all_arrives(pair, [torch.ones(1).double()], winner(pair, [torch.ones(1).double()]))
+
+
+def test_masked_values_win_nothing() -> None:
+    x = torch.tensor([[1.0, -torch.inf, 0.5]]).double()
+    start = torch.tensor([[-1.0, -torch.inf, 0.7]]).double()
+    pair = pair_of("amax", torch.amax, [x, -1], [start, -1])
+    (found,) = winner(pair, [torch.ones(1).double()])
+    assert found[0, 1] == 0
+    assert_all_arrives(pair, [torch.ones(1).double()], [found])
+
+
+def test_what_is_picked_is_picked_of_others() -> None:
+    x = torch.tensor([3.0, 1.0, 2.0]).requires_grad_()
+    values, indices = x.sort()
+    found = picked_of([x], [values, indices], [torch.tensor([30.0, 10.0, 20.0])])
+    assert found[0].tolist() == [10.0, 20.0, 30.0] and torch.equal(found[1], indices)
