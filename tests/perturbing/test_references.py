@@ -7,7 +7,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from tdhook.perturbing.references import Baseline, References, as_references, previous
+from tdhook.perturbing.references import Baseline, References, as_references
 
 
 def drawn(baseline: Baseline, x: Tensor, dims: int = 1, **options: object) -> list[Tensor]:
@@ -37,7 +37,7 @@ def test_references_lie_in_memory_as_what_they_stand_for() -> None:
         torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
     ):
         for baseline in (0.0, torch.zeros(x.shape[1:]), "mean", torch.zeros_like):
-            (found,) = drawn(baseline, x)
+            (found,) = drawn(baseline, x, data=TensorDict({"x": x}, x.shape[:1]))
             assert found.stride() == x.stride() and found.dtype == x.dtype
 
 
@@ -64,26 +64,6 @@ def test_what_is_read_and_not_attributed() -> None:
     td = TensorDict({"x": x, "ids": ids}, [3])
     (one,) = References({"ids": 0}).of({"x": x}, {"x": 1}, td)
     assert not one.replaced and torch.equal(one.entries["ids"], torch.zeros_like(ids))
-
-
-@pytest.mark.parametrize("mark", ["done", "is_init"])
-def test_the_step_before(mark: str) -> None:
-    x, ends = torch.randn(2, 5, 3), torch.zeros(2, 5, 1, dtype=torch.bool)
-    td = TensorDict({"x": x}, [2, 5])
-    ends[0, 2] = True
-    if mark == "done":
-        td["next", "done"] = ends
-    else:
-        td["is_init"] = ends.roll(1, 1)
-    found = previous(x, td)
-    assert torch.equal(found[1], torch.cat([x[1, :1], x[1, :-1]]))
-    assert torch.equal(found[0, 3], x[0, 3]) and torch.equal(found[0, 4], x[0, 3])
-    assert torch.equal(found[:, 0], x[:, 0])
-
-
-def test_there_is_no_step_before_without_an_axis() -> None:
-    with pytest.raises(ValueError, match="there is none"):
-        previous(torch.ones(3), TensorDict({}, []))
 
 
 @pytest.mark.parametrize(
