@@ -35,7 +35,7 @@ KINDS = {"vector": "Vectors", "sequence": "Sequences", "pixels": "Pictures"}
 Row = dict[str, Any]
 
 INTRODUCTION = """\
-# How faithful explanations are
+# Faithfulness
 
 Features are replaced in order of their relevance, the most relevant first, or the least: the area between the two
 curves of what is explained says how right the order is ([Evaluation](evaluation.md)). The larger the better; chance has

@@ -101,3 +101,11 @@ def test_which_are_the_same_for_each_batch() -> None:
     others = ["mean", "sample", "previous", ("baseline", "x"), torch.zeros_like, {"x": 1.0, "y": "mean"}]
     assert all(References(one).constant for one in constant)
     assert not any(References(one).constant for one in others)
+
+
+def test_the_step_before_is_not_known_row_by_row() -> None:
+    x = torch.randn(3, 4)
+    with pytest.raises(ValueError, match="give the values of that step as entries"):
+        References("previous").among(TensorDict({"x": x}, [3]))
+    td = TensorDict({"x": x, "previous": {"x": 2 * x}}, [3])
+    assert References("previous").among(td).data is td

@@ -122,7 +122,18 @@ class References:
         return [key for key in map(unravel_key, found) if key in td.keys(True)]
 
     def among(self, td: TensorDictBase) -> References:
-        """The same, with means and samples of ``td`` unless there are data already."""
+        """The same, with means and samples of ``td`` unless there are data already.
+
+        Raises:
+            ValueError: it is the step before, which no row knows alone.
+        """
+        named = self.baseline.values() if isinstance(self.baseline, Mapping) else [self.baseline]
+        steps = any(isinstance(given, str) and given == PREVIOUS for given in named)
+        if steps and (PREVIOUS,) not in {parts_of(key)[:1] for key in td.keys(True)}:
+            raise ValueError(
+                'baseline="previous" is the step before, which is not known where rows are looked at one by one: give '
+                'the values of that step as entries ("previous", key), as tdhook.rl.StepBefore does'
+            )
         if self.data is not None:
             return self
         other = copy.copy(self)
