@@ -132,7 +132,7 @@ def both(name: str, module: nn.Module, x: Tensor, **given: Any) -> tuple[Tensor,
 
 
 def test_every_preset_is_compared() -> None:
-    assert set(ZENNIT) == set(PRESETS) - {"epsilon", "attn_lrp", "cp_lrp", "lstm_lrp"}  # which zennit has not
+    assert set(ZENNIT) == set(PRESETS) - {"epsilon", "deeplift", "attn_lrp", "cp_lrp", "lstm_lrp"}  # not in zennit
 
 
 @pytest.mark.parametrize("batch", [1, 5])
