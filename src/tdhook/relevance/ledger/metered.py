@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from tdhook.conventions import Convention
-from tdhook.relevance.propagation.beside import OfDifference
+from tdhook.relevance.propagation.beside import OfDifference, numbered
 from tdhook.relevance.propagation.call import Call
 from tdhook.relevance.propagation.reference import Place
-from tdhook.tape.functions import on_tape, parts
+from tdhook.tape.functions import parts
 from tdhook.tape.masks import masks_in
-from tdhook.tape.trees import tree_flatten, tree_unflatten
 
 __all__ = ["metered_arguments", "metered_outputs"]
 
@@ -23,24 +22,21 @@ Note: TypeAlias = "Callable[[str, Tensor], None]"
 
 def metered_arguments(call: Call, place: Place, note: Note, flow: Convention) -> Call:
     """A call that tells what leaves by its arguments."""
-    args, kwargs = _metered((call.args, call.kwargs), place, note, flow, "left")
-    return call._replace(args=args, kwargs=kwargs)
+
+    def leave(x: Tensor, at: int) -> Tensor:
+        return _meter(x, place, at, (note, "left"), flow)
+
+    return call.given(*numbered(leave, (call.args, call.kwargs)))
 
 
 def metered_outputs(outputs: Any, place: Place, note: Note, flow: Convention) -> Any:
     """What a call returned, which tells what arrives."""
-    return _metered(outputs, place, note, flow, "arrived")
+    return numbered(lambda z, at: _meter(z, place, ~at, (note, "arrived"), flow), outputs)
 
 
-def _metered(tree: Any, place: Place, note: Note, flow: Convention, column: str) -> Any:
-    leaves, spec = tree_flatten(tree)
-    at = -1
-    for i, x in enumerate(leaves):
-        if isinstance(x, Tensor):
-            at += 1
-            if on_tape(x):
-                leaves[i] = _Meter.apply(x, place, at if column == "left" else ~at, (note, column), flow)
-    return tree_unflatten(leaves, spec)
+def _meter(x: Tensor, place: Place, at: int, tell: tuple[Note, str], flow: Convention) -> Tensor:
+    metered: Tensor = _Meter.apply(x, place, at, tell, flow)
+    return metered
 
 
 class _Meter(OfDifference):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
@@ -21,7 +21,7 @@ from tdhook.tape.functions import Identity, alias, on_tape, parts, whole
 from tdhook.tape.masks import unmasked
 from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
 
-__all__ = ["OfDifference", "between", "damped", "moving", "name_of_module", "noted", "there"]
+__all__ = ["OfDifference", "between", "damped", "moving", "noted", "numbered", "there"]
 
 
 def _reference(call: Call) -> Reference:
@@ -41,7 +41,7 @@ def noted(first: Callable[[Call, Place], Any], second: Run = Call.natively) -> R
     """How calls run: ``first`` in the run that is explained, ``second`` in that on the reference."""
 
     def run(call: Call) -> Any:
-        reference, name = _reference(call), name_of_module(call.module)
+        reference, name = _reference(call), type(call.module).__name__
         given = _leaves(call)
         module = None if isinstance(call.module, Operation) else call.module
         if reference.running:
@@ -59,18 +59,13 @@ def moving(call: Call) -> Any:
     """Make a call that moves data, and see that the reference has them moved to the same places."""
     leaves = tree_leaves((call.args, call.kwargs))
     if any(isinstance(x, Tensor) and not x.is_floating_point() and not x.is_complex() for x in leaves):
-        _reference(call).moved(name_of_module(call.module), leaves)
+        _reference(call).moved(type(call.module).__name__, leaves)
     return call.execute()
 
 
 def there(start: Tensor | None, x: Tensor) -> Tensor:
     """A value of the run on the reference, if it is another one than ``x`` there."""
     return x if start is None else start
-
-
-def name_of_module(module: nn.Module) -> str:
-    """The name of an operation, or of the class of a module."""
-    return module.name if isinstance(module, Operation) else type(module).__name__
 
 
 def between(run: Run, own: Convention, flow: Convention, epsilon: Stabilizer = rounding) -> Run:
@@ -80,18 +75,17 @@ def between(run: Run, own: Convention, flow: Convention, epsilon: Stabilizer = r
     before, behind = (_Times, _Per) if flow == "relevance" else (_Per, _Times)
 
     def first(call: Call, place: Place) -> Any:
+        setting = call.setting
+
+        def enter(x: Tensor, at: int) -> Tensor:
+            entered: Tensor = before.apply(x, place, at, epsilon, setting)
+            return entered
+
         if len(call.args) == 1 and isinstance(call.args[0], Tensor) and not call.kwargs:
-            call = call.on(before.apply(call.args[0], place, 0, epsilon, call.setting))
-            return _behind(run(call), behind, place, epsilon, call.setting)
-        leaves, spec = tree_flatten((call.args, call.kwargs))
-        at = -1
-        for i, x in enumerate(leaves):
-            if isinstance(x, Tensor):
-                at += 1
-                if on_tape(x):
-                    leaves[i] = before.apply(x, place, at, epsilon, call.setting)
-        args, kwargs = tree_unflatten(leaves, spec)
-        return _behind(run(call._replace(args=args, kwargs=kwargs)), behind, place, epsilon, call.setting)
+            call = call.on(enter(call.args[0], 0))
+        else:
+            call = call.given(*numbered(enter, (call.args, call.kwargs)))
+        return _behind(run(call), behind, place, epsilon, setting)
 
     return noted(first, run)
 
@@ -108,15 +102,20 @@ def damped(run: Run, epsilon: Stabilizer) -> Run:
 
 
 def _behind(outputs: Any, identity: Any, place: Place, epsilon: Stabilizer, setting: Setting) -> Any:
-    if isinstance(outputs, Tensor):
-        return identity.apply(outputs, place, ~0, epsilon, setting) if on_tape(outputs) else outputs
-    leaves, spec = tree_flatten(outputs)
+    return numbered(lambda z, at: identity.apply(z, place, ~at, epsilon, setting), outputs)
+
+
+def numbered(function: Callable[[Tensor, int], Tensor], tree: Any) -> Any:
+    """Apply ``function`` to all tensors of a nested structure that gradients flow to, and their numbers in it."""
+    if isinstance(tree, Tensor):
+        return function(tree, 0) if on_tape(tree) else tree
+    leaves, spec = tree_flatten(tree)
     at = -1
-    for i, z in enumerate(leaves):
-        if isinstance(z, Tensor):
+    for i, x in enumerate(leaves):
+        if isinstance(x, Tensor):
             at += 1
-            if on_tape(z):
-                leaves[i] = identity.apply(z, place, ~at, epsilon, setting)
+            if on_tape(x):
+                leaves[i] = function(x, at)
     return tree_unflatten(leaves, spec)
 
 

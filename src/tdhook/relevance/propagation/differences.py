@@ -7,7 +7,6 @@ outputs, and there are no biases.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
-from tdhook.relevance.propagation.beside import between, name_of_module, noted, there
+from tdhook.relevance.propagation.beside import between, noted, there
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.conversions import NotOneTensor, Substituted, finite_product
 from tdhook.relevance.propagation.executed import ExecutedLayer, ExecutedModule, Formula, RuledLayer
@@ -23,7 +22,7 @@ from tdhook.relevance.propagation.forms import ClosedForm, closed_form
 from tdhook.relevance.propagation.lent import Lent
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reference import Place
-from tdhook.relevance.propagation.steps import Grads, LinearStep, Modify, ModuleStep, Step
+from tdhook.relevance.propagation.steps import Grads, Modify, ModuleStep, Step
 from tdhook.relevance.secants.pair import Pair, Pull, difference
 from tdhook.relevance.secants.slopes import slope, slopes
 from tdhook.relevance.secants.table import LINEAR, secant_of
@@ -31,8 +30,6 @@ from tdhook.relevance.secants.winners import picked_of
 from tdhook.tape.dependence import leaf
 from tdhook.tape.functions import TapeFunction, alias, on_tape
 from tdhook.tape.internals import is_view
-from tdhook.tape.overwriting import natively
-from tdhook.tape.sharded import added_up
 from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
 
 __all__ = ["Differences", "formula_of_layer", "formula_of_module", "secant"]
@@ -82,6 +79,7 @@ class _DifferencedModule(ExecutedModule):
 
     def __init__(self, rule: Formula, pull: Pull, call: Call, place: Place) -> None:
         super().__init__(rule, call)
+        self.keeps, self.on_tape = (True, True), False
         self.place, self._pull = place, pull
         self.at = [i for i in self.at if on_tape(self.leaves[i])]
         if self.spec is None:
@@ -90,22 +88,12 @@ class _DifferencedModule(ExecutedModule):
 
     def run(self) -> Any:
         inputs = [self.leaves[i].detach() for i in self.at]
-        outputs = _Differenced.apply(self, *(self.leaves[i] for i in self.at))
-        self.rule.check(self.module, [self.place.given[self._indices.index(i)] for i in self.at], outputs)
-        for i in self.at:
-            self.leaves[i] = None
-        leaves, self.out_leaves = self.out_leaves, []
-        if any(not z.is_floating_point() for z in outputs) and self.out_spec is not None:
+        outputs = super().run()
+        if self.out_spec is not None and any(
+            isinstance(z, Tensor) and not z.is_floating_point() for z in tree_leaves(outputs)
+        ):
             self.place.picked = partial(self._picked, inputs)
-        if self.out_spec is None:
-            return outputs[0]
-        tensors = iter(outputs)
-        return tree_unflatten([next(tensors) if isinstance(z, Tensor) else z for z in leaves], self.out_spec)
-
-    def execute(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        with natively(self.module):
-            found = self._outputs(inputs)
-        return tuple(alias(z) if is_view(z) or any(z is x for x in inputs) else z for z in found)
+        return outputs
 
     def _picked(self, inputs: Sequence[Tensor], given: Sequence[Tensor], own: Any) -> Any:
         """What comes out of other inputs, given what came out by itself, where that is picked which was before."""
@@ -126,12 +114,10 @@ class _DifferencedModule(ExecutedModule):
         return tree_unflatten(made, spec)
 
     def _once_more(self, *args: object, **kwargs: object) -> Any:
-        once_more = nullcontext() if self._again is None else self._again.as_before()
-        with once_more, natively(self.module):
+        with self._as_before():
             return self._function(*args, **kwargs)
 
-    def differences(self, saved: Sequence[Tensor]) -> Differences:
-        """The call as the rule sees it in the backward pass."""
+    def step(self, saved: Sequence[Tensor]) -> Step:
         count = len(self.at)
         inputs, outputs = tuple(saved[:count]), tuple(saved[count:])
         leaves = list(self.leaves)
@@ -145,7 +131,7 @@ class _DifferencedModule(ExecutedModule):
         before = tuple(z0.expand_as(z) for z, z0 in zip(outputs, self.place.before, strict=True))
         assert self.spec is not None
         pair = Pair(
-            name_of_module(self.module),
+            type(self.module).__name__,
             None if isinstance(self.module, Operation) else self.module,
             self._once_more,
             leaves,
@@ -162,27 +148,6 @@ class _DifferencedModule(ExecutedModule):
         step = Differences(self.module, self.evaluate, pair, self._pull, self._arguments())
         step.report = self.report
         return step
-
-
-class _Differenced(TapeFunction):
-    """Any call under a formula of differences, on the tape."""
-
-    @staticmethod
-    def forward(executed: _DifferencedModule, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return executed.execute(inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.executed = executed = inputs[0]
-        ctx.made_by = name_of_module(executed.module)
-        ctx.mark_non_differentiable(*(z for z in output if not (z.is_floating_point() or z.is_complex())))
-        ctx.save_for_backward(*inputs[1:], *output)
-
-    @staticmethod
-    def backward(ctx: Any, *out_relevance: Tensor) -> object:
-        executed: _DifferencedModule = ctx.executed
-        step = executed.differences(ctx.saved_tensors)
-        return None, *executed.rule.propagate(step, out_relevance)
 
 
 class _Secant:
@@ -230,7 +195,7 @@ def secant(module: nn.Module, flow: Convention, pull: Pull | None = None, *, kee
         keeps: whether it leaves a part out on purpose, which is reported as constant.
     """
     rule = _SECANTS[keeps]
-    name, is_module = name_of_module(module), not isinstance(module, Operation)
+    name, is_module = type(module).__name__, not isinstance(module, Operation)
     chosen = pull or secant_of(name, is_module=is_module)
     linear = pull is None and (name in LINEAR if not is_module else closed_form(module) is not None)
     if chosen is slopes:
@@ -290,7 +255,7 @@ def _natively_or(otherwise: Run) -> Run:
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         if not all(on_tape(x) or isinstance(x, nn.Parameter) for x in tensors):
             return otherwise(call)
-        sums = name_of_module(call.module) in _SUMS
+        sums = type(call.module).__name__ in _SUMS
         plain = float not in map(type, leaves) if sums else sum(map(on_tape, tensors)) == 1
         return call.natively() if plain else otherwise(call)
 
@@ -302,7 +267,7 @@ _SUMS = frozenset(("add", "sub", "rsub"))
 
 def formula_of_module(rule: Formula, module: nn.Module, own: Convention, flow: Convention) -> Run:
     """How any call runs under a rule's formula, of differences."""
-    pull = secant_of(name_of_module(module), is_module=not isinstance(module, Operation))
+    pull = secant_of(type(module).__name__, is_module=not isinstance(module, Operation))
 
     def first(call: Call, place: Place) -> Any:
         return _DifferencedModule(rule, pull, call, place).run()
@@ -317,15 +282,12 @@ class _DifferencedLayer(ExecutedLayer):
 
     def __init__(self, rule: Formula, form: ClosedForm, call: Call, place: Place) -> None:
         super().__init__(rule, form, call, nonnegative=False)
-        self.place = place
+        self.place, self.keeps_output = place, True
 
-    def differences(self, x: Tensor, weight: Tensor, bias: Tensor | None, *outputs: Tensor) -> Step:
-        """The call as the rule sees it in the backward pass."""
-        start, before = there(self.place.starts[0], x), self.place.before
-        rises = list(map(difference, outputs, before))
-        step = self.step(x - start, weight, bias, *rises, origin=start)
-        assert isinstance(step, LinearStep)
-        return step
+    def step(self, x: Tensor, weight: Tensor, bias: Tensor | None, *outputs: Tensor) -> Step:
+        start = there(self.place.starts[0], x)
+        rises = tuple(map(difference, outputs, self.place.before))
+        return self._step(x - start, weight, bias, rises, origin=start)
 
 
 def formula_of_layer(
@@ -336,15 +298,14 @@ def formula_of_layer(
 
     def first(call: Call, place: Place) -> Any:
         form = closed_form(layer)
-        args = call.args or tuple(call.kwargs.values())
         assert form is not None
         executed = _DifferencedLayer(rule, form, call, place)
         weight, bias = parameters.weight, parameters.bias
         if weight.is_meta:
             executed.lent = Lent(layer)
             weight = bias = None
-        z = _LayerOfDifferences.apply(executed, args[0], weight, bias)
-        rule.check(layer, args, (z,))
+        z = RuledLayer.apply(executed, call.args[0], weight, bias)
+        rule.check(layer, call.args, (z,))
         return z
 
     run = between(noted(first), own, flow)
@@ -352,29 +313,6 @@ def formula_of_layer(
     def one(call: Call) -> Any:
         args = call.args or tuple(call.kwargs.values())
         fits = len(args) == 1 and isinstance(args[0], Tensor)
-        return run(call) if fits else otherwise(call)
+        return run(call.given(args, {})) if fits else otherwise(call)
 
     return one
-
-
-class _LayerOfDifferences(TapeFunction):
-    """A linear layer or convolution under a formula of differences, on the tape."""
-
-    @staticmethod
-    def forward(executed: _DifferencedLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return RuledLayer.forward(executed, x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        executed, x, weight, bias = inputs
-        if executed.lent is not None:
-            weight, bias = executed.lent.parameters
-        ctx.executed = executed
-        ctx.save_for_backward(x, weight, bias, output)
-
-    @staticmethod
-    def backward(ctx: Any, out_relevance: Tensor) -> object:
-        executed: _DifferencedLayer = ctx.executed
-        step = executed.differences(*ctx.saved_tensors)
-        (relevance,) = executed.rule.propagate(step, (added_up(out_relevance),))
-        return None, relevance, None, None

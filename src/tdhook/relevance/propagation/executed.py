@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
@@ -134,9 +134,13 @@ class ExecutedLayer(Place):
         dtype: the precision in which the layer computed.
         lent: the parameters that it computed with, where it is only lent them while it runs.
         directly: what the formula comes to, if it can be had without a step.
+        keeps_output: whether the backward pass needs what the layer returned.
     """
 
-    __slots__ = ("_setting", "directly", "dtype", "form", "function", "lent", "module", "nonnegative", "rule")
+    __slots__ = (
+        *("_setting", "directly", "dtype", "form", "function", "keeps_output", "lent", "module"),
+        *("nonnegative", "rule"),
+    )
 
     def __init__(self, rule: Formula, form: ClosedForm, call: Call, nonnegative: bool) -> None:
         self.rule, self.form, self.nonnegative = rule, form, nonnegative
@@ -144,24 +148,20 @@ class ExecutedLayer(Place):
         self.dtype: torch.dtype | None = None
         self.lent: Lent | None = None
         self.directly: Directly | None = None
+        self.keeps_output = rule.needs_outputs
 
-    def step(
+    def step(self, x: Tensor, weight: Tensor, bias: Tensor | None, *outputs: Tensor) -> Step:
+        """The call as the rule sees it in the backward pass."""
+        return self._step(x, weight, bias, outputs)
+
+    def _step(
         self,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        *outputs: Tensor,
+        outputs: tuple[Tensor, ...],
         origin: Tensor | None = None,
     ) -> Step:
-        """The call as the rule sees it in the backward pass.
-
-        Args:
-            x: the input.
-            weight: the layer's.
-            bias: likewise.
-            *outputs: what it returned, if the rule asks for that.
-            origin: the input on a reference, if input and outputs are differences from it.
-        """
         setting = self._setting
         cache, merged = setting.weights, None
         if x.device != weight.device:  # hooks move what goes in to where the layer lies
@@ -215,7 +215,7 @@ class RuledLayer(TapeFunction):
         if executed.lent is not None:
             weight, bias = executed.lent.parameters
         ctx.executed = executed
-        if executed.rule.needs_outputs:
+        if executed.keeps_output:
             ctx.save_for_backward(x, weight, bias, output)
         else:
             ctx.save_for_backward(x, weight, bias)
@@ -246,10 +246,15 @@ class ExecutedModule:
     """Any call of a module or an operation: which leaves of its arguments are tensors, and how to run it on them.
 
     A ``spec`` of ``None`` stands for a single tensor, which most calls take and return.
+
+    Attributes:
+        keeps: whether the backward pass needs what went in, and whether it needs what came out.
+        on_tape: whether the module is run on a tape of its own.
     """
 
     def __init__(self, rule: Formula, call: Call) -> None:
         self.rule = rule
+        self.keeps, self.on_tape = (rule.needs_inputs, rule.needs_outputs), rule.needs_vjp
         self.module, self._function, args, kwargs, setting = call
         self.report = setting.report
         self.spec: Shape | None = None
@@ -292,7 +297,7 @@ class ExecutedModule:
     def execute(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Run the module itself; where the rule differentiates it, on a tape of its own."""
         with natively(self.module):
-            if not self.rule.needs_vjp:
+            if not self.on_tape:
                 # What is returned as it came in would count as an input, not as an output that has a rule.
                 return tuple(
                     alias(z) if is_view(z) or any(z is x for x in inputs) else z
@@ -337,9 +342,14 @@ class ExecutedModule:
                 "to it while it runs: keep this module in memory, or give it a rule that leaves parameters alone"
             )
         modifier = ParamModifier(lambda name, p: modify(name, p.detach()), ParamModifier.select_all)
-        once_more = nullcontext() if self._again is None else self._again.as_before()
-        with once_more, natively(self.module), modifier(self.module):
+        with self._as_before(), modifier(self.module):
             return tuple(z for z in tree_leaves(self._invoke(inputs, modify)) if isinstance(z, Tensor))
+
+    @contextmanager
+    def _as_before(self) -> Iterator[None]:
+        """Run the module once more, as it was run, but for what it would overwrite."""
+        with nullcontext() if self._again is None else self._again.as_before(), natively(self.module):
+            yield
 
     def _arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
         if self.spec is None:
@@ -349,7 +359,7 @@ class ExecutedModule:
 
     def step(self, saved: Sequence[Tensor]) -> Step:
         """The call as the rule sees it in the backward pass, given the inputs and outputs that it needs."""
-        n_in = len(self.at) if self.rule.needs_inputs else 0
+        n_in = len(self.at) if self.keeps[0] else 0
         inputs, outputs = tuple(saved[:n_in]), tuple(saved[n_in:])
         step = ModuleStep(self.module, self.evaluate, inputs, outputs, self.graph, self._arguments())
         step.report = self.report
@@ -369,13 +379,11 @@ class Ruled(TapeFunction):
         """Keep what the rule reads."""
         ctx.executed = executed = inputs[0]
         ctx.made_by = type(executed.module).__name__
-        rule = executed.rule
+        inputs_kept, outputs_kept = executed.keeps
         if executed.graph is not None:
             off = [z for z, own in zip(output, executed.graph[1], strict=True) if not own.requires_grad]
             ctx.mark_non_differentiable(*off)
-        ctx.save_for_backward(
-            *(inputs[1:] if rule.needs_inputs else ()), *(output if rule.needs_outputs else ())
-        )
+        ctx.save_for_backward(*(inputs[1:] if inputs_kept else ()), *(output if outputs_kept else ()))
 
     @staticmethod
     def backward(ctx: _OfModule, *out_relevance: Tensor) -> object:
