@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tdhook.models.state import slots_of
 from tdhook.relevance.propagation.reference import Place, Reference
-from tdhook.tape.internals import version_of
+from tdhook.tape.unchanged import Unchanged
 
 __all__ = ["Kept", "There"]
 
@@ -38,8 +38,7 @@ class Kept:
     """A run on a reference, with what tells whether another one would be the same.
 
     That is what the model was given, its parameters and buffers, and, call by call, the constants and numbers that were
-    met. A parameter is told by its memory, its version, and a sample of its values, since writes through ``.data`` do
-    not raise the version.
+    met.
 
     Attributes:
         there: what it left behind.
@@ -49,7 +48,7 @@ class Kept:
     there: There
     given: dict[NestedKey, Tensor]
     places: list[Place]
-    _state: list[tuple[Tensor, int, Tensor]]
+    _state: list[Unchanged]
     _modes: list[bool]
 
     @staticmethod
@@ -59,7 +58,7 @@ class Kept:
         """Keep what a run has just left behind."""
         # The places go on being those of the run that is explained; what is kept is no part of its tape.
         places = [place.to_keep() for place in reference.places]
-        state = [(x.detach(), version_of(x), _sample(x).clone()) for x in _tensors(modules)]
+        state = [Unchanged(x, _SAMPLED) for x in _tensors(modules)]
         return Kept(there, dict(given), places, state, [m.training for m in modules])
 
     def fits(
@@ -71,7 +70,7 @@ class Kept:
         if self._modes != [m.training for m in modules]:
             return False
         now = _tensors(modules)
-        if len(now) != len(self._state) or not all(map(_unchanged, self._state, now)):
+        if len(now) != len(self._state) or not all(map(Unchanged.is_of, self._state, now)):
             return False
         pairs = list(zip(reference.places, self.places, strict=True))
         if not all(place.meets(kept) for place, kept in pairs):
@@ -83,21 +82,6 @@ class Kept:
 
 def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
     return [registry[name] for registry, name in slots_of(modules)]
-
-
-def _unchanged(state: tuple[Tensor, int, Tensor], x: Tensor) -> bool:
-    kept, version, sample = state
-    return (
-        x.data_ptr() == kept.data_ptr()
-        and x.shape == kept.shape
-        and version_of(x) == version
-        and torch.equal(_sample(x), sample)
-    )
-
-
-def _sample(x: Tensor) -> Tensor:
-    values = x.detach().reshape(-1)
-    return values[:: max(1, -(-len(values) // _SAMPLED))]
 
 
 def _same_entries(kept: Mapping[NestedKey, Tensor], now: Mapping[NestedKey, Tensor]) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from weakref import WeakKeyDictionary, WeakSet
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tdhook.tape.internals import parameters_of, version_of
+from tdhook.tape.internals import parameters_of
+from tdhook.tape.unchanged import Unchanged
 
 __all__ = ["WeightCache"]
 
@@ -92,22 +92,10 @@ class _Kept:
 
     def __init__(self, sources: Sequence[Tensor], value: Tensor) -> None:
         self.value = value
-        # The memory is held, lest other values come to lie at the same address.
-        self._sources = [x.detach() for x in sources]
-        self._states = [_state(x) for x in sources]
-        self._samples = [_sample(x).clone() for x in sources]
+        self._sources = [Unchanged(x, _SAMPLED) for x in sources]
 
     def made_of(self, sources: Sequence[Tensor]) -> bool:
         """Whether nothing changed since."""
-        return [_state(x) for x in sources] == self._states and all(
-            torch.equal(_sample(x), sample) for x, sample in zip(sources, self._samples, strict=True)
+        return len(sources) == len(self._sources) and all(
+            before.is_of(x) for before, x in zip(self._sources, sources, strict=True)
         )
-
-
-def _state(x: Tensor) -> tuple[object, ...]:
-    return version_of(x), x.data_ptr(), x.dtype, x.shape, x.stride()
-
-
-def _sample(x: Tensor) -> Tensor:
-    values = x.detach().flatten()
-    return values[:: -(-len(values) // _SAMPLED)]
