@@ -46,12 +46,7 @@ PRESETS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def doubles():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("doubles")
 
 
 def td_of(x: Tensor, dims: int = 1) -> TensorDict:

@@ -21,12 +21,7 @@ FLOWS = ("relevance", "gradient")
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {}
 
 
-@pytest.fixture(autouse=True)
-def doubles():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("doubles")
 
 
 def case(name: str, *shape: int):

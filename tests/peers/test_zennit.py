@@ -132,7 +132,13 @@ def both(name: str, module: nn.Module, x: Tensor, **given: Any) -> tuple[Tensor,
 
 
 def test_every_preset_is_compared() -> None:
-    assert set(ZENNIT) == set(PRESETS) - {"epsilon", "deeplift", "attn_lrp", "cp_lrp", "lstm_lrp"}  # not in zennit
+    assert set(ZENNIT) == set(PRESETS) - {
+        "epsilon",
+        "deeplift",
+        "attn_lrp",
+        "cp_lrp",
+        "lstm_lrp",
+    }  # not in zennit
 
 
 @pytest.mark.parametrize("batch", [1, 5])

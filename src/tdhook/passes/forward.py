@@ -140,7 +140,10 @@ class Run:
     def independent_sources(self) -> list[dict[NestedKey, Tensor]]:
         """The values that are attributed, detached, in groups that depend on none of their own group."""
         sources = self.sources()
-        return [{key: sources[key].detach() for key in group} for group in _independent(sources)]
+        # Inputs are where the tape begins: none depends on another.
+        alone = bool(sources) and sources.keys() <= self.inputs.keys()
+        groups = [list(sources)] if alone else _independent(sources)
+        return [{key: sources[key].detach() for key in group} for group in groups]
 
     def ends(self, sources: Mapping[NestedKey, Tensor]) -> list[Tensor]:
         """Where what is pulled back ends: the inputs and sources that depend on no other of these, each once."""

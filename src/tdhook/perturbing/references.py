@@ -71,15 +71,23 @@ class References:
             raise ValueError("one reference has no spread: draw several, by samples")
         self.baseline, self.samples, self.data, self.seed = baseline, samples, data, seed
         self.values, self.spread = values, spread
-        named = baseline.values() if isinstance(baseline, Mapping) else [baseline]
-        if samples > 1 and not any(isinstance(given, str) and given == "sample" for given in named):
+        if samples > 1 and not self._asks("sample"):
             raise ValueError(f'samples={samples} are drawn of data: give baseline="sample"')
 
     @property
     def constant(self) -> bool:
         """Whether the references are the same for each batch, as far as they are known beforehand."""
-        named = self.baseline.values() if isinstance(self.baseline, Mapping) else [self.baseline]
-        return not any(isinstance(given, str | tuple) or callable(given) for given in named)
+        return not any(isinstance(given, str | tuple) or callable(given) for given in self._all)
+
+    @property
+    def _all(self) -> list[OneBaseline]:
+        """What is given, by whatever key."""
+        baseline = self.baseline
+        return list(baseline.values()) if isinstance(baseline, Mapping) else [baseline]
+
+    def _asks(self, name: str) -> bool:
+        """Whether a baseline is given by a name."""
+        return any(isinstance(given, str) and given == name for given in self._all)
 
     def of(
         self, values: Mapping[NestedKey, Tensor], batch_dims: Mapping[NestedKey, int], td: TensorDictBase
@@ -112,12 +120,11 @@ class References:
 
     def reads(self, td: TensorDictBase) -> list[NestedKey]:
         """The entries of a TensorDict that references are taken of, besides what is attributed."""
-        named = self.baseline.values() if isinstance(self.baseline, Mapping) else [self.baseline]
         found: list[NestedKey] = list(self.baseline) if isinstance(self.baseline, Mapping) else []
-        for given in named:
-            if isinstance(given, str) and given == PREVIOUS:
-                found += markers(td)
-            elif isinstance(given, tuple) or (isinstance(given, str) and given not in NAMES):
+        if self._asks(PREVIOUS):
+            found += markers(td)
+        for given in self._all:
+            if isinstance(given, tuple) or (isinstance(given, str) and given not in NAMES):
                 found.append(given)
         return [key for key in map(unravel_key, found) if key in td.keys(True)]
 
@@ -127,9 +134,7 @@ class References:
         Raises:
             ValueError: it is the step before, which no row knows alone.
         """
-        named = self.baseline.values() if isinstance(self.baseline, Mapping) else [self.baseline]
-        steps = any(isinstance(given, str) and given == PREVIOUS for given in named)
-        if steps and (PREVIOUS,) not in {parts_of(key)[:1] for key in td.keys(True)}:
+        if self._asks(PREVIOUS) and (PREVIOUS,) not in {parts_of(key)[:1] for key in td.keys(True)}:
             raise ValueError(
                 'baseline="previous" is the step before, which is not known where rows are looked at one by one: give '
                 'the values of that step as entries ("previous", key), as tdhook.rl.StepBefore does'

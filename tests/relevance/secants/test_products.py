@@ -15,17 +15,21 @@ def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(shape, dtype=dtype)
 
 
+def assert_is_integrated(name, function, secant, left: tuple[int, ...], right: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    pair = pair_of(name, function, [draw(*left), draw(*right)], [draw(*left), draw(*right)])
+    grads = random_grads(pair)
+    found = secant(pair, grads)
+    for share, wanted in zip(found, integrated(pair, grads, 1), strict=True):
+        assert torch.allclose(share, wanted)
+    assert_all_arrives(pair, grads, found)
+
+
 @pytest.mark.parametrize(
     "left, right", [((3, 4), (3, 4)), ((3, 4), (4,)), ((3, 1), (3, 4)), ((), (3, 4)), ((2, 1, 4), (3, 1))]
 )
 def test_pointwise(left: tuple[int, ...], right: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    pair = pair_of("mul", torch.mul, [draw(*left), draw(*right)], [draw(*left), draw(*right)])
-    grads = random_grads(pair)
-    found = pointwise_product(pair, grads)
-    for share, wanted in zip(found, integrated(pair, grads, 1), strict=True):
-        assert torch.allclose(share, wanted)
-    assert_all_arrives(pair, grads, found)
+    assert_is_integrated("mul", torch.mul, pointwise_product, left, right)
 
 
 @pytest.mark.parametrize(
@@ -40,13 +44,7 @@ def test_pointwise(left: tuple[int, ...], right: tuple[int, ...]) -> None:
     ],
 )
 def test_matrices(left: tuple[int, ...], right: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    pair = pair_of("matmul", torch.matmul, [draw(*left), draw(*right)], [draw(*left), draw(*right)])
-    grads = random_grads(pair)
-    found = matrix_product(pair, grads)
-    for share, wanted in zip(found, integrated(pair, grads, 1), strict=True):
-        assert torch.allclose(share, wanted)
-    assert_all_arrives(pair, grads, found)
+    assert_is_integrated("matmul", torch.matmul, matrix_product, left, right)
 
 
 def test_a_value_times_itself() -> None:

@@ -5,28 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from tdhook.conventions import Convention
 from tdhook.relevance.operations.table import ARITHMETIC, OPERATIONS, default_rule
-from tdhook.relevance.operations.written_out import written_out
+from tdhook.relevance.operations.written_out import statistics_written_out, written_out
 from tdhook.relevance.propagation.binding import Bound
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule, PassRule
-from tdhook.selectors.kinds import (
-    AFFINE,
-    ELEMENTWISE,
-    FUSED,
-    HOMOGENEOUS,
-    MOVES,
-    NORMS,
-    PRODUCTS,
-    RECURRENT,
-    TAYLOR,
-    WINNER,
-)
+from tdhook.selectors.kinds import ELEMENTWISE, FUSED, MOVES, RECURRENT
 from tdhook.tape.functions import on_tape
 
 __all__ = ["DIFFERENCES", "VALUES", "Reading"]
@@ -74,14 +62,13 @@ class _Differences:
         if name in _PICKS:
             return ARITHMETIC
         if not args and not kwargs:
-            return (
-                _MOVES if name in _STAYS else None
-            )  # it depends on the call, or is nothing to be left alone
+            # Else it depends on the call, or is nothing to be left alone.
+            return _MOVES if name in _STAYS else None
         if name in MOVES:
             return _MOVES
         if name in ELEMENTWISE and _is_of_one(args, kwargs):
             return _PASSES
-        if name in _WRITTEN:
+        if statistics_written_out(name) is not None:
             return None
         if "dropout" in name and isinstance(default_rule(name, args, kwargs), IgnoreRule):
             return _MOVES  # it is off
@@ -89,10 +76,11 @@ class _Differences:
             return OPERATIONS[name]
         if name in ("batch_norm", "instance_norm") and len(args) < 6:
             return None
-        return ARITHMETIC if name in _KNOWN else default_rule(name, args, kwargs)
+        known = name in OPERATIONS or name in FUSED
+        return ARITHMETIC if known else default_rule(name, args, kwargs)
 
     def written_out(self, name: str) -> Callable[..., Any] | None:
-        return _WRITTEN.get(name) or written_out(name)
+        return statistics_written_out(name) or written_out(name)
 
     def bound(self, rule: Rule, operation: Operation, flow: Convention) -> Bound:
         return Bound(rule, flow, rule.against(operation, flow))
@@ -105,63 +93,17 @@ VALUES: Reading = _Values()
 DIFFERENCES: Reading = _Differences()
 
 _MOVES, _PASSES = IgnoreRule(), PassRule()
-# What they pick, or where they put it, may be another choice on the reference.
-_STAYS = MOVES - frozenset(
-    [
-        "embedding",
-        "gather",
-        "getitem",
-        "index",
-        "index_copy",
-        "index_fill",
-        "index_put",
-        "index_select",
-        "masked_scatter",
-        "masked_select",
-        "max_unpool1d",
-        "max_unpool2d",
-        "max_unpool3d",
-        "repeat_interleave",
-        "scatter",
-        "select_scatter",
-        "setitem",
-        "slice_scatter",
-        "take",
-        "take_along_dim",
-        "where",
-        "masked_fill",
-    ]
-)
 _PICKS = frozenset(("where", "masked_fill"))
-_KNOWN = (
-    AFFINE | ELEMENTWISE | FUSED | HOMOGENEOUS | NORMS | PRODUCTS | TAYLOR | WINNER
-    | {"div", "grid_sampler", "grid_sample", "cumprod", "prod", "linalg_solve", "softmax"}
-)  # fmt: skip
+# Where the others move data to may be told by values, and be another place on the reference.
+_STAYS = MOVES - {
+    *("embedding", "gather", "getitem", "index", "index_copy", "index_fill", "index_put", "index_select"),
+    *("masked_fill", "masked_scatter", "masked_select", "max_unpool1d", "max_unpool2d", "max_unpool3d"),
+    *("repeat_interleave", "scatter", "select_scatter", "setitem", "slice_scatter", "take"),
+    *("take_along_dim", "where"),
+}
 
 
 def _is_of_one(args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
     """Whether an element-wise function has but one tensor, of the shape of its result."""
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     return len(tensors) == 1 and on_tape(tensors[0]) and not tensors[0].is_complex()
-
-
-def _std(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return torch.var(input, *args, **kwargs).sqrt()
-
-
-def _vector_norm(
-    x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None, out: Any = None
-) -> Tensor:
-    x = x if dtype is None else x.to(dtype)
-    axes = tuple(range(x.dim())) if dim is None else dim
-    if ord == 2:
-        return x.square().sum(axes, keepdim=keepdim).sqrt()
-    if ord == 1:
-        return x.abs().sum(axes, keepdim=keepdim)
-    if ord == float("inf"):
-        return x.abs().amax(axes, keepdim=keepdim)
-    total: Tensor = (x.abs() ** ord).sum(axes, keepdim=keepdim) ** (1 / ord)
-    return total
-
-
-_WRITTEN: Mapping[str, Callable[..., Any]] = {"std": _std, "linalg_vector_norm": _vector_norm}

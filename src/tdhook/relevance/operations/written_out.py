@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tdhook.relevance.propagation.conversions import Substituted
 
-__all__ = ["entered", "in_parts", "written_out"]
+__all__ = ["entered", "in_parts", "statistics_written_out", "written_out"]
 
 Function = Callable[..., Any]
 Axes: TypeAlias = "int | Sequence[int] | None"
@@ -216,3 +216,30 @@ _WRITTEN: dict[str, Function] = {
     "var_mean": _var_mean,
     "xlogy": _xlogy,
 }
+
+
+def statistics_written_out(name: str) -> Function | None:
+    """Roots of sums, which are one function to the rules for values, in others that have secants of their own."""
+    return _STATISTICS.get(name)
+
+
+def _std(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return torch.var(input, *args, **kwargs).sqrt()
+
+
+def _vector_norm(
+    x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None, out: Any = None
+) -> Tensor:
+    x = x if dtype is None else x.to(dtype)
+    axes = tuple(range(x.dim())) if dim is None else dim
+    if ord == 2:
+        return x.square().sum(axes, keepdim=keepdim).sqrt()
+    if ord == 1:
+        return x.abs().sum(axes, keepdim=keepdim)
+    if ord == float("inf"):
+        return x.abs().amax(axes, keepdim=keepdim)
+    total: Tensor = (x.abs() ** ord).sum(axes, keepdim=keepdim) ** (1 / ord)
+    return total
+
+
+_STATISTICS: dict[str, Function] = {"std": _std, "linalg_vector_norm": _vector_norm}

@@ -54,30 +54,27 @@ class SignalTakeAllRule(RunningRule):
         """The gates are held at the mean of what they are on the input and on the reference."""
 
         def run(call: Call) -> object:
-            signal = self._chosen(call)
+            signal = self._chosen(call.module, *_factors(call))
 
             def pull(pair: Pair, grads: Sequence[Tensor]) -> Grads:
                 found = average(pair, grads)
-                return (
-                    found
-                    if signal is None
-                    else tuple(g if i == signal else None for i, g in zip(pair.live, found, strict=True))
-                )
+                if signal is None:
+                    return found
+                return tuple(g if i == signal else None for i, g in zip(pair.live, found, strict=True))
 
             return secant(module, flow, pull, keeps=True)(call)
 
         return run
 
-    def _chosen(self, call: Call) -> int | None:
+    def _chosen(self, module: nn.Module, arguments: list[Any], factors: list[int]) -> int | None:
         """Which of the arguments is the signal."""
-        arguments, factors = _factors(call)
         if self.signal is None and len(factors) > 1:
-            return self._signal(call.module, arguments, factors)
+            return self._signal(module, arguments, factors)
         return self.signal
 
     def _ungated(self, call: Call) -> object:
         arguments, factors = _factors(call)
-        signal = self._chosen(call)
+        signal = self._chosen(call.module, arguments, factors)
         equal = 1 / max(len(factors), 1) if signal is None else 1.0
         for i in factors:
             if signal is not None and i != signal:
@@ -111,21 +108,16 @@ class ConstantRule(RunningRule):
 
     def running(self, module: nn.Module, flow: Convention) -> Run:
         """Off the tape."""
-
-        def run(call: Call) -> object:
-            with torch.no_grad():
-                return call.execute()
-
-        return converted(run, self.convention, flow)
+        return converted(_held, self.convention, flow)
 
     def against(self, module: nn.Module, flow: Convention) -> Run:
         """Off the tape; what is computed with it books its share."""
+        return _held
 
-        def run(call: Call) -> object:
-            with torch.no_grad():
-                return call.execute()
 
-        return run
+def _held(call: Call) -> object:
+    with torch.no_grad():
+        return call.execute()
 
 
 class FactorsRule(RunningRule):

@@ -76,12 +76,9 @@ class Pair:
         args, kwargs = self.arguments()
         return args[index] if len(args) > index else kwargs.get(name, default)
 
-    def arguments(self, values: Sequence[Tensor] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of the call, maybe with other values of what is attributed."""
-        leaves = list(self.leaves)
-        for i, x in zip(self.live, self.ends if values is None else values, strict=True):
-            leaves[i] = x
-        args, kwargs = tree_unflatten(leaves, self.spec)
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the call."""
+        args, kwargs = tree_unflatten(self.leaves, self.spec)
         return args, kwargs
 
     def between(self, place: float) -> tuple[list[Tensor], dict[int, Tensor]]:
