@@ -27,6 +27,7 @@ from tdhook.rules import (
     GammaRule,
     PropagationRule,
     WSquareRule,
+    ZBoxRule,
     ZPlusRule,
 )
 from tdhook.targets import Computed, Contrast, Entropy, LogProb
@@ -220,6 +221,34 @@ def test_a_rule_is_its_definition_on_differences(rule: str, layer: str, flow: st
     rise = (module(x) - module(start)).detach().flatten(1)
     expected = definition((x - start).flatten(1), weight, torch.zeros(len(weight)), seed * rise)
     torch.testing.assert_close(td["attr", "input"].flatten(1), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_a_box_is_one_of_differences(flow: str) -> None:
+    """``dx w - (low - x0) w+ - (high - x0) w-``, for a box that has both in it."""
+    layer, x, start = nn.Linear(6, 5), torch.rand(3, 6), torch.rand(3, 6)
+    box = ZBoxRule(-1.0, 2.0, 0.0)
+    td = explained(layer, x, start, [(nn.Linear, box)], target=Target("output", 1), flow=flow)
+    weight = layer.weight[1].detach()
+    low, high = -1.0 - start, 2.0 - start
+    shares = (x - start) * weight - low * weight.clamp(min=0) - high * weight.clamp(max=0)
+    rise = (layer(x) - layer(start))[:, 1:2].detach()
+    torch.testing.assert_close(td["attr", "input"], shares / shares.sum(1, keepdim=True) * rise)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_each_operation_hands_on_what_arrives(flow: str) -> None:
+    """The account of every call closes, in relevance and not in what it is per unit."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 3), nn.Softmax(-1))
+    x, start = torch.randn(3, 6), torch.randn(3, 6)
+    lrp = LRP("deeplift", target=Target("output", 1), baseline=start, flow=flow, ledger=True)
+    with lrp.prepare(model) as run:
+        target = run(td_of(x))["ledger", "target"]
+        entries = run.ledger.entries
+    assert len(entries) == 5 and not any(entry.opens(1e-9) for entry in entries)
+    for entry in entries:
+        torch.testing.assert_close(entry.of("arrived"), target)
+        torch.testing.assert_close(entry.of("left"), target)
 
 
 # --- Baselines ------------------------------------------------------------------------------------

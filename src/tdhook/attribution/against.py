@@ -121,7 +121,7 @@ class _Runs:
         elif self.ready.one_row is None:
             made = self._there(self._forward(one))
             self.ready.one_row = self._is_alike(one)
-            first = given
+            first = first if self.ready.one_row else given
         else:
             made = self._there(self._forward(one, alone=True))
         if not self.reference.decided:

@@ -77,6 +77,7 @@ def _time(td: TensorDictBase) -> int:
 
 
 def _shifted(value: Tensor, axis: int) -> Tensor:
+    """What was a step before; the first step is taken to come after itself, so that nothing changes there."""
     first = value.narrow(axis, 0, 1)
     return torch.cat([first, value.narrow(axis, 0, value.shape[axis] - 1)], axis)
 
@@ -100,9 +101,7 @@ def _told(td: TensorDictBase, axis: int) -> Iterator[Tensor]:
         elif parts[-1] == "traj_ids":
             yield (flag != _shifted(flag, axis)).any(-1)
         else:
-            ended = _shifted(flag.any(-1), axis).clone()
-            ended.narrow(axis, 0, 1).fill_(True)
-            yield ended
+            yield _shifted(flag.any(-1), axis)
 
 
 def _broken(
@@ -117,7 +116,6 @@ def _broken(
     if after is None:
         return None
     differs = (_shifted(after, axis) != value).reshape(*td.batch_size, -1).any(-1)
-    differs.narrow(axis, 0, 1).fill_(True)
     if torch.compiler.is_compiling():
         return differs
     goes_on = torch.ones_like(differs) if begins is None else ~begins

@@ -126,9 +126,8 @@ def _chosen(
     (a, a0, _), (b, b0, _) = values
     da, db = a - a0, b - b0
     # How much of its way each has gone where the other one takes over.
-    turned = now & ~before
-    meets = torch.where(turned, (b0 - a0) / (da - db), (a0 - b0) / (db - da))
-    along = torch.where(turned, 1 - meets, meets), torch.where(turned, meets, 1 - meets)
+    meets = (b0 - a0) / (da - db)
+    along = torch.where(now, 1 - meets, meets), torch.where(now, meets, 1 - meets)
     rise = pair.rises[0]
     length = da.square() + db.square()
     jump = torch.where(length == 0, 0.0, rise / torch.where(length == 0, 1.0, length))
