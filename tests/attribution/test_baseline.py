@@ -26,10 +26,12 @@ from tdhook.rules import (
     FlatRule,
     GammaRule,
     PropagationRule,
+    SignalTakeAllRule,
     WSquareRule,
     ZBoxRule,
     ZPlusRule,
 )
+from tdhook.selectors import Op
 from tdhook.targets import Computed, Contrast, Entropy, LogProb
 
 FLOWS = ("relevance", "gradient")
@@ -249,6 +251,57 @@ def test_each_operation_hands_on_what_arrives(flow: str) -> None:
     for entry in entries:
         torch.testing.assert_close(entry.of("arrived"), target)
         torch.testing.assert_close(entry.of("left"), target)
+
+
+class Extremes(nn.Module):
+    """An operation of two values, which count differently."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        least, greatest = torch.aminmax(self.layer(x), dim=-1, keepdim=True)
+        return least + 3 * greatest
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.signal, self.gate = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.gate(x)) * self.signal(x)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_an_operation_of_two_values(flow: str) -> None:
+    model, x, start = Extremes(), torch.randn(3, 6), torch.randn(3, 6)
+    td = explained(model, x, start, "deeplift", target=Target("output", 0), flow=flow)
+    wanted = (model(x) - model(start))[:, 0].detach()
+    torch.testing.assert_close(td["attr", "input"].sum(1), wanted)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_a_signal_takes_what_its_gate_lets_through(flow: str) -> None:
+    """The gate is held at the mean of both of its values, and gets nothing."""
+    model, x, start = Gated(), torch.randn(3, 6), torch.randn(3, 6)
+    composite = [(nn.Linear, EpsilonRule(0.0)), (Op("mul"), SignalTakeAllRule())]
+    td = explained(model, x, start, composite, target=Target("output", 1), flow=flow)
+    with torch.no_grad():
+        gate = (torch.sigmoid(model.gate(x)) + torch.sigmoid(model.gate(start)))[:, 1:2] / 2
+    torch.testing.assert_close(td["attr", "input"], (x - start) * model.signal.weight[1].detach() * gate)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_a_norm_on_a_way_through_zero(flow: str) -> None:
+    """``|x| - |x0|`` is shared by ``(x + x0) (x - x0) / (|x| + |x0|)``, also where the way has a kink."""
+    start = torch.randn(3, 6)
+    x = -2.5 * start
+    norm = Computed(lambda outputs, inputs: torch.linalg.vector_norm(outputs["output"], dim=-1))
+    td = explained(nn.Identity(), x, start, "deeplift", target=norm, flow=flow)
+    sizes = x.norm(dim=1, keepdim=True) + start.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(td["attr", "input"], (x + start) * (x - start) / sizes)
 
 
 # --- Baselines ------------------------------------------------------------------------------------
