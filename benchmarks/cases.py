@@ -99,12 +99,11 @@ CASES = (
     atari_case("epsilon_plus", batch=1, aim=Aim(eager=1.5, compiled=1.5)),
     atari_case("epsilon_plus", batch=32, gpu_batch=4096, aim=Aim(eager=1.5, compiled=1.5)),
     atari_case("epsilon_alpha2_beta1", batch=32, gpu_batch=4096, aim=Aim(eager=2.5, compiled=2.3)),
-    mlp_difference(1, aim=Aim(eager=2.2)),
     mlp_difference(256, aim=Aim(eager=2.2)),
     atari_difference(1, aim=Aim(eager=2.2)),
     atari_difference(32, 4096, aim=Aim(eager=2.2)),
     # Beside the same without a baseline, of which they are to cost at most half as much again.
-    mlp_case(1, baseline=0.0),
+    mlp_case(256, baseline=0.0),
     atari_case("epsilon_plus", batch=32, gpu_batch=4096, baseline=0.0),
     Case("VGG-11", "epsilon_plus", vgg11, (3, 224, 224), 2, 64, z_plus),
     Case("ResNet-50", "epsilon_plus", resnet50, (3, 224, 224), 2, 64, z_plus),

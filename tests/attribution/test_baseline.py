@@ -293,11 +293,12 @@ def test_a_signal_takes_what_its_gate_lets_through(flow: str) -> None:
     torch.testing.assert_close(td["attr", "input"], (x - start) * model.signal.weight[1].detach() * gate)
 
 
+@pytest.mark.parametrize("through_zero", [False, True])
 @pytest.mark.parametrize("flow", FLOWS)
-def test_a_norm_on_a_way_through_zero(flow: str) -> None:
+def test_a_norm(flow: str, through_zero: bool) -> None:
     """``|x| - |x0|`` is shared by ``(x + x0) (x - x0) / (|x| + |x0|)``, also where the way has a kink."""
     start = torch.randn(3, 6)
-    x = -2.5 * start
+    x = -2.5 * start if through_zero else torch.randn(3, 6)
     norm = Computed(lambda outputs, inputs: torch.linalg.vector_norm(outputs["output"], dim=-1))
     td = explained(nn.Identity(), x, start, "deeplift", target=norm, flow=flow)
     sizes = x.norm(dim=1, keepdim=True) + start.norm(dim=1, keepdim=True)
