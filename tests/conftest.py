@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
+from importlib.util import find_spec
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import register_random, settings
@@ -61,8 +65,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test draws without a seed of its own is the same in every run, environments' first states too."""
     torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    if find_spec("gymnasium") is None:
+        return
+    from gymnasium.utils import seeding
+
+    drawn = seeding.np_random
+
+    def np_random(seed: int | None = None) -> Any:
+        return drawn(0 if seed is None else seed)
+
+    monkeypatch.setattr(seeding, "np_random", np_random)
 
 
 @pytest.fixture

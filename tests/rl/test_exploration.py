@@ -70,7 +70,9 @@ def test_noise_behind_and_inside(noise: Any, kind: ExplorationType) -> None:
         for policy in (behind, method.wrap(TensorDictSequential(actor, added))):
             batch = pendulum().rollout(8, policy)
             own = method.wrap(actor)(batch.select("observation"))
-            assert torch.allclose(batch["action"], own["action"]) == (kind is ExplorationType.DETERMINISTIC)
+            # Steps one by one and all at once: other kernels of float32, other last digits.
+            same = torch.allclose(batch["action"], own["action"], atol=1e-5)
+            assert same == (kind is ExplorationType.DETERMINISTIC)
             assert batch[ATTR].shape == (8, 3)
             # What noise adds is absorbed.
             torch.testing.assert_close(batch[ATTR], own[ATTR], rtol=1e-3, atol=1e-4)
