@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tdhook.datasets.job import Job
 from tdhook.datasets.keeping import Kept
+from tdhook.datasets.over_time import OverTime
 from tdhook.datasets.reducers import Histogram, Moments, Reservoir, TopRows
 from tdhook.datasets.reducing import Reducer
 from tdhook.datasets.rows import Rows, Saved
@@ -14,6 +15,7 @@ __all__ = [
     "Job",
     "Kept",
     "Moments",
+    "OverTime",
     "Place",
     "Reducer",
     "Reservoir",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -34,7 +34,7 @@ class Chunks:
 
     Attributes:
         explaining: explains rows.
-        checkpoints: weights, for each of which all rows are explained; none if only those of the model are.
+        checkpoints: weights by name, for each of which all rows are explained; none if only those of the model are.
         folder: where it is written.
         keep: what is written of each row.
         reducers: what is made of all rows, by name.
@@ -44,7 +44,7 @@ class Chunks:
     """
 
     explaining: Explaining
-    checkpoints: Sequence[Checkpoint]
+    checkpoints: Mapping[str, Checkpoint]
     folder: JobFolder
     keep: Kept | None
     reducers: Mapping[str, Reducer]
@@ -74,18 +74,16 @@ class Chunks:
         self.piece = min(self.piece, chunk)
         self.units = Units(count, chunk, max(1, len(self.checkpoints)))
 
-    def make_room(self, checkpoints: int) -> None:
+    def make_room(self) -> None:
         """Have room on the disk for all rows that are written.
-
-        Args:
-            checkpoints: how many of them are told apart; none where there is but the model.
 
         Raises:
             OSError: there is none.
         """
         if self.layout.entries and not self.compressed:
             rows = self.units.rows
-            self.folder.place_rows(self.layout, (checkpoints, rows) if checkpoints else (rows,))
+            several = len(self.checkpoints)
+            self.folder.place_rows(self.layout, (several, rows) if several else (rows,))
 
     def do(self, unit: int) -> None:
         """Explain a chunk, write it, and commit it."""
@@ -129,7 +127,7 @@ class Chunks:
         """Explain with the weights of a checkpoint from now on."""
         if not self.checkpoints or self._loaded == checkpoint:
             return
-        self.explaining.load(weights_of(self.checkpoints[checkpoint]))
+        self.explaining.load(weights_of(list(self.checkpoints.values())[checkpoint]))
         self._loaded = checkpoint
 
     def checksums(self, unit: int) -> dict[str, int]:

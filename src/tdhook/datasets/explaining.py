@@ -73,7 +73,6 @@ class Explaining:
             trajectories=self.trajectories,
             mask_key=self.mask_key,
         )
-        self._original = {name: x.detach().clone() for name, x in self.model.state_dict().items()}
 
     def _wrapped(self, method: Attribution) -> ExplainedModule:
         return method.wrap(self.model, self.in_keys, self.out_keys)
@@ -96,9 +95,9 @@ class Explaining:
         assert isinstance(found, TensorDictBase)
         return found
 
-    def load(self, weights: Weights | None) -> None:
-        """Explain with other weights from now on, or with those that the model had."""
-        load_weights(self.model, self._original if weights is None else weights)
+    def load(self, weights: Weights) -> None:
+        """Explain with other weights from now on."""
+        load_weights(self.model, weights)
 
     def settle(self) -> None:
         """Say how many rows are explained in one pass, which then is so everywhere."""
@@ -133,6 +132,11 @@ class Explaining:
                 data = data.copy()
                 data.names = ["time", *data.names[1:]]
             found = self.recorded.entries(data, before)
+            if not self.inputs_of(found):
+                raise ValueError(
+                    f"nothing that the policy reads gets relevance: {', '.join(map(repr, self.recorded.in_keys))}; what "
+                    "is bytes or whole numbers is to be made floating point numbers, by prepare="
+                )
         except (ValueError, KeyError, RuntimeError, TypeError, IndexError) as error:
             text = str(error.args[0]) if error.args else str(error)
             raise type(error)(f"rows {begin} to {end - 1}: {text}") from error

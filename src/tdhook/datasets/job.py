@@ -112,7 +112,6 @@ class Job:
         self._rows = chosen(as_rows(source), rows)
         if not len(self._rows):
             raise ValueError("the source has no rows to explain")
-        self._checkpoints = dict(checkpoints or {})
         self._threads, self._lease = threads, lease
         module = policy.model.root if isinstance(policy, ExplainedModule) else unwrapped(policy)
         explaining = Explaining(
@@ -129,9 +128,7 @@ class Job:
             at_once,
             seed,
         )
-        self.chunks = Chunks(
-            explaining, list(self._checkpoints.values()), self.folder, self.keep, self.reducers
-        )
+        self.chunks = Chunks(explaining, dict(checkpoints or {}), self.folder, self.keep, self.reducers)
         with one_way(threads):
             self.chunks.load(0)
             explaining.settle()
@@ -163,7 +160,7 @@ class Job:
         """
         worker = this_worker()
         claims = Claims(self.folder.claims, worker, self._lease)
-        self.chunks.make_room(len(self._checkpoints))
+        self.chunks.make_room()
         note = self.folder.workers / f"{worker.name}.json"
         self.folder.note(note, {**worker.as_data(), **_machine()})
         failed: dict[int, Exception] = {}
@@ -264,7 +261,7 @@ class Job:
             "source": {**rows_identity(self._rows), "chosen": which},
             "model": dict(module_identity(told.model)),
             "checkpoints": {
-                name: digest_of(tensors_of(weights_of(one))) for name, one in self._checkpoints.items()
+                name: digest_of(tensors_of(weights_of(one))) for name, one in self.chunks.checkpoints.items()
             },
             "method": described(told.method),
             "reads": described(

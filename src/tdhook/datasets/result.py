@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from tdhook.datasets.chunks import Chunks
 from tdhook.datasets.claims import Claims, this_worker
 from tdhook.datasets.folder import JobFolder, Layout
+from tdhook.datasets.reducing import Reducer
 from tdhook.datasets.units import Units
 from tdhook.rl.saved import load
 
@@ -186,6 +188,37 @@ class Result:
             done[first + begin : first + end] = True
         shape = (len(chunks.checkpoints), units.rows) if chunks.checkpoints else (units.rows,)
         return cls(done.reshape(shape), chunks, frozenset(there))
+
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        """The names of the checkpoints."""
+        return tuple(self._chunks.checkpoints)
+
+    @property
+    def reducers(self) -> Mapping[str, Reducer]:
+        """What rows were reduced by."""
+        return self._chunks.reducers
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether what was kept of rows can be read."""
+        return self._chunks.keep is not None
+
+    @property
+    def attribution_key(self) -> NestedKey:
+        """Where relevance is in rows."""
+        return self._chunks.explaining.method.attribution_key
+
+    def read(self, begin: int, end: int, checkpoint: int = 0) -> TensorDictBase:
+        """Rows ``begin`` to ``end`` as they were kept, ``[end - begin, ...]``.
+
+        Raises:
+            RuntimeError: nothing was kept, or they are not explained yet.
+        """
+        if self._chunks.compressed:
+            return self.blocks(checkpoint).read(begin, end)
+        rows = self.rows
+        return rows[checkpoint, begin:end] if rows.batch_dims > 1 else rows[begin:end]
 
     @cached_property
     def rows(self) -> TensorDictBase:

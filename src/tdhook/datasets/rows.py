@@ -188,7 +188,7 @@ def chosen(rows: Rows, which: slice | range | Sequence[int] | Tensor | None) -> 
     count = len(rows)
     if isinstance(which, slice):
         which = range(*which.indices(count))
-    index = torch.as_tensor(list(which) if isinstance(which, range) else which)
+    index = torch.as_tensor(which, dtype=torch.int64 if isinstance(which, range) or not len(which) else None)
     if index.dtype is torch.bool and index.shape == (count,):
         index = index.nonzero()[:, 0]
     if index.dim() != 1 or index.is_floating_point() or index.dtype is torch.bool:
