@@ -7,6 +7,7 @@ from tdhook.datasets.keeping import Kept
 from tdhook.datasets.over_time import OverTime
 from tdhook.datasets.reducers import Histogram, Moments, Reservoir, TopRows
 from tdhook.datasets.reducing import Reducer
+from tdhook.datasets.result import Result, open_result
 from tdhook.datasets.rows import Rows, Saved
 from tdhook.datasets.units import Place
 
@@ -19,7 +20,9 @@ __all__ = [
     "Place",
     "Reducer",
     "Reservoir",
+    "Result",
     "Rows",
     "Saved",
     "TopRows",
+    "open_result",
 ]

@@ -16,8 +16,8 @@ from tdhook.datasets.folder import JobFolder, Layout, checksums
 from tdhook.datasets.identity import digest_of
 from tdhook.datasets.keeping import Kept
 from tdhook.datasets.reducing import Part, Piece, Reducer
+from tdhook.datasets.stored import Stored, named
 from tdhook.datasets.units import Units
-from tdhook.keys import parts_of
 
 __all__ = ["Chunks"]
 
@@ -108,7 +108,7 @@ class Chunks:
             merged = {name: self.reducers[name].merged(found) for name, found in parts.items()}
             self.folder.write_part(unit, merged)
         begin, end = self.units.span(unit)
-        self.folder.commit(unit, {"rows": [begin, end], "crc32": {**_named(crc)}})
+        self.folder.commit(unit, {"rows": [begin, end], "crc32": {**named(crc)}})
 
     def _pieces(self, unit: int) -> Iterator[Piece]:
         self.load(self.units.checkpoint(unit))
@@ -130,18 +130,20 @@ class Chunks:
         self.explaining.load(weights_of(list(self.checkpoints.values())[checkpoint]))
         self._loaded = checkpoint
 
-    def checksums(self, unit: int) -> dict[str, int]:
-        """Checksums of what lies on the disk of a chunk."""
-        begin, end = self.units.span(unit)
-        if not self.layout.entries:
-            return {}
-        if self.compressed:
-            return _named(checksums(self.folder.read_block(unit, end - begin, self.layout)))
-        first = self.units.checkpoint(unit) * self.units.rows
-        crc: dict[NestedKey, int] = {}
-        for a, b in self.units.pieces(unit, self.piece):
-            crc = checksums(self.folder.read_rows(first + a, b - a, self.layout), crc)
-        return _named(crc)
+    @property
+    def stored(self) -> Stored:
+        """What is written, and where."""
+        return Stored(
+            self.folder,
+            self.units,
+            self.piece,
+            self.layout,
+            self.keep is not None,
+            self.compressed,
+            tuple(self.checkpoints),
+            self.reducers,
+            self.explaining.method.attribution_key,
+        )
 
     def same_again(self, unit: int) -> bool:
         """Whether a chunk comes out as it did, explained again."""
@@ -158,7 +160,7 @@ class Chunks:
             == digest_of(there[name][what] for what in sorted(part))
             for name, part in merged.items()
         )
-        return same and _named(crc) == self.folder.told_of(unit).get("crc32")
+        return same and named(crc) == self.folder.told_of(unit).get("crc32")
 
     def _rows_of_a_piece(self, first: Piece) -> int:
         """How many rows are read, explained and written together: a multiple of those that one pass takes."""
@@ -172,7 +174,3 @@ class Chunks:
         together = max(1, at_once // steps)
         wanted = max(together, min(max(fitting, _SMALLEST), _LARGEST))
         return wanted // together * together
-
-
-def _named(crc: Mapping[NestedKey, int]) -> dict[str, int]:
-    return {".".join(parts_of(key)): value for key, value in crc.items()}

@@ -23,7 +23,7 @@ from urllib.parse import unquote
 import numpy as np
 import torch
 from tensordict import TensorDict
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.datasets.identity import Plain, difference
@@ -56,13 +56,37 @@ class Layout:
         """How many bytes a row takes."""
         return sum(shape.numel() * dtype.itemsize for shape, dtype in self.entries.values())
 
-    def as_data(self) -> dict[str, Plain]:
+    def as_data(self) -> list[Plain]:
         """As plain data."""
-        return {_name(key): [str(dtype), *shape] for key, (shape, dtype) in self.entries.items()}
+        return [
+            {"key": list(parts_of(key)), "dtype": str(dtype), "shape": list(shape)}
+            for key, (shape, dtype) in self.entries.items()
+        ]
 
+    @classmethod
+    def from_data(cls, told: Plain) -> Layout:
+        """The layout that plain data tell.
 
-def _name(key: NestedKey) -> str:
-    return ".".join(parts_of(key))
+        Raises:
+            KeyError: something is missing.
+            TypeError: they are no such data.
+        """
+        if not isinstance(told, list):
+            raise TypeError(f"{told!r} is no layout")
+        entries: dict[NestedKey, tuple[torch.Size, torch.dtype]] = {}
+        for one in told:
+            if (
+                not isinstance(one, dict)
+                or not isinstance(one["key"], list)
+                or not isinstance(one["shape"], list)
+            ):
+                raise TypeError(f"{one!r} is no entry of a layout")
+            dtype = getattr(torch, str(one["dtype"]).removeprefix("torch."), None)
+            if not isinstance(dtype, torch.dtype):
+                raise TypeError(f"{one['dtype']!r} is no dtype of torch")
+            shape = [size for size in one["shape"] if isinstance(size, int)]
+            entries[unravel_key(tuple(map(str, one["key"])))] = torch.Size(shape), dtype
+        return cls(entries)
 
 
 class JobFolder:

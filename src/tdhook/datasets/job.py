@@ -27,6 +27,7 @@ from tdhook.datasets.reducing import Reducer
 from tdhook.datasets.result import Result, Status, Verified
 from tdhook.datasets.rows import Source, as_rows, chosen, rows_identity
 from tdhook.datasets.units import Place
+from tdhook.keys import parts_of
 from tdhook.models.model import InKeys
 from tdhook.models.parallel import unwrapped
 
@@ -202,7 +203,7 @@ class Job:
         Raises:
             RuntimeError: not all is done, and ``partial`` was not said.
         """
-        return Result.of(self.chunks, partial=partial)
+        return Result.of(self.chunks.stored, partial=partial)
 
     def verify(self, sample: int | None = None, seed: int = 0) -> Verified:
         """Look whether what lies on the disk is what was written, and explain some of it again.
@@ -212,10 +213,8 @@ class Job:
                 is compared with what was noted of it.
             seed: of the draw.
         """
-        done = sorted(self.folder.all_done())
-        wrong = [
-            unit for unit in done if self.chunks.checksums(unit) != self.folder.told_of(unit).get("crc32")
-        ]
+        done, stored = sorted(self.folder.all_done()), self.chunks.stored
+        wrong = [unit for unit in done if stored.checksums(unit) != self.folder.told_of(unit).get("crc32")]
         again: list[int] = []
         differ: list[int] = []
         if sample:
@@ -257,6 +256,7 @@ class Job:
                 "piece": self.chunks.piece,
                 "at_once": told.recorded.at_once,
             },
+            "attribution_key": list(parts_of(told.method.attribution_key)),
             "layout": self.chunks.layout.as_data(),
             "source": {**rows_identity(self._rows), "chosen": which},
             "model": dict(module_identity(told.model)),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,14 +13,14 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.datasets.chunks import Chunks
 from tdhook.datasets.claims import Claims, this_worker
 from tdhook.datasets.folder import JobFolder, Layout
 from tdhook.datasets.reducing import Reducer
+from tdhook.datasets.stored import Stored, stored_in
 from tdhook.datasets.units import Units
 from tdhook.rl.saved import load
 
-__all__ = ["Blocks", "Result", "Status", "Verified"]
+__all__ = ["Blocks", "Result", "Status", "Verified", "open_result", "status_of"]
 
 
 @dataclass(frozen=True)
@@ -166,13 +167,13 @@ class Result:
     """
 
     done: Tensor
-    _chunks: Chunks
+    _stored: Stored
     _there: frozenset[int]
 
     @classmethod
-    def of(cls, chunks: Chunks, *, partial: bool) -> Result:
+    def of(cls, stored: Stored, *, partial: bool) -> Result:
         """What is in a folder."""
-        folder, units = chunks.folder, chunks.units
+        folder, units = stored.folder, stored.units
         there = folder.all_done()
         if len(there) < len(units) and not partial:
             raise RuntimeError(
@@ -186,28 +187,28 @@ class Result:
             begin, end = units.span(unit)
             first = units.checkpoint(unit) * units.rows
             done[first + begin : first + end] = True
-        shape = (len(chunks.checkpoints), units.rows) if chunks.checkpoints else (units.rows,)
-        return cls(done.reshape(shape), chunks, frozenset(there))
+        shape = (len(stored.checkpoints), units.rows) if stored.checkpoints else (units.rows,)
+        return cls(done.reshape(shape), stored, frozenset(there))
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
         """The names of the checkpoints."""
-        return tuple(self._chunks.checkpoints)
+        return self._stored.checkpoints
 
     @property
     def reducers(self) -> Mapping[str, Reducer]:
         """What rows were reduced by."""
-        return self._chunks.reducers
+        return self._stored.reducers
 
     @property
     def keeps_rows(self) -> bool:
         """Whether what was kept of rows can be read."""
-        return self._chunks.keep is not None
+        return self._stored.keeps
 
     @property
     def attribution_key(self) -> NestedKey:
         """Where relevance is in rows."""
-        return self._chunks.explaining.method.attribution_key
+        return self._stored.attribution_key
 
     def read(self, begin: int, end: int, checkpoint: int = 0) -> TensorDictBase:
         """Rows ``begin`` to ``end`` as they were kept, ``[end - begin, ...]``.
@@ -215,7 +216,7 @@ class Result:
         Raises:
             RuntimeError: nothing was kept, or they are not explained yet.
         """
-        if self._chunks.compressed:
+        if self._stored.compressed:
             return self.blocks(checkpoint).read(begin, end)
         rows = self.rows
         return rows[checkpoint, begin:end] if rows.batch_dims > 1 else rows[begin:end]
@@ -227,24 +228,24 @@ class Result:
         Raises:
             RuntimeError: nothing was kept, or not as rows, or rows are missing: :attr:`explained` has those there are.
         """
-        if self._chunks.keep is None:
+        if not self._stored.keeps:
             raise RuntimeError("no rows were kept (keep=None): what they were reduced to is in .reduced")
-        if self._chunks.keep.compressed:
+        if self._stored.compressed:
             raise RuntimeError("rows are in compressed blocks: read them by .blocks()")
         if not bool(self.done.all()):
             raise RuntimeError(
                 "not all rows are explained, and the others would be taken for rows without relevance: those that are "
                 "there are in .explained"
             )
-        return load(self._chunks.folder.rows)
+        return load(self._stored.folder.rows)
 
     @cached_property
     def explained(self) -> TensorDictBase:
         """The rows that are there, ``[explained, ...]``, in the order of :attr:`done`."""
-        if self._chunks.keep is None or self._chunks.keep.compressed:
+        if not self._stored.keeps or self._stored.compressed:
             return self.rows  # says why not
         home = (
-            self._chunks.folder.rows if self._chunks.folder.rows.is_dir() else self._chunks.folder.unfinished
+            self._stored.folder.rows if self._stored.folder.rows.is_dir() else self._stored.folder.unfinished
         )
         found = load(home)
         return found.reshape(-1)[self.done.reshape(-1)]
@@ -255,9 +256,9 @@ class Result:
         Raises:
             RuntimeError: rows are not compressed.
         """
-        if not self._chunks.compressed:
+        if not self._stored.compressed:
             raise RuntimeError("rows are not in compressed blocks: they are in .rows")
-        return Blocks(self._chunks.folder, self._chunks.units, self._chunks.layout, checkpoint, self._there)
+        return Blocks(self._stored.folder, self._stored.units, self._stored.layout, checkpoint, self._there)
 
     def beside(self, data: TensorDictBase) -> TensorDictBase:
         """The data that were explained, ``[rows, ...]``, with what was kept beside, none of it copied.
@@ -279,11 +280,39 @@ class Result:
 
     def reduced_of(self, checkpoint: int) -> dict[str, TensorDict]:
         """What rows were reduced to with the weights of a checkpoint, by the name of the reducer."""
-        first = checkpoint * self._chunks.units.chunks
-        units = [unit for unit in sorted(self._there) if 0 <= unit - first < self._chunks.units.chunks]
+        first = checkpoint * self._stored.units.chunks
+        units = [unit for unit in sorted(self._there) if 0 <= unit - first < self._stored.units.chunks]
         found: dict[str, TensorDict] = {}
-        for name, reducer in self._chunks.reducers.items():
+        for name, reducer in self._stored.reducers.items():
             if units:
-                merged = reducer.merged(self._chunks.folder.read_part(unit)[name] for unit in units)
+                merged = reducer.merged(self._stored.folder.read_part(unit)[name] for unit in units)
                 found[name] = TensorDict(reducer.result(merged), [])
         return found
+
+
+def open_result(
+    folder: str | os.PathLike[str], *, partial: bool = False, reducers: Sequence[Reducer] = ()
+) -> Result:
+    """What a job has made, from its folder alone: neither policy nor source is needed.
+
+    Args:
+        folder: of the job.
+        partial: whether it may be of those rows alone that are done.
+        reducers: those of the job whose classes are your own.
+
+    Raises:
+        FileNotFoundError: it is no job folder.
+        RuntimeError: not all is done, and ``partial`` was not said.
+        ValueError: the manifest cannot be read.
+    """
+    return Result.of(stored_in(JobFolder(folder), reducers), partial=partial)
+
+
+def status_of(folder: str | os.PathLike[str]) -> Status:
+    """How far a job is, from its folder alone.
+
+    Raises:
+        FileNotFoundError: it is no job folder.
+    """
+    home = JobFolder(folder)
+    return Status.of(home, stored_in(home).units)
