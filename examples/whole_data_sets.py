@@ -56,10 +56,12 @@ def make_cartpole(out: Path, steps: int, seed: int, at_once: int = 1000) -> None
         [at_once, length],
     )
     begins, place = torch.ones(at_once, dtype=torch.bool), torch.zeros(at_once, dtype=torch.int64)
-    anew = torch.zeros(at_once, dtype=torch.bool)  # an environment that ended begins anew in a step, which is no row
+    anew = torch.zeros(
+        at_once, dtype=torch.bool
+    )  # an environment that ended begins anew in a step, which is no row
     while int(place.min()) < length:
         seen = torch.from_numpy(np.array(observation, dtype=np.float32))
-        action = acted(policy, TensorDict({"observation": seen}, [at_once]), generator)
+        action = acted(policy, TensorDict({"observation": seen}, [at_once]), 2, generator)
         observation, reward, ended, cut, _ = envs.step(action.long().argmax(-1).numpy())
         done = torch.from_numpy(ended | cut)
         of = (~anew & (place < length)).nonzero()[:, 0]
@@ -96,7 +98,7 @@ def make_freeway(out: Path, frames: int, seed: int, at_once: int = 8) -> None:
     stack = seen[:, None].repeat(1, 4, 1, 1)
     begins = torch.ones(at_once, dtype=torch.bool)
     for step in range(length):
-        action = acted(policy, numbers(TensorDict({"pixels": stack}, [at_once])), generator)
+        action = acted(policy, numbers(TensorDict({"pixels": stack}, [at_once])), 3, generator)
         rows["pixels"][:, step], rows["action"][:, step] = stack, action
         rows["is_init"][:, step, 0] = begins
         begins = torch.zeros(at_once, dtype=torch.bool)
@@ -109,15 +111,15 @@ def make_freeway(out: Path, frames: int, seed: int, at_once: int = 8) -> None:
                 stack[i] = small(env.reset()[0]).expand(4, -1, -1)
 
 
-def acted(policy: torch.nn.Module, seen: TensorDictBase, generator: np.random.Generator) -> Tensor:
-    """What the policy does, or something else now and then, one-hot, `[envs, actions]`."""
+def acted(
+    policy: torch.nn.Module, seen: TensorDictBase, count: int, generator: np.random.Generator
+) -> Tensor:
+    """What the policy does, or something else now and then, one-hot, `[envs, count]`."""
     with torch.no_grad():
-        action = policy(seen)["action"].bool()
-    other = generator.random(len(action)) < EXPLORING
-    drawn = torch.from_numpy(generator.integers(action.shape[-1], size=len(action)))
-    return torch.where(
-        torch.from_numpy(other)[:, None], torch.nn.functional.one_hot(drawn, action.shape[-1]).bool(), action
-    )
+        best = policy(seen)["action"].long().argmax(-1)  # of two actions of the same value, the first
+    other = generator.random(len(best)) < EXPLORING
+    drawn = torch.from_numpy(generator.integers(count, size=len(best)))
+    return torch.nn.functional.one_hot(torch.where(torch.from_numpy(other), drawn, best), count).bool()
 
 
 def small(frame: np.ndarray) -> Tensor:
@@ -127,7 +129,9 @@ def small(frame: np.ndarray) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("cartpole", "freeway"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int)

@@ -26,7 +26,13 @@ EXTRAS = {
 }
 """The extra of each package that is not always there, by the name that it is imported by."""
 
-_INSTALLED_AS = {"PIL": "Pillow", "imageio_ffmpeg": "imageio-ffmpeg", "ale_py": "ale-py", "sklearn": "scikit-learn", "umap": "umap-learn"}
+_INSTALLED_AS = {
+    "PIL": "Pillow",
+    "imageio_ffmpeg": "imageio-ffmpeg",
+    "ale_py": "ale-py",
+    "sklearn": "scikit-learn",
+    "umap": "umap-learn",
+}
 
 
 def require(module: str, who: str) -> ModuleType:

@@ -164,10 +164,11 @@ class Result:
 
     Attributes:
         done: ``[rows]`` or ``[checkpoints, rows]``, which rows are explained.
+        stored: what is in the folder, and where.
     """
 
     done: Tensor
-    _stored: Stored
+    stored: Stored
     _there: frozenset[int]
 
     @classmethod
@@ -193,22 +194,22 @@ class Result:
     @property
     def checkpoints(self) -> tuple[str, ...]:
         """The names of the checkpoints."""
-        return self._stored.checkpoints
+        return self.stored.checkpoints
 
     @property
     def reducers(self) -> Mapping[str, Reducer]:
         """What rows were reduced by."""
-        return self._stored.reducers
+        return self.stored.reducers
 
     @property
     def keeps_rows(self) -> bool:
         """Whether what was kept of rows can be read."""
-        return self._stored.keeps
+        return self.stored.keeps
 
     @property
     def attribution_key(self) -> NestedKey:
         """Where relevance is in rows."""
-        return self._stored.attribution_key
+        return self.stored.attribution_key
 
     def read(self, begin: int, end: int, checkpoint: int = 0) -> TensorDictBase:
         """Rows ``begin`` to ``end`` as they were kept, ``[end - begin, ...]``.
@@ -216,7 +217,7 @@ class Result:
         Raises:
             RuntimeError: nothing was kept, or they are not explained yet.
         """
-        if self._stored.compressed:
+        if self.stored.compressed:
             return self.blocks(checkpoint).read(begin, end)
         rows = self.rows
         return rows[checkpoint, begin:end] if rows.batch_dims > 1 else rows[begin:end]
@@ -228,25 +229,23 @@ class Result:
         Raises:
             RuntimeError: nothing was kept, or not as rows, or rows are missing: :attr:`explained` has those there are.
         """
-        if not self._stored.keeps:
+        if not self.stored.keeps:
             raise RuntimeError("no rows were kept (keep=None): what they were reduced to is in .reduced")
-        if self._stored.compressed:
+        if self.stored.compressed:
             raise RuntimeError("rows are in compressed blocks: read them by .blocks()")
         if not bool(self.done.all()):
             raise RuntimeError(
                 "not all rows are explained, and the others would be taken for rows without relevance: those that are "
                 "there are in .explained"
             )
-        return load(self._stored.folder.rows)
+        return load(self.stored.folder.rows)
 
     @cached_property
     def explained(self) -> TensorDictBase:
         """The rows that are there, ``[explained, ...]``, in the order of :attr:`done`."""
-        if not self._stored.keeps or self._stored.compressed:
+        if not self.stored.keeps or self.stored.compressed:
             return self.rows  # says why not
-        home = (
-            self._stored.folder.rows if self._stored.folder.rows.is_dir() else self._stored.folder.unfinished
-        )
+        home = self.stored.folder.rows if self.stored.folder.rows.is_dir() else self.stored.folder.unfinished
         found = load(home)
         return found.reshape(-1)[self.done.reshape(-1)]
 
@@ -256,9 +255,9 @@ class Result:
         Raises:
             RuntimeError: rows are not compressed.
         """
-        if not self._stored.compressed:
+        if not self.stored.compressed:
             raise RuntimeError("rows are not in compressed blocks: they are in .rows")
-        return Blocks(self._stored.folder, self._stored.units, self._stored.layout, checkpoint, self._there)
+        return Blocks(self.stored.folder, self.stored.units, self.stored.layout, checkpoint, self._there)
 
     def beside(self, data: TensorDictBase) -> TensorDictBase:
         """The data that were explained, ``[rows, ...]``, with what was kept beside, none of it copied.
@@ -280,12 +279,12 @@ class Result:
 
     def reduced_of(self, checkpoint: int) -> dict[str, TensorDict]:
         """What rows were reduced to with the weights of a checkpoint, by the name of the reducer."""
-        first = checkpoint * self._stored.units.chunks
-        units = [unit for unit in sorted(self._there) if 0 <= unit - first < self._stored.units.chunks]
+        first = checkpoint * self.stored.units.chunks
+        units = [unit for unit in sorted(self._there) if 0 <= unit - first < self.stored.units.chunks]
         found: dict[str, TensorDict] = {}
-        for name, reducer in self._stored.reducers.items():
+        for name, reducer in self.stored.reducers.items():
             if units:
-                merged = reducer.merged(self._stored.folder.read_part(unit)[name] for unit in units)
+                merged = reducer.merged(self.stored.folder.read_part(unit)[name] for unit in units)
                 found[name] = TensorDict(reducer.result(merged), [])
         return found
 

@@ -85,7 +85,12 @@ class SpRAy:
         embedding: Literal["tsne", "umap", "spectral"] = "tsne",
         seed: int = 0,
     ) -> None:
-        for name, value in (("clusters", clusters), ("most", most), ("pooled", pooled), ("neighbours", neighbours)):
+        for name, value in (
+            ("clusters", clusters),
+            ("most", most),
+            ("pooled", pooled),
+            ("neighbours", neighbours),
+        ):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is at least 1, got {name}={value}")
         if size not in ("absolute", "norm", None):
@@ -155,7 +160,7 @@ class SpRAy:
         return flat.reshape(value.shape)
 
     def _spectrum(self, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The smallest eigenvalues of the normalised Laplacian, ``[most + 1]``, and vectors, ``[samples, most + 1]``."""
+        """The smallest eigenvalues of the normalised Laplacian, ``[most + 1]``, with ``[samples, most + 1]``."""
         count = len(flat)
         near = self.neighbours or max(5, round(2 * np.log2(count)))
         graph = self._near.kneighbors_graph(flat, min(near, count - 1), include_self=False)
@@ -203,7 +208,14 @@ class SpRAy:
             nearest = distance[of].argsort(stable=True)[: self.references]
             references.append(row[of[nearest]])
         return Strategies(
-            row, label, values, self._embedded(flat.numpy(), vectors), mean, count / len(flat), apart, tuple(references)
+            row,
+            label,
+            values,
+            self._embedded(flat.numpy(), vectors),
+            mean,
+            count / len(flat),
+            apart,
+            tuple(references),
         )
 
     def _embedded(self, flat: np.ndarray, vectors: np.ndarray) -> Tensor:
@@ -213,5 +225,7 @@ class SpRAy:
             found = self._maps.UMAP(random_state=self.seed, n_jobs=1).fit_transform(flat)
         else:
             near = min(30.0, (len(flat) - 1) / 3)
-            found = self._maps.TSNE(perplexity=near, init="random", random_state=self.seed).fit_transform(flat)
+            found = self._maps.TSNE(perplexity=near, init="random", random_state=self.seed).fit_transform(
+                flat
+            )
         return torch.from_numpy(np.asarray(found, dtype=np.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -10,13 +11,14 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.datasets.folder import JobFolder, Layout, checksums
-from tdhook.datasets.identity import Plain
+from tdhook.datasets.identity import Plain, difference
 from tdhook.datasets.reducers import Histogram, Moments, Reservoir, TopRows
 from tdhook.datasets.reducing import Reducer
+from tdhook.datasets.rows import Rows, rows_identity
 from tdhook.datasets.units import Units
 from tdhook.keys import parts_of
 
-__all__ = ["Stored", "named", "stored_in"]
+__all__ = ["Stored", "named", "require_same_source", "stored_in"]
 
 _KNOWN: dict[str, type[Reducer]] = {
     f"{cls.__module__}.{cls.__qualname__}": cls for cls in (Histogram, Moments, Reservoir, TopRows)
@@ -175,4 +177,18 @@ class _Unknown(Reducer):
         raise ValueError(
             f"the reducer {self.name!r} is a {self._class}, which is not of tdhook: give it, "
             f"open_result(folder, reducers=[...])"
+        )
+
+
+def require_same_source(stored: Stored, rows: Rows) -> None:
+    """Make sure that rows are those that a job explained.
+
+    Raises:
+        ValueError: they are others; the message names what differs.
+    """
+    told = {name: one for name, one in _table(stored.folder.told()["source"]).items() if name != "chosen"}
+    found = difference(json.loads(json.dumps(rows_identity(rows))), told)
+    if found is not None:
+        raise ValueError(
+            f"the source is not that of {stored.folder.home}, and differs in {found}: give that one"
         )
