@@ -349,7 +349,7 @@ def test_what_is_kept(keep: Any, tmp_path: Path) -> None:
     expected = {"all": whole, torch.bfloat16: whole.bfloat16()}.get(keep, whole.sum(-1))
     found = result.rows[ATTR]
     assert found.dtype == expected.dtype and torch.equal(found, expected)
-    with pytest.raises(RuntimeError, match="they are in .rows"):
+    with pytest.raises(RuntimeError, match=r"they are in \.rows"):
         result.blocks()
 
 
