@@ -402,3 +402,11 @@ def test_compiled_equals_eager(tmp_path: Path) -> None:
     torch.testing.assert_close(
         rows_of(job(tmp_path / "graph", method))[ATTR], rows_of(job(tmp_path / "plain", plain))[ATTR]
     )
+
+
+def test_weights_that_are_elsewhere(tmp_path: Path) -> None:
+    model = policy()
+    model.module[0].weight = nn.Parameter(torch.empty(16, 4, device="meta"))
+    with pytest.raises(NotImplementedError, match="load the policy whole"):
+        Job(LRP("epsilon", target=Target("action_value", 0)), model, steps(), tmp_path / "job")
+    assert not (tmp_path / "job").exists()

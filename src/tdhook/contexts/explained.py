@@ -107,7 +107,7 @@ class ExplainedModule(TensorDictModuleBase):
         self._graphs = self._new_graphs()
 
     def afresh(self) -> None:
-        """Explain what comes as if nothing had been explained before, which what is kept could change in last digits."""
+        """Explain what comes as if nothing had been explained before: what is kept may decide the last digits."""
         self._begin(self.model)
 
     def _make_lazy_layers(self, td: TensorDictBase) -> None:
