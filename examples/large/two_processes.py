@@ -1,4 +1,6 @@
-"""A transformer that two processes hold together, explained: ``torchrun --nproc-per-node 2 examples/large/two_processes.py``.
+"""A transformer that two processes hold together, explained.
+
+To run it: ``torchrun --nproc-per-node 2 examples/large/two_processes.py``.
 
 First each process has half of every layer (tensor parallelism) and both explain one batch; then each has half of the
 weights (``fully_shard``) and explains a batch of its own. Both are compared with the model held whole.

@@ -117,8 +117,8 @@ class Job:
         module = policy.model.root if isinstance(policy, ExplainedModule) else unwrapped(policy)
         if is_elsewhere(module):
             raise NotImplementedError(
-                "weights of the policy are not all in this process (they are sharded or offloaded), and a job gives each "
-                "process rows of its own: load the policy whole, or explain batches by LRP(...).wrap(policy) in all of "
+                "weights of the policy are not all in this process (they are sharded or offloaded), and a job gives "
+                "each process rows of its own: load the policy whole, or explain batches by LRP(...).wrap(policy) in all of "
                 "its processes"
             )
         explaining = Explaining(
