@@ -79,7 +79,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Explain each kind of agent of examples/agents from its checkpoint, large models too; pictures in agents-output."""
+    """Explain each kind of agent of examples/agents, and large models; pictures in agents-output."""
     install(session, DEVELOPER, "transformers", "tqdm", "click", "accelerate")
     # Both ask for more than these environments need: the one for pictures of its own, the other for an older gym.
     install(session, "--no-deps", "minatar", "vmas")

@@ -118,8 +118,8 @@ class Job:
         if is_elsewhere(module):
             raise NotImplementedError(
                 "weights of the policy are not all in this process (they are sharded or offloaded), and a job gives "
-                "each process rows of its own: load the policy whole, or explain batches by LRP(...).wrap(policy) in all of "
-                "its processes"
+                "each process rows of its own: load the policy whole, or explain batches by LRP(...).wrap(policy) in "
+                "all of its processes"
             )
         explaining = Explaining(
             method,
