@@ -23,6 +23,8 @@ EXTRAS = {
     "h5py": "minari",
     "pyarrow": "tables",
     "av": "lerobot",
+    "ray": "ray",
+    "cloudpickle": "rl",
 }
 """The extra of each package that is not always there, by the name that it is imported by."""
 

@@ -50,7 +50,9 @@ def tdhook(*arguments: str) -> Result:
 
 
 def explain(*more: str) -> Result:
-    return tdhook("explain", "--policy", "policy.pt", "--source", "buffer", "--out", "job", *more)
+    return tdhook(
+        "explain", "--policy", "policy.pt", "--source", "buffer", "--out", "job", "--workers", "1", *more
+    )
 
 
 def succeeds(result: Result) -> str:
@@ -108,9 +110,22 @@ def test_what_is_stopped_goes_on_by_the_same_words(monkeypatch: pytest.MonkeyPat
     assert "32 of 60 rows are explained (53.3%)" in succeeds(tdhook("status", "job"))
     assert "32 of 60 rows are explained (53.3%): go on, tdhook" in fails(tdhook("reduce", "job"))
     succeeds(tdhook(*line.split()[2:]))
-    succeeds(tdhook("explain", *("--out", "whole", "--policy", "policy.pt", "--source", "buffer")))
+    succeeds(
+        tdhook(
+            "explain", *("--out", "whole", "--policy", "policy.pt", "--source", "buffer", "--workers", "1")
+        )
+    )
     found, whole = (open_result(name).rows["attr", "observation"] for name in ("job", "whole"))
     assert torch.equal(found, whole.bfloat16())
+
+
+def test_several_processes_write_the_same() -> None:
+    succeeds(explain("--chunk", "16"))
+    given = ("--policy", "policy.pt", "--source", "buffer", "--out", "many", "--chunk", "16")
+    succeeds(tdhook("explain", *given, "--workers", "2"))
+    for path in (path for path in Path("job").rglob("*") if path.is_file()):
+        if path.parts[1] not in ("claims", "workers"):
+            assert path.read_bytes() == Path("many", *path.parts[1:]).read_bytes(), path
 
 
 def test_what_is_changed_on_the_disk_is_found() -> None:

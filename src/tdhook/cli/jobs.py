@@ -22,6 +22,7 @@ from tdhook.configuration import baseline_in, read_baseline, read_composite, rea
 from tdhook.datasets.again import reduce_kept
 from tdhook.datasets.folder import JobFolder
 from tdhook.datasets.job import Job
+from tdhook.datasets.launching import launch
 from tdhook.datasets.result import Result, Status, Verified, open_result, status_of
 from tdhook.datasets.rows import Rows, chosen
 from tdhook.datasets.sources import opened
@@ -147,8 +148,10 @@ def explain(words: Words, out: Path, workers: int | None) -> None:
 
 
 def _at_work(job: Job, workers: int | None, show: Callable[[Status], object]) -> Status:
-    """Explain what is left, in so many processes."""
-    return job.work(on_done=lambda _: show(job.status()))
+    """Explain what is left, in so many processes; a single one is this one."""
+    if workers == 1 or (workers is None and len(job.units) == 1):
+        return job.work(on_done=lambda _: show(job.status()))
+    return launch(job, workers, on_progress=show)
 
 
 def command_of(words: Words, out: Path) -> str:
@@ -212,7 +215,7 @@ def verify(folder: Path, sample: int | None, policy: str | None, seed: int) -> N
     if sample is None:
         home = JobFolder(folder)
         stored, done = stored_in(home), sorted(home.all_done())
-        changed = tuple(unit for unit in done if stored.checksums(unit) != home.told_of(unit).get("crc32"))
+        changed = tuple(unit for unit in done if not stored.is_as_written(unit))
         found = Verified(len(done), changed, (), ())
     else:
         found = _job_again(folder, policy).verify(sample, seed)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from tdhook.datasets.checkpoints import Checkpoint, weights_of
 from tdhook.datasets.explaining import Explaining
-from tdhook.datasets.folder import JobFolder, Layout, checksums
+from tdhook.datasets.folder import JobFolder
 from tdhook.datasets.identity import digest_of
 from tdhook.datasets.keeping import Kept
+from tdhook.datasets.layout import Layout, checksums
 from tdhook.datasets.reducing import Part, Piece, Reducer
 from tdhook.datasets.stored import Stored, named
 from tdhook.datasets.units import Units
@@ -26,7 +27,7 @@ _PIECE = 4 << 20
 _SMALLEST, _LARGEST = 16, 1 << 14
 _CHUNK = 32 << 20
 """Bytes of a chunk, about: what is worked out for each takes no time beside it."""
-_CHUNKS = 8192
+_CHUNKS = 1 << 16
 """How many chunks there are at most, unless asked: each is three small files."""
 
 
@@ -76,24 +77,23 @@ class Chunks:
         self.piece = min(self.piece, chunk)
         self.units = Units(count, chunk, max(1, len(self.checkpoints)))
 
-    def make_room(self) -> None:
-        """Have room on the disk for all rows that are written.
+    def make_room(self) -> bool:
+        """Have room on the disk for all rows that are written, and whether none of those that were is lost.
 
         Raises:
             OSError: there is none.
         """
-        if self.layout.entries and not self.compressed:
-            rows = self.units.rows
-            several = len(self.checkpoints)
-            self.folder.place_rows(self.layout, (several, rows) if several else (rows,))
+        return not self.stored.maps_rows or self.folder.place_rows(self.layout, self.stored.batch)
 
     def do(self, unit: int) -> None:
-        """Explain a chunk, write it, and commit it."""
+        """Explain a chunk, write it, and commit it, unless another worker does so before."""
         first = self.units.checkpoint(unit) * self.units.rows
         crc: dict[NestedKey, int] = {}
         block: list[dict[NestedKey, Tensor]] = []
         parts: dict[str, Part] = {}
         for piece in self._pieces(unit):
+            if self.folder.is_done(unit):
+                return
             kept = self.kept(piece)
             crc = checksums(kept, crc)
             if self.compressed:
@@ -158,13 +158,16 @@ class Chunks:
         for piece in self._pieces(unit):
             crc = checksums(self.kept(piece), crc)
             self._add(parts, piece)
-        there = self.folder.read_part(unit) if parts else {}
+        try:
+            there, told = (self.folder.read_part(unit) if parts else {}), self.folder.told_of(unit)
+        except (ValueError, FileNotFoundError):  # cut off, or gone
+            return False
         same = all(
             digest_of(part[what] for what in sorted(part))
             == digest_of(there[name][what] for what in sorted(part))
             for name, part in parts.items()
         )
-        return same and named(crc) == self.folder.told_of(unit).get("crc32")
+        return same and named(crc) == told["crc32"]
 
     def _rows_of_a_piece(self, first: Piece) -> int:
         """How many rows are read, explained and written together: a multiple of those that one pass takes."""

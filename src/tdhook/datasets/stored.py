@@ -10,13 +10,13 @@ from typing import NoReturn
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
-from tdhook.datasets.folder import JobFolder, Layout, checksums
+from tdhook.datasets.folder import JobFolder
 from tdhook.datasets.identity import Plain, difference
+from tdhook.datasets.layout import Layout, checksums, name_of
 from tdhook.datasets.reducers import Histogram, Moments, Reservoir, TopRows
 from tdhook.datasets.reducing import Reducer
 from tdhook.datasets.rows import Rows, rows_identity
 from tdhook.datasets.units import Units
-from tdhook.keys import parts_of
 
 __all__ = ["Stored", "named", "require_same_source", "stored_in"]
 
@@ -51,6 +51,26 @@ class Stored:
     reducers: Mapping[str, Reducer]
     attribution_key: NestedKey
 
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The batch size of all rows."""
+        several = len(self.checkpoints)
+        return (several, self.units.rows) if several else (self.units.rows,)
+
+    @property
+    def maps_rows(self) -> bool:
+        """Whether rows are written into memory-mapped files."""
+        return bool(self.layout.entries) and not self.compressed
+
+    def is_as_written(self, unit: int) -> bool:
+        """Whether what lies on the disk of a chunk is what was written."""
+        try:
+            if self.reducers:
+                self.folder.read_part(unit)
+            return self.checksums(unit) == self.folder.told_of(unit)["crc32"]
+        except (ValueError, FileNotFoundError):  # cut off, or gone
+            return False
+
     def checksums(self, unit: int) -> dict[str, int]:
         """Checksums of what lies on the disk of a chunk."""
         begin, end = self.units.span(unit)
@@ -67,7 +87,7 @@ class Stored:
 
 def named(crc: Mapping[NestedKey, int]) -> dict[str, int]:
     """Checksums by key, as plain data."""
-    return {".".join(parts_of(key)): value for key, value in crc.items()}
+    return {name_of(key): value for key, value in crc.items()}
 
 
 def stored_in(folder: JobFolder, reducers: Sequence[Reducer] = ()) -> Stored:
