@@ -216,7 +216,7 @@ def report(
 
     Strategies need scikit-learn (extra `clusters`) and a sample of rows; without, the page has the rest.
     """
-    from tdhook.cli.jobs import report
+    from tdhook.cli.dataset_report import run
 
     with notes():
-        report(folder, out, source, pooled, title)
+        run(folder, out, source, pooled, title)

@@ -32,7 +32,18 @@ from tdhook.keys import parts_of
 from tdhook.markup import visible
 from tdhook.rl.rollouts import save
 
-__all__ = ["Words", "explain", "inputs_of", "reduce", "source_of", "status", "told_words", "verify"]
+__all__ = [
+    "Words",
+    "explain",
+    "finished",
+    "inputs_of",
+    "names_in",
+    "reduce",
+    "source_of",
+    "status",
+    "told_words",
+    "verify",
+]
 
 _WORDS = "words.json"
 _KEPT: dict[str, torch.dtype | str | None] = {
@@ -240,7 +251,7 @@ def _job_again(folder: Path, policy: str | None) -> Job:
     return _words_in(told if policy is None else {**told, "policy": policy}).job(folder)[0]
 
 
-def _finished(folder: Path) -> Result:
+def finished(folder: Path) -> Result:
     """What a job has made.
 
     Raises:
@@ -282,8 +293,8 @@ def reduce(
     out: Path | None,
 ) -> None:
     """Print what rows were reduced to, or reduce those that were kept."""
-    result, told = _finished(folder), told_words(folder)
-    features, actions = (_names(told, what) for what in ("features", "actions"))
+    result, told = finished(folder), told_words(folder)
+    features, actions = (names_in(told, what) for what in ("features", "actions"))
     if text is None:
         reduced, reducers = result.reduced, result.reducers
         if not reduced:
@@ -325,12 +336,7 @@ def source_of(folder: Path, source: Path | None) -> Rows | None:
     return chosen(opened(str(place)), None if which is None else _stretch(str(which)))
 
 
-def _names(told: dict[str, object], what: str) -> list[str]:
+def names_in(told: dict[str, object], what: str) -> list[str]:
+    """Names of features or actions, as far as they are known."""
     names = told.get(what)
     return list(map(str, names)) if isinstance(names, list) else []
-
-
-def report(
-    folder: Path, out: Path | None, source: Path | None, pooled: int | None, title: str | None
-) -> None:
-    pass
