@@ -21,9 +21,11 @@ from tdhook.datasets.units import Units
 
 __all__ = ["Chunks"]
 
-_PIECE = 16 << 20
+_PIECE = 4 << 20
 """Bytes, read and written, of the rows that are looked at together."""
-_SMALLEST, _LARGEST = 64, 1 << 16
+_SMALLEST, _LARGEST = 16, 1 << 14
+_CHUNK = 32 << 20
+"""Bytes of a chunk, about: what is worked out for each takes no time beside it."""
 _CHUNKS = 1 << 16
 """How many chunks there are at most, unless asked: each is three small files."""
 
@@ -69,7 +71,7 @@ class Chunks:
         self.piece = self._rows_of_a_piece(first)
         count = len(self.explaining.rows)
         if chunk is None:
-            fewest = math.ceil(count / _CHUNKS)
+            fewest = max(count / _CHUNKS, _CHUNK * self.piece / _PIECE)
             chunk = math.ceil(fewest / self.piece) * self.piece
         self.piece = min(self.piece, chunk)
         self.units = Units(count, chunk, max(1, len(self.checkpoints)))
@@ -98,7 +100,7 @@ class Chunks:
         first = self.units.checkpoint(unit) * self.units.rows
         crc: dict[NestedKey, int] = {}
         block: list[dict[NestedKey, Tensor]] = []
-        parts: dict[str, list[Part]] = {name: [] for name in self.reducers}
+        parts: dict[str, Part] = {}
         for piece in self._pieces(unit):
             if self.folder.is_done(unit):
                 return
@@ -108,17 +110,21 @@ class Chunks:
                 block.append(kept)
             elif kept:
                 self.folder.write_rows(first + int(piece.index[0]), kept)
-            for name, reducer in self.reducers.items():
-                parts[name].append(reducer.part(piece))
+            self._add(parts, piece)
         if block:
             self.folder.write_block(unit, {key: torch.cat([one[key] for one in block]) for key in block[0]})
         elif crc:
             self.folder.sync_rows(self.layout)
         if parts:
-            merged = {name: self.reducers[name].merged(found) for name, found in parts.items()}
-            self.folder.write_part(unit, merged)
+            self.folder.write_part(unit, parts)
         begin, end = self.units.span(unit)
         self.folder.commit(unit, {"rows": [begin, end], "crc32": {**_named(crc)}})
+
+    def _add(self, parts: dict[str, Part], piece: Piece) -> None:
+        """Add what reducers know of some rows to what they know of those before."""
+        for name, reducer in self.reducers.items():
+            new = reducer.part(piece)
+            parts[name] = reducer.merged([parts[name], new] if name in parts else [new])
 
     def _pieces(self, unit: int) -> Iterator[Piece]:
         self.load(self.units.checkpoint(unit))
@@ -165,20 +171,18 @@ class Chunks:
     def same_again(self, unit: int) -> bool:
         """Whether a chunk comes out as it did, explained again."""
         crc: dict[NestedKey, int] = {}
-        parts: dict[str, list[Part]] = {name: [] for name in self.reducers}
+        parts: dict[str, Part] = {}
         for piece in self._pieces(unit):
             crc = checksums(self.kept(piece), crc)
-            for name, reducer in self.reducers.items():
-                parts[name].append(reducer.part(piece))
-        merged = {name: self.reducers[name].merged(found) for name, found in parts.items()}
+            self._add(parts, piece)
         try:
-            there, told = (self.folder.read_part(unit) if merged else {}), self.folder.told_of(unit)
+            there, told = (self.folder.read_part(unit) if parts else {}), self.folder.told_of(unit)
         except (ValueError, FileNotFoundError):  # cut off, or gone
             return False
         same = all(
             digest_of(part[what] for what in sorted(part))
             == digest_of(there[name][what] for what in sorted(part))
-            for name, part in merged.items()
+            for name, part in parts.items()
         )
         return same and _named(crc) == told["crc32"]
 

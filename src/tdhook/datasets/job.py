@@ -32,7 +32,7 @@ from tdhook.datasets.rows import Source, as_rows, chosen, rows_identity
 from tdhook.datasets.turns import Turns
 from tdhook.datasets.units import Place
 from tdhook.models.model import InKeys
-from tdhook.models.parallel import unwrapped
+from tdhook.models.parallel import is_elsewhere, unwrapped
 
 __all__ = ["Job"]
 
@@ -74,6 +74,7 @@ class Job:
 
     Raises:
         FileExistsError: the folder holds something else.
+        NotImplementedError: the policy is sharded or offloaded.
         ValueError: it is that of another job: other weights, another method or source; or there are no rows.
     """
 
@@ -118,6 +119,12 @@ class Job:
             raise ValueError("the source has no rows to explain")
         self.threads, self._lease = threads, lease
         module = policy.model.root if isinstance(policy, ExplainedModule) else unwrapped(policy)
+        if is_elsewhere(module):
+            raise NotImplementedError(
+                "weights of the policy are not all in this process (they are sharded or offloaded), and a job gives "
+                "each process rows of its own: load the policy whole, or explain batches by LRP(...).wrap(policy) in "
+                "all of its processes"
+            )
         explaining = Explaining(
             method,
             module,

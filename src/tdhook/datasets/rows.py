@@ -204,7 +204,7 @@ def rows_identity(rows: Rows) -> dict[str, Plain]:
     looked_at = (
         sorted({round(i * (count - 1) / (_LOOKED_AT - 1)) for i in range(_LOOKED_AT)}) if count else []
     )
-    samples = [rows.read(i, i + 1) for i in looked_at]
+    samples = [rows.read(i, i + 1).clone() for i in looked_at]  # a copy: what is mapped around it is not held
     first = samples[0] if samples else rows.read(0, 0)
     entries: dict[str, Plain] = {}
     for key in sorted(_tensors(first), key=parts_of):
