@@ -210,6 +210,12 @@ def report(
             min=1, help="Side of the blocks by which clusters compare pictures; by default by their size."
         ),
     ] = None,
+    clusters: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=1, help="How many strategies are told apart; by default as many as the spectrum shows."
+        ),
+    ] = None,
     title: Annotated[Optional[str], typer.Option(help="Of the page.", metavar="TEXT")] = None,  # noqa: UP045
 ) -> None:
     """Make one HTML page of a whole data set: relevance by action, extreme rows, and the strategies of the policy.
@@ -219,4 +225,4 @@ def report(
     from tdhook.cli.dataset_report import run
 
     with notes():
-        run(folder, out, source, pooled, title)
+        run(folder, out, source, pooled, clusters, title)

@@ -20,7 +20,14 @@ _PARTS = 12
 """How many blocks the shorter side of a picture has, where clusters compare pictures."""
 
 
-def run(folder: Path, out: Path | None, source: Path | None, pooled: int | None, title: str | None) -> None:
+def run(
+    folder: Path,
+    out: Path | None,
+    source: Path | None,
+    pooled: int | None,
+    clusters: int | None,
+    title: str | None,
+) -> None:
     """Write the page of a job's folder, with the names that were known when it was begun."""
     result, told = finished(folder), told_words(folder)
     place = folder / "report.html" if out is None else out
@@ -37,7 +44,7 @@ def run(folder: Path, out: Path | None, source: Path | None, pooled: int | None,
         result,
         place,
         source=rows,
-        strategies=_strategies(result, pooled),
+        strategies=_strategies(result, pooled, clusters),
         features=names_in(told, "features"),
         actions=names_in(told, "actions"),
         title=named if title is None else title,
@@ -46,7 +53,7 @@ def run(folder: Path, out: Path | None, source: Path | None, pooled: int | None,
     _say(f"wrote {place} ({place.stat().st_size / 1e6:.1f} MB)")
 
 
-def _strategies(result: Result, pooled: int | None) -> dict[str, dict[int, Strategies]]:
+def _strategies(result: Result, pooled: int | None, clusters: int | None) -> dict[str, dict[int, Strategies]]:
     """The strategies of each sample, if scikit-learn is installed."""
     found = {}
     for name, reducer in result.reducers.items():
@@ -56,7 +63,7 @@ def _strategies(result: Result, pooled: int | None) -> dict[str, dict[int, Strat
         shape = drawn["relevance"].shape[1:]
         side = pooled or (max(1, min(shape[-2:]) // _PARTS) if len(shape) > 2 else None)
         try:
-            spray = SpRAy(pooled=side)
+            spray = SpRAy(pooled=side, clusters=clusters)
         except ImportError as error:
             _say(f"note: no strategies are shown: {error}")
             return {}

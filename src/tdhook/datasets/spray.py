@@ -23,6 +23,8 @@ __all__ = ["SpRAy", "Strategies"]
 _DENSE = 1500
 """Rows up to which all eigenvalues are worked out."""
 _MOST_ROWS = 20_000
+_FLOOR = 0.05
+"""What is added to eigenvalues before they are compared: those of clusters that hardly touch are all near zero."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class SpRAy:
     """Finds strategies in the relevance of many rows.
 
     Args:
-        clusters: how many; by default as many as the largest gap between eigenvalues says.
+        clusters: how many; by default as many as the largest gap between eigenvalues says, in proportion: that after
+            which they are so many times as large, each counted 0.05 larger, so that those near zero are alike.
         most: of how many at most.
         pooled: the side of square blocks of the last two axes, which are summed first: a picture is compared by its
             parts, and not pixel by pixel.
@@ -128,7 +131,7 @@ class SpRAy:
         compared = self._compared(relevance)
         flat = compared.flatten(1).numpy()
         values, vectors = self._spectrum(flat)
-        number = self.clusters or 1 + int(np.argmax(np.diff(values)))
+        number = self.clusters or _gap(values)
         number = min(number, count)
         label = self._labels(vectors[:, :number], number)
         return self._described(compared, row.cpu(), label, torch.from_numpy(values), vectors, number)
@@ -229,3 +232,9 @@ class SpRAy:
                 flat
             )
         return torch.from_numpy(np.asarray(found, dtype=np.float32))
+
+
+def _gap(values: np.ndarray) -> int:
+    """How many eigenvalues are before the largest gap, in proportion."""
+    raised = values.clip(min=0) + _FLOOR
+    return 1 + int(np.argmax(raised[1:] / raised[:-1]))

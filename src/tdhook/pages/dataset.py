@@ -32,7 +32,8 @@ __all__ = ["write_dataset_report"]
 
 _FEATURES = 24
 _GROUPS = 12
-_EXTREME = 6
+_EXTREME, _LISTED = 6, 3
+"""Pictures of rows, and lines of a table, that are shown of a group or cluster."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,11 @@ def _extreme(page: _Page, reducer: Reducer, found: TensorDict) -> str:
 
 
 def _gallery(
-    page: _Page, reducer: Reducer, rows: Sequence[tuple[int, Tensor | None]], captions: Sequence[str]
+    page: _Page,
+    reducer: Reducer,
+    rows: Sequence[tuple[int, Tensor | None]],
+    captions: Sequence[str],
+    before: str = "",
 ) -> str:
     """Rows as pictures, or as a table of what was observed and its relevance."""
     given = [(row, relevance) for row, relevance in rows if relevance is not None]
@@ -267,7 +272,7 @@ def _gallery(
             for (row, relevance), caption in zip(given, captions, strict=True)
         ]
         if all(pictures):
-            return f'<div class="gallery">{"".join(pictures)}</div>'
+            return f'<div class="gallery">{before}{"".join(pictures)}</div>'
     lines = []
     shape = given[0][1].shape if given else torch.Size()
     names, key = page.names(shape), page.key(reducer)
@@ -292,16 +297,18 @@ def _strategies(page: _Page, reducer: Reducer, drawn: TensorDict, group: int, fo
     place = {row: i for i, row in enumerate(drawn["row"].tolist())}
     clusters = []
     for one in range(len(found)):
-        rows = found.references[one].tolist()
+        axes = picture_axes(found.mean.shape[1:])
+        rows = found.references[one].tolist()[: _EXTREME if axes is not None else _LISTED]
         shown = [(row, drawn["relevance"][place[row]]) for row in rows]
+        mean = "" if axes is None else heat_html(found.mean[one].sum(axes[0]), "mean of the cluster")
         apart = f", silhouette {number(found.apart[one].item())}" if len(found) > 1 else ""
         clusters.append(
             f'<div class="cluster c{one % COLOURS}"><h3>{found.share[one].item():.1%} of the rows{apart}</h3>'
-            f"{_gallery(page, reducer, shown, [f'row {row:,}' for row in rows])}</div>"
+            f"{_gallery(page, reducer, shown, [f'row {row:,}' for row in rows], mean)}</div>"
         )
     name, count = page.group(reducer, group), len(found)
     told = f"{count} strategies" if count > 1 else "one strategy"
-    gap = "The smallest eigenvalues; the largest gap comes after those in colour."
+    gap = "The smallest eigenvalues of the graph of neighbours: as many clusters are told apart as are in colour."
     return (
         f"<h3>{text_html(name)}: {told} in {len(found.row):,} rows</h3>"
         f'<div class="strategies">{cloud_svg(found.embedding, found.label)}'
