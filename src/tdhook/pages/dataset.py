@@ -239,7 +239,7 @@ def _histogram(page: _Page, reducer: Reducer, found: TensorDict) -> str:
     names = ["all features"] if pooled else page.names(found["quantiles"].shape[1:-1])
     spread = (quantiles[..., 4] - quantiles[..., 0]).amax(0)
     shown = sorted(spread.topk(min(_FEATURES, len(spread))).indices.tolist())
-    hint = "Line: 1 to 99 per cent of rows; bar: the middle half; mark: the median. Signed logarithmic scale."
+    hint = "Line: 1 to 99 per cent of all values; bar: the middle half; mark: the median. Signed logarithmic scale."
     figure = ranges_svg([names[i] for i in shown], groups, quantiles[:, shown])
     return f'{_key(groups)}<div class="wide">{figure}</div><p class="hint">{hint}</p>'
 
