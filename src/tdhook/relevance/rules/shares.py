@@ -15,6 +15,7 @@ from tdhook.tape.masks import unmasked
 
 __all__ = [
     "itself",
+    "magnitude",
     "modified_by",
     "negative",
     "per_unit",
@@ -50,6 +51,11 @@ def positive(x: Tensor) -> Tensor:
 def negative(x: Tensor) -> Tensor:
     """What of ``x`` is negative, and zero elsewhere."""
     return x.clamp(max=0)
+
+
+def magnitude(x: Tensor) -> Tensor:
+    """The size of ``x``, without its sign."""
+    return x.abs()
 
 
 def itself(x: Tensor) -> Tensor:
