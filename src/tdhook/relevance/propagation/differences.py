@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from tdhook.tape.internals import is_view
 from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
 
 __all__ = [
+    "SECANT",
     "DifferencedLayer",
     "DifferencedModule",
     "Differences",
@@ -61,7 +62,7 @@ class Differences(ModuleStep):
         arguments: tuple[tuple[object, ...], dict[str, object]],
     ) -> None:
         super().__init__(module, evaluate, pair.steps, pair.rises, None, arguments)
-        self.pair, self._pull = pair, pull
+        self.pair, self._pull, self.differs = pair, pull, pair.differs
         self.origin = pair.starts[0] if pair.starts else None
 
     def vjp(self, *grads: Tensor) -> Grads:
@@ -181,7 +182,7 @@ class _Secant:
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         found = step.vjp(*relevance)
-        if step.report is not None and (self.keeps or cast(Differences, step).pair.differs):
+        if step.report is not None and (self.keeps or step.differs):
             # What went to nothing that is attributed.
             amounts = [finite_product(d, g) for d, g in zip(step.outputs, relevance, strict=True)]
             amounts += [
@@ -192,7 +193,8 @@ class _Secant:
         return found
 
 
-_SECANTS = _Secant(False), _Secant(True)
+SECANT: Formula = _Secant(False)
+_SECANTS = SECANT, _Secant(True)
 
 
 def secant(module: nn.Module, flow: Convention, pull: Pull | None = None, *, keeps: bool = False) -> Run:

@@ -15,7 +15,6 @@ from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.differences import (
     DifferencedLayer,
     DifferencedModule,
-    Differences,
     of_one_tensor,
     secant,
 )
@@ -106,8 +105,7 @@ class _Together:
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         grad, handed = relevance
-        differs = isinstance(step, Differences) and step.pair.differs
-        if self.behind.name is None or differs:
+        if self.behind.name is None:
             return self.rule.propagate(step, (grad,))
         rise = step.outputs[0]
         start = self.place.before[0].to(rise.dtype)

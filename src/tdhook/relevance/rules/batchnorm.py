@@ -65,7 +65,7 @@ class _MergedBatchNormRule(PassRule):
 
     def against(self, module: nn.Module, flow: Convention) -> Run:
         """Likewise: a batch norm scales differences, and its mean and bias are none."""
-        passed = super().against(module, flow)
+        passed = super().running(module, flow)
         scaled = secant(module, flow, product)
 
         def run(call: Call) -> Any:

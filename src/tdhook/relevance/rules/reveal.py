@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Run
+from tdhook.relevance.propagation.differences import SECANT
 from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.revealed import Ways, revealed
-from tdhook.relevance.propagation.steps import Grads, Step
-from tdhook.relevance.rules.shares import magnitude, modified_by
+from tdhook.relevance.propagation.steps import Grads, Step, unmodified
+from tdhook.relevance.rules.shares import magnitude, modified_by, negative, positive
 
 __all__ = ["RevealCancelRule"]
 
@@ -49,7 +50,7 @@ class RevealCancelRule(PropagationRule):
         return revealed(self, module, flow)
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
-        return step.vjp(*relevance)
+        return SECANT.propagate(step, relevance)
 
     def reveal(self, step: Step, grad: Tensor, handed: Tensor, ways: Ways) -> Tensor:
         """What the input counts per unit, given what the output of the function behind the layer does.
@@ -61,17 +62,23 @@ class RevealCancelRule(PropagationRule):
             ways: the function.
         """
         (x,), (z,) = step.inputs, step.outputs
-        (size,), pull = step.modified((x.abs(),), _MAGNITUDE)
-        gained, lost = (z + size) / 2, (z - size) / 2
+        (size,), apart = step.modified((x.abs(),), _MAGNITUDE)
+        own, together = z, step.vjp
+        if step.differs:  # weights that are others on the reference contribute as well
+            (own,), together = step.modified((x,), unmodified)
+        rest = z - own
+        gained, lost = (own + size) / 2 + positive(rest), (own - size) / 2 + negative(rest)
         nothing = torch.zeros_like(z)
         ways_apart = ((nothing, gained), (lost, z), (nothing, lost), (gained, z))
         secant, *slopes = ways.slopes(ways_apart)
         of_gained, of_lost = (slopes[0] + slopes[1]) / 2, (slopes[2] + slopes[3]) / 2
-        (common,) = step.vjp(grad + handed * ((of_gained + of_lost) / 2 - secant))
-        (apart,) = pull(handed * (of_gained - of_lost) / 2)
-        assert common is not None and apart is not None
+        mean, half = grad + handed * ((of_gained + of_lost) / 2 - secant), handed * (of_gained - of_lost) / 2
+        if step.report is not None and step.differs:
+            step.report("constant", rest * mean + rest.abs() * half)
+        (common,), (signed,) = together(mean), apart(half)
+        assert common is not None and signed is not None
         # An input that does not differ has no sign, and counts the mean of both (section 3.5.1 there).
-        return common + x.sign() * apart
+        return common + x.sign() * signed
 
 
 _MAGNITUDE = modified_by(magnitude)
