@@ -154,7 +154,7 @@ class Least(nn.Module):
 
 @pytest.mark.parametrize("flow", FLOWS)
 def test_what_cancels_is_seen(flow: str) -> None:
-    """The example of section 3.4.3 there: both are as much the reason, and the secant takes one of them for it."""
+    """The example of the paper: both are as much the reason, and the secant takes one of them for it."""
     x = torch.tensor([[3.0, 1.0], [1.0, 3.0], [2.0, 2.0]])
     half = x.min(1, keepdim=True).values / 2
     found = relevance(Least(), x, 0.0, flow=flow)
@@ -227,6 +227,16 @@ def test_single_precision(name: str) -> None:
     expected = relevance(model, x, start)
     found = relevance(model.float(), x.float(), start.float()).double()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype, flow: str) -> None:
+    model, x, start = networks("tanh").to(dtype), torch.randn(4, 5).to(dtype), torch.randn(4, 5).to(dtype)
+    found = relevance(model, x, start, flow=flow)
+    expected = relevance(model.double(), x.double(), start.double())
+    assert found.dtype == dtype
+    assert torch.cosine_similarity(found.double(), expected).min() > 0.99
 
 
 @pytest.mark.parametrize("name", ["network", "odd", "normed"])

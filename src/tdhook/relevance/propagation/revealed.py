@@ -104,13 +104,13 @@ class _Together:
         self.rule.check(module, inputs, outputs)
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
-        grad, handed = relevance
+        rise = step.outputs[0]
+        # What the step computes in is more exact than half precision.
+        grad, handed = (value.to(rise.dtype) for value in relevance)
         if self.behind.name is None:
             return self.rule.propagate(step, (grad,))
-        rise = step.outputs[0]
-        start = self.place.before[0].to(rise.dtype)
-        ways = Ways(self.behind, start, rise, self.flow == "relevance")
-        return (self.rule.reveal(step, grad, handed.to(rise.dtype), ways),)
+        ways = Ways(self.behind, self.place.before[0].to(rise.dtype), rise, self.flow == "relevance")
+        return (self.rule.reveal(step, grad, handed, ways),)
 
 
 def _beside(z: Tensor) -> Tensor:
