@@ -226,7 +226,8 @@ def _sloped(name: str, module: nn.Module, rule: Formula, pull: Pull) -> Run:
     def first(call: Call, place: Place) -> Any:
         if len(call.args) and isinstance(call.args[0], Tensor) and len(place.given) == 1:
             try:
-                return _Sloped.apply(call.args[0], handed(call, name), call, place, name)
+                at, by = _handed(call, name)
+                return _Sloped.apply(call.args[0], at, by, call, place, name)
             except NotOneTensor:
                 pass
         return DifferencedModule(rule, pull, call, place).run()
@@ -238,7 +239,9 @@ class _Sloped(TapeFunction):
     """A function that is applied to each value of one tensor, on the tape, maybe with the handle of that value."""
 
     @staticmethod
-    def forward(x: Tensor, handle: Tensor | None, call: Call, place: Place, name: str) -> Tensor:
+    def forward(
+        x: Tensor, at: Tensor | None, by: Tensor | None, call: Call, place: Place, name: str
+    ) -> Tensor:
         z = call.on(x).natively()
         if not isinstance(z, Tensor) or z.shape != x.shape or x.is_complex():
             raise NotOneTensor
@@ -246,8 +249,8 @@ class _Sloped(TapeFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, handle, ctx.call, ctx.where, ctx.made_by = inputs
-        ctx.call, ctx.hands = ctx.call.on(None), handle is not None
+        x, at, _, ctx.call, ctx.where, ctx.made_by = inputs
+        ctx.call, ctx.hands = ctx.call.on(None), at is not None
         ctx.save_for_backward(x, output)
 
     @staticmethod
@@ -256,7 +259,8 @@ class _Sloped(TapeFunction):
         place: Place = ctx.where
         start, before = there(place.starts[0], x), place.before[0]
         found = slope(ctx.made_by, lambda at: ctx.call.on(at).natively(), x, start, z, before)
-        return grad * found, grad if ctx.hands else None, None, None, None
+        back = grad * found
+        return back, *((grad, back) if ctx.hands else (None, None)), None, None, None
 
 
 def handing(passed: Run) -> Run:
@@ -269,10 +273,10 @@ def handing(passed: Run) -> Run:
     def first(call: Call, place: Place) -> Any:
         args = call.args
         alone = len(place.given) == 1 and len(args) > 0 and isinstance(args[0], Tensor)
-        handle = handed(call, place.name) if alone else None
-        if handle is None:
+        at, by = _handed(call, place.name) if alone else (None, None)
+        if at is None:
             return passed(call)
-        z = _Handing.apply(args[0], handle, call, place)
+        z = _Handing.apply(args[0], at, by, call, place)
         return z if call.setting.report is None else with_masks(call, args[0], z)
 
     run = noted(first)
@@ -288,33 +292,35 @@ class _Handing(TapeFunction):
     """A function of one tensor, all relevance of whose value goes to its argument, with the handle of that."""
 
     @staticmethod
-    def forward(x: Tensor, handle: Tensor, call: Call, place: Place) -> Tensor:
+    def forward(x: Tensor, at: Tensor, by: Tensor, call: Call, place: Place) -> Tensor:
         z = call.on(x).natively()
         assert isinstance(z, Tensor)
         return alias(z) if z is x or is_view(z) else z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, call, ctx.where = inputs
+        x, _, _, call, ctx.where = inputs
         ctx.made_by = type(call.module).__name__
-        ctx.save_for_backward(output)
+        ctx.save_for_backward(x, output)
 
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> object:
-        (z,) = ctx.saved_tensors
+        x, z = ctx.saved_tensors
         place: Place = ctx.where
-        rise = difference(z, place.before[0])
-        # What counts where nothing differs is told to no layer: relevance goes back by the value itself.
-        per_unit = torch.where(rise == 0, 0.0, relevance / torch.where(rise == 0, 1.0, rise))
-        return relevance, per_unit, None, None
+        # Where nothing differs there is no relevance that could tell what counts.
+        at, by = (
+            torch.where(d == 0, 0.0, relevance / torch.where(d == 0, 1.0, d))
+            for d in (difference(z, place.before[0]), difference(x, there(place.starts[0], x)))
+        )
+        return relevance, at, by, None, None
 
 
-def handed(call: Call, name: str) -> Tensor | None:
+def _handed(call: Call, name: str) -> tuple[Tensor | None, Tensor | None]:
     """Where a function of one value hands over what arrives, if a layer before it wants to know; it is told."""
     reference = call.setting.reference
     handle = None if reference is None else reference.handles.of(call.args[0])
     if handle is None or name in _DRAWN:
-        return None
+        return None, None
     alone = call.on(None)
     return handle.tell(name, lambda at: alone.on(at).natively())
 

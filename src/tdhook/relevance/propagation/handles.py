@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tdhook.tape.functions import Identity, unwrapped
 
-__all__ = ["Elementwise", "Handle", "Handles"]
+__all__ = ["Behind", "Elementwise", "Handle", "Handles"]
 
 Elementwise: TypeAlias = "Callable[[Tensor], Tensor]"
 
@@ -59,10 +59,14 @@ class Behind:
     Attributes:
         name: that of the function; ``None`` where there is none.
         function: what becomes of the output of the layer.
+        scale: by what the output is multiplied before that, if it is.
+        uniform: whether it is the same function at every place.
     """
 
     name: str | None = None
     function: Elementwise = Tensor.detach
+    scale: Tensor | None = None
+    uniform: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,23 +74,36 @@ class Handle:
     """The handle of a value that a layer made.
 
     Attributes:
-        at: where it is on the tape, of the shape of the value.
+        at: where it is on the tape that is handed over what counts of the value of the function, of the shape of the
+            value of the layer.
+        by: likewise, what went back to the value for it.
         behind: what the layer is told.
-        through: what became of the output of the layer until there, if anything.
+        through: what became of the output of the layer until there, if anything, and ``scale``: by what it was
+            multiplied.
     """
 
     at: Tensor
+    by: Tensor
     behind: Behind
     through: Elementwise | None = None
+    scale: Tensor | None = None
 
-    def tell(self, name: str, function: Elementwise) -> Tensor:
-        """Tell the layer what is behind it; returns where that hands over what arrives."""
-        through = self.through
-        self.behind.name = name if through is None else ""
-        self.behind.function = function if through is None else lambda z: function(through(z))
-        return self.at
+    def tell(self, name: str, function: Elementwise) -> tuple[Tensor, Tensor]:
+        """Tell the layer what is behind it; returns where that hands over what arrives, and what it sends back."""
+        through, behind = self.through, self.behind
+        behind.name, behind.function = name, function
+        behind.uniform = name not in _BY_CHANNEL
+        if through is not None:
+            behind.name, behind.scale, behind.uniform = "", self.scale, False
+            behind.function = lambda z: function(through(z))
+        return self.at, self.by
 
-    def behind_of(self, through: Elementwise) -> Handle:
-        """The handle of what a further function makes of the value, element by element."""
-        before = self.through
-        return replace(self, through=through if before is None else lambda z: through(before(z)))
+    def behind_of(self, through: Elementwise, scale: Tensor) -> Handle:
+        """The handle of what is multiplied by ``scale``, and moved by something."""
+        before, known = self.through, self.scale
+        if before is not None and known is not None:
+            return replace(self, through=lambda z: through(before(z)), scale=scale * known)
+        return replace(self, through=through, scale=scale)
+
+
+_BY_CHANNEL = frozenset(("PReLU", "prelu"))

@@ -83,7 +83,8 @@ class _MergedBatchNormRule(PassRule):
             self._tell(merges, module, _Maker(x))
             handle, z = reference.handles.of(x), scales(call)
             if handle is not None:
-                reference.handles.put(z, handle.behind_of(_Scaling(module)))
+                scaling = _Scaling(module, x)
+                reference.handles.put(z, handle.behind_of(scaling, scaling.scale))
             return z
 
         return run
@@ -115,13 +116,12 @@ class _MergedBatchNormRule(PassRule):
 class _Scaling:
     """A batch norm in evaluation, as a function."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._affine = Affine.of(module)
+    def __init__(self, module: nn.Module, x: Tensor) -> None:
+        affine, along = Affine.of(module), (-1, *(1,) * (x.dim() - 2))
+        self.scale, self._shift = affine.scale.view(along), affine.shift.view(along)
 
     def __call__(self, x: Tensor) -> Tensor:
-        along = (-1, *(1,) * (x.dim() - 2))
-        affine = self._affine.to(x.dtype)
-        return x * affine.scale.view(along) + affine.shift.view(along)
+        return x * self.scale.to(x.dtype) + self._shift.to(x.dtype)
 
 
 _LENT = (

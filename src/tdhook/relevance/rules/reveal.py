@@ -11,9 +11,12 @@ from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Run
 from tdhook.relevance.propagation.differences import SECANT
 from tdhook.relevance.propagation.formula import PropagationRule
-from tdhook.relevance.propagation.revealed import Ways, revealed
+from tdhook.relevance.propagation.handles import Behind
+from tdhook.relevance.propagation.revealed import revealed
 from tdhook.relevance.propagation.steps import Grads, Step, unmodified
 from tdhook.relevance.rules.shares import magnitude, modified_by, negative, positive
+from tdhook.relevance.secants.slopes import slope
+from tdhook.tape.functions import may_look_at
 
 __all__ = ["RevealCancelRule"]
 
@@ -52,33 +55,65 @@ class RevealCancelRule(PropagationRule):
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         return SECANT.propagate(step, relevance)
 
-    def reveal(self, step: Step, grad: Tensor, handed: Tensor, ways: Ways) -> Tensor:
+    def reveal(self, step: Step, rest: Tensor, handed: Tensor, start: Tensor, behind: Behind) -> Tensor:
         """What the input counts per unit, given what the output of the function behind the layer does.
 
         Args:
             step: the call of the layer, of differences.
-            grad: what the output of the layer counts, with what came by the secant of the function.
+            rest: what the output of the layer counts elsewhere.
             handed: what the output of the function counts.
-            ways: the function.
+            start: the output of the layer on the reference.
+            behind: the function.
         """
         (x,), (z,) = step.inputs, step.outputs
         (size,), apart = step.modified((x.abs(),), _MAGNITUDE)
         own, together = z, step.vjp
         if step.differs:  # weights that are others on the reference contribute as well
             (own,), together = step.modified((x,), unmodified)
-        rest = z - own
-        gained, lost = (own + size) / 2 + positive(rest), (own - size) / 2 + negative(rest)
-        nothing = torch.zeros_like(z)
-        ways_apart = ((nothing, gained), (lost, z), (nothing, lost), (gained, z))
-        secant, *slopes = ways.slopes(ways_apart)
-        of_gained, of_lost = (slopes[0] + slopes[1]) / 2, (slopes[2] + slopes[3]) / 2
-        mean, half = grad + handed * ((of_gained + of_lost) / 2 - secant), handed * (of_gained - of_lost) / 2
+        gained, lost = (own + size) / 2, (own - size) / 2
+        if step.differs:
+            gained, lost = gained + positive(z - own), lost + negative(z - own)
+        of_gained, of_lost = _slopes(behind, start, gained, lost)
+        mean, half = rest + handed * ((of_gained + of_lost) / 2), handed * ((of_gained - of_lost) / 2)
         if step.report is not None and step.differs:
-            step.report("constant", rest * mean + rest.abs() * half)
+            step.report("constant", (z - own) * mean + (z - own).abs() * half)
         (common,), (signed,) = together(mean), apart(half)
         assert common is not None and signed is not None
         # An input that does not differ has no sign, and counts the mean of both (section 3.5.1 there).
         return common + x.sign() * signed
+
+
+def _slopes(behind: Behind, start: Tensor, gained: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
+    """What of the function is due to what adds to its argument, per unit, and to what takes from it."""
+    function = behind.function
+    end = start + (gained + lost)
+    at_start, at_end = function(start), function(end)
+    crossed = function(start + gained) - function(start + lost)
+    rise = at_end - at_start
+    found = []
+    # What the values that were subtracted are rounded to is no amount.
+    sizes = gained - lost + torch.maximum(start.abs(), end.abs())
+    rounding = 4 * torch.finfo(gained.dtype).eps * sizes
+    for amount, share in ((gained, rise + crossed), (lost, rise - crossed)):
+        nothing = amount.abs() <= rounding
+        slope_ = share / 2 / torch.where(nothing, 1.0, amount)
+        found.append(_where_nothing(behind, nothing, slope_, (start, at_start), (end, at_end)))
+    return found[0], found[1]
+
+
+def _where_nothing(behind: Behind, nothing: Tensor, slopes: Tensor, *ends: tuple[Tensor, Tensor]) -> Tensor:
+    """Where nothing adds, or takes, what the least amount would count: the mean of both derivatives."""
+    looks = nothing.is_cpu and may_look_at(nothing)
+    if looks and not bool(nothing.any()):
+        return slopes
+    assert behind.name is not None
+    if looks and behind.uniform:
+        ends = tuple((x.expand_as(slopes)[nothing], z.expand_as(slopes)[nothing]) for x, z in ends)
+    (first, last) = (slope(behind.name, behind.function, x, x, z, z) for x, z in ends)
+    least = (first + last) / 2
+    if looks and behind.uniform:
+        return slopes.masked_scatter(nothing, least)
+    return torch.where(nothing, least, slopes)
 
 
 _MAGNITUDE = modified_by(magnitude)
