@@ -44,7 +44,7 @@ _WAY = {
 FLOOR = "gradient x input"
 """What the cost of a method is told in."""
 
-_OF_DIFFERENCES = ("deeplift", "deeplift_reveal_cancel")
+_OF_DIFFERENCES = ("deeplift", "deeplift_reveal_cancel", "deeplift_shapley")
 """Presets that are for an explanation against a reference."""
 
 Maps = Mapping[NestedKey, Tensor]

@@ -12,6 +12,7 @@ __all__ = [
     "PAGE",
     "RECOMMENDED",
     "RESULTS",
+    "joined",
     "mean_area",
     "page",
     "read",
@@ -99,6 +100,28 @@ def write(row: Row, order: Sequence[str], file: Path = RESULTS) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     found = {"subjects": [rows[name] for name in order if name in rows]}
     file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def joined(known: Row, row: Row, names: Sequence[str], order: Sequence[str]) -> Row:
+    """Results of a subject with those of some methods that were measured later.
+
+    Args:
+        known: the results.
+        row: those that were measured later.
+        names: of which methods.
+        order: the labels of all methods.
+
+    Raises:
+        ValueError: they are of other inputs.
+    """
+    for key in ("features", "rows", "seeds"):
+        if known[key] != row[key]:
+            raise ValueError(
+                f"{row['name']} was measured with {known[key]} {key}, and now with {row[key]}: leave out --methods"
+            )
+    later = {each["label"]: each for each in row["methods"] if each["method"] in names}
+    methods = {each["label"]: each for each in known["methods"]} | later
+    return known | {"methods": [methods[label] for label in order if label in methods]}
 
 
 def _rounded(value: Any) -> Any:

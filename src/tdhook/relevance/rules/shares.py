@@ -22,6 +22,7 @@ __all__ = [
     "positive",
     "report_bias",
     "share_of",
+    "squared",
 ]
 
 
@@ -56,6 +57,11 @@ def negative(x: Tensor) -> Tensor:
 def magnitude(x: Tensor) -> Tensor:
     """The size of ``x``, without its sign."""
     return x.abs()
+
+
+def squared(x: Tensor) -> Tensor:
+    """The square of ``x``."""
+    return x.square()
 
 
 def itself(x: Tensor) -> Tensor:
