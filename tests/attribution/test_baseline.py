@@ -40,6 +40,7 @@ PRESETS = (
     "cp_lrp",
     "deeplift",
     "deeplift_reveal_cancel",
+    "deeplift_shapley",
     "epsilon",
     "epsilon_alpha2_beta1",
     "epsilon_alpha2_beta1_flat",

@@ -377,7 +377,7 @@ def _():
 
 
 @pytest.mark.parametrize("flow", FLOWS)
-@pytest.mark.parametrize("composite", ["deeplift", "deeplift_reveal_cancel"])
+@pytest.mark.parametrize("composite", ["deeplift", "deeplift_reveal_cancel", "deeplift_shapley"])
 @pytest.mark.parametrize("name", CASES)
 def test_all_of_the_difference_arrives(name: str, composite: str, flow: str) -> None:
     make, shape = CASES[name]

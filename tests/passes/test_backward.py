@@ -81,7 +81,7 @@ def one_by_one(model, td, pairs, targets, **arguments):
 @pytest.mark.parametrize("name", PRESETS)
 def test_each_output_under_every_preset(name, model):
     model, td = case(model, 3)
-    against = {"baseline": 0.0} if name == "deeplift_reveal_cancel" else {}
+    against = {"baseline": 0.0} if name.startswith("deeplift_") else {}
     found, module = explained(model, td, composite(name), Target("q", "all"), **against)
     assert module._setup.pull_back._batches, "the backward pass was not batched"
     loop = one_by_one(model, td, composite(name), [Target("q", i) for i in range(COUNT)], **against)

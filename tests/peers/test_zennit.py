@@ -136,6 +136,7 @@ def test_every_preset_is_compared() -> None:
         "epsilon",
         "deeplift",
         "deeplift_reveal_cancel",
+        "deeplift_shapley",
         "attn_lrp",
         "cp_lrp",
         "lstm_lrp",

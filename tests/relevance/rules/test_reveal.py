@@ -1,9 +1,10 @@
-"""RevealCancel: equal to its definition, contribution by contribution, and all of the difference arrives."""
+"""Layers together with what is behind them: equal to the definitions, and all of the difference arrives."""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
+from itertools import permutations
 
 import pytest
 import torch
@@ -41,16 +42,13 @@ def slope(function: Callable[[Tensor], Tensor], begin: Tensor, end: Tensor) -> T
     return torch.where(step == 0, derivative, (function(end) - function(begin)) / step)
 
 
-def multipliers(
-    contributions: Tensor, start: Tensor, function: Callable[[Tensor], Tensor], counts: Tensor
-) -> Tensor:
-    """What each contribution counts per unit, given what the value of the function behind them does.
+def reveal_cancel(contributions: Tensor, start: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """What each contribution counts per unit of the function behind them.
 
     Args:
         contributions: ``[outputs, positions]``.
         start: the output of the layer on the reference, ``[outputs]``.
         function: what is behind.
-        counts: ``[outputs]``.
     """
     gained, lost = contributions.clamp(min=0).sum(1), contributions.clamp(max=0).sum(1)
     end = start + gained + lost
@@ -59,21 +57,45 @@ def multipliers(
     of_lost = (slope(function, start, start + lost) + slope(function, start + gained, end)) / 2
     middle = ((of_gained + of_lost) / 2).unsqueeze(1)
     found = torch.where(contributions > 0, of_gained.unsqueeze(1), of_lost.unsqueeze(1))
-    return torch.where(contributions == 0, middle, found) * counts.unsqueeze(1)
+    return torch.where(contributions == 0, middle, found)
 
 
-def of_network(layers: Sequence[nn.Module], x: Tensor, start: Tensor, counts: Tensor) -> Tensor:
-    """Relevance of one sample by a chain of linear layers, each with a function behind it or without."""
+def shapley(contributions: Tensor, start: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Likewise, by sums of some of them that are normal."""
+    rise, size, variance = contributions.sum(1), contributions.abs().sum(1), contributions.square().sum(1)
+    mean = torch.zeros_like(rise)
+    for share in ((3 - 3**0.5) / 6, (3 + 3**0.5) / 6):
+        deviation = (share * (1 - share) * variance).sqrt()
+        for node, weight in ((3**0.5, 1 / 6), (0.0, 2 / 3), (-(3**0.5), 1 / 6)):
+            # The mean of a derivative, by parts.
+            mean += weight * node * function(start + share * rise + node * deviation) / deviation / 2
+    derivative = slope(function, start, start)
+    mean = torch.where(variance == 0, derivative, mean)
+    left = function(start + rise) - function(start) - mean * rise
+    half = torch.where(variance == 0, 0.0, left / size)
+    return mean.unsqueeze(1) + half.unsqueeze(1) * contributions.sign()
+
+
+Definition = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
+DEFINITIONS: dict[str, Definition] = {"deeplift_reveal_cancel": reveal_cancel, "deeplift_shapley": shapley}
+each_preset = pytest.mark.parametrize("preset_", DEFINITIONS)
+
+
+def of_network(
+    define: Definition, layers: Sequence[nn.Module], x: Tensor, start: Tensor, counts: Tensor
+) -> Tensor:
+    """Relevance per unit of one sample by a chain of linear layers, each with a function behind it or without."""
     if not layers:
         return counts
     layer, *rest = layers
     function = rest.pop(0) if rest and not isinstance(rest[0], nn.Linear) else None
     ends = [layer(value) for value in (x, start)]
     behind = [z if function is None else function(z) for z in ends]
-    counts = of_network(rest, *behind, counts)
-    contributions = layer.weight * (x - start)
-    each = counts.unsqueeze(1) if function is None else multipliers(contributions, ends[1], function, counts)
-    return (each * layer.weight).sum(0)
+    counts = of_network(define, rest, *behind, counts)
+    weight = layer.weight * counts.unsqueeze(1)
+    if function is not None:
+        weight = weight * define(layer.weight * (x - start), ends[1], function)
+    return weight.sum(0)
 
 
 def explained(
@@ -95,10 +117,11 @@ def relevance(*args: object, **options: object) -> Tensor:
 # --- Equal to the definition -----------------------------------------------------------------------
 
 
+@each_preset
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-def test_a_layer_and_the_function_behind_it(case: Case, function: str) -> None:
+def test_a_layer_and_the_function_behind_it(case: Case, function: str, preset_: str) -> None:
     layer, matrix, behind = case.layer, case.explicit, FUNCTIONS[function]()
     x, counts = case.draw(True, 2)
     start, _ = case.draw(False, 2)
@@ -107,12 +130,14 @@ def test_a_layer_and_the_function_behind_it(case: Case, function: str) -> None:
     for end, begin, count in zip(x, start, flat, strict=True):
         step = (end - begin).flatten()[matrix.source]
         before = matrix.weight @ begin.flatten()[matrix.source] + matrix.bias
-        each = multipliers(matrix.weight * step, before, behind, count) * matrix.weight
+        each = DEFINITIONS[preset_](matrix.weight * step, before, behind)
+        each = each * count.unsqueeze(1) * matrix.weight
         expected.append(matrix.spread(each.sum(0) * step).view(case.in_shape))
     found = relevance(
         nn.Sequential(layer, behind),
         x,
         start,
+        preset_,
         target=Computed(lambda outputs, inputs: (outputs["output"].flatten(1) * flat).sum(1)),
     )
     torch.testing.assert_close(found, torch.stack(expected).to(DTYPE), rtol=1e-9, atol=1e-9)
@@ -125,18 +150,19 @@ def networks(function: str) -> nn.Sequential:
     )
 
 
+@each_preset
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_a_network(function: str) -> None:
+def test_a_network(function: str, preset_: str) -> None:
     """Features that do not differ, and units behind a ReLU that do not, count the mean of both."""
     model, x, start = networks(function), torch.randn(6, 5), torch.randn(6, 5)
     start[:, 2] = x[:, 2]
     start[0] = x[0]
     counts = torch.tensor([0.0, 1.0, 0.0])
     expected = [
-        of_network(list(model), end, begin, counts) * (end - begin)
+        of_network(DEFINITIONS[preset_], list(model), end, begin, counts) * (end - begin)
         for end, begin in zip(x, start, strict=True)
     ]
-    found = relevance(model, x, start, target=Target("output", 1))
+    found = relevance(model, x, start, preset_, target=Target("output", 1))
     torch.testing.assert_close(found, torch.stack(expected).detach(), rtol=1e-9, atol=1e-9)
 
 
@@ -162,6 +188,31 @@ def test_what_cancels_is_seen(flow: str) -> None:
     if flow == "gradient":
         torch.testing.assert_close(found, half.expand(3, 2))
     assert relevance(Least(), x[:1], 0.0, "deeplift")[0, 0].abs() < 1e-12
+
+
+def exact(contributions: Tensor, start: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Shapley values of a few contributions, over all orders."""
+    orders = torch.tensor(list(permutations(range(contributions.shape[1]))))
+    total = torch.zeros_like(contributions)
+    for order in orders:
+        on = torch.cat([start.unsqueeze(1), start.unsqueeze(1) + contributions[:, order].cumsum(1)], 1)
+        total[:, order] += function(on).diff(dim=1)
+    return total / len(orders)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_what_a_unit_gets_is_nearly_its_shapley_values(function: str) -> None:
+    """Nearer than what two groups say, and that nearer than the secant."""
+    weight, behind = torch.randn(200, 6), FUNCTIONS[function]()
+    start = torch.randn(200)
+    wanted = exact(weight, start, behind)
+    off = []
+    for define in (shapley, reveal_cancel):
+        found = define(weight, start, behind) * weight
+        torch.testing.assert_close(found.sum(1), wanted.sum(1))
+        off.append(float((found - wanted).norm() / wanted.norm()))
+    secant = slope(behind, start, start + weight.sum(1)).unsqueeze(1) * weight
+    assert off[0] < off[1] < (secant - wanted).norm() / wanted.norm()
 
 
 # --- All of it arrives ------------------------------------------------------------------------------
@@ -205,9 +256,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@each_preset
 @pytest.mark.parametrize("flow", FLOWS)
 @pytest.mark.parametrize("name", MODELS)
-def test_all_of_the_difference_arrives(name: str, flow: str) -> None:
+def test_all_of_the_difference_arrives(name: str, flow: str, preset_: str) -> None:
     model, x, start = MODELS[name](), torch.randn(4, 5), torch.randn(4, 5)
     torch.manual_seed(0)
     end = model(x)
@@ -215,26 +267,28 @@ def test_all_of_the_difference_arrives(name: str, flow: str) -> None:
     wanted = (end - model(start)).detach()[:, 0]
     for ledger in (False, True):
         torch.manual_seed(0)
-        td = explained(model, x, start, flow=flow, ledger=ledger)
+        td = explained(model, x, start, preset_, flow=flow, ledger=ledger)
         torch.testing.assert_close(td["attr", "input"].sum(1), wanted, rtol=1e-9, atol=1e-9)
         if ledger:
             assert td["ledger", "gap"].abs().max() <= 1e-9
 
 
+@each_preset
 @pytest.mark.parametrize("name", ["network", "odd", "normed"])
-def test_single_precision(name: str) -> None:
+def test_single_precision(name: str, preset_: str) -> None:
     model, x, start = MODELS[name](), torch.randn(4, 5), torch.randn(4, 5)
-    expected = relevance(model, x, start)
-    found = relevance(model.float(), x.float(), start.float()).double()
+    expected = relevance(model, x, start, preset_)
+    found = relevance(model.float(), x.float(), start.float(), preset_).double()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@each_preset
 @pytest.mark.parametrize("flow", FLOWS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype: torch.dtype, flow: str) -> None:
+def test_half_precision(dtype: torch.dtype, flow: str, preset_: str) -> None:
     model, x, start = networks("tanh").to(dtype), torch.randn(4, 5).to(dtype), torch.randn(4, 5).to(dtype)
-    found = relevance(model, x, start, flow=flow)
-    expected = relevance(model.double(), x.double(), start.double())
+    found = relevance(model, x, start, preset_, flow=flow)
+    expected = relevance(model.double(), x.double(), start.double(), preset_)
     assert found.dtype == dtype
     assert torch.cosine_similarity(found.double(), expected).min() > 0.99
 
@@ -252,9 +306,10 @@ def test_each_operation_hands_on_what_arrives(name: str) -> None:
 # --- What is together -------------------------------------------------------------------------------
 
 
+@each_preset
 @pytest.mark.parametrize("flow", FLOWS)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_a_batch_norm_is_a_part_of_the_layer(sign: float, flow: str) -> None:
+def test_a_batch_norm_is_a_part_of_the_layer(sign: float, flow: str, preset_: str) -> None:
     norm, layer, x, start = nn.BatchNorm1d(6), nn.Linear(5, 6), torch.randn(4, 5), torch.randn(4, 5)
     norm.weight.data = sign * (torch.rand(6) + 0.5)
     norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2.0)
@@ -263,18 +318,18 @@ def test_a_batch_norm_is_a_part_of_the_layer(sign: float, flow: str) -> None:
     folded.weight.data = layer.weight * scale[:, None]
     folded.bias.data = (layer.bias - norm.running_mean) * scale + norm.bias
     rest = [nn.Tanh(), nn.Linear(6, 3)]
-    expected = relevance(nn.Sequential(folded, *rest), x, start)
+    expected = relevance(nn.Sequential(folded, *rest), x, start, preset_)
     model = nn.Sequential(layer, norm, *rest).eval()
-    torch.testing.assert_close(relevance(model, x, start, flow=flow), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(relevance(model, x, start, preset_, flow=flow), expected, rtol=1e-9, atol=1e-9)
     assert not torch.allclose(expected, relevance(model, x, start, "deeplift"))
     # Between two functions it belongs to none.
     between = nn.Sequential(layer, nn.Tanh(), norm, *rest).eval()
     scaled = nn.Linear(6, 6)
     scaled.weight.data, scaled.bias.data = scale.diag(), norm.bias - norm.running_mean * scale
     apart = nn.Sequential(layer, nn.Tanh(), scaled, *rest)
-    composite = [(Name("2"), EpsilonRule(0.0)), *preset("deeplift_reveal_cancel")]
+    composite = [(Name("2"), EpsilonRule(0.0)), *preset(preset_)]
     torch.testing.assert_close(
-        relevance(between, x, start, flow=flow),
+        relevance(between, x, start, preset_, flow=flow),
         relevance(apart, x, start, composite, flow=flow),
         rtol=1e-9,
         atol=1e-9,
@@ -301,7 +356,8 @@ def test_functions_are_as_modules() -> None:
     torch.testing.assert_close(relevance(Written(model), x, start), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_weights_that_differ_contribute_too() -> None:
+@each_preset
+def test_weights_that_differ_contribute_too(preset_: str) -> None:
     """They get nothing, being no input: it is constant in the ledger."""
 
     class Gated(nn.Module):
@@ -314,7 +370,7 @@ def test_weights_that_differ_contribute_too() -> None:
             return self.head(torch.tanh(F.linear(x, weight, self.layer.bias)))
 
     model, x, start = Gated(), torch.randn(4, 5), torch.randn(4, 5)
-    td = explained(model, x, start, ledger=True)
+    td = explained(model, x, start, preset_, ledger=True)
     torch.testing.assert_close(td["ledger", "target"], (model(x) - model(start)).detach()[:, 0])
     assert td["ledger", "absorbed"].abs().max() > 1e-3
     assert td["ledger", "gap"].abs().max() <= 1e-9
@@ -400,11 +456,12 @@ def test_entries_on_the_way_have_what_is_theirs() -> None:
 # --- In use ------------------------------------------------------------------------------------------
 
 
+@each_preset
 @pytest.mark.parametrize("name", ["network", "odd", "normed"])
-def test_compiled(name: str) -> None:
+def test_compiled(name: str, preset_: str) -> None:
     model, x, start = MODELS[name](), torch.randn(4, 5), torch.randn(4, 5)
-    eager = relevance(model, x, start)
-    found = relevance(model, x, start, compile={"backend": "aot_eager"})
+    eager = relevance(model, x, start, preset_)
+    found = relevance(model, x, start, preset_, compile={"backend": "aot_eager"})
     torch.testing.assert_close(found, eager, rtol=1e-9, atol=1e-9)
 
 
