@@ -134,7 +134,8 @@ class ShapleyRule(_TogetherRule):
     A contribution ``c_ij = w_ij (x_i - x0_i)`` is worth what it changes at the element-wise function ``f`` right behind
     the layer, on the mean over all others that may be there before it. The sum of these, a share ``q`` of all, is taken
     to be normal, with mean ``q sum_i c_ij`` and variance ``q (1 - q) sum_i c_ij^2``. The slope of ``f`` over it, on the
-    mean over ``q``, counts alike of all; what is left is divided by the sizes ``|c_ij|``.
+    mean over ``q``, counts alike of all; what is left is divided by the sizes ``|c_ij|``. Normal sums of coalitions are
+    an idea of Ancona et al. (2019).
 
     Else it is as :class:`RevealCancelRule`, which knows of two groups. Where many contribute this one is nearer to the
     Shapley values.
