@@ -81,8 +81,8 @@ What follows from the tables:
   than ten gradients there: take those.
 - **RevealCancel is less even.** It has two groups of contributions, and against zero it is sometimes worth less than
   `deeplift` (`dqn`, `td3`).
-- **For pictures, `LRP("deeplift_shapley", baseline=blurred(width))`.** For agents a blur is a better reference than zero
-  or the mean, by the mean over what features are replaced by, and this is worth what Shapley values are. On the
+- **For pictures, `LRP("deeplift_shapley", baseline=blurred(width))`.** For agents a blur is a better reference than
+  zero or the mean, by the mean over what features are replaced by, and this is worth what Shapley values are. On the
   pretrained network it is worth nearly twice the best preset without a reference; against zero, more than twice.
 - **For sentences, the mask token** is one (`minilm`): `deeplift` has what sampled Shapley values have.
 - **Recurrent networks cost more**: their steps are explained one by one, and several gradients cost less.
