@@ -79,13 +79,18 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Explain each kind of agent of examples/agents from its checkpoint; pictures in agents-output."""
-    install(session, DEVELOPER, "transformers", "tqdm", "click")
+    """Explain each kind of agent of examples/agents, and large models; pictures in agents-output."""
+    install(session, DEVELOPER, "transformers", "tqdm", "click", "accelerate")
     # Both ask for more than these environments need: the one for pictures of its own, the other for an older gym.
     install(session, "--no-deps", "minatar", "vmas")
     install(session, "pyglet", "six", "gym", "box2d")
     session.run(
-        "pytest", "--slow", "-n", "auto", *(session.posargs or ["tests/laws/test_agents.py"]), env=ONE_THREAD
+        "pytest",
+        "--slow",
+        "-n",
+        "auto",
+        *(session.posargs or ["tests/laws/test_agents.py", "tests/laws/test_large_models.py"]),
+        env=ONE_THREAD,
     )
 
 

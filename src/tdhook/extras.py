@@ -17,6 +17,8 @@ EXTRAS = {
     "rich": "cli",
     "typer": "cli",
     "tomli": "cli",
+    "ray": "ray",
+    "cloudpickle": "rl",
 }
 """The extra of each package that is not always there, by the name that it is imported by."""
 

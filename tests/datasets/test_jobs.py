@@ -349,7 +349,7 @@ def test_what_is_kept(keep: Any, tmp_path: Path) -> None:
     expected = {"all": whole, torch.bfloat16: whole.bfloat16()}.get(keep, whole.sum(-1))
     found = result.rows[ATTR]
     assert found.dtype == expected.dtype and torch.equal(found, expected)
-    with pytest.raises(RuntimeError, match="they are in .rows"):
+    with pytest.raises(RuntimeError, match=r"they are in \.rows"):
         result.blocks()
 
 
@@ -402,3 +402,11 @@ def test_compiled_equals_eager(tmp_path: Path) -> None:
     torch.testing.assert_close(
         rows_of(job(tmp_path / "graph", method))[ATTR], rows_of(job(tmp_path / "plain", plain))[ATTR]
     )
+
+
+def test_weights_that_are_elsewhere(tmp_path: Path) -> None:
+    model = policy()
+    model.module[0].weight = nn.Parameter(torch.empty(16, 4, device="meta"))
+    with pytest.raises(NotImplementedError, match="load the policy whole"):
+        Job(LRP("epsilon", target=Target("action_value", 0)), model, steps(), tmp_path / "job")
+    assert not (tmp_path / "job").exists()

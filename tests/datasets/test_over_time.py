@@ -111,5 +111,5 @@ def test_other_checkpoints_are_another_job(tmp_path: Path) -> None:
     data, files, _ = trained(tmp_path)
     Job(METHOD, model(), data, tmp_path / "job", checkpoints=files)
     torch.save(torch.load(files["step 0"], weights_only=True), files["step 2"])
-    with pytest.raises(ValueError, match="which differs in checkpoints.step 2"):
+    with pytest.raises(ValueError, match=r"which differs in checkpoints\.step 2"):
         Job(METHOD, model(), data, tmp_path / "job", checkpoints=files)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from tdhook.datasets.gathering import gather
 from tdhook.datasets.job import Job
 from tdhook.datasets.keeping import Kept
+from tdhook.datasets.launching import launch
 from tdhook.datasets.over_time import OverTime
 from tdhook.datasets.reducers import Histogram, Moments, Reservoir, TopRows
 from tdhook.datasets.reducing import Reducer
@@ -22,4 +24,6 @@ __all__ = [
     "Rows",
     "Saved",
     "TopRows",
+    "gather",
+    "launch",
 ]

@@ -12,19 +12,21 @@ from torch import Tensor
 
 from tdhook.datasets.checkpoints import Checkpoint, weights_of
 from tdhook.datasets.explaining import Explaining
-from tdhook.datasets.folder import JobFolder, Layout, checksums
+from tdhook.datasets.folder import JobFolder
 from tdhook.datasets.identity import digest_of
 from tdhook.datasets.keeping import Kept
+from tdhook.datasets.layout import Layout, checksums, name_of
 from tdhook.datasets.reducing import Part, Piece, Reducer
 from tdhook.datasets.units import Units
-from tdhook.keys import parts_of
 
 __all__ = ["Chunks"]
 
-_PIECE = 16 << 20
+_PIECE = 4 << 20
 """Bytes, read and written, of the rows that are looked at together."""
-_SMALLEST, _LARGEST = 64, 1 << 16
-_CHUNKS = 8192
+_SMALLEST, _LARGEST = 16, 1 << 14
+_CHUNK = 32 << 20
+"""Bytes of a chunk, about: what is worked out for each takes no time beside it."""
+_CHUNKS = 1 << 16
 """How many chunks there are at most, unless asked: each is three small files."""
 
 
@@ -69,46 +71,60 @@ class Chunks:
         self.piece = self._rows_of_a_piece(first)
         count = len(self.explaining.rows)
         if chunk is None:
-            fewest = math.ceil(count / _CHUNKS)
+            fewest = max(count / _CHUNKS, _CHUNK * self.piece / _PIECE)
             chunk = math.ceil(fewest / self.piece) * self.piece
         self.piece = min(self.piece, chunk)
         self.units = Units(count, chunk, max(1, len(self.checkpoints)))
 
-    def make_room(self) -> None:
-        """Have room on the disk for all rows that are written.
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The batch size of all rows."""
+        several = len(self.checkpoints)
+        return (several, self.units.rows) if several else (self.units.rows,)
+
+    @property
+    def maps_rows(self) -> bool:
+        """Whether rows are written into memory-mapped files."""
+        return bool(self.layout.entries) and not self.compressed
+
+    def make_room(self) -> bool:
+        """Have room on the disk for all rows that are written, and whether none of those that were is lost.
 
         Raises:
             OSError: there is none.
         """
-        if self.layout.entries and not self.compressed:
-            rows = self.units.rows
-            several = len(self.checkpoints)
-            self.folder.place_rows(self.layout, (several, rows) if several else (rows,))
+        return not self.maps_rows or self.folder.place_rows(self.layout, self.batch)
 
     def do(self, unit: int) -> None:
-        """Explain a chunk, write it, and commit it."""
+        """Explain a chunk, write it, and commit it, unless another worker does so before."""
         first = self.units.checkpoint(unit) * self.units.rows
         crc: dict[NestedKey, int] = {}
         block: list[dict[NestedKey, Tensor]] = []
-        parts: dict[str, list[Part]] = {name: [] for name in self.reducers}
+        parts: dict[str, Part] = {}
         for piece in self._pieces(unit):
+            if self.folder.is_done(unit):
+                return
             kept = self.kept(piece)
             crc = checksums(kept, crc)
             if self.compressed:
                 block.append(kept)
             elif kept:
                 self.folder.write_rows(first + int(piece.index[0]), kept)
-            for name, reducer in self.reducers.items():
-                parts[name].append(reducer.part(piece))
+            self._add(parts, piece)
         if block:
             self.folder.write_block(unit, {key: torch.cat([one[key] for one in block]) for key in block[0]})
         elif crc:
             self.folder.sync_rows(self.layout)
         if parts:
-            merged = {name: self.reducers[name].merged(found) for name, found in parts.items()}
-            self.folder.write_part(unit, merged)
+            self.folder.write_part(unit, parts)
         begin, end = self.units.span(unit)
         self.folder.commit(unit, {"rows": [begin, end], "crc32": {**_named(crc)}})
+
+    def _add(self, parts: dict[str, Part], piece: Piece) -> None:
+        """Add what reducers know of some rows to what they know of those before."""
+        for name, reducer in self.reducers.items():
+            new = reducer.part(piece)
+            parts[name] = reducer.merged([parts[name], new] if name in parts else [new])
 
     def _pieces(self, unit: int) -> Iterator[Piece]:
         self.load(self.units.checkpoint(unit))
@@ -143,22 +159,32 @@ class Chunks:
             crc = checksums(self.folder.read_rows(first + a, b - a, self.layout), crc)
         return _named(crc)
 
+    def is_as_written(self, unit: int) -> bool:
+        """Whether what lies on the disk of a chunk is what was written."""
+        try:
+            if self.reducers:
+                self.folder.read_part(unit)
+            return self.checksums(unit) == self.folder.told_of(unit)["crc32"]
+        except (ValueError, FileNotFoundError):  # cut off, or gone
+            return False
+
     def same_again(self, unit: int) -> bool:
         """Whether a chunk comes out as it did, explained again."""
         crc: dict[NestedKey, int] = {}
-        parts: dict[str, list[Part]] = {name: [] for name in self.reducers}
+        parts: dict[str, Part] = {}
         for piece in self._pieces(unit):
             crc = checksums(self.kept(piece), crc)
-            for name, reducer in self.reducers.items():
-                parts[name].append(reducer.part(piece))
-        merged = {name: self.reducers[name].merged(found) for name, found in parts.items()}
-        there = self.folder.read_part(unit) if merged else {}
+            self._add(parts, piece)
+        try:
+            there, told = (self.folder.read_part(unit) if parts else {}), self.folder.told_of(unit)
+        except (ValueError, FileNotFoundError):  # cut off, or gone
+            return False
         same = all(
             digest_of(part[what] for what in sorted(part))
             == digest_of(there[name][what] for what in sorted(part))
-            for name, part in merged.items()
+            for name, part in parts.items()
         )
-        return same and _named(crc) == self.folder.told_of(unit).get("crc32")
+        return same and _named(crc) == told["crc32"]
 
     def _rows_of_a_piece(self, first: Piece) -> int:
         """How many rows are read, explained and written together: a multiple of those that one pass takes."""
@@ -175,4 +201,4 @@ class Chunks:
 
 
 def _named(crc: Mapping[NestedKey, int]) -> dict[str, int]:
-    return {".".join(parts_of(key)): value for key, value in crc.items()}
+    return {name_of(key): value for key, value in crc.items()}

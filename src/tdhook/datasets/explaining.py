@@ -82,7 +82,7 @@ class Explaining:
         wanted = min(count, _REFERENCES)
         spread = sorted({i * count // wanted for i in range(wanted)})
         # Stretches of one row each; reading is lazy, and only what is needed is stacked.
-        return self._source(TensorDict.cat([self._read(i, i + 1) for i in spread]))
+        return self._source(TensorDict.cat([self._read(i, i + 1).clone() for i in spread]))
 
     def _read(self, begin: int, end: int) -> TensorDictBase:
         rows = self.rows.read(begin, end)
@@ -116,7 +116,7 @@ class Explaining:
         if (
             self.method.compile is None
         ):  # a compiled graph is worth keeping, and knows nothing of what was before
-            self.recorded.anew()
+            self.recorded.explained.afresh()
         torch.manual_seed(self.seed + unit)
 
     def piece(self, begin: int, end: int) -> Piece:
@@ -134,8 +134,8 @@ class Explaining:
             found = self.recorded.entries(data, before)
             if not self.inputs_of(found):
                 raise ValueError(
-                    f"nothing that the policy reads gets relevance: {', '.join(map(repr, self.recorded.in_keys))}; what "
-                    "is bytes or whole numbers is to be made floating point numbers, by prepare="
+                    f"nothing that the policy reads gets relevance: {', '.join(map(repr, self.recorded.in_keys))}; "
+                    "what is bytes or whole numbers is to be made floating point numbers, by prepare="
                 )
         except (ValueError, KeyError, RuntimeError, TypeError, IndexError) as error:
             text = str(error.args[0]) if error.args else str(error)

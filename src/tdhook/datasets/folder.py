@@ -13,56 +13,32 @@ import json
 import os
 import shutil
 import uuid
+import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
 import torch
 from tensordict import TensorDict
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.datasets.identity import Plain, difference
+from tdhook.datasets.layout import Layout, bytes_of, name_of, packed, unpacked
 from tdhook.datasets.reducing import Part
 from tdhook.files import read_json
 from tdhook.keys import parts_of
 
-__all__ = ["JobFolder", "Layout", "checksums"]
+__all__ = ["JobFolder"]
 
 _TEMPORARY = ".writing-"
-
-
-class Layout:
-    """The entries of an explained data set.
-
-    Attributes:
-        entries: shape of a row and dtype, by key.
-    """
-
-    def __init__(self, entries: Mapping[NestedKey, tuple[torch.Size, torch.dtype]]) -> None:
-        self.entries = dict(entries)
-
-    @classmethod
-    def of(cls, found: Mapping[NestedKey, Tensor]) -> Layout:
-        """The layout of some rows, ``[rows, ...]`` by key."""
-        return cls({key: (value.shape[1:], value.dtype) for key, value in found.items()})
-
-    @property
-    def row_bytes(self) -> int:
-        """How many bytes a row takes."""
-        return sum(shape.numel() * dtype.itemsize for shape, dtype in self.entries.values())
-
-    def as_data(self) -> dict[str, Plain]:
-        """As plain data."""
-        return {_name(key): [str(dtype), *shape] for key, (shape, dtype) in self.entries.items()}
-
-
-def _name(key: NestedKey) -> str:
-    return ".".join(parts_of(key))
+_CUT_OFF = (FileNotFoundError, ValueError, EOFError, zlib.error, zipfile.BadZipFile)
+_MEND = "verify(mend=True) has work() explain it again"
+_TIMES = 8
+"""How often a file is written anew that others sweep away."""
 
 
 class JobFolder:
@@ -89,20 +65,18 @@ class JobFolder:
             ValueError: it is that of another job; the message names what differs.
         """
         if not self.manifest.is_file():
-            there = self.home.is_dir() and any(
-                not name.startswith(_TEMPORARY) and name not in self._names for name in os.listdir(self.home)
-            )
-            if there:
+            if self._holds_something_else():
                 raise FileExistsError(
-                    f"{self.home} holds something else than a job of tdhook: choose another folder"
+                    f"{self.home} holds something else than a job of tdhook (no manifest.json): choose another folder"
                 )
-            for folder in (self.done, self.parts, self.claims, self.workers):
+            for folder in self._folders:
                 folder.mkdir(parents=True, exist_ok=True)
             new = self._temporary()
             self._write(new, (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode())
-            with suppress(FileExistsError):  # another worker was first
+            # Another worker was first, or has even done all and swept this away.
+            with suppress(FileExistsError, FileNotFoundError):
                 os.link(new, self.manifest)
-            new.unlink()
+            new.unlink(missing_ok=True)
         found = difference(json.loads(json.dumps(manifest)), self.told())
         if found is not None:
             raise ValueError(
@@ -110,9 +84,18 @@ class JobFolder:
             )
 
     @property
-    def _names(self) -> set[str]:
-        folders = (self.rows, self.unfinished, self.done, self.parts, self.claims, self.blocks, self.workers)
-        return {path.name for path in folders}
+    def _folders(self) -> tuple[Path, ...]:
+        return self.done, self.parts, self.claims, self.workers
+
+    def _holds_something_else(self) -> bool:
+        """Whether there is more than what a worker makes before the manifest."""
+        if not self.home.is_dir():
+            return self.home.exists()
+        return any(
+            not path.name.startswith(_TEMPORARY)
+            and not (path in self._folders and path.is_dir() and not any(path.iterdir()))
+            for path in self.home.iterdir()
+        )
 
     def told(self) -> dict[str, Plain]:
         """What the manifest says.
@@ -128,15 +111,52 @@ class JobFolder:
             raise ValueError(f"{self.manifest} is no manifest of a job")
         return found
 
-    def place_rows(self, layout: Layout, batch: tuple[int, ...]) -> Path:
-        """The memory-mapped rows, ``[*batch, ...]``: made if nobody has, with room for all of them.
+    def place_rows(self, layout: Layout, batch: tuple[int, ...]) -> bool:
+        """Have the memory-mapped rows, ``[*batch, ...]``, with room for all of them.
+
+        Returns:
+            Whether they are whole: not if they were cut off, or had to be made although chunks are done.
 
         Raises:
             OSError: there is no room on the disk.
         """
-        for there in (self.rows, self.unfinished):
-            if there.is_dir():
-                return there
+        made = self._rows_here() is None and self._make_rows(layout, batch)
+        whole = not (made and self.all_done())
+        for key, size in self._cut_off(layout, batch).items():
+            whole = False
+            with self._opened(key, os.O_WRONLY) as handle:
+                os.ftruncate(handle, size)
+        return whole
+
+    def check_rows(self, layout: Layout, batch: tuple[int, ...]) -> None:
+        """Look whether the files of rows are as long as they are to be.
+
+        Raises:
+            ValueError: one is not.
+        """
+        for key in self._cut_off(layout, batch):
+            raise ValueError(
+                f"{self.home} has been cut off: {key!r} lacks rows. Call work(), which explains again what is lost"
+            )
+
+    def _cut_off(self, layout: Layout, batch: tuple[int, ...]) -> dict[NestedKey, int]:
+        """The entries whose files are too short, and how long they are to be."""
+        count = int(np.prod(batch, dtype=np.int64))
+        sizes = {
+            key: count * shape.numel() * dtype.itemsize for key, (shape, dtype) in layout.entries.items()
+        }
+        return {key: size for key, size in sizes.items() if self._size(key) < size}
+
+    def _size(self, key: NestedKey) -> int:
+        with self._opened(key, os.O_RDONLY) as handle:
+            return os.fstat(handle).st_size
+
+    def _rows_here(self) -> Path | None:
+        # The rows may get their name at any moment.
+        return next((there for there in (self.rows, self.unfinished, self.rows) if there.is_dir()), None)
+
+    def _make_rows(self, layout: Layout, batch: tuple[int, ...]) -> bool:
+        """Make rows, and whether no other worker had done so."""
         size = layout.row_bytes * int(np.prod(batch, dtype=np.int64))
         free = shutil.disk_usage(self.home).free
         if size > free:
@@ -148,11 +168,23 @@ class JobFolder:
         empty = TensorDict({}, batch_size=batch)
         for key, (shape, dtype) in layout.entries.items():
             empty.set(key, torch.zeros((), dtype=dtype).expand((*batch, *shape)))
-        empty.memmap_like(new)
-        with suppress(OSError):  # another worker was first
-            os.rename(new, self.unfinished)
-        shutil.rmtree(new, ignore_errors=True)
-        return self.place_rows(layout, batch)
+        try:
+            empty.memmap_like(new)
+            with suppress(OSError):  # another was first
+                os.rename(new, self.unfinished)
+                self._drop_unneeded()
+                return not self.rows.is_dir()
+        except (FileNotFoundError, RuntimeError):  # swept away by others, who have done all meanwhile
+            if self._rows_here() is None:
+                raise
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        return False
+
+    def _drop_unneeded(self) -> None:
+        """Remove rows that a worker made too late, when all were done and had their name."""
+        if self.rows.is_dir() and self.unfinished.is_dir():
+            shutil.rmtree(self.unfinished, ignore_errors=True)
 
     def write_rows(self, first: int, found: Mapping[NestedKey, Tensor]) -> None:
         """Write rows at their place, and wait until they are on the disk.
@@ -163,7 +195,7 @@ class JobFolder:
         """
         for key, value in found.items():
             with self._opened(key, os.O_WRONLY) as handle:
-                data = memoryview(_bytes(value))
+                data = memoryview(bytes_of(value))
                 at = first * (len(data) // max(1, len(value)))
                 while data:
                     count = os.pwrite(handle, data, at)
@@ -182,6 +214,13 @@ class JobFolder:
             found[key] = value.view(dtype).reshape(count, *shape)
         return found
 
+    def keys_of_rows(self) -> dict[str, NestedKey]:
+        """The keys of the files of rows, by their names in the manifest."""
+        home = self._rows_here()
+        files = [] if home is None else [path.relative_to(home) for path in home.rglob("*.memmap")]
+        keys = [tuple(unquote(part) for part in path.with_suffix("").parts) for path in files]
+        return {name_of(key): unravel_key(key) for key in keys}
+
     def sync_rows(self, layout: Layout) -> None:
         """Wait until what was written of rows is on the disk."""
         for key in layout.entries:
@@ -189,12 +228,23 @@ class JobFolder:
                 os.fsync(handle)
 
     def finish_rows(self) -> None:
-        """Give the rows their name, as all of them are there."""
-        with suppress(FileNotFoundError, OSError):
+        """Give the rows their name, as all of them are there, and sweep away what killed workers left."""
+        with suppress(OSError):
             if not self.rows.is_dir():
                 os.rename(self.unfinished, self.rows)
-        for left in self.home.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+                _sync_folder(self.home)
+        self._drop_unneeded()
+        for left in self.home.glob(f"{_TEMPORARY}*"):  # whoever is writing one writes it again
+            with suppress(OSError):  # a folder that may only be read
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+    def reopen(self, units: Iterable[int]) -> None:
+        """Count chunks as not done, and the rows as unfinished."""
+        for unit in units:
+            (self.done / f"{unit:09d}.json").unlink(missing_ok=True)
+        with suppress(OSError):
+            if not self.unfinished.is_dir():
+                os.rename(self.rows, self.unfinished)
 
     def write_part(self, unit: int, parts: Mapping[str, Part]) -> None:
         """Write what reducers know of a chunk."""
@@ -208,38 +258,34 @@ class JobFolder:
     def read_part(self, unit: int) -> dict[str, Part]:
         """What reducers know of a chunk."""
         found: dict[str, Part] = {}
-        with np.load(self.parts / f"{unit:09d}.npz", allow_pickle=False) as arrays:
-            for entry in arrays.files:
-                name, _, what = entry.rpartition("/")
-                found.setdefault(name, {})[what] = torch.from_numpy(arrays[entry])
+        path = self.parts / f"{unit:09d}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                for entry in arrays.files:
+                    name, _, what = entry.rpartition("/")
+                    found.setdefault(name, {})[what] = torch.from_numpy(arrays[entry])
+        except _CUT_OFF as error:
+            raise ValueError(f"{path} is not as it was written: {_MEND}") from error
         return found
 
     def write_block(self, unit: int, found: Mapping[NestedKey, Tensor]) -> None:
         """Write the rows of a chunk as a compressed block: a bit for each value that is not zero, and those values."""
         self.blocks.mkdir(exist_ok=True)
-        parts = []
-        for value in found.values():
-            raw = np.frombuffer(_bytes(value), dtype=f"u{value.element_size()}")
-            there = raw != 0  # a negative zero is not lost
-            parts += [np.packbits(there).tobytes(), raw[there].tobytes()]
-        sizes = np.array([len(part) for part in parts], dtype=np.int64).tobytes()
-        self._put(self.blocks / f"{unit:09d}.z", zlib.compress(sizes + b"".join(parts), 1))
+        self._put(self.blocks / f"{unit:09d}.z", packed(found))
 
     def read_block(self, unit: int, count: int, layout: Layout) -> dict[NestedKey, Tensor]:
         """The rows of a compressed block, ``[count, ...]`` by key."""
-        data = zlib.decompress((self.blocks / f"{unit:09d}.z").read_bytes())
-        entries = len(layout.entries)
-        sizes = np.frombuffer(data, dtype=np.int64, count=2 * entries)
-        ends = np.cumsum([8 * len(sizes), *sizes]).tolist()
-        pieces = [data[begin:end] for begin, end in pairwise(ends)]
-        found: dict[NestedKey, Tensor] = {}
-        for i, (key, (shape, dtype)) in enumerate(layout.entries.items()):
-            number = count * shape.numel()
-            there = np.unpackbits(np.frombuffer(pieces[2 * i], dtype=np.uint8), count=number).astype(bool)
-            raw = np.zeros(number, dtype=f"u{dtype.itemsize}")
-            raw[there] = np.frombuffer(pieces[2 * i + 1], dtype=raw.dtype)
-            found[key] = torch.from_numpy(raw.view(np.uint8)).view(dtype).reshape(count, *shape)
-        return found
+        path = self.blocks / f"{unit:09d}.z"
+        try:
+            return unpacked(path.read_bytes(), count, layout)
+        except (FileNotFoundError, zlib.error) as error:
+            raise ValueError(f"{path} is not as it was written: {_MEND}") from error
+
+    def bring(self, path: Path) -> None:
+        """Copy a part or block of another folder."""
+        home = self.home / path.parent.name
+        home.mkdir(exist_ok=True)
+        self._put(home / path.name, path.read_bytes())
 
     def commit(self, unit: int, told: Mapping[str, Plain]) -> None:
         """Say that all of a chunk is on the disk."""
@@ -257,9 +303,22 @@ class JobFolder:
 
     def told_of(self, unit: int) -> dict[str, Plain]:
         """What was said when a chunk was committed."""
-        found = read_json(self.done / f"{unit:09d}.json")
-        if not isinstance(found, dict):
-            raise ValueError(f"{self.done / f'{unit:09d}.json'} is not as it was written")
+        path = self.done / f"{unit:09d}.json"
+        found = read_json(path)
+        if not isinstance(found, dict) or "crc32" not in found:
+            raise ValueError(f"{path} is not as it was written: {_MEND}")
+        return found
+
+    def torn(self) -> list[int]:
+        """The chunks of which it is said that they are done, but not as a worker says it."""
+        found = []
+        for unit in sorted(self.all_done()):
+            try:
+                self.told_of(unit)
+            except FileNotFoundError:  # another worker has just seen it
+                continue
+            except ValueError:
+                found.append(unit)
         return found
 
     def times(self, units: Iterable[int], most: int) -> list[tuple[int, float]]:
@@ -276,8 +335,7 @@ class JobFolder:
 
     def _opened(self, key: NestedKey, how: int) -> _Handle:
         *above, name = parts_of(key)
-        # The rows may get their name at any moment.
-        for home in (self.unfinished, self.rows, self.unfinished):
+        for home in (self.rows, self.unfinished, self.rows):  # which may get their name at any moment
             folder = home.joinpath(*above)
             with suppress(FileNotFoundError):
                 # Names of files are quoted keys; versions of tensordict differ in what they quote.
@@ -290,14 +348,19 @@ class JobFolder:
 
     def _put(self, path: Path, data: bytes) -> None:
         """A file, whole or not at all."""
-        new = self._temporary()
-        try:
-            self._write(new, data)
-            os.replace(new, path)
-        except BaseException:
-            new.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
+        for _ in range(_TIMES):
+            new = self._temporary()
+            try:
+                self._write(new, data)
+                os.replace(new, path)
+                return _sync_folder(path.parent)
+            except FileNotFoundError:  # swept away by another, who has done all meanwhile
+                if not path.parent.is_dir():
+                    break
+            except BaseException:
+                new.unlink(missing_ok=True)
+                raise
+        raise FileNotFoundError(f"{path} cannot be written: somebody took {path.parent} away")
 
     def _write(self, path: Path, data: bytes) -> None:
         with open(path, "wb") as file:
@@ -319,11 +382,6 @@ class _Handle:
         os.close(self._number)
 
 
-def _bytes(value: Tensor) -> memoryview:
-    dense = value.detach().cpu().contiguous()
-    return dense.reshape(-1).view(torch.uint8).numpy().data if dense.numel() else memoryview(b"")
-
-
 def _sync_folder(folder: Path) -> None:
     with suppress(OSError):  # a system without
         handle = os.open(folder, os.O_RDONLY)
@@ -331,10 +389,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def checksums(
-    entries: Mapping[NestedKey, Tensor], so_far: Mapping[NestedKey, int] | None = None
-) -> dict[NestedKey, int]:
-    """The CRC-32 of rows, by key; that of more rows goes on from that of those before."""
-    return {key: zlib.crc32(_bytes(value), (so_far or {}).get(key, 0)) for key, value in entries.items()}

@@ -117,7 +117,9 @@ def _code(code: types.CodeType) -> str:
 
 
 def _qualified(value: type | types.FunctionType) -> str:
-    return f"{value.__module__}.{value.__qualname__}"
+    # A process that was started to work has the user's script under another name.
+    module = "__main__" if value.__module__ == "__mp_main__" else value.__module__
+    return f"{module}.{value.__qualname__}"
 
 
 def _name(key: object) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from tensordict.utils import NestedKey
@@ -17,7 +20,7 @@ from tdhook.contexts.attribution import Attribution
 from tdhook.contexts.explained import ExplainedModule
 from tdhook.datasets.checkpoints import Checkpoint, tensors_of, weights_of
 from tdhook.datasets.chunks import Chunks
-from tdhook.datasets.claims import Claims, this_worker
+from tdhook.datasets.claims import ClaimFiles, Claims, this_worker
 from tdhook.datasets.explaining import Explaining, Prepare, one_way
 from tdhook.datasets.folder import JobFolder
 from tdhook.datasets.identity import Plain, described, digest_of, module_identity
@@ -26,9 +29,10 @@ from tdhook.datasets.reducers import as_names
 from tdhook.datasets.reducing import Reducer
 from tdhook.datasets.result import Result, Status, Verified
 from tdhook.datasets.rows import Source, as_rows, chosen, rows_identity
+from tdhook.datasets.turns import Turns
 from tdhook.datasets.units import Place
 from tdhook.models.model import InKeys
-from tdhook.models.parallel import unwrapped
+from tdhook.models.parallel import is_elsewhere, unwrapped
 
 __all__ = ["Job"]
 
@@ -70,6 +74,7 @@ class Job:
 
     Raises:
         FileExistsError: the folder holds something else.
+        NotImplementedError: the policy is sharded or offloaded.
         ValueError: it is that of another job: other weights, another method or source; or there are no rows.
     """
 
@@ -112,8 +117,14 @@ class Job:
         self._rows = chosen(as_rows(source), rows)
         if not len(self._rows):
             raise ValueError("the source has no rows to explain")
-        self._threads, self._lease = threads, lease
+        self.threads, self._lease = threads, lease
         module = policy.model.root if isinstance(policy, ExplainedModule) else unwrapped(policy)
+        if is_elsewhere(module):
+            raise NotImplementedError(
+                "weights of the policy are not all in this process (they are sharded or offloaded), and a job gives "
+                "each process rows of its own: load the policy whole, or explain batches by LRP(...).wrap(policy) in "
+                "all of its processes"
+            )
         explaining = Explaining(
             method,
             module,
@@ -158,36 +169,64 @@ class Job:
             OSError: the disk is full, or the folder cannot be written to. What is done stays done.
             ValueError: some rows cannot be explained, and the message says which and why. All others are done.
         """
-        worker = this_worker()
-        claims = Claims(self.folder.claims, worker, self._lease)
-        self.chunks.make_room()
-        note = self.folder.workers / f"{worker.name}.json"
-        self.folder.note(note, {**worker.as_data(), **_machine()})
-        failed: dict[int, Exception] = {}
-        with one_way(self._threads):
-            for unit in self._free(place or Place.here(), claims, failed):
-                try:
-                    if until is not None and until():
-                        break
-                    if self.folder.is_done(unit):
-                        continue
-                    with claims.kept_alive(unit):
-                        self.chunks.do(unit)
-                except OSError:
-                    raise
-                except Exception as error:  # of these rows: others can be explained
-                    failed[unit] = error
-                    continue
-                finally:
-                    claims.release(unit)
-                if on_done is not None:
-                    on_done(unit)
-        if failed:
-            raise next(iter(failed.values()))
+        place = Place.here() if place is None else place
+        with _resumable(self.folder.home), one_way(self.threads):
+            if not self.chunks.make_room():
+                self._lost(self._changed(), "has lost rows")
+            while self._work(place, on_done, until) and (torn := self.folder.torn()):
+                self._lost(torn, "has notes of chunks that are no such notes")
         status = self.status()
         if status.finished:
             self.folder.finish_rows()
         return status
+
+    def _work(
+        self, place: Place, on_done: Callable[[int], object] | None, until: Callable[[], bool] | None
+    ) -> bool:
+        """Explain what is left, and whether nothing is."""
+        worker = this_worker()
+        claims = Claims(ClaimFiles(self.folder.claims, worker.name), worker, self._lease)
+        self.folder.note(self.folder.workers / f"{worker.name}.json", {**worker.as_data(), **_machine()})
+        turns = Turns([*place.order(self.units)], claims, self.folder, random.Random(worker.name))
+        failed: list[Exception] = []
+        while (turn := turns.next()) is not None:
+            if turn.unit is None:
+                if until is not None and until():
+                    return False
+                time.sleep(turn.pause)
+                continue
+            error: Exception | None = None
+            try:
+                if until is not None and until():
+                    return False
+                with claims.kept_alive(turn.unit):
+                    self.chunks.do(turn.unit)
+            except OSError:
+                raise
+            except Exception as raised:  # of these rows: others can be explained
+                error = raised
+                failed.append(raised)
+            finally:
+                claims.release(turn.unit)
+            turns.ended(turn.unit, given_up=error is not None)
+            if error is None and on_done is not None:
+                on_done(turn.unit)
+        if failed:
+            raise failed[0]
+        return True
+
+    def _changed(self) -> tuple[int, ...]:
+        return tuple(unit for unit in sorted(self.folder.all_done()) if not self.chunks.is_as_written(unit))
+
+    def _lost(self, units: Sequence[int], what: str) -> None:
+        """Have chunks explained again, if any are lost."""
+        if not units:
+            return
+        self.folder.reopen(units)
+        warnings.warn(
+            f"{self.folder.home} {what}: {len(units)} of {len(self.units)} chunks are explained again",
+            stacklevel=3,
+        )
 
     def status(self) -> Status:
         """How much is done, and who is at work."""
@@ -204,47 +243,29 @@ class Job:
         """
         return Result.of(self.chunks, partial=partial)
 
-    def verify(self, sample: int | None = None, seed: int = 0) -> Verified:
+    def verify(self, sample: int | None = None, seed: int = 0, *, mend: bool = False) -> Verified:
         """Look whether what lies on the disk is what was written, and explain some of it again.
 
         Args:
             sample: how many chunks, drawn by chance, are explained again; by default none is, and only what was written
                 is compared with what was noted of it.
             seed: of the draw.
+            mend: whether chunks that are not as they were written, or come out otherwise, count as not done from now
+                on, so that :meth:`work` explains them again.
         """
         done = sorted(self.folder.all_done())
-        wrong = [
-            unit for unit in done if self.chunks.checksums(unit) != self.folder.told_of(unit).get("crc32")
-        ]
+        wrong = self._changed()
         again: list[int] = []
         differ: list[int] = []
         if sample:
             chance = torch.Generator().manual_seed(seed)
             drawn = torch.randperm(len(done), generator=chance)[:sample].tolist()
             again = sorted(done[i] for i in drawn)
-            with one_way(self._threads):
+            with one_way(self.threads):
                 differ = [unit for unit in again if not self.chunks.same_again(unit)]
-        return Verified(len(done), tuple(wrong), tuple(again), tuple(differ))
-
-    def _free(self, place: Place, claims: Claims, failed: Mapping[int, object]) -> Iterator[int]:
-        """Chunks that nobody has done and nobody is at work on, each of them claimed; waits for those of others."""
-        done = self.folder.all_done()
-        left = [unit for unit in place.order(self.units) if unit not in done]
-        pause = 0.02
-        while left:
-            others = []
-            for unit in left:
-                if self.folder.is_done(unit):
-                    continue
-                if claims.take(unit):
-                    pause = 0.02
-                    yield unit
-                else:
-                    others.append(unit)
-            left = [unit for unit in others if not self.folder.is_done(unit) and unit not in failed]
-            if left:
-                time.sleep(pause)
-                pause = min(2 * pause, 1.0)
+        if mend and (wrong or differ):
+            self.folder.reopen({*wrong, *differ})
+        return Verified(len(done), wrong, tuple(again), tuple(differ))
 
     def _manifest(self, told: Explaining, which: Plain) -> dict[str, Plain]:
         return {
@@ -271,9 +292,24 @@ class Job:
             "keep": described(self.keep),
             "reduce": described(list(self.reducers.values())),
             "seed": told.seed,
-            "threads": self._threads,
+            "threads": self.threads,
             "versions": {name: _version(name) for name in ("torch", "tensordict")},
         }
+
+
+@contextmanager
+def _resumable(home: Path) -> Iterator[None]:
+    """Have errors of the system say what they mean for the job."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = "" if error.filename is None else f" ({error.filename})"
+        raise type(error)(
+            error.errno,
+            f"{error.strerror}{where}: the work on {home} has stopped. What is done stays done; begin again to go on",
+        ) from error
 
 
 def _chosen_identity(rows: slice | range | Sequence[int] | Tensor | None) -> Plain:

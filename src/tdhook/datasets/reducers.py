@@ -26,17 +26,18 @@ class Moments(Reducer):
     """
 
     def part(self, piece: Piece) -> Part:
-        values = self.of(piece).double().cpu()
+        values = self.of(piece).to(torch.float64, copy=True)
         groups, place = groups_of(labels_of(self.by, piece))
         shape = (len(groups), *values.shape[1:])
         where = place.reshape(-1, *(1,) * (values.dim() - 1)).expand_as(values)
         count = torch.bincount(place, minlength=len(groups))
         by_row = count.reshape(-1, *(1,) * (values.dim() - 1)).double()
         mean = values.new_zeros(shape).scatter_add_(0, where, values) / by_row
-        apart = values.new_zeros(shape).scatter_add_(0, where, (values - mean[place]) ** 2)
-        absolute = values.new_zeros(shape).scatter_add_(0, where, values.abs()) / by_row
         least = values.new_full(shape, torch.inf).scatter_reduce_(0, where, values, "amin")
         most = values.new_full(shape, -torch.inf).scatter_reduce_(0, where, values, "amax")
+        absolute = values.new_zeros(shape).scatter_add_(0, where, values.abs()) / by_row
+        deviations = values.sub_(mean[place]).square_()  # in place of the values: rows may be large
+        apart = values.new_zeros(shape).scatter_add_(0, where, deviations)
         return {
             "group": groups,
             "count": count,

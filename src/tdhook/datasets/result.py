@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.datasets.chunks import Chunks
-from tdhook.datasets.claims import Claims, this_worker
-from tdhook.datasets.folder import JobFolder, Layout
+from tdhook.datasets.claims import ClaimFiles, Claims, this_worker
+from tdhook.datasets.folder import JobFolder
+from tdhook.datasets.layout import Layout
 from tdhook.datasets.reducing import Reducer
 from tdhook.datasets.units import Units
 from tdhook.rl.saved import load
@@ -61,15 +63,17 @@ class Status:
         done = folder.all_done()
         spans = {unit: units.span(unit) for unit in done}
         rows = sum(end - begin for begin, end in spans.values())
-        claims = Claims(folder.claims, this_worker(), 60.0)
-        held = [unit for unit in claims.held() if unit not in done]
+        worker = this_worker()
+        claims = Claims(ClaimFiles(folder.claims, worker.name), worker, math.inf)
+        held = claims.held() - done
         gone = sum(claims.is_stale(unit) for unit in held)
         lately = folder.times(done, 256)
         rate = 0.0
         if len(lately) > 1:
             (first, begun), (_, last) = lately[0], lately[-1]
             between = sum(spans[unit][1] - spans[unit][0] for unit, _ in lately if unit != first)
-            rate = between / max(1e-9, max(last, time.time()) - begun)
+            now = last if len(done) == len(units) else max(last, time.time())
+            rate = between / max(1e-9, now - begun)
         return cls(rows, units.rows * units.checkpoints, len(done), len(units), len(held) - gone, gone, rate)
 
 
@@ -79,7 +83,7 @@ class Verified:
 
     Attributes:
         chunks: how many chunks were read.
-        changed: those whose bytes are not those that were written.
+        changed: those whose bytes are not those that were written, or that are gone.
         again: those that were explained again.
         differ: of these, those that came out otherwise.
     """
@@ -181,6 +185,8 @@ class Result:
             )
         if len(there) == len(units):
             folder.finish_rows()
+        if chunks.maps_rows and there:
+            folder.check_rows(chunks.layout, chunks.batch)
         done = torch.zeros(units.checkpoints * units.rows, dtype=torch.bool)
         for unit in there:
             begin, end = units.span(unit)

@@ -20,7 +20,7 @@ from tdhook.files import read_json
 from tdhook.keys import parts_of
 from tdhook.rl.saved import load
 
-__all__ = ["Rows", "Saved", "Source", "as_rows", "chosen", "rows_identity"]
+__all__ = ["InMemory", "Rows", "Saved", "Source", "as_rows", "chosen", "rows_identity"]
 
 _STORAGE, _FILLED = "storage", "storage_metadata.json"
 _LOOKED_AT = 64
@@ -83,19 +83,19 @@ def _filled(folder: Path, shape: torch.Size) -> int:
     return count // max(1, shape[1:].numel())
 
 
-class _InMemory:
-    """Rows of a TensorDict."""
+class InMemory:
+    """Rows of a TensorDict, ``[rows, ...]``."""
 
     def __init__(self, td: TensorDictBase) -> None:
         if not td.batch_size:
             raise ValueError("the source is a TensorDict without a batch axis, which has no rows")
-        self._td = td
+        self.td = td
 
     def __len__(self) -> int:
-        return int(self._td.batch_size[0])
+        return int(self.td.batch_size[0])
 
     def read(self, begin: int, end: int) -> TensorDictBase:
-        return self._td[begin:end]
+        return self.td[begin:end]
 
 
 class _Indexed:
@@ -151,11 +151,11 @@ def as_rows(source: Source) -> Rows:
     if isinstance(source, str | os.PathLike):
         return Saved(source)
     if isinstance(source, TensorDictBase):
-        return _InMemory(source)
+        return InMemory(source)
     if isinstance(source, Rows):
         return source
     if isinstance(storage, TensorDictBase):  # a storage of torchrl
-        return _InMemory(storage[: _count_of(source, storage)])
+        return InMemory(storage[: _count_of(source, storage)])
     if storage is not None:  # a buffer: of its storage
         return as_rows(storage)
     if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
@@ -204,7 +204,7 @@ def rows_identity(rows: Rows) -> dict[str, Plain]:
     looked_at = (
         sorted({round(i * (count - 1) / (_LOOKED_AT - 1)) for i in range(_LOOKED_AT)}) if count else []
     )
-    samples = [rows.read(i, i + 1) for i in looked_at]
+    samples = [rows.read(i, i + 1).clone() for i in looked_at]  # a copy: what is mapped around it is not held
     first = samples[0] if samples else rows.read(0, 0)
     entries: dict[str, Plain] = {}
     for key in sorted(_tensors(first), key=parts_of):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 __all__ = ["Place", "Units"]
 
@@ -54,30 +55,42 @@ class Place:
     Attributes:
         rank: its number.
         world: how many there are.
+        alone: whether it sees to its own part only, the ``rank``-th of ``world``: others write to other folders.
+        start: where in its part it begins, as a fraction of it.
     """
 
     rank: int = 0
     world: int = 1
+    alone: bool = False
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise ValueError(f"a place is the rank-th of world, from 0 on: got {self.rank} of {self.world}")
 
     @classmethod
     def here(cls, environment: Mapping[str, str] | None = None) -> Place:
         """What the launcher of this process says: torchrun, a Slurm array, tasks of Slurm or MPI; else it is alone."""
         given = os.environ if environment is None else environment
         for rank, world, first in _LAUNCHERS:
-            try:
-                place = cls(int(given[rank]) - int(given.get(first, "0")), int(given[world]))
-            except (KeyError, ValueError):
-                continue
-            if 0 <= place.rank < place.world:
-                return place
+            with suppress(KeyError, ValueError):
+                return cls(int(given[rank]) - int(given.get(first, "0")), int(given[world]))
         return cls()
 
+    def among(self, worker: int, workers: int) -> Place:
+        """The place of one of several workers that share this place."""
+        if self.alone:
+            return replace(self, start=worker / workers)
+        return Place(self.rank * workers + worker, self.world * workers)
+
     def order(self, units: Units) -> Iterator[int]:
-        """All units, from that of this worker on, and around."""
+        """All units that a worker here sees to, from that where it begins on, and around."""
         count = len(units)
-        begin = count * self.rank // self.world
-        for i in range(count):
-            yield (begin + i) % count
+        begin, end = (count * place // self.world for place in (self.rank, self.rank + 1))
+        here = range(begin, end) if self.alone else range(begin, begin + count)
+        first = int(len(here) * self.start)
+        for i in range(len(here)):
+            yield here[(first + i) % len(here)] % count
 
 
 _LAUNCHERS = (
