@@ -77,9 +77,9 @@ def summary_html(view: View, shown: Sequence[int]) -> str:
     lines = []
     for row in shown:
         cells = [*(summary.by_action[action, row].item() for action in taken), summary.mean[row].item()]
-        signed = "".join(f'<td data-value="{cell!r}">{signed(cell)}</td>' for cell in cells)
+        shown_cells = "".join(f'<td data-value="{cell!r}">{signed(cell)}</td>' for cell in cells)
         size = f"<td>{number(summary.magnitude[row].item())}</td>"
-        lines.append(f'<tr><th scope="row">{text_html(view.rows[row])}</th>{signed}{size}</tr>')
+        lines.append(f'<tr><th scope="row">{text_html(view.rows[row])}</th>{shown_cells}{size}</tr>')
     head = "".join(
         f'<th scope="col">{head}</th>' for head in ("feature", *heads, "all steps", "mean |relevance|")
     )
