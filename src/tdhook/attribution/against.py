@@ -53,7 +53,7 @@ def explain_difference(
     found, values, accounts = Means(references.spread), Means(), Means()
     drawn = references.of(run.independent_sources()[0], run.batch_dims(sources), runner.td)
     beside = _Runs(runner, run, ready, plan, references)
-    for number, one in enumerate(drawn):
+    for one in drawn:
         there = beside.on(one)
         grads = _seeds(seeds, there, plan)
         if references.values:
@@ -66,8 +66,7 @@ def explain_difference(
         if ledger is not None:
             counterparts = _counterparts(run, there, seeds, sources)
             accounts.add(balance(ledger, run, grads, sources, plan.flow, counterparts))
-        last = number == len(drawn) - 1
-        pulled = run.pull(grads, sources, keep=ledger is not None or not last)
+        pulled = run.pull(grads, sources, keep=ledger is not None)
         shares = {}
         for key, value in pulled.items():
             start = there.sources.get(key, ends[key])

@@ -122,6 +122,8 @@ class ExplainedModule(TensorDictModuleBase):
             self.explain,
             self.reads,
             lambda: self._method.reads_signs(self._state),
+            lambda: self._method.way(self._state),
+            self._method,
             self._method.compile,
         )
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias, cast
+from typing import TypeAlias, TypeVar, cast
 
 import torch
 from tensordict import TensorDictBase
@@ -69,7 +69,8 @@ class References:
             raise ValueError(f"samples is how many references are drawn, at least one, got {samples!r}")
         if spread and samples == 1:
             raise ValueError("one reference has no spread: draw several, by samples")
-        self.baseline, self.samples, self.data, self.seed = baseline, samples, data, seed
+        self.baseline: Baseline = dict(baseline) if isinstance(baseline, Mapping) else baseline
+        self.samples, self.data, self.seed = samples, data, seed
         self.values, self.spread = values, spread
         if samples > 1 and not self._asks("sample"):
             raise ValueError(f'samples={samples} are drawn of data: give baseline="sample"')
@@ -103,11 +104,10 @@ class References:
             KeyError: something is named that is not there.
             ValueError: a baseline does not fit.
         """
-        chance = torch.Generator().manual_seed(self.seed)
         found = []
         keys = {_plain(key): key for key in values}
         for number in range(self.samples):
-            drawn, chosen = Drawn(), _Chosen(chance)
+            drawn, chosen = Drawn(), _Chosen(self.seed, number)
             for name, given in self._named(list(keys), td, number).items():
                 if name in keys:
                     key = keys[name]
@@ -159,7 +159,6 @@ class References:
             References to entries; the batch with those that are known; and what adds those that are drawn to a part.
         """
         named = self._named([_plain(key) for key in keys], td, 0)
-        chance = torch.Generator().manual_seed(self.seed)
         given: dict[NestedKey, OneBaseline] = {}
         drawn: dict[NestedKey, Tensor] = {}
         td = td.copy()
@@ -174,13 +173,14 @@ class References:
             else:
                 if isinstance(one, str) and one == "mean":
                     one = _mean(self._source(key, value, td.batch_dims, valid))
-                made = self._made(one, key, value, td.batch_dims, td, _Chosen(chance))
+                made = self._made(one, key, value, td.batch_dims, td, _Chosen(self.seed, 0))
                 put(td, (_GIVEN, *parts_of(key)), made, key)
                 given[key] = (_GIVEN,)
         for number in range(self.samples if drawn else 0):
-            chosen = _Chosen(chance)
+            chosen = _Chosen(self.seed, number)
             for count in {len(source) for source in drawn.values()}:
-                td.set((_GIVEN, f"{number}", f"of {count}"), chosen(count, td.numel()).reshape(td.batch_size))
+                rows = chosen(count, td.numel(), td.device)
+                td.set((_GIVEN, f"{number}", f"of {count}"), rows.reshape(td.batch_size))
         return _Settled(self, given, tuple(drawn)), td, partial(_fill, drawn, self.samples)
 
     def _source(self, key: NestedKey, value: Tensor, dims: int, valid: Tensor | None) -> Tensor:
@@ -227,9 +227,8 @@ class References:
             if given == PREVIOUS:
                 return _laid_out_as(value, fitting(step_before(key, value, td), key, value))
             source = self._source(key, value, dims, None)
-            made = (
-                _mean(source) if given == "mean" else source[chosen(len(source), len(rows)).to(source.device)]
-            )
+            drawn = given == "sample"
+            made = source[chosen(len(source), len(rows), source.device)] if drawn else _mean(source)
         else:
             made = given(rows) if callable(given) else torch.as_tensor(given)
             if made.dim() > 1 and made.shape == value.shape:
@@ -283,17 +282,33 @@ class _Settled(References):
 
 
 class _Chosen:
-    """The rows that one reference is made of, the same for all keys."""
+    """The rows that one reference is made of, the same for all keys.
 
-    def __init__(self, chance: torch.Generator) -> None:
-        self._chance = chance
-        self._found: dict[tuple[int, int], Tensor] = {}
+    They follow from the seed by arithmetic alone, so that a compiled graph draws the same in each of its calls.
 
-    def __call__(self, among: int, count: int) -> Tensor:
+    Args:
+        seed: of all references.
+        number: which of these it is.
+    """
+
+    def __init__(self, seed: int, number: int) -> None:
+        self._start = _scattered(_scattered(seed & _BITS) ^ (number & _BITS))
+
+    def __call__(self, among: int, count: int, device: torch.device | None) -> Tensor:
         """``count`` numbers of rows among so many, ``[count]``."""
-        if (among, count) not in self._found:
-            self._found[among, count] = torch.randint(among, (count,), generator=self._chance)
-        return self._found[among, count]
+        return _scattered(_scattered(torch.arange(count, device=device)) ^ self._start) % among
+
+
+_BITS = 0x7FFFFFFF
+_N = TypeVar("_N", int, Tensor)
+
+
+def _scattered(x: _N) -> _N:
+    """One of 31 bits for another, so that close ones are far apart."""
+    x = x + 0x1E3779B9
+    for factor in (0x2C1B3C6D, 0x297A2D39, 0x5D588B65):  # each product fits into 64 bits
+        x = ((x ^ (x >> 15)) * factor) & _BITS
+    return x ^ (x >> 16)
 
 
 def _fill(drawn: Mapping[NestedKey, Tensor], samples: int, part: TensorDictBase) -> TensorDictBase:
