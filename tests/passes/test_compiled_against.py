@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_models import FEATURES, RULES, Residual, compiled, dense, image, observation, some
+from compiled_models import FEATURES, RULES, compiled, dense, image, observation, some
 from tensordict import TensorDict
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend

@@ -229,7 +229,7 @@ class LRP(Attribution):
         """Rules that treat contributions by their sign skip terms."""
         return any(row.rule is not None and row.rule.needs_sign for row in state.plan.rows)
 
-    def way(self, state: Ready) -> str:
+    def learnt(self, state: Ready) -> str:
         """How far decisions are held on a reference."""
         reference = state.plan.reference
         return "" if reference is None else f"decided {reference.decided}"

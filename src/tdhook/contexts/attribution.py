@@ -183,7 +183,7 @@ class Attribution(ABC):
         """Whether it spares work to know that no input is negative."""
         return False
 
-    def way(self, state: Any) -> str:
+    def learnt(self, state: Any) -> str:
         """What was seen in earlier calls that later ones depend on, in words."""
         return ""
 

@@ -64,7 +64,7 @@ def run(graphs: Graphs, td: TensorDictBase) -> dict[NestedKey, Any]:
         graphs.function = _compiled(graphs.options or {})
     try:
         signs = _nonnegative(graphs, keys, values)
-        written, changed, holds = _called(graphs, str(td.batch_dims), graphs.way(), signs, keys, values)
+        written, changed, holds = _called(graphs, str(td.batch_dims), graphs.learnt(), signs, keys, values)
     except Exception as error:
         eagerly = graphs.explain(td)  # raises where the call is at fault
         _give_up(graphs, error)
@@ -166,7 +166,7 @@ def _is_inference(value: Tensor) -> bool:
 def _graph(
     graphs: Graphs,
     axes: str,
-    way: str,
+    learnt: str,
     nonnegative: tuple[NestedKey, ...],
     keys: tuple[NestedKey, ...],
     values: list[Tensor],
@@ -178,7 +178,7 @@ def _graph(
     state = [registry[name] for registry, name in graphs.slots]
     state += [registry[name] for registry, name in graphs.held]
     modes = [attributes[name] for attributes, name in graphs.modes]
-    return _explain(graphs.name, modes, axes, way, nonnegative, keys, state, values)
+    return _explain(graphs.name, modes, axes, learnt, nonnegative, keys, state, values)
 
 
 @nonstrict
@@ -186,7 +186,7 @@ def _explain(
     name: str,
     modes: Sequence[bool],
     axes: str,
-    way: str,
+    learnt: str,
     nonnegative: Sequence[NestedKey],
     keys: Sequence[NestedKey],
     state: Sequence[Tensor],

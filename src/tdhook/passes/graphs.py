@@ -47,7 +47,7 @@ class Graphs:
         explain: what a call writes into a TensorDict, operation by operation.
         reads: the entries of a TensorDict that a call depends on.
         reads_signs: whether it spares work to know that no input is negative.
-        way: what else a graph depends on, in words.
+        learnt: what was seen in earlier calls that a graph depends on, in words.
         method: what explains it, which may hold tensors of its own.
         options: those of ``torch.compile``; ``None`` to make no graph unless inside somebody else's.
 
@@ -70,12 +70,12 @@ class Graphs:
         explain: Callable[[TensorDictBase], dict[NestedKey, Any]],
         reads: Callable[[TensorDictBase], list[NestedKey]],
         reads_signs: Callable[[], bool],
-        way: Callable[[], str],
+        learnt: Callable[[], str],
         method: object,
         options: dict[str, Any] | None,
     ) -> None:
-        self.root, self.explain, self.reads, self.reads_signs = root, explain, reads, reads_signs
-        self.way = way
+        self.root, self.explain, self.reads = root, explain, reads
+        self.reads_signs, self.learnt = reads_signs, learnt
         self.name = f"explained module {next(_NUMBERS)}"
         _NAMED[self.name] = self
         modules = modules_of(root).values()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias, TypeVar, cast
+from typing import TypeAlias, cast
 
 import torch
 from tensordict import TensorDictBase
@@ -190,7 +191,7 @@ class References:
             return self._rows(key, rows)
         if valid is not None:
             rows = rows[valid.reshape(-1).to(rows.device)]
-        if len(rows) == 1:
+        if rows.shape[0] == 1:
             raise ValueError(
                 f"the mean or a sample of the batch is {key!r} itself where the batch has one element, and nothing "
                 'would differ: say what it is compared with, baseline=References("mean", data=...)'
@@ -228,7 +229,7 @@ class References:
                 return _laid_out_as(value, fitting(step_before(key, value, td), key, value))
             source = self._source(key, value, dims, None)
             drawn = given == "sample"
-            made = source[chosen(len(source), len(rows), source.device)] if drawn else _mean(source)
+            made = source[chosen(source.shape[0], rows.shape[0], source.device)] if drawn else _mean(source)
         else:
             made = given(rows) if callable(given) else torch.as_tensor(given)
             if made.dim() > 1 and made.shape == value.shape:
@@ -284,7 +285,8 @@ class _Settled(References):
 class _Chosen:
     """The rows that one reference is made of, the same for all keys.
 
-    They follow from the seed by arithmetic alone, so that a compiled graph draws the same in each of its calls.
+    They follow from the seed by arithmetic alone (Carter and Wegman 1979), so that a compiled graph draws the same in
+    each of its calls.
 
     Args:
         seed: of all references.
@@ -292,23 +294,17 @@ class _Chosen:
     """
 
     def __init__(self, seed: int, number: int) -> None:
-        self._start = _scattered(_scattered(seed & _BITS) ^ (number & _BITS))
+        chance = random.Random(f"{seed} {number}")
+        self._factors = [chance.randrange(1, _PRIME) for _ in range(3)]
 
     def __call__(self, among: int, count: int, device: torch.device | None) -> Tensor:
         """``count`` numbers of rows among so many, ``[count]``."""
-        return _scattered(_scattered(torch.arange(count, device=device)) ^ self._start) % among
+        at = torch.arange(count, device=device)
+        square, linear, start = self._factors
+        return ((square * at + linear) % _PRIME * at + start) % _PRIME % among
 
 
-_BITS = 0x7FFFFFFF
-_N = TypeVar("_N", int, Tensor)
-
-
-def _scattered(x: _N) -> _N:
-    """One of 31 bits for another, so that close ones are far apart."""
-    x = x + 0x1E3779B9
-    for factor in (0x2C1B3C6D, 0x297A2D39, 0x5D588B65):  # each product fits into 64 bits
-        x = ((x ^ (x >> 15)) * factor) & _BITS
-    return x ^ (x >> 16)
+_PRIME = 2**31 - 1
 
 
 def _fill(drawn: Mapping[NestedKey, Tensor], samples: int, part: TensorDictBase) -> TensorDictBase:
