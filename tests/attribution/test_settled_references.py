@@ -73,6 +73,29 @@ def test_the_spread_is_that_of_single_references(target):
     torch.testing.assert_close(found["spread", "input"], torch.stack(single).std(0))
 
 
+@pytest.mark.parametrize("target", [Target("output", 0), Target("output", "all")])
+def test_the_report_of_several_references_is_on_their_mean(target):
+    def entries(baseline):
+        explained = LRP("epsilon_plus", target=target, baseline=baseline, ledger=True).wrap(net)
+        explained(td.clone())
+        report = explained.report()
+        return explained._state.ledger.summary(), report.title
+
+    net, td, rows = model(), batch(6), batch(50)
+    mean, title = entries(References("sample", samples=4, data=rows))
+    assert title == "Where relevance went, on the mean over 4 references"
+    single = []
+    for number in range(4):
+        one, title = entries(rows["input"][chosen(0, number, 50, 6)])
+        assert title == "Where relevance went"
+        single.append(one)
+    for i, entry in enumerate(mean):
+        for column in ("arrived", "left", "stabiliser", "gap"):
+            each = [one[i].gap if column == "gap" else one[i].of(column) for one in single]
+            found = entry.gap if column == "gap" else entry.of(column)
+            torch.testing.assert_close(found, torch.stack(each).mean(0))
+
+
 def test_the_ledger_of_several_references_is_their_mean():
     drawn = References("sample", samples=5, values=True)
     td = method(drawn, ledger=True).wrap(model())(batch(7))
