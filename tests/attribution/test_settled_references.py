@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -41,6 +43,20 @@ def test_the_value_of_an_output_that_no_target_named_is_known_after_a_call():
     assert ("reference", "output") in explained.out_keys
 
 
+def chosen(seed, number, among, count):
+    """The rows that are drawn: a random polynomial, modulo a prime."""
+    chance = random.Random(f"{seed} {number}")
+    a, b, c = (chance.randrange(1, 2**31 - 1) for _ in range(3))
+    return torch.tensor([(a * i * i + b * i + c) % (2**31 - 1) % among for i in range(count)])
+
+
+def test_rows_are_drawn_evenly():
+    found = torch.stack([chosen(seed, number, 10, 50) for seed in range(20) for number in range(10)])
+    counts = torch.bincount(found.flatten(), minlength=10)
+    assert (counts - 1000).abs().max() < 120  # four standard deviations
+    assert (found[1:] == found[:-1]).float().mean() < 0.12
+
+
 @pytest.mark.parametrize("target", [Target("output", 0), Target("output", "all")])
 def test_the_spread_is_that_of_single_references(target):
     net, td, rows = model(), batch(2, 3), batch(50)
@@ -48,14 +64,36 @@ def test_the_spread_is_that_of_single_references(target):
     explained = LRP("deeplift", target=target, baseline=drawn).wrap(net)
     assert ("spread", "input") in explained.out_keys
     found = explained(td.clone())
-    chance = torch.Generator().manual_seed(0)
     single = []
-    for _ in range(6):
-        index = torch.randint(50, (6,), generator=chance)
+    for number in range(6):
+        index = chosen(0, number, 50, 6)
         one = LRP("deeplift", target=target, baseline=rows["input"][index].reshape(2, 3, 3)).wrap(net)
         single.append(one(td.clone())["attr", "input"])
     torch.testing.assert_close(found["attr", "input"], torch.stack(single).mean(0))
     torch.testing.assert_close(found["spread", "input"], torch.stack(single).std(0))
+
+
+@pytest.mark.parametrize("target", [Target("output", 0), Target("output", "all")])
+def test_the_report_of_several_references_is_on_their_mean(target):
+    def entries(baseline):
+        explained = LRP("epsilon_plus", target=target, baseline=baseline, ledger=True).wrap(net)
+        explained(td.clone())
+        report = explained.report()
+        return explained._state.ledger.summary(), report.title
+
+    net, td, rows = model(), batch(6), batch(50)
+    mean, title = entries(References("sample", samples=4, data=rows))
+    assert title == "Where relevance went, on the mean over 4 references"
+    single = []
+    for number in range(4):
+        one, title = entries(rows["input"][chosen(0, number, 50, 6)])
+        assert title == "Where relevance went"
+        single.append(one)
+    for i, entry in enumerate(mean):
+        for column in ("arrived", "left", "stabiliser", "gap"):
+            each = [one[i].gap if column == "gap" else one[i].of(column) for one in single]
+            found = entry.gap if column == "gap" else entry.of(column)
+            torch.testing.assert_close(found, torch.stack(each).mean(0))
 
 
 def test_the_ledger_of_several_references_is_their_mean():

@@ -17,6 +17,7 @@ from tdhook.passes.forward import Run
 from tdhook.passes.runner import Runner
 from tdhook.perturbing.references import Drawn, References
 from tdhook.relevance.ledger.balance import balance
+from tdhook.relevance.ledger.ledger import Entry
 from tdhook.relevance.plans.beside import Beside
 from tdhook.relevance.plans.plan import Plan
 from tdhook.relevance.plans.rehearsal import Ready
@@ -50,10 +51,12 @@ def explain_difference(
     ledger = ready.ledger
     sources, seeds = run.sources(), run.seeds(seeder)
     ends = {key: x.detach() for key, x in sources.items()}
-    found, values, accounts = Means(references.spread), Means(), Means()
+    found, values, sums = Means(references.spread), Means(), Means()
+    accounts: list[list[Entry]] = []
+    per_element = True
     drawn = references.of(run.independent_sources()[0], run.batch_dims(sources), runner.td)
     beside = _Runs(runner, run, ready, plan, references)
-    for number, one in enumerate(drawn):
+    for one in drawn:
         there = beside.on(one)
         grads = _seeds(seeds, there, plan)
         if references.values:
@@ -65,15 +68,19 @@ def explain_difference(
             )
         if ledger is not None:
             counterparts = _counterparts(run, there, seeds, sources)
-            accounts.add(balance(ledger, run, grads, sources, plan.flow, counterparts))
-        last = number == len(drawn) - 1
-        pulled = run.pull(grads, sources, keep=ledger is not None or not last)
+            sums.add(balance(ledger, run, grads, sources, plan.flow, counterparts))
+            accounts.append(ledger.accounts())
+            per_element = per_element and ledger.per_element
+        pulled = run.pull(grads, sources, keep=ledger is not None)
         shares = {}
         for key, value in pulled.items():
             start = there.sources.get(key, ends[key])
             shares[key] = plan.relevance(difference(ends[key], start.detach()), value)
         found.add(shares)
-    runner.beside.update(accounts.mean)
+    if ledger is not None:
+        ledger.close_on(accounts)
+        ledger.per_element = per_element
+    runner.beside.update(sums.mean)
     runner.beside.update({under(REFERENCE, key): value for key, value in values.mean.items()})
     for key, value in found.deviations().items():
         runner.beside[under(SPREAD, key)] = run.in_batch_shape(key, value, sources[key])

@@ -242,6 +242,11 @@ class LRP(Attribution):
         """Rules that treat contributions by their sign skip terms."""
         return any(row.rule is not None and row.rule.needs_sign for row in state.plan.rows)
 
+    def learnt(self, state: Ready) -> str:
+        """How far decisions are held on a reference."""
+        reference = state.plan.reference
+        return "" if reference is None else f"decided {reference.decided}"
+
     def report(self, state: Ready) -> Table:
         """The ledger of the last call as a table for ``rich.print``: one row per module or operation at each place.
 

@@ -192,6 +192,10 @@ class Attribution(ABC):
         """Whether it spares work to know that no input is negative."""
         return False
 
+    def learnt(self, state: Any) -> str:
+        """What was seen in earlier calls that later ones depend on, in words."""
+        return ""
+
     def report(self, state: Any) -> Any:
         """The accounts of the last call, as a table.
 

@@ -61,6 +61,9 @@ class Explaining(Protocol):
     def reads_signs(self, state: Any) -> bool:
         """Whether it spares work to know that no input is negative."""
 
+    def learnt(self, state: Any) -> str:
+        """What was seen in earlier calls that later ones depend on, in words."""
+
     def report(self, state: Any) -> Any:
         """The accounts of the last call, as a table."""
 
@@ -126,6 +129,8 @@ class ExplainedModule(TensorDictModuleBase):
             self.explain,
             self.reads,
             lambda: self._method.reads_signs(self._state),
+            lambda: self._method.learnt(self._state),
+            self._method,
             self._method.compile,
         )
 

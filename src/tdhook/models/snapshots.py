@@ -302,8 +302,8 @@ def _tensor(value: Tensor) -> Held:
     def changed() -> bool:
         if value.shape != before.shape or (version is not None and version_of(value) != version):
             return True
-        # Writes through `.data`, and those of numpy, raise no version.
-        return looked_at and not _equal(value.detach(), before)
+        # Writes through `.data`, of numpy, and of layers in a graph that is traced raise no version.
+        return not _equal(value.detach(), before) if looked_at else torch.compiler.is_compiling()
 
     def restore() -> None:
         if value.shape != before.shape:

@@ -29,12 +29,15 @@ _Results: TypeAlias = "tuple[dict[NestedKey, Tensor], dict[str, Tensor], Tensor]
 
 # Batch shapes, sets of keys, dtypes and modes each take a graph.
 _LIMIT = 64
+# So many calls in a row may turn out to need another way than that of the graph.
+_MISSES = 8
+_ASSUMED = "how it is explained depends on values, and not as in the graph"
 
 
 def inline(graphs: Graphs, td: TensorDictBase) -> dict[NestedKey, Tensor]:
     """What a call writes into ``td``, as a part of the graph that is being traced."""
     keys, values = _inputs(graphs, td)
-    written, changed, _ = _graph(graphs, str(td.batch_dims), (), keys, values)
+    written, changed, _ = _graph(graphs, str(td.batch_dims), "", (), keys, values)
     for number, value in changed.items():
         registry, name = graphs.slots[int(number)]
         registry[name] = value
@@ -61,13 +64,18 @@ def run(graphs: Graphs, td: TensorDictBase) -> dict[NestedKey, Any]:
         graphs.function = _compiled(graphs.options or {})
     try:
         signs = _nonnegative(graphs, keys, values)
-        written, changed, holds = _called(graphs, str(td.batch_dims), signs, keys, values)
+        written, changed, holds = _called(graphs, str(td.batch_dims), graphs.learnt(), signs, keys, values)
     except Exception as error:
         eagerly = graphs.explain(td)  # raises where the call is at fault
         _give_up(graphs, error)
         return eagerly
     if not holds:
-        return graphs.explain(td)
+        written = graphs.explain(td)  # raises where the call is at fault
+        graphs.missed += 1
+        if graphs.missed == _MISSES:
+            _give_up(graphs, ValueError(_ASSUMED))
+        return written
+    graphs.missed = 0
     graphs.hold(changed)
     return written
 
@@ -158,6 +166,7 @@ def _is_inference(value: Tensor) -> bool:
 def _graph(
     graphs: Graphs,
     axes: str,
+    learnt: str,
     nonnegative: tuple[NestedKey, ...],
     keys: tuple[NestedKey, ...],
     values: list[Tensor],
@@ -167,8 +176,9 @@ def _graph(
     ``axes`` is the number of batch axes in words: a number would be taken for a size that may change.
     """
     state = [registry[name] for registry, name in graphs.slots]
+    state += [registry[name] for registry, name in graphs.held]
     modes = [attributes[name] for attributes, name in graphs.modes]
-    return _explain(graphs.name, modes, axes, nonnegative, keys, state, values)
+    return _explain(graphs.name, modes, axes, learnt, nonnegative, keys, state, values)
 
 
 @nonstrict
@@ -176,6 +186,7 @@ def _explain(
     name: str,
     modes: Sequence[bool],
     axes: str,
+    learnt: str,
     nonnegative: Sequence[NestedKey],
     keys: Sequence[NestedKey],
     state: Sequence[Tensor],
@@ -192,13 +203,13 @@ def _explain(
     given = [off_tape[id(x)] for x in state]
     changed: dict[str, Tensor] = {}
     with (
-        swapped(graphs.slots, given),
+        swapped((*graphs.slots, *graphs.held), given),
         deferred() as conditions,
         assuming_nonnegative(nonnegative),
         hooks_on_saved_tensors(),
     ):
         written = graphs.explain(td)
-        for i, ((registry, name), value) in enumerate(zip(graphs.slots, given, strict=True)):
+        for i, ((registry, name), value) in enumerate(zip(graphs.slots, given, strict=False)):
             if registry[name] is not value or i in graphs.overwritten:
                 changed[str(i)] = registry[name].detach()
     for key, value in written.items():

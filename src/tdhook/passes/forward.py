@@ -195,7 +195,7 @@ class Run:
         Args:
             seeds: where it starts.
             sources: where it ends.
-            keep: whether the graph is needed again.
+            keep: whether accounts are kept of every value on the tape.
 
         Returns:
             What arrives at each source, detached and of its shape, after a leading axis ``[outputs]`` where several
@@ -210,11 +210,11 @@ class Run:
         ends = list(sources.values())
         # This pass is as torch makes it, which notices where a value that was kept has been overwritten.
         pulled = self.setup.pull_back(seeds, ends, keep=True)
-        if keep:  # by whoever keeps accounts of every value on the tape
+        if keep:
             Disregarding(seeds.tensors, looks=False)
         if not are_finite(pulled):
             past = Disregarding(seeds.tensors)
-            pulled = self.setup.pull_back(seeds, ends, keep=keep)
+            pulled = self.setup.pull_back(seeds, ends, keep=True)
             if not are_finite(pulled):
                 dtype = next(x.dtype for x in pulled if x is not None and not are_finite([x]))
                 raise ValueError(why_relevance_is_not(self.setup.model, list(sources), dtype, past.culprit))

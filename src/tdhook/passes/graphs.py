@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tdhook.models.holding import modules_of
 from tdhook.models.snapshots import Snapshot
 from tdhook.models.state import Slot, slots_of
+from tdhook.passes.held import held_by
 from tdhook.tape.undoing import undone_where_raised
 
 __all__ = ["Compile", "Graphs", "Remembers", "compile_options"]
@@ -46,17 +47,21 @@ class Graphs:
         explain: what a call writes into a TensorDict, operation by operation.
         reads: the entries of a TensorDict that a call depends on.
         reads_signs: whether it spares work to know that no input is negative.
+        learnt: what was seen in earlier calls that a graph depends on, in words.
+        method: what explains it, which may hold tensors of its own.
         options: those of ``torch.compile``; ``None`` to make no graph unless inside somebody else's.
 
     Attributes:
         name: how a graph names the explained module, which is no value that can go into it.
         slots: where the parameters and buffers of the model are, and other tensors that its modules hold.
+        held: where tensors are that the method holds.
         overwritten: which of the slots hold tensors that a call overwrites.
         modes: where it is whether each of its modules is in training mode.
         wanted: whether calls are to run as a graph.
         function: the compiled function, once there is one.
         rehearsed: numbers of batch axes that a call was seen to work with.
         signed: inputs that were seen to have negative values.
+        missed: in how many calls after each other what the graph assumes of values did not hold.
     """
 
     def __init__(
@@ -65,13 +70,17 @@ class Graphs:
         explain: Callable[[TensorDictBase], dict[NestedKey, Any]],
         reads: Callable[[TensorDictBase], list[NestedKey]],
         reads_signs: Callable[[], bool],
+        learnt: Callable[[], str],
+        method: object,
         options: dict[str, Any] | None,
     ) -> None:
-        self.root, self.explain, self.reads, self.reads_signs = root, explain, reads, reads_signs
+        self.root, self.explain, self.reads = root, explain, reads
+        self.reads_signs, self.learnt = reads_signs, learnt
         self.name = f"explained module {next(_NUMBERS)}"
         _NAMED[self.name] = self
         modules = modules_of(root).values()
         self.slots = slots_of(modules)
+        self.held = held_by(method)
         self.overwritten: frozenset[int] = frozenset()
         self.modes: tuple[Slot, ...] = tuple((module.__dict__, "training") for module in modules)
         self.options = options
@@ -79,6 +88,7 @@ class Graphs:
         self.function: Callable[..., Any] | None = None
         self.rehearsed: set[int] = set()
         self.signed: set[NestedKey] = set()
+        self.missed = 0
 
     @property
     def replays(self) -> bool:
@@ -90,7 +100,8 @@ class Graphs:
     @property
     def filled(self) -> bool:
         """Whether there is a tensor in each of the slots."""
-        return all(isinstance(registry.get(name), Tensor) for registry, name in self.slots)
+        slots = (*self.slots, *self.held)
+        return all(isinstance(registry.get(name), Tensor) for registry, name in slots)
 
     def rehearse(self, td: TensorDictBase) -> dict[NestedKey, Any] | None:
         """Make a call operation by operation, to see what the model does to what it holds.

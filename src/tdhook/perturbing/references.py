@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -69,7 +70,8 @@ class References:
             raise ValueError(f"samples is how many references are drawn, at least one, got {samples!r}")
         if spread and samples == 1:
             raise ValueError("one reference has no spread: draw several, by samples")
-        self.baseline, self.samples, self.data, self.seed = baseline, samples, data, seed
+        self.baseline: Baseline = dict(baseline) if isinstance(baseline, Mapping) else baseline
+        self.samples, self.data, self.seed = samples, data, seed
         self.values, self.spread = values, spread
         if samples > 1 and not self._asks("sample"):
             raise ValueError(f'samples={samples} are drawn of data: give baseline="sample"')
@@ -103,11 +105,10 @@ class References:
             KeyError: something is named that is not there.
             ValueError: a baseline does not fit.
         """
-        chance = torch.Generator().manual_seed(self.seed)
         found = []
         keys = {_plain(key): key for key in values}
         for number in range(self.samples):
-            drawn, chosen = Drawn(), _Chosen(chance)
+            drawn, chosen = Drawn(), _Chosen(self.seed, number)
             for name, given in self._named(list(keys), td, number).items():
                 if name in keys:
                     key = keys[name]
@@ -172,7 +173,6 @@ class References:
             References to entries; the batch with those that are known; and what adds those that are drawn to a part.
         """
         named = self._named([_plain(key) for key in keys], td, 0)
-        chance = torch.Generator().manual_seed(self.seed)
         given: dict[NestedKey, OneBaseline] = {}
         drawn: dict[NestedKey, Tensor] = {}
         td = td.copy()
@@ -187,13 +187,14 @@ class References:
             elif _is_one_row(one, value.dim() - td.batch_dims):
                 given[key] = one
             else:
-                made = self._made(one, key, value, td.batch_dims, td, _Chosen(chance))
+                made = self._made(one, key, value, td.batch_dims, td, _Chosen(self.seed, 0))
                 put(td, (_GIVEN, *parts_of(key)), made, key)
                 given[key] = (_GIVEN,)
         for number in range(self.samples if drawn else 0):
-            chosen = _Chosen(chance)
+            chosen = _Chosen(self.seed, number)
             for count in {len(source) for source in drawn.values()}:
-                td.set((_GIVEN, f"{number}", f"of {count}"), chosen(count, td.numel()).reshape(td.batch_size))
+                rows = chosen(count, td.numel(), td.device)
+                td.set((_GIVEN, f"{number}", f"of {count}"), rows.reshape(td.batch_size))
         return _Settled(self, given, tuple(drawn)), td, partial(_fill, drawn, self.samples)
 
     def _source(self, key: NestedKey, value: Tensor, dims: int, valid: Tensor | None) -> Tensor:
@@ -203,7 +204,7 @@ class References:
             return self._rows(key, rows)
         if valid is not None:
             rows = rows[valid.reshape(-1).to(rows.device)]
-        if len(rows) == 1:
+        if rows.shape[0] == 1:
             raise ValueError(
                 f"the mean or a sample of the batch is {key!r} itself where the batch has one element, and nothing "
                 'would differ: say what it is compared with, baseline=References("mean", data=...)'
@@ -240,9 +241,8 @@ class References:
             if given == PREVIOUS:
                 return _laid_out_as(value, fitting(step_before(key, value, td), key, value))
             source = self._source(key, value, dims, None)
-            made = (
-                _mean(source) if given == "mean" else source[chosen(len(source), len(rows)).to(source.device)]
-            )
+            drawn = given == "sample"
+            made = source[chosen(source.shape[0], rows.shape[0], source.device)] if drawn else _mean(source)
         else:
             made = given(rows) if callable(given) else torch.as_tensor(given)
             if made.dim() > 1 and made.shape == value.shape:
@@ -296,17 +296,28 @@ class _Settled(References):
 
 
 class _Chosen:
-    """The rows that one reference is made of, the same for all keys."""
+    """The rows that one reference is made of, the same for all keys.
 
-    def __init__(self, chance: torch.Generator) -> None:
-        self._chance = chance
-        self._found: dict[tuple[int, int], Tensor] = {}
+    They follow from the seed by arithmetic alone (Carter and Wegman 1979), so that a compiled graph draws the same in
+    each of its calls.
 
-    def __call__(self, among: int, count: int) -> Tensor:
+    Args:
+        seed: of all references.
+        number: which of these it is.
+    """
+
+    def __init__(self, seed: int, number: int) -> None:
+        chance = random.Random(f"{seed} {number}")
+        self._factors = [chance.randrange(1, _PRIME) for _ in range(3)]
+
+    def __call__(self, among: int, count: int, device: torch.device | None) -> Tensor:
         """``count`` numbers of rows among so many, ``[count]``."""
-        if (among, count) not in self._found:
-            self._found[among, count] = torch.randint(among, (count,), generator=self._chance)
-        return self._found[among, count]
+        at = torch.arange(count, device=device)
+        square, linear, start = self._factors
+        return ((square * at + linear) % _PRIME * at + start) % _PRIME % among
+
+
+_PRIME = 2**31 - 1
 
 
 def _fill(drawn: Mapping[NestedKey, Tensor], samples: int, part: TensorDictBase) -> TensorDictBase:

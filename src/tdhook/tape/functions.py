@@ -23,6 +23,7 @@ __all__ = [
     "apart",
     "copying",
     "live",
+    "may_ask_of",
     "may_look_at",
     "on_tape",
     "parts",
@@ -68,8 +69,12 @@ def live(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 def may_look_at(x: Tensor) -> bool:
     """Whether what is done may depend on values of ``x``: not in a graph that is traced, nor on a batch of tensors."""
-    batched = transformed() and is_wrapped(x)
-    return not batched and not torch.compiler.is_compiling()
+    return may_ask_of(x) and not torch.compiler.is_compiling()
+
+
+def may_ask_of(*tensors: Tensor) -> bool:
+    """Whether a condition on values can be found out, at once or later: not of a batch of tensors."""
+    return not (transformed() and any(map(is_wrapped, tensors)))
 
 
 def parts(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
@@ -95,11 +95,13 @@ class Ledger:
         entries: one per call, in execution order.
         per_element: whether the amounts of each batch element are its own. Where elements meet in a large batch, its
             sums are known, and the elements share in them.
+        references: on the mean over how many references the entries are, where differences are explained.
     """
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.per_element = True
+        self.references = 1
         self._take: Note | None = None
         self._within: Setting | None = None
         self._spreads: dict[object, Spread] = {}
@@ -128,10 +130,26 @@ class Ledger:
         finally:
             del self.entries[count:]
 
+    def accounts(self) -> list[Entry]:
+        """The entries with their amounts of this moment."""
+        return [replace(entry, amounts=dict(entry.amounts)) for entry in self.entries]
+
+    def close_on(self, accounts: Sequence[Sequence[Entry]]) -> None:
+        """Have the entries hold the mean of several accounts of them."""
+        self.references = len(accounts)
+        for entry, *each in zip(self.entries, *accounts, strict=True):
+            entry.clear()
+            for one in each:
+                for column, amount in one.amounts.items():
+                    entry.add(column, amount / len(each))
+                entry.rounding = entry.rounding + one.rounding / len(each)
+
     @property
     def caption(self) -> str:
-        """What a table of it is called: whether its amounts are of the elements, or of the batch as a whole."""
-        return CAPTION if self.per_element else f"{CAPTION} (of the batch as a whole, whose elements meet)"
+        """What a table of it is called: whether it is a mean, and of the elements or of the batch as a whole."""
+        mean = f", on the mean over {self.references} references" if self.references > 1 else ""
+        whole = "" if self.per_element else " (of the batch as a whole, whose elements meet)"
+        return f"{CAPTION}{mean}{whole}"
 
     def summary(self) -> list[Entry]:
         """One entry for each module and operation at each place, in execution order, its calls added up."""

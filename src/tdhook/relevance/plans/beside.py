@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from tdhook.relevance.plans.plan import Plan
+from tdhook.tape.draws import none_drawn
 
 __all__ = ["Beside"]
 
@@ -37,7 +38,7 @@ class Beside:
         """Fill in what the calls of the run that is explained meet here."""
         reference = self.plan.reference
         assert reference is not None, "the plan is one of values"
-        with self.plan.within(tracked=not self.plan.seen), reference.beside():
+        with none_drawn(), self.plan.within(tracked=not self.plan.seen), reference.beside():
             yield
 
     def returned(self, values: Iterable[object]) -> None:

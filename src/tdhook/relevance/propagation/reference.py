@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tdhook.relevance.propagation.handles import Handles
+from tdhook.tape.conditions import holds
 from tdhook.tape.internals import storage_of, version_of
 from tdhook.tape.trees import tree_leaves
 
@@ -217,7 +218,7 @@ class Reference:
         place = self._next(name)
         self._check(place, [x.shape for x in place.given], places)
         if not self.decided and not all(
-            _is_same(x, y) or _equal(x, y) for x, y in zip(place.given, places, strict=True)
+            _is_same(x, y) or holds(x == y) for x, y in zip(place.given, places, strict=True)
         ):
             raise Parted(_PARTED.format(f"{place} moves other values there"))
 
@@ -244,8 +245,7 @@ class Reference:
         if self._copies:
             return x.detach().clone()
         kept = x.detach()
-        if not torch.compiler.is_compiling():
-            self._versions.append((kept, version_of(kept)))
+        self._versions.append((kept, version_of(kept)))
         return kept
 
 
@@ -277,10 +277,6 @@ def _as_decided(first: Any, second: Any, *, truths: bool) -> Any:
     return first if truths or second.dtype is not torch.bool else second
 
 
-def _equal(x: Tensor, other: Tensor) -> bool:
-    return torch.compiler.is_compiling() or torch.equal(x, other)
-
-
 def _parted(leaves: Sequence[object]) -> tuple[list[Tensor], list[float]]:
     """The tensors, and the plain numbers."""
     return [x for x in leaves if isinstance(x, Tensor)], [x for x in leaves if type(x) is float]
@@ -289,7 +285,5 @@ def _parted(leaves: Sequence[object]) -> tuple[list[Tensor], list[float]]:
 def _is_same(x: Tensor, start: Tensor) -> bool:
     """Whether a tensor is the very same in both runs: a weight, say."""
     if start.requires_grad or x.shape != start.shape or x.dtype != start.dtype:
-        return False
-    if torch.compiler.is_compiling():
         return False
     return storage_of(x) == storage_of(start) and x.storage_offset() == start.storage_offset()

@@ -7,21 +7,22 @@ is linear or a product of two, with more for the rest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tdhook.perturbing.quadrature import gauss_legendre
 from tdhook.relevance.secants.pair import Grads, Pair, inner
-from tdhook.tape.functions import may_look_at
+from tdhook.tape.conditions import holds
+from tdhook.tape.functions import may_ask_of, parts, whole
 
 __all__ = ["average", "product"]
 
 _NODES = (1, 4, 8, 16, 32, 64)
-# Where values cannot be looked at: enough for what is smooth.
+# Where a graph cannot take more and more of them: enough for what is smooth.
 _UNSEEN = 16
-# By how much shares may be scaled to what they should sum to.
+# What part of their size shares may be changed by to sum to what they should.
 _SCALES = 0.2
 
 
@@ -37,41 +38,55 @@ def product(pair: Pair, grads: Sequence[Tensor]) -> Grads:
 
 def average(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     """Of any function: with as many nodes as its sum needs, if that can be looked at."""
-    if not all(may_look_at(g) for g in (*grads, *pair.ends)):
-        return _quadrature(pair, grads, _UNSEEN)[0]
+    if not may_ask_of(*grads, *pair.ends):
+        return _scaled(pair, grads, *_quadrature(pair, grads, _UNSEEN))
+    compiling = torch.compiler.is_compiling()
     terms = list(zip(grads, pair.rises, strict=True))
-    wanted = sum(inner(g, d).sum() for g, d in terms)
-    scale = sum(inner(g, d).abs().sum() for g, d in terms)
+    wanted = _sum([inner(g, d).sum() for g, d in terms])
+    scale = _sum([inner(g, d).abs().sum() for g, d in terms])
     found: Grads = (None,) * len(pair.live)
-    for count in _NODES:
+    rest: Mapping[int, Tensor] = {}
+    for count in (_UNSEEN,) if compiling else _NODES:
         found, rest = _quadrature(pair, grads, count)
-        shares = [inner(g, d) for g, d in zip(found, pair.steps, strict=True) if g is not None]
-        shares += [inner(g, pair.leaves[i] - pair.beside[i]) for i, g in rest.items()]
-        made = sum(share.sum() for share in shares)
-        scale = max(scale, sum(share.abs().sum() for share in shares))
-        if abs(float(made - wanted)) <= _tolerance(pair.ends[0]) * float(scale):
+        shares = [inner(g, d) for g, d in _shares(pair, found, rest)]
+        scale = torch.maximum(scale, _sum([share.abs().sum() for share in shares]))
+        missed = _sum([share.sum() for share in shares]) - wanted
+        if holds(missed.abs() <= _tolerance(pair.ends[0]) * scale) and not compiling:
             return found
-    return _scaled(pair, grads, found)
+    return _scaled(pair, grads, found, rest)
 
 
-def _scaled(pair: Pair, grads: Sequence[Tensor], found: Grads) -> Grads:
+def _shares(pair: Pair, found: Grads, rest: Mapping[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """What each input counts, and its difference."""
+    pairs = [(g, d) for g, d in zip(found, pair.steps, strict=True) if g is not None]
+    return pairs + [(g, pair.leaves[i] - pair.beside[i]) for i, g in rest.items()]
+
+
+def _scaled(pair: Pair, grads: Sequence[Tensor], found: Grads, rest: Mapping[int, Tensor]) -> Grads:
     """What quadrature leaves, where a function has kinks on the way, shared in proportion by each batch element."""
     count = pair.ends[0].shape[0] if pair.ends[0].dim() else 1
-    tensors = [*pair.ends, *pair.outputs]
+    tensors = [*pair.ends, *pair.outputs, *(pair.leaves[i] for i in rest)]
     rows = count if all(x.dim() and x.shape[0] == count for x in tensors) else 1
-    wanted = _per_row(grads, pair.rises, rows)
-    made = _per_row(found, pair.steps, rows)
-    factor = wanted / torch.where(made == 0, 1.0, made)
-    factor = torch.where((factor - 1).abs() < _SCALES, factor, 1.0)
-    return tuple(
-        None if g is None else (g.reshape(rows, -1) * factor.to(g.dtype).unsqueeze(1)).reshape(g.shape)
-        for g in found
-    )
+
+    def summed(amounts: Sequence[Tensor]) -> Tensor:
+        return _sum([amount.reshape(rows, -1).sum(1) for amount in amounts])
+
+    amounts = [inner(g, d) for g, d in _shares(pair, found, rest)]
+    missed = summed([inner(g, d) for g, d in zip(grads, pair.rises, strict=True)]) - summed(amounts)
+    size = summed([amount.abs() for amount in amounts])
+    part = missed / torch.where(size == 0, 1.0, size)
+    part = torch.where(part.abs() < _SCALES, part, 0.0)
+
+    def scaled(g: Tensor, d: Tensor) -> Tensor:
+        sign = inner(g, d).sign().reshape(rows, -1)
+        factor = (1 + part.unsqueeze(1) * sign).reshape(parts(g).shape)
+        return whole(parts(g) * factor.to(parts(g).dtype), g)
+
+    return tuple(None if g is None else scaled(g, d) for g, d in zip(found, pair.steps, strict=True))
 
 
-def _per_row(grads: Sequence[Tensor | None], differences: Sequence[Tensor], rows: int) -> Tensor:
-    pairs = [(g, d) for g, d in zip(grads, differences, strict=True) if g is not None]
-    return torch.stack([inner(g, d).reshape(rows, -1).sum(1) for g, d in pairs]).sum(0)
+def _sum(amounts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(amounts)).sum(0)
 
 
 def _quadrature(pair: Pair, grads: Sequence[Tensor], count: int) -> tuple[Grads, dict[int, Tensor]]:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tdhook.relevance.secants.pair import Grads, Pair, pulled
+from tdhook.tape.conditions import holds
 from tdhook.tape.dependence import leaf
-from tdhook.tape.functions import may_look_at
+from tdhook.tape.functions import may_ask_of
 from tdhook.tape.internals import transformed
 
 __all__ = ["picked_of", "winner"]
@@ -26,18 +27,18 @@ def winner(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     """
     if pair.chosen:
         return pair.pull(1.0, grads)[0]
-    looks = all(may_look_at(g) for g in (*grads, *pair.ends))
+    asks = may_ask_of(*pair.ends, *pair.starts)
     found: Grads = ()
-    for count in _PIECES if looks else (_PIECES[1],):
-        found, exact, whole = _along(pair, grads, count, looks)
-        if exact or (whole and count >= _ENOUGH):
+    for count in _PIECES if asks and not torch.compiler.is_compiling() else _PIECES[:1]:
+        found, exact, whole = _along(pair, grads, count)
+        if asks and (holds(exact) or (count >= _ENOUGH and holds(whole))):
             break
     return found
 
 
-def _along(pair: Pair, grads: Sequence[Tensor], count: int, looks: bool) -> tuple[Grads, bool, bool]:
+def _along(pair: Pair, grads: Sequence[Tensor], count: int) -> tuple[Grads, Tensor, Tensor]:
     total: list[Tensor | None] = [None] * len(pair.live)
-    exact = whole = True
+    exact = whole = torch.ones((), dtype=torch.bool, device=pair.ends[0].device)
     steps = pair.steps
     starts = pair.starts
     for piece in range(1, count + 1):
@@ -46,8 +47,8 @@ def _along(pair: Pair, grads: Sequence[Tensor], count: int, looks: bool) -> tupl
             if piece == count
             else [s + (piece / count) * d for s, d in zip(pair.starts, steps, strict=True)]
         )
-        shares, met, arrives = _piece(pair, list(starts), list(ends), grads, looks)
-        exact, whole = exact and met, whole and arrives
+        shares, met, arrives = _piece(pair, list(starts), list(ends), grads)
+        exact, whole = exact & met, whole & arrives
         for i, g in enumerate(shares):
             if g is not None:
                 before = total[i]
@@ -57,20 +58,20 @@ def _along(pair: Pair, grads: Sequence[Tensor], count: int, looks: bool) -> tupl
 
 
 def _piece(
-    pair: Pair, starts: list[Tensor], ends: list[Tensor], grads: Sequence[Tensor], looks: bool
-) -> tuple[Grads, bool, bool]:
+    pair: Pair, starts: list[Tensor], ends: list[Tensor], grads: Sequence[Tensor]
+) -> tuple[Grads, Tensor, Tensor]:
     """One piece of the way: what wins at its start gives way to what wins at its end, where these cross."""
     early, first, x_of_first = _picked(pair, starts, ends)
     late, last, s_of_last = _picked(pair, ends, starts)
-    here, there, exact, whole = [], [], True, True
+    here, there = [], []
+    exact = whole = torch.ones((), dtype=torch.bool, device=ends[0].device)
     for z0, x0, z, s, g in zip(first, x_of_first, last, s_of_last, grads, strict=True):
         if not z.is_floating_point():
             here.append(g)
             there.append(g)
             continue
         early_share, late_share, fits, arrives = _shares(z0, x0, z, s)
-        if looks:
-            exact, whole = exact and bool(fits.all()), whole and bool(arrives.all())
+        exact, whole = exact & fits.all(), whole & arrives.all()
         here.append(early_share * g)
         there.append(late_share * g)
     pairs = zip(early(here), late(there), strict=True)
