@@ -122,6 +122,13 @@ def peers(session: nox.Session) -> None:
 
 
 @nox.session
+def cluster(session: nox.Session) -> None:
+    """Work on jobs on a local Ray cluster, which is installed for it."""
+    install(session, ".[rl,cli,ray,dev]")
+    session.run("pytest", "-m", "cluster", *(session.posargs or ["tests/datasets"]), env=ONE_THREAD)
+
+
+@nox.session
 def zoo(session: nox.Session) -> None:
     """Explain the models of other libraries, which are installed for it: transformers and torchvision."""
     install(session, DEVELOPER, "transformers", "tqdm", "click")
