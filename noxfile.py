@@ -129,6 +129,15 @@ def cluster(session: nox.Session) -> None:
 
 
 @nox.session
+def datasets(session: nox.Session) -> None:
+    """Read the data sets of Minari and LeRobot, find strategies, and write tables, with the packages for it."""
+    install(session, ".[rl,cli,viz,clusters,minari,lerobot,tables,dev]", "minari", "polars", "duckdb")
+    named = [f"tests/datasets/test_{name}.py" for name in ("spray", "minari", "lerobot", "tables", "prepare")]
+    workers = ("-n", "auto", "--maxprocesses", "4")
+    session.run("pytest", *workers, *(session.posargs or [*named, "tests/cli"]), env=ONE_THREAD)
+
+
+@nox.session
 def zoo(session: nox.Session) -> None:
     """Explain the models of other libraries, which are installed for it: transformers and torchvision."""
     install(session, DEVELOPER, "transformers", "tqdm", "click")

@@ -331,7 +331,11 @@ def test_what_was_changed_on_the_disk_is_found(tmp_path: Path) -> None:
     assert found.changed == (1, 2) and found.differ == (2,) and not found.ok
 
 
-@pytest.mark.parametrize("keep", ["all", "compressed", torch.bfloat16, Kept(summed=[-1])], ids=str)
+@pytest.mark.parametrize(
+    "keep",
+    ["all", "compressed", torch.bfloat16, Kept(summed=[-1])],
+    ids=["all", "compressed", "halved", "summed"],
+)
 def test_what_is_kept(keep: Any, tmp_path: Path) -> None:
     done = job(tmp_path / "job", keep=keep, rows=slice(0, 50))
     assert done.work().finished

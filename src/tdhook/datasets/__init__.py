@@ -9,6 +9,7 @@ from tdhook.datasets.launching import launch
 from tdhook.datasets.over_time import OverTime
 from tdhook.datasets.reducers import Histogram, Moments, Reservoir, TopRows
 from tdhook.datasets.reducing import Reducer
+from tdhook.datasets.result import Result, open_result
 from tdhook.datasets.rows import Rows, Saved
 from tdhook.datasets.units import Place
 
@@ -21,9 +22,11 @@ __all__ = [
     "Place",
     "Reducer",
     "Reservoir",
+    "Result",
     "Rows",
     "Saved",
     "TopRows",
     "gather",
     "launch",
+    "open_result",
 ]

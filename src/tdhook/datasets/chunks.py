@@ -15,8 +15,9 @@ from tdhook.datasets.explaining import Explaining
 from tdhook.datasets.folder import JobFolder
 from tdhook.datasets.identity import digest_of
 from tdhook.datasets.keeping import Kept
-from tdhook.datasets.layout import Layout, checksums, name_of
+from tdhook.datasets.layout import Layout, checksums
 from tdhook.datasets.reducing import Part, Piece, Reducer
+from tdhook.datasets.stored import Stored, named
 from tdhook.datasets.units import Units
 
 __all__ = ["Chunks"]
@@ -76,24 +77,13 @@ class Chunks:
         self.piece = min(self.piece, chunk)
         self.units = Units(count, chunk, max(1, len(self.checkpoints)))
 
-    @property
-    def batch(self) -> tuple[int, ...]:
-        """The batch size of all rows."""
-        several = len(self.checkpoints)
-        return (several, self.units.rows) if several else (self.units.rows,)
-
-    @property
-    def maps_rows(self) -> bool:
-        """Whether rows are written into memory-mapped files."""
-        return bool(self.layout.entries) and not self.compressed
-
     def make_room(self) -> bool:
         """Have room on the disk for all rows that are written, and whether none of those that were is lost.
 
         Raises:
             OSError: there is none.
         """
-        return not self.maps_rows or self.folder.place_rows(self.layout, self.batch)
+        return not self.stored.maps_rows or self.folder.place_rows(self.layout, self.stored.batch)
 
     def do(self, unit: int) -> None:
         """Explain a chunk, write it, and commit it, unless another worker does so before."""
@@ -118,7 +108,7 @@ class Chunks:
         if parts:
             self.folder.write_part(unit, parts)
         begin, end = self.units.span(unit)
-        self.folder.commit(unit, {"rows": [begin, end], "crc32": {**_named(crc)}})
+        self.folder.commit(unit, {"rows": [begin, end], "crc32": {**named(crc)}})
 
     def _add(self, parts: dict[str, Part], piece: Piece) -> None:
         """Add what reducers know of some rows to what they know of those before."""
@@ -146,27 +136,20 @@ class Chunks:
         self.explaining.load(weights_of(list(self.checkpoints.values())[checkpoint]))
         self._loaded = checkpoint
 
-    def checksums(self, unit: int) -> dict[str, int]:
-        """Checksums of what lies on the disk of a chunk."""
-        begin, end = self.units.span(unit)
-        if not self.layout.entries:
-            return {}
-        if self.compressed:
-            return _named(checksums(self.folder.read_block(unit, end - begin, self.layout)))
-        first = self.units.checkpoint(unit) * self.units.rows
-        crc: dict[NestedKey, int] = {}
-        for a, b in self.units.pieces(unit, self.piece):
-            crc = checksums(self.folder.read_rows(first + a, b - a, self.layout), crc)
-        return _named(crc)
-
-    def is_as_written(self, unit: int) -> bool:
-        """Whether what lies on the disk of a chunk is what was written."""
-        try:
-            if self.reducers:
-                self.folder.read_part(unit)
-            return self.checksums(unit) == self.folder.told_of(unit)["crc32"]
-        except (ValueError, FileNotFoundError):  # cut off, or gone
-            return False
+    @property
+    def stored(self) -> Stored:
+        """What is written, and where."""
+        return Stored(
+            self.folder,
+            self.units,
+            self.piece,
+            self.layout,
+            self.keep is not None,
+            self.compressed,
+            tuple(self.checkpoints),
+            self.reducers,
+            self.explaining.method.attribution_key,
+        )
 
     def same_again(self, unit: int) -> bool:
         """Whether a chunk comes out as it did, explained again."""
@@ -184,7 +167,7 @@ class Chunks:
             == digest_of(there[name][what] for what in sorted(part))
             for name, part in parts.items()
         )
-        return same and _named(crc) == told["crc32"]
+        return same and named(crc) == told["crc32"]
 
     def _rows_of_a_piece(self, first: Piece) -> int:
         """How many rows are read, explained and written together: a multiple of those that one pass takes."""
@@ -198,7 +181,3 @@ class Chunks:
         together = max(1, at_once // steps)
         wanted = max(together, min(max(fitting, _SMALLEST), _LARGEST))
         return wanted // together * together
-
-
-def _named(crc: Mapping[NestedKey, int]) -> dict[str, int]:
-    return {name_of(key): value for key, value in crc.items()}

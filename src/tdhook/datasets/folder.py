@@ -23,11 +23,11 @@ from urllib.parse import unquote
 import numpy as np
 import torch
 from tensordict import TensorDict
-from tensordict.utils import NestedKey, unravel_key
+from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.datasets.identity import Plain, difference
-from tdhook.datasets.layout import Layout, bytes_of, name_of, packed, unpacked
+from tdhook.datasets.layout import Layout, bytes_of, packed, unpacked
 from tdhook.datasets.reducing import Part
 from tdhook.files import read_json
 from tdhook.keys import parts_of
@@ -213,13 +213,6 @@ class JobFolder:
             value = torch.frombuffer(data, dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
             found[key] = value.view(dtype).reshape(count, *shape)
         return found
-
-    def keys_of_rows(self) -> dict[str, NestedKey]:
-        """The keys of the files of rows, by their names in the manifest."""
-        home = self._rows_here()
-        files = [] if home is None else [path.relative_to(home) for path in home.rglob("*.memmap")]
-        keys = [tuple(unquote(part) for part in path.with_suffix("").parts) for path in files]
-        return {name_of(key): unravel_key(key) for key in keys}
 
     def sync_rows(self, layout: Layout) -> None:
         """Wait until what was written of rows is on the disk."""

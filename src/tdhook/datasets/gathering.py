@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tdhook.datasets.folder import JobFolder
 from tdhook.datasets.identity import Plain, difference
-from tdhook.datasets.layout import Layout, checksums, name_of
-from tdhook.datasets.units import Units
+from tdhook.datasets.layout import checksums
+from tdhook.datasets.stored import Stored, named, stored_in
 
 __all__ = ["Gathered", "gather"]
 
@@ -80,10 +80,13 @@ def gather(folders: Sequence[str | os.PathLike[str]], into: str | os.PathLike[st
         if wrong:
             changed[str(source.folder.home)] = tuple(wrong)
     changed = {home: tuple(set(wrong) - there) for home, wrong in changed.items()}
-    if len(there) == len(first.units):
+    if len(there) == len(first.stored.units):
         target.finish_rows()
     return Gathered(
-        brought, len(there), len(first.units), {home: wrong for home, wrong in changed.items() if wrong}
+        brought,
+        len(there),
+        len(first.stored.units),
+        {home: wrong for home, wrong in changed.items() if wrong},
     )
 
 
@@ -98,23 +101,13 @@ class _Source:
         return self.folder.told()
 
     @cached_property
-    def units(self) -> Units:
-        told = self.manifest["units"]
-        assert isinstance(told, dict)
-        rows, chunk, checkpoints = (told[name] for name in ("rows", "chunk", "checkpoints"))
-        assert isinstance(rows, int) and isinstance(chunk, int) and isinstance(checkpoints, int)
-        return Units(rows, chunk, checkpoints)
-
-    @cached_property
-    def layout(self) -> Layout:
-        told = self.manifest["layout"]
-        assert isinstance(told, dict)
-        return Layout.from_data(told, self.folder.keys_of_rows())
+    def stored(self) -> Stored:
+        return stored_in(self.folder)
 
     def bring(self, unit: int, target: JobFolder) -> bool:
         """Bring a chunk, and whether it is as it was written."""
-        begin, end = self.units.span(unit)
-        first = self.units.checkpoint(unit) * self.units.rows + begin
+        begin, end = self.stored.units.span(unit)
+        first = self.stored.units.checkpoint(unit) * self.stored.units.rows + begin
         part, block = self.folder.parts / f"{unit:09d}.npz", self.folder.blocks / f"{unit:09d}.z"
         found: dict[NestedKey, Tensor] = {}
         try:
@@ -122,10 +115,10 @@ class _Source:
             if part.is_file():
                 self.folder.read_part(unit)
             if block.is_file():
-                found = self.folder.read_block(unit, end - begin, self.layout)
-            elif self.layout.entries:
-                found = self.folder.read_rows(first, end - begin, self.layout)
-            crc = {name_of(key): value for key, value in checksums(found).items()}
+                found = self.folder.read_block(unit, end - begin, self.stored.layout)
+            elif self.stored.layout.entries:
+                found = self.folder.read_rows(first, end - begin, self.stored.layout)
+            crc = named(checksums(found))
         except (ValueError, FileNotFoundError):  # cut off, or gone
             return False
         if crc != told["crc32"]:
@@ -134,14 +127,8 @@ class _Source:
             if path.is_file():
                 target.bring(path)
         if found and not block.is_file():
-            target.place_rows(self.layout, self._batch)
+            target.place_rows(self.stored.layout, self.stored.batch)
             target.write_rows(first, found)
-            target.sync_rows(self.layout)
+            target.sync_rows(self.stored.layout)
         target.commit(unit, told)
         return True
-
-    @property
-    def _batch(self) -> tuple[int, ...]:
-        checkpoints = self.manifest["checkpoints"]
-        several = len(checkpoints) if isinstance(checkpoints, dict) else 0
-        return (several, self.units.rows) if several else (self.units.rows,)

@@ -31,6 +31,7 @@ from tdhook.datasets.result import Result, Status, Verified
 from tdhook.datasets.rows import Source, as_rows, chosen, rows_identity
 from tdhook.datasets.turns import Turns
 from tdhook.datasets.units import Place
+from tdhook.keys import parts_of
 from tdhook.models.model import InKeys
 from tdhook.models.parallel import is_elsewhere, unwrapped
 
@@ -217,7 +218,9 @@ class Job:
         return True
 
     def _changed(self) -> tuple[int, ...]:
-        return tuple(unit for unit in sorted(self.folder.all_done()) if not self.chunks.is_as_written(unit))
+        return tuple(
+            unit for unit in sorted(self.folder.all_done()) if not self.chunks.stored.is_as_written(unit)
+        )
 
     def _lost(self, units: Sequence[int], what: str) -> None:
         """Have chunks explained again, if any are lost."""
@@ -242,7 +245,7 @@ class Job:
         Raises:
             RuntimeError: not all is done, and ``partial`` was not said.
         """
-        return Result.of(self.chunks, partial=partial)
+        return Result.of(self.chunks.stored, partial=partial)
 
     def verify(self, sample: int | None = None, seed: int = 0, *, mend: bool = False) -> Verified:
         """Look whether what lies on the disk is what was written, and explain some of it again.
@@ -279,6 +282,7 @@ class Job:
                 "piece": self.chunks.piece,
                 "at_once": told.recorded.at_once,
             },
+            "attribution_key": list(parts_of(told.method.attribution_key)),
             "layout": self.chunks.layout.as_data(),
             "source": {**rows_identity(self._rows), "chosen": which},
             "model": dict(module_identity(told.model)),

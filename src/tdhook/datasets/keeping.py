@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdhook.keys import parts_of
 
-__all__ = ["Kept", "as_kept"]
+__all__ = ["Kept", "as_kept", "block_sums"]
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
@@ -99,7 +99,7 @@ class Kept:
         if self.pooled is not None:
             if features < 2:
                 raise ValueError(f"pooled= sums blocks of the last two axes, and {key!r} has {features}")
-            return _pooled(value, self.pooled)
+            return block_sums(value, self.pooled)
         if self.regions:
             return torch.stack([self._in_region(value, name, axes, key) for name in self.regions], -1)
         return value
@@ -116,7 +116,7 @@ class Kept:
         return (value * fitting).flatten(axes).sum(-1)
 
 
-def _pooled(value: Tensor, side: int) -> Tensor:
+def block_sums(value: Tensor, side: int) -> Tensor:
     """Sums of blocks, ``[..., ceil(height / side), ceil(width / side)]``."""
     height, width = value.shape[-2:]
     padded = F.pad(value, (0, -width % side, 0, -height % side))

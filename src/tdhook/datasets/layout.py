@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.datasets.identity import Plain
@@ -33,24 +33,25 @@ class Layout:
         return cls({key: (value.shape[1:], value.dtype) for key, value in found.items()})
 
     @classmethod
-    def from_data(cls, told: Mapping[str, Plain], keys: Mapping[str, NestedKey]) -> Layout:
-        """The layout that plain data tell of.
-
-        Args:
-            told: what :meth:`as_data` gave.
-            keys: by name, where it is not the name itself.
+    def from_data(cls, told: Plain) -> Layout:
+        """The layout that plain data tell of, as :meth:`as_data` gave them.
 
         Raises:
-            ValueError: it is none.
+            KeyError: something is missing.
+            TypeError: they are no such data.
         """
+        if not isinstance(told, list):
+            raise TypeError(f"{told!r} is no layout")
         entries: dict[NestedKey, tuple[torch.Size, torch.dtype]] = {}
-        for name, one in told.items():
-            kind, *shape = one if isinstance(one, list) else [None]
-            dtype = getattr(torch, str(kind).removeprefix("torch."), None)
+        for one in told:
+            key, shape = (one["key"], one["shape"]) if isinstance(one, dict) else (None, None)
+            if not isinstance(one, dict) or not isinstance(key, list) or not isinstance(shape, list):
+                raise TypeError(f"{one!r} is no entry of a layout")
+            dtype = getattr(torch, str(one["dtype"]).removeprefix("torch."), None)
             sizes = [size for size in shape if isinstance(size, int)]
             if not isinstance(dtype, torch.dtype) or sizes != shape:
-                raise ValueError(f"the layout of {name!r} is none: {one!r}")
-            entries[keys.get(name, name)] = torch.Size(sizes), dtype
+                raise TypeError(f"{one!r} is no entry of a layout")
+            entries[unravel_key(tuple(map(str, key)))] = torch.Size(sizes), dtype
         return cls(entries)
 
     @property
@@ -58,9 +59,12 @@ class Layout:
         """How many bytes a row takes."""
         return sum(shape.numel() * dtype.itemsize for shape, dtype in self.entries.values())
 
-    def as_data(self) -> dict[str, Plain]:
+    def as_data(self) -> list[Plain]:
         """As plain data."""
-        return {name_of(key): [str(dtype), *shape] for key, (shape, dtype) in self.entries.items()}
+        return [
+            {"key": list(parts_of(key)), "dtype": str(dtype), "shape": list(shape)}
+            for key, (shape, dtype) in self.entries.items()
+        ]
 
 
 def name_of(key: NestedKey) -> str:

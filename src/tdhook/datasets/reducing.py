@@ -131,6 +131,14 @@ def labels_of(by: By | None, piece: Piece) -> Tensor:
     )
     if one_hot:
         return flat.long().argmax(-1)
+    if found.dim() == 2 and bool((flat.long() <= 1).all()):
+        odd = flat.long().sum(-1) != 1
+        first = int(odd.nonzero()[0])
+        raise ValueError(
+            f"rows are told apart by one value each, and {by!r} is one-hot but in {int(odd.sum())} of these rows: row "
+            f"{int(piece.index[first])} has {int(flat[first].long().sum())} of {flat.shape[1]}; where an actor "
+            "takes all of several that are equally good, decide by a function, by=lambda rows: ..."
+        )
     raise ValueError(f"rows are told apart by one value each, and {by!r} gives {tuple(found.shape[1:])}")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,15 +14,15 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.datasets.chunks import Chunks
 from tdhook.datasets.claims import ClaimFiles, Claims, this_worker
 from tdhook.datasets.folder import JobFolder
 from tdhook.datasets.layout import Layout
 from tdhook.datasets.reducing import Reducer
+from tdhook.datasets.stored import Stored, stored_in
 from tdhook.datasets.units import Units
 from tdhook.rl.saved import load
 
-__all__ = ["Blocks", "Result", "Status", "Verified"]
+__all__ = ["Blocks", "Result", "Status", "Verified", "open_result", "status_of"]
 
 
 @dataclass(frozen=True)
@@ -167,16 +168,17 @@ class Result:
 
     Attributes:
         done: ``[rows]`` or ``[checkpoints, rows]``, which rows are explained.
+        stored: what is in the folder, and where.
     """
 
     done: Tensor
-    _chunks: Chunks
+    stored: Stored
     _there: frozenset[int]
 
     @classmethod
-    def of(cls, chunks: Chunks, *, partial: bool) -> Result:
+    def of(cls, stored: Stored, *, partial: bool) -> Result:
         """What is in a folder."""
-        folder, units = chunks.folder, chunks.units
+        folder, units = stored.folder, stored.units
         there = folder.all_done()
         if len(there) < len(units) and not partial:
             raise RuntimeError(
@@ -185,35 +187,35 @@ class Result:
             )
         if len(there) == len(units):
             folder.finish_rows()
-        if chunks.maps_rows and there:
-            folder.check_rows(chunks.layout, chunks.batch)
+        if stored.maps_rows and there:
+            folder.check_rows(stored.layout, stored.batch)
         done = torch.zeros(units.checkpoints * units.rows, dtype=torch.bool)
         for unit in there:
             begin, end = units.span(unit)
             first = units.checkpoint(unit) * units.rows
             done[first + begin : first + end] = True
-        shape = (len(chunks.checkpoints), units.rows) if chunks.checkpoints else (units.rows,)
-        return cls(done.reshape(shape), chunks, frozenset(there))
+        shape = (len(stored.checkpoints), units.rows) if stored.checkpoints else (units.rows,)
+        return cls(done.reshape(shape), stored, frozenset(there))
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
         """The names of the checkpoints."""
-        return tuple(self._chunks.checkpoints)
+        return self.stored.checkpoints
 
     @property
     def reducers(self) -> Mapping[str, Reducer]:
         """What rows were reduced by."""
-        return self._chunks.reducers
+        return self.stored.reducers
 
     @property
     def keeps_rows(self) -> bool:
         """Whether what was kept of rows can be read."""
-        return self._chunks.keep is not None
+        return self.stored.keeps
 
     @property
     def attribution_key(self) -> NestedKey:
         """Where relevance is in rows."""
-        return self._chunks.explaining.method.attribution_key
+        return self.stored.attribution_key
 
     def read(self, begin: int, end: int, checkpoint: int = 0) -> TensorDictBase:
         """Rows ``begin`` to ``end`` as they were kept, ``[end - begin, ...]``.
@@ -221,7 +223,7 @@ class Result:
         Raises:
             RuntimeError: nothing was kept, or they are not explained yet.
         """
-        if self._chunks.compressed:
+        if self.stored.compressed:
             return self.blocks(checkpoint).read(begin, end)
         rows = self.rows
         return rows[checkpoint, begin:end] if rows.batch_dims > 1 else rows[begin:end]
@@ -233,25 +235,23 @@ class Result:
         Raises:
             RuntimeError: nothing was kept, or not as rows, or rows are missing: :attr:`explained` has those there are.
         """
-        if self._chunks.keep is None:
+        if not self.stored.keeps:
             raise RuntimeError("no rows were kept (keep=None): what they were reduced to is in .reduced")
-        if self._chunks.keep.compressed:
+        if self.stored.compressed:
             raise RuntimeError("rows are in compressed blocks: read them by .blocks()")
         if not bool(self.done.all()):
             raise RuntimeError(
                 "not all rows are explained, and the others would be taken for rows without relevance: those that are "
                 "there are in .explained"
             )
-        return load(self._chunks.folder.rows)
+        return load(self.stored.folder.rows)
 
     @cached_property
     def explained(self) -> TensorDictBase:
         """The rows that are there, ``[explained, ...]``, in the order of :attr:`done`."""
-        if self._chunks.keep is None or self._chunks.keep.compressed:
+        if not self.stored.keeps or self.stored.compressed:
             return self.rows  # says why not
-        home = (
-            self._chunks.folder.rows if self._chunks.folder.rows.is_dir() else self._chunks.folder.unfinished
-        )
+        home = self.stored.folder.rows if self.stored.folder.rows.is_dir() else self.stored.folder.unfinished
         found = load(home)
         return found.reshape(-1)[self.done.reshape(-1)]
 
@@ -261,9 +261,9 @@ class Result:
         Raises:
             RuntimeError: rows are not compressed.
         """
-        if not self._chunks.compressed:
+        if not self.stored.compressed:
             raise RuntimeError("rows are not in compressed blocks: they are in .rows")
-        return Blocks(self._chunks.folder, self._chunks.units, self._chunks.layout, checkpoint, self._there)
+        return Blocks(self.stored.folder, self.stored.units, self.stored.layout, checkpoint, self._there)
 
     def beside(self, data: TensorDictBase) -> TensorDictBase:
         """The data that were explained, ``[rows, ...]``, with what was kept beside, none of it copied.
@@ -285,11 +285,39 @@ class Result:
 
     def reduced_of(self, checkpoint: int) -> dict[str, TensorDict]:
         """What rows were reduced to with the weights of a checkpoint, by the name of the reducer."""
-        first = checkpoint * self._chunks.units.chunks
-        units = [unit for unit in sorted(self._there) if 0 <= unit - first < self._chunks.units.chunks]
+        first = checkpoint * self.stored.units.chunks
+        units = [unit for unit in sorted(self._there) if 0 <= unit - first < self.stored.units.chunks]
         found: dict[str, TensorDict] = {}
-        for name, reducer in self._chunks.reducers.items():
+        for name, reducer in self.stored.reducers.items():
             if units:
-                merged = reducer.merged(self._chunks.folder.read_part(unit)[name] for unit in units)
+                merged = reducer.merged(self.stored.folder.read_part(unit)[name] for unit in units)
                 found[name] = TensorDict(reducer.result(merged), [])
         return found
+
+
+def open_result(
+    folder: str | os.PathLike[str], *, partial: bool = False, reducers: Sequence[Reducer] = ()
+) -> Result:
+    """What a job has made, from its folder alone: neither policy nor source is needed.
+
+    Args:
+        folder: of the job.
+        partial: whether it may be of those rows alone that are done.
+        reducers: those of the job whose classes are your own.
+
+    Raises:
+        FileNotFoundError: it is no job folder.
+        RuntimeError: not all is done, and ``partial`` was not said.
+        ValueError: the manifest cannot be read.
+    """
+    return Result.of(stored_in(JobFolder(folder), reducers), partial=partial)
+
+
+def status_of(folder: str | os.PathLike[str]) -> Status:
+    """How far a job is, from its folder alone.
+
+    Raises:
+        FileNotFoundError: it is no job folder.
+    """
+    home = JobFolder(folder)
+    return Status.of(home, stored_in(home).units)
