@@ -122,6 +122,13 @@ def peers(session: nox.Session) -> None:
 
 
 @nox.session
+def cluster(session: nox.Session) -> None:
+    """Work on jobs on a local Ray cluster, which is installed for it."""
+    install(session, ".[rl,cli,ray,dev]")
+    session.run("pytest", "-m", "cluster", *(session.posargs or ["tests/datasets"]), env=ONE_THREAD)
+
+
+@nox.session
 def datasets(session: nox.Session) -> None:
     """Read the data sets of Minari and LeRobot, find strategies, and write tables, with the packages for it."""
     install(session, ".[rl,cli,viz,clusters,minari,lerobot,tables,dev]", "minari", "polars", "duckdb")

@@ -253,7 +253,7 @@ class JobFolder:
         found: dict[str, Part] = {}
         path = self.parts / f"{unit:09d}.npz"
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 for entry in arrays.files:
                     name, _, what = entry.rpartition("/")
                     found.setdefault(name, {})[what] = torch.from_numpy(arrays[entry])

@@ -179,6 +179,7 @@ class Job:
         status = self.status()
         if status.finished:
             self.folder.finish_rows()
+            ClaimFiles(self.folder.claims, "").sweep()
         return status
 
     def _work(

@@ -29,23 +29,31 @@ class Sent:
     shared: list[TensorDictBase] = field(default_factory=list)
 
     @classmethod
-    def of(cls, job: Job) -> Sent:
+    def of(cls, job: Job, *picklers: type[pickle.Pickler]) -> Sent:
         """A job, packed.
 
+        Args:
+            job: what is sent.
+            picklers: what packs it, the first that can; by default Python's own, and cloudpickle if it is installed,
+                which sends functions and classes that have no name elsewhere.
+
         Raises:
-            TypeError: it holds something that cannot be sent; the message names it.
+            TypeError: it holds something that cannot be sent; the message says what.
         """
-        plain = cls._packed(job, pickle.Pickler)
-        if not isinstance(plain, Exception):
-            return plain
-        if find_spec("cloudpickle") is not None:  # sends functions and classes that have no name elsewhere
-            by_value = cls._packed(job, require("cloudpickle", "launch").Pickler)
-            if not isinstance(by_value, Exception):
-                return by_value
+        if not picklers:
+            there = find_spec("cloudpickle") is not None
+            picklers = (pickle.Pickler, *([require("cloudpickle", "launch").Pickler] if there else []))
+        tried = (cls._packed(job, pickler) for pickler in picklers)
+        errors: list[Exception] = []
+        for found in tried:
+            if isinstance(found, Sent):
+                return found
+            errors.append(found)
         raise TypeError(
-            f"the job cannot be sent to other processes: {plain}. Define what it names at the top of a module, install "
-            "cloudpickle, or start the processes by torchrun, where each makes the job for itself and calls work()"
-        ) from plain
+            f"the job cannot be sent to other processes: {errors[0]}. Define what it names at the top of a module, "
+            "install cloudpickle, or start the processes by torchrun, where each makes the job for itself and calls "
+            "work()"
+        ) from errors[0]
 
     @classmethod
     def _packed(cls, job: Job, pickler: type[pickle.Pickler]) -> Sent | Exception:

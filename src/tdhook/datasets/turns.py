@@ -17,8 +17,10 @@ _SHORTEST, _LONGEST = 0.02, 2.0
 """Seconds between two looks of a worker that has nothing to do."""
 _WATCHED = 8
 """How many chunks of others such a worker watches."""
-_PATIENCE = 2.0
-"""How many times as long as this worker's slowest chunk another may take before this one explains the same."""
+_MISSES = 4
+"""After how many chunks that others had just taken a worker looks again, or waits."""
+_PATIENCE = 0.5
+"""How many times as long as this worker's slowest chunk it watches another's, before it explains the same."""
 _LEAST_PATIENCE = 0.5
 
 
@@ -108,16 +110,20 @@ class Turns:
 
     def _free(self) -> int | None:
         """The next chunk ahead that nobody has done and nobody is at."""
-        looked = False
+        looked, missed = False, 0
         while self._ahead:
             unit = self._ahead.popleft()
-            if not self._is_left(unit):
+            if unit in self._given_up:
                 continue
-            if self._took(unit):
+            is_done = self._done.is_done(unit)
+            if not is_done and self._took(unit):
                 return unit
-            if not looked:
+            missed += 1
+            if not looked and (not is_done or missed > _MISSES):
                 self._look()
-                looked = True
+                looked, missed = True, 0
+            elif looked and missed > _MISSES:  # many are after the same few
+                self._ahead.clear()
         return None
 
     def _took(self, unit: int, *, second: bool = False) -> bool:
