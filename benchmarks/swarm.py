@@ -175,7 +175,9 @@ def simulate(case: Case, seed: int = 0) -> Outcome:
 
         claims = Claims(folder, who, case.lease, clock, gone)
         place = Place(number, case.workers) if case.placed else Place()
-        turns = Turns([*place.order(units)], claims, folder, random.Random(seed * case.workers + number), clock)
+        turns = Turns(
+            [*place.order(units)], claims, folder, random.Random(seed * case.workers + number), clock
+        )
         while (turn := turns.next()) is not None:
             total += folder.operations
             yield folder.spent()
@@ -260,7 +262,11 @@ def scaling(frames_per_second: float, cores: int, reads: float, writes: float) -
         writes: bytes per second that it takes, of all.
     """
     machines = (1, 2, 4, 8, 16, 32, 64)
-    yield "| kept of a frame | " + " | ".join(f"{one} machines" if one > 1 else "1 machine" for one in machines) + " |"
+    yield (
+        "| kept of a frame | "
+        + " | ".join(f"{one} machines" if one > 1 else "1 machine" for one in machines)
+        + " |"
+    )
     yield "|---|" + "---|" * len(machines)
     protocol = {
         one: simulate(Case("", one * cores, one, 50 * one * cores, slow=0.05)).efficiency for one in machines
@@ -277,13 +283,17 @@ def scaling(frames_per_second: float, cores: int, reads: float, writes: float) -
 def main(given: list[str] | None = None) -> None:
     """Print the tables that the documentation shows."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.swarm", description=__doc__)
-    made.add_argument("--frames", type=float, default=420.0, help="explained by a core in a second (benchmarks.jobs)")
+    made.add_argument(
+        "--frames", type=float, default=420.0, help="explained by a core in a second (benchmarks.jobs)"
+    )
     made.add_argument("--cores", type=int, default=16, help="of a machine")
     made.add_argument("--reads", type=float, default=5e9, help="bytes per second of the storage")
     made.add_argument("--writes", type=float, default=2e9, help="bytes per second of the storage")
     options = made.parse_args(given)
     say = sys.stdout.write
-    say("| 1,000 workers on 64 machines | efficiency | chunks done twice | operations per second |\n|---|---|---|---|\n")
+    say(
+        "| 1,000 workers on 64 machines | efficiency | chunks done twice | operations per second |\n|---|---|---|---|\n"
+    )
     for case in CASES:
         found = simulate(case)
         say(
