@@ -277,7 +277,7 @@ def scaling(frames_per_second: float, cores: int, reads: float, writes: float) -
 def main(given: list[str] | None = None) -> None:
     """Print the tables that the documentation shows."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.swarm", description=__doc__)
-    made.add_argument("--frames", type=float, default=420.0, help="explained by a core in a second (benchmarks.jobs)")
+    made.add_argument("--frames", type=float, default=700.0, help="explained by a core in a second (benchmarks.jobs)")
     made.add_argument("--cores", type=int, default=16, help="of a machine")
     made.add_argument("--reads", type=float, default=5e9, help="bytes per second of the storage")
     made.add_argument("--writes", type=float, default=2e9, help="bytes per second of the storage")
