@@ -79,13 +79,18 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Explain each kind of agent of examples/agents from its checkpoint; pictures in agents-output."""
-    install(session, DEVELOPER, "transformers", "tqdm", "click")
+    """Explain each kind of agent of examples/agents, and large models; pictures in agents-output."""
+    install(session, DEVELOPER, "transformers", "tqdm", "click", "accelerate")
     # Both ask for more than these environments need: the one for pictures of its own, the other for an older gym.
     install(session, "--no-deps", "minatar", "vmas")
     install(session, "pyglet", "six", "gym", "box2d")
     session.run(
-        "pytest", "--slow", "-n", "auto", *(session.posargs or ["tests/laws/test_agents.py"]), env=ONE_THREAD
+        "pytest",
+        "--slow",
+        "-n",
+        "auto",
+        *(session.posargs or ["tests/laws/test_agents.py", "tests/laws/test_large_models.py"]),
+        env=ONE_THREAD,
     )
 
 
@@ -114,6 +119,15 @@ def peers(session: nox.Session) -> None:
     # torchvision and what needs it ask for a build of torch of their own: their Python part is all that is wanted.
     install(session, "--no-deps", "torchvision", "zennit", "lxt", "captum")
     session.run("pytest", "-m", "peers", *(session.posargs or ["tests/peers"]), env=ONE_THREAD)
+
+
+@nox.session
+def datasets(session: nox.Session) -> None:
+    """Read the data sets of Minari and LeRobot, find strategies, and write tables, with the packages for it."""
+    install(session, ".[rl,cli,viz,clusters,minari,lerobot,tables,dev]", "minari", "polars", "duckdb")
+    named = [f"tests/datasets/test_{name}.py" for name in ("spray", "minari", "lerobot", "tables", "prepare")]
+    workers = ("-n", "auto", "--maxprocesses", "4")
+    session.run("pytest", *workers, *(session.posargs or [*named, "tests/cli"]), env=ONE_THREAD)
 
 
 @nox.session

@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _measure(arguments: argparse.Namespace, found: dict[str, dict[str, object]]) -> None:
     from benchmarks.faithfulness.agents import AGENTS
     from benchmarks.faithfulness.measuring import measured
+    from benchmarks.faithfulness.methods import methods
     from benchmarks.faithfulness.pretrained import PRETRAINED
 
     known = {**AGENTS, **PRETRAINED}
@@ -40,8 +41,11 @@ def _measure(arguments: argparse.Namespace, found: dict[str, dict[str, object]])
         except ImportError as error:
             print(f"{name}: left out, {error}", file=sys.stderr)
             continue
-        found[name] = measured(subject, arguments.seeds or subject.seeds)
-        found[name]["seconds"] = round(time.perf_counter() - start)
+        row: dict[str, object] = measured(subject, arguments.seeds or subject.seeds, arguments.methods)
+        row["seconds"] = round(time.perf_counter() - start)
+        if arguments.methods and name in found:
+            row = page.joined(found[name], row, arguments.methods, [each.label for each in methods(subject)])
+        found[name] = row
         page.write(found[name], list(known))
         print(page.text(found[name]), flush=True)
 
@@ -49,6 +53,7 @@ def _measure(arguments: argparse.Namespace, found: dict[str, dict[str, object]])
 def _parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.faithfulness", description=__doc__)
     made.add_argument("names", nargs="*", help="measure these anew (default: all that have no result yet)")
+    made.add_argument("--methods", nargs="+", default=(), help="only these, beside the results of all others")
     made.add_argument("--afresh", action="store_true", help="forget the results that there are")
     made.add_argument("--page", action="store_true", help="measure nothing, write the page of the results")
     made.add_argument("--seeds", type=int, help="of everything that is drawn (default: each subject's own)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -24,9 +25,15 @@ ROUNDS, SLOW = 3, 0.3
 """How often each method is timed, and from how many seconds on only once."""
 
 
-def measured(subject: Subject, seeds: int) -> Row:
-    """What the tables tell of a subject."""
-    tried = list(methods(subject))
+def measured(subject: Subject, seeds: int, names: Collection[str] = ()) -> Row:
+    """What the tables tell of a subject.
+
+    Args:
+        subject: what is explained.
+        seeds: how often its inputs are drawn.
+        names: methods to measure, and what their cost is told in; all where there are none.
+    """
+    tried = [each for each in methods(subject) if not names or each.name in (*names, FLOOR)]
     areas: list[dict[str, list[float]]] = [{name: [] for name in subject.metrics} for _ in tried]
     first, features, rows = None, 0, 0
     for seed in range(seeds):

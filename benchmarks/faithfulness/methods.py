@@ -44,6 +44,9 @@ _WAY = {
 FLOOR = "gradient x input"
 """What the cost of a method is told in."""
 
+_OF_DIFFERENCES = ("deeplift", "deeplift_reveal_cancel", "deeplift_shapley")
+"""Presets that are for an explanation against a reference."""
+
 Maps = Mapping[NestedKey, Tensor]
 """Relevance by key."""
 
@@ -90,7 +93,7 @@ def methods(subject: Subject) -> Iterator[Method]:
             name,
             LRP(composite(name), target=subject.target, on_unmatched="ignore", attribute=subject.keys),
         )
-    for name in ("deeplift", *(name for name in subject.presets if name != "epsilon")):
+    for name in (*_OF_DIFFERENCES, *(name for name in subject.presets if name != "epsilon")):
         for baseline in subject.baselines:
             yield Method(name, baseline, _against(subject, name, baseline), "lrp")
     yield _attribution(subject, "gradient", Gradient(subject.target, attribute=subject.keys), "gradient")

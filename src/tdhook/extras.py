@@ -17,10 +17,24 @@ EXTRAS = {
     "rich": "cli",
     "typer": "cli",
     "tomli": "cli",
+    "sklearn": "clusters",
+    "scipy": "clusters",
+    "umap": "clusters",
+    "h5py": "minari",
+    "pyarrow": "tables",
+    "av": "lerobot",
+    "ray": "ray",
+    "cloudpickle": "rl",
 }
 """The extra of each package that is not always there, by the name that it is imported by."""
 
-_INSTALLED_AS = {"PIL": "Pillow", "imageio_ffmpeg": "imageio-ffmpeg", "ale_py": "ale-py"}
+_INSTALLED_AS = {
+    "PIL": "Pillow",
+    "imageio_ffmpeg": "imageio-ffmpeg",
+    "ale_py": "ale-py",
+    "sklearn": "scikit-learn",
+    "umap": "umap-learn",
+}
 
 
 def require(module: str, who: str) -> ModuleType:

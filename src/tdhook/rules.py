@@ -24,6 +24,7 @@ from tdhook.relevance.rules.gradient import (
 from tdhook.relevance.rules.normalisation import LayerNormRule
 from tdhook.relevance.rules.products import ConstantRule, FactorsRule, SignalTakeAllRule
 from tdhook.relevance.rules.recurrent import RecurrentRule
+from tdhook.relevance.rules.reveal import RevealCancelRule, ShapleyRule
 from tdhook.relevance.rules.signed import AlphaBetaRule, GammaRule, ZBoxRule, ZPlusRule
 from tdhook.relevance.rules.simple import IgnoreRule, PassRule, StopRule, UniformRule
 from tdhook.relevance.rules.squares import FlatRule, WSquareRule
@@ -53,7 +54,9 @@ __all__ = [
     "ReLUGuidedBackpropRule",
     "RecurrentRule",
     "RemovableRuleHandle",
+    "RevealCancelRule",
     "Rule",
+    "ShapleyRule",
     "SignalTakeAllRule",
     "SoftmaxEpsilonRule",
     "Step",

@@ -39,6 +39,8 @@ PRESETS = (
     "attn_lrp",
     "cp_lrp",
     "deeplift",
+    "deeplift_reveal_cancel",
+    "deeplift_shapley",
     "epsilon",
     "epsilon_alpha2_beta1",
     "epsilon_alpha2_beta1_flat",
@@ -115,7 +117,7 @@ def test_every_preset_is_balanced(composite: str, name: str, flow: str) -> None:
     assert td["ledger", "gap"].abs().max() <= 1e-9 * wanted.abs().max()
     arrived = td["attr", "input"].flatten(1).sum(1)
     torch.testing.assert_close(arrived, td["ledger", "inputs"], rtol=1e-9, atol=1e-9)
-    if composite == "deeplift":
+    if composite.startswith("deeplift"):
         torch.testing.assert_close(arrived, wanted, rtol=1e-9, atol=1e-9)
 
 

@@ -377,8 +377,9 @@ def _():
 
 
 @pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("composite", ["deeplift", "deeplift_reveal_cancel", "deeplift_shapley"])
 @pytest.mark.parametrize("name", CASES)
-def test_all_of_the_difference_arrives(name: str, flow: str) -> None:
+def test_all_of_the_difference_arrives(name: str, composite: str, flow: str) -> None:
     make, shape = CASES[name]
     model = make().eval()
     x = torch.randn(3, *shape)
@@ -386,7 +387,7 @@ def test_all_of_the_difference_arrives(name: str, flow: str) -> None:
     for start, ledger in ((partly, True), (torch.zeros(shape), False)):
         wanted = (model(x) - model(start.expand_as(x).clone())).detach()[:, 1]
         with LRP(
-            "deeplift",
+            composite,
             target=Target("output", 1),
             baseline=start,
             flow=flow,

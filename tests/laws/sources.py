@@ -40,6 +40,7 @@ ORDER = (
     "tdhook.configuration",
     "tdhook.evaluation",
     "tdhook.rl",
+    "tdhook.datasets",
     "tdhook.plots",
     "tdhook.video",
     "tdhook.pages",

@@ -14,7 +14,16 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # where `benchmarks` is that of this repository; torchrl installs one, too
 
 from benchmarks.faithfulness.games import Game, all_coalitions, occlusions, permutations  # noqa: E402
-from benchmarks.faithfulness.page import PAGE, mean_area, page, read, summary, unmeasured, write  # noqa: E402
+from benchmarks.faithfulness.page import (  # noqa: E402
+    PAGE,
+    joined,
+    mean_area,
+    page,
+    read,
+    summary,
+    unmeasured,
+    write,
+)
 from tdhook.passes.questions import asked  # noqa: E402
 from tdhook.perturbing.features import Features, Groups  # noqa: E402
 from tdhook.targets import Target  # noqa: E402
@@ -87,7 +96,7 @@ def method(name: str, baseline: str | None, family: str, cost: float, area: floa
 def test_a_summary_names_the_best_that_costs_no_more(tmp_path: Path) -> None:
     methods = [
         method("epsilon", None, "lrp", 1.0, 0.5),
-        method("deeplift", "mean", "lrp", 2.0, 3.5),
+        method("deeplift_shapley", "mean", "lrp", 2.0, 3.5),
         method("integrated gradients", "mean", "gradient", 32.0, 3.0),
         method("gradient x input", None, "gradient", 1.0, 1.0),
         method("Shapley values", "mean", "removal", 9.0, 3.0),
@@ -102,9 +111,29 @@ def test_a_summary_names_the_best_that_costs_no_more(tmp_path: Path) -> None:
     assert mean_area(found["recommended"]) == 4.0
     text = page([row])
     assert (
-        "| `toy` | deeplift, against mean | 2 | 4 | epsilon: 1 | gradient x input: 1.5 | 114 % | 80 % |"
+        "| `toy` | deeplift_shapley, against mean | 2 | 4 | epsilon: 1 | gradient x input: 1.5 | 114 % | 80 % |"
         in text
     )
+
+
+def test_some_methods_are_measured_beside_the_others() -> None:
+    known = {"name": "toy", "features": 3, "rows": 4, "seeds": 2}
+    before = {
+        **known,
+        "methods": [method("gradient", None, "gradient", 1.0, 1.0), method("a", "mean", "lrp", 2.0, 1.0)],
+    }
+    later = {
+        **known,
+        "methods": [method("gradient", None, "gradient", 9.0, 9.0), method("b", "mean", "lrp", 2.0, 3.0)],
+    }
+    order = ["b, against mean", "gradient", "a, against mean"]
+    found = joined(before, later, ["b"], order)
+    assert [each["label"] for each in found["methods"]] == order
+    assert [each["cost"] for each in found["methods"]] == [2.0, 1.0, 2.0]
+    with pytest.raises(
+        ValueError, match="toy was measured with 2 seeds, and now with 5: leave out --methods"
+    ):
+        joined(before, {**later, "seeds": 5}, ["b"], order)
 
 
 def test_chance_is_worth_nothing_and_shapley_values_more_than_the_gradient() -> None:

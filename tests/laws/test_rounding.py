@@ -133,6 +133,7 @@ COMPOSITES = {
         name: preset(name)
         for name in PRESETS
         if name not in ("epsilon_gamma_box", "guided_backprop", "deconvnet", "beta_smooth")
+        and name not in ("deeplift_reveal_cancel", "deeplift_shapley")  # need a baseline
     },
 }
 

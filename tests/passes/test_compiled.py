@@ -50,7 +50,8 @@ def test_every_preset(name, make):
     arguments = {"low": -4.0, "high": 4.0} if name == "epsilon_gamma_box" else {}
     net = make().double()
     shape = (2, 8, 8) if make is image else (FEATURES,)
-    method = LRP(preset(name, **arguments), target=Target("output", "argmax"))
+    baseline = 0.0 if name.startswith("deeplift_") else None
+    method = LRP(preset(name, **arguments), target=Target("output", "argmax"), baseline=baseline)
     explained, graph = method.wrap(net), compiled(method.wrap(net))
     for batch in (4, 7):  # one size, then any
         td = observation(batch, shape=shape)

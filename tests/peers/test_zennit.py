@@ -135,6 +135,8 @@ def test_every_preset_is_compared() -> None:
     assert set(ZENNIT) == set(PRESETS) - {
         "epsilon",
         "deeplift",
+        "deeplift_reveal_cancel",
+        "deeplift_shapley",
         "attn_lrp",
         "cp_lrp",
         "lstm_lrp",

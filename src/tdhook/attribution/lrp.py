@@ -215,6 +215,19 @@ class LRP(Attribution):
         other.references = self.references.among(td)
         return other
 
+    def drawn_from(self, rows: Callable[[], TensorDictBase]) -> LRP:
+        """With means and samples of these rows, unless the references have data of their own."""
+        if self.references is None:
+            return self
+        other = copy.copy(self)
+        other.references = self.references.drawn_from(rows)
+        return other
+
+    @property
+    def steps_before(self) -> int:
+        """One where the baseline is the step before."""
+        return 0 if self.references is None else self.references.steps_before
+
     def settled(
         self, keys: Sequence[NestedKey], td: TensorDictBase, valid: Tensor | None = None
     ) -> tuple[LRP, TensorDictBase, Fill]:

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 import tdhook
+from tdhook.cli import dataset
 from tdhook.cli.errors import notes, require, user_errors
 
 __all__ = ["app"]
@@ -26,6 +27,8 @@ app = typer.Typer(
     epilog="Start with `tdhook demo`. With `TDHOOK_TRACEBACK=1` in the environment, errors show "
     "where they arose.",
 )
+
+app.add_typer(dataset.app, name="dataset")
 
 _POLICY_HELP = (
     "A checkpoint that `tdhook.rl.save_policy` wrote (plain data: opening it runs no code), or "

@@ -19,7 +19,7 @@ from torch import Tensor
 import tdhook
 from tdhook.attribution.lrp import LRP
 from tdhook.cli.folders import picture_names, replaced_output, require_output
-from tdhook.cli.policies import Stage
+from tdhook.cli.policies import Stage, default_target
 from tdhook.cli.tables import conservation_table, progress_bar, relevance_table
 from tdhook.composites import Composite
 from tdhook.configuration import write_key, write_target
@@ -106,7 +106,7 @@ def run(request: Request, out: Path) -> None:
     require_output(out)  # before any work, and again when it is done
     torch.manual_seed(request.seed)
     stage = Stage.of(policy, request.seed, request.frames)
-    target = request.target or _default_target(policy)
+    target = request.target or default_target(policy)
     keys = [unravel_key(key) for key in (*policy.actor.in_keys, *request.attribute)]
     against = request.baseline is not None
     acting = policy.actor
@@ -145,16 +145,6 @@ def _against(
     method = LRP(request.composite, target=target, attribute=keys, baseline=references, ledger=conserves)
     found: TensorDict = Explain(method, request.policy.actor, mask_key=None)(rollout)
     return found, Conservation.of(found["ledger"]) if conserves else None
-
-
-def _default_target(policy: Policy) -> Target:
-    for key in ("action_value", "logits"):
-        if key in policy.actor.out_keys:
-            return Target(key, "action")
-    raise ValueError(
-        "what is to be explained? Give --target KEY[:INDEX]; the policy writes "
-        f"{', '.join(write_key(unravel_key(key)) for key in policy.actor.out_keys)}"
-    )
 
 
 def _views(

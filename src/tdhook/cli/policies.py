@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import unravel_key
 
+from tdhook.configuration import write_key
 from tdhook.rl import Policy, load_policy, make_env
 from tdhook.rl.policies import require_names
+from tdhook.targets import Target
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
 
-__all__ = ["Stage", "find_policy"]
+__all__ = ["Stage", "default_target", "find_policy", "imported"]
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -53,7 +56,7 @@ def find_policy(text: str, env_id: str | None = None, *, need_env: bool = True) 
 
 
 def _imported(text: str) -> Policy:
-    function = _function(text)
+    function = imported(text, "--policy takes a function that returns the policy")
     try:
         made = function()
     except Exception as error:  # the user's own code fails as it pleases
@@ -68,7 +71,20 @@ def _imported(text: str) -> Policy:
     )
 
 
-def _function(text: str) -> Any:
+def imported(text: str, what: str) -> Any:
+    """The function that ``package.module:function`` names.
+
+    Args:
+        text: the name.
+        what: what takes which function, for the message.
+
+    Raises:
+        ImportError: it is not there.
+        TypeError: it is no function.
+        ValueError: it is named otherwise, or its module cannot be imported.
+    """
+    if _IMPORT_PATH.fullmatch(text) is None:
+        raise ValueError(f"{text!r} is not written as package.module:function")
     home, _, name = text.partition(":")
     if os.getcwd() not in sys.path:  # an installed command does not look there, and `python -m` does
         sys.path.insert(0, os.getcwd())
@@ -87,10 +103,23 @@ def _function(text: str) -> Any:
             raise ImportError(f"module {home!r} has no {name!r}")
         found = getattr(found, part)
     if not callable(found):
-        raise TypeError(
-            f"{text} is {type(found).__name__}, and --policy takes a function that returns the policy"
-        )
+        raise TypeError(f"{text} is {type(found).__name__}, and {what}")
     return found
+
+
+def default_target(policy: Policy) -> Target:
+    """The value or logit of the action that was taken, whichever the policy writes.
+
+    Raises:
+        ValueError: it writes neither.
+    """
+    for key in ("action_value", "logits"):
+        if key in policy.actor.out_keys:
+            return Target(key, "action")
+    raise ValueError(
+        "what is to be explained? Give --target KEY[:INDEX]; the policy writes "
+        f"{', '.join(write_key(unravel_key(key)) for key in policy.actor.out_keys)}"
+    )
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,15 @@ class Attribution(ABC):
         """The same, where what is explained is compared with others: with those of ``td``."""
         return self
 
+    def drawn_from(self: Self, rows: Callable[[], TensorDictBase]) -> Self:
+        """The same, where what is explained is compared with others: with these rows, which are asked for if wanted."""
+        return self
+
+    @property
+    def steps_before(self) -> int:
+        """How many steps before a step are looked at."""
+        return 0
+
     def settled(
         self: Self, keys: Sequence[NestedKey], td: TensorDictBase, valid: Tensor | None = None
     ) -> tuple[Self, TensorDictBase, Callable[[TensorDictBase], TensorDictBase]]:

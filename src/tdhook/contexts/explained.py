@@ -109,6 +109,10 @@ class ExplainedModule(TensorDictModuleBase):
         self.__dict__["_state"] = method.start(model) if state is None else state
         self._graphs = self._new_graphs()
 
+    def afresh(self) -> None:
+        """Explain what comes as if nothing had been explained before: what is kept may decide the last digits."""
+        self._begin(self.model)
+
     def _make_lazy_layers(self, td: TensorDictBase) -> None:
         if torch.compiler.is_compiling():
             raise RuntimeError(

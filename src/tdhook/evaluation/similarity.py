@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cosine", "spearman", "ssim"]
+__all__ = ["cosine", "drift", "spearman", "ssim"]
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -24,6 +24,20 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     a, b = (x / x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny) for x in (a, b))
     product = a.norm(dim=-1) * b.norm(dim=-1)
     return torch.where(product == 0, 0.0, (a * b).sum(-1) / product).clamp(-1.0, 1.0)
+
+
+def drift(a: Tensor, b: Tensor) -> Tensor:
+    """How far apart explanations are: one minus their cosine; 0 where both are all zero.
+
+    Args:
+        a: ``[*batch, features]``.
+        b: ``[*batch, features]``.
+
+    Returns:
+        ``[*batch]``, from 0 to 2.
+    """
+    alike = (a == 0).all(-1) & (b == 0).all(-1)
+    return torch.where(alike, 0.0, 1.0 - cosine(a, b))
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from tdhook.tape.internals import children_of
+from tdhook.tape.sharded import is_sharded
 
-__all__ = ["home_of", "lends_weights", "running_alone", "unwrapped", "wrappers_among"]
+__all__ = ["home_of", "is_elsewhere", "lends_weights", "running_alone", "unwrapped", "wrappers_among"]
 
 # Where a module keeps what its own `compile()` made of its calls.
 _COMPILED = "_compiled_call_impl"
@@ -70,6 +71,11 @@ def running_alone(wrappers: Sequence[nn.Module]) -> Iterator[None]:
 def lends_weights(module: nn.Module) -> bool:
     """Whether parameters of a module are gathered while it runs, and given back afterwards (``fully_shard``)."""
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
+def is_elsewhere(module: nn.Module) -> bool:
+    """Whether weights of a model are not all in this process: divided among several, or brought for each call."""
+    return any(is_sharded(x) or x.is_meta for x in (*module.parameters(), *module.buffers()))
 
 
 def home_of(module: nn.Module) -> str:

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from tdhook.pages.preparation import View
 
-__all__ = ["Pictures", "checked_frames", "frames_of_observation", "pictures_of"]
+__all__ = ["Pictures", "checked_frames", "frames_of_observation", "pictures_of", "png"]
 
 Encoder: TypeAlias = Callable[[Tensor], bytes]
 
@@ -117,7 +117,7 @@ def pictures_of(frames: Tensor | None, views: Sequence[View]) -> Pictures | None
     environments, time = first.shape[:2]
     notes: list[str] = []
     kind: str = "image/png"
-    encode: Encoder = _png
+    encode: Encoder = png
     shrink = 1
     if frames is not None:
         shrink = -(-max(frames.shape[2:4]) // _WIDEST_FRAME)
@@ -203,9 +203,9 @@ def _encoder(samples: list[Tensor]) -> tuple[str, Encoder]:
     try:
         from PIL import Image, features
     except ImportError:
-        return "image/png", _png
+        return "image/png", png
     if not features.check("webp"):
-        return "image/png", _png
+        return "image/png", png
 
     def writer(**options: object) -> Encoder:
         def write(frame: Tensor) -> bytes:
@@ -220,7 +220,7 @@ def _encoder(samples: list[Tensor]) -> tuple[str, Encoder]:
     return "image/webp", writer(quality=75, method=1) if rich else exact
 
 
-def _png(frame: Tensor) -> bytes:
+def png(frame: Tensor) -> bytes:
     """PNG (ISO/IEC 15948) of a frame ``[height, width, 3]``: true colour of 8 bits, no filter."""
     height, width, _ = frame.shape
     rows = torch.zeros(height, 1 + 3 * width, dtype=torch.uint8)

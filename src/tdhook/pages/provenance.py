@@ -23,6 +23,8 @@ __all__ = [
     "account_html",
     "composite_html",
     "list_html",
+    "number",
+    "signed",
     "summary_html",
     "target_text",
     "text_html",
@@ -75,9 +77,9 @@ def summary_html(view: View, shown: Sequence[int]) -> str:
     lines = []
     for row in shown:
         cells = [*(summary.by_action[action, row].item() for action in taken), summary.mean[row].item()]
-        signed = "".join(f'<td data-value="{cell!r}">{_signed(cell)}</td>' for cell in cells)
-        size = f"<td>{_number(summary.magnitude[row].item())}</td>"
-        lines.append(f'<tr><th scope="row">{text_html(view.rows[row])}</th>{signed}{size}</tr>')
+        shown_cells = "".join(f'<td data-value="{cell!r}">{signed(cell)}</td>' for cell in cells)
+        size = f"<td>{number(summary.magnitude[row].item())}</td>"
+        lines.append(f'<tr><th scope="row">{text_html(view.rows[row])}</th>{shown_cells}{size}</tr>')
     head = "".join(
         f'<th scope="col">{head}</th>' for head in ("feature", *heads, "all steps", "mean |relevance|")
     )
@@ -102,7 +104,7 @@ def account_html(account: Conservation | None, composite: Composite | None, agai
     lines, share_of = [], "of what was put in" if against else "of |target|"
     for label, value, share in account.lines(against):
         part = "" if share is None else f"{share:+.1%}".replace("-", "−")
-        lines.append(f'<tr><th scope="row">{label}</th><td>{_signed(value)}</td><td>{part}</td></tr>')
+        lines.append(f'<tr><th scope="row">{label}</th><td>{signed(value)}</td><td>{part}</td></tr>')
     return (
         '<table class="numbers"><caption>Mean over the steps</caption><thead><tr><td></td><th scope="col">mean</th>'
         f'<th scope="col">{share_of}</th></tr></thead><tbody>{"".join(lines)}</tbody></table>'
@@ -132,9 +134,11 @@ def list_html(entries: Mapping[str, object]) -> str:
     return f"<dl>{''.join(rows)}</dl>"
 
 
-def _signed(value: float) -> str:
-    return _number(value) if value <= 0 or math.isnan(value) else f"+{_number(value)}"
+def signed(value: float) -> str:
+    """A number as it is shown, with its sign."""
+    return number(value) if value <= 0 or math.isnan(value) else f"+{number(value)}"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """A number as it is shown."""
     return f"{value:.4g}".replace("-", "−")

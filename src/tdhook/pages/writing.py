@@ -37,7 +37,7 @@ from tdhook.relevance.composites.composite import Pairs, preset
 from tdhook.rl.rollouts import Conservation
 from tdhook.targets import TargetLike
 
-__all__ = ["write_report"]
+__all__ = ["assembled", "write_report"]
 
 _STEPS = 20_000
 _ROWS = 24
@@ -119,7 +119,10 @@ def write_report(
     facts = {} if target is None else {"target": target_text(target)}
     facts |= {} if baseline is None else {"baseline": baseline}
     facts |= {str(name): value for name, value in (metadata or {}).items()}
-    page = _assembled(
+    page = assembled(
+        "page.html",
+        ("page.css",),
+        _SCRIPTS,
         {
             "title": text_html(title or "An explained rollout"),
             "subtitle": text_html(_subtitle(views[0])),
@@ -135,7 +138,7 @@ def write_report(
             else "<p>Nothing was said of target, environment and seed.</p>",
             "versions": list_html(versions()),
             "data": _as_json(_data(course, views, rows, pictures, actions)),
-        }
+        },
     )
     write_whole(path, page.encode("utf-8"))
     return path
@@ -282,21 +285,30 @@ def _as_json(data: dict[str, object]) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _assembled(parts: Mapping[str, str]) -> str:
+def assembled(page: str, styles: Sequence[str], scripts: Sequence[str], parts: Mapping[str, str]) -> str:
+    """A page of a template.
+
+    Args:
+        page: name of the template.
+        styles: those of its style sheets, in their order.
+        scripts: those of its scripts, likewise; none where it has none.
+        parts: what is filled in, as HTML, by name.
+    """
     folder = resources.files("tdhook.pages") / "template"
-    style = (folder / "page.css").read_text(encoding="utf-8")
-    body = "\n".join((folder / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    style = "".join((folder / name).read_text(encoding="utf-8") for name in styles)
+    body = "\n".join((folder / name).read_text(encoding="utf-8") for name in scripts)
     script = f'"use strict";\n(() => {{\n{body}\n}})();\n'
-    known = {**parts, "style": style, "script": script, "policy": _policy(script, style)}
-    template = (folder / "page.html").read_text(encoding="utf-8")
+    known = {**parts, "style": style, "script": script, "policy": _policy(script if scripts else None, style)}
+    template = (folder / page).read_text(encoding="utf-8")
     # In one pass: what is filled in is never looked at again.
     return re.sub(r"\{\{(\w+)\}\}", lambda place: known[place[1]], template)
 
 
-def _policy(script: str, style: str) -> str:
+def _policy(script: str | None, style: str) -> str:
     """A content security policy: this script and this style, embedded images, and nothing else, no network either."""
 
     def digest(text: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
-    return f"default-src 'none'; img-src data:; script-src {digest(script)}; style-src {digest(style)}"
+    scripts = "" if script is None else f"script-src {digest(script)}; "
+    return f"default-src 'none'; img-src data:; {scripts}style-src {digest(style)}"

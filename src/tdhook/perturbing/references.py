@@ -140,11 +140,24 @@ class References:
                 'baseline="previous" is the step before, which is not known where rows are looked at one by one: give '
                 'the values of that step as entries ("previous", key), as tdhook.rl.StepBefore does'
             )
-        if self.data is not None:
+        return self.drawn_from(lambda: td)
+
+    def drawn_from(self, rows: Callable[[], TensorDictBase]) -> References:
+        """The same, with means and samples of these rows unless there are data already.
+
+        Args:
+            rows: gives them, if they are wanted.
+        """
+        if self.data is not None or not (self._asks("mean") or self._asks("sample")):
             return self
         other = copy.copy(self)
-        other.data = td
+        other.data = rows()
         return other
+
+    @property
+    def steps_before(self) -> int:
+        """How many steps before a step are looked at."""
+        return 1 if self._asks(PREVIOUS) else 0
 
     def settled(
         self, keys: Sequence[NestedKey], td: TensorDictBase, valid: Tensor | None = None
@@ -169,11 +182,11 @@ class References:
                 value = value.to(torch.get_default_dtype())
             if isinstance(one, str) and one == "sample":
                 drawn[key] = self._source(key, value, td.batch_dims, valid)
+            elif isinstance(one, str) and one == "mean":
+                given[key] = _mean(self._source(key, value, td.batch_dims, valid))
             elif _is_one_row(one, value.dim() - td.batch_dims):
                 given[key] = one
             else:
-                if isinstance(one, str) and one == "mean":
-                    one = _mean(self._source(key, value, td.batch_dims, valid))
                 made = self._made(one, key, value, td.batch_dims, td, _Chosen(self.seed, 0))
                 put(td, (_GIVEN, *parts_of(key)), made, key)
                 given[key] = (_GIVEN,)

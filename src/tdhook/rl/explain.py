@@ -6,37 +6,28 @@ import copy
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.utils import NestedKey, unravel_key
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tdhook.contexts.attribution import Attribution
 from tdhook.contexts.explained import ExplainedModule
+from tdhook.contexts.recorded import Recorded
 from tdhook.extras import require
-from tdhook.keys import known_keys, parts_of, under
-from tdhook.models.entries import leaves_of
 from tdhook.models.holding import modules_of
 from tdhook.models.loading import Weights, load_weights
 from tdhook.models.model import InKeys
 from tdhook.models.parallel import unwrapped
 from tdhook.models.state import Slot, slots_of
-from tdhook.passes.rows import beside, joined
-from tdhook.perturbing.before import PREVIOUS
-from tdhook.targets.hindsight import InHindsight
 
 __all__ = ["Explain"]
 
 Transform: Any = require("torchrl.envs", "tdhook.rl").Transform
-
-_VALID = "_explain_valid"
-
-Entries: TypeAlias = "Callable[[TensorDictBase], Mapping[NestedKey, Tensor]]"
 
 
 class Explain(Transform):
@@ -71,7 +62,8 @@ class Explain(Transform):
         snapshot: whether to explain the module as it is now, until :meth:`update` is called, whatever is trained since.
             A copy in another process (a pickled one: behind a remote buffer, or in a collector's worker) does not
             follow the module, and says so: send it weights by :meth:`update`.
-        at_once: how many steps are explained in one pass, so that memory does not grow with the batch.
+        at_once: how many steps are explained in one pass, so that memory does not grow with the batch; by default by
+            their size.
         trajectories: whether the module looks along the last axis of the batch, which is time (recurrent policies,
             transformers). It is then given whole trajectories; otherwise, each step for itself.
         mask_key: truth values ``[*batch]``, if the batch has them: steps where they are false are padding, which is not
@@ -96,18 +88,14 @@ class Explain(Transform):
         under: NestedKey | None = None,
         every: int = 1,
         snapshot: bool = False,
-        at_once: int = 256,
+        at_once: int | None = None,
         trajectories: bool = False,
         mask_key: NestedKey | None = ("collector", "mask"),
     ) -> None:
         super().__init__()
-        for name, number in (("every", every), ("at_once", at_once)):
-            if number < 1:
-                raise ValueError(f"{name} is at least 1, got {name}={number}")
-        self.at, self.under = parts_of(at), parts_of(under)
-        self.every, self.at_once, self.trajectories = every, at_once, trajectories
-        self.snapshot, self.mask_key = snapshot, mask_key
-        self._method, self._calls = method, 0
+        if every < 1:
+            raise ValueError(f"every is at least 1, got every={every}")
+        self.every, self.snapshot, self._calls = every, snapshot, 0
         self._wrapped_with = in_keys, out_keys
         self._lock = threading.RLock()
         self._given = self._away = self._warned = False
@@ -116,10 +104,16 @@ class Explain(Transform):
         # Not registered: what moves or saves a buffer must not move or save the policy.
         root = module.model.root if isinstance(module, ExplainedModule) else unwrapped(module)
         self.__dict__["_module"] = root
-        self.__dict__["_explained"] = self._anew()
-        self.in_keys = [unravel_key((*self.at, *parts_of(key))) for key in self._explained.in_keys]
-        written = [parts_of(key) for key in self._explained.out_keys]
-        self.out_keys = [self._destination(key) for key in written if self._is_ours(key)]
+        self._recorded = Recorded(
+            method,
+            self._wrapped,
+            at=at,
+            under=under,
+            at_once=at_once,
+            trajectories=trajectories,
+            mask_key=mask_key,
+        )
+        self.in_keys, self.out_keys = self._recorded.in_keys, self._recorded.out_keys
 
     def update(self, weights: Weights | None = None) -> None:
         """From now on, explain with other weights.
@@ -135,7 +129,7 @@ class Explain(Transform):
         """
         with self._lock:
             if weights is not None:
-                load_weights(self._explained.model.root, weights)
+                load_weights(self._recorded.explained.model.root, weights)
                 self._given = True
             elif self.snapshot or self._given or self._away:
                 self._take()
@@ -202,7 +196,7 @@ class Explain(Transform):
             if not self.snapshot and not self._given:
                 self._take()
                 self._say_if_old()
-            found = self._explain(tensordict)
+            found = self._recorded.entries(tensordict)
             self._shapes = {key: (value.shape[len(batch) :], value.dtype) for key, value in found.items()}
             return found
         device = tensordict.device
@@ -210,127 +204,6 @@ class Explain(Transform):
             key: torch.full((*batch, *shape), torch.nan, dtype=dtype, device=device)
             for key, (shape, dtype) in self._shapes.items()
         }
-
-    def _explain(self, td: TensorDictBase) -> dict[NestedKey, Tensor]:
-        source = td.get(self.at, None) if self.at else td
-        if not isinstance(source, TensorDictBase):
-            raise KeyError(f"the batch has no {unravel_key(self.at)!r} to read from; it has {known_keys(td)}")
-        valid = None if self.mask_key is None else td.get(self.mask_key, None)
-        if valid is not None:
-            valid = valid.reshape(*td.batch_size, *(1,) * (source.batch_dims - td.batch_dims))
-            valid = valid.expand(source.batch_size)
-        ours = self._explained.method
-        assert isinstance(ours, Attribution)
-        whole = self._beside_trajectories(td, source, ours)
-        method, whole, fill = ours.settled(self._attributed(source), whole, valid)
-        self._explained.explain_by(method)
-        try:
-            return self._explain_settled(whole, valid, fill)
-        finally:
-            self._explained.explain_by(ours)
-
-    def _beside_trajectories(
-        self, td: TensorDictBase, source: TensorDictBase, method: Attribution
-    ) -> TensorDictBase:
-        """What is read, with what the batch tells of its trajectories, and what was before that which came next."""
-        whole = source
-        if self.trajectories and source.batch_dims and "time" not in source.names:
-            whole = source.copy()
-            whole.names = [*source.names[:-1], "time"]
-        if not self.at:
-            return whole
-        whole = whole.copy()
-        for key in method.reads(td):
-            if whole.get(key, None) is None:
-                whole.set(key, td.get(key))
-        for key in self._attributed(source) if self.at == ("next",) else ():
-            before = td.get(key, None)
-            if before is not None and whole.get((PREVIOUS, *parts_of(key)), None) is None:
-                whole.set((PREVIOUS, *parts_of(key)), before)
-        return whole
-
-    def _attributed(self, source: TensorDictBase) -> list[NestedKey]:
-        """The entries of what is read that are attributed."""
-        reads = [parts_of(key) for key in self._explained.in_keys]
-        given = [key for key in self._explained.attributed if parts_of(key) in reads]
-        return [leaf for key in given for leaf, _ in leaves_of(key, source.get(key, None))]
-
-    def _explain_settled(
-        self,
-        source: TensorDictBase,
-        valid: Tensor | None,
-        fill: Callable[[TensorDictBase], TensorDictBase],
-    ) -> dict[NestedKey, Tensor]:
-        work = self._read(source)
-        here = next((x.device for x in work.values(True, True) if isinstance(x, Tensor)), None)
-        there = next((x.device for x in self._explained.model.root.parameters()), here)
-        if here != there:
-            work = work.to(there)
-        valid = valid if valid is None else valid.to(there)
-
-        def entries(part: TensorDictBase) -> dict[NestedKey, Tensor]:
-            found = self._explained(fill(part))
-            return {key: value for key, value in found.items(True, True) if self._is_ours(parts_of(key))}
-
-        cut = self._by_trajectory if self.trajectories else self._by_step
-        with _random_state_kept(there):
-            whole = cut(work, valid, entries)
-        return {self._destination(parts_of(key)): value.to(here) for key, value in whole.items()}
-
-    def _read(self, source: TensorDictBase) -> TensorDictBase:
-        """What of the batch is needed."""
-        for key in self._explained.in_keys:
-            if source.get(key, None) is None:
-                missing = under(self.at, key)
-                raise KeyError(
-                    f"the batch has no {missing!r}, which the explained module reads; there are {known_keys(source)}"
-                )
-        kept = source.select(*self._explained.reads(source), strict=False)
-        return kept.exclude(*(key for key in kept.keys(True, True) if self._is_ours(parts_of(key))))
-
-    def _by_step(
-        self, work: TensorDictBase, valid: Tensor | None, entries: Entries
-    ) -> dict[NestedKey, Tensor]:
-        """Each step for itself, ``at_once`` of them together."""
-        batch = work.batch_size
-        flat = work.reshape(-1)
-        there = None if valid is None else valid.reshape(-1).nonzero()[:, 0]
-        found: dict[NestedKey, Tensor] = {}
-        rows = flat if there is None else flat[there]
-        for key, value in joined(rows, self.at_once, entries).items():
-            if there is not None:
-                value = value.new_zeros(batch.numel(), *value.shape[1:]).index_copy_(0, there, value)
-            found[key] = value.reshape(*batch, *value.shape[1:])
-        return found
-
-    def _by_trajectory(
-        self, work: TensorDictBase, valid: Tensor | None, entries: Entries
-    ) -> dict[NestedKey, Tensor]:
-        """Trajectory by trajectory, as many together as come to about ``at_once`` steps."""
-        batch = work.batch_size
-        if not batch:
-            raise ValueError("a batch of trajectories has an axis for time, and this one has no axes")
-        if valid is not None:
-            work = work.copy()
-            for key in self._method.seeder.entries or ():
-                taken = work.get(key, None)
-                if taken is not None:  # what stands in the padding may be no action at all
-                    work.set(key, torch.where(beside(valid, taken), taken, taken[valid][0]))
-            work.set(_VALID, valid)
-        rows = work.reshape(-1, batch[-1])
-        with require("torchrl.modules", "tdhook.rl").set_recurrent_mode("recurrent"):
-            whole = joined(rows, self.at_once // batch[-1], entries)
-        return {key: value.reshape(*batch, *value.shape[2:]) for key, value in whole.items()}
-
-    def _is_ours(self, key: tuple[str, ...]) -> bool:
-        name = parts_of(self._method.attribution_key)
-        beside = key[0] in self._method.writes_under or key in map(parts_of, self._method.writes)
-        return key[: len(name)] == name or beside
-
-    def _destination(self, key: tuple[str, ...]) -> NestedKey:
-        name = parts_of(self._method.attribution_key)
-        count = len(name) if key[: len(name)] == name else 1
-        return unravel_key((*self.under, *key[:count], *self.at, *key[count:]))
 
     def _say_if_old(self) -> None:
         if self._away and not self._warned:
@@ -341,34 +214,24 @@ class Explain(Transform):
                 stacklevel=5,
             )
 
-    def _anew(self) -> ExplainedModule:
-        method = self._method.explaining(InHindsight(self._method.seeder, _VALID))
+    def _wrapped(self, method: Attribution) -> ExplainedModule:
         return method.wrap(copy.deepcopy(self._module), *self._wrapped_with)
 
     def _take(self) -> None:
         """Take the parameters, buffers and modes of the module over into the copy of it."""
-        theirs, ours = (modules_of(root).values() for root in (self._module, self._explained.model.root))
+        theirs, ours = (
+            modules_of(root).values() for root in (self._module, self._recorded.explained.model.root)
+        )
         pairs = list(zip(map(_value, slots_of(theirs)), map(_value, slots_of(ours)), strict=False))
         same = len(theirs) == len(ours) and len(slots_of(theirs)) == len(slots_of(ours))
         if not same or any(_kind(new) != _kind(old) for new, old in pairs):
-            self.__dict__["_explained"] = self._anew()
+            self._recorded.anew()
             return
         with torch.no_grad():
             for new, old in pairs:
                 old.copy_(new)
         for their, our in zip(theirs, ours, strict=True):
             our.training = their.training
-
-
-def _random_state_kept(device: torch.device | None) -> AbstractContextManager[object]:
-    """Have a policy that samples draw nothing from the caller's random numbers.
-
-    Not in another thread: to put the state back there would have this one draw the same numbers twice.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return nullcontext()
-    cuda = [device] if device is not None and device.type == "cuda" else []
-    return torch.random.fork_rng(devices=cuda)
 
 
 def _value(slot: Slot) -> Tensor:

@@ -13,6 +13,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
 from tdhook.contexts.attribution import Attribution
+from tdhook.evaluation.similarity import drift
 from tdhook.models.holding import modules_of
 from tdhook.models.state import restored
 from tdhook.rl.policies import require_names
@@ -222,7 +223,10 @@ class AttributionTracker:
         now = out[self._entry].detach().double().reshape(out.batch_size.numel(), -1).clone()
         before = {"previous": self._previous, "first": self._first}
         self._previous, self._first = now, now if self._first is None else self._first
-        return {f"drift/{name}": _distance(now, old) for name, old in before.items()}
+        return {
+            f"drift/{name}": math.nan if old is None else drift(now, old.to(now.device)).mean().item()
+            for name, old in before.items()
+        }
 
     def _note(self, values: Mapping[str, float], step: int) -> None:
         checks = len(self.history["step"])
@@ -235,16 +239,6 @@ class AttributionTracker:
             for name, value in values.items():
                 if not math.isnan(value):
                     self.logger.log_scalar(f"{self.prefix}/{name}", value, step=step)
-
-
-def _distance(a: Tensor, b: Tensor | None) -> float:
-    """One minus the mean cosine of the rows; those that are both zero are the same."""
-    if b is None:
-        return math.nan
-    b = b.to(a.device)
-    cosine = torch.cosine_similarity(a, b, dim=-1, eps=torch.finfo(a.dtype).tiny)
-    alike = (a == 0).all(-1) & (b == 0).all(-1)
-    return 1.0 - torch.where(alike, 1.0, cosine).mean().item()
 
 
 @contextmanager

@@ -164,13 +164,26 @@ class TapeFunction(Function):
 class Identity(TapeFunction):
     """Returns its first argument, of the same values; what travels backwards may change there."""
 
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_is_piece" in cls.__dict__:
+            return
+        keep = cls.setup_context
+
+        def marked(ctx: Any, inputs: Any, output: Any) -> None:
+            keep(ctx, inputs, output)
+            ctx.is_identity = True
+
+        # Inside torch.vmap a class of torch's own stands for this one.
+        cls.setup_context = staticmethod(marked)  # type: ignore[method-assign]
+
     @staticmethod
     def before(node: Any) -> tuple[Any, Sequence[Any]]:
         """The first node from ``node`` towards the inputs that is no identity, and the identities before it."""
         passed: list[object] = []
         while True:
             made = maker_of(node)
-            if made is None or not issubclass(made, Identity):
+            if made is None or not (issubclass(made, Identity) or getattr(node, "is_identity", False)):
                 return node, passed
             passed.append(node)
             node = node.next_functions[0][0]

@@ -31,7 +31,9 @@ from tdhook.rules import (
     ReLUBetaSmoothRule,
     ReLUDeconvNetRule,
     ReLUGuidedBackpropRule,
+    RevealCancelRule,
     Rule,
+    ShapleyRule,
     StopRule,
     WSquareRule,
     ZBoxRule,
@@ -263,6 +265,8 @@ def test_a_users_rule_is_found_by_name():
 FIRST_RULES = {  # of a network that starts with a convolution: the first and second convolution, linear, ReLU
     "epsilon": [EpsilonRule(), EpsilonRule(), EpsilonRule(), PassRule()],
     "deeplift": [EpsilonRule(0.0)] * 3 + [PassRule()],
+    "deeplift_reveal_cancel": [RevealCancelRule()] * 3 + [PassRule()],
+    "deeplift_shapley": [ShapleyRule()] * 3 + [PassRule()],
     "epsilon_plus": [ZPlusRule(), ZPlusRule(), EpsilonRule(), PassRule()],
     "epsilon_plus_flat": [FlatRule(), ZPlusRule(), EpsilonRule(), PassRule()],
     "epsilon_alpha2_beta1": [AlphaBetaRule(2.0, 1.0)] * 2 + [EpsilonRule(), PassRule()],
@@ -300,12 +304,14 @@ def test_presets_by_name(name):
     composite = preset(name, **parameters)
     assert composite == PRESETS[name](**parameters)
     model, td = network(), TensorDict(input=torch.rand(2, 1, 8, 8), batch_size=[2])
-    rules = {row.path: row.rule for row in LRP(composite).plan(model, td) if row.operation is None}
+    baseline = 0.0 if name.startswith("deeplift") else None
+    plan = LRP(composite, baseline=baseline).plan
+    rules = {row.path: row.rule for row in plan(model, td) if row.operation is None}
     assert [rules.get(path) for path in ("0", "3", "6", "1")] == FIRST_RULES[name]
     if "2" in rules:
-        listed = {row.path: row.rule for row in LRP(composite).plan(model)}
-        assert rules["2"] == NormRule(0.0 if name == "deeplift" else 1e-6) and listed["5"] == IgnoreRule()
-    with LRP(composite if parameters else name).prepare(model) as explained:
+        listed = {row.path: row.rule for row in plan(model)}
+        assert rules["2"] == NormRule(1e-6 if baseline is None else 0.0) and listed["5"] == IgnoreRule()
+    with LRP(composite if parameters else name, baseline=baseline).prepare(model) as explained:
         td = explained(td)
     assert td["attr", "input"].shape == (2, 1, 8, 8) and td["attr", "input"].isfinite().all()
 

@@ -16,6 +16,7 @@ from tdhook.relevance.rules.gradient import ReLUBetaSmoothRule, ReLUDeconvNetRul
 from tdhook.relevance.rules.normalisation import LayerNormRule
 from tdhook.relevance.rules.products import ConstantRule, SignalTakeAllRule
 from tdhook.relevance.rules.recurrent import RecurrentRule
+from tdhook.relevance.rules.reveal import RevealCancelRule, ShapleyRule
 from tdhook.relevance.rules.signed import AlphaBetaRule, GammaRule, ZBoxRule, ZPlusRule
 from tdhook.relevance.rules.simple import IgnoreRule, PassRule
 from tdhook.relevance.rules.squares import FlatRule
@@ -27,6 +28,8 @@ __all__ = [
     "cp_lrp",
     "deconvnet",
     "deeplift",
+    "deeplift_reveal_cancel",
+    "deeplift_shapley",
     "epsilon",
     "epsilon_alpha2_beta1",
     "epsilon_alpha2_beta1_flat",
@@ -66,6 +69,27 @@ def deeplift() -> Composite:
     all of the difference arrives. Averaged over several baselines it is DeepSHAP (Lundberg and Lee 2017).
     """
     return Composite([(Linear, EpsilonRule(0.0)), *_base(0.0)])
+
+
+def deeplift_reveal_cancel() -> Composite:
+    """DeepLIFT with RevealCancel (Shrikumar et al. 2017, section 3.5.3), for any model: give a baseline.
+
+    Linear layers share the difference of the activation behind them by what adds to it and what takes from it; all else
+    is as in :func:`deeplift`.
+    """
+    return _revealing(RevealCancelRule())
+
+
+def deeplift_shapley() -> Composite:
+    """DeepLIFT with about the Shapley values of what contributes to each activation, for any model: give a baseline.
+
+    It is :func:`deeplift_reveal_cancel` with ``ShapleyRule`` in place of the rule there.
+    """
+    return _revealing(ShapleyRule())
+
+
+def _revealing(rule: Rule) -> Composite:
+    return Composite([(Type(Linear) | Op("linear", "conv*"), rule), *_base(0.0)])
 
 
 def epsilon_plus(
@@ -213,6 +237,8 @@ PRESETS.update(
             guided_backprop,
             deconvnet,
             deeplift,
+            deeplift_reveal_cancel,
+            deeplift_shapley,
             beta_smooth,
             attn_lrp,
             cp_lrp,

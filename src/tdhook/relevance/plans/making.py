@@ -106,6 +106,8 @@ def make_plan(
     weights = WeightCache(row.module for row in rows if row.rule is not None) if cache_weights else None
     norms = merge_batch_norm and any(isinstance(m, BatchNorm) for m in execution.modules.values())
     setting = Setting(None, weights, Merges() if norms else None, Reference() if against else None)
+    if setting.reference is not None:
+        setting.reference.handles.used = any(rule.reveals for rule in rules)
     merges: dict[str, list[nn.Module]] = {}
     if not isinstance(merge_batch_norm, bool):
         merges = _named_merges(merge_batch_norm, execution)

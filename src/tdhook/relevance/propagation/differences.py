@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.beside import between, noted, there
 from tdhook.relevance.propagation.call import Call, Run
+from tdhook.relevance.propagation.constants import with_masks
 from tdhook.relevance.propagation.conversions import NotOneTensor, Substituted, finite_product
 from tdhook.relevance.propagation.executed import ExecutedLayer, ExecutedModule, Formula, RuledLayer
-from tdhook.relevance.propagation.forms import ClosedForm, closed_form
+from tdhook.relevance.propagation.forms import closed_form
 from tdhook.relevance.propagation.lent import Lent
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reference import Place
@@ -32,7 +33,17 @@ from tdhook.tape.functions import TapeFunction, alias, on_tape
 from tdhook.tape.internals import is_view
 from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
 
-__all__ = ["Differences", "formula_of_layer", "formula_of_module", "secant"]
+__all__ = [
+    "SECANT",
+    "DifferencedLayer",
+    "DifferencedModule",
+    "Differences",
+    "formula_of_layer",
+    "formula_of_module",
+    "handing",
+    "of_one_tensor",
+    "secant",
+]
 
 
 class Differences(ModuleStep):
@@ -51,7 +62,7 @@ class Differences(ModuleStep):
         arguments: tuple[tuple[object, ...], dict[str, object]],
     ) -> None:
         super().__init__(module, evaluate, pair.steps, pair.rises, None, arguments)
-        self.pair, self._pull = pair, pull
+        self.pair, self._pull, self.differs = pair, pull, pair.differs
         self.origin = pair.starts[0] if pair.starts else None
 
     def vjp(self, *grads: Tensor) -> Grads:
@@ -69,7 +80,7 @@ class Differences(ModuleStep):
         return (None,) * len(self.outputs)
 
 
-class _DifferencedModule(ExecutedModule):
+class DifferencedModule(ExecutedModule):
     """Any call, beside that on the reference.
 
     Args:
@@ -171,7 +182,7 @@ class _Secant:
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         found = step.vjp(*relevance)
-        if step.report is not None and (self.keeps or cast(Differences, step).pair.differs):
+        if step.report is not None and (self.keeps or step.differs):
             # What went to nothing that is attributed.
             amounts = [finite_product(d, g) for d, g in zip(step.outputs, relevance, strict=True)]
             amounts += [
@@ -182,7 +193,8 @@ class _Secant:
         return found
 
 
-_SECANTS = _Secant(False), _Secant(True)
+SECANT: Formula = _Secant(False)
+_SECANTS = SECANT, _Secant(True)
 
 
 def secant(module: nn.Module, flow: Convention, pull: Pull | None = None, *, keeps: bool = False) -> Run:
@@ -203,7 +215,7 @@ def secant(module: nn.Module, flow: Convention, pull: Pull | None = None, *, kee
         return sloped if flow == "gradient" else _passing(sloped)
 
     def first(call: Call, place: Place) -> Any:
-        return _DifferencedModule(rule, chosen, call, place).run()
+        return DifferencedModule(rule, chosen, call, place).run()
 
     run = noted(first)
     return between(_natively_or(run) if linear else run, "gradient", flow)
@@ -215,19 +227,22 @@ def _sloped(name: str, module: nn.Module, rule: Formula, pull: Pull) -> Run:
     def first(call: Call, place: Place) -> Any:
         if len(call.args) and isinstance(call.args[0], Tensor) and len(place.given) == 1:
             try:
-                return _Sloped.apply(call.args[0], call, place, name)
+                at, by = _handed(call, name)
+                return _Sloped.apply(call.args[0], at, by, call, place, name)
             except NotOneTensor:
                 pass
-        return _DifferencedModule(rule, pull, call, place).run()
+        return DifferencedModule(rule, pull, call, place).run()
 
     return noted(first)
 
 
 class _Sloped(TapeFunction):
-    """A function that is applied to each value of one tensor, on the tape."""
+    """A function that is applied to each value of one tensor, on the tape, maybe with the handle of that value."""
 
     @staticmethod
-    def forward(x: Tensor, call: Call, place: Place, name: str) -> Tensor:
+    def forward(
+        x: Tensor, at: Tensor | None, by: Tensor | None, call: Call, place: Place, name: str
+    ) -> Tensor:
         z = call.on(x).natively()
         if not isinstance(z, Tensor) or z.shape != x.shape or x.is_complex():
             raise NotOneTensor
@@ -235,8 +250,8 @@ class _Sloped(TapeFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.call, ctx.where, ctx.made_by = inputs
-        ctx.call = ctx.call.on(None)
+        x, at, _, ctx.call, ctx.where, ctx.made_by = inputs
+        ctx.call, ctx.hands = ctx.call.on(None), at is not None
         ctx.save_for_backward(x, output)
 
     @staticmethod
@@ -245,7 +260,73 @@ class _Sloped(TapeFunction):
         place: Place = ctx.where
         start, before = there(place.starts[0], x), place.before[0]
         found = slope(ctx.made_by, lambda at: ctx.call.on(at).natively(), x, start, z, before)
-        return grad * found, None, None, None
+        back = grad * found
+        return back, *((grad, back) if ctx.hands else (None, None)), None, None, None
+
+
+def handing(passed: Run) -> Run:
+    """How functions run that hand all relevance on, and what a unit counts to a layer that wants to know.
+
+    Args:
+        passed: how they run else.
+    """
+
+    def first(call: Call, place: Place) -> Any:
+        args = call.args
+        alone = len(place.given) == 1 and len(args) > 0 and isinstance(args[0], Tensor)
+        at, by = _handed(call, place.name) if alone else (None, None)
+        if at is None:
+            return passed(call)
+        z = _Handing.apply(args[0], at, by, call, place)
+        return z if call.setting.report is None else with_masks(call, args[0], z)
+
+    run = noted(first)
+
+    def one(call: Call) -> Any:
+        reference = call.setting.reference
+        return passed(call) if reference is None or not reference.handles.used else run(call)
+
+    return one
+
+
+class _Handing(TapeFunction):
+    """A function of one tensor, all relevance of whose value goes to its argument, with the handle of that."""
+
+    @staticmethod
+    def forward(x: Tensor, at: Tensor, by: Tensor, call: Call, place: Place) -> Tensor:
+        z = call.on(x).natively()
+        assert isinstance(z, Tensor)
+        return alias(z) if z is x or is_view(z) else z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, _, call, ctx.where = inputs
+        ctx.made_by = type(call.module).__name__
+        ctx.save_for_backward(x, output)
+
+    @staticmethod
+    def backward(ctx: Any, relevance: Tensor) -> object:
+        x, z = ctx.saved_tensors
+        place: Place = ctx.where
+        # Where nothing differs there is no relevance that could tell what counts.
+        at, by = (
+            torch.where(d == 0, 0.0, relevance / torch.where(d == 0, 1.0, d))
+            for d in (difference(z, place.before[0]), difference(x, there(place.starts[0], x)))
+        )
+        return relevance, at, by, None, None
+
+
+def _handed(call: Call, name: str) -> tuple[Tensor | None, Tensor | None]:
+    """Where a function of one value hands over what arrives, if a layer before it wants to know; it is told."""
+    reference = call.setting.reference
+    handle = None if reference is None else reference.handles.of(call.args[0])
+    if handle is None or name in _DRAWN:
+        return None, None
+    alone = call.on(None)
+    return handle.tell(name, lambda at: alone.on(at).natively())
+
+
+_DRAWN = frozenset(("rrelu", "RReLU"))
 
 
 def _passing(otherwise: Run) -> Run:
@@ -312,19 +393,30 @@ def formula_of_module(rule: Formula, module: nn.Module, own: Convention, flow: C
     pull = secant_of(type(module).__name__, is_module=not isinstance(module, Operation))
 
     def first(call: Call, place: Place) -> Any:
-        return _DifferencedModule(rule, pull, call, place).run()
+        return DifferencedModule(rule, pull, call, place).run()
 
     return between(noted(first), own, flow)
 
 
-class _DifferencedLayer(ExecutedLayer):
+class DifferencedLayer(ExecutedLayer):
     """A call of a linear layer, beside that on the reference."""
 
     __slots__ = ("place",)
 
-    def __init__(self, rule: Formula, form: ClosedForm, call: Call, place: Place) -> None:
+    def __init__(self, rule: Formula, call: Call, place: Place) -> None:
+        form = closed_form(call.module)
+        assert form is not None
         super().__init__(rule, form, call, nonnegative=False)
         self.place, self.keeps_output = place, True
+
+    def run(self, x: Tensor, function: type[RuledLayer] = RuledLayer) -> Any:
+        """Run the layer, with the rule on the tape."""
+        parameters: Any = self.module
+        weight, bias = parameters.weight, parameters.bias
+        if weight.is_meta:
+            self.lent = Lent(self.module)
+            weight = bias = None
+        return function.apply(self, x, weight, bias)
 
     def step(self, x: Tensor, weight: Tensor, bias: Tensor | None, *outputs: Tensor) -> Step:
         start = there(self.place.starts[0], x)
@@ -336,25 +428,22 @@ def formula_of_layer(
     rule: Formula, layer: nn.Module, own: Convention, flow: Convention, otherwise: Run
 ) -> Run:
     """How a linear layer or convolution runs under a rule's formula, of differences."""
-    parameters: Any = layer
 
     def first(call: Call, place: Place) -> Any:
-        form = closed_form(layer)
-        assert form is not None
-        executed = _DifferencedLayer(rule, form, call, place)
-        weight, bias = parameters.weight, parameters.bias
-        if weight.is_meta:
-            executed.lent = Lent(layer)
-            weight = bias = None
-        z = RuledLayer.apply(executed, call.args[0], weight, bias)
+        z = DifferencedLayer(rule, call, place).run(call.args[0])
         rule.check(layer, call.args, (z,))
         return z
 
     run = between(noted(first), own, flow)
 
     def one(call: Call) -> Any:
-        args = call.args or tuple(call.kwargs.values())
-        fits = len(args) == 1 and isinstance(args[0], Tensor)
-        return run(call.given(args, {})) if fits else otherwise(call)
+        alone = of_one_tensor(call)
+        return otherwise(call) if alone is None else run(alone)
 
     return one
+
+
+def of_one_tensor(call: Call) -> Call | None:
+    """A call with one tensor, given by place; ``None`` for any other."""
+    args = call.args or tuple(call.kwargs.values())
+    return call.given(args, {}) if len(args) == 1 and isinstance(args[0], Tensor) else None

@@ -221,17 +221,17 @@ class RuledLayer(TapeFunction):
             ctx.save_for_backward(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: _OfLayer, out_relevance: Tensor) -> object:
+    def backward(ctx: _OfLayer, *out_relevance: Tensor) -> object:
         """Turn the relevance of the output into that of the input."""
         executed = ctx.executed
         saved = ctx.saved_tensors
         directly = executed.directly
         if directly is not None and executed.dtype is saved[0].dtype and not torch.is_grad_enabled():
-            found = directly(executed.form, out_relevance, *saved)
+            found = directly(executed.form, *out_relevance, *saved)
             if found is not None:
                 return None, found, None, None
         step = executed.step(*saved)
-        (relevance,) = executed.rule.propagate(step, (added_up(out_relevance),))
+        (relevance,) = executed.rule.propagate(step, tuple(map(added_up, out_relevance)))
         if relevance is not None and relevance.device != saved[0].device:
             relevance = relevance.to(saved[0].device)
         return None, relevance, None, None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdhook.relevance.propagation.handles import Handles
 from tdhook.tape.conditions import holds
 from tdhook.tape.internals import storage_of, version_of
 from tdhook.tape.trees import tree_leaves
@@ -102,9 +103,11 @@ class Reference:
             picked, and truth values as well (2), that were computed of what is attributed there.
         path: tells where in the model the present call is.
         one: whether the second run has one row, which stands for all of the batch.
+        handles: where functions hand over to the layers before them, in the first run.
     """
 
     def __init__(self) -> None:
+        self.handles = Handles()
         self.running = self.one = False
         self.decided = 0
         self.decisions: list[Any] = []
@@ -116,15 +119,16 @@ class Reference:
         self._versions: list[tuple[Tensor, int]] = []
 
     def __getstate__(self) -> dict[str, object]:
-        return {"decided": self.decided}
+        return {"decided": self.decided, "used": self.handles.used}
 
-    def __setstate__(self, state: dict[str, int]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
-        self.decided = state["decided"]
+        self.decided, self.handles.used = state["decided"], state["used"]
 
     def begin(self) -> None:
         """Begin a first run."""
         self.places, self.decisions = [], []
+        self.handles.begin()
 
     @contextmanager
     def aside(self) -> Iterator[None]:

@@ -57,6 +57,7 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
         native: whether the rule leaves the call and its gradient alone.
         absorbs_all: whether no relevance goes through.
         needs_sign: whether the rule saves work where it is known that no input is negative.
+        reveals: whether it wants to know what is behind a layer.
     """
 
     convention: ClassVar[Convention] = "relevance"
@@ -67,6 +68,7 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
     native: ClassVar[bool] = False
     absorbs_all: ClassVar[bool] = False
     needs_sign: ClassVar[bool] = False
+    reveals: ClassVar[bool] = False
     registry: ClassVar[weakref.WeakValueDictionary[str, type[Rule]]] = weakref.WeakValueDictionary()
 
     # Function.__init__ warns that instances are deprecated, and a rule is an instance: it is not called.

@@ -39,6 +39,7 @@ class Step(ABC):
         nonnegative: whether no input can be negative, as far as that is known.
         writable: whether what the step computes belongs to who asked for it, and may be overwritten.
         origin: where inputs and outputs are differences from a reference, the input there.
+        differs: whether anything else differs there.
     """
 
     arguments: tuple[tuple[object, ...], dict[str, object]] = ((), {})
@@ -46,6 +47,7 @@ class Step(ABC):
     nonnegative: bool = False
     writable: bool = False
     origin: Tensor | None = None
+    differs: bool = False
     module: nn.Module
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]

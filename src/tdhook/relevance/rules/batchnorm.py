@@ -14,6 +14,7 @@ from tdhook.relevance.propagation.executed import ExecutedLayer
 from tdhook.relevance.propagation.lent import are_lent
 from tdhook.relevance.propagation.merges import Merges
 from tdhook.relevance.propagation.stabilisers import rounding
+from tdhook.relevance.propagation.steps import Affine
 from tdhook.relevance.rules.epsilon import EpsilonRule
 from tdhook.relevance.rules.simple import PassRule
 from tdhook.relevance.secants.averages import product
@@ -64,7 +65,7 @@ class _MergedBatchNormRule(PassRule):
 
     def against(self, module: nn.Module, flow: Convention) -> Run:
         """Likewise: a batch norm scales differences, and its mean and bias are none."""
-        passed = super().against(module, flow)
+        passed = super().running(module, flow)
         scaled = secant(module, flow, product)
 
         def run(call: Call) -> Any:
@@ -76,9 +77,15 @@ class _MergedBatchNormRule(PassRule):
                 return scaled(call)
             if are_lent(module):
                 raise NotImplementedError(_LENT.format(type(module).__name__))
-            if reference is not None and not reference.running:
-                self._tell(merges, module, _Maker(x))
-            return passed(call) if flow == "relevance" else scaled(call)
+            scales = passed if flow == "relevance" else scaled
+            if reference is None or reference.running:
+                return scales(call)
+            self._tell(merges, module, _Maker(x))
+            handle, z = reference.handles.of(x), scales(call)
+            if handle is not None:
+                scaling = _Scaling(module, x)
+                reference.handles.put(z, handle.behind_of(scaling, scaling.scale))
+            return z
 
         return run
 
@@ -104,6 +111,17 @@ class _MergedBatchNormRule(PassRule):
             elif layer is None and not getattr(node, "made_by", ""):  # other layers end the search
                 front.extend(parent for parent, _ in node.next_functions)
         return found
+
+
+class _Scaling:
+    """A batch norm in evaluation, as a function."""
+
+    def __init__(self, module: nn.Module, x: Tensor) -> None:
+        affine, along = Affine.of(module), (-1, *(1,) * (x.dim() - 2))
+        self.scale, self._shift = affine.scale.view(along), affine.shift.view(along)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.scale.to(x.dtype) + self._shift.to(x.dtype)
 
 
 _LENT = (

@@ -15,6 +15,7 @@ from tdhook.relevance.rules import (  # noqa: F401
     normalisation,
     products,
     recurrent,
+    reveal,
     signed,
     simple,
     squares,

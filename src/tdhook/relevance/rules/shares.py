@@ -15,12 +15,14 @@ from tdhook.tape.masks import unmasked
 
 __all__ = [
     "itself",
+    "magnitude",
     "modified_by",
     "negative",
     "per_unit",
     "positive",
     "report_bias",
     "share_of",
+    "squared",
 ]
 
 
@@ -50,6 +52,16 @@ def positive(x: Tensor) -> Tensor:
 def negative(x: Tensor) -> Tensor:
     """What of ``x`` is negative, and zero elsewhere."""
     return x.clamp(max=0)
+
+
+def magnitude(x: Tensor) -> Tensor:
+    """The size of ``x``, without its sign."""
+    return x.abs()
+
+
+def squared(x: Tensor) -> Tensor:
+    """The square of ``x``."""
+    return x.square()
 
 
 def itself(x: Tensor) -> Tensor:

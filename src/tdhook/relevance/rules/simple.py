@@ -13,7 +13,7 @@ from tdhook.relevance.propagation.beside import moving
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import with_masks
 from tdhook.relevance.propagation.conversions import NotOneTensor, Ratio, Unchanged
-from tdhook.relevance.propagation.differences import secant
+from tdhook.relevance.propagation.differences import handing, secant
 from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import RemovableRuleHandle, RunningRule
@@ -93,7 +93,7 @@ class PassRule(PropagationRule):
         """Unchanged; per unit of difference that is the slope of the secant."""
         if self.applied:
             return super().against(module, flow)
-        return self.running(module, flow) if flow == "relevance" else secant(module, flow, slopes)
+        return handing(self.running(module, flow)) if flow == "relevance" else secant(module, flow, slopes)
 
     abbreviates = propagate
 

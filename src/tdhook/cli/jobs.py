@@ -1,0 +1,342 @@
+"""Jobs of whole data sets as they are typed: what `tdhook dataset explain`, `status` and `verify` do."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from tensordict.utils import NestedKey, unravel_key
+
+from tdhook.attribution.lrp import LRP
+from tdhook.cli.policies import default_target, find_policy, imported
+from tdhook.cli.reducing import reduced_tables, reducers_of
+from tdhook.configuration import baseline_in, read_baseline, read_composite, read_target, write_target
+from tdhook.datasets.again import reduce_kept
+from tdhook.datasets.folder import JobFolder
+from tdhook.datasets.job import Job
+from tdhook.datasets.launching import launch
+from tdhook.datasets.result import Result, Status, Verified, open_result, status_of
+from tdhook.datasets.rows import Rows, chosen
+from tdhook.datasets.sources import opened
+from tdhook.datasets.stored import stored_in
+from tdhook.files import read_json
+from tdhook.keys import parts_of
+from tdhook.markup import visible
+from tdhook.rl.rollouts import save
+
+__all__ = [
+    "Words",
+    "explain",
+    "finished",
+    "inputs_of",
+    "names_in",
+    "reduce",
+    "source_of",
+    "status",
+    "told_words",
+    "verify",
+]
+
+_WORDS = "words.json"
+_KEPT: dict[str, torch.dtype | str | None] = {
+    "all": "all",
+    "bfloat16": torch.bfloat16,
+    "compressed": "compressed",
+    "none": None,
+}
+_STOPPED = 130
+
+
+@dataclass(frozen=True)
+class Words:
+    """What was typed: all that decides what a job is."""
+
+    policy: str
+    source: str
+    composite: str
+    baseline: str | None
+    target: str | None
+    prepare: str | None
+    rows: str | None
+    keep: str
+    reduce: str
+    by: str | None
+    key: tuple[str, ...]
+    in_order: bool
+    chunk: int | None
+    seed: int
+
+    def job(self, out: Path) -> tuple[Job, dict[str, object]]:
+        """The job, and the words with the names that a page of it shows."""
+        policy = find_policy(self.policy, need_env=False)
+        source = opened(self.source)
+        rules = read_composite(self.composite)
+        named = baseline_in(self.composite) if self.baseline is None else self.baseline
+        against = None if named in (None, "none") else read_baseline(named)
+        target = default_target(policy) if self.target is None else read_target(self.target)
+        if self.keep not in _KEPT:
+            raise ValueError(f"--keep {self.keep} is none of {', '.join(_KEPT)}")
+        job = Job(
+            LRP(rules, target=target, baseline=against),
+            policy.actor,
+            source,
+            out,
+            rows=None if self.rows is None else _stretch(self.rows),
+            prepare=None
+            if self.prepare is None
+            else imported(self.prepare, "--prepare takes a function of rows"),
+            in_order=self.in_order,
+            chunk=self.chunk,
+            keep=_KEPT[self.keep],
+            reduce=reducers_of(self.reduce, self.by, self.key, source, list(policy.actor.in_keys)),
+            seed=self.seed,
+        )
+        told: dict[str, object] = {
+            **asdict(self),
+            "explained": write_target(target),
+            "against": named,
+            "environment": policy.env_id,
+            "features": list(policy.features),
+            "actions": list(policy.actions),
+        }
+        return job, told
+
+
+def _stretch(text: str) -> slice:
+    try:
+        parts = [int(part) if part else None for part in text.split(":")]
+    except ValueError:
+        parts = []
+    if not 2 <= len(parts) <= 3:
+        raise ValueError(f"--rows {text!r} is no stretch of rows, as 1000:2000 or ::10")
+    return slice(*parts)
+
+
+def told_words(folder: Path) -> dict[str, object]:
+    """What was typed when a job was begun; nothing where it was begun in Python."""
+    path = folder / _WORDS
+    found = read_json(path) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def explain(words: Words, out: Path, workers: int | None) -> None:
+    """Work on a job until it is done, or until somebody stops it."""
+    job, told = words.job(out)
+    note = out / _WORDS
+    if not note.exists():
+        job.folder.note(note, json.loads(json.dumps(told)))
+    console = Console(stderr=True)
+    with _bar(console) as progress:
+        task = progress.add_task(Text(visible(out.name)).plain, total=None, who="")
+
+        def show(now: Status) -> None:
+            who = f"{now.at_work} at work" + (f", {now.per_second:,.0f} rows/s" if now.per_second else "")
+            progress.update(task, completed=now.done, total=now.rows, who=who)
+
+        show(job.status())
+        try:
+            done = _at_work(job, workers, show)
+        except KeyboardInterrupt:
+            progress.stop()
+            now = job.status()
+            console.print(
+                Text(
+                    f"stopped: {now.done:,} of {now.rows:,} rows are done, and stay so. The same command goes on:\n"
+                    f"  {command_of(words, out)}"
+                ),
+                soft_wrap=True,
+            )
+            raise typer.Exit(_STOPPED) from None
+    _say(f"{out}: {_how_far(done)}")
+
+
+def _at_work(job: Job, workers: int | None, show: Callable[[Status], object]) -> Status:
+    """Explain what is left, in so many processes; a single one is this one."""
+    if workers == 1 or (workers is None and len(job.units) == 1):
+        return job.work(on_done=lambda _: show(job.status()))
+    return launch(job, workers, on_progress=show)
+
+
+def command_of(words: Words, out: Path) -> str:
+    """What to type for a job."""
+    given = ["tdhook", "dataset", "explain", "--out", str(out)]
+    defaults = {
+        "composite": "epsilon_plus",
+        "keep": "all",
+        "reduce": "moments,histogram,top:6,sample:1000",
+        "seed": 0,
+    }
+    for one in fields(words):
+        value, option = getattr(words, one.name), "--" + one.name.replace("_", "-")
+        if value in (None, False, ()) or (one.name in defaults and defaults[one.name] == value):
+            continue
+        for each in value if isinstance(value, tuple) else (value,):
+            given += [option] if each is True else [option, str(each)]
+    return shlex.join(given)
+
+
+def _bar(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[who]}"),
+    )
+    return Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    )
+
+
+def status(folder: Path) -> None:
+    """Print how far a job is."""
+    now, told = status_of(folder), told_words(folder)
+    _say(f"{folder}: {_how_far(now)}")
+    if now.at_work or now.abandoned:
+        gone = f", {now.abandoned} left by processes that are no more" if now.abandoned else ""
+        _say(f"chunks that workers are at: {now.at_work}{gone}")
+    if not now.finished and now.per_second and now.at_work:
+        _say(f"{now.per_second:,.0f} rows/s lately; {_time(now.seconds_left)} to go")
+    if not now.finished and told:
+        _say(f"to go on: {command_of(_words_in(told), folder)}")
+
+
+def _how_far(now: Status) -> str:
+    rows = f"{now.done:,} of {now.rows:,} rows are explained"
+    return f"all {now.rows:,} rows are explained" if now.finished else f"{rows} ({now.done / now.rows:.1%})"
+
+
+def _time(seconds: float) -> str:
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return (
+        f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+    )
+
+
+def verify(folder: Path, sample: int | None, policy: str | None, seed: int) -> None:
+    """Print whether a job is as it was written, and end with 1 where it is not."""
+    if sample is None:
+        home = JobFolder(folder)
+        stored, done = stored_in(home), sorted(home.all_done())
+        changed = tuple(unit for unit in done if not stored.is_as_written(unit))
+        found = Verified(len(done), changed, (), ())
+    else:
+        found = _job_again(folder, policy).verify(sample, seed)
+    _say(
+        f"{found.chunks} chunks were read: {_listed(found.changed, 'not as they were written') or 'as written'}"
+    )
+    if found.again:
+        came = _listed(found.differ, "come out otherwise") or "the same"
+        _say(f"{len(found.again)} were explained again: {came}")
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _job_again(folder: Path, policy: str | None) -> Job:
+    """The job of a folder, in the words that it was begun with."""
+    told = told_words(folder)
+    if not told:
+        JobFolder(folder).told()  # which says if it is none at all
+        raise ValueError(
+            f"{folder} was not begun with tdhook dataset explain: verify it in Python, job.verify()"
+        )
+    return _words_in(told if policy is None else {**told, "policy": policy}).job(folder)[0]
+
+
+def finished(folder: Path) -> Result:
+    """What a job has made.
+
+    Raises:
+        ValueError: it is not finished.
+    """
+    now, told = status_of(folder), told_words(folder)
+    if not now.finished:
+        go_on = f": go on, {command_of(_words_in(told), folder)}" if told else ""
+        raise ValueError(f"{folder}: {_how_far(now)}{go_on}")
+    return open_result(folder)
+
+
+def _listed(units: Sequence[int], what: str) -> str:
+    shown = ", ".join(map(str, units[:10])) + (", ..." if len(units) > 10 else "")
+    return f"{len(units)} {what} (chunks {shown})" if units else ""
+
+
+def _words_in(told: dict[str, object]) -> Words:
+    names = [one.name for one in fields(Words)]
+    missing = [name for name in names if name not in told]
+    if missing:
+        raise ValueError(f"{_WORDS} does not say {', '.join(missing)}: it is of another version of tdhook")
+    given = {name: told[name] for name in names}
+    key = given["key"]
+    given["key"] = tuple(key) if isinstance(key, list) else ()
+    return Words(**given)  # type: ignore[arg-type]
+
+
+def _say(text: str) -> None:
+    Console().print(Text(visible(text)), soft_wrap=True)
+
+
+def reduce(
+    folder: Path,
+    text: str | None,
+    by: str | None,
+    keys: tuple[str, ...],
+    source: Path | None,
+    out: Path | None,
+) -> None:
+    """Print what rows were reduced to, or reduce those that were kept."""
+    result, told = finished(folder), told_words(folder)
+    features, actions = (names_in(told, what) for what in ("features", "actions"))
+    if text is None:
+        reduced, reducers = result.reduced, result.reducers
+        if not reduced:
+            raise ValueError(f"{folder} has reduced rows to nothing: say to what, --reduce moments")
+    else:
+        rows = source_of(folder, source)
+        inputs = inputs_of(result)
+        if not inputs:
+            raise ValueError(
+                f"{folder} has kept no relevance of rows: begin another job, with --keep, or with this --reduce"
+            )
+        made = reducers_of(text, by, keys, rows, inputs)
+        reducers = {one.name: one for one in made}
+        reduced = reduce_kept(result, made, rows)
+    for table in reduced_tables(reduced, reducers, features, actions):
+        Console().print(table)
+    if out is not None:
+        for name, found in reduced.items():
+            save(found, out / name)
+        _say(f"wrote {', '.join(str(out / name) for name in reduced)}")
+
+
+def inputs_of(result: Result) -> list[NestedKey]:
+    """The inputs whose relevance was kept."""
+    above = parts_of(result.attribution_key)
+    kept = [parts_of(key) for key in result.stored.layout.entries]
+    return [
+        unravel_key(key[len(above) :]) for key in kept if key[: len(above)] == above and len(key) > len(above)
+    ]
+
+
+def source_of(folder: Path, source: Path | None) -> Rows | None:
+    """The rows of a job, where they lie or are said to lie; ``None`` where they are there no longer."""
+    told = told_words(folder)
+    place = told.get("source") if source is None else source
+    if place is None or (source is None and not Path(str(place)).is_dir()):
+        return None
+    which = told.get("rows")
+    return chosen(opened(str(place)), None if which is None else _stretch(str(which)))
+
+
+def names_in(told: dict[str, object], what: str) -> list[str]:
+    """Names of features or actions, as far as they are known."""
+    names = told.get(what)
+    return list(map(str, names)) if isinstance(names, list) else []

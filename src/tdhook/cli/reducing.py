@@ -1,0 +1,178 @@
+"""Reducers as they are typed, and what rows were reduced to as tables: what `tdhook dataset reduce` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from tdhook.configuration import read_key, write_key
+from tdhook.datasets.reducers import Histogram, Moments, Reservoir, TopRows
+from tdhook.datasets.reducing import Reducer
+from tdhook.datasets.rows import Rows
+from tdhook.markup import visible
+
+__all__ = ["feature_names", "group_name", "reduced_tables", "reducers_of"]
+
+_FEATURES = 64
+"""Features up to which each has a histogram of its own, unless asked."""
+_SHOWN = 12
+
+
+def reducers_of(
+    text: str, by: str | None, keys: Sequence[str], source: Rows | None, inputs: Sequence[NestedKey]
+) -> list[Reducer]:
+    """The reducers that words stand for.
+
+    Args:
+        text: as ``moments,histogram,top:10,sample:1000``, or ``none``.
+        by: the entry that tells rows apart, ``none``, or by default the action, where the source has whole numbers or
+            truth values of it.
+        keys: the inputs whose relevance is reduced, by default each.
+        source: the rows that are explained.
+        inputs: what the policy reads.
+
+    Raises:
+        ValueError: there is no such reducer.
+    """
+    if text == "none":
+        return []
+    row = source.read(0, 1) if source is not None and len(source) else None
+    group = (_action(row) if by is None else read_key(by)) if by != "none" else None
+    of = [read_key(key) for key in keys] or list(inputs)
+    made = []
+    for key in of:
+        ending = f"-{write_key(key)}" if len(of) > 1 else ""
+        for word in text.split(","):
+            made.append(_reducer(word.strip(), key if len(of) > 1 else None, key, group, ending, row))
+    return made
+
+
+def _action(row: TensorDictBase | None) -> NestedKey | None:
+    action = None if row is None else row.get("action", None)
+    discrete = isinstance(action, Tensor) and not action.is_floating_point()
+    one = isinstance(action, Tensor) and (action[0].numel() == 1 or bool((action.long().sum() == 1).all()))
+    return "action" if discrete and one else None
+
+
+def _reducer(
+    word: str,
+    key: NestedKey | None,
+    of: NestedKey,
+    by: NestedKey | None,
+    ending: str,
+    row: TensorDictBase | None,
+) -> Reducer:
+    name, _, parameter = word.partition(":")
+    if name == "moments" and not parameter:
+        return Moments(key, by=by, name=f"moments{ending}")
+    if name == "histogram" and parameter in ("", "pooled"):
+        value = None if row is None else row.get(of, None)
+        many = isinstance(value, Tensor) and value[0].numel() > _FEATURES
+        return Histogram(key, by=by, name=f"histogram{ending}", pooled=bool(parameter) or many)
+    if name in ("top", "sample") and parameter.isdecimal() and int(parameter):
+        if name == "top":
+            return TopRows(int(parameter), key, by=by, name=f"top{ending}")
+        return Reservoir(int(parameter), key, by=by, name=f"sample{ending}")
+    raise ValueError(
+        f"--reduce has {word!r} in it; rows are reduced to moments, histogram, histogram:pooled, top:N or sample:N"
+    )
+
+
+def reduced_tables(
+    reduced: Mapping[str, TensorDict],
+    reducers: Mapping[str, Reducer],
+    features: Sequence[str],
+    actions: Sequence[str],
+) -> list[Table]:
+    """What rows were reduced to, as tables."""
+    tables = []
+    for name, found in reduced.items():
+        by = reducers[name].by
+        groups = [group_name(by, group, actions) for group in found["group"].tolist()]
+        if found.get("mean", None) is not None:
+            tables.append(_moments(name, found, groups, features))
+        elif found.get("quantiles", None) is not None:
+            tables.append(_quantiles(name, found, groups, features))
+        else:
+            tables.append(_rows(name, found, groups))
+    return tables
+
+
+def group_name(by: object, group: int, actions: Sequence[str]) -> str:
+    """What a group of rows is called."""
+    if by is None:
+        return "all rows"
+    if by == "action" and 0 <= group < len(actions):
+        return actions[group]
+    return f"{write_key(by) if isinstance(by, str | tuple) else by!r} {group}"
+
+
+def feature_names(shape: Sequence[int], features: Sequence[str]) -> list[str]:
+    """A name for each feature of a shape, flattened."""
+    count = 1
+    for size in shape:
+        count *= size
+    return list(features) if len(features) == count else [f"x{i}" for i in range(count)]
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=Text(visible(title)),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for i, column in enumerate(columns):
+        table.add_column(Text(visible(column)), justify="right" if i else "left", overflow="fold")
+    return table
+
+
+def _moments(name: str, found: TensorDict, groups: list[str], features: Sequence[str]) -> Table:
+    mean, absolute = found["mean"].flatten(1), found["absolute"].flatten(1)
+    names = feature_names(found["mean"].shape[1:], features)
+    counts = found["count"].tolist()
+    heads = [f"{group} ({count:,})" for group, count in zip(groups, counts, strict=True)]
+    table = _table(f"{name}: mean relevance", "feature", *heads, "mean |relevance|")
+    weight = found["count"].double() / found["count"].sum()
+    size = (absolute * weight[:, None]).sum(0)
+    for i in sorted(size.topk(min(_SHOWN, len(size))).indices.tolist()):
+        cells = [f"{value:+.4g}" for value in mean[:, i].tolist()]
+        table.add_row(Text(visible(names[i])), *cells, f"{size[i].item():.4g}")
+    return table
+
+
+def _quantiles(name: str, found: TensorDict, groups: list[str], features: Sequence[str]) -> Table:
+    quantiles = (
+        found["quantiles"].flatten(1, -2) if found["quantiles"].dim() > 2 else found["quantiles"][:, None]
+    )
+    each = (
+        feature_names(found["quantiles"].shape[1:-1], features)
+        if found["quantiles"].dim() > 2
+        else ["all features"]
+    )
+    table = _table(f"{name}: quantiles of relevance", "", *(f"{q:.0%}" for q in Histogram.QUANTILES))
+    for group, values in zip(groups, quantiles, strict=True):
+        for i in range(min(_SHOWN, len(each))):
+            table.add_row(
+                Text(visible(f"{group}: {each[i]}")), *(f"{value:+.4g}" for value in values[i].tolist())
+            )
+    return table
+
+
+def _rows(name: str, found: TensorDict, groups: list[str]) -> Table:
+    score = found.get("score", None)
+    columns = ["rows of", "how many", "the first"] + ([] if score is None else ["largest"])
+    table = _table(f"{name}: {len(groups):,} rows", *columns)
+    for group in dict.fromkeys(groups):
+        of = [i for i, one in enumerate(groups) if one == group]
+        first = ", ".join(str(found["row"][i].item()) for i in of[:5]) + (", ..." if len(of) > 5 else "")
+        largest = [] if score is None else [f"{score[of[0]].item():+.4g}"]
+        table.add_row(Text(visible(group)), f"{len(of):,}", first, *largest)
+    return table

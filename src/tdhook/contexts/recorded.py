@@ -1,0 +1,309 @@
+"""Recorded batches: what was seen and done before is explained afterwards, as much at once as fits.
+
+Everything that replay buffers, what collectors bring, and whole data sets have in common: which entries are read, what
+stands in for what the model would choose now, padding, trajectories, and baselines that are those of the whole batch.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any, TypeAlias
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from tdhook.contexts.attribution import Attribution
+from tdhook.contexts.explained import ExplainedModule
+from tdhook.keys import known_keys, parts_of, under
+from tdhook.models.entries import leaves_of
+from tdhook.models.model import Model
+from tdhook.models.state import restored
+from tdhook.passes.rows import beside, joined
+from tdhook.perturbing.before import PREVIOUS
+from tdhook.targets.hindsight import InHindsight
+
+__all__ = ["Recorded", "rows_at_once"]
+
+_VALID = "_explain_valid"
+_RECURRENT = "torchrl.modules"
+# What a step of explaining costs beside its arithmetic is shared by more rows, until they no longer fit a cache.
+_WORKING_SET = 8 << 20
+_FEWEST, _MOST = 8, 4096
+
+Entries: TypeAlias = "Callable[[TensorDictBase], Mapping[NestedKey, Tensor]]"
+
+
+class _Outputs(TorchFunctionMode):
+    """Adds up the bytes of what functions compute; views of it are the same bytes."""
+
+    size = 0
+
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: Any = (), kwargs: Any = None
+    ) -> object:
+        found = func(*args, **(kwargs or {}))
+        for x in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(x, Tensor) and x._base is None:
+                self.size += x.numel() * x.element_size()
+        return found
+
+
+def rows_at_once(model: Model, rows: TensorDictBase) -> int:
+    """How many rows are explained in one pass, so that what the model computes of them fits a cache.
+
+    Args:
+        model: is run on the first row, to see how much that is.
+        rows: ``[rows, ...]``.
+    """
+    seen = _Outputs()
+    with (
+        suppress(Exception),
+        restored(model.root),
+        torch.no_grad(),
+        seen,
+    ):  # what is wrong is said where they are explained
+        model.runner(rows[:1].clone())
+    fitting = _WORKING_SET // max(1, seen.size)
+    return max(_FEWEST, min(_MOST, 1 << max(0, fitting.bit_length() - 1)))
+
+
+class Recorded:
+    """Explains batches that were recorded.
+
+    Args:
+        method: what is explained and how.
+        explained: makes an explained module of a method, whose target takes what the batch says was chosen.
+        at: the entry of the batch that the module reads instead of the batch itself.
+        under: a key under which all is put that is added.
+        at_once: how many steps are explained in one pass; by default by their size (:func:`rows_at_once`).
+        trajectories: whether the module looks along the last axis of the batch, which is time.
+        mask_key: truth values ``[*batch]``, if the batch has them: elsewhere is padding.
+    """
+
+    def __init__(
+        self,
+        method: Attribution,
+        explained: Callable[[Attribution], ExplainedModule],
+        *,
+        at: NestedKey | None = None,
+        under: NestedKey | None = None,
+        at_once: int | None = None,
+        trajectories: bool = False,
+        mask_key: NestedKey | None = None,
+    ) -> None:
+        if at_once is not None and at_once < 1:
+            raise ValueError(f"at_once is at least 1, got at_once={at_once}")
+        self.method = method
+        self.at, self.under = parts_of(at), parts_of(under)
+        self.at_once, self.trajectories, self.mask_key = at_once, trajectories, mask_key
+        self._make = explained
+        self._together: dict[torch.Size, int] = {}
+        self.explained = self.anew()
+
+    def anew(self) -> ExplainedModule:
+        """An explained module that nothing was explained by yet."""
+        self.explained = self._make(self.method.explaining(InHindsight(self.method.seeder, _VALID)))
+        return self.explained
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Entries of a batch that the module reads."""
+        return [unravel_key((*self.at, *parts_of(key))) for key in self.explained.in_keys]
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """Entries that are added to a batch, as far as they are known before it is explained."""
+        return [
+            self._destination(key) for key in map(parts_of, self.explained.out_keys) if self._is_ours(key)
+        ]
+
+    def reads(self, td: TensorDictBase) -> list[NestedKey]:
+        """Entries of a batch that anything depends on."""
+        source = self._source(td)
+        found = [unravel_key((*self.at, *parts_of(key))) for key in self.explained.reads(source)]
+        found += [key for key in self._method_here().reads(td) if td.get(key, None) is not None]
+        if self.mask_key is not None and td.get(self.mask_key, None) is not None:
+            found.append(self.mask_key)
+        return list(dict.fromkeys(found))
+
+    def entries(self, td: TensorDictBase, skip: int = 0) -> dict[NestedKey, Tensor]:
+        """What is added to a batch.
+
+        Args:
+            td: of any batch size; left as it is.
+            skip: how many rows, from the first, are there for those after them alone: of these nothing is found.
+
+        Returns:
+            By key, ``[*batch, ...]``.
+
+        Raises:
+            KeyError: the batch lacks what the module reads.
+        """
+        source = self._source(td)
+        valid = None if self.mask_key is None else td.get(self.mask_key, None)
+        if valid is not None:
+            valid = valid.reshape(*td.batch_size, *(1,) * (source.batch_dims - td.batch_dims))
+            valid = valid.expand(source.batch_size)
+        ours = self._method_here()
+        whole = self._beside_trajectories(td, source, ours)
+        method, whole, fill = ours.settled(self._attributed(source), whole, valid)
+        if skip:
+            whole, valid = whole[skip:], valid if valid is None else valid[skip:]
+        self.explained.explain_by(method)
+        try:
+            return self._settled(whole, valid, fill)
+        finally:
+            self.explained.explain_by(ours)
+
+    def _source(self, td: TensorDictBase) -> TensorDictBase:
+        source = td.get(self.at, None) if self.at else td
+        if not isinstance(source, TensorDictBase):
+            raise KeyError(f"the batch has no {unravel_key(self.at)!r} to read from; it has {known_keys(td)}")
+        return source
+
+    def _method_here(self) -> Attribution:
+        ours = self.explained.method
+        assert isinstance(ours, Attribution)
+        return ours
+
+    def _beside_trajectories(
+        self, td: TensorDictBase, source: TensorDictBase, method: Attribution
+    ) -> TensorDictBase:
+        """What is read, with what the batch tells of its trajectories, and what was before that which came next."""
+        whole = source
+        if self.trajectories and source.batch_dims and "time" not in source.names:
+            whole = source.copy()
+            whole.names = [*source.names[:-1], "time"]
+        if not self.at:
+            return whole
+        whole = whole.copy()
+        for key in method.reads(td):
+            if whole.get(key, None) is None:
+                whole.set(key, td.get(key))
+        for key in self._attributed(source) if self.at == ("next",) else ():
+            before = td.get(key, None)
+            if before is not None and whole.get((PREVIOUS, *parts_of(key)), None) is None:
+                whole.set((PREVIOUS, *parts_of(key)), before)
+        return whole
+
+    def _attributed(self, source: TensorDictBase) -> list[NestedKey]:
+        """The entries of what is read that are attributed."""
+        reads = [parts_of(key) for key in self.explained.in_keys]
+        given = [key for key in self.explained.attributed if parts_of(key) in reads]
+        return [leaf for key in given for leaf, _ in leaves_of(key, source.get(key, None))]
+
+    def _settled(
+        self,
+        source: TensorDictBase,
+        valid: Tensor | None,
+        fill: Callable[[TensorDictBase], TensorDictBase],
+    ) -> dict[NestedKey, Tensor]:
+        work = self._read(source)
+        here = next((x.device for x in work.values(True, True) if isinstance(x, Tensor)), None)
+        there = next((x.device for x in self.explained.model.root.parameters()), here)
+        if here != there:
+            work = work.to(there)
+        valid = valid if valid is None else valid.to(there)
+
+        def entries(part: TensorDictBase) -> dict[NestedKey, Tensor]:
+            found = self.explained(fill(part))
+            return {key: value for key, value in found.items(True, True) if self._is_ours(parts_of(key))}
+
+        cut = self._by_trajectory if self.trajectories else self._by_step
+        with _random_state_kept(there):
+            whole = cut(work, valid, entries)
+        return {self._destination(parts_of(key)): value.to(here) for key, value in whole.items()}
+
+    def _read(self, source: TensorDictBase) -> TensorDictBase:
+        """What of the batch is needed."""
+        for key in self.explained.in_keys:
+            if source.get(key, None) is None:
+                missing = under(self.at, key)
+                raise KeyError(
+                    f"the batch has no {missing!r}, which the explained module reads; there are {known_keys(source)}"
+                )
+        kept = source.select(*self.explained.reads(source), strict=False)
+        return kept.exclude(*(key for key in kept.keys(True, True) if self._is_ours(parts_of(key))))
+
+    def _by_step(
+        self, work: TensorDictBase, valid: Tensor | None, entries: Entries
+    ) -> dict[NestedKey, Tensor]:
+        """Each step for itself, so many of them together."""
+        batch = work.batch_size
+        flat = work.reshape(-1)
+        there = None if valid is None else valid.reshape(-1).nonzero()[:, 0]
+        found: dict[NestedKey, Tensor] = {}
+        rows = flat if there is None else flat[there]
+        for key, value in joined(rows, self.rows_together(rows), entries).items():
+            if there is not None:
+                value = value.new_zeros(batch.numel(), *value.shape[1:]).index_copy_(0, there, value)
+            found[key] = value.reshape(*batch, *value.shape[1:])
+        return found
+
+    def _by_trajectory(
+        self, work: TensorDictBase, valid: Tensor | None, entries: Entries
+    ) -> dict[NestedKey, Tensor]:
+        """Trajectory by trajectory, as many together as come to about so many steps."""
+        batch = work.batch_size
+        if not batch:
+            raise ValueError("a batch of trajectories has an axis for time, and this one has no axes")
+        if valid is not None:
+            work = work.copy()
+            for key in self.method.seeder.entries or ():
+                taken = work.get(key, None)
+                if taken is not None:  # what stands in the padding may be no action at all
+                    work.set(key, torch.where(beside(valid, taken), taken, taken[valid][0]))
+            work.set(_VALID, valid)
+        rows = work.reshape(-1, batch[-1])
+        with _recurrent():
+            whole = joined(rows, self.rows_together(rows), entries)
+        return {key: value.reshape(*batch, *value.shape[2:]) for key, value in whole.items()}
+
+    def rows_together(self, rows: TensorDictBase) -> int:
+        """How many rows, or trajectories, are explained in one pass.
+
+        Args:
+            rows: ``[rows]``, or ``[trajectories, time]``.
+        """
+        if self.at_once is not None:
+            return max(1, self.at_once // (rows.batch_size[-1] if self.trajectories else 1))
+        tail = rows.batch_size[1:]
+        if tail not in self._together and rows.numel():
+            with _random_state_kept(None):
+                self._together[tail] = rows_at_once(self.explained.model, rows)
+        return self._together.get(tail, _FEWEST)
+
+    def _is_ours(self, key: tuple[str, ...]) -> bool:
+        name = parts_of(self.method.attribution_key)
+        beside = key[0] in self.method.writes_under or key in map(parts_of, self.method.writes)
+        return key[: len(name)] == name or beside
+
+    def _destination(self, key: tuple[str, ...]) -> NestedKey:
+        name = parts_of(self.method.attribution_key)
+        count = len(name) if key[: len(name)] == name else 1
+        return unravel_key((*self.under, *key[:count], *self.at, *key[count:]))
+
+
+@contextmanager
+def _recurrent() -> Iterator[None]:
+    """Have torchrl's recurrent modules look along time, if there can be any."""
+    torchrl = sys.modules.get(_RECURRENT)
+    with nullcontext() if torchrl is None else torchrl.set_recurrent_mode("recurrent"):
+        yield
+
+
+def _random_state_kept(device: torch.device | None) -> AbstractContextManager[object]:
+    """Have a policy that samples draw nothing from the caller's random numbers.
+
+    Not in another thread: to put the state back there would have this one draw the same numbers twice.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return nullcontext()
+    cuda = [device] if device is not None and device.type == "cuda" else []
+    return torch.random.fork_rng(devices=cuda)

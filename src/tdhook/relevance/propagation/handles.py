@@ -1,0 +1,109 @@
+"""Handles: where what travels back to the function behind a layer is handed to the layer beside its own output.
+
+A rule may share the difference of a linear layer and of the element-wise function behind it together. The layer is run
+first, and puts a handle on the tape beside its output; the function behind it, which finds the handle by the tape, is
+told to the layer, and hands over at it what arrives at its own output. What goes back by the output itself is as it is
+under any other rule, and true of the values there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from torch import Tensor
+
+from tdhook.tape.functions import Identity, unwrapped
+
+__all__ = ["Behind", "Elementwise", "Handle", "Handles"]
+
+Elementwise: TypeAlias = "Callable[[Tensor], Tensor]"
+
+
+class Handles:
+    """The handles of one run.
+
+    Attributes:
+        used: whether any rule puts handles on the tape.
+    """
+
+    def __init__(self) -> None:
+        self.used = False
+        self._by_node: dict[object, Handle] = {}
+
+    def begin(self) -> None:
+        """Begin a run."""
+        self._by_node.clear()
+
+    def put(self, z: Tensor, handle: Handle) -> None:
+        """Say which handle belongs to a value."""
+        self._by_node[_made(z)] = handle
+
+    def of(self, x: Tensor) -> Handle | None:
+        """The handle of a value, if nothing was told there before."""
+        if not self._by_node:
+            return None
+        found = self._by_node.get(_made(x))
+        return None if found is None or found.behind.name is not None else found
+
+
+def _made(x: Tensor) -> object:
+    return Identity.before(unwrapped(x).grad_fn)[0]
+
+
+@dataclass
+class Behind:
+    """What is behind a layer, as far as it was told.
+
+    Attributes:
+        name: that of the function; ``None`` where there is none.
+        function: what becomes of the output of the layer.
+        scale: by what the output is multiplied before that, if it is.
+        uniform: whether it is the same function at every place.
+    """
+
+    name: str | None = None
+    function: Elementwise = Tensor.detach
+    scale: Tensor | None = None
+    uniform: bool = True
+
+
+@dataclass(frozen=True)
+class Handle:
+    """The handle of a value that a layer made.
+
+    Attributes:
+        at: where it is on the tape that is handed over what counts of the value of the function, of the shape of the
+            value of the layer.
+        by: likewise, what went back to the value for it.
+        behind: what the layer is told.
+        through: what became of the output of the layer until there, if anything, and ``scale``: by what it was
+            multiplied.
+    """
+
+    at: Tensor
+    by: Tensor
+    behind: Behind
+    through: Elementwise | None = None
+    scale: Tensor | None = None
+
+    def tell(self, name: str, function: Elementwise) -> tuple[Tensor, Tensor]:
+        """Tell the layer what is behind it; returns where that hands over what arrives, and what it sends back."""
+        through, behind = self.through, self.behind
+        behind.name, behind.function = name, function
+        behind.uniform = name not in _BY_CHANNEL
+        if through is not None:
+            behind.name, behind.scale, behind.uniform = "", self.scale, False
+            behind.function = lambda z: function(through(z))
+        return self.at, self.by
+
+    def behind_of(self, through: Elementwise, scale: Tensor) -> Handle:
+        """The handle of what is multiplied by ``scale``, and moved by something."""
+        before, known = self.through, self.scale
+        if before is not None and known is not None:
+            return replace(self, through=lambda z: through(before(z)), scale=scale * known)
+        return replace(self, through=through, scale=scale)
+
+
+_BY_CHANNEL = frozenset(("PReLU", "prelu"))

@@ -1,0 +1,141 @@
+"""What a job is, as plain data: the same in every process, and another where anything differs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from tdhook import LRP, References, Target
+from tdhook.composites import PRESETS, preset
+from tdhook.datasets import Kept, Moments, TopRows
+from tdhook.datasets.identity import described, difference, digest_of, module_identity
+from tdhook.rules import EpsilonRule
+from tdhook.selectors import Type
+
+SCRIPT = """
+import json, torch
+from torch import nn
+from tdhook import LRP, Contrast, References, Target
+from tdhook.datasets.identity import described, module_identity
+torch.manual_seed(0)
+data = torch.randn(3, 4)
+method = LRP("deeplift", target=Contrast(Target("y", 0), Target("y", 1)), baseline={"x": data, "z": "mean"})
+named = LRP("epsilon_plus", target=Target("y", "argmax"))
+print(json.dumps([described(method), described(named), module_identity(nn.Sequential(nn.Linear(4, 2), nn.ReLU()))]))
+"""
+
+
+def test_other_processes_say_the_same() -> None:
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", SCRIPT],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2] / "src")},
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1 and len(json.loads(outputs.pop())) == 3
+
+
+def test_every_preset_is_plain_data() -> None:
+    parameters: dict[str, dict[str, Any]] = {
+        name: {"low": -1.0, "high": 1.0} if name.endswith("box") else {} for name in PRESETS
+    }
+    told = {name: json.dumps(described(preset(name, **parameters[name]))) for name in PRESETS}
+    assert len(set(told.values())) == len(told)
+
+
+def scaled(x: float, by: float = 2.0) -> float:
+    return x * by
+
+
+def shifted(x: float, by: float = 2.0) -> float:
+    return x + by
+
+
+SAME = [
+    (lambda: LRP("epsilon", target=Target("y", 0))),
+    (lambda: LRP([(Type(nn.Linear), EpsilonRule())], target=Target("y", 0))),
+    (lambda: References("sample", 3, data=TensorDict({"x": torch.ones(3)}, [3]))),
+    (lambda: Kept(regions={"a": torch.ones(3)})),
+    (lambda: [Moments(by="action"), TopRows(3, score=scaled)]),
+    (lambda: partial(scaled, by=3.0)),
+    (lambda: {"a": (1, 2.5, float("inf")), ("b", "c"): {1, 2}, "d": torch.float32, "e": slice(1, 2)}),
+    (lambda: torch.nn.functional.relu),
+    (lambda: torch.zeros_like),
+    (lambda: "text".upper),
+]
+OTHER = [
+    (lambda: LRP("epsilon", target=Target("y", 1))),
+    (lambda: LRP([(Type(nn.Conv2d), EpsilonRule())], target=Target("y", 0))),
+    (lambda: References("sample", 3, data=TensorDict({"x": torch.zeros(3)}, [3]))),
+    (lambda: Kept(regions={"a": torch.zeros(3)})),
+    (lambda: [Moments(by="action"), TopRows(3, score=shifted)]),
+    (lambda: partial(scaled, by=4.0)),
+    (lambda: {"a": (1, 2.5, float("nan")), ("b", "c"): {1, 2}, "d": torch.float32, "e": slice(1, 2)}),
+    (lambda: torch.nn.functional.gelu),
+    (lambda: torch.ones_like),
+    (lambda: "text".lower),
+]
+
+
+@pytest.mark.parametrize("place", range(len(SAME)))
+def test_what_is_the_same_and_what_is_not(place: int) -> None:
+    told, again, other = (described(make()) for make in (SAME[place], SAME[place], OTHER[place]))
+    assert told == again == json.loads(json.dumps(told))
+    assert difference(told, again) is None and difference(other, told) is not None
+
+
+def test_functions_are_their_code_and_what_they_hold() -> None:
+    def made(by: float) -> Any:
+        return lambda x: x * by
+
+    assert described(made(2.0)) == described(made(2.0)) != described(made(3.0))
+
+    def recursive(n: int) -> int:
+        return n and recursive(n - 1)
+
+    assert described(recursive) == described(recursive)
+    loop: list[Any] = []
+    loop.append(loop)
+    with pytest.raises(ValueError, match="a list that holds itself"):
+        described(loop)
+
+
+def test_models_are_their_classes_settings_and_weights() -> None:
+    def net(slope: float = 0.1, seed: int = 0, bias: bool = True) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(4, 2, bias=bias), nn.LeakyReLU(slope))
+
+    same = module_identity(net())
+    assert same == module_identity(net())
+    for other in (net(0.2), net(seed=1), net(bias=False), net().train(False), net().double()):
+        assert module_identity(other) != same
+    norm = nn.BatchNorm1d(3)
+    before = module_identity(norm)
+    norm.running_mean += 1
+    assert difference(module_identity(norm), before).startswith("weights: ")  # type: ignore[union-attr]
+
+
+def test_digests_are_of_bytes() -> None:
+    x = torch.arange(6.0).reshape(2, 3)
+    assert digest_of([x]) == digest_of([x.T.contiguous().T]) != digest_of([x.T])
+    assert digest_of([x.bfloat16()]) != digest_of([x]) and digest_of([torch.zeros(0)]) == digest_of([])
+
+
+def test_differences_are_named() -> None:
+    ours, theirs = {"a": {"b": [1, {"c": 2}]}}, {"a": {"b": [1, {"c": 3}]}}
+    assert difference(ours, theirs) == "a.b[1].c: 2 and not 3"
+    assert difference({"a": 1}, {"a": 1, "b": "x" * 100}) == f"b: None and not '{'x' * 76}..."
+    assert difference([1, 2], [1]) == ": [1, 2] and not [1]"

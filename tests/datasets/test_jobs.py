@@ -1,0 +1,416 @@
+"""A job explains each row as it is explained elsewhere, and says so where it cannot."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+
+from tdhook import LRP, Contrast, References, Target
+from tdhook.attribution.gradient import GradientTimesInput
+from tdhook.attribution.integrated_gradients import IntegratedGradients
+from tdhook.datasets import Job, Kept, Moments, Place
+from tdhook.rl import Explain
+
+ATTR = ("attr", "observation")
+
+
+def policy(seed: int = 0) -> TensorDictModule:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+    return TensorDictModule(net, ["observation"], ["action_value"])
+
+
+def steps(count: int = 100) -> TensorDict:
+    torch.manual_seed(1)
+    return TensorDict(
+        {
+            "observation": torch.randn(count, 4),
+            "action": torch.randint(3, (count,)),
+            "is_init": (torch.arange(count) % 17 == 0)[:, None],
+            "next": {"observation": torch.randn(count, 4), "reward": torch.randn(count, 1)},
+        },
+        [count],
+    )
+
+
+def job(out: Path, method: LRP | None = None, source: Any = None, **options: Any) -> Job:
+    method = LRP("epsilon_plus", target=Target("action_value", "action")) if method is None else method
+    options = {"chunk": 16, "at_once": 8, **options}
+    return Job(method, policy(), steps() if source is None else source, out, **options)
+
+
+def rows_of(done: Job) -> TensorDictBase:
+    assert done.work().finished
+    return done.result().rows
+
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "lrp": lambda: LRP("epsilon_plus", target=Target("action_value", "action")),
+    "all": lambda: LRP("epsilon", target=Target("action_value", "all")),
+    "contrast": lambda: LRP(
+        "deeplift", target=Contrast(Target("action_value", 0), Target("action_value", 1)), baseline=0.5
+    ),
+    "ledger": lambda: LRP("epsilon", target=Target("action_value", "action"), ledger=True),
+    "values": lambda: LRP("epsilon", target=Target("action_value", 1), values=True),
+    "previous": lambda: LRP("deeplift", target=Target("action_value", "action"), baseline="previous"),
+    "entry": lambda: LRP(
+        "deeplift", target=Target("action_value", 0), baseline={"observation": ("next", "observation")}
+    ),
+    "gradient": lambda: GradientTimesInput(target=Target("action_value", "action")),
+    "path": lambda: IntegratedGradients(target=Target("action_value", "action")),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_are_explained_as_in_a_buffer(name: str, tmp_path: Path) -> None:
+    data = steps().exclude("next") if name == "previous" else steps()
+    done = job(tmp_path / "job", METHODS[name](), data, in_order=name == "previous")
+    found = rows_of(done)
+    timed = data.copy()
+    timed.names = ["time"]
+    whole = Explain(METHODS[name](), policy(), at_once=8)(timed)
+    added = [key for key in whole.keys(True, True) if key not in data.keys(True, True)]
+    assert {*added} == {*found.keys(True, True)}
+    for key in added:
+        torch.testing.assert_close(found[key], whole[key], rtol=1e-5, atol=1e-6)
+    assert done.result().beside(data)[ATTR].shape[0] == 100
+
+
+def test_means_are_those_of_the_source(tmp_path: Path) -> None:
+    data = steps()
+    method = LRP("deeplift", target=Target("action_value", 0), baseline="mean")
+    found = rows_of(job(tmp_path / "job", method, data))
+    mean = data["observation"].mean(0)
+    expected = Explain(LRP("deeplift", target=Target("action_value", 0), baseline=mean), policy())(data)
+    torch.testing.assert_close(found[ATTR], expected[ATTR], rtol=1e-4, atol=1e-5)
+    own = References("mean", data=data[:3])
+    other = LRP("deeplift", target=Target("action_value", 0), baseline=own)
+    expected = Explain(
+        LRP("deeplift", target=Target("action_value", 0), baseline=data["observation"][:3].mean(0)), policy()
+    )(data)
+    torch.testing.assert_close(
+        rows_of(job(tmp_path / "other", other, data))[ATTR], expected[ATTR], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_samples_are_the_same_in_each_run(tmp_path: Path) -> None:
+    method = LRP("deeplift", target=Target("action_value", 0), baseline=References("sample", 3, spread=True))
+    first, second = (rows_of(job(tmp_path / name, method)) for name in "ab")
+    assert bool((first == second).all()) and ("spread", "observation") in first.keys(True)
+
+
+def test_what_comes_next_is_explained(tmp_path: Path) -> None:
+    data = steps()
+    found = rows_of(job(tmp_path / "job", LRP("epsilon", target=Target("action_value", 0)), data, at="next"))
+    expected = Explain(LRP("epsilon", target=Target("action_value", 0)), policy(), at="next")(data)
+    key = ("attr", "next", "observation")
+    torch.testing.assert_close(found[key], expected[key])
+
+
+class Sums(nn.Module):
+    """Sums what it saw so far, ``[batch, time, 4]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(-2)
+
+
+def test_trajectories_with_padding(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = TensorDictModule(nn.Sequential(Sums(), nn.Linear(4, 2)), ["observation"], ["value"])
+    valid = torch.arange(6) < torch.tensor([6, 3, 5, 6, 1])[:, None]
+    data = TensorDict({"observation": torch.randn(5, 6, 4), "collector": {"mask": valid}}, [5, 6])
+    method = LRP("epsilon", target=Target("value", 0))
+    expected = Explain(method, model, trajectories=True)(data)
+    done = Job(method, model, data, tmp_path / "job", trajectories=True, chunk=2)
+    torch.testing.assert_close(rows_of(done)[ATTR], expected[ATTR])
+    assert bool((done.result().rows[ATTR][~valid] == 0).all())
+    with pytest.raises(ValueError, match=r"rows that are trajectories, \[rows, time\]"):
+        Job(method, policy(), steps(), tmp_path / "flat", trajectories=True)
+
+
+def test_frames_are_prepared(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
+    model = TensorDictModule(net, ["pixels"], ["value"])
+    data = TensorDict({"pixels": torch.randint(256, (10, 3, 8, 8), dtype=torch.uint8)}, [10])
+
+    def as_numbers(rows: TensorDictBase) -> TensorDictBase:
+        return rows.copy().set("pixels", rows["pixels"] / 255)
+
+    method = LRP("epsilon_plus", target=Target("value", 0))
+    done = Job(method, model, data, tmp_path / "job", prepare=as_numbers, chunk=4)
+    expected = Explain(method, model)(as_numbers(data))
+    torch.testing.assert_close(rows_of(done)["attr", "pixels"], expected["attr", "pixels"])
+
+
+def test_frames_of_bytes_that_the_model_casts(tmp_path: Path) -> None:
+    class Scales(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1).float() / 255
+
+    torch.manual_seed(0)
+    model = TensorDictModule(nn.Sequential(Scales(), nn.Linear(12, 2)), ["pixels"], ["value"])
+    data = TensorDict({"pixels": torch.randint(256, (10, 3, 2, 2), dtype=torch.uint8)}, [10])
+    method = LRP("epsilon_plus", target=Target("value", 0))
+    found = rows_of(Job(method, model, data, tmp_path / "job"))
+    torch.testing.assert_close(
+        found["attr", "pixels"], method.wrap(model)(data.float())["attr", "pixels"].float()
+    )
+
+
+@pytest.mark.filterwarnings("ignore:input 'token' is torch.int64")
+def test_nothing_to_explain(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))
+    model = TensorDictModule(net, ["token"], ["value"])
+    data = TensorDict({"token": torch.randint(10, (6,))}, [6])
+    with pytest.raises(ValueError, match="rows 0 to 1: "):
+        Job(LRP("epsilon", target=Target("value", 0)), model, data, tmp_path / "none")
+    inside = LRP("epsilon", target=Target("value", 0), use_inputs=False, input_modules=["module.0"])
+    assert rows_of(Job(inside, model, data, tmp_path / "job"))["attr", "module.0"].shape == (6, 4)
+
+
+@pytest.mark.parametrize(
+    "which, expected",
+    [
+        (slice(10, 50, 3), list(range(10, 50, 3))),
+        (range(5), list(range(5))),
+        ([7, 3, 4, 99], [7, 3, 4, 99]),
+        (torch.arange(100) % 9 == 2, list(range(2, 100, 9))),
+    ],
+)
+def test_rows_that_are_chosen(which: Any, expected: list[int], tmp_path: Path) -> None:
+    found = rows_of(job(tmp_path / "job", rows=which))
+    whole = rows_of(job(tmp_path / "whole"))
+    torch.testing.assert_close(found[ATTR], whole[ATTR][expected])
+
+
+def test_rows_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(IndexError, match="rows= names row 100, and the source has 100"):
+        job(tmp_path / "job", rows=[3, 100])
+    with pytest.raises(TypeError, match="row numbers, or a truth value for each of the 100 rows"):
+        job(tmp_path / "job", rows=torch.zeros(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="the source has no rows"):
+        job(tmp_path / "job", rows=slice(0, 0))
+    assert not (tmp_path / "job").exists()
+
+
+def test_bytes_are_the_same_however_rows_are_met(tmp_path: Path) -> None:
+    data, method = steps(), LRP("deeplift", target=Target("action_value", 1), baseline=0.0)
+    forwards, backwards = (
+        job(tmp_path / name, method, data, reduce=[Moments(by="action")]) for name in ("a", "b")
+    )
+    forwards.work()
+    done = 0
+
+    def once() -> bool:
+        nonlocal done
+        done += 1
+        return done > 1
+
+    for rank in (5, 3, 1, 6, 0, 2, 4, 3):
+        done = 0
+        backwards.work(place=Place(rank, 7), until=once)
+    assert backwards.status().finished
+    for path in sorted((tmp_path / "a").rglob("*")):
+        other = tmp_path / "b" / path.relative_to(tmp_path / "a")
+        if path.is_file() and "workers" not in path.parts:
+            assert path.read_bytes() == other.read_bytes(), path
+
+
+def test_what_is_not_done_is_no_zero(tmp_path: Path) -> None:
+    done = job(tmp_path / "job")
+    chunks: list[int] = []
+    status = done.work(on_done=chunks.append, until=lambda: len(chunks) == 2)
+    assert (status.chunks_done, status.chunks, status.done, status.rows) == (2, 7, 32, 100)
+    assert not (tmp_path / "job" / "rows").exists()
+    with pytest.raises(RuntimeError, match="2 of 7 chunks are done"):
+        done.result()
+    there = done.result(partial=True)
+    assert there.done.nonzero()[:, 0].tolist() == list(range(32))
+    with pytest.raises(RuntimeError, match="would be taken for rows without relevance"):
+        _ = there.rows
+    assert there.explained.batch_size == (32,)
+    assert done.work().finished
+    torch.testing.assert_close(done.result().rows[ATTR][:32], there.explained[ATTR])
+
+
+@pytest.mark.parametrize(
+    "options, differs",
+    [
+        ({"method": LRP("epsilon_plus", target=Target("action_value", 1))}, "method.seeder.index"),
+        ({"method": LRP("epsilon", target=Target("action_value", "action"))}, "method.composite"),
+        ({"source": steps(99)}, "units.rows: 99 and not 100"),
+        ({"chunk": 32}, "units.chunk: 32 and not 16"),
+        ({"keep": torch.bfloat16}, "layout"),
+        ({"reduce": [Moments()]}, "reduce"),
+        ({"rows": slice(None)}, "source.chosen"),
+        ({"threads": 2}, "threads: 2 and not 1"),
+    ],
+)
+def test_another_job_is_refused(options: dict[str, Any], differs: str, tmp_path: Path) -> None:
+    job(tmp_path / "job")
+    job(tmp_path / "job")  # the same
+    with pytest.raises(ValueError, match="is the folder of another job, which differs in ") as caught:
+        job(tmp_path / "job", **options)
+    assert differs in str(caught.value)
+
+
+def test_other_weights_and_data_are_refused(tmp_path: Path) -> None:
+    method, data = LRP("epsilon", target=Target("action_value", 0)), steps()
+    Job(method, policy(), data, tmp_path / "job")
+    with pytest.raises(ValueError, match=r"model\.weights"):
+        Job(method, policy(seed=1), data, tmp_path / "job")
+    data["observation"][50] += 1e-3
+    with pytest.raises(ValueError, match=r"source\.digest"):
+        Job(method, policy(), data, tmp_path / "job")
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds something else than a job of tdhook"):
+        job(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_rows_that_cannot_be_explained_do_not_stop_the_others(tmp_path: Path) -> None:
+    data = steps()
+    data["observation"][40] = torch.nan
+    done = job(tmp_path / "job", source=data)
+    with pytest.raises(ValueError, match="rows 32 to 47: "):
+        done.work()
+    assert done.status().chunks_done == 6
+    assert not list((tmp_path / "job" / "claims").iterdir())
+
+
+def test_a_full_disk_stops_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = job(tmp_path / "job")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(done.folder, "write_rows", full)
+        with pytest.raises(OSError, match="No space left"):
+            done.work()
+    assert done.status().chunks_done == 0 and not list((tmp_path / "job" / "claims").iterdir())
+    assert done.work().finished
+
+
+def test_too_little_room_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = job(tmp_path / "job")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 100))
+    with pytest.raises(OSError, match=r"take 0.0 GiB, and the disk of .* keep less"):
+        done.work()
+
+
+def test_what_was_changed_on_the_disk_is_found(tmp_path: Path) -> None:
+    done = job(tmp_path / "job", reduce=[Moments()])
+    done.work()
+    assert done.verify().ok and done.verify(3).again != ()
+    path = tmp_path / "job" / "rows" / "attr" / "observation.memmap"
+    data = bytearray(path.read_bytes())
+    data[20 * 16] ^= 1  # of row 20
+    path.write_bytes(data)
+    assert done.verify().changed == (1,)
+    note = tmp_path / "job" / "done" / "000000002.json"
+    told = json.loads(note.read_text())
+    told["crc32"]["attr.observation"] += 1
+    note.write_text(json.dumps(told))
+    found = done.verify(7)
+    assert found.changed == (1, 2) and found.differ == (2,) and not found.ok
+
+
+@pytest.mark.parametrize(
+    "keep",
+    ["all", "compressed", torch.bfloat16, Kept(summed=[-1])],
+    ids=["all", "compressed", "halved", "summed"],
+)
+def test_what_is_kept(keep: Any, tmp_path: Path) -> None:
+    done = job(tmp_path / "job", keep=keep, rows=slice(0, 50))
+    assert done.work().finished
+    whole = rows_of(job(tmp_path / "whole", rows=slice(0, 50)))[ATTR]
+    result = done.result()
+    if keep == "compressed":
+        blocks = result.blocks()
+        assert len(blocks) == 50 and torch.equal(blocks[0:50][ATTR], whole)
+        assert torch.equal(blocks[-1][ATTR], whole[-1]) and torch.equal(blocks[20:40:7][ATTR], whole[20:40:7])
+        with pytest.raises(RuntimeError, match=r"read them by \.blocks\(\)"):
+            _ = result.rows
+        with pytest.raises(IndexError, match="there is no row 50 of 50"):
+            blocks[50]
+        return
+    expected = {"all": whole, torch.bfloat16: whole.bfloat16()}.get(keep, whole.sum(-1))
+    found = result.rows[ATTR]
+    assert found.dtype == expected.dtype and torch.equal(found, expected)
+    with pytest.raises(RuntimeError, match=r"they are in \.rows"):
+        result.blocks()
+
+
+def test_blocks_that_are_not_there(tmp_path: Path) -> None:
+    done = job(tmp_path / "job", keep="compressed")
+    chunks: list[int] = []
+    done.work(on_done=chunks.append, until=lambda: len(chunks) == 1)
+    blocks = done.result(partial=True).blocks()
+    assert blocks[0:16].batch_size == (16,)
+    with pytest.raises(RuntimeError, match="rows 16 to 31 are not explained yet"):
+        blocks[15:17]
+
+
+def test_nothing_kept_and_nothing_reduced(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no result: give keep= or reduce="):
+        job(tmp_path / "job", keep=None)
+    done = job(tmp_path / "job", keep=None, reduce=[Moments()])
+    assert done.work().finished and not (tmp_path / "job" / "rows").exists()
+    assert done.result().reduced["moments"]["count"].tolist() == [100]
+    with pytest.raises(RuntimeError, match=r"what they were reduced to is in \.reduced"):
+        _ = done.result().rows
+
+
+def test_what_is_explained_is_left_as_it_was(tmp_path: Path) -> None:
+    model, data = policy().train(), steps()
+    weights = {name: x.clone() for name, x in model.state_dict().items()}
+    before, threads = data.clone(), torch.get_num_threads()
+    torch.manual_seed(3)
+    drawn = torch.rand(3)
+    torch.manual_seed(3)
+    Job(LRP("epsilon", target=Target("action_value", 0)), model, data, tmp_path / "job", threads=2).work()
+    assert torch.equal(torch.rand(3), drawn) and torch.get_num_threads() == threads
+    assert model.training and all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+    assert bool((data == before).all()) and {*data.keys(True, True)} == {*before.keys(True, True)}
+
+
+def test_numbers_that_are_none(tmp_path: Path) -> None:
+    for name in ("chunk", "threads", "at_once"):
+        with pytest.raises(ValueError, match=f"{name} is at least 1, got {name}=0"):
+            job(tmp_path / "job", **{name: 0})
+    with pytest.raises(ValueError, match="not both"):
+        job(tmp_path / "job", trajectories=True, in_order=True)
+
+
+def test_compiled_equals_eager(tmp_path: Path) -> None:
+    method = LRP(
+        "epsilon_plus", target=Target("action_value", 0), compile={"backend": "aot_eager", "fullgraph": True}
+    )
+    plain = LRP("epsilon_plus", target=Target("action_value", 0))
+    torch.testing.assert_close(
+        rows_of(job(tmp_path / "graph", method))[ATTR], rows_of(job(tmp_path / "plain", plain))[ATTR]
+    )
+
+
+def test_weights_that_are_elsewhere(tmp_path: Path) -> None:
+    model = policy()
+    model.module[0].weight = nn.Parameter(torch.empty(16, 4, device="meta"))
+    with pytest.raises(NotImplementedError, match="load the policy whole"):
+        Job(LRP("epsilon", target=Target("action_value", 0)), model, steps(), tmp_path / "job")
+    assert not (tmp_path / "job").exists()
