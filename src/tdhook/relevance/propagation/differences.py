@@ -211,7 +211,8 @@ def secant(module: nn.Module, flow: Convention, pull: Pull | None = None, *, kee
     chosen = pull or secant_of(name, is_module=is_module)
     linear = pull is None and (name in LINEAR if not is_module else closed_form(module) is not None)
     if chosen is slopes:
-        return between(_sloped(name, module, rule, chosen), "gradient", flow)
+        sloped = between(_sloped(name, module, rule, chosen), "gradient", flow)
+        return sloped if flow == "gradient" else _passing(sloped)
 
     def first(call: Call, place: Place) -> Any:
         return DifferencedModule(rule, chosen, call, place).run()
@@ -326,6 +327,47 @@ def _handed(call: Call, name: str) -> tuple[Tensor | None, Tensor | None]:
 
 
 _DRAWN = frozenset(("rrelu", "RReLU"))
+
+
+def _passing(otherwise: Run) -> Run:
+    """How the same functions run in the relevance convention: what a value's difference got its argument's gets."""
+
+    def first(call: Call, place: Place) -> Any:
+        return _Passed.apply(call.args[0], call, place)
+
+    run = noted(first)
+
+    def one(call: Call) -> Any:
+        leaves = tree_leaves((call.args, call.kwargs))
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        alone = len(tensors) == 1 and len(call.args) > 0 and tensors[0] is call.args[0]
+        return run(call) if alone and not tensors[0].is_complex() else otherwise(call)
+
+    return one
+
+
+class _Passed(TapeFunction):
+    """A function that is applied to each value of one tensor, through which relevance passes as it is."""
+
+    @staticmethod
+    def forward(x: Tensor, call: Call, place: Place) -> Tensor:
+        z: Tensor = call.on(x).natively()
+        return alias(z) if z is x or is_view(z) else z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, call, ctx.where = inputs
+        ctx.report, ctx.made_by = call.setting.report, type(call.module).__name__
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, relevance: Tensor) -> object:
+        (z,) = ctx.saved_tensors
+        place: Place = ctx.where
+        nothing = z == place.before[0]
+        if ctx.report is not None:
+            ctx.report("stabiliser", torch.where(nothing, relevance, 0.0))
+        return torch.where(nothing, 0.0, relevance), None, None
 
 
 def _natively_or(otherwise: Run) -> Run:

@@ -67,10 +67,10 @@ def slope(
     """
     step = x - start
     same = step == 0
-    ratio = (z - before) / torch.where(same, 1.0, step)
+    ratio = (z - before) / step
     if name in _KINKED:
         # Its pieces are lines through zero: on each of them the quotient is exact.
-        near = torch.where(same, (x > 0).to(x.dtype), ratio)
+        near = torch.where(same, z.sign(), ratio)
     else:
         middle = _derivative(function, torch.where(x == start, x, (x + start) / 2))
         far = torch.maximum(x.abs(), start.abs())
@@ -79,7 +79,7 @@ def slope(
         noise = 8 * torch.finfo(x.dtype).eps * size / step.abs()
         near = torch.where(same | ((ratio - middle).abs() <= noise), middle, ratio)
     # Where both are infinite, as masks are, nothing is different.
-    return torch.where(near.isfinite(), near, 0.0)
+    return near.nan_to_num(0.0, 0.0, 0.0)
 
 
 _KINKED = frozenset(("relu", "ReLU"))
