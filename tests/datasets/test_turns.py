@@ -23,7 +23,7 @@ def test_little_time_is_lost(changed: dict[str, float]) -> None:
 
 
 def test_slow_workers_hold_nobody_up() -> None:
-    """Their last chunks are done beside them, and they stop at the next stretch of rows: a sixteenth of the time here."""
+    """Their last chunks are done beside them, and they stop at the next stretch of rows: a sixteenth of the time."""
     found = simulate(replace(FEW, slow=0.05, times=50.0))
     assert found.efficiency > 0.9
 
