@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.beside import between, noted, there
 from tdhook.relevance.propagation.call import Call, Run
-from tdhook.relevance.propagation.constants import with_masks
-from tdhook.relevance.propagation.conversions import NotOneTensor, Substituted, finite_product
+from tdhook.relevance.propagation.conversions import Substituted
 from tdhook.relevance.propagation.executed import ExecutedLayer, ExecutedModule, Formula, RuledLayer
 from tdhook.relevance.propagation.forms import closed_form
 from tdhook.relevance.propagation.lent import Lent
@@ -25,24 +24,19 @@ from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reference import Place
 from tdhook.relevance.propagation.steps import Grads, Modify, ModuleStep, Step
 from tdhook.relevance.secants.pair import Pair, Pull, difference
-from tdhook.relevance.secants.slopes import slope, slopes
-from tdhook.relevance.secants.table import LINEAR, secant_of
+from tdhook.relevance.secants.table import secant_of
 from tdhook.relevance.secants.winners import picked_of
 from tdhook.tape.dependence import leaf
-from tdhook.tape.functions import TapeFunction, alias, on_tape
-from tdhook.tape.internals import is_view
+from tdhook.tape.functions import on_tape
 from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
 
 __all__ = [
-    "SECANT",
     "DifferencedLayer",
     "DifferencedModule",
     "Differences",
     "formula_of_layer",
     "formula_of_module",
-    "handing",
     "of_one_tensor",
-    "secant",
 ]
 
 
@@ -159,233 +153,6 @@ class DifferencedModule(ExecutedModule):
         step = Differences(self.module, self.evaluate, pair, self._pull, self._arguments())
         step.report = self.report
         return step
-
-
-class _Secant:
-    """The formula of the secant itself, in the gradient convention.
-
-    Args:
-        keeps: whether it leaves something out.
-    """
-
-    needs_inputs: ClassVar[bool] = True
-    needs_outputs: ClassVar[bool] = True
-    needs_vjp: ClassVar[bool] = False
-    needs_sign: ClassVar[bool] = False
-    reruns: ClassVar[bool] = True
-
-    def __init__(self, keeps: bool) -> None:
-        self.keeps = keeps
-
-    def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """It fits everything."""
-
-    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
-        found = step.vjp(*relevance)
-        if step.report is not None and (self.keeps or step.differs):
-            # What went to nothing that is attributed.
-            amounts = [finite_product(d, g) for d, g in zip(step.outputs, relevance, strict=True)]
-            amounts += [
-                -finite_product(d, g) for d, g in zip(step.inputs, found, strict=True) if g is not None
-            ]
-            for amount in amounts:
-                step.report("constant", amount)
-        return found
-
-
-SECANT: Formula = _Secant(False)
-_SECANTS = SECANT, _Secant(True)
-
-
-def secant(module: nn.Module, flow: Convention, pull: Pull | None = None, *, keeps: bool = False) -> Run:
-    """How calls run whose difference is shared by the secant of what is called.
-
-    Args:
-        module: what is called.
-        flow: the convention in which values arrive.
-        pull: the secant, by default that of the module's name.
-        keeps: whether it leaves a part out on purpose, which is reported as constant.
-    """
-    rule = _SECANTS[keeps]
-    name, is_module = type(module).__name__, not isinstance(module, Operation)
-    chosen = pull or secant_of(name, is_module=is_module)
-    linear = pull is None and (name in LINEAR if not is_module else closed_form(module) is not None)
-    if chosen is slopes:
-        sloped = between(_sloped(name, module, rule, chosen), "gradient", flow)
-        return sloped if flow == "gradient" else _passing(sloped)
-
-    def first(call: Call, place: Place) -> Any:
-        return DifferencedModule(rule, chosen, call, place).run()
-
-    run = noted(first)
-    return between(_natively_or(run) if linear else run, "gradient", flow)
-
-
-def _sloped(name: str, module: nn.Module, rule: Formula, pull: Pull) -> Run:
-    """How functions run that are applied to each value."""
-
-    def first(call: Call, place: Place) -> Any:
-        if len(call.args) and isinstance(call.args[0], Tensor) and len(place.given) == 1:
-            try:
-                at, by = _handed(call, name)
-                return _Sloped.apply(call.args[0], at, by, call, place, name)
-            except NotOneTensor:
-                pass
-        return DifferencedModule(rule, pull, call, place).run()
-
-    return noted(first)
-
-
-class _Sloped(TapeFunction):
-    """A function that is applied to each value of one tensor, on the tape, maybe with the handle of that value."""
-
-    @staticmethod
-    def forward(
-        x: Tensor, at: Tensor | None, by: Tensor | None, call: Call, place: Place, name: str
-    ) -> Tensor:
-        z = call.on(x).natively()
-        if not isinstance(z, Tensor) or z.shape != x.shape or x.is_complex():
-            raise NotOneTensor
-        return alias(z) if z is x or is_view(z) else z
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, at, _, ctx.call, ctx.where, ctx.made_by = inputs
-        ctx.call, ctx.hands = ctx.call.on(None), at is not None
-        ctx.save_for_backward(x, output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> object:
-        x, z = ctx.saved_tensors
-        place: Place = ctx.where
-        start, before = there(place.starts[0], x), place.before[0]
-        found = slope(ctx.made_by, lambda at: ctx.call.on(at).natively(), x, start, z, before)
-        back = grad * found
-        return back, *((grad, back) if ctx.hands else (None, None)), None, None, None
-
-
-def handing(passed: Run) -> Run:
-    """How functions run that hand all relevance on, and what a unit counts to a layer that wants to know.
-
-    Args:
-        passed: how they run else.
-    """
-
-    def first(call: Call, place: Place) -> Any:
-        args = call.args
-        alone = len(place.given) == 1 and len(args) > 0 and isinstance(args[0], Tensor)
-        at, by = _handed(call, place.name) if alone else (None, None)
-        if at is None:
-            return passed(call)
-        z = _Handing.apply(args[0], at, by, call, place)
-        return z if call.setting.report is None else with_masks(call, args[0], z)
-
-    run = noted(first)
-
-    def one(call: Call) -> Any:
-        reference = call.setting.reference
-        return passed(call) if reference is None or not reference.handles.used else run(call)
-
-    return one
-
-
-class _Handing(TapeFunction):
-    """A function of one tensor, all relevance of whose value goes to its argument, with the handle of that."""
-
-    @staticmethod
-    def forward(x: Tensor, at: Tensor, by: Tensor, call: Call, place: Place) -> Tensor:
-        z = call.on(x).natively()
-        assert isinstance(z, Tensor)
-        return alias(z) if z is x or is_view(z) else z
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, _, call, ctx.where = inputs
-        ctx.made_by = type(call.module).__name__
-        ctx.save_for_backward(x, output)
-
-    @staticmethod
-    def backward(ctx: Any, relevance: Tensor) -> object:
-        x, z = ctx.saved_tensors
-        place: Place = ctx.where
-        # Where nothing differs there is no relevance that could tell what counts.
-        at, by = (
-            torch.where(d == 0, 0.0, relevance / torch.where(d == 0, 1.0, d))
-            for d in (difference(z, place.before[0]), difference(x, there(place.starts[0], x)))
-        )
-        return relevance, at, by, None, None
-
-
-def _handed(call: Call, name: str) -> tuple[Tensor | None, Tensor | None]:
-    """Where a function of one value hands over what arrives, if a layer before it wants to know; it is told."""
-    reference = call.setting.reference
-    handle = None if reference is None else reference.handles.of(call.args[0])
-    if handle is None or name in _DRAWN:
-        return None, None
-    alone = call.on(None)
-    return handle.tell(name, lambda at: alone.on(at).natively())
-
-
-_DRAWN = frozenset(("rrelu", "RReLU"))
-
-
-def _passing(otherwise: Run) -> Run:
-    """How the same functions run in the relevance convention: what a value's difference got its argument's gets."""
-
-    def first(call: Call, place: Place) -> Any:
-        return _Passed.apply(call.args[0], call, place)
-
-    run = noted(first)
-
-    def one(call: Call) -> Any:
-        leaves = tree_leaves((call.args, call.kwargs))
-        tensors = [x for x in leaves if isinstance(x, Tensor)]
-        alone = len(tensors) == 1 and len(call.args) > 0 and tensors[0] is call.args[0]
-        return run(call) if alone and not tensors[0].is_complex() else otherwise(call)
-
-    return one
-
-
-class _Passed(TapeFunction):
-    """A function that is applied to each value of one tensor, through which relevance passes as it is."""
-
-    @staticmethod
-    def forward(x: Tensor, call: Call, place: Place) -> Tensor:
-        z: Tensor = call.on(x).natively()
-        return alias(z) if z is x or is_view(z) else z
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, call, ctx.where = inputs
-        ctx.report, ctx.made_by = call.setting.report, type(call.module).__name__
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx: Any, relevance: Tensor) -> object:
-        (z,) = ctx.saved_tensors
-        place: Place = ctx.where
-        nothing = z == place.before[0]
-        if ctx.report is not None:
-            ctx.report("stabiliser", torch.where(nothing, relevance, 0.0))
-        return torch.where(nothing, 0.0, relevance), None, None
-
-
-def _natively_or(otherwise: Run) -> Run:
-    """What is linear has its plain derivative, unless what it is computed with may differ on the reference."""
-
-    def run(call: Call) -> Any:
-        leaves = tree_leaves((call.args, call.kwargs))
-        tensors = [x for x in leaves if isinstance(x, Tensor)]
-        if not all(on_tape(x) or isinstance(x, nn.Parameter) for x in tensors):
-            return otherwise(call)
-        sums = type(call.module).__name__ in _SUMS
-        plain = float not in map(type, leaves) if sums else sum(map(on_tape, tensors)) == 1
-        return call.natively() if plain else otherwise(call)
-
-    return run
-
-
-_SUMS = frozenset(("add", "sub", "rsub"))
 
 
 def formula_of_module(rule: Formula, module: nn.Module, own: Convention, flow: Convention) -> Run:

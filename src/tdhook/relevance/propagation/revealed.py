@@ -11,17 +11,13 @@ from torch import Tensor, nn
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.beside import between, noted
 from tdhook.relevance.propagation.call import Call, Run
-from tdhook.relevance.propagation.differences import (
-    DifferencedLayer,
-    DifferencedModule,
-    of_one_tensor,
-    secant,
-)
+from tdhook.relevance.propagation.differences import DifferencedLayer, DifferencedModule, of_one_tensor
 from tdhook.relevance.propagation.executed import Formula, Ruled, RuledLayer
 from tdhook.relevance.propagation.forms import closed_form
 from tdhook.relevance.propagation.handles import Behind, Handle
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reference import Place
+from tdhook.relevance.propagation.sharing import secant
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.secants.table import secant_of
 from tdhook.tape.functions import on_tape

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Call, Run
-from tdhook.relevance.propagation.differences import secant
 from tdhook.relevance.propagation.executed import ExecutedLayer
 from tdhook.relevance.propagation.lent import are_lent
 from tdhook.relevance.propagation.merges import Merges
+from tdhook.relevance.propagation.sharing import secant
 from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.relevance.propagation.steps import Affine
 from tdhook.relevance.rules.epsilon import EpsilonRule

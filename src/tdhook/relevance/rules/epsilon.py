@@ -16,12 +16,12 @@ from tdhook.relevance.propagation.beside import between, damped
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import with_constants
 from tdhook.relevance.propagation.conversions import Damped, PerValue, Scaled, TimesValue
-from tdhook.relevance.propagation.differences import secant
 from tdhook.relevance.propagation.executed import Directly
 from tdhook.relevance.propagation.forms import ClosedForm, closed_form
 from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.params import ZeroParams, zero_param_names
+from tdhook.relevance.propagation.sharing import secant
 from tdhook.relevance.propagation.stabilisers import Stabilizer, checked, kept_number, rounding
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.rules.shares import itself, modified_by, per_unit, report_bias, share_of

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Run
-from tdhook.relevance.propagation.differences import secant
 from tdhook.relevance.propagation.formula import PropagationRule
+from tdhook.relevance.propagation.sharing import secant
 from tdhook.relevance.propagation.stabilisers import (
     Stabilizer,
     checked,

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Run
-from tdhook.relevance.propagation.differences import secant
 from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.sharing import secant
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.rules.gradient import GradientRule
 from tdhook.relevance.secants.norms import Normalisation, held

@@ -14,8 +14,8 @@ from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import Reported, with_constants
 from tdhook.relevance.propagation.conversions import Scaled
-from tdhook.relevance.propagation.differences import secant
 from tdhook.relevance.propagation.rule import RunningRule, converted
+from tdhook.relevance.propagation.sharing import secant
 from tdhook.relevance.secants.averages import average
 from tdhook.relevance.secants.pair import Grads, Pair
 from tdhook.tape.functions import live, on_tape

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Run
-from tdhook.relevance.propagation.differences import SECANT
 from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.handles import Behind
 from tdhook.relevance.propagation.revealed import revealed
+from tdhook.relevance.propagation.sharing import SECANT
 from tdhook.relevance.propagation.steps import Grads, Step, unmodified
 from tdhook.relevance.rules.shares import magnitude, modified_by, squared
 from tdhook.relevance.secants.slopes import slope

@@ -13,10 +13,10 @@ from tdhook.relevance.propagation.beside import moving
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import with_masks
 from tdhook.relevance.propagation.conversions import NotOneTensor, Ratio, Unchanged
-from tdhook.relevance.propagation.differences import handing, secant
 from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import RemovableRuleHandle, RunningRule
+from tdhook.relevance.propagation.sharing import handing, secant
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.secants.slopes import slopes
 from tdhook.selectors.kinds import WINNER
