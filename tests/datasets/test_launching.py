@@ -155,12 +155,15 @@ def test_a_slurm_array(alone: Path, tmp_path: Path) -> None:
 
 
 LAUNCHES = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from a_job import a_job
 from tdhook.datasets import launch
 
 if __name__ == "__main__":
+    # Where the tests run in the background of a shell, this is ignored, and so by all that they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def told(status):
         Path(sys.argv[2]).write_text(str(status.chunks_done))
     launch(a_job(sys.argv[1]), 2, on_progress=told, every=0.05)
