@@ -414,3 +414,13 @@ def test_weights_that_are_elsewhere(tmp_path: Path) -> None:
     with pytest.raises(NotImplementedError, match="load the policy whole"):
         Job(LRP("epsilon", target=Target("action_value", 0)), model, steps(), tmp_path / "job")
     assert not (tmp_path / "job").exists()
+
+
+def test_chunks_of_several_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = rows_of(job(tmp_path / "whole", chunk=40))
+    for name in ("_SMALLEST", "_LARGEST"):
+        monkeypatch.setattr(f"tdhook.datasets.chunks.{name}", 8)
+    done = job(tmp_path / "job", chunk=40)
+    assert done.chunks.piece == 8
+    torch.testing.assert_close(rows_of(done)[ATTR], expected[ATTR])
+    assert done.verify(3).ok
