@@ -156,6 +156,22 @@ def test_all_begin_at_once(whole: Callable[..., Path], tmp_path: Path) -> None:
         looks_well(home, whole(SMALL))
 
 
+def test_another_begins_between_two_looks(whole: Callable[..., Path], tmp_path: Path) -> None:
+    home = tmp_path / "job"
+    look = JobFolder._holds_something_else
+
+    def late(folder: JobFolder) -> bool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(JobFolder, "_holds_something_else", look)
+            assert a_job(home, steps(SMALL)).work().finished
+        return look(folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JobFolder, "_holds_something_else", late)
+        assert a_job(home, steps(SMALL)).work().finished
+    looks_well(home, whole(SMALL))
+
+
 def test_what_is_swept_away_is_written_again(tmp_path: Path) -> None:
     home = tmp_path / "job"
     job = a_job(home, steps(SMALL))

@@ -65,7 +65,8 @@ class JobFolder:
             ValueError: it is that of another job; the message names what differs.
         """
         if not self.manifest.is_file():
-            if self._holds_something_else():
+            # Once more the manifest: another worker may have begun meanwhile, and what lies here be its.
+            if self._holds_something_else() and not self.manifest.is_file():
                 raise FileExistsError(
                     f"{self.home} holds something else than a job of tdhook (no manifest.json): choose another folder"
                 )
