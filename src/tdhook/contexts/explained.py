@@ -129,7 +129,7 @@ class ExplainedModule(TensorDictModuleBase):
             self.explain,
             self.reads,
             lambda: self._method.reads_signs(self._state),
-            lambda: self._method.learnt(self._state),
+            lambda: f"{self._method.learnt(self._state)} {self._setup.layout}",
             self._method,
             self._method.compile,
         )

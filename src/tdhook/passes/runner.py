@@ -105,7 +105,7 @@ class Runner:
                 collecting, forget = setup.collecting(captured), captured.clear
             with all_of(collecting, how.running()):
                 given = work.copy() if asked.writes else work  # what the model writes goes into it
-                heads = setup.heads.possible and not how.whole
+                heads = setup.heads.possible and not how.whole and torch.is_grad_enabled()
                 inside = all_of(
                     setup.heads.off_the_tape(how.overwrites) if heads else None,
                     setup.leaves.made(inputs, integers, exact=not replaced) if integers else None,

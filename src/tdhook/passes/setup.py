@@ -22,9 +22,13 @@ from tdhook.passes.heads import Heads
 from tdhook.passes.leaves import Choose, Leaves
 from tdhook.targets.base import Seeder
 
-__all__ = ["Attribute", "Question", "Setup"]
+__all__ = ["LAYOUTS", "Attribute", "Question", "Setup"]
 
 Attribute: TypeAlias = "tuple[NestedKey, ...] | str | Choose | None"
+
+LAYOUTS = ("rows", "axis", "alone")
+"""How variants of a batch lie side by side: as more elements along its first axis, along an axis of their own, or not
+at all, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Setup:
         keeps_anywhere: whether values of its runs may be kept anywhere, and not only on the model, nor are they young.
         axes: which axes of the outputs of modules are the batch's.
         apart: how the model returns a TensorDict of its own, if it was seen to.
+        layout: how variants of a batch leave each other alone, as far as was seen: one of :data:`LAYOUTS`.
 
     Raises:
         ValueError: the question names a module or a key that the model does not have.
@@ -92,6 +97,7 @@ class Setup:
         reads = [key for key in map(unravel_key, model.runner.in_keys) if not model.made.get(key)]
         self.in_keys = list(dict.fromkeys([*reads, *question.target.in_keys]))
         self.apart: Apart | None = None
+        self.layout = LAYOUTS[0]
         inputs = question.attribute if callable(question.attribute) else question.use_inputs
         others = bool(question.input_modules) or question.attribute is not None
         named_inputs = question.attribute if isinstance(question.attribute, tuple) else ()

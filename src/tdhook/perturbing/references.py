@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias, cast
@@ -118,6 +118,15 @@ class References:
                     drawn.entries[name] = self._made(given, name, value, td.batch_dims, td, chosen)
             found.append(drawn)
         return found
+
+    def among_keys(self, attributed: Collection[NestedKey], keys: Iterable[NestedKey]) -> References:
+        """The same for some of the keys that are attributed, where there may be others by name."""
+        if not isinstance(self.baseline, Mapping):
+            return self
+        left = set(map(unravel_key, attributed)) - set(map(_plain, keys))
+        other = copy.copy(self)
+        other.baseline = {key: given for key, given in self.baseline.items() if unravel_key(key) not in left}
+        return other
 
     def reads(self, td: TensorDictBase) -> list[NestedKey]:
         """The entries of a TensorDict that references are taken of, besides what is attributed."""
