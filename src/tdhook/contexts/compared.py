@@ -39,10 +39,16 @@ class Compared(Attribution):
 
     references: References | None = None
 
-    def _against(self: Self, references: References) -> Self:
+    def against(self: Self, references: References) -> Self:
+        """The same with other references."""
         other = copy.copy(self)
         other.references = references
         return other
+
+    @property
+    def samples(self) -> int:
+        """How many references there are."""
+        return 0 if self.references is None else self.references.samples
 
     @property
     def spreads(self) -> bool:
@@ -60,11 +66,11 @@ class Compared(Attribution):
 
     def among(self: Self, td: TensorDictBase) -> Self:
         """With means and samples of ``td``, unless the references have data of their own."""
-        return self if self.references is None else self._against(self.references.among(td))
+        return self if self.references is None else self.against(self.references.among(td))
 
     def drawn_from(self: Self, rows: Callable[[], TensorDictBase]) -> Self:
         """With means and samples of these rows, unless the references have data of their own."""
-        return self if self.references is None else self._against(self.references.drawn_from(rows))
+        return self if self.references is None else self.against(self.references.drawn_from(rows))
 
     @property
     def steps_before(self) -> int:
@@ -78,24 +84,32 @@ class Compared(Attribution):
         if self.references is None:
             return super().settled(keys, td, valid)
         references, td, fill = self.references.settled(keys, td, valid)
-        return self._against(references), td, fill
+        return self.against(references), td, fill
 
-    def starts(self, run: Run, ends: Mapping[NestedKey, Tensor]) -> list[dict[NestedKey, Tensor]]:
-        """The references of some values, of the same shapes; a key that has none stays as it is.
+    @staticmethod
+    def tell_spread(runner: Runner, run: Run, spread: Mapping[NestedKey, Tensor]) -> None:
+        """Write the standard deviation of relevance over references, by source."""
+        sources = run.sources(spread)
+        for key, value in spread.items():
+            runner.beside[under(SPREAD, key)] = run.in_batch_shape(key, value, sources[key])
+
+    def starts(self, run: Run, ends: Mapping[NestedKey, Tensor], numbers: range) -> dict[NestedKey, Tensor]:
+        """Some of the references of values, ``[references, *source]``; a key that has none stays as it is.
 
         Raises:
             ValueError: there is one of an entry that is not attributed, whose part of the difference nobody would get.
         """
         assert self.references is not None
         attributed = {unravel_key(key) for key in run.sources()}
-        drawn = self.references.among_keys(attributed, ends).of(ends, run.batch_dims(ends), run.td)
+        ours = self.references.among_keys(attributed, ends)
+        drawn = [ours.one(number, ends, run.batch_dims(ends), run.td) for number in numbers]
         for key in drawn[0].entries:
             if key not in attributed:
                 raise ValueError(
                     f"the baseline names {key!r}, which is not attributed, so that its part of the difference would be "
                     "nobody's: name it in attribute, or leave it out"
                 )
-        return [{key: one.replaced.get(key, x) for key, x in ends.items()} for one in drawn]
+        return {key: torch.stack([one.replaced.get(key, x) for one in drawn]) for key, x in ends.items()}
 
 
 class Complete(Compared):
@@ -147,22 +161,17 @@ class Complete(Compared):
             rises: the differences that it is to add up to, as :meth:`rises` gives them.
             spread: its standard deviation over references.
         """
+        self.tell_spread(runner, run, spread)
         sources = run.sources(found)
-        for key, value in spread.items():
-            runner.beside[under(SPREAD, key)] = run.in_batch_shape(key, value, sources[key])
         if self.ledger and rises is not None and found.keys() == run.independent_sources()[0].keys():
             runner.beside.update(_accounts(run, sources, found, rises.mean(0)))
 
-    @staticmethod
-    def rises(variants: Variants, starts: Sequence[Mapping[NestedKey, Tensor]]) -> Tensor:
+    def rises(self, variants: Variants, run: Run, ends: Mapping[NestedKey, Tensor]) -> Tensor:
         """How far the target is from what it is on each reference, ``[references, *batch]``.
 
         With several outputs ``[references, outputs, *batch]``.
         """
-        answers = variants.answers(
-            len(starts),
-            lambda numbers: {key: torch.stack([starts[i][key] for i in numbers]) for key in starts[0]},
-        )
+        answers = variants.answers(self.samples, lambda numbers: self.starts(run, ends, numbers))
         return variants.values - torch.cat([answer.values for answer in answers])
 
 

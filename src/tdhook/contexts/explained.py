@@ -336,11 +336,7 @@ class ExplainedModule(TensorDictModuleBase):
 
     def _explained(self, runner: Runner) -> tuple[Mapping[NestedKey, Tensor], Run]:
         found = self._method.explain(runner, runner.td)
-        if runner.base is None:  # a method that does not run the model on the inputs as they are
-            with runner.forward(runner.td):
-                pass
-        assert runner.base is not None
-        return found, runner.base
+        return found, runner.as_it_is()  # some methods do not run the model on the inputs as they are
 
     def _relevance(self, base: Run, found: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
         sources = base.sources()
