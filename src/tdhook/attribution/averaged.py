@@ -69,17 +69,7 @@ class Averaged(Attribution):
             )
         if over.samples < 2 and (spread or of == "variance"):
             raise ValueError("one explanation has no spread: draw several, by samples")
-        super().__init__(
-            method.target,
-            attribute=method.attribute,
-            attribution_key=method.attribution_key,
-            use_inputs=method.use_inputs,
-            input_modules=method.input_modules,
-            target_modules=method.target_modules,
-            values=method.values,
-            compile=False if method.compile is None else method.compile,
-            memory_budget=method.memory_budget,
-        )
+        super().__init__(**method.shared)
         self.method, self.over, self.of, self.spread = method, over, of, spread
 
     def __repr__(self) -> str:

@@ -60,9 +60,10 @@ class Runner:
         self.graph = Graph()
         self._before: Snapshot | None = None
 
-    def on(self, td: TensorDictBase, target: Seeder | None = None) -> Runner:
-        """What runs the model on another batch in the same call, for what is explained or another target."""
+    def on(self, td: TensorDictBase, target: Seeder | None = None, state: Any = None) -> Runner:
+        """What runs the model on another batch in the same call, for another target or another method's state."""
         other = copy.copy(self)
+        other.state = self.state if state is None else state
         if target is not None:
             other.setup = self.setup.asking(target)
         other.td = other.given = td

@@ -70,7 +70,8 @@ class Noise:
             scale = scale.expand(shape)
         except RuntimeError:
             raise ValueError(
-                f"the scale of noise for {key!r} has shape {list(scale.shape)}; one element of the batch has {list(shape)}"
+                f"the scale of noise for {key!r} has shape {list(scale.shape)}; one element of the batch has "
+                f"{list(shape)}"
             ) from None
         noise = (
             torch.stack([_normal(shape, f"{self.seed} {number} {key}", value) for number in numbers]) * scale
