@@ -31,7 +31,8 @@ ERROR = "standard_error"
 class Averaged(Attribution):
     """A method, averaged: over noise, SmoothGrad (Smilkov et al. 2017); over references; over flips and shifts.
 
-    What is chosen (``"argmax"``, an action) is chosen once, on the input as it is.
+    What is chosen (``"argmax"``, an action) is chosen once, on the input as it is, and so is what the method compares
+    with. Relevance of values inside the model is left out where an input is moved, as nobody knows how to move it back.
 
     Args:
         method: any method, :class:`~tdhook.attribution.lrp.LRP` and those around others included; what is explained
@@ -75,6 +76,11 @@ class Averaged(Attribution):
     def __repr__(self) -> str:
         return f"Averaged({self.method!r}, over={type(self.over).__name__})"
 
+    @property
+    def changes_inputs(self) -> bool:
+        """All inputs are."""
+        return True
+
     def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
         """One forward pass to choose, then what the method does for each draw, as many at once as fit."""
         means = Means(self.spread or self.of == "variance")
@@ -96,15 +102,17 @@ class Averaged(Attribution):
 
     def _add(self, means: Means, found: Mapping[NestedKey, Tensor]) -> None:
         """Add explanations, ``[draws, *source]`` or ``[draws, outputs, *source]`` by source."""
-        count = len(next(iter(found.values())))
+        count = len(next(iter(found.values()))) if found else 0
         means.add_all({key: x.square() for key, x in found.items()} if self.of == "squares" else found, count)
 
     def _draw(self, means: Means, runner: Runner, run: Run) -> None:
         over = self.over
         assert not isinstance(over, References)
-        inputs = _inputs(runner, run)
-        variants = Variants(runner, run, entries=inputs)
-        method, dims = self.method.explaining(variants.target), run.td.batch_dims
+        inputs, dims = _inputs(run), run.td.batch_dims
+        keys = [key for key in inputs if key in run.td.keys(True)]
+        method, td, fill = self.method.settled(keys, run.td)
+        variants = Variants(runner, run, fill(td), method.reads(td))
+        method = method.explaining(variants.target)
 
         def changed(numbers: range) -> dict[NestedKey, Tensor]:
             return {key: over.changed(key, x, dims, numbers) for key, x in inputs.items()}
@@ -112,22 +120,32 @@ class Averaged(Attribution):
         def ask(
             td: TensorDictBase, entries: Mapping[NestedKey, Tensor]
         ) -> tuple[Tensor, Mapping[NestedKey, Tensor]]:
-            given = td.copy()
+            given, between = td.copy(), {}
             for key, x in entries.items():
-                given.set(key, x)
-            there = runner.on(given, variants.target)
+                value = given.get(key, None)
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    given.set(key, x)
+                else:  # integers stay entries of their own kind
+                    between[key] = x
+            there = runner.on(given, variants.target, replaced=between)
             found = method.explain(there, given)
             base = there.as_it_is()
             return values_of(base.seeds(variants.target), base.outputs.batch_dims), found
 
-        for answer in variants.each(over.samples, changed, ask, variants.size):
+        for answer in variants.each(over.samples, changed, ask, variants.size, alike=True):
             before = 1 + variants.several + dims
             self._add(
                 means,
                 {
                     key: over.undone(key, x, before, answer.numbers) if key in inputs else x
                     for key, x in answer.found.items()
+                    if key in inputs or over.stays
                 },
+            )
+        if not means.mean:
+            raise ValueError(
+                f"{type(over).__name__} moves the inputs, and what is attributed lies inside the model, where nobody "
+                "knows how to move it back: average over Noise, or attribute inputs"
             )
 
     def _of_reference(self, number: int) -> Attribution:
@@ -139,6 +157,17 @@ class Averaged(Attribution):
         other = copy.copy(self)
         other.target, other.seeder, other.method, other.over = method.target, method.seeder, method, over
         return other
+
+    def like(self, other: Attribution) -> Averaged:
+        """The same, asked what another method is asked."""
+        made = super().like(other)
+        made.method = self.method.like(other)
+        return made
+
+    @property
+    def compares(self) -> bool:
+        """Whether the method does."""
+        return self.method.compares
 
     def explaining(self, target: TargetLike) -> Averaged:
         """The same for another target."""
@@ -194,17 +223,11 @@ class Averaged(Attribution):
         return self.method.learnt(state)
 
 
-def _inputs(runner: Runner, run: Run) -> dict[NestedKey, Tensor]:
-    """The inputs that are changed: those that are attributed, or, where only inner values are, those of the model."""
-    setup = runner.setup
-    found = {key: x.detach() for key, x in run.inputs.items()}
-    for key in () if found else setup.model.attributed:
-        value = run.td.get(key, None)
-        if isinstance(value, Tensor) and value.is_floating_point():
-            found[key] = value.detach()
-    found = {key: x for key, x in found.items() if key in run.td.keys(True)}
-    if not found:
+def _inputs(run: Run) -> dict[NestedKey, Tensor]:
+    """The inputs, which are changed, detached."""
+    if not run.inputs:
         raise ValueError(
-            "there is no input to change: none that the model reads is floating-point and an entry of the TensorDict"
+            f"there is no input to change: none of those that the model reads "
+            f"({', '.join(map(repr, run.setup.model.attributed))}) is floating-point"
         )
-    return found
+    return {key: x.detach() for key, x in run.inputs.items()}

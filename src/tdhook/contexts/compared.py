@@ -51,6 +51,11 @@ class Compared(Attribution):
         return 0 if self.references is None else self.references.samples
 
     @property
+    def compares(self) -> bool:
+        """Whether there is a reference."""
+        return self.references is not None
+
+    @property
     def spreads(self) -> bool:
         """Whether the spread of relevance over references is wanted."""
         return self.references is not None and self.references.spread
@@ -100,7 +105,7 @@ class Compared(Attribution):
             ValueError: there is one of an entry that is not attributed, whose part of the difference nobody would get.
         """
         assert self.references is not None
-        attributed = {unravel_key(key) for key in run.sources()}
+        attributed = {unravel_key(key) for key in (*run.sources(), *ends)}
         ours = self.references.among_keys(attributed, ends)
         drawn = [ours.one(number, ends, run.batch_dims(ends), run.td) for number in numbers]
         for key in drawn[0].entries:

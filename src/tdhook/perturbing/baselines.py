@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -34,22 +35,23 @@ def blurred(width: float) -> Callable[[Tensor], Tensor]:
     if not width > 0:
         raise ValueError(f"a blur has a positive width in pixels, got {width}")
 
-    def blur(pictures: Tensor) -> Tensor:
-        if pictures.dim() < 3:
-            raise ValueError(
-                f"a blur is of pictures [rows, height, width], and got {list(pictures.shape)}, in which it would mix "
-                "the rows: give what is no picture another baseline"
-            )
-        reach = max(1, round(3 * width))
-        offsets = torch.arange(-reach, reach + 1, device=pictures.device, dtype=pictures.dtype)
-        kernel = torch.exp(-0.5 * (offsets / width) ** 2)
-        kernel = kernel / kernel.sum()
-        flat = pictures.reshape(-1, 1, *pictures.shape[-2:])
-        flat = F.conv2d(F.pad(flat, (reach, reach, 0, 0), mode="replicate"), kernel.reshape(1, 1, 1, -1))
-        flat = F.conv2d(F.pad(flat, (0, 0, reach, reach), mode="replicate"), kernel.reshape(1, 1, -1, 1))
-        return flat.reshape(pictures.shape)
+    return partial(_blur, width)  # which can be pickled
 
-    return blur
+
+def _blur(width: float, pictures: Tensor) -> Tensor:
+    if pictures.dim() < 3:
+        raise ValueError(
+            f"a blur is of pictures [rows, height, width], and got {list(pictures.shape)}, in which it would mix "
+            "the rows: give what is no picture another baseline"
+        )
+    reach = max(1, round(3 * width))
+    offsets = torch.arange(-reach, reach + 1, device=pictures.device, dtype=pictures.dtype)
+    kernel = torch.exp(-0.5 * (offsets / width) ** 2)
+    kernel = kernel / kernel.sum()
+    flat = pictures.reshape(-1, 1, *pictures.shape[-2:])
+    flat = F.conv2d(F.pad(flat, (reach, reach, 0, 0), mode="replicate"), kernel.reshape(1, 1, 1, -1))
+    flat = F.conv2d(F.pad(flat, (0, 0, reach, reach), mode="replicate"), kernel.reshape(1, 1, -1, 1))
+    return flat.reshape(pictures.shape)
 
 
 class Replacements:

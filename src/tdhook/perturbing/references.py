@@ -297,6 +297,12 @@ class _Settled(References):
         self.values, self.spread = of.values, of.spread
         self._given, self._drawn = given, drawn
 
+    def settled(
+        self, keys: Sequence[NestedKey], td: TensorDictBase, valid: Tensor | None = None
+    ) -> tuple[References, TensorDictBase, Fill]:
+        """They are."""
+        return self, td, partial(_fill, {}, 0)
+
     @property
     def constant(self) -> bool:
         """Whether none of them is an entry."""
