@@ -158,16 +158,14 @@ class Averaged(Attribution):
         other.target, other.seeder, other.method, other.over = method.target, method.seeder, method, over
         return other
 
-    def like(self, other: Attribution) -> Averaged:
-        """The same, asked what another method is asked."""
-        made = super().like(other)
-        made.method = self.method.like(other)
-        return made
-
     @property
     def compares(self) -> bool:
         """Whether the method does."""
         return self.method.compares
+
+    def asked(self, **shared: Any) -> Averaged:
+        """The same, with other options of those that all methods take."""
+        return Averaged(self.method.asked(**shared), self.over, of=self.of, spread=self.spread)
 
     def explaining(self, target: TargetLike) -> Averaged:
         """The same for another target."""

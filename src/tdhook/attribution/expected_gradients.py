@@ -52,8 +52,7 @@ class ExpectedGradients(Complete):
         ledger: bool = False,
         **options: Unpack[Shared],
     ) -> None:
-        if isinstance(baseline, References):
-            samples = 1
+        samples = 1 if isinstance(baseline, References) else samples
         super().__init__(target, baseline=baseline, samples=samples, ledger=ledger, **options)
         self.seed = seed
 

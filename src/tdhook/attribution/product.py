@@ -42,7 +42,7 @@ class Product(Attribution):
                 raise ValueError(
                     f"{method!r} writes more than relevance, which a product has not: leave out ledger"
                 )
-        self.methods = (first, second.like(first))
+        self.methods = (first, second.asked(**first.shared))
 
     def __repr__(self) -> str:
         return f"Product({self.methods[0]!r}, {self.methods[1]!r})"
@@ -61,15 +61,14 @@ class Product(Attribution):
         """What each of them works out."""
         return [method.start(model) for method in self.methods]
 
+    def asked(self, **shared: Any) -> Product:
+        """The same, with other options of those that all methods take."""
+        first, second = self.methods
+        return Product(first.asked(**shared), second)
+
     def explaining(self, target: TargetLike) -> Product:
         """The same for another target."""
-        first, second = self.methods
-        return Product(first.explaining(target), second)
-
-    def like(self, other: Attribution) -> Product:
-        """The same, asked what another method is asked."""
-        first, second = self.methods
-        return Product(first.like(other), second)
+        return self.asked(target=target)
 
     @property
     def changes_inputs(self) -> bool:
