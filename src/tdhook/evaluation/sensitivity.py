@@ -11,6 +11,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
+from tdhook.evaluation.intervals import Figures
 from tdhook.evaluation.runs import Method, axes_of, bound, quiet, relevance_of, target_of
 from tdhook.passes.questions import asked
 from tdhook.passes.rows import shaped_like
@@ -24,7 +25,7 @@ Radius: TypeAlias = "float | Tensor | Mapping[NestedKey, float | Tensor]"
 
 
 @dataclass(frozen=True, eq=False)
-class Sensitivity:
+class Sensitivity(Figures):
     """How much explanations change under noise.
 
     Attributes:
@@ -38,9 +39,13 @@ class Sensitivity:
     average: Tensor
     lipschitz: Tensor
 
+    def figures(self) -> dict[str, Tensor]:
+        """The three, by name."""
+        return {"maximum": self.maximum, "average": self.average, "lipschitz": self.lipschitz}
+
     def to_dict(self) -> dict[str, float]:
         """Means over the batch."""
-        return {name: getattr(self, name).mean().item() for name in ("maximum", "average", "lipschitz")}
+        return {name: values.mean().item() for name, values in self.figures().items()}
 
 
 def sensitivity(
@@ -108,7 +113,7 @@ def sensitivity(
                     )
             before = features.flat(relevance).to(torch.float64)
             inputs = features.flat({key: rows.get(key) for key in features.keys})
-            reach = _reach(radius, features, rows)
+            reach = reach_of(radius, features, rows)
             small = question.reads(rows)
             units = torch.rand(len(rows), draws, inputs.shape[1], generator=noise, dtype=torch.float64)
             changes, ratios = [], []
@@ -130,8 +135,12 @@ def sensitivity(
     return Sensitivity(**{name: shaped_like(torch.cat(parts), td, axes) for name, parts in found.items()})
 
 
-def _reach(radius: Radius, features: Features, rows: TensorDictBase) -> Tensor:
-    """The radius of each entry, ``[entries]``."""
+def reach_of(radius: Radius, features: Features, rows: TensorDictBase) -> Tensor:
+    """How far each entry is moved, ``[entries]``.
+
+    Raises:
+        ValueError: a radius is missing or negative, or does not fit.
+    """
     if isinstance(radius, Mapping):
         named = {unravel_key(key): value for key, value in radius.items()}
         missing = [key for key in features.keys if key not in named]
