@@ -8,6 +8,8 @@ from torch import Tensor
 __all__ = ["imputed"]
 
 _CLOSE = 1e-10
+_AT_ONCE = 100_000
+"""How many pixels are solved for together: what fits a cache, and what is done is not waited for."""
 
 
 def imputed(pictures: Tensor, removed: Tensor) -> Tensor:
@@ -25,6 +27,12 @@ def imputed(pictures: Tensor, removed: Tensor) -> Tensor:
     Returns:
         ``[n, height, width]``, in double precision.
     """
+    at_once = max(1, _AT_ONCE // max(1, pictures.shape[1:].numel()))
+    parts = zip(pictures.split(at_once), removed.split(at_once), strict=True)
+    return torch.cat([_imputed(*part) for part in parts])
+
+
+def _imputed(pictures: Tensor, removed: Tensor) -> Tensor:
     x = pictures.to(torch.float64)
     known = ~removed
     any_left = known.flatten(1).any(1)[:, None, None]
@@ -44,7 +52,7 @@ def _solved(target: Tensor, unknown: Tensor, weight: Tensor, close: Tensor) -> T
     solution = torch.zeros_like(target)
     residual, scaled = target, target / weight
     direction, size = scaled, (target * scaled).sum((1, 2), keepdim=True)
-    for _ in range(target[0].numel()):
+    for _ in range(target.shape[1:].numel()):
         # Those that are close enough stay as they are, whatever else is in the batch.
         going = residual.abs().amax((1, 2), keepdim=True) > close
         if not bool(going.any()):

@@ -165,8 +165,7 @@ def _correlated(
     summed, dropped = [], []
     for copies in torch.arange(subsets).split(max(1, each.chunk_size // count)):
         lots = torch.rand(count, len(copies), features.count, generator=lot, dtype=torch.float64)
-        places = lots.argsort(-1).argsort(-1).to(relevance.device)
-        removed = places < size
+        removed = (lots <= lots.kthvalue(size, dim=-1, keepdim=True).values).to(relevance.device)
         summed.append(torch.where(removed, relevance[:, None], 0.0).sum(-1))
         inputs = each.copies(some.rows, len(copies))
         values = {key: x.repeat_interleave(len(copies), 0) for key, x in baseline.items()}
