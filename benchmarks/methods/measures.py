@@ -16,6 +16,7 @@ from tdhook.contexts.attribution import Attribution
 from tdhook.evaluation import (
     complexity,
     infidelity,
+    localisation,
     perturbation_curve,
     randomisation,
     road,
@@ -111,6 +112,13 @@ def _unexplained(case: Case) -> Tensor:
     return found.unexplained
 
 
+def _located(case: Case) -> Tensor | None:
+    truth = case.explained.get("truth", None)
+    if truth is None:
+        return None
+    return localisation(case.explained, truth, keys=list(case.subject.keys), absolute=True).mass
+
+
 def _noise(case: Case) -> Tensor:
     radius: dict[NestedKey, Tensor] = {
         key: 0.05 * case.explained.get(key).std(0) for key in case.subject.keys
@@ -142,6 +150,12 @@ MEASURES: Mapping[str, Measured] = {
     "sums": Measured(_sums, True, True, "the correlation of sensitivity-n, mean over sizes of subsets"),
     "unexplained": Measured(
         _unexplained, False, True, "infidelity, scaled, as a share of the mean square of the drops"
+    ),
+    "located": Measured(
+        _located,
+        True,
+        True,
+        "the share of relevance, by size, at the steps or words that the answer is told by",
     ),
     "noise": Measured(
         _noise,

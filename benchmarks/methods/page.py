@@ -37,8 +37,9 @@ The measures:
 
 {measures}
 
-The first {faithful} tell how right a map is. The others tell what else there is to say of it, and are easily had: a map
-that ignores the input is not changed by noise, one that picks features blindly is sparse.
+The first {faithful} tell how right a map is; `located` needs to know what is right, as for the light that a policy has
+to remember and the words that tell a language model where to go. The others tell what else there is to say of a map,
+and are easily had: one that ignores the input is not changed by noise, one that picks features blindly is sparse.
 
 The cost is processor time in units of gradient x input of the same inputs, as on the page of faithfulness.
 
@@ -121,9 +122,10 @@ def page(subjects: Sequence[Row]) -> str:
 def _overview(subjects: Sequence[Row]) -> Iterator[str]:
     yield "## Ranks\n"
     yield (
-        f"The mean rank over {len(subjects)} subjects, 1 for the best, by each measure; over those of faithfulness, in "
-        "whose order methods are; on how many subjects the method has the best of these means; and on how many its "
-        "area between the curves is larger than that of a random map, whatever features are replaced by.\n"
+        f"The mean rank over {len(subjects)} subjects, 1 for the best (methods with the same figure share theirs), by "
+        "each measure; over those of faithfulness, in whose order methods are; on how many subjects the method has the "
+        "best of these means; and on how many its area between the curves is larger than that of a random map, "
+        "whatever features are replaced by.\n"
     )
     of: dict[str, dict[str, list[float]]] = {name: {measure: [] for measure in MEASURES} for name in METHODS}
     for subject in subjects:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +113,26 @@ def test_a_method_may_not_be_for_a_subject(monkeypatch: pytest.MonkeyPatch) -> N
 def test_each_method_is_measured_by_all_measures(name: str, tmp_path: Path) -> None:
     found = measuring.measure(subject(), {}, 1, [name, CHANCE], lambda each: write(each, tmp_path))
     (seed,) = found["methods"][name]["seeds"]
-    assert list(seed) == list(MEASURES) and {each for each, value in seed.items() if value is None} == {
-        "ROAD"
-    }
+    assert list(seed) == list(MEASURES)
+    assert {each for each, value in seed.items() if value is None} == {"ROAD", "located"}
     (read_again,) = read(tmp_path)
     text = page([read_again])
     assert f"| {name} | " in text and "### A toy" in text and "What could not be explained" not in text
     assert [file.name for file in tmp_path.iterdir()] == ["toy.json"]
+
+
+def test_what_is_known_to_matter_is_looked_for() -> None:
+    of = subject()
+    truth = torch.tensor([True, False, False, False]).expand(8, 4)
+
+    def draw(seed: int) -> TensorDictBase:
+        return of.draw(seed).update({"truth": TensorDict({"observation": truth}, [8])})
+
+    known = replace(of, draw=draw)
+    found = measuring.measure(known, {}, 1, ["gradient"], lambda _: None)
+    relevance = Gradient(of.target).wrap(of.model)(of.draw(0))["attr", "observation"]
+    share = (relevance[:, 0] / relevance.sum(1)).mean().item()
+    assert found["methods"]["gradient"]["seeds"][0]["located"] == pytest.approx(share)
 
 
 def test_the_reference_is_one_that_inputs_could_nearly_have() -> None:
