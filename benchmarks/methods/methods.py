@@ -31,7 +31,8 @@ class Tried:
 
     Attributes:
         make: given a subject, the method; none where it cannot explain such a thing.
-        multiplied: whether its relevance is a product with the input, or the difference from a baseline.
+        multiplied: whether its relevance is what an entry is worth, as a product with the input is, and not what a unit
+            of it is.
     """
 
     make: Callable[[Subject], Attribution | None]
@@ -71,7 +72,7 @@ def _of_layer(method: type[ActivationMap]) -> Tried:
         beside = [path for path in behind if path.rpartition(".")[0] == paths[last].rpartition(".")[0]]
         return method(beside[0] if beside else paths[last], subject.target, attribute=subject.keys)
 
-    return Tried(make, multiplied=False)
+    return Tried(make)
 
 
 METHODS: Mapping[str, Tried] = {

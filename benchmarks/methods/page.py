@@ -113,49 +113,42 @@ def page(subjects: Sequence[Row]) -> str:
     )
     lines = [INTRODUCTION.format(measures=told, faithful=len(_FAITHFUL))]
     if subjects:
-        lines += [*_overview(subjects), *_measures(subjects), *_methods(subjects), "## Each subject\n"]
+        lines += [
+            "## Ranks\n",
+            *_in_short(subjects),
+            *_overview(subjects),
+            *_measures(subjects),
+            *_methods(subjects),
+            "## Each subject\n",
+        ]
         for subject in subjects:
             lines += [f"### {subject['what']}\n", *_subject(subject)]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def _overview(subjects: Sequence[Row]) -> Iterator[str]:
-    yield "## Ranks\n"
     yield (
         f"The mean rank over {len(subjects)} subjects, 1 for the best (methods with the same figure share theirs), by "
         "each measure; over those of faithfulness, in whose order methods are; on how many subjects the method has the "
         "best of these means; and on how many its area between the curves is larger than that of a random map, "
         "whatever features are replaced by.\n"
     )
-    of: dict[str, dict[str, list[float]]] = {name: {measure: [] for measure in MEASURES} for name in METHODS}
-    for subject in subjects:
-        for measure in MEASURES:
-            for name, rank in ranks(subject, measure).items():
-                of[name][measure].append(rank)
-    means = {
-        name: {measure: statistics.fmean(each) for measure, each in found.items() if each}
-        for name, found in of.items()
-    }
+    means, faithful, wins = _mean_ranks(subjects), _faithful(subjects), _wins(subjects)
     best = {
         measure: min((each[measure] for each in means.values() if measure in each), default=None)
         for measure in MEASURES
     }
-    wins = _wins(subjects)
-    faithful = {
-        name: statistics.fmean(each[measure] for measure in _FAITHFUL if measure in each)
-        for name, each in means.items()
-        if any(measure in each for measure in _FAITHFUL)
-    }
     yield f"| method | cost, median | {' | '.join(MEASURES)} | faithful | best | better than chance |"
     yield "|---" * (len(MEASURES) + 5) + "|"
-    for name in sorted(faithful, key=faithful.__getitem__):
-        costs = [c for s in subjects if (c := s["methods"].get(name, {}).get("cost")) is not None]
-        cells = [name, number(statistics.median(costs)) if costs else ""]
+    for name in faithful:
+        cost = _cost(subjects, name)
+        cells = [name, "" if cost is None else number(cost)]
         for measure in MEASURES:
             mean = means[name].get(measure)
             cells.append(_bold(f"{mean:.1f}", mean == best[measure]) if mean is not None else "")
         cells += [f"{faithful[name]:.1f}", f"{wins.get(name, 0)}"]
-        cells.append("" if name == CHANCE else _against_chance(subjects, name))
+        won, counted = _against_chance(subjects, name)
+        cells.append("" if name == CHANCE else f"{won} of {counted}")
         yield f"| {' | '.join(cells)} |"
     yield ""
     failed = [
@@ -170,24 +163,95 @@ def _overview(subjects: Sequence[Row]) -> Iterator[str]:
         yield ""
 
 
+def _in_short(subjects: Sequence[Row]) -> Iterator[str]:
+    """What the tables say, in words."""
+    faithful, wins = _faithful(subjects), _wins(subjects)
+    ranked = [name for name in faithful if name != CHANCE]
+    if not ranked:
+        return
+    costs = {name: _cost(subjects, name) for name in ranked}
+    yield "In short:\n"
+    yield (
+        f"- **{ranked[0]}** is the most faithful by these measures, and the best on {wins.get(ranked[0], 0)} of "
+        f"{len(subjects)} subjects; then come {', '.join(ranked[1:4])}."
+    )
+    cheap = [name for name in ranked if (cost := costs[name]) is not None and cost <= 2]
+    if cheap:
+        yield f"- Of what costs no more than two gradients, **{cheap[0]}** is."
+    won = {name: _against_chance(subjects, name) for name in ranked}
+    lost = [f"{name} ({above} of {of})" for name, (above, of) in won.items() if 2 * above <= of]
+    if lost:
+        yield f"- Better than chance on no more than half of the subjects: {', '.join(lost)}."
+    within, across = _agreements(subjects)
+    if within and across:
+        yield (
+            f"- Measures of faithfulness put the methods in much the same order (Kendall's rank correlation "
+            f"{statistics.fmean(within):.2f} on average); what else there is to say does not follow it "
+            f"({statistics.fmean(across):.2f})."
+        )
+    yield ""
+
+
+def _agreements(subjects: Sequence[Row]) -> tuple[list[float], list[float]]:
+    """How alike measures of faithfulness order the methods, and how alike to them the others do."""
+    within, across = [], []
+    names = list(MEASURES)
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            found = disagreement(subjects, one, other)
+            if found is not None and (one in _FAITHFUL or other in _FAITHFUL):
+                (within if one in _FAITHFUL and other in _FAITHFUL else across).append(found)
+    return within, across
+
+
+def _mean_ranks(subjects: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """By method and measure, the mean over subjects that have it."""
+    of: dict[str, dict[str, list[float]]] = {name: {} for name in METHODS}
+    for subject in subjects:
+        for measure in MEASURES:
+            for name, rank in ranks(subject, measure).items():
+                of[name].setdefault(measure, []).append(rank)
+    return {
+        name: {measure: statistics.fmean(found[measure]) for measure in MEASURES if measure in found}
+        for name, found in of.items()
+    }
+
+
+def _faithful(subjects: Sequence[Row]) -> dict[str, float]:
+    """The mean rank by measures of faithfulness, of each method, over subjects; best first."""
+    found: dict[str, list[float]] = {}
+    for subject in subjects:
+        for name, mean in _faithful_to(subject).items():
+            found.setdefault(name, []).append(mean)
+    means = {name: statistics.fmean(each) for name, each in found.items()}
+    return dict(sorted(means.items(), key=lambda item: item[1]))
+
+
+def _faithful_to(subject: Row) -> dict[str, float]:
+    """The same for one subject, of the methods that all of its measures have."""
+    of = [each for measure in _FAITHFUL if (each := ranks(subject, measure))]
+    whole = [name for name in METHODS if of and all(name in each for each in of)]
+    return {name: statistics.fmean(each[name] for each in of) for name in whole}
+
+
+def _cost(subjects: Sequence[Row], name: str) -> float | None:
+    """The median over subjects."""
+    costs = [cost for row in subjects if (cost := row["methods"].get(name, {}).get("cost")) is not None]
+    return statistics.median(costs) if costs else None
+
+
 def _wins(subjects: Sequence[Row]) -> dict[str, int]:
     """On how many subjects a method has the best mean rank by measures of faithfulness; those that share it all do."""
     found: dict[str, int] = {}
-    for subject in subjects:
-        of = [ranks(subject, measure) for measure in _FAITHFUL]
-        of = [each for each in of if each]
-        means = {
-            name: statistics.fmean(each[name] for each in of)
-            for name in METHODS
-            if all(name in o for o in of)
-        }
+    for means in map(_faithful_to, subjects):
         for name, mean in means.items():
             if mean == min(means.values()):
                 found[name] = found.get(name, 0) + 1
     return found
 
 
-def _against_chance(subjects: Sequence[Row], name: str) -> str:
+def _against_chance(subjects: Sequence[Row], name: str) -> tuple[int, int]:
+    """On how many subjects a method has a larger area than chance, by each baseline, and of how many."""
     won = counted = 0
     for subject in subjects:
         pairs = [values(subject, measure) for measure in ("curves", "curves, samples")]
@@ -195,7 +259,7 @@ def _against_chance(subjects: Sequence[Row], name: str) -> str:
         if pairs:
             counted += 1
             won += all(statistics.fmean(each[name]) > statistics.fmean(each[CHANCE]) for each in pairs)
-    return f"{won} of {counted}"
+    return won, counted
 
 
 def _measures(subjects: Sequence[Row]) -> Iterator[str]:

@@ -66,6 +66,31 @@ def test_ranks_look_at_the_direction_and_share_places() -> None:
     assert disagreement([found], "curves", "ROAD") is None
 
 
+def test_the_page_says_what_wins_and_what_loses() -> None:
+    def seeds(*figures: float) -> list[dict[str, float]]:
+        return [{"curves": figure, "sums": figure / 10, "noise": figure} for figure in figures]
+
+    found = row(
+        gradient=seeds(0.1, 0.3),
+        gradient_x_input=seeds(2.0, 3.0),
+        epsilon=seeds(4.0, 6.0),
+        random_map=seeds(0.5, 0.7),
+    )
+    found["methods"]["epsilon"]["cost"] = 9.0
+    found["methods"]["deeplift"] = {"seeds": [], "failed": "ValueError: not for this"}
+    text = page([found])
+    assert "- **epsilon** is the most faithful by these measures, and the best on 1 of 1 subjects" in text
+    assert "- Of what costs no more than two gradients, **gradient x input** is." in text
+    assert "- Better than chance on no more than half of the subjects: gradient (0 of 1)." in text
+    assert (
+        "(Kendall's rank correlation 1.00 on average); what else there is to say does not follow it (-1.00)"
+        in text
+    )
+    assert "| epsilon | 9 | **5** ± 12.7 | **0.5** ± 1.27 | 5 ± 12.7 |" in text
+    assert "| gradient x input | 2 | 2.0 |  |  | 2.0 |" in text
+    assert "- deeplift, on A toy: ValueError: not for this" in text
+
+
 def test_what_is_there_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int]] = []
 
