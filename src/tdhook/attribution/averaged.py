@@ -140,6 +140,10 @@ class Averaged(Attribution):
         other.target, other.seeder, other.method, other.over = method.target, method.seeder, method, over
         return other
 
+    def asked(self, **shared: Any) -> Averaged:
+        """The same, with other options of those that all methods take."""
+        return Averaged(self.method.asked(**shared), self.over, of=self.of, spread=self.spread)
+
     def explaining(self, target: TargetLike) -> Averaged:
         """The same for another target."""
         return self._around(self.method.explaining(target), self.over)

@@ -52,8 +52,7 @@ class ExpectedGradients(Complete):
         ledger: bool = False,
         **options: Unpack[Shared],
     ) -> None:
-        if isinstance(baseline, References):
-            samples = 1
+        samples = 1 if isinstance(baseline, References) else samples
         super().__init__(target, baseline=baseline, samples=samples, ledger=ledger, **options)
         chance, count = random.Random(seed), self.samples
         self.places = [(i + chance.random()) / count for i in chance.sample(range(count), count)]

@@ -43,7 +43,7 @@ class Product(Attribution):
                 raise ValueError(
                     f"{method!r} writes more than relevance, which a product has not: leave out ledger"
                 )
-        self.methods = (first, second.like(first))
+        self.methods = (first, second.asked(**first.shared))
 
     def __repr__(self) -> str:
         return f"Product({self.methods[0]!r}, {self.methods[1]!r})"
@@ -62,7 +62,11 @@ class Product(Attribution):
         """What each of them works out."""
         return [method.start(model) for method in self.methods]
 
+    def asked(self, **shared: Any) -> Product:
+        """The same, with other options of those that all methods take."""
+        first, second = self.methods
+        return Product(first.asked(**shared), second)
+
     def explaining(self, target: TargetLike) -> Product:
         """The same for another target."""
-        first, second = self.methods
-        return Product(first.explaining(target), second)
+        return self.asked(target=target)

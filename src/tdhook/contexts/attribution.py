@@ -142,10 +142,10 @@ class Attribution(ABC):
             "memory_budget": self.memory_budget,
         }
 
-    def like(self: Self, other: Attribution) -> Self:
-        """The same, asked what another method is asked."""
+    def asked(self: Self, **shared: Any) -> Self:
+        """The same, with other options of those that all methods take."""
         made = copy.copy(self)
-        Attribution.__init__(made, **other.shared)
+        Attribution.__init__(made, **{**self.shared, **shared})
         return made
 
     def explaining(self: Self, target: TargetLike) -> Self:

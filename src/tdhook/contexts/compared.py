@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["SPREAD", "Compared", "Complete"]
 
 Self = TypeVar("Self", bound="Compared")
+SelfComplete = TypeVar("SelfComplete", bound="Complete")
 
+_ACCOUNTS = ("target", "inputs", "absorbed", "gap")
 SPREAD = "spread"
 """Where the spread of relevance over several references is written."""
 
@@ -122,7 +124,8 @@ class Complete(Compared):
             given for stays as it is.
         samples: how many references are drawn where the baseline is drawn; relevance is the mean over them.
         ledger: whether to account for it, per batch element: ``("ledger", "target")`` is the difference of the target,
-            ``("ledger", "inputs")`` the sum of the relevance of the inputs, ``("ledger", "gap")`` what they differ in.
+            ``("ledger", "inputs")`` the sum of the relevance of the inputs, ``("ledger", "gap")`` what they differ in,
+            and ``("ledger", "absorbed")`` nothing, which rules of propagation may keep.
         **options: those of :class:`~tdhook.contexts.attribution.Attribution`: ``attribute``, ``input_modules``, ...
     """
 
@@ -139,10 +142,16 @@ class Complete(Compared):
         self.references = as_references(baseline, samples)
         self.ledger = ledger
 
+    def accounted(self: SelfComplete) -> SelfComplete:
+        """The same, with accounts."""
+        other = copy.copy(self)
+        other.ledger = True
+        return other
+
     @property
     def writes(self) -> tuple[NestedKey, ...]:
         """The accounts, if they are kept."""
-        return tuple(("ledger", name) for name in ("target", "inputs", "gap")) if self.ledger else ()
+        return tuple(("ledger", name) for name in _ACCOUNTS) if self.ledger else ()
 
     def told(
         self,
@@ -185,5 +194,5 @@ def _accounts(
     for key, source in sources.items():
         shaped = run.in_batch_shape(key, found[key], source)
         arrived = arrived + shaped.reshape(*target.shape, -1).sum(-1)
-    told = {"target": target, "inputs": arrived, "gap": target - arrived}
-    return {cast(NestedKey, ("ledger", name)): value for name, value in told.items()}
+    told = (target, arrived, torch.zeros_like(target), target - arrived)
+    return {cast(NestedKey, ("ledger", name)): value for name, value in zip(_ACCOUNTS, told, strict=True)}

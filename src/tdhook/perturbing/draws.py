@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Mapping
 from typing import Protocol, TypeAlias
 
@@ -19,7 +20,9 @@ __all__ = ["Draws", "Flips", "Noise", "Scale", "Shifts"]
 Scale: TypeAlias = "float | Tensor | Mapping[NestedKey, float | Tensor]"
 """A number for each entry of an input: one for all, or a tensor of the shape of one element; or these by key."""
 
-_WORD = 0xFFFFFFFF
+_STEP = -7046029254386353131
+_MIXING = ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1))
+"""Factors of 64 bits, as numbers with a sign."""
 
 
 class Draws(Protocol):
@@ -73,9 +76,7 @@ class Noise:
                 f"the scale of noise for {key!r} has shape {list(scale.shape)}; one element of the batch has "
                 f"{list(shape)}"
             ) from None
-        noise = (
-            torch.stack([_normal(shape, f"{self.seed} {number} {key}", value) for number in numbers]) * scale
-        )
+        noise = _normal(shape, f"{self.seed} {key}", numbers, value).mul_(scale)
         noise = noise.reshape(len(numbers), *(1,) * dims, *shape)
         if self.relative and shape.numel():
             flat = value.reshape(*value.shape[:dims], -1)
@@ -164,20 +165,23 @@ def _require_samples(samples: int) -> None:
         raise ValueError(f"samples is how many are drawn, at least one, got {samples!r}")
 
 
-def _normal(shape: torch.Size, seed: str, like: Tensor) -> Tensor:
-    """Normal numbers by arithmetic alone, so that a compiled graph draws the same in each of its calls.
+def _normal(shape: torch.Size, seed: str, numbers: range, like: Tensor) -> Tensor:
+    """Normal numbers ``[numbers, *shape]``, by arithmetic alone, so that a compiled graph draws the same in each call.
 
-    A counter is mixed (Mueller's integer hash), and pairs of uniform numbers are made normal (Box and Muller 1958).
+    A counter is mixed (Steele, Lea and Flood 2014), and each two uniform numbers are made normal (Box and Muller 1958).
     """
-    start = sum(byte * 257**i for i, byte in enumerate(seed.encode())) % _WORD
-    at = torch.arange(shape.numel(), device=like.device)
-    first, second = (_mixed(_mixed(at * 2 + i) + start) for i in range(2))
-    radius = (-2 * ((first + 1).double() / (_WORD + 2)).log()).sqrt()
-    return (radius * (2 * math.pi / (_WORD + 1) * second.double()).cos()).to(like.dtype).reshape(shape)
+    start = random.Random(seed).randrange(2**62)
+    starts = _mixed(torch.arange(numbers.start, numbers.stop, device=like.device) * _STEP + start)
+    at = torch.arange((shape.numel() + 1) // 2, device=like.device) * _STEP
+    x = _mixed(starts.unsqueeze(1) + at)
+    radius = ((x >> 8) & 0xFFFFFF).to(torch.float32).add_(0.5).div_(2**24).log_().mul_(-2).sqrt_()
+    angle = (x >> 40).bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2 * math.pi / 2**24)
+    pair = torch.cat([angle.cos().mul_(radius), angle.sin_().mul_(radius)], 1)
+    return pair[:, : shape.numel()].reshape(len(numbers), *shape).to(like.dtype)
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """A permutation of the numbers below ``2 ** 32``, that looks like chance."""
-    for _ in range(2):
-        x = ((x >> 16) ^ x) * 0x45D9F3B & _WORD
-    return (x >> 16) ^ x
+    """Numbers of 64 bits that look like chance, in the place of others."""
+    for shift, factor in _MIXING:
+        x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(factor)
+    return x

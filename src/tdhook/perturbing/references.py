@@ -377,6 +377,10 @@ def as_references(baseline: Baseline | References | None, samples: int) -> Refer
             raise ValueError("samples says how many baselines are drawn: give baseline too")
         return None
     if isinstance(baseline, References):
+        if samples not in (1, baseline.samples):
+            raise ValueError(
+                f"References(samples={baseline.samples}) says how many are drawn, and samples={samples} too"
+            )
         return baseline
     if isinstance(baseline, TensorDictBase):
         return References("sample", samples, baseline)
