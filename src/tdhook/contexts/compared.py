@@ -22,7 +22,7 @@ from tdhook.targets import TargetLike
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["SPREAD", "Compared", "Complete"]
+__all__ = ["SPREAD", "Compared", "Complete", "write_under"]
 
 Self = TypeVar("Self", bound="Compared")
 
@@ -148,8 +148,7 @@ class Complete(Compared):
             spread: its standard deviation over references.
         """
         sources = run.sources(found)
-        for key, value in spread.items():
-            runner.beside[under(SPREAD, key)] = run.in_batch_shape(key, value, sources[key])
+        write_under(SPREAD, runner, run, spread)
         if self.ledger and rises is not None and found.keys() == run.independent_sources()[0].keys():
             runner.beside.update(_accounts(run, sources, found, rises.mean(0)))
 
@@ -164,6 +163,13 @@ class Complete(Compared):
             lambda numbers: {key: torch.stack([starts[i][key] for i in numbers]) for key in starts[0]},
         )
         return variants.values - torch.cat([answer.values for answer in answers])
+
+
+def write_under(name: str, runner: Runner, run: Run, values: Mapping[NestedKey, Tensor]) -> None:
+    """Write values of the shape of sources, or ``[outputs, *source]``, each under a name and its own."""
+    sources = run.sources(values)
+    for key, value in values.items():
+        runner.beside[under(name, key)] = run.in_batch_shape(key, value, sources[key])
 
 
 def _accounts(

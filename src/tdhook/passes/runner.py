@@ -135,13 +135,17 @@ class Runner:
         known = set(kind.__expected_keys__)
         return kind.from_tensordict(work.select(*known.intersection(work.keys())))
 
-    def pinned(self, run: Run) -> tuple[Seeder, TensorDictBase]:
+    def pinned(self, run: Run, target: Seeder | None = None) -> tuple[Seeder, TensorDictBase]:
         """What is asked, the same of every changed input: the target chooses by a run of the inputs as they are.
+
+        Args:
+            run: that run.
+            target: what is explained, by default what was asked.
 
         Returns:
             The target that has chosen, and the TensorDict of the run with what it chose.
         """
-        target, chosen = pin(self.setup.question.target, run.offered(), run.td)
+        target, chosen = pin(target or self.setup.question.target, run.offered(), run.td)
         asked = run.td.copy()
         for key, value in chosen.items():
             asked.set(key, value)

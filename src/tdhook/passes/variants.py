@@ -61,22 +61,27 @@ class Variants:
     Args:
         runner: runs the model.
         run: the run on the batch as it is.
+        target: what is explained, by default what was asked; only of what the run has written.
 
     Attributes:
         target: what is explained, with its choice made.
         values: what is explained of each element of the batch as it is, ``[*batch]`` or ``[outputs, *batch]``.
+        batch: the batch size.
     """
 
-    def __init__(self, runner: Runner, run: Run) -> None:
+    def __init__(self, runner: Runner, run: Run, target: Seeder | None = None) -> None:
         self._runner, self._setup = runner, runner.setup
-        self.target, asked = runner.pinned(run)
+        wanted = runner.setup.question.target if target is None else target
+        self.target, asked = runner.pinned(run, wanted)
         self._asked = _needed(runner, self.target, asked)
         self._sources = {key: x.detach() for key, x in run.sources().items()}
         self._leads = run.batch_dims(self._sources)
         self._inputs = set(run.inputs)
-        seeds = run.seeds(self._setup.question.target)
+        seeds = run.seeds(wanted)
         run.look_at_axes(seeds)
         self.values = values_of(seeds, run.outputs.batch_dims)
+        self.batch: torch.Size = run.outputs.batch_size
+        self._looked: set[Ask] = set()
         sizes = list(sizes_behind(seeds.tensors))
         self._largest, self._total = max(sizes, default=0), sum(sizes)
 
@@ -105,7 +110,7 @@ class Variants:
             size: bytes that one variant takes meanwhile.
         """
         at_once = self._at_once(count, size)
-        start, seen = 0, False
+        start = 0
         while start < count:
             alone = at_once == 1 or self._setup.layout == LAYOUTS[-1]
             numbers = range(start, start + 1 if alone else min(start + at_once, count))
@@ -116,8 +121,8 @@ class Variants:
                     one = {key: value.unsqueeze(0) for key, value in found.items()}
                     answer = Answer(numbers, values.unsqueeze(0), one)
                 else:
-                    answer = self._together(numbers, changed, ask, looks=not seen)
-                    seen = True
+                    answer = self._together(numbers, changed, ask, looks=ask not in self._looked)
+                    self._looked.add(ask)
             except torch.OutOfMemoryError:  # too many for the moment: fewer, in this call alone
                 if alone:
                     raise
@@ -198,7 +203,8 @@ class Variants:
             return None
         some, count = object.__new__(Variants), self._asked.batch_size[0]
         some.__dict__.update(self.__dict__)
-        some._asked = self._asked[rows]
+        some._asked, some._looked = self._asked[rows], set()
+        some.batch = some._asked.batch_size
         some.values = self.values.index_select(self.several, rows)
         some._sources = {key: some_rows(x, count, rows) for key, x in self._sources.items()}
         share = len(rows) / count
