@@ -57,6 +57,7 @@ class Game:
     Attributes:
         players: the features.
         rows: how many elements there are.
+        others: how many axes of the batch belong to the features.
         several: whether several outputs are explained.
         full: the target with all features there, ``[rows]`` or ``[outputs, rows]``.
         notes: what else a method found, by name.
@@ -76,7 +77,8 @@ class Game:
         self._shapes = {key: x.shape for key, x in ends.items()}
         self._ends = {key: self._by_row(x.detach()) for key, x in ends.items() if start[key] is not x}
         self._starts = {key: self._by_row(start[key].detach()) for key in self._ends}
-        self.players = players(self._ends, len(variants.batch) - len(axes))
+        self.others = len(variants.batch) - len(axes)
+        self.players = players(self._ends, self.others)
         self.several = variants.several > 0
         self.full = self._values(variants.values.unsqueeze(0))[0]
         self.rows: int = self.full.shape[-1]
@@ -87,6 +89,10 @@ class Game:
     def count(self) -> int:
         """How many features there are."""
         return self.players.count
+
+    def __len__(self) -> int:
+        """How many elements there are along the first axis that tells them apart."""
+        return self._variants.batch[self._axes[0]] if self._axes else 1
 
     @property
     def empty(self) -> Tensor:
@@ -100,9 +106,8 @@ class Game:
 
     def _on_reference(self) -> Tensor:
         if self._empty_by_element is None:
-            nothing = torch.zeros(1, self.count, dtype=torch.bool)
-            changed = self._changed(nothing)
-            (answer,) = self._variants.answers(1, lambda _: changed)
+            nothing = {key: torch.zeros(1, x[0].numel(), dtype=torch.bool) for key, x in self._ends.items()}
+            (answer,) = self._variants.answers(1, lambda _: self._mixed(nothing))
             self._empty_by_element = answer.values[0]
         return self._empty_by_element
 
@@ -125,8 +130,23 @@ class Game:
         Returns:
             ``[coalitions, rows]``, or ``[coalitions, outputs, rows]``.
         """
+
+        def entries(numbers: range) -> dict[NestedKey, Tensor]:
+            some = present(numbers)
+            return {key: self.players.present(key, some) for key in self._ends}
+
+        return self.worth_of(count, entries)
+
+    def worth_of(self, count: int, there: Callable[[range], Mapping[NestedKey, Tensor]]) -> Tensor:
+        """The same, where it is said of each entry how far it is there.
+
+        Args:
+            count: how many variants there are.
+            there: given numbers of variants, by source ``[variants, entries]`` or ``[variants, rows, entries]``; a
+                source that is not named stays as it is.
+        """
         found = []
-        for answer in self._variants.answers(count, lambda numbers: self._changed(present(numbers))):
+        for answer in self._variants.answers(count, lambda numbers: self._mixed(there(numbers))):
             found.append(self._values(answer.values))
             if self._told is not None:
                 self._told(answer.numbers.stop, count)
@@ -164,18 +184,17 @@ class Game:
         }
         return some
 
-    def _changed(self, present: Tensor) -> dict[NestedKey, Tensor]:
+    def _mixed(self, there: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
+        """Variants of sources, ``[variants, *source]``."""
         found = {}
-        for key, end in self._ends.items():
-            there = self.players.present(key, present.to(end.device))
-            there = there.reshape(*there.shape[:-1], *end.shape[1:])
-            if present.dim() == 2:
-                there = there.unsqueeze(1)
-            start = self._starts[key]
+        for key, share in there.items():
+            start, end = self._starts[key], self._ends[key]
+            share = share.to(end.device)
+            by_row = share.reshape(*share.shape[:-1], *end.shape[1:])
+            by_row = by_row.unsqueeze(1) if share.dim() == 2 else by_row
+            hard = share.dtype is torch.bool
             mixed = (
-                torch.where(there, end, start)
-                if there.dtype is torch.bool
-                else torch.lerp(start, end, there.to(end.dtype))
+                torch.where(by_row, end, start) if hard else torch.lerp(start, end, by_row.to(end.dtype))
             )
             found[key] = self._as_source(mixed, self._shapes[key], 1)
         return found

@@ -8,7 +8,7 @@ import random
 import torch
 from torch import Tensor
 
-__all__ = ["all_coalitions", "permutations", "shapley_weights"]
+__all__ = ["Orders", "all_coalitions", "shapley_weights"]
 
 
 def all_coalitions(count: int, numbers: range | None = None) -> Tensor:
@@ -37,25 +37,34 @@ def shapley_weights(count: int) -> Tensor:
     return torch.where(present.T, joins, -stays)
 
 
-def permutations(count: int, orders: int, seed: int, *, antithetic: bool, stratified: bool) -> Tensor:
-    """Random orders in which features come: the place of each, ``[orders, count]``.
+class Orders:
+    """Random orders in which features come, as many as are asked for.
 
     Args:
         count: how many features.
-        orders: how many orders.
-        seed: of chance; the first orders of many are those of few.
-        antithetic: whether each second order is the one before, backwards.
-        stratified: whether ``count`` orders after each other, or as many pairs, are one shifted on place by place, so
-            that each feature comes at each place once.
+        seed: of chance.
+        antithetic: whether each order is followed by itself, backwards.
+        stratified: whether an order is followed by all others that are it, shifted on place by place, so that each
+            feature comes at each place once.
+
+    Attributes:
+        block: how many orders depend on each other.
     """
-    chance = random.Random(seed)
-    found: list[list[int]] = []
-    while len(found) < orders:
-        order = list(range(count))
-        chance.shuffle(order)
-        for shift in range(count if stratified else 1):
-            shifted = [(place + shift) % count for place in order]
-            found.append(shifted)
-            if antithetic:
-                found.append([count - 1 - place for place in shifted])
-    return torch.tensor(found[:orders])
+
+    def __init__(self, count: int, seed: int, *, antithetic: bool, stratified: bool) -> None:
+        self._count, self._chance = count, random.Random(seed)
+        self._shifts, self._antithetic = count if stratified else 1, antithetic
+        self.block = self._shifts * (2 if antithetic else 1)
+
+    def next(self, draws: int) -> Tensor:
+        """The place of each feature in the next orders, ``[draws * block, count]``."""
+        found: list[list[int]] = []
+        for _ in range(draws):
+            order = list(range(self._count))
+            self._chance.shuffle(order)
+            for shift in range(self._shifts):
+                shifted = [(place + shift) % self._count for place in order]
+                found.append(shifted)
+                if self._antithetic:
+                    found.append([self._count - 1 - place for place in shifted])
+        return torch.tensor(found)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
+from tdhook.keys import under
+
 __all__ = ["WHOLE", "Grouping", "Numbering", "Players", "as_numbering"]
 
 WHOLE = "whole"
@@ -159,7 +161,7 @@ class Players:
             KeyError: features are given for what is not there.
             ValueError: features do not fit.
         """
-        plain = {_plain(key): key for key in values}
+        plain = {under(key): key for key in values}
         if isinstance(features, Mapping):
             for key in features:
                 if key not in plain:
@@ -223,7 +225,3 @@ def _fitting(
             f"{list(own)}" + (f", or {list(shape)} with the axes that belong to it" if others else "")
         )
     return made.repeated(shape[:others])
-
-
-def _plain(key: NestedKey) -> NestedKey:
-    return key[0] if isinstance(key, tuple) and len(key) == 1 else key

@@ -1,0 +1,137 @@
+"""Windows that slide over a value, and soft spots on a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+__all__ = ["Spots", "Window", "Windows"]
+
+Window: TypeAlias = "int | Sequence[int]"
+"""How far something reaches along the last axes of a value, one number or one for each axis."""
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """All places of a window that slides over a value.
+
+    Attributes:
+        covers: for each axis of the value, which places a window covers, ``[windows along it, size]``.
+    """
+
+    covers: tuple[Tensor, ...]
+
+    @staticmethod
+    def of(shape: Sequence[int], window: Window, strides: Window | None, key: NestedKey) -> Windows:
+        """The windows over a shape; those at the far edge may be smaller.
+
+        Args:
+            shape: of one element of the batch.
+            window: the size of a window along the last axes; along those before it takes in all.
+            strides: how far apart windows are; by default they lie side by side.
+            key: of the value, for messages.
+
+        Raises:
+            ValueError: the window does not fit, or there are gaps between windows.
+        """
+        sizes = (window,) if isinstance(window, int) else tuple(window)
+        steps = sizes if strides is None else (strides,) if isinstance(strides, int) else tuple(strides)
+        if len(steps) == 1:
+            steps *= len(sizes)
+        if not 0 < len(sizes) <= len(shape) or min(sizes) < 1:
+            raise ValueError(
+                f"a window of {list(sizes)} over {key!r}, of which one element has shape {list(shape)}: give a size of "
+                "at least one for each of its last axes"
+            )
+        if len(steps) != len(sizes) or any(not 0 < step <= size for step, size in zip(steps, sizes)):
+            raise ValueError(
+                f"strides of {list(steps)} for windows of {list(sizes)} leave entries out, or are not one for each "
+                "axis: give at least 1, and at most the size of the window"
+            )
+        whole = len(shape) - len(sizes)
+        covers = [torch.ones(1, size, dtype=torch.bool) for size in shape[:whole]]
+        for size, reach, step in zip(shape[whole:], sizes, steps, strict=True):
+            count = max(0, -(-(size - reach) // step)) + 1
+            begins = torch.arange(count).unsqueeze(1) * step
+            places = torch.arange(size)
+            covers.append((places >= begins) & (places < begins + reach))
+        return Windows(tuple(covers))
+
+    def at_each_place_of(self, others: Sequence[int]) -> Windows:
+        """The same windows at each place of axes before."""
+        return Windows((*(torch.eye(size, dtype=torch.bool) for size in others), *self.covers))
+
+    @property
+    def grid(self) -> torch.Size:
+        """How many windows there are along each axis."""
+        return torch.Size([len(cover) for cover in self.covers])
+
+    def masks(self, numbers: range) -> Tensor:
+        """Which entries are in some windows, ``[windows, entries]``."""
+        left, found = torch.arange(numbers.start, numbers.stop), None
+        for axis in reversed(range(len(self.covers))):
+            cover = self.covers[axis]
+            own = cover[left % len(cover)].reshape(-1, *(1,) * axis, cover.shape[1], *self._ones(axis))
+            left = left // len(cover)
+            found = own if found is None else found & own
+        assert found is not None
+        return found.flatten(1)
+
+    def _ones(self, axis: int) -> tuple[int, ...]:
+        return (1,) * (len(self.covers) - axis - 1)
+
+    def spread_out(self, worth: Tensor) -> Tensor:
+        """What windows are worth, ``[..., windows]``, split evenly over their entries: ``[..., entries]``.
+
+        An entry gets the mean of what it gets of the windows that cover it.
+        """
+        found = worth.reshape(*worth.shape[:-1], *self.grid)
+        for axis, cover in enumerate(self.covers, start=worth.dim() - 1):
+            share = cover.to(worth.dtype) / cover.sum(1, keepdim=True) / cover.sum(0)
+            found = torch.tensordot(found, share.to(worth), dims=([axis], [0])).movedim(-1, axis)
+        return found.flatten(worth.dim() - 1)
+
+
+@dataclass(frozen=True)
+class Spots:
+    """Gaussian spots on a grid over pictures (Greydanus et al. 2018, section 3).
+
+    Attributes:
+        shape: of one element of the batch, ``[*channels, height, width]``.
+        distance: between the centres of spots, in pixels.
+        width: standard deviation of a spot, in pixels.
+    """
+
+    shape: tuple[int, ...]
+    distance: int
+    width: float
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """How many spots there are along height and width."""
+        height, width = self.shape[-2:]
+        return -(-height // self.distance), -(-width // self.distance)
+
+    def masks(self, numbers: range) -> Tensor:
+        """How far each pixel is in some spots, one at the centre of each: ``[spots, height, width]``."""
+        number = torch.arange(numbers.start, numbers.stop)
+        along = []
+        for place, size in zip((number // self.grid[1], number % self.grid[1]), self.shape[-2:], strict=True):
+            centre = place * self.distance + (self.distance - 1) / 2
+            along.append(torch.exp(-0.5 * ((torch.arange(size) - centre.unsqueeze(1)) / self.width) ** 2))
+        return along[0].unsqueeze(2) * along[1].unsqueeze(1)
+
+    def spread_out(self, worth: Tensor) -> Tensor:
+        """What spots are worth, ``[..., spots]``, between their centres linear: ``[..., height, width]``."""
+        down, across = self.grid
+        flat = worth.reshape(-1, 1, down, across)
+        size = (down * self.distance, across * self.distance)
+        large = F.interpolate(flat, size=size, mode="bilinear", align_corners=False)
+        height, width = self.shape[-2:]
+        return large[:, 0, :height, :width].reshape(*worth.shape[:-1], height, width)
