@@ -52,7 +52,7 @@ class Game:
         axes: the axes of the batch that tell elements apart.
         players: gives the features of values ``[rows, *others, *shape]``, given how many axes are others.
         told: told how far it is.
-        empty: the target on the reference, ``[*batch]`` or ``[outputs, *batch]``, if that is known.
+        empty: the target on all of the reference, ``[*batch]`` or ``[outputs, *batch]``, if that is known.
 
     Attributes:
         players: the features.
@@ -83,7 +83,7 @@ class Game:
         self.full = self._values(variants.values.unsqueeze(0))[0]
         self.rows: int = self.full.shape[-1]
         self.notes: dict[str, Tensor] = {}
-        self._empty_by_element = empty
+        self._empty_by_element = None if self.players.rest else empty
 
     @property
     def count(self) -> int:
@@ -106,7 +106,8 @@ class Game:
 
     def _on_reference(self) -> Tensor:
         if self._empty_by_element is None:
-            nothing = {key: torch.zeros(1, x[0].numel(), dtype=torch.bool) for key, x in self._ends.items()}
+            nobody = torch.zeros(1, self.count, dtype=torch.bool)
+            nothing = {key: self.players.present(key, nobody) for key in self._ends}
             (answer,) = self._variants.answers(1, lambda _: self._mixed(nothing))
             self._empty_by_element = answer.values[0]
         return self._empty_by_element
@@ -153,7 +154,7 @@ class Game:
         return torch.cat(found) if len(found) > 1 else found[0]
 
     def by_source(self, worth: Tensor) -> dict[NestedKey, Tensor]:
-        """What features are worth, ``[rows, features]`` or ``[outputs, rows, features]``, by source and of its shape."""
+        """What features are worth, ``[rows, features]`` or ``[outputs, rows, features]``, by source, of its shape."""
         found: dict[NestedKey, Tensor] = {}
         for key, shape in self._shapes.items():
             lead = worth.shape[: worth.dim() - 2]
@@ -164,6 +165,14 @@ class Game:
             else:
                 found[key] = worth.new_zeros(*lead, *shape)
         return found
+
+    def by_place(self, pictures: Tensor, key: NestedKey) -> Tensor:
+        """Pictures ``[..., rows, *others, height, width]`` by entry, split evenly over the channels of a value."""
+        shape = self._ends[key].shape[1:]
+        channels = shape[self.others : -2]
+        lead = pictures.shape[: pictures.dim() - self.others - 2]
+        apart = pictures.reshape(*lead, *shape[: self.others], *(1,) * len(channels), *shape[-2:])
+        return (apart / channels.numel()).expand(*lead, *shape).flatten(len(lead))
 
     def among(self, rows: Tensor) -> Game | None:
         """The same for some elements along the first axis; ``None`` where these are not told apart by it."""
@@ -180,7 +189,8 @@ class Game:
         some.full = self.full.reshape(*lead, first, -1).index_select(-2, rows).flatten(-2)
         some.rows = some.full.shape[-1]
         some._shapes = {
-            key: torch.Size([shape[0] // first * len(rows), *shape[1:]]) for key, shape in self._shapes.items()
+            key: torch.Size([shape[0] // first * len(rows), *shape[1:]])
+            for key, shape in self._shapes.items()
         }
         return some
 
@@ -193,14 +203,12 @@ class Game:
             by_row = share.reshape(*share.shape[:-1], *end.shape[1:])
             by_row = by_row.unsqueeze(1) if share.dim() == 2 else by_row
             hard = share.dtype is torch.bool
-            mixed = (
-                torch.where(by_row, end, start) if hard else torch.lerp(start, end, by_row.to(end.dtype))
-            )
+            mixed = torch.where(by_row, end, start) if hard else torch.lerp(start, end, by_row.to(end.dtype))
             found[key] = self._as_source(mixed, self._shapes[key], 1)
         return found
 
     def _values(self, values: Tensor) -> Tensor:
-        """Values of variants, ``[variants, *batch]`` or ``[variants, outputs, *batch]``, by row, summed over the rest."""
+        """Values ``[variants, *batch]`` or ``[variants, outputs, *batch]``, by row, summed over the rest."""
         before = 1 + (self._variants.several > 0)
         own = [before + axis for axis in self._axes]
         moved = values.movedim(own, list(range(before, before + len(own))))
@@ -292,8 +300,8 @@ def apart(
         again = _replaced(variants, ends, start, nothing)
         if not holds(_close(again, variants.values.expand_as(again), variants.values.abs())):
             raise ValueError(
-                "the model does not answer the same to the same input, as with dropout in training mode, so that what "
-                "replaced features change cannot be seen: call eval() on it first"
+                "the model does not answer the same to the same input, so that what replaced features change cannot be "
+                "seen: it draws random numbers of its own, or counts its calls; call eval() on it, or take that out"
             )
     if not is_traced():
         learnt.together = tuple(together)

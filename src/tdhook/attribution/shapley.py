@@ -29,7 +29,7 @@ class Shapley(PlayedOut):
 
 
 def all_worths(game: Game, otherwise: str) -> Tensor:
-    """The target in each coalition, ``[2 ** features, rows]`` or ``[2 ** features, outputs, rows]``, in double precision.
+    """The target in each coalition, in double precision: ``[coalitions, rows]``, or ``[coalitions, outputs, rows]``.
 
     Args:
         game: asks.

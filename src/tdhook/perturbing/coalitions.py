@@ -8,7 +8,14 @@ import random
 import torch
 from torch import Tensor
 
-__all__ = ["Orders", "all_coalitions", "shapley_weights"]
+__all__ = [
+    "Orders",
+    "all_coalitions",
+    "interaction_weights",
+    "kernel_coalitions",
+    "kernel_sizes",
+    "shapley_weights",
+]
 
 
 def all_coalitions(count: int, numbers: range | None = None) -> Tensor:
@@ -68,3 +75,52 @@ class Orders:
                 if self._antithetic:
                     found.append([self._count - 1 - place for place in shifted])
         return torch.tensor(found)
+
+
+def kernel_sizes(count: int) -> list[float]:
+    """How likely a coalition of each size, ``1`` to ``count - 1``, is under the Shapley kernel."""
+    weights = [1 / (size * (count - size)) for size in range(1, count)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def kernel_coalitions(count: int, most: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Coalitions and their weights in the regression of Kernel SHAP (Lundberg and Lee 2017, theorem 2).
+
+    Where all fit, it is all of them; else coalitions drawn by their weights, each with its complement.
+
+    Args:
+        count: how many features, at least two.
+        most: how many coalitions at most.
+        seed: of chance.
+
+    Returns:
+        Truth values ``[coalitions, count]``, none of them empty or full; and weights ``[coalitions]``.
+    """
+    likely = kernel_sizes(count)
+    if 2**count - 2 <= most:
+        present = all_coalitions(count)[1:-1]
+        each = [share / math.comb(count, size) for size, share in enumerate(likely, start=1)]
+        return present, torch.tensor([0.0, *each], dtype=torch.float64)[present.sum(1)]
+    chance = random.Random(seed)
+    found: list[list[bool]] = []
+    for size in chance.choices(range(1, count), likely, k=max(1, most // 2)):
+        chosen = set(chance.sample(range(count), size))
+        there = [feature in chosen for feature in range(count)]
+        found += [there, [not one for one in there]]
+    return torch.tensor(found), torch.ones(len(found), dtype=torch.float64)
+
+
+def interaction_weights(count: int) -> Tensor:
+    """What each set counts for each pair of features (Grabisch and Roubens 1999): ``[count, count, 2 ** count]``.
+
+    On the diagonal are those of :func:`shapley_weights`.
+    """
+    present = all_coalitions(count).double()
+    sign = 2 * present.T - 1
+    both = sign.unsqueeze(0) * sign.unsqueeze(1)
+    others = present.sum(1) - present.T.unsqueeze(0) - present.T.unsqueeze(1)
+    of_size = [1 / ((count - 1) * math.comb(count - 2, k)) for k in range(count - 1)]
+    weights = both * torch.tensor([*of_size, 0.0, 0.0], dtype=torch.float64)[others.long().clamp(min=0)]
+    each = torch.arange(count)
+    weights[each, each] = shapley_weights(count)
+    return weights

@@ -183,7 +183,9 @@ class Players:
         for name, key in plain.items():
             own = each[key]
             found = own.numbers.flatten().to(values[key].device)
-            numbers[key] = torch.where(found == own.count, total, found + start) if own.rest else found + start
+            numbers[key] = (
+                torch.where(found == own.count, total, found + start) if own.rest else found + start
+            )
             given = features.get(name) if isinstance(features, Mapping) else features
             if given is None:
                 first[key] = start

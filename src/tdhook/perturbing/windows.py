@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-__all__ = ["Spots", "Window", "Windows"]
+__all__ = ["SoftGrids", "Spots", "Window", "Windows", "height_and_width", "over_channels"]
 
 Window: TypeAlias = "int | Sequence[int]"
 """How far something reaches along the last axes of a value, one number or one for each axis."""
@@ -49,7 +50,9 @@ class Windows:
                 f"a window of {list(sizes)} over {key!r}, of which one element has shape {list(shape)}: give a size of "
                 "at least one for each of its last axes"
             )
-        if len(steps) != len(sizes) or any(not 0 < step <= size for step, size in zip(steps, sizes)):
+        if len(steps) != len(sizes) or any(
+            not 0 < step <= size for step, size in zip(steps, sizes, strict=True)
+        ):
             raise ValueError(
                 f"strides of {list(steps)} for windows of {list(sizes)} leave entries out, or are not one for each "
                 "axis: give at least 1, and at most the size of the window"
@@ -135,3 +138,68 @@ class Spots:
         large = F.interpolate(flat, size=size, mode="bilinear", align_corners=False)
         height, width = self.shape[-2:]
         return large[:, 0, :height, :width].reshape(*worth.shape[:-1], height, width)
+
+
+class SoftGrids:
+    """Random grids, enlarged to pictures and shifted (Petsiuk, Das and Saenko 2018, section 3.2).
+
+    Args:
+        others: places that have a grid each.
+        size: height and width of a picture.
+        count: how many masks.
+        cells: along height and width.
+        share: of the cells that are there.
+        chance: draws them.
+    """
+
+    def __init__(
+        self,
+        others: Sequence[int],
+        size: tuple[int, int],
+        count: int,
+        cells: int,
+        share: float,
+        chance: random.Random,
+    ) -> None:
+        self._others, self._size = torch.Size(others), size
+        self._cell = tuple(-(-length // cells) for length in size)
+        each, grid = count * self._others.numel(), cells + 1
+        there = [float(chance.random() < share) for _ in range(each * grid * grid)]
+        self._grids = torch.tensor(there).reshape(each, 1, grid, grid)
+        self._shifts = [torch.tensor([chance.randrange(c) for _ in range(each)]) for c in self._cell]
+
+    def masks(self, numbers: range) -> Tensor:
+        """How far each pixel is there in some masks, ``[masks, *others, height, width]``."""
+        per = self._others.numel()
+        some = slice(numbers.start * per, numbers.stop * per)
+        grids = self._grids[some]
+        size = [cell * grids.shape[-1] for cell in self._cell]
+        large = F.interpolate(grids, size=size, mode="bilinear", align_corners=False)[:, 0]
+        rows, columns = (
+            shift[some].unsqueeze(1) + torch.arange(length)
+            for shift, length in zip(self._shifts, self._size, strict=True)
+        )
+        each = torch.arange(len(large)).reshape(-1, 1, 1)
+        cut = large[each, rows.unsqueeze(2), columns.unsqueeze(1)]
+        return cut.reshape(-1, *self._others, *self._size)
+
+
+def height_and_width(shape: Sequence[int], key: NestedKey, who: str) -> tuple[int, int]:
+    """Those of a picture.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if len(shape) < 2:
+        raise ValueError(
+            f"{who} is of pictures [*channels, height, width], and one element of {key!r} has shape {list(shape)}: "
+            "take Ablation or ShapleySampling, or attribute pictures alone, by attribute="
+        )
+    return shape[-2], shape[-1]
+
+
+def over_channels(pictures: Tensor, others: int, shape: Sequence[int]) -> Tensor:
+    """Masks ``[masks, *others, height, width]`` for each entry of values ``[*others, *channels, height, width]``."""
+    channels = len(shape) - others - 2
+    lead, size = pictures.shape[: 1 + others], pictures.shape[1 + others :]
+    return pictures.reshape(*lead, *(1,) * channels, *size).expand(-1, *shape).flatten(1)
