@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tdhook import Target
 from tdhook.attribution import GradientTimesInput, IntegratedGradients
-from tdhook.perturbing.quadrature import QUADRATURES, gauss_legendre
+from tdhook.perturbing.quadrature import gauss_legendre
 from tdhook.perturbing.references import as_references
 
 

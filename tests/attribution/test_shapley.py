@@ -261,9 +261,7 @@ def test_one_step_of_a_sequence() -> None:
     net = Recurrent().double()
     td = observations(3, 4, shape=(2,))
     found = Shapley(AtStep(Target("output", 1), 2)).wrap(net)(td.clone())["attr", "input"]
-    worth = worth_of(
-        lambda z: net(z)[:, 2, 1], td["input"], torch.zeros(()).double(), along((4, 2), 0, 1)
-    )
+    worth = worth_of(lambda z: net(z)[:, 2, 1], td["input"], torch.zeros(()).double(), along((4, 2), 0, 1))
     torch.testing.assert_close(found, shapley(worth, 8).T.reshape(3, 4, 2))
     assert found[:, 3].abs().max() < 1e-12
 
@@ -299,7 +297,9 @@ class Counting(nn.Module):
 
 
 def test_a_model_that_counts_has_no_answer() -> None:
-    with pytest.raises(ValueError, match=r"does not answer the same to the same input, .* or counts its calls"):
+    with pytest.raises(
+        ValueError, match=r"does not answer the same to the same input, .* or counts its calls"
+    ):
         Shapley(Target("output", 0)).wrap(nn.Sequential(mlp(), Counting()))(observations(8))
 
 
@@ -310,13 +310,19 @@ def test_features_that_do_not_fit() -> None:
         Shapley(features=torch.arange(2)).wrap(module)(td.clone())
     with pytest.raises(KeyError, match=r"features are given for 'c', which is none of 'a', 'b'"):
         Shapley(features={"c": torch.arange(2)}).wrap(module)(td.clone())
-    with pytest.raises(ValueError, match=r"the features of 'a' have shape \[3\]; one element of the batch has \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"the features of 'a' have shape \[3\]; one element of the batch has \[2\]"
+    ):
         Shapley(features={"a": torch.arange(3)}).wrap(module)(td.clone())
     with pytest.raises(ValueError, match=r"leave nothing to replace"):
         Shapley(features=torch.full((2,), -1))
-    with pytest.raises(TypeError, match=r"features are numbers or truth values for each entry, got torch.float32"):
+    with pytest.raises(
+        TypeError, match=r"features are numbers or truth values for each entry, got torch.float32"
+    ):
         Shapley(features=torch.zeros(2))
-    with pytest.raises(ValueError, match=r"features='each' is neither 'whole', numbers by entry nor a function"):
+    with pytest.raises(
+        ValueError, match=r"features='each' is neither 'whole', numbers by entry nor a function"
+    ):
         Shapley(features="each")
     with pytest.raises(ValueError, match=r"gave the shape \[1\] for values of shape \[2\]"):
         Shapley(features=lambda shape: torch.zeros(1, dtype=torch.int64)).wrap(module)(td.clone())

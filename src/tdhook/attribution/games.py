@@ -107,8 +107,7 @@ class Game:
     def _on_reference(self) -> Tensor:
         if self._empty_by_element is None:
             nobody = torch.zeros(1, self.count, dtype=torch.bool)
-            nothing = {key: self.players.present(key, nobody) for key in self._ends}
-            (answer,) = self._variants.answers(1, lambda _: self._mixed(nothing))
+            (answer,) = self._variants.answers(1, lambda _: self._mixed(self._there(nobody)))
             self._empty_by_element = answer.values[0]
         return self._empty_by_element
 
@@ -131,20 +130,15 @@ class Game:
         Returns:
             ``[coalitions, rows]``, or ``[coalitions, outputs, rows]``.
         """
-
-        def entries(numbers: range) -> dict[NestedKey, Tensor]:
-            some = present(numbers)
-            return {key: self.players.present(key, some) for key in self._ends}
-
-        return self.worth_of(count, entries)
+        return self.worth_of(count, lambda numbers: self._there(present(numbers)))
 
     def worth_of(self, count: int, there: Callable[[range], Mapping[NestedKey, Tensor]]) -> Tensor:
         """The same, where it is said of each entry how far it is there.
 
         Args:
             count: how many variants there are.
-            there: given numbers of variants, by source ``[variants, entries]`` or ``[variants, rows, entries]``; a
-                source that is not named stays as it is.
+            there: given numbers of variants, by source ``[variants, *shape]`` or ``[variants, rows, *shape]``, or of
+                size one along axes of the shape; a source that is not named stays as it is.
         """
         found = []
         for answer in self._variants.answers(count, lambda numbers: self._mixed(there(numbers))):
@@ -194,14 +188,21 @@ class Game:
         }
         return some
 
+    def _there(self, present: Tensor) -> dict[NestedKey, Tensor]:
+        """How far each entry is there, given how far features are."""
+        found = {}
+        for key, end in self._ends.items():
+            share = self.players.present(key, present.to(end.device))
+            found[key] = share.reshape(*share.shape[:-1], *end.shape[1:])
+        return found
+
     def _mixed(self, there: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
         """Variants of sources, ``[variants, *source]``."""
         found = {}
         for key, share in there.items():
             start, end = self._starts[key], self._ends[key]
             share = share.to(end.device)
-            by_row = share.reshape(*share.shape[:-1], *end.shape[1:])
-            by_row = by_row.unsqueeze(1) if share.dim() == 2 else by_row
+            by_row = share.unsqueeze(1) if share.dim() == end.dim() else share
             hard = share.dtype is torch.bool
             mixed = torch.where(by_row, end, start) if hard else torch.lerp(start, end, by_row.to(end.dtype))
             found[key] = self._as_source(mixed, self._shapes[key], 1)

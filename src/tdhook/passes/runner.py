@@ -78,7 +78,8 @@ class Runner:
             td: what it is run on, with any batch size; left as it is.
             within: how; by default the model as it is.
             target: what is explained, by default what was asked: it computes its value as a part of the model.
-            replaced: values that take the place of attributed ones, by the keys of :meth:`Run.sources`.
+            replaced: values that take the place of attributed ones, by the keys of :meth:`Run.sources`; off the tape
+                the model may overwrite them.
 
         Raises:
             ValueError: the batch is empty, or the model returned another batch size.
@@ -96,8 +97,9 @@ class Runner:
             work, inputs, integers = setup.leaves(td, replaced)
             self.graph.grows_from(inputs.values())
             if how.overwrites:
+                on_tape = torch.is_grad_enabled()
                 for key, value in inputs.items():
-                    if key not in integers:
+                    if key not in integers and (on_tape or key not in replaced):
                         work.set(key, value.clone())
             captured, collecting, forget = None, None, None
             if setup.collects:

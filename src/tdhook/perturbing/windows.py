@@ -76,18 +76,16 @@ class Windows:
         return torch.Size([len(cover) for cover in self.covers])
 
     def masks(self, numbers: range) -> Tensor:
-        """Which entries are in some windows, ``[windows, entries]``."""
+        """Which entries are in some windows, ``[windows, *shape]``, or of size one where it is all along an axis."""
         left, found = torch.arange(numbers.start, numbers.stop), None
         for axis in reversed(range(len(self.covers))):
             cover = self.covers[axis]
-            own = cover[left % len(cover)].reshape(-1, *(1,) * axis, cover.shape[1], *self._ones(axis))
+            own = cover[left % len(cover)] if len(cover) > 1 else cover.all(1, keepdim=True)
+            own = own.reshape(-1, *(1,) * axis, own.shape[1], *(1,) * (len(self.covers) - axis - 1))
             left = left // len(cover)
             found = own if found is None else found & own
         assert found is not None
-        return found.flatten(1)
-
-    def _ones(self, axis: int) -> tuple[int, ...]:
-        return (1,) * (len(self.covers) - axis - 1)
+        return found.expand(len(numbers), *found.shape[1:])
 
     def spread_out(self, worth: Tensor) -> Tensor:
         """What windows are worth, ``[..., windows]``, split evenly over their entries: ``[..., entries]``.
@@ -199,7 +197,6 @@ def height_and_width(shape: Sequence[int], key: NestedKey, who: str) -> tuple[in
 
 
 def over_channels(pictures: Tensor, others: int, shape: Sequence[int]) -> Tensor:
-    """Masks ``[masks, *others, height, width]`` for each entry of values ``[*others, *channels, height, width]``."""
-    channels = len(shape) - others - 2
+    """Masks ``[masks, *others, height, width]`` with axes for the channels of ``[*others, *channels, height, width]``."""
     lead, size = pictures.shape[: 1 + others], pictures.shape[1 + others :]
-    return pictures.reshape(*lead, *(1,) * channels, *size).expand(-1, *shape).flatten(1)
+    return pictures.reshape(*lead, *(1,) * (len(shape) - others - 2), *size)
