@@ -31,7 +31,7 @@ def subsets(of: Iterable[int]) -> list[frozenset[int]]:
 
 
 def shapley(worth: Worth, count: int) -> Tensor:
-    """``[features, rows]``"""
+    """The Shapley value of each, ``[features, rows]``."""
     found = []
     for feature in range(count):
         total = torch.zeros(())

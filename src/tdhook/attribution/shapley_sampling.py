@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ShapleySampling"]
 
-_FIRST, _AT_ONCE = 8, 2**22
+_FIRST, _AT_ONCE = 16, 2**22
 
 
 class ShapleySampling(PlayedOut):
@@ -36,7 +36,7 @@ class ShapleySampling(PlayedOut):
         target: what is explained (:mod:`tdhook.targets`); by default the only output there is.
         permutations: how many orders; with ``error``, at most.
         error: the standard error, in units of the target, below which that of each feature is to be. Each batch element
-            has more orders until it is; it takes at least eight independent draws to be known.
+            has more orders until it is; it takes sixteen independent draws to be known.
         antithetic: whether each second order is the one before, backwards (Mitchell et al. 2022, section 3.2).
         stratified: whether ``n`` orders (pairs) after each other are one shifted on place by place, so that each
             feature comes at each place equally often.

@@ -197,6 +197,6 @@ def height_and_width(shape: Sequence[int], key: NestedKey, who: str) -> tuple[in
 
 
 def over_channels(pictures: Tensor, others: int, shape: Sequence[int]) -> Tensor:
-    """Masks ``[masks, *others, height, width]`` with axes for the channels of ``[*others, *channels, height, width]``."""
+    """Masks ``[masks, *others, height, width]`` with axes for channels, ``[masks, *others, 1, .., height, width]``."""
     lead, size = pictures.shape[: 1 + others], pictures.shape[1 + others :]
     return pictures.reshape(*lead, *(1,) * (len(shape) - others - 2), *size)
