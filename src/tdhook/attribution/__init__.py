@@ -8,6 +8,8 @@ from tdhook.attribution.kernel_shap import KernelShap
 from tdhook.attribution.lrp import LRP
 from tdhook.attribution.occlusion import Occlusion
 from tdhook.attribution.rise import RISE
+from tdhook.attribution.saliency import PerturbationSaliency
+from tdhook.attribution.sarfa import SARFA
 from tdhook.attribution.shapley import Shapley
 from tdhook.attribution.shapley_sampling import ShapleySampling
 from tdhook.contexts.attribution import Attribution
@@ -15,6 +17,7 @@ from tdhook.contexts.attribution import Attribution
 __all__ = [
     "LRP",
     "RISE",
+    "SARFA",
     "Ablation",
     "Attribution",
     "Gradient",
@@ -22,6 +25,7 @@ __all__ = [
     "IntegratedGradients",
     "KernelShap",
     "Occlusion",
+    "PerturbationSaliency",
     "Shapley",
     "ShapleyInteraction",
     "ShapleySampling",

@@ -111,6 +111,10 @@ class Game:
             self._empty_by_element = answer.values[0]
         return self._empty_by_element
 
+    def by_element(self, values: Tensor) -> Tensor:
+        """What belongs to elements, ``[outputs, *batch]``, as ``[outputs, rows]``, summed over the rest."""
+        return self._gathered(values, 1)
+
     def value(self, key: NestedKey) -> Tensor:
         """A value as it is, ``[rows, *others, *shape]``."""
         return self._ends[key]
@@ -210,7 +214,9 @@ class Game:
 
     def _values(self, values: Tensor) -> Tensor:
         """Values ``[variants, *batch]`` or ``[variants, outputs, *batch]``, by row, summed over the rest."""
-        before = 1 + (self._variants.several > 0)
+        return self._gathered(values, 1 + (self._variants.several > 0))
+
+    def _gathered(self, values: Tensor, before: int) -> Tensor:
         own = [before + axis for axis in self._axes]
         moved = values.movedim(own, list(range(before, before + len(own))))
         shape = moved.shape[before : before + len(own)]

@@ -24,6 +24,7 @@ from tdhook.passes.variants import Variants
 from tdhook.perturbing.players import Grouping, Players, as_numbering
 from tdhook.perturbing.references import Baseline, References, as_references
 from tdhook.targets import TargetLike
+from tdhook.targets.base import Seeder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -98,7 +99,7 @@ class Played(Compared):
         """One forward pass to choose, then those of the variants."""
         found: dict[NestedKey, Tensor] = {}
         with runner.forward(td) as run, _telling(self.progress) as told:
-            variants = Variants(runner, run)
+            variants = Variants(runner, run, self.wanted(run))
             for ends in run.independent_sources():
                 means, games = Means(self.spreads), []
                 for start in self.starts(run, ends):
@@ -107,6 +108,10 @@ class Played(Compared):
                 found.update(means.mean)
                 self.note(runner, run, games, means)
         return found
+
+    def wanted(self, run: Run) -> Seeder:
+        """What the variants are asked about."""
+        return self.seeder
 
     def game(
         self,

@@ -119,9 +119,13 @@ class Spots:
         height, width = self.shape[-2:]
         return -(-height // self.distance), -(-width // self.distance)
 
-    def masks(self, numbers: range) -> Tensor:
-        """How far each pixel is in some spots, one at the centre of each: ``[spots, height, width]``."""
-        number = torch.arange(numbers.start, numbers.stop)
+    @property
+    def count(self) -> int:
+        """How many spots there are."""
+        return self.grid[0] * self.grid[1]
+
+    def masks(self, number: Tensor) -> Tensor:
+        """How far each pixel is in spots of these numbers, one at the centre of each: ``[spots, height, width]``."""
         along = []
         for place, size in zip((number // self.grid[1], number % self.grid[1]), self.shape[-2:], strict=True):
             centre = place * self.distance + (self.distance - 1) / 2
