@@ -45,7 +45,6 @@ __all__ = [
     "verify",
 ]
 
-_WORDS = "words.json"
 _KEPT: dict[str, torch.dtype | str | None] = {
     "all": "all",
     "bfloat16": torch.bfloat16,
@@ -122,7 +121,7 @@ def _stretch(text: str) -> slice:
 
 def told_words(folder: Path) -> dict[str, object]:
     """What was typed when a job was begun; nothing where it was begun in Python."""
-    path = folder / _WORDS
+    path = JobFolder(folder).words
     found = read_json(path) if path.is_file() else {}
     return found if isinstance(found, dict) else {}
 
@@ -130,9 +129,8 @@ def told_words(folder: Path) -> dict[str, object]:
 def explain(words: Words, out: Path, workers: int | None) -> None:
     """Work on a job until it is done, or until somebody stops it."""
     job, told = words.job(out)
-    note = out / _WORDS
-    if not note.exists():
-        job.folder.note(note, json.loads(json.dumps(told)))
+    if not job.folder.words.exists():
+        job.folder.note(job.folder.words, json.loads(json.dumps(told)))
     console = Console(stderr=True)
     with _bar(console) as progress:
         task = progress.add_task(Text(visible(out.name)).plain, total=None, who="")
@@ -273,7 +271,7 @@ def _words_in(told: dict[str, object]) -> Words:
     names = [one.name for one in fields(Words)]
     missing = [name for name in names if name not in told]
     if missing:
-        raise ValueError(f"{_WORDS} does not say {', '.join(missing)}: it is of another version of tdhook")
+        raise ValueError(f"words.json does not say {', '.join(missing)}: it is of another version of tdhook")
     given = {name: told[name] for name in names}
     key = given["key"]
     given["key"] = tuple(key) if isinstance(key, list) else ()
