@@ -133,8 +133,9 @@ def datasets(session: nox.Session) -> None:
     """Read the data sets of Minari and LeRobot, find strategies, and write tables, with the packages for it."""
     install(session, ".[rl,cli,viz,clusters,minari,lerobot,tables,dev]", "minari", "polars", "duckdb")
     named = [f"tests/datasets/test_{name}.py" for name in ("spray", "minari", "lerobot", "tables", "prepare")]
+    named.append("tests/cli/test_dataset_commands.py")
     workers = ("-n", "auto", "--maxprocesses", "4")
-    session.run("pytest", *workers, *(session.posargs or [*named, "tests/cli"]), env=ONE_THREAD)
+    session.run("pytest", *workers, *(session.posargs or named), env=ONE_THREAD)
 
 
 @nox.session
