@@ -223,7 +223,9 @@ def test_no_report_is_made_of_what_is_not_done_or_not_reduced() -> None:
     succeeds(explain("--reduce", "none"))
     assert "rows were reduced to nothing" in fails(tdhook("report", "job"))
     next(Path("job/done").iterdir()).unlink()
-    assert "0 of 60 rows are explained (0.0%): go on, tdhook dataset explain" in fails(tdhook("report", "job"))
+    assert "0 of 60 rows are explained (0.0%): go on, tdhook dataset explain" in fails(
+        tdhook("report", "job")
+    )
     assert not Path("job/report.html").exists()
 
 
