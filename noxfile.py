@@ -123,9 +123,10 @@ def peers(session: nox.Session) -> None:
 
 @nox.session
 def cluster(session: nox.Session) -> None:
-    """Work on jobs on a local Ray cluster, which is installed for it."""
+    """Work on jobs, collect and store on a local Ray cluster, which is installed for it."""
     install(session, ".[rl,cli,ray,dev]")
-    session.run("pytest", "-m", "cluster", *(session.posargs or ["tests/datasets"]), env=ONE_THREAD)
+    named = ["tests/datasets/test_on_ray.py", "tests/rl/test_ray_collectors.py"]
+    session.run("pytest", "-m", "cluster", *(session.posargs or named), env=ONE_THREAD)
 
 
 @nox.session
