@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tdhook import Target
 from tdhook.attribution import GradientTimesInput, IntegratedGradients
-from tdhook.perturbing.baselines import references
 from tdhook.perturbing.quadrature import gauss_legendre
+from tdhook.perturbing.references import as_references
 
 
 class Cubic(nn.Module):
@@ -58,7 +58,8 @@ def test_completeness(baseline) -> None:
     net, x = smooth(), torch.randn(6, 4).double()
     method = IntegratedGradients(Target("output", 1), baseline=baseline, steps=24)
     found = method.wrap(net)(TensorDict({"input": x}, [6]))["attr", "input"]
-    begin = references(baseline, {"input": x}, {"input": 1})["input"]
+    drawn = as_references(baseline, 1).of({"input": x}, {"input": 1}, TensorDict({"input": x}, [6]))
+    begin = drawn[0].replaced["input"]
     torch.testing.assert_close(found.sum(-1), (net(x) - net(begin))[:, 1], rtol=1e-9, atol=1e-9)
 
 
@@ -95,7 +96,9 @@ def test_mistakes() -> None:
     with pytest.raises(ValueError, match="at least one gradient is averaged, got steps=0"):
         IntegratedGradients(steps=0)
     td = TensorDict({"input": torch.randn(3, 4).double()}, [3])
-    with pytest.raises(ValueError, match="baseline 'median' is neither 'mean' nor 'sample'"):
+    with pytest.raises(
+        KeyError, match="baseline 'median' is neither 'mean', 'sample', 'previous' nor an entry"
+    ):
         IntegratedGradients(Target("output", 0), baseline="median").wrap(smooth())(td)
     with pytest.raises(ValueError, match=r"the baseline of 'input' has shape \[5\], which does not fit"):
         IntegratedGradients(Target("output", 0), baseline=torch.zeros(5)).wrap(smooth())(td)
@@ -134,5 +137,9 @@ def test_the_data_of_a_baseline_are_all_elements_of_the_batch(baseline) -> None:
     found = method.wrap(net)(TensorDict({"input": x}, [2, 3]))["attr", "input"]
     flat = method.wrap(net)(TensorDict({"input": x.reshape(6, 4)}, [6]))["attr", "input"]
     torch.testing.assert_close(found.reshape(6, 4), flat)
-    alone = method.wrap(net)(TensorDict({"input": x[0, 0]}, []))["attr", "input"]
-    torch.testing.assert_close(alone, torch.zeros(4).double())  # it is its own mean
+
+
+def test_an_element_is_not_compared_with_itself() -> None:
+    td = TensorDict({"input": torch.randn(4).double()}, [])
+    with pytest.raises(ValueError, match="the mean or a sample of the batch is 'input' itself"):
+        IntegratedGradients(Target("output", 1), baseline="mean").wrap(smooth())(td)

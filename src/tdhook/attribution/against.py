@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tdhook.attribution.kept import Kept, There
 from tdhook.attribution.means import Means
+from tdhook.contexts.compared import SPREAD
 from tdhook.keys import under
 from tdhook.models.families import BatchNorm
 from tdhook.passes.forward import Run
@@ -26,10 +27,10 @@ from tdhook.relevance.secants.pair import difference
 from tdhook.tape.internals import is_wrapped
 from tdhook.targets.base import Seeder, Seeds
 
-__all__ = ["REFERENCE", "SPREAD", "explain_difference"]
+__all__ = ["REFERENCE", "explain_difference"]
 
-REFERENCE, SPREAD = "reference", "spread"
-"""Where what is explained is written as it is on the reference, and the spread of relevance over several."""
+REFERENCE = "reference"
+"""Where what is explained is written as it is on the reference."""
 
 
 def explain_difference(

@@ -7,54 +7,83 @@ from typing import TYPE_CHECKING
 
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
-from torch import Tensor, lerp
+from torch import Tensor
 
-from tdhook.contexts.attribution import Attribution, Shared
+from tdhook.attribution.means import Means
+from tdhook.attribution.paths import Way, along, until_close
+from tdhook.contexts.attribution import Shared
+from tdhook.contexts.compared import Complete
 from tdhook.passes.runner import Runner
-from tdhook.perturbing.baselines import Baseline, references
-from tdhook.perturbing.quadrature import gauss_legendre
+from tdhook.passes.variants import Variants
+from tdhook.perturbing.quadrature import quadrature
+from tdhook.perturbing.references import Baseline, References
 from tdhook.targets import TargetLike
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+__all__ = ["IntegratedGradients"]
 
-class IntegratedGradients(Attribution):
+_STEPS, _MOST = 32, 1025
+
+
+class IntegratedGradients(Complete):
     """``(x - b) * integral of df/dx(b + t (x - b)) over t in [0, 1]`` (Sundararajan et al. 2017, eq. 1).
 
-    The sum over the inputs is ``f(x) - f(b)``, up to the quadrature (Gauss-Legendre). The target chooses once, at the
-    input. Inputs, or embeddings of several, go their ways together; a value that depends on others goes its own.
+    The sum over the inputs is ``f(x) - f(b)``, up to the quadrature. The target chooses once, at the input. Inputs, or
+    embeddings of several, go their ways together; a value that depends on others goes its own.
 
     Args:
         target: what is explained (:mod:`tdhook.targets`); by default the only output there is.
-        baseline: where the way begins (:data:`~tdhook.perturbing.baselines.Baseline`); data are those of the batch.
-        steps: how many gradients are averaged.
-        **options: those of :class:`~tdhook.contexts.attribution.Attribution`: ``attribute``, ``input_modules``, ...
+        baseline: where the way begins (:data:`~tdhook.perturbing.references.Baseline`); data are those of the batch.
+        steps: how many gradients are averaged, by default 32; with ``tolerance``, at most, by default 1025.
+        rule: of the quadrature: ``"gauss_legendre"``, ``"trapezoid"``, ``"left"``, ``"middle"`` or ``"right"``.
+        tolerance: how far the sum may be from ``f(x) - f(b)``, in units of the target. Each batch element has twice as
+            many steps until it is that close (9, 17, 33, ...; the trapezoid rule, or Simpson's, which is closer where
+            the model is smooth).
+        ledger: whether to account for it (:class:`~tdhook.contexts.compared.Complete`).
+        **options: those of :class:`~tdhook.contexts.compared.Complete`: ``samples``, ``input_modules``, ...
+
+    Raises:
+        ValueError: there is no step, no such quadrature, or the tolerance is not positive or to be compiled.
     """
 
     def __init__(
         self,
         target: TargetLike = None,
         *,
-        baseline: Baseline = 0.0,
-        steps: int = 32,
+        baseline: Baseline | References = 0.0,
+        samples: int = 1,
+        steps: int | None = None,
+        rule: str = "gauss_legendre",
+        tolerance: float | None = None,
+        ledger: bool = False,
         **options: Unpack[Shared],
     ) -> None:
-        super().__init__(target, **options)
-        self.baseline, self.way = baseline, gauss_legendre(steps)
+        super().__init__(target, baseline=baseline, samples=samples, ledger=ledger, **options)
+        self.steps = (_STEPS if tolerance is None else _MOST) if steps is None else steps
+        self.places, self.tolerance = quadrature(rule, self.steps), tolerance
+        if tolerance is not None and not tolerance > 0:
+            raise ValueError(f"a tolerance is how far a sum may be off, a positive number, got {tolerance}")
+        if tolerance is not None and self.compile is not None:
+            raise ValueError(
+                "how many steps a tolerance takes is seen as it goes, which no graph does: give steps"
+            )
 
     def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
-        """One forward pass to choose, then a forward and a backward pass for each step, many of them at once."""
+        """One forward pass to choose, then a forward and a backward pass for each step, as many at once as fit."""
+        found: dict[NestedKey, Tensor] = {}
         with runner.forward(td) as run:
-            target, asked = runner.pinned(run)
-            found: dict[NestedKey, Tensor] = {}
+            variants = Variants(runner, run)
             for ends in run.independent_sources():
-                starts = references(self.baseline, ends, run.batch_dims(ends))
-                for place, weight in self.way:
-                    point = {key: lerp(starts[key], x, place) for key, x in ends.items()}
-                    with runner.forward(asked, target=target, replaced=point) as there:
-                        pulled = there.pull(there.seeds(target), there.sources(ends))
-                    for key, grad in pulled.items():
-                        share = (ends[key] - starts[key]) * (weight * grad)
-                        found[key] = found[key] + share if key in found else share
+                means = Means(self.spreads)
+                rises = self.rises(variants, run, ends) if self.ledger or self.tolerance else None
+                for number in range(self.samples):
+                    way = Way(self.starts(run, ends, range(number, number + 1)), ends)
+                    if self.tolerance is None or rises is None:
+                        means.add(along(variants, way, self.places))
+                    else:
+                        means.add(until_close(variants, way, rises[number], self.tolerance, self.steps))
+                found.update(means.mean)
+                self.told(runner, run, means.mean, rises, means.deviations())
         return found

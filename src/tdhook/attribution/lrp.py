@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -13,9 +12,10 @@ from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-from tdhook.attribution.against import REFERENCE, SPREAD, explain_difference
+from tdhook.attribution.against import REFERENCE, explain_difference
 from tdhook.attribution.keywords_03 import Keywords03, copies_of, translated
-from tdhook.contexts.attribution import Attribution, Shared
+from tdhook.contexts.attribution import Shared
+from tdhook.contexts.compared import SPREAD, Compared
 from tdhook.conventions import Convention
 from tdhook.keys import under
 from tdhook.models.families import Linear
@@ -24,7 +24,7 @@ from tdhook.models.model import InKeys, Model
 from tdhook.passes.heads import NowKnown
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Setup
-from tdhook.perturbing.references import Baseline, Fill, References, as_references
+from tdhook.perturbing.references import Baseline, References, as_references
 from tdhook.relevance.composites.composite import Composite, Pairs, RuleMapper, preset
 from tdhook.relevance.ledger.balance import balance
 from tdhook.relevance.ledger.ledger import Ledger
@@ -45,7 +45,7 @@ class Options(Shared, Keywords03, total=False):
     """What :class:`LRP` takes besides the keywords of its own."""
 
 
-class LRP(Attribution):
+class LRP(Compared):
     """Layer-wise relevance propagation (Bach et al. 2015).
 
     Args:
@@ -198,45 +198,8 @@ class LRP(Attribution):
     @property
     def writes_under(self) -> tuple[str, ...]:
         """``"spread"`` and ``"reference"``, as far as they were asked for."""
-        asked = self.references
-        if asked is None:
-            return ()
-        return (*((SPREAD,) if asked.spread else ()), *((REFERENCE,) if asked.values else ()))
-
-    def reads(self, td: TensorDictBase) -> list[NestedKey]:
-        """What the references are taken of."""
-        return [] if self.references is None else self.references.reads(td)
-
-    def among(self, td: TensorDictBase) -> LRP:
-        """With means and samples of ``td``, unless the references have data of their own."""
-        if self.references is None:
-            return self
-        other = copy.copy(self)
-        other.references = self.references.among(td)
-        return other
-
-    def drawn_from(self, rows: Callable[[], TensorDictBase]) -> LRP:
-        """With means and samples of these rows, unless the references have data of their own."""
-        if self.references is None:
-            return self
-        other = copy.copy(self)
-        other.references = self.references.drawn_from(rows)
-        return other
-
-    @property
-    def steps_before(self) -> int:
-        """One where the baseline is the step before."""
-        return 0 if self.references is None else self.references.steps_before
-
-    def settled(
-        self, keys: Sequence[NestedKey], td: TensorDictBase, valid: Tensor | None = None
-    ) -> tuple[LRP, TensorDictBase, Fill]:
-        """With references that are entries, where they are means, draws, or the step before."""
-        if self.references is None:
-            return super().settled(keys, td, valid)
-        other = copy.copy(self)
-        other.references, td, fill = self.references.settled(keys, td, valid)
-        return other, td, fill
+        values = self.references is not None and self.references.values
+        return (*((SPREAD,) if self.spreads else ()), *((REFERENCE,) if values else ()))
 
     def reads_signs(self, state: Ready) -> bool:
         """Rules that treat contributions by their sign skip terms."""

@@ -15,31 +15,45 @@ K = TypeVar("K", bound=NestedKey)
 
 
 class Means:
-    """The mean of what is added, by key, and with ``spread`` its standard deviation (Welford 1962).
+    """The mean of what is added, by key, and with ``spread`` its standard deviation (Chan, Golub and LeVeque 1983).
 
     Attributes:
         mean: by key; of one addition, that itself.
+        count: how many were added.
     """
 
     def __init__(self, spread: bool = False) -> None:
         self.mean: dict[NestedKey, Tensor] = {}
+        self.count = 0
         self._squares: dict[NestedKey, Tensor] = {}
-        self._spread, self._count = spread, 0
+        self._spread = spread
 
     def add(self, found: Mapping[K, Tensor]) -> None:
         """Add one of each."""
-        self._count += 1
-        if self._count == 1:
+        if self.count:
+            self.add_all({key: value.unsqueeze(0) for key, value in found.items()}, 1)
+        else:
+            self.count = 1
             self.mean.update(found)
-            return
-        for key, value in found.items():
-            before = self.mean[key]
-            away = value - before
-            self.mean[key] = before + away / self._count
+
+    def add_all(self, found: Mapping[K, Tensor], count: int) -> None:
+        """Add several of each, along the first axis.
+
+        Args:
+            found: ``[count, ...]`` by key.
+            count: how many.
+        """
+        before, self.count = self.count, self.count + count
+        for key, values in found.items():
+            mean = values.mean(0) if count > 1 else values[0]
+            away = mean - self.mean[key] if before else mean
             if self._spread:
-                square = away * (value - self.mean[key])
+                square = (values - mean).square().sum(0)
+                if before:
+                    square = square + away.square() * (before * count / self.count)
                 self._squares[key] = self._squares[key] + square if key in self._squares else square
+            self.mean[key] = self.mean[key] + away * (count / self.count) if before else mean
 
     def deviations(self) -> dict[NestedKey, Tensor]:
         """The standard deviation of each, of at least two."""
-        return {key: torch.sqrt(square / (self._count - 1)) for key, square in self._squares.items()}
+        return {key: torch.sqrt(square / (self.count - 1)) for key, square in self._squares.items()}

@@ -129,7 +129,7 @@ class ExplainedModule(TensorDictModuleBase):
             self.explain,
             self.reads,
             lambda: self._method.reads_signs(self._state),
-            lambda: self._method.learnt(self._state),
+            lambda: f"{self._method.learnt(self._state)} {self._setup.layout}",
             self._method,
             self._method.compile,
         )
@@ -336,11 +336,7 @@ class ExplainedModule(TensorDictModuleBase):
 
     def _explained(self, runner: Runner) -> tuple[Mapping[NestedKey, Tensor], Run]:
         found = self._method.explain(runner, runner.td)
-        if runner.base is None:  # a method that does not run the model on the inputs as they are
-            with runner.forward(runner.td):
-                pass
-        assert runner.base is not None
-        return found, runner.base
+        return found, runner.as_it_is()  # some methods do not run the model on the inputs as they are
 
     def _relevance(self, base: Run, found: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
         sources = base.sources()
@@ -355,12 +351,12 @@ class ExplainedModule(TensorDictModuleBase):
         return written
 
     def _note_keys(self, written: Mapping[NestedKey, Tensor]) -> None:
-        """Keep ``out_keys`` true: integers have no relevance, modules may be called several times."""
+        """Keep ``out_keys`` true: some inputs have no relevance, modules may be called several times."""
         setup = self._setup
-        if setup.leaves.integers:
-            integers = [self.entry(key) for key in setup.leaves.integers]
-            integers += [("spread", *parts_of(key)) for key in setup.leaves.integers]
-            self.out_keys = [key for key in self.out_keys if key not in integers]
+        without = [key for key in setup.sources if (self._entries.get(key) or self.entry(key)) not in written]
+        if without:
+            theirs = [entry for key in without for entry in (self.entry(key), ("spread", *parts_of(key)))]
+            self.out_keys = [key for key in self.out_keys if key not in theirs]
         below = [parts_of(name) for name in self._method.writes_under]
         if setup.input_modules:
             below.append(parts_of(self._method.attribution_key))

@@ -14,7 +14,7 @@ from tdhook.tape.internals import gradients_of, warn_of_loops
 from tdhook.tape.undoing import lock, undone
 from tdhook.targets import Seeds
 
-__all__ = ["PullBack"]
+__all__ = ["PullBack", "sizes_behind"]
 
 # What comes in, what goes out, and two that a rule makes in between.
 _LIVE = 4
@@ -97,7 +97,8 @@ class PullBack:
         if budget is None:
             budget = _BUDGET.get(seeds.grads[0].device.type, _BUDGET_ELSEWHERE)
         each = _LIVE * max(
-            _largest(seeds.tensors), *(grad[0].numel() * grad.itemsize for grad in seeds.grads)
+            max(sizes_behind(seeds.tensors), default=0),
+            *(grad[0].numel() * grad.itemsize for grad in seeds.grads),
         )
         # By comparison alone: where a graph is traced for any batch size it then holds for a range of them.
         size = 1
@@ -157,9 +158,9 @@ def _without_a_word_of_loops() -> Iterator[None]:
         yield
 
 
-def _largest(tensors: Sequence[Tensor]) -> int:
-    """Bytes of the largest gradient that travels through the graph of some tensors."""
-    found, seen = 0, set()
+def sizes_behind(tensors: Sequence[Tensor]) -> Iterator[int]:
+    """Bytes of each gradient that travels through the graph of some tensors."""
+    seen = set()
     ahead = [z.grad_fn for z in tensors]
     while ahead:
         node = ahead.pop()
@@ -167,6 +168,5 @@ def _largest(tensors: Sequence[Tensor]) -> int:
             continue
         seen.add(node)
         for shape, dtype in gradients_of(node):
-            found = max(found, math.prod(shape) * dtype.itemsize)
+            yield math.prod(shape) * dtype.itemsize
         ahead += [before for before, _ in node.next_functions]
-    return found

@@ -205,8 +205,7 @@ class Run:
             ValueError: the target depends on none of the sources, or what arrives is not finite.
         """
         require_dependence(seeds, sources, [z.requires_grad for z in seeds.tensors])
-        if self.setup.axes.unsure:
-            self._look_at_axes(seeds)
+        self.look_at_axes(seeds)
         ends = list(sources.values())
         # This pass is as torch makes it, which notices where a value that was kept has been overwritten.
         pulled = self.setup.pull_back(seeds, ends, keep=True)
@@ -229,8 +228,10 @@ class Run:
             for (key, value), grad in zip(sources.items(), pulled, strict=True)
         }
 
-    def _look_at_axes(self, seeds: Seeds) -> None:
+    def look_at_axes(self, seeds: Seeds) -> None:
         """Find the batch axes that sizes do not tell, by a backward pass of the first element of the batch."""
+        if not self.setup.axes.unsure:
+            return
         unsure = {name: self.modules[name] for name in self.setup.axes.unsure if name in self.modules}
         grads = [torch.zeros_like(z) for z in seeds.tensors]
         first = (0,) * self.td.batch_dims

@@ -9,7 +9,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-__all__ = ["beside", "joined", "rows_of", "shaped_like"]
+__all__ = ["beside", "joined", "rows_of", "shaped_like", "some_rows", "with_rows"]
 
 
 def rows_of(td: TensorDictBase, axes: int) -> TensorDictBase:
@@ -42,3 +42,23 @@ def joined(
 def beside(batch: Tensor, x: Tensor) -> Tensor:
     """Values of batch elements, ``[*batch]``, with axes added to go with ``x [*batch, *features]``."""
     return batch.reshape(*batch.shape, *(1,) * (x.dim() - batch.dim()))
+
+
+def some_rows(x: Tensor, count: int, rows: Tensor, after: int = 0) -> Tensor:
+    """Some elements along the first batch axis of a value, which may have all batch axes in one.
+
+    Args:
+        x: ``[count, ...]`` or ``[count * others, ...]``, after ``after`` more axes.
+        count: how many elements there are along the first batch axis.
+        rows: which of them, ``[rows]``.
+        after: how many axes come before.
+    """
+    apart = x.reshape(*x.shape[:after], count, -1, *x.shape[after + 1 :])
+    return apart.index_select(after, rows).flatten(after, after + 1)
+
+
+def with_rows(x: Tensor, count: int, rows: Tensor, values: Tensor, after: int = 0) -> Tensor:
+    """A value with others in the place of what :func:`some_rows` gives."""
+    apart = x.reshape(*x.shape[:after], count, -1, *x.shape[after + 1 :])
+    new = values.reshape(*x.shape[:after], len(rows), *apart.shape[after + 1 :])
+    return apart.index_copy(after, rows, new).reshape(x.shape)

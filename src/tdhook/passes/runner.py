@@ -7,6 +7,7 @@ catches what says so.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -59,6 +60,24 @@ class Runner:
         self.graph = Graph()
         self._before: Snapshot | None = None
 
+    def on(self, td: TensorDictBase, target: Seeder | None = None, state: Any = None) -> Runner:
+        """What runs the model on another batch in the same call, for another target or another method's state."""
+        other = copy.copy(self)
+        other.state = self.state if state is None else state
+        if target is not None:
+            other.setup = self.setup.asking(target)
+        other.td = other.given = td
+        other.base, other.beside = None, {}
+        return other
+
+    def as_it_is(self) -> Run:
+        """The run on the batch as it is, which is made if there was none."""
+        if self.base is None:
+            with self.forward(self.td):
+                pass
+        assert self.base is not None
+        return self.base
+
     def check(self) -> None:
         """Raise where the model cannot be run on ``td``, as :meth:`forward` does."""
         self.setup.leaves(self.td, {})
@@ -105,7 +124,7 @@ class Runner:
                 collecting, forget = setup.collecting(captured), captured.clear
             with all_of(collecting, how.running()):
                 given = work.copy() if asked.writes else work  # what the model writes goes into it
-                heads = setup.heads.possible and not how.whole
+                heads = setup.heads.possible and not how.whole and torch.is_grad_enabled()
                 inside = all_of(
                     setup.heads.off_the_tape(how.overwrites) if heads else None,
                     setup.leaves.made(inputs, integers, exact=not replaced) if integers else None,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from tensordict.nn import TensorDictModuleBase
@@ -22,9 +23,13 @@ from tdhook.passes.heads import Heads
 from tdhook.passes.leaves import Choose, Leaves
 from tdhook.targets.base import Seeder
 
-__all__ = ["Attribute", "Question", "Setup"]
+__all__ = ["LAYOUTS", "Attribute", "Question", "Setup"]
 
 Attribute: TypeAlias = "tuple[NestedKey, ...] | str | Choose | None"
+
+LAYOUTS = ("rows", "axis", "alone")
+"""How variants of a batch lie side by side: as more elements along its first axis, along an axis of their own, or not
+at all, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Setup:
         keeps_anywhere: whether values of its runs may be kept anywhere, and not only on the model, nor are they young.
         axes: which axes of the outputs of modules are the batch's.
         apart: how the model returns a TensorDict of its own, if it was seen to.
+        layout: how variants of a batch leave each other alone, as far as was seen: one of :data:`LAYOUTS`.
 
     Raises:
         ValueError: the question names a module or a key that the model does not have.
@@ -92,6 +98,7 @@ class Setup:
         reads = [key for key in map(unravel_key, model.runner.in_keys) if not model.made.get(key)]
         self.in_keys = list(dict.fromkeys([*reads, *question.target.in_keys]))
         self.apart: Apart | None = None
+        self.layout = LAYOUTS[0]
         inputs = question.attribute if callable(question.attribute) else question.use_inputs
         others = bool(question.input_modules) or question.attribute is not None
         named_inputs = question.attribute if isinstance(question.attribute, tuple) else ()
@@ -103,6 +110,12 @@ class Setup:
         self.of_inference = made_in_inference_mode(self.turn.modules)
         self.keeps_anywhere = True
         self.axes = Axes()
+
+    def asking(self, target: Seeder) -> Setup:
+        """The same for another target, which explains the same outputs."""
+        other = copy.copy(self)
+        other.question = replace(self.question, target=target)
+        return other
 
     def axis(self, batch: tuple[int, ...], name: str, output: Tensor, module: nn.Module) -> int:
         """Which axis of a module's output is that of the batch."""

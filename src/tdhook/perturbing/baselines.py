@@ -103,45 +103,6 @@ class Replacements:
         return found
 
 
-def references(
-    baseline: Baseline,
-    values: Mapping[NestedKey, Tensor],
-    batch_dims: Mapping[NestedKey, int],
-    seed: int = 0,
-) -> dict[NestedKey, Tensor]:
-    """What a baseline is for each of some values.
-
-    Args:
-        baseline: what was asked for.
-        values: ``[*batch, *shape]`` by key; these are the data that ``"mean"`` and ``"sample"`` are taken of.
-        batch_dims: how many axes of each are those of the batch.
-        seed: of what is drawn.
-
-    Returns:
-        Baselines of the same shapes.
-
-    Raises:
-        ValueError: there is no such baseline, or it does not fit.
-    """
-    keys = tuple(map(unravel_key, values))
-    named = _by_key(baseline, keys)
-    chance = torch.Generator().manual_seed(seed)
-    found = {}
-    for (key, x), name in zip(values.items(), keys, strict=True):
-        given, shape = named[name], x.shape[batch_dims[key] :]
-        rows = x.reshape(-1, *shape)
-        if not isinstance(given, str):
-            made = given(rows) if callable(given) else torch.as_tensor(given)
-        elif given == "mean":
-            made = rows.mean(0)
-        else:
-            _check_name(given)
-            index = torch.rand(rows.shape, generator=chance, dtype=torch.float64) * len(rows)
-            made = rows.gather(0, index.long().to(rows.device))
-        found[key] = fitting(made, name, rows).reshape(x.shape)
-    return found
-
-
 def _check_name(given: str) -> None:
     if given not in ("mean", "sample"):
         raise ValueError(

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import TypeAlias
 
-__all__ = ["gauss_legendre"]
+__all__ = ["QUADRATURES", "gauss_legendre", "quadrature"]
+
+Rule: TypeAlias = "tuple[tuple[float, float], ...]"
+"""Places in ``[0, 1]`` and their weights, which sum to one."""
 
 
 @lru_cache
-def gauss_legendre(count: int) -> tuple[tuple[float, float], ...]:
+def gauss_legendre(count: int) -> Rule:
     """Places in ``[0, 1]`` and their weights, which sum to one: roots of a Legendre polynomial, by Newton's method.
 
     Exact for polynomials of degree below ``2 count``. No tensors are made, so that nothing is traced of it.
-
-    Raises:
-        ValueError: there is no place.
     """
-    if count < 1:
-        raise ValueError(f"at least one gradient is averaged, got steps={count}")
     found = []
     for k in range(count, 0, -1):
         x = math.cos(math.pi * (k - 0.25) / (count + 0.5))
@@ -39,3 +39,39 @@ def _legendre(degree: int, x: float) -> tuple[float, float]:
     for k in range(1, degree + 1):
         before, value = value, ((2 * k - 1) * x * value - (k - 1) * before) / k
     return value, degree * (x * value - before) / (x * x - 1)
+
+
+def _riemann(offset: float) -> Callable[[int], Rule]:
+    """As many stretches of the same length, each looked at in one place."""
+    return lambda count: tuple(((i + offset) / count, 1 / count) for i in range(count))
+
+
+def _trapezoid(count: int) -> Rule:
+    """The ends, and places between them at the same distance."""
+    if count < 2:
+        raise ValueError(
+            f"the trapezoid rule looks at both ends, so that it has at least 2 steps, got steps={count}"
+        )
+    return tuple((i / (count - 1), (1 - 0.5 * (i in (0, count - 1))) / (count - 1)) for i in range(count))
+
+
+QUADRATURES: Mapping[str, Callable[[int], Rule]] = {
+    "gauss_legendre": gauss_legendre,
+    "trapezoid": _trapezoid,
+    "left": _riemann(0.0),
+    "middle": _riemann(0.5),
+    "right": _riemann(1.0),
+}
+
+
+def quadrature(name: str, count: int) -> Rule:
+    """So many places and weights by the rule of a name.
+
+    Raises:
+        ValueError: there is no such rule, or no place.
+    """
+    if name not in QUADRATURES:
+        raise ValueError(f"no quadrature is named {name!r}; there are {', '.join(QUADRATURES)}")
+    if count < 1:
+        raise ValueError(f"at least one gradient is averaged, got steps={count}")
+    return QUADRATURES[name](count)

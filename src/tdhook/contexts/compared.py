@@ -1,0 +1,198 @@
+"""Methods that compare with a reference: where it comes from, and the accounts of the difference from there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor
+
+from tdhook.contexts.attribution import Attribution, Shared
+from tdhook.keys import under
+from tdhook.passes.forward import Run
+from tdhook.passes.runner import Runner
+from tdhook.passes.variants import Variants
+from tdhook.perturbing.references import Baseline, Fill, References, as_references
+from tdhook.targets import TargetLike
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["SPREAD", "Compared", "Complete"]
+
+Self = TypeVar("Self", bound="Compared")
+SelfComplete = TypeVar("SelfComplete", bound="Complete")
+
+_ACCOUNTS = ("target", "inputs", "absorbed", "gap")
+SPREAD = "spread"
+"""Where the spread of relevance over several references is written."""
+
+
+class Compared(Attribution):
+    """A method that explains the difference from a reference; or, without one, the value.
+
+    Attributes:
+        references: what is compared with.
+    """
+
+    references: References | None = None
+
+    def against(self: Self, references: References) -> Self:
+        """The same with other references."""
+        other = copy.copy(self)
+        other.references = references
+        return other
+
+    @property
+    def samples(self) -> int:
+        """How many references there are."""
+        return 0 if self.references is None else self.references.samples
+
+    @property
+    def spreads(self) -> bool:
+        """Whether the spread of relevance over references is wanted."""
+        return self.references is not None and self.references.spread
+
+    @property
+    def writes_under(self) -> tuple[str, ...]:
+        """``"spread"``, if it was asked for."""
+        return (SPREAD,) if self.spreads else ()
+
+    def reads(self, td: TensorDictBase) -> list[NestedKey]:
+        """What the references are taken of."""
+        return [] if self.references is None else self.references.reads(td)
+
+    def among(self: Self, td: TensorDictBase) -> Self:
+        """With means and samples of ``td``, unless the references have data of their own."""
+        return self if self.references is None else self.against(self.references.among(td))
+
+    def drawn_from(self: Self, rows: Callable[[], TensorDictBase]) -> Self:
+        """With means and samples of these rows, unless the references have data of their own."""
+        return self if self.references is None else self.against(self.references.drawn_from(rows))
+
+    @property
+    def steps_before(self) -> int:
+        """One where the baseline is the step before."""
+        return 0 if self.references is None else self.references.steps_before
+
+    def settled(
+        self: Self, keys: Sequence[NestedKey], td: TensorDictBase, valid: Tensor | None = None
+    ) -> tuple[Self, TensorDictBase, Fill]:
+        """With references that are entries, where they are means, draws, or the step before."""
+        if self.references is None:
+            return super().settled(keys, td, valid)
+        references, td, fill = self.references.settled(keys, td, valid)
+        return self.against(references), td, fill
+
+    @staticmethod
+    def tell_spread(runner: Runner, run: Run, spread: Mapping[NestedKey, Tensor]) -> None:
+        """Write the standard deviation of relevance over references, by source."""
+        sources = run.sources(spread)
+        for key, value in spread.items():
+            runner.beside[under(SPREAD, key)] = run.in_batch_shape(key, value, sources[key])
+
+    def starts(self, run: Run, ends: Mapping[NestedKey, Tensor], numbers: range) -> dict[NestedKey, Tensor]:
+        """Some of the references of values, ``[references, *source]``; a key that has none stays as it is.
+
+        Raises:
+            ValueError: there is one of an entry that is not attributed, whose part of the difference nobody would get.
+        """
+        assert self.references is not None
+        attributed = {unravel_key(key) for key in run.sources()}
+        ours = self.references.among_keys(attributed, ends)
+        drawn = [ours.one(number, ends, run.batch_dims(ends), run.td) for number in numbers]
+        for key in drawn[0].entries:
+            if key not in attributed:
+                raise ValueError(
+                    f"the baseline names {key!r}, which is not attributed, so that its part of the difference would be "
+                    "nobody's: name it in attribute, or leave it out"
+                )
+        return {key: torch.stack([one.replaced.get(key, x) for one in drawn]) for key, x in ends.items()}
+
+
+class Complete(Compared):
+    """A method whose relevance adds up to the difference of the target from a reference.
+
+    Args:
+        target: what is explained (:mod:`tdhook.targets`); by default the only output there is.
+        baseline: what is compared with (:data:`~tdhook.perturbing.references.Baseline`), or
+            :class:`~tdhook.perturbing.references.References`; a TensorDict is data to draw from. A key that none is
+            given for stays as it is.
+        samples: how many references are drawn where the baseline is drawn; relevance is the mean over them.
+        ledger: whether to account for it, per batch element: ``("ledger", "target")`` is the difference of the target,
+            ``("ledger", "inputs")`` the sum of the relevance of the inputs, ``("ledger", "gap")`` what they differ in,
+            and ``("ledger", "absorbed")`` nothing, which rules of propagation may keep.
+        **options: those of :class:`~tdhook.contexts.attribution.Attribution`: ``attribute``, ``input_modules``, ...
+    """
+
+    def __init__(
+        self,
+        target: TargetLike = None,
+        *,
+        baseline: Baseline | References = 0.0,
+        samples: int = 1,
+        ledger: bool = False,
+        **options: Unpack[Shared],
+    ) -> None:
+        super().__init__(target, **options)
+        self.references = as_references(baseline, samples)
+        self.ledger = ledger
+
+    def accounted(self: SelfComplete) -> SelfComplete:
+        """The same, with accounts."""
+        other = copy.copy(self)
+        other.ledger = True
+        return other
+
+    @property
+    def writes(self) -> tuple[NestedKey, ...]:
+        """The accounts, if they are kept."""
+        return tuple(("ledger", name) for name in _ACCOUNTS) if self.ledger else ()
+
+    def told(
+        self,
+        runner: Runner,
+        run: Run,
+        found: Mapping[NestedKey, Tensor],
+        rises: Tensor | None,
+        spread: Mapping[NestedKey, Tensor],
+    ) -> None:
+        """Write the accounts of the inputs, and how relevance spreads.
+
+        Args:
+            runner: writes it.
+            run: the run on the batch as it is.
+            found: relevance of sources that depend on none of each other, ``[*source]`` or ``[outputs, *source]``.
+            rises: the differences that it is to add up to, as :meth:`rises` gives them.
+            spread: its standard deviation over references.
+        """
+        self.tell_spread(runner, run, spread)
+        sources = run.sources(found)
+        if self.ledger and rises is not None and found.keys() == run.independent_sources()[0].keys():
+            runner.beside.update(_accounts(run, sources, found, rises.mean(0)))
+
+    def rises(self, variants: Variants, run: Run, ends: Mapping[NestedKey, Tensor]) -> Tensor:
+        """How far the target is from what it is on each reference, ``[references, *batch]``.
+
+        With several outputs ``[references, outputs, *batch]``.
+        """
+        answers = variants.answers(self.samples, lambda numbers: self.starts(run, ends, numbers))
+        return variants.values - torch.cat([answer.values for answer in answers])
+
+
+def _accounts(
+    run: Run, sources: Mapping[NestedKey, Tensor], found: Mapping[NestedKey, Tensor], rise: Tensor
+) -> dict[NestedKey, Tensor]:
+    """Whether relevance adds up, ``[*batch]`` or ``[*batch, outputs]``."""
+    several = rise.dim() > run.outputs.batch_dims
+    target = rise.movedim(0, -1) if several else rise
+    arrived = torch.zeros_like(target)
+    for key, source in sources.items():
+        shaped = run.in_batch_shape(key, found[key], source)
+        arrived = arrived + shaped.reshape(*target.shape, -1).sum(-1)
+    told = (target, arrived, torch.zeros_like(target), target - arrived)
+    return {cast(NestedKey, ("ledger", name)): value for name, value in zip(_ACCOUNTS, told, strict=True)}

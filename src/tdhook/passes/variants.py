@@ -1,0 +1,306 @@
+"""Variants: a batch with other values in it, many times over, as many side by side as memory allows.
+
+Methods that ask a model again and again (paths, noise, perturbations) ask here. Variants are laid out as elements of
+one larger batch. That is right where elements of a batch have nothing to do with each other, which is looked at in each
+call: among the first variants lies the batch as it is, and the model must answer there what it answered before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from tdhook.keys import under
+from tdhook.passes.backward import sizes_behind
+from tdhook.passes.forward import Run
+from tdhook.passes.rows import some_rows
+from tdhook.passes.runner import Runner
+from tdhook.passes.setup import LAYOUTS
+from tdhook.tape.conditions import holds
+from tdhook.targets.base import Seeder, Seeds
+
+__all__ = ["REACHED", "Answer", "Change", "Variants", "values_of"]
+
+Change: TypeAlias = "Callable[[range], Mapping[NestedKey, Tensor]]"
+"""Given numbers of variants, what takes the place of sources there: ``[variants, *source]`` by key."""
+
+Ask: TypeAlias = (
+    "Callable[[TensorDictBase, Mapping[NestedKey, Tensor]], tuple[Tensor, Mapping[NestedKey, Tensor]]]"
+)
+"""Given a batch, and what takes the place of sources: what is explained of each element, and more by source."""
+
+REACHED = "reached"
+"""Where the values of sources are told beside their gradients."""
+
+
+# Bytes of values that variants may take together. More does not fit the caches of a CPU, and takes longer.
+_BUDGET = {"cpu": 2**25}
+_BUDGET_ELSEWHERE = 2**31
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model answers to some variants.
+
+    Attributes:
+        numbers: which these are.
+        values: what is explained of each element, ``[variants, *batch]`` or ``[variants, outputs, *batch]``.
+        found: by source, ``[variants, *source]`` or ``[variants, outputs, *source]``.
+    """
+
+    numbers: range
+    values: Tensor
+    found: dict[NestedKey, Tensor]
+
+
+class Variants:
+    """Asks a model the same of many variants of a batch: what was chosen on the batch as it is stays chosen.
+
+    Args:
+        runner: runs the model.
+        run: the run on the batch as it is.
+        entries: inputs that may be changed, besides what is attributed.
+
+    Attributes:
+        target: what is explained, with its choice made.
+        values: what is explained of each element of the batch as it is, ``[*batch]`` or ``[outputs, *batch]``.
+    """
+
+    def __init__(self, runner: Runner, run: Run, entries: Mapping[NestedKey, Tensor] | None = None) -> None:
+        self._runner, self._setup = runner, runner.setup
+        self.target, asked = runner.pinned(run)
+        self._asked = _needed(runner, self.target, asked)
+        sources = {key: x.detach() for key, x in run.sources().items()}
+        self._leads = {**dict.fromkeys(entries or (), run.td.batch_dims), **run.batch_dims(sources)}
+        self._sources = {**(entries or {}), **sources}
+        self._inputs = {*run.inputs, *(entries or ())}
+        seeds = run.seeds(self._setup.question.target)
+        run.look_at_axes(seeds)
+        self.values = values_of(seeds, run.outputs.batch_dims)
+        sizes = list(sizes_behind(seeds.tensors))
+        self._largest, self._total = max(sizes, default=0), sum(sizes)
+
+    @property
+    def size(self) -> int:
+        """Bytes that one variant takes while it is run forwards and backwards."""
+        return self._total + 4 * self._largest
+
+    @property
+    def several(self) -> int:
+        """How many axes ``values`` has before those of the batch: one where several outputs are explained."""
+        axes: int = self._asked.batch_dims
+        return self.values.dim() - axes
+
+    def answers(self, count: int, change: Change) -> Iterator[Answer]:
+        """The values of so many variants, some at a time, by forward passes alone."""
+        with torch.no_grad():
+            yield from self.each(count, change, self._value, 2 * self._largest)
+
+    def gradients(
+        self, count: int, change: Change, of: Iterable[NestedKey] | None = None, *, reached: bool = False
+    ) -> Iterator[Answer]:
+        """The values of so many variants, some at a time, and their gradients by source.
+
+        Args:
+            count: how many variants there are.
+            change: makes them.
+            of: the sources whose gradients are wanted; by default those that are changed.
+            reached: whether the values of these are wanted too, under ``(REACHED, key)``.
+        """
+        ask = partial(self._gradient, of=of, reached=reached)
+        yield from self.each(count, change, ask, self.size)
+
+    def each(self, count: int, change: Change, ask: Ask, size: int) -> Iterator[Answer]:
+        """What is found of so many variants, some at a time.
+
+        Args:
+            count: how many variants there are.
+            change: makes them.
+            ask: what is found of a batch.
+            size: bytes that one variant takes meanwhile.
+        """
+        at_once = self._at_once(count, size)
+        start, seen = 0, False
+        while start < count:
+            alone = at_once == 1 or self._setup.layout == LAYOUTS[-1]
+            numbers = range(start, start + 1 if alone else min(start + at_once, count))
+            changed = change(numbers)
+            try:
+                if alone:
+                    values, found = ask(self._asked, {key: value[0] for key, value in changed.items()})
+                    one = {key: value.unsqueeze(0) for key, value in found.items()}
+                    answer = Answer(numbers, values.unsqueeze(0), one)
+                else:
+                    answer = self._together(numbers, changed, ask, looks=not seen)
+                    seen = True
+            except torch.OutOfMemoryError:  # too many for the moment: fewer, in this call alone
+                if alone:
+                    raise
+                at_once = (at_once + 1) // 2
+                continue
+            yield answer
+            start = numbers.stop
+
+    def _at_once(self, count: int, size: int) -> int:
+        budget = self._setup.question.memory_budget
+        if budget is None:
+            budget = _BUDGET.get(self.values.device.type, _BUDGET_ELSEWHERE)
+        # By comparison alone: where a graph is traced for any batch size it then holds for a range of them.
+        at_once = 1
+        while at_once < count and 2 * at_once * size <= budget:
+            at_once *= 2
+        return min(at_once, count)
+
+    def _together(
+        self, numbers: range, changed: Mapping[NestedKey, Tensor], ask: Ask, *, looks: bool
+    ) -> Answer:
+        """What is found of some variants side by side, in the first layout in which they leave each other alone."""
+        inner = self._asked.batch_dims > 0 and not changed.keys() <= self._inputs
+        for layout in LAYOUTS[LAYOUTS.index(self._setup.layout) : -1]:
+            if layout == "axis" and inner:
+                continue  # whether modules then see a flat batch is not known
+            try:
+                answer = self._laid_out(layout, numbers, changed, ask, looks=looks)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # one after the other it is raised again, where it is not of the layout
+                continue
+            if answer is not None:
+                self._setup.layout = layout
+                return answer
+        each = [
+            ask(self._asked, {key: value[i] for key, value in changed.items()}) for i in range(len(numbers))
+        ]
+        self._setup.layout = LAYOUTS[-1]
+        found = {key: torch.stack([one[key] for _, one in each]) for key in each[0][1]}
+        return Answer(numbers, torch.stack([values for values, _ in each]), found)
+
+    def _laid_out(
+        self, layout: str, numbers: range, changed: Mapping[NestedKey, Tensor], ask: Ask, *, looks: bool
+    ) -> Answer | None:
+        """What is found in one layout; ``None`` where variants have to do with each other in it."""
+        copies, middle = len(numbers), len(numbers) // 2
+        if looks:
+            copies += 1
+            changed = {
+                key: torch.cat([value[:middle], self._sources[key].unsqueeze(0), value[middle:]])
+                for key, value in changed.items()
+            }
+        rows = layout == "rows"
+        replaced = {
+            key: value.flatten(0, 1) if self._leads[key] and (rows or key not in self._inputs) else value
+            for key, value in changed.items()
+        }
+        values, found = ask(_beside(self._asked, copies, rows=rows), replaced)
+        several = values.dim() > self._asked.batch_dims + (not rows or not self._asked.batch_dims)
+        values = _apart(values, copies, self._asked.batch_size, several)
+        apart = {key: _apart(value, copies, *self._shape(key, several)) for key, value in found.items()}
+        if not looks:
+            return Answer(numbers, values, apart)
+        if not holds(_is_close(values[middle], self.values)):
+            return None
+        return Answer(
+            numbers,
+            _without(values, middle),
+            {key: _without(value, middle) for key, value in apart.items()},
+        )
+
+    def _shape(self, key: NestedKey, several: bool) -> tuple[torch.Size, bool]:
+        """The shape of what is found of a source, and whether there is one for each output."""
+        value = self._sources.get(key)
+        if value is None:  # not of it, but what it is itself
+            return self._reached[key].shape, False
+        return value.shape, several
+
+    @property
+    def _reached(self) -> dict[NestedKey, Tensor]:
+        return {under(REACHED, key): x for key, x in self._sources.items()}
+
+    def among(self, rows: Tensor) -> Variants | None:
+        """The same of some elements along the first batch axis; ``None`` where they have to do with each other."""
+        if self._setup.layout != LAYOUTS[0] or not self._asked.batch_dims:
+            return None
+        some, count = object.__new__(Variants), self._asked.batch_size[0]
+        some.__dict__.update(self.__dict__)
+        some._asked = self._asked[rows]
+        some.values = self.values.index_select(self.several, rows)
+        some._sources = {key: some_rows(x, count, rows) for key, x in self._sources.items()}
+        share = len(rows) / count
+        some._largest, some._total = math.ceil(self._largest * share), math.ceil(self._total * share)
+        return some
+
+    def _value(
+        self, td: TensorDictBase, replaced: Mapping[NestedKey, Tensor]
+    ) -> tuple[Tensor, dict[NestedKey, Tensor]]:
+        with self._runner.forward(td, target=self.target, replaced=replaced) as run:
+            return values_of(run.seeds(self.target), run.outputs.batch_dims), {}
+
+    def _gradient(
+        self,
+        td: TensorDictBase,
+        replaced: Mapping[NestedKey, Tensor],
+        *,
+        of: Iterable[NestedKey] | None,
+        reached: bool,
+    ) -> tuple[Tensor, dict[NestedKey, Tensor]]:
+        with self._runner.forward(td, target=self.target, replaced=replaced) as run:
+            seeds, sources = run.seeds(self.target), run.sources(replaced if of is None else of)
+            pulled = run.pull(seeds, sources)
+            if reached:
+                pulled.update({under(REACHED, key): x.detach() for key, x in sources.items()})
+            return values_of(seeds, run.outputs.batch_dims), pulled
+
+
+def values_of(seeds: Seeds, batch_dims: int) -> Tensor:
+    """What is explained of each element, weights times outputs, ``[*batch]``; or ``[outputs, *batch]``."""
+    axes = batch_dims + (seeds.several is not None)
+    found = None
+    for z, weight in zip(seeds.tensors, seeds.grads, strict=True):
+        share = torch.where(weight == 0, 0.0, weight * z.detach())
+        share = share.flatten(axes).sum(-1) if share.dim() > axes else share
+        found = share if found is None else found + share
+    assert found is not None
+    return found
+
+
+def _needed(runner: Runner, target: Seeder, td: TensorDictBase) -> TensorDictBase:
+    """Those entries of a batch that the answer depends on."""
+    entries = target.entries
+    if entries is None or getattr(runner.setup.model.runner, "reads_everything", False):
+        return td
+    return td.select(*dict.fromkeys([*runner.setup.in_keys, *entries]), strict=False)
+
+
+def _beside(td: TensorDictBase, copies: int, *, rows: bool) -> TensorDictBase:
+    """A batch so many times over: as rows ``[copies * first, *rest]``, or ``[copies, *batch]``."""
+    expanded = td.expand(copies, *td.batch_size)
+    if not rows or not td.batch_dims:
+        return expanded
+    return expanded.reshape(-1, *td.batch_size[1:])
+
+
+def _apart(value: Tensor, copies: int, shape: torch.Size, several: bool) -> Tensor:
+    """What was found of variants side by side: ``[copies, *shape]``, or ``[copies, outputs, *shape]``."""
+    lead = value.shape[:several]
+    value = value.reshape(*lead, copies, *shape)
+    return value.movedim(0, 1) if several else value
+
+
+def _without(value: Tensor, place: int) -> Tensor:
+    return torch.cat([value[:place], value[place + 1 :]])
+
+
+def _is_close(a: Tensor, b: Tensor) -> Tensor:
+    """Whether values are equal but for rounding, which goes by the largest of them."""
+    if not a.numel():
+        return torch.ones((), dtype=torch.bool, device=a.device)
+    reach: float = torch.finfo(a.dtype).eps ** 0.5
+    return torch.le((a - b).abs(), reach * b.abs().amax())
