@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +11,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.contexts.acting import in_an_objective, takes_one_argument
+from tdhook.contexts.acting import in_an_objective, require_none_besides, takes_one_argument
 from tdhook.keys import named_tensors, parts_of, put, under
 from tdhook.markup import html_table, shown
 from tdhook.models.entries import is_batch
@@ -233,7 +233,7 @@ class ExplainedModule(TensorDictModuleBase):
             values = self._called_with_tensors(named_tensors(self.in_keys, args, kwargs), tensordict_out)
             return values[0] if len(values) == 1 else values
         if kwargs or len(args) > 1:
-            _require_none_besides(args, kwargs)
+            require_none_besides(args, kwargs)
         td = given
         self._check_fields(td if tensordict_out is None else tensordict_out)
         if not compiling and not self._makeup.holds():
@@ -389,13 +389,3 @@ class ExplainedModule(TensorDictModuleBase):
             RuntimeError: no ledger was kept.
         """
         return self._method.report(self._state)
-
-
-def _require_none_besides(args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-    """Raise where an explained module is called with something else than a TensorDict."""
-    others = [*map(repr, args[1:]), *(name for name in kwargs if name != "tensordict")]
-    if others:
-        raise TypeError(
-            f"an explained module takes a TensorDict and tensordict_out=, and also got {', '.join(others)}; put what "
-            "the model reads into the TensorDict"
-        )
