@@ -272,7 +272,7 @@ def test_mistakes() -> None:
         Averaged(gradient, Noise(0.1), of="median")
     with pytest.raises(TypeError, match="compares with no reference: average it over Noise, or give LRP"):
         Averaged(gradient, References("sample", 3))
-    with pytest.raises(ValueError, match="writes more than relevance.*leave out ledger"):
+    with pytest.raises(ValueError, match=r"writes more than relevance.*leave out ledger"):
         Averaged(IntegratedGradients(TARGET, ledger=True), Noise(0.1))
     for options in ({"spread": True}, {"of": "variance"}):
         with pytest.raises(ValueError, match="one explanation has no spread: draw several, by samples"):

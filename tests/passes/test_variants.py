@@ -152,8 +152,8 @@ def test_a_sequence_is_never_cut(tolerance) -> None:
     td = TensorDict({"x": torch.randn(9, 4).double(), "first": first}, [9])
     options = {"steps": STEPS} if tolerance is None else {"tolerance": tolerance}
     method = IntegratedGradients(Target("output", 1), ledger=True, **options)
+    explained = method.wrap(net, in_keys=["x", "first"])
     with pytest.warns(UserWarning, match="'first' is torch.bool, which has no gradient"):
-        explained = method.wrap(net, in_keys=["x", "first"])
         found = explained(td.clone())
     assert explained._setup.layout == "rows"
     atol = 1e-6 if tolerance is None else tolerance

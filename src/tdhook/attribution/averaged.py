@@ -111,7 +111,7 @@ class Averaged(Attribution):
         inputs, dims = _inputs(run), run.td.batch_dims
         keys = [key for key in inputs if key in run.td.keys(True)]
         method, td, fill = self.method.settled(keys, run.td)
-        variants = Variants(runner, run, fill(td), method.reads(td))
+        variants = Variants(runner, run, td=fill(td), reads=method.reads(td))
         method = method.explaining(variants.target)
 
         def changed(numbers: range) -> dict[NestedKey, Tensor]:
