@@ -39,6 +39,9 @@ class Conductance(Complete):
         baseline: where the way of the inputs begins (:data:`~tdhook.perturbing.references.Baseline`).
         steps: of the way.
         **options: those of :class:`~tdhook.contexts.compared.Complete`: ``samples``, ``ledger``, ``input_modules``, ...
+
+    Raises:
+        ValueError: there is no step.
     """
 
     def __init__(
@@ -51,6 +54,8 @@ class Conductance(Complete):
         ledger: bool = False,
         **options: Unpack[Shared],
     ) -> None:
+        if steps < 1:
+            raise ValueError(f"a way has at least one step, got steps={steps}")
         super().__init__(target, baseline=baseline, samples=samples, ledger=ledger, **options)
         self.places = [place for place, _ in quadrature("trapezoid", steps + 1)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tdhook.perturbing.features import Features
 
-__all__ = ["Baseline", "OneBaseline", "blurred", "fitting"]
+__all__ = ["Baseline", "OneBaseline", "as_values", "blurred", "fitting"]
 
 OneBaseline: TypeAlias = "float | str | tuple[str, ...] | Tensor | Callable[[Tensor], Tensor]"
 Baseline: TypeAlias = "OneBaseline | Mapping[NestedKey, OneBaseline]"
@@ -100,7 +100,7 @@ class Replacements:
             elif callable(given):
                 made = given(value)
             else:
-                made = torch.as_tensor(given)
+                made = as_values(cast("float | Tensor", given))
             found[key] = fitting(made, key, value)
         return found
 
@@ -110,6 +110,11 @@ def _check_name(given: str) -> None:
         raise ValueError(
             f"baseline {given!r} is neither 'mean' nor 'sample', a number, a tensor or a function"
         )
+
+
+def as_values(given: float | Tensor) -> Tensor:
+    """A number, or a tensor, as a tensor that has not lost digits of it."""
+    return given if isinstance(given, Tensor) else torch.as_tensor(given, dtype=torch.float64)
 
 
 def fitting(made: Tensor, key: NestedKey, value: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.keys import parts_of, put
-from tdhook.perturbing.baselines import Baseline, OneBaseline, fitting
+from tdhook.perturbing.baselines import Baseline, OneBaseline, as_values, fitting
 from tdhook.perturbing.before import PREVIOUS, markers, step_before
 
 __all__ = ["Baseline", "Drawn", "References", "as_references"]
@@ -267,7 +267,7 @@ class References:
             drawn = given == "sample"
             made = source[chosen(source.shape[0], rows.shape[0], source.device)] if drawn else _mean(source)
         else:
-            made = given(rows) if callable(given) else torch.as_tensor(given)
+            made = given(rows) if callable(given) else as_values(given)
             if made.dim() > 1 and made.shape == value.shape:
                 made = made.reshape(rows.shape)  # a row each
         return _laid_out_as(value, fitting(made, key, rows).reshape(value.shape))
