@@ -9,15 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 
 from tdhook import Contrast, References, Target
 from tdhook.attribution import (
+    Averaged,
     BlurIntegratedGradients,
     Conductance,
     ExpectedGradients,
+    Gradient,
     IntegratedGradients,
     InternalInfluence,
+    Noise,
 )
 from tdhook.targets import Entropy, LogProb
 
@@ -289,3 +293,36 @@ def test_more_steps_are_taken_where_they_are_needed_alone() -> None:
         1 + 1 + 5 + 4 + 2
     )  # both elements: as they are, at the reference, 9 points, and where one looks
     assert rows[-1] < sum(rows[:-1]) and sum(rows) > straight
+
+
+def test_keys_inside_the_model() -> None:
+    """Each key on the way is complete by itself."""
+    torch.manual_seed(0)
+    first, second = nn.Linear(4, 8).double(), nn.Sequential(nn.Tanh(), nn.Linear(8, 3)).double()
+    model = TensorDictSequential(
+        TensorDictModule(first, ["obs"], ["hidden"]), TensorDictModule(second, ["hidden"], ["value"])
+    )
+    td = TensorDict({"obs": torch.randn(5, 4).double()}, [5])
+    value = second(first(td["obs"]))[:, 1]
+    starts = {"obs": second(first(0 * td["obs"]))[:, 1], "hidden": second(torch.zeros(8).double())[1]}
+    for attribute in ("all", ["obs", "hidden"], ["hidden"]):
+        for options in ({}, {"memory_budget": 0}, {"tolerance": 1e-9}):
+            method = IntegratedGradients(Target("value", 1), attribute=attribute, **options)
+            found = method.wrap(model)(td.clone())
+            for key in starts.keys() & set(found["attr"].keys()):
+                torch.testing.assert_close(found["attr", key].sum(-1), value - starts[key], **EXACT)
+
+
+@pytest.mark.parametrize("of", ["mean", "squares"])
+def test_inputs_that_a_function_puts_in_their_place(of) -> None:
+    """They are what noise is added to, and are not made once more."""
+    model, td = net(), batch(5)
+    twice = TensorDict({"input": 2 * td["input"]}, [5])
+    method = Averaged(
+        Gradient(Target("output", 1), attribute=lambda inputs, _: inputs.apply(lambda x: 2 * x)),
+        Noise(0.1, 4),
+        of=of,
+    )
+    plain = Averaged(Gradient(Target("output", 1)), Noise(0.1, 4), of=of)
+    found, expected = method.wrap(model)(td), plain.wrap(model)(twice)
+    torch.testing.assert_close(found["attr", "input"], expected["attr", "input"], **EXACT)

@@ -120,14 +120,12 @@ class Averaged(Attribution):
         def ask(
             td: TensorDictBase, entries: Mapping[NestedKey, Tensor]
         ) -> tuple[Tensor, Mapping[NestedKey, Tensor]]:
-            given, between = td.copy(), {}
+            given = td.copy()
             for key, x in entries.items():
                 value = given.get(key, None)
-                if isinstance(value, Tensor) and value.is_floating_point():
+                if isinstance(value, Tensor) and value.is_floating_point():  # integers stay what they are
                     given.set(key, x)
-                else:  # integers stay entries of their own kind
-                    between[key] = x
-            there = runner.on(given, variants.target, replaced=between)
+            there = runner.on(given, variants.target, replaced=entries)
             found = method.explain(there, given)
             base = there.as_it_is()
             return values_of(base.seeds(variants.target), base.outputs.batch_dims), found
