@@ -13,7 +13,8 @@ from tdhook import LRP
 from tdhook.attribution import Gradient, GradientTimesInput, IntegratedGradients
 from tdhook.attribution.activation_maps import ActivationMap
 from tdhook.attribution.averaged import Averaged
-from tdhook.attribution.cam import GradCAM, HiResCAM, LayerCAM
+from tdhook.attribution.blur import BlurIntegratedGradients
+from tdhook.attribution.cam import GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, XGradCAM
 from tdhook.attribution.expected_gradients import ExpectedGradients
 from tdhook.contexts.attribution import Attribution
 from tdhook.evaluation import Baseline, RandomMap
@@ -56,6 +57,12 @@ def _lrp(preset: str, against: bool = False) -> Tried:
     return Tried(make)
 
 
+def _from_a_blur(subject: Subject) -> Attribution | None:
+    if subject.kind != "pixels":
+        return None
+    return BlurIntegratedGradients(subject.target, attribute=subject.keys)
+
+
 def _of_layer(method: type[ActivationMap]) -> Tried:
     """An activation map of the last convolution, after its ReLU; of pictures alone."""
 
@@ -95,7 +102,10 @@ METHODS: Mapping[str, Tried] = {
     "deeplift": _lrp("deeplift", against=True),
     "deeplift_reveal_cancel": _lrp("deeplift_reveal_cancel", against=True),
     "deeplift_shapley": _lrp("deeplift_shapley", against=True),
+    "blur integrated gradients": Tried(_from_a_blur),
     "Grad-CAM": _of_layer(GradCAM),
+    "Grad-CAM++": _of_layer(GradCAMPlusPlus),
+    "XGrad-CAM": _of_layer(XGradCAM),
     "HiResCAM": _of_layer(HiResCAM),
     "LayerCAM": _of_layer(LayerCAM),
     CHANCE: Tried(lambda of: RandomMap(of.target, attribute=of.keys)),
