@@ -132,9 +132,10 @@ def peers(session: nox.Session) -> None:
 
 @nox.session
 def cluster(session: nox.Session) -> None:
-    """Work on jobs on a local Ray cluster, which is installed for it."""
+    """Work on jobs, collect and store on a local Ray cluster, which is installed for it."""
     install(session, ".[rl,cli,ray,dev]")
-    session.run("pytest", "-m", "cluster", *(session.posargs or ["tests/datasets"]), env=ONE_THREAD)
+    named = ["tests/datasets/test_on_ray.py", "tests/rl/test_ray_collectors.py"]
+    session.run("pytest", "-m", "cluster", *(session.posargs or named), env=ONE_THREAD)
 
 
 @nox.session
@@ -142,8 +143,9 @@ def datasets(session: nox.Session) -> None:
     """Read the data sets of Minari and LeRobot, find strategies, and write tables, with the packages for it."""
     install(session, ".[rl,cli,viz,clusters,minari,lerobot,tables,dev]", "minari", "polars", "duckdb")
     named = [f"tests/datasets/test_{name}.py" for name in ("spray", "minari", "lerobot", "tables", "prepare")]
+    named.append("tests/cli/test_dataset_commands.py")
     workers = ("-n", "auto", "--maxprocesses", "4")
-    session.run("pytest", *workers, *(session.posargs or [*named, "tests/cli"]), env=ONE_THREAD)
+    session.run("pytest", *workers, *(session.posargs or named), env=ONE_THREAD)
 
 
 @nox.session

@@ -22,7 +22,7 @@ from tdhook.targets import TargetLike
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["SPREAD", "Compared", "Complete"]
+__all__ = ["SPREAD", "Compared", "Complete", "write_under"]
 
 Self = TypeVar("Self", bound="Compared")
 SelfComplete = TypeVar("SelfComplete", bound="Complete")
@@ -87,13 +87,6 @@ class Compared(Attribution):
             return super().settled(keys, td, valid)
         references, td, fill = self.references.settled(keys, td, valid)
         return self.against(references), td, fill
-
-    @staticmethod
-    def tell_spread(runner: Runner, run: Run, spread: Mapping[NestedKey, Tensor]) -> None:
-        """Write the standard deviation of relevance over references, by source."""
-        sources = run.sources(spread)
-        for key, value in spread.items():
-            runner.beside[under(SPREAD, key)] = run.in_batch_shape(key, value, sources[key])
 
     def starts(self, run: Run, ends: Mapping[NestedKey, Tensor], numbers: range) -> dict[NestedKey, Tensor]:
         """Some of the references of values, ``[references, *source]``; a key that has none stays as it is.
@@ -170,7 +163,7 @@ class Complete(Compared):
             rises: the differences that it is to add up to, as :meth:`rises` gives them.
             spread: its standard deviation over references.
         """
-        self.tell_spread(runner, run, spread)
+        write_under(SPREAD, runner, run, spread)
         sources = run.sources(found)
         if self.ledger and rises is not None and found.keys() == run.independent_sources()[0].keys():
             runner.beside.update(_accounts(run, sources, found, rises.mean(0)))
@@ -182,6 +175,13 @@ class Complete(Compared):
         """
         answers = variants.answers(self.samples, lambda numbers: self.starts(run, ends, numbers))
         return variants.values - torch.cat([answer.values for answer in answers])
+
+
+def write_under(name: str, runner: Runner, run: Run, values: Mapping[NestedKey, Tensor]) -> None:
+    """Write values of the shape of sources, or ``[outputs, *source]``, each under a name and its own."""
+    sources = run.sources(values)
+    for key, value in values.items():
+        runner.beside[under(name, key)] = run.in_batch_shape(key, value, sources[key])
 
 
 def _accounts(

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from tdhook.tape.internals import gradients_of, warn_of_loops
 from tdhook.tape.undoing import lock, undone
@@ -159,7 +160,7 @@ def _without_a_word_of_loops() -> Iterator[None]:
 
 
 def sizes_behind(tensors: Sequence[Tensor]) -> Iterator[int]:
-    """Bytes of each gradient that travels through the graph of some tensors."""
+    """Bytes of each gradient that travels through the graph of some tensors, but for those of parameters."""
     seen = set()
     ahead = [z.grad_fn for z in tensors]
     while ahead:
@@ -167,6 +168,18 @@ def sizes_behind(tensors: Sequence[Tensor]) -> Iterator[int]:
         if node is None or node in seen:
             continue
         seen.add(node)
+        if _is_of_a_parameter(node):
+            continue
         for shape, dtype in gradients_of(node):
             yield math.prod(shape) * dtype.itemsize
         ahead += [before for before, _ in node.next_functions]
+
+
+def _is_of_a_parameter(node: Node) -> bool:
+    """Whether a node leads to a parameter alone, as the transpose of a weight does."""
+    while len(node.next_functions) == 1:
+        before = node.next_functions[0][0]
+        if before is None:
+            return False
+        node = before
+    return not node.next_functions and isinstance(getattr(node, "variable", None), nn.Parameter)

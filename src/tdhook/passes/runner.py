@@ -97,7 +97,8 @@ class Runner:
             td: what it is run on, with any batch size; left as it is.
             within: how; by default the model as it is.
             target: what is explained, by default what was asked: it computes its value as a part of the model.
-            replaced: values that take the place of attributed ones, by the keys of :meth:`Run.sources`.
+            replaced: values that take the place of attributed ones, by the keys of :meth:`Run.sources`; off the tape
+                the model may overwrite them.
 
         Raises:
             ValueError: the batch is empty, or the model returned another batch size.
@@ -115,8 +116,9 @@ class Runner:
             work, inputs, integers = setup.leaves(td, replaced)
             self.graph.grows_from(inputs.values())
             if how.overwrites:
+                on_tape = torch.is_grad_enabled()
                 for key, value in inputs.items():
-                    if key not in integers:
+                    if key not in integers and (on_tape or key not in replaced):
                         work.set(key, value.clone())
             captured, collecting, forget = None, None, None
             if setup.collects:
@@ -154,13 +156,17 @@ class Runner:
         known = set(kind.__expected_keys__)
         return kind.from_tensordict(work.select(*known.intersection(work.keys())))
 
-    def pinned(self, run: Run) -> tuple[Seeder, TensorDictBase]:
+    def pinned(self, run: Run, target: Seeder | None = None) -> tuple[Seeder, TensorDictBase]:
         """What is asked, the same of every changed input: the target chooses by a run of the inputs as they are.
+
+        Args:
+            run: that run.
+            target: what is explained, by default what was asked.
 
         Returns:
             The target that has chosen, and the TensorDict of the run with what it chose.
         """
-        target, chosen = pin(self.setup.question.target, run.offered(), run.td)
+        target, chosen = pin(target or self.setup.question.target, run.offered(), run.td)
         asked = run.td.copy()
         for key, value in chosen.items():
             asked.set(key, value)

@@ -44,6 +44,8 @@ REACHED = "reached"
 # Bytes of values that variants may take together. More does not fit the caches of a CPU, and takes longer.
 _BUDGET = {"cpu": 2**25}
 _BUDGET_ELSEWHERE = 2**31
+# Bytes of variants that are copied to look at whether they leave each other alone, or two of them.
+_COPIED = 2**20
 
 
 @dataclass(frozen=True)
@@ -67,26 +69,39 @@ class Variants:
     Args:
         runner: runs the model.
         run: the run on the batch as it is.
+        target: what is explained, by default what was asked; only of what the run has written.
         entries: inputs that may be changed, besides what is attributed.
 
     Attributes:
         target: what is explained, with its choice made.
         values: what is explained of each element of the batch as it is, ``[*batch]`` or ``[outputs, *batch]``.
+        batch: the batch size.
     """
 
-    def __init__(self, runner: Runner, run: Run, entries: Mapping[NestedKey, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        run: Run,
+        target: Seeder | None = None,
+        entries: Mapping[NestedKey, Tensor] | None = None,
+    ) -> None:
         self._runner, self._setup = runner, runner.setup
-        self.target, asked = runner.pinned(run)
+        wanted = runner.setup.question.target if target is None else target
+        self.target, asked = runner.pinned(run, wanted)
         self._asked = _needed(runner, self.target, asked)
         sources = {key: x.detach() for key, x in run.sources().items()}
         self._leads = {**dict.fromkeys(entries or (), run.td.batch_dims), **run.batch_dims(sources)}
         self._sources = {**(entries or {}), **sources}
         self._inputs = {*run.inputs, *(entries or ())}
-        seeds = run.seeds(self._setup.question.target)
+        seeds = run.seeds(wanted)
         run.look_at_axes(seeds)
         self.values = values_of(seeds, run.outputs.batch_dims)
+        self.batch: torch.Size = run.outputs.batch_size
+        self._looked: set[Ask] = set()
         sizes = list(sizes_behind(seeds.tensors))
         self._largest, self._total = max(sizes, default=0), sum(sizes)
+        given = sum(x.numel() * x.element_size() for x in self._sources.values())
+        self._few = max(2, _COPIED // max(1, given))
 
     @property
     def size(self) -> int:
@@ -128,19 +143,21 @@ class Variants:
             size: bytes that one variant takes meanwhile.
         """
         at_once = self._at_once(count, size)
-        start, seen = 0, False
+        start = 0
         while start < count:
             alone = at_once == 1 or self._setup.layout == LAYOUTS[-1]
-            numbers = range(start, start + 1 if alone else min(start + at_once, count))
-            changed = change(numbers)
+            looks = not alone and ask not in self._looked
+            step = min(at_once, self._few) if looks else at_once  # where one looks, all is copied once more
+            numbers = range(start, start + 1 if alone else min(start + step, count))
             try:
                 if alone:
-                    values, found = ask(self._asked, {key: value[0] for key, value in changed.items()})
+                    changed = {key: value[0] for key, value in change(numbers).items()}
+                    values, found = ask(self._asked, changed)
                     one = {key: value.unsqueeze(0) for key, value in found.items()}
                     answer = Answer(numbers, values.unsqueeze(0), one)
                 else:
-                    answer = self._together(numbers, changed, ask, looks=not seen)
-                    seen = True
+                    answer = self._together(numbers, change, ask, looks=looks)
+                    self._looked.add(ask)
             except torch.OutOfMemoryError:  # too many for the moment: fewer, in this call alone
                 if alone:
                     raise
@@ -159,23 +176,28 @@ class Variants:
             at_once *= 2
         return min(at_once, count)
 
-    def _together(
-        self, numbers: range, changed: Mapping[NestedKey, Tensor], ask: Ask, *, looks: bool
-    ) -> Answer:
-        """What is found of some variants side by side, in the first layout in which they leave each other alone."""
+    def _together(self, numbers: range, change: Change, ask: Ask, *, looks: bool) -> Answer:
+        """What is found of some variants side by side, in the first layout in which they leave each other alone.
+
+        They are made anew for each layout, since a model may overwrite what it is given.
+        """
+        changed = change(numbers)
         inner = self._asked.batch_dims > 0 and not changed.keys() <= self._inputs
         for layout in LAYOUTS[LAYOUTS.index(self._setup.layout) : -1]:
             if layout == "axis" and inner:
                 continue  # whether modules then see a flat batch is not known
             try:
+                changed = changed or change(numbers)
                 answer = self._laid_out(layout, numbers, changed, ask, looks=looks)
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # one after the other it is raised again, where it is not of the layout
-                continue
+                answer = None
             if answer is not None:
                 self._setup.layout = layout
                 return answer
+            changed = {}
+        changed = change(numbers)
         each = [
             ask(self._asked, {key: value[i] for key, value in changed.items()}) for i in range(len(numbers))
         ]
@@ -199,7 +221,7 @@ class Variants:
             key: value.flatten(0, 1) if self._leads[key] and (rows or key not in self._inputs) else value
             for key, value in changed.items()
         }
-        values, found = ask(_beside(self._asked, copies, rows=rows), replaced)
+        values, found = ask(self._beside(copies, replaced, rows=rows), replaced)
         several = values.dim() > self._asked.batch_dims + (not rows or not self._asked.batch_dims)
         values = _apart(values, copies, self._asked.batch_size, several)
         apart = {key: _apart(value, copies, *self._shape(key, several)) for key, value in found.items()}
@@ -224,13 +246,31 @@ class Variants:
     def _reached(self) -> dict[NestedKey, Tensor]:
         return {under(REACHED, key): x for key, x in self._sources.items()}
 
+    def _beside(self, copies: int, replaced: Mapping[NestedKey, Tensor], *, rows: bool) -> TensorDictBase:
+        """The batch so many times over: as rows ``[copies * first, *rest]``, or ``[copies, *batch]``.
+
+        As rows the entries are copied, but for those that are replaced.
+        """
+        td = self._asked
+        if not rows or not td.batch_dims:
+            return td.expand(copies, *td.batch_size)
+        given = [key for key in replaced if key in self._inputs and isinstance(key, str)]
+        # Integers stay what they are.
+        given = [key for key in given if td.get(key).dtype == replaced[key].dtype]
+        around = td.exclude(*given) if given else td
+        found = around.expand(copies, *td.batch_size).reshape(-1, *td.batch_size[1:])
+        for key in given:
+            found.set(key, replaced[key])
+        return found
+
     def among(self, rows: Tensor) -> Variants | None:
         """The same of some elements along the first batch axis; ``None`` where they have to do with each other."""
         if self._setup.layout != LAYOUTS[0] or not self._asked.batch_dims:
             return None
         some, count = object.__new__(Variants), self._asked.batch_size[0]
         some.__dict__.update(self.__dict__)
-        some._asked = self._asked[rows]
+        some._asked, some._looked = self._asked[rows], set()
+        some.batch = some._asked.batch_size
         some.values = self.values.index_select(self.several, rows)
         some._sources = {key: some_rows(x, count, rows) for key, x in self._sources.items()}
         share = len(rows) / count
@@ -277,14 +317,6 @@ def _needed(runner: Runner, target: Seeder, td: TensorDictBase) -> TensorDictBas
     if entries is None or getattr(runner.setup.model.runner, "reads_everything", False):
         return td
     return td.select(*dict.fromkeys([*runner.setup.in_keys, *entries]), strict=False)
-
-
-def _beside(td: TensorDictBase, copies: int, *, rows: bool) -> TensorDictBase:
-    """A batch so many times over: as rows ``[copies * first, *rest]``, or ``[copies, *batch]``."""
-    expanded = td.expand(copies, *td.batch_size)
-    if not rows or not td.batch_dims:
-        return expanded
-    return expanded.reshape(-1, *td.batch_size[1:])
 
 
 def _apart(value: Tensor, copies: int, shape: torch.Size, several: bool) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tdhook.tape.undoing import set_to
 
-__all__ = ["assumed_nonnegative", "assuming_nonnegative", "deferred", "holds", "seen_to_hold"]
+__all__ = ["assumed_nonnegative", "assuming_nonnegative", "deferred", "holds", "is_traced", "seen_to_hold"]
 
 _NONNEGATIVE: ContextVar[Collection[NestedKey]] = ContextVar("nonnegative", default=())
 _DEFERRED: ContextVar[list[Tensor] | None] = ContextVar("deferred", default=None)
@@ -32,7 +32,12 @@ def holds(condition: Tensor) -> bool:
 
 def seen_to_hold(condition: Tensor) -> bool:
     """Whether a condition is seen to hold for all values, here and now; not while a graph is traced."""
-    return _DEFERRED.get() is None and not torch.compiler.is_compiling() and bool(condition.all())
+    return not is_traced() and bool(condition.all())
+
+
+def is_traced() -> bool:
+    """Whether a graph is traced, which cannot branch on values."""
+    return _DEFERRED.get() is not None or torch.compiler.is_compiling()
 
 
 @contextmanager

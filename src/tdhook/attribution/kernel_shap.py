@@ -1,0 +1,73 @@
+"""Kernel SHAP: the additive model that is closest to what coalitions are worth."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tdhook.attribution.games import Game
+from tdhook.attribution.played import PlayedOut, Playing
+from tdhook.perturbing.coalitions import kernel_coalitions
+from tdhook.tape.conditions import holds
+from tdhook.targets import TargetLike
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["KernelShap"]
+
+
+class KernelShap(PlayedOut):
+    """Shapley values by weighted least squares over coalitions (Lundberg and Lee 2017, theorem 2).
+
+    That the values add up to the difference from the reference is a constraint, and holds exactly. Coalitions come in
+    pairs with their complements (Covert and Lee 2021, section 3.2), and all batch elements are asked about the same.
+    Where all coalitions fit, the values are exact.
+
+    Args:
+        target: what is explained (:mod:`tdhook.targets`); by default the only output there is.
+        coalitions: how many at most, besides none and all of the features.
+        seed: of the coalitions.
+        **options: those of :class:`~tdhook.attribution.played.PlayedOut`: ``baseline``, ``features``, ...
+
+    Raises:
+        ValueError: the coalitions are too few to tell the features apart.
+    """
+
+    def __init__(
+        self,
+        target: TargetLike = None,
+        *,
+        coalitions: int = 2048,
+        seed: int = 0,
+        ledger: bool = False,
+        **options: Unpack[Playing],
+    ) -> None:
+        super().__init__(target, ledger=ledger, **options)
+        if coalitions < 2:
+            raise ValueError(f"at least two coalitions are asked for, got coalitions={coalitions}")
+        self.coalitions, self.seed = coalitions, seed
+
+    def play(self, game: Game) -> Tensor:
+        """All coalitions at once, and one regression for all rows and outputs."""
+        empty, rise = game.empty.double(), (game.full - game.empty).double()
+        if game.count == 1:
+            return rise.unsqueeze(-1)
+        present, weight = kernel_coalitions(game.count, self.coalitions, self.seed)
+        worth = game.worth(len(present), lambda numbers: present[numbers.start : numbers.stop])
+        there = present.to(rise)
+        # The constraint is put in for the last feature: what the others leave of the rise is its value.
+        last = there[:, -1]
+        y = (worth.double() - empty).flatten(1) - last.unsqueeze(1) * rise.flatten()
+        x = (there[:, :-1] - last.unsqueeze(1)) * weight.to(rise).sqrt().unsqueeze(1)
+        square = x.T @ x
+        if not holds(torch.linalg.matrix_rank(square, hermitian=True) == game.count - 1):
+            raise ValueError(
+                f"{len(present)} coalitions do not tell {game.count} features apart: give more coalitions, or group "
+                "features, by features="
+            )
+        others = torch.linalg.solve(square, x.T @ (y * weight.to(rise).sqrt().unsqueeze(1)))
+        values = torch.cat([others, (rise.flatten() - others.sum(0)).unsqueeze(0)])
+        return values.reshape(game.count, *rise.shape).movedim(0, -1)

@@ -1,0 +1,176 @@
+"""Perturbation: methods that replace features and look at what becomes of the target, by forward passes alone."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from tdhook.attribution.games import Game, Learnt, Told, apart, axes_given
+from tdhook.attribution.means import Means
+from tdhook.contexts.attribution import Shared
+from tdhook.contexts.compared import SPREAD, Compared, Complete, write_under
+from tdhook.extras import require
+from tdhook.models.model import Model
+from tdhook.passes.forward import Run
+from tdhook.passes.runner import Runner
+from tdhook.passes.variants import Variants
+from tdhook.perturbing.players import Grouping, Players, as_numbering
+from tdhook.perturbing.references import Baseline, References, as_references
+from tdhook.targets import TargetLike
+from tdhook.targets.base import Seeder
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Played", "PlayedOut", "Playing", "Progress"]
+
+Progress: TypeAlias = "bool | Callable[[int, int], None]"
+"""Told how many of how many coalitions are done; ``True`` for a bar on standard error (extra ``cli``)."""
+
+
+class Playing(Shared, total=False):
+    """Keywords of :class:`Played` that methods with keywords of their own hand on."""
+
+    baseline: Baseline | References
+    samples: int
+    features: Grouping
+    batch_dims: int | None
+    progress: Progress
+
+
+class Played(Compared):
+    """A method that replaces features by those of a reference, and looks at the target.
+
+    Forward passes alone, as many variants side by side as the memory budget allows. The target chooses once, on the
+    inputs as they are. What a feature is worth is split evenly over its entries, so that relevance has the shape of
+    what it is of, and sums over a feature are what it is worth.
+
+    Args:
+        target: what is explained (:mod:`tdhook.targets`); by default the only output there is.
+        baseline: what features are replaced by (:data:`~tdhook.perturbing.references.Baseline`), or
+            :class:`~tdhook.perturbing.references.References`; a TensorDict is data to draw from. A key that none is
+            given for stays as it is.
+        samples: how many references are drawn where the baseline is drawn; relevance is the mean over them.
+        features: what is replaced together (:data:`~tdhook.perturbing.players.Grouping`); by default each entry alone.
+        batch_dims: how many leading axes of the batch tell elements apart. By default as many as do: where elements
+            are seen to depend on each other, as the steps of a recurrent policy, each place along that axis has
+            features of its own, and the target is summed along it.
+        progress: told how far it is (:data:`Progress`).
+        **options: those of :class:`~tdhook.contexts.attribution.Attribution`: ``attribute``, ``input_modules``, ...
+    """
+
+    def __init__(
+        self,
+        target: TargetLike = None,
+        *,
+        baseline: Baseline | References = 0.0,
+        samples: int = 1,
+        features: Grouping = None,
+        batch_dims: int | None = None,
+        progress: Progress = False,
+        **options: Unpack[Shared],
+    ) -> None:
+        super().__init__(target, **options)
+        self.references = as_references(baseline, samples)
+        self.features, self.batch_dims, self.progress = as_numbering(features), batch_dims, progress
+        if progress and self.compile is not None:
+            raise ValueError("a graph tells nobody how far it is: leave out progress, or compile")
+
+    def start(self, model: Model) -> Learnt:
+        """What is found out of the model."""
+        return Learnt()
+
+    def learnt(self, state: Learnt) -> str:
+        """Along which axes elements depend on each other."""
+        return f"together {state.together}"
+
+    @abstractmethod
+    def play(self, game: Game) -> Tensor:
+        """What each feature is worth, ``[rows, features]``; or ``[outputs, rows, features]``."""
+
+    def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
+        """One forward pass to choose, then those of the variants."""
+        found: dict[NestedKey, Tensor] = {}
+        with runner.forward(td) as run, _telling(self.progress) as told:
+            variants = Variants(runner, run, self.wanted(run))
+            for ends in run.independent_sources():
+                means, games = Means(self.spreads), []
+                for number in range(self.samples):
+                    drawn = self.starts(run, ends, range(number, number + 1))
+                    start = {key: x[0] for key, x in drawn.items()}
+                    games.append(self.game(runner, run, variants, ends, start, told))
+                    means.add(games[-1].by_source(self.play(games[-1])))
+                found.update(means.mean)
+                self.note(runner, run, games, means)
+        return found
+
+    def wanted(self, run: Run) -> Seeder:
+        """What the variants are asked about."""
+        return self.seeder
+
+    def game(
+        self,
+        runner: Runner,
+        run: Run,
+        variants: Variants,
+        ends: Mapping[NestedKey, Tensor],
+        start: Mapping[NestedKey, Tensor],
+        told: Told | None = None,
+    ) -> Game:
+        """The game against one reference."""
+        learnt: Learnt = runner.state
+        axes, values = axes_given(run.td, self.batch_dims, self.seeder), None
+        if self.batch_dims is None:
+            axes, values = apart(variants, ends, start, axes, learnt)
+        return Game(variants, ends, start, axes, self.players(learnt), told, values)
+
+    def players(self, learnt: Learnt) -> Callable[[Mapping[NestedKey, Tensor], int], Players]:
+        """What gives the features of values."""
+        return lambda values, others: Players.of(values, others, self.features, learnt.known)
+
+    def note(self, runner: Runner, run: Run, games: Sequence[Game], means: Means) -> None:
+        """Write what is written besides."""
+        write_under(SPREAD, runner, run, means.deviations())
+
+
+class PlayedOut(Played, Complete):
+    """A method whose relevance adds up to the difference of the target from the reference.
+
+    Args:
+        target: what is explained (:mod:`tdhook.targets`); by default the only output there is.
+        ledger: whether to account for it (:class:`~tdhook.contexts.compared.Complete`).
+        **options: those of :class:`Played`: ``baseline``, ``features``, ...
+    """
+
+    def __init__(
+        self, target: TargetLike = None, *, ledger: bool = False, **options: Unpack[Playing]
+    ) -> None:
+        Played.__init__(self, target, **options)
+        self.ledger = ledger
+
+    def note(self, runner: Runner, run: Run, games: Sequence[Game], means: Means) -> None:
+        """Write the accounts, and the spread."""
+        rises = None
+        if self.ledger:
+            rises = torch.stack([game.rise for game in games])
+        self.told(runner, run, means.mean, rises, means.deviations())
+
+
+@contextmanager
+def _telling(progress: Progress) -> Iterator[Told | None]:
+    """Who is told how far it is."""
+    if progress is False:
+        yield None
+    elif progress is not True:
+        yield progress
+    else:
+        with require("rich.progress", "progress=True").Progress(transient=True) as bar:
+            task = bar.add_task("variants")
+            yield lambda done, total: bar.update(task, completed=done, total=total)

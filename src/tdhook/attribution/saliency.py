@@ -1,0 +1,127 @@
+"""Saliency by perturbation: how far a policy's outputs move where a spot of the picture is blurred."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from tdhook.attribution.games import Game
+from tdhook.attribution.played import Played, Playing
+from tdhook.keys import under
+from tdhook.passes.forward import Run
+from tdhook.perturbing.baselines import blurred
+from tdhook.perturbing.windows import Spots, height_and_width, over_channels
+from tdhook.targets import TargetLike
+from tdhook.targets.base import Seeder
+from tdhook.targets.outputs import Target
+from tdhook.targets.time import AtStep
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["PerturbationSaliency", "Spotted", "every_output"]
+
+
+class Spotted(Played):
+    """A method that blurs spots of a picture, one after the other (Greydanus et al. 2018, equation 1).
+
+    Args:
+        target: what is explained (:mod:`tdhook.targets`).
+        distance: between the centres of spots, in pixels.
+        width: standard deviation of a spot, in pixels.
+        **options: those of :class:`~tdhook.attribution.played.Played` but ``features``; ``baseline`` is by default a
+            blur of three pixels.
+
+    Raises:
+        ValueError: features are given, the distance or the width is not positive, or what is attributed is no picture.
+    """
+
+    def __init__(
+        self,
+        target: TargetLike = None,
+        *,
+        distance: int = 5,
+        width: float = 5.0,
+        **options: Unpack[Playing],
+    ) -> None:
+        options.setdefault("baseline", blurred(3.0))
+        super().__init__(target, **options)
+        who = type(self).__name__
+        if self.features is not None:
+            raise ValueError(f"{who} has spots for features; Ablation takes features=")
+        if distance < 1 or not width > 0:
+            raise ValueError(
+                f"spots lie at least one pixel apart and have a positive width, got distance={distance}, width={width}"
+            )
+        self.distance, self.width = distance, width
+
+    def spotted(self, game: Game, score: Callable[[Tensor], Tensor]) -> Tensor:
+        """A map for each key, by entry.
+
+        Args:
+            game: asks.
+            score: of spots, ``[spots, rows]``, given the target there, ``[spots, rows]`` or ``[spots, outputs, rows]``.
+        """
+        found = []
+        for key in game.keys:
+            shape = game.value(key).shape[1:]
+            others = shape[: game.others]
+            height_and_width(shape[game.others :], under(key), type(self).__name__)
+            spots = Spots(tuple(shape), self.distance, self.width)
+
+            def there(
+                numbers: range, key: NestedKey = key, spots: Spots = spots, others: torch.Size = others
+            ) -> dict[NestedKey, Tensor]:
+                number = torch.arange(numbers.start, numbers.stop)
+                at = (torch.arange(others.numel()) == (number // spots.count).unsqueeze(1)).float()
+                masks = at.reshape(-1, *others, 1, 1) * spots.masks(number % spots.count).reshape(
+                    -1, *(1,) * len(others), *spots.shape[-2:]
+                )
+                return {key: 1 - over_channels(masks, len(others), spots.shape)}
+
+            scores = score(game.worth_of(others.numel() * spots.count, there)).movedim(0, -1)
+            maps = spots.spread_out(scores.reshape(*scores.shape[:-1], *others, spots.count))
+            found.append(game.by_place(maps, key))
+        return torch.cat(found, -1)
+
+
+class PerturbationSaliency(Spotted):
+    """``1/2 |f(x) - f(x with a spot blurred)|^2`` over all outputs (Greydanus et al. 2018, equations 2 and 3).
+
+    The logits of an actor, ``PerturbationSaliency("logits")``, or the value of a critic,
+    ``PerturbationSaliency("state_value")``; of an output that is picked, it is that one's change alone. Between the
+    centres of spots the map is linear, and what a pixel has is split evenly over its channels, as frames.
+
+    Args:
+        target: what is explained (:mod:`tdhook.targets`); by default all of the only output there is.
+        **options: those of :class:`Spotted`: ``distance``, ``width``, ``baseline``, ...
+    """
+
+    def wanted(self, run: Run) -> Seeder:
+        """Each of the outputs, where all of one is asked for."""
+        return every_output(self.seeder, run)
+
+    def play(self, game: Game) -> Tensor:
+        """One variant for each spot."""
+
+        def score(worth: Tensor) -> Tensor:
+            square = (worth - game.full).square() / 2
+            return square.sum(1) if game.several else square
+
+        return self.spotted(game, score)
+
+
+def every_output(target: Seeder, run: Run, *, always: bool = False) -> Seeder:
+    """Each of the outputs separately, where a target is all of one; ``always``, whichever of them it picks."""
+    if isinstance(target, AtStep):
+        return replace(target, target=every_output(target.inner(), run, always=always))
+    if isinstance(target, Target):
+        return Target(target.key, "all") if always or target.index is None else target
+    seeds = run.seeds(target)
+    whole = len(seeds.keys) == 1 and seeds.several is None and bool((seeds.grads[0] == 1).all())
+    return Target(seeds.keys[0], "all") if whole else target
