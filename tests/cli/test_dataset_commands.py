@@ -232,3 +232,14 @@ def test_no_report_is_made_of_what_is_not_done_or_not_reduced() -> None:
 def test_a_folder_of_something_else_is_told() -> None:
     for command in ("status", "verify", "reduce", "report"):
         assert "buffer is no job folder of tdhook" in fails(tdhook(command, "buffer"))
+
+
+def test_another_method() -> None:
+    succeeds(explain("--method", "integrated_gradients:steps=5", "--baseline", "mean"))
+    found = open_result(Path("job")).rows["attr", "observation"]
+    assert found.shape == (COUNT, 4) and found.any()
+    assert "under integrated_gradients:steps=5" in (
+        succeeds(tdhook("report", "job")) and Path("job/report.html").read_text()
+    )
+    line = explain("--method", "gradient", "--baseline", "mean").stderr
+    assert "Gradient compares with no baseline: leave out the baseline" in line

@@ -68,6 +68,10 @@ def explain(
     composite: Annotated[
         str, typer.Option(help="A preset or a file, as `tdhook explain` takes it.", metavar="NAME_OR_FILE")
     ] = Words.composite,
+    method: Annotated[
+        MaybeText,
+        typer.Option(help="Another method than LRP, as `tdhook explain` takes it.", metavar="NAME_OR_FILE"),
+    ] = Words.method,
     baseline: Annotated[
         MaybeText,
         typer.Option(
@@ -124,9 +128,9 @@ def explain(
 
     with notes():
         words = Words(
-            policy=policy, source=str(source.absolute()), composite=composite, baseline=baseline, target=target,
-            prepare=prepare, rows=rows, keep=keep, reduce=reduce, by=by, key=tuple(key or ()), in_order=in_order,
-            chunk=chunk, seed=seed,
+            policy=policy, source=str(source.absolute()), composite=composite, method=method, baseline=baseline,
+            target=target, prepare=prepare, rows=rows, keep=keep, reduce=reduce, by=by, key=tuple(key or ()),
+            in_order=in_order, chunk=chunk, seed=seed,
         )  # fmt: skip
         explain(words, out, workers)
 

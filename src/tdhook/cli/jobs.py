@@ -18,7 +18,15 @@ from tdhook.attribution.lrp import LRP
 from tdhook.cli.policies import default_target, find_policy, imported
 from tdhook.cli.reducing import reduced_tables, reducers_of
 from tdhook.cli.words import Words
-from tdhook.configuration import baseline_in, read_baseline, read_composite, read_target, write_target
+from tdhook.configuration import (
+    baseline_in,
+    read_baseline,
+    read_composite,
+    read_method,
+    read_target,
+    write_target,
+)
+from tdhook.contexts.compared import compared
 from tdhook.datasets.again import reduce_kept
 from tdhook.datasets.folder import JobFolder
 from tdhook.datasets.job import Job
@@ -57,7 +65,7 @@ def _job_of(words: Words, out: Path) -> tuple[Job, dict[str, object]]:
     """The job that words stand for, and the words with the names that a page of it shows."""
     policy = find_policy(words.policy, need_env=False)
     source = opened(words.source)
-    rules = read_composite(words.composite)
+    method = LRP(read_composite(words.composite)) if words.method is None else read_method(words.method)
     named = baseline_in(words.composite) if words.baseline is None else words.baseline
     against = None if named in (None, "none") else read_baseline(named)
     target = default_target(policy) if words.target is None else read_target(words.target)
@@ -65,7 +73,7 @@ def _job_of(words: Words, out: Path) -> tuple[Job, dict[str, object]]:
         raise ValueError(f"--keep {words.keep} is none of {', '.join(_KEPT)}")
     prepare = words.prepare
     job = Job(
-        LRP(rules, target=target, baseline=against),
+        compared(method, against).explaining(target),
         policy.actor,
         source,
         out,

@@ -17,6 +17,7 @@ class Words:
     policy: str
     source: str
     composite: str = "epsilon_plus"
+    method: str | None = None
     baseline: str | None = None
     target: str | None = None
     prepare: str | None = None

@@ -22,7 +22,7 @@ from tdhook.targets import TargetLike
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["SPREAD", "Compared", "Complete", "write_under"]
+__all__ = ["SPREAD", "Compared", "Complete", "compared", "write_under"]
 
 Self = TypeVar("Self", bound="Compared")
 SelfComplete = TypeVar("SelfComplete", bound="Complete")
@@ -105,6 +105,19 @@ class Compared(Attribution):
                     "nobody's: name it in attribute, or leave it out"
                 )
         return {key: torch.stack([one.replaced.get(key, x) for one in drawn]) for key, x in ends.items()}
+
+
+def compared(method: Attribution, references: References | None) -> Attribution:
+    """A method with other references; as it is, where there are none.
+
+    Raises:
+        ValueError: it compares with none.
+    """
+    if references is None:
+        return method
+    if not isinstance(method, Compared):
+        raise ValueError(f"{type(method).__name__} compares with no baseline: leave out the baseline")
+    return method.against(references)
 
 
 class Complete(Compared):

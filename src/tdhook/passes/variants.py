@@ -42,7 +42,7 @@ REACHED = "reached"
 
 
 # Bytes of values that variants may take together. More does not fit the caches of a CPU, and takes longer.
-_BUDGET = {"cpu": 2**25}
+_BUDGET = {"cpu": 2**24}
 _BUDGET_ELSEWHERE = 2**31
 # Bytes of variants that are copied to look at whether they leave each other alone, or two of them.
 _COPIED = 2**20
