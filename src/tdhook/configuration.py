@@ -1,8 +1,9 @@
-"""Composites and targets from text: what configuration files and the command line say, as values.
+"""Composites, methods and targets from text: what configuration files and the command line say, as values.
 
 A composite is named (``epsilon_plus``), named with parameters (``epsilon_gamma_box:low=-1,high=1``), or written in a
 TOML or JSON file as the data of :meth:`tdhook.composites.Composite.from_dict`. A target is ``KEY`` or ``KEY:INDEX``. A
 baseline is a number, ``mean``, ``previous``, ``sample:N``, ``blur:WIDTH``, ``@KEY``, or such for each ``KEY=``.
+A method is named, likewise with options, or written in a file under ``method``.
 Nothing is evaluated and nothing imported: text is data.
 """
 
@@ -20,7 +21,9 @@ from typing import Any
 
 from tensordict.utils import NestedKey
 
+from tdhook.attribution.catalogue import METHODS, method_from_dict
 from tdhook.composites import PRESETS, Composite, preset
+from tdhook.contexts.attribution import Attribution
 from tdhook.extras import require
 from tdhook.perturbing.baselines import OneBaseline, blurred
 from tdhook.perturbing.references import References
@@ -33,6 +36,7 @@ __all__ = [
     "read_baseline",
     "read_composite",
     "read_key",
+    "read_method",
     "read_target",
     "write_key",
     "write_target",
@@ -74,9 +78,60 @@ def read_composite(text: str | os.PathLike[str]) -> Composite:
             f"no preset is named {name!r}; presets are {', '.join(PRESETS)} (a file ends in .toml or .json)"
         )
     try:
-        return preset(name, **(_parameters(name, parameters) if parameters else {}))
+        return preset(name, **(_parameters(f"preset {name!r}", parameters) if parameters else {}))
     except ValueError as error:
         raise ValueError(f"{error} (parameters are written like epsilon_gamma_box:low=-1,high=1)") from error
+
+
+def read_method(text: str | os.PathLike[str], **options: object) -> Attribution:
+    """The method that a name or a file stands for.
+
+    Args:
+        text: a name of :data:`~tdhook.attribution.catalogue.METHODS`, with options as in TOML
+            (``integrated_gradients:steps=64,baseline='mean'``) where it needs them; the name of a preset, with its
+            parameters, stands for LRP under it; or path of a ``.toml`` or ``.json`` file that says ``method``, and
+            options, as :func:`~tdhook.attribution.catalogue.method_from_dict` takes them, or is a composite.
+        **options: more of them.
+
+    A ``baseline`` that is text is what :func:`read_baseline` takes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there is no such method, or what is written makes none. The message says where.
+    """
+    name, _, parameters = os.fspath(text).partition(":")
+    if _is_file(os.fspath(text)):
+        data, where = _table_in(Path(text)), f"{text}: "
+        if "method" not in data:
+            data = {"method": "lrp", "composite": read_composite(text), **_only(data, "baseline")}
+    elif name in METHODS:
+        data, where = (
+            {"method": name, **(_parameters(f"method {name!r}", parameters) if parameters else {})},
+            "",
+        )
+    elif name in PRESETS:
+        data, where = {"method": "lrp", "composite": read_composite(text)}, ""
+    else:
+        raise ValueError(
+            f"no method is named {name!r}; methods are {', '.join(METHODS)}, and the presets {', '.join(PRESETS)}"
+        )
+    data.update(options)
+    baseline = data.get("baseline")
+    if isinstance(baseline, str) and baseline not in ("mean", "previous", "sample"):
+        data["baseline"] = read_baseline(baseline)
+    composite = data.get("composite")
+    if isinstance(composite, str):
+        data["composite"] = read_composite(composite)
+    elif isinstance(composite, Mapping):
+        data["composite"] = Composite.from_dict(composite)
+    try:
+        return method_from_dict(data)
+    except ValueError as error:
+        raise ValueError(f"{where}{_shortened(str(error))}") from error
+
+
+def _only(data: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {name: data[name]} if name in data else {}
 
 
 def _is_file(text: str) -> bool:
@@ -112,11 +167,11 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
-def _parameters(name: str, text: str) -> dict[str, Any]:
+def _parameters(what: str, text: str) -> dict[str, Any]:
     try:
         table = _parse_toml(f"parameters = {{{text}}}")
     except ValueError as error:
-        raise ValueError(f"preset {name!r}: {_shortened(repr(text))} are no parameters") from error
+        raise ValueError(f"{what}: {_shortened(repr(text))} are no parameters") from error
     found: dict[str, object] = table["parameters"]
     return found
 

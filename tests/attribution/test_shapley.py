@@ -330,6 +330,14 @@ def test_features_that_do_not_fit() -> None:
         Shapley(batch_dims=2).wrap(module)(td.clone())
 
 
+def test_nothing_to_replace() -> None:
+    method = Shapley(Target("output", 0), input_modules=["0"], baseline={"input": 0.0})
+    with pytest.raises(
+        ValueError, match="the baseline names none of '0', so that nothing there would be replaced"
+    ):
+        method.wrap(mlp())(observations(2))
+
+
 def test_progress() -> None:
     told: list[tuple[int, int]] = []
     Shapley(Target("output", 0), progress=lambda done, total: told.append((done, total))).wrap(mlp())(

@@ -76,17 +76,14 @@ class IntegratedGradients(Complete):
         with runner.forward(td) as run:
             variants = Variants(runner, run)
             for ends in run.independent_sources():
-                starts, means = self.starts(run, ends), Means(self.spreads)
-                rises = self.rises(variants, starts) if self.ledger or self.tolerance else None
-                for number, start in enumerate(starts):
+                means = Means(self.spreads)
+                rises = self.rises(variants, run, ends) if self.ledger or self.tolerance else None
+                for number in range(self.samples):
+                    way = Way(self.starts(run, ends, range(number, number + 1)), ends)
                     if self.tolerance is None or rises is None:
-                        means.add(along(variants, Way([start], ends), self.places))
+                        means.add(along(variants, way, self.places))
                     else:
-                        means.add(
-                            until_close(
-                                variants, Way([start], ends), rises[number], self.tolerance, self.steps
-                            )
-                        )
+                        means.add(until_close(variants, way, rises[number], self.tolerance, self.steps))
                 found.update(means.mean)
                 self.told(runner, run, means.mean, rises, means.deviations())
         return found

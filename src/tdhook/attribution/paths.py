@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.passes.rows import beside, some_rows, with_rows
-from tdhook.passes.variants import Answer, Variants
+from tdhook.passes.variants import Change, Variants
 from tdhook.perturbing.quadrature import quadrature
 
-__all__ = ["Way", "along", "until_close"]
+__all__ = ["Way", "along", "until_close", "weighed"]
 
 Found = dict[NestedKey, Tensor]
 _FIRST = 4
@@ -25,48 +24,41 @@ class Way:
     """Straight ways from references to the input.
 
     Args:
-        starts: the references, by source: one for all points, or one for each.
-        ends: the input, by source.
+        starts: the references by source, ``[references, *source]``: one for all points, or one for each.
+        ends: the input by source.
     """
 
-    def __init__(
-        self, starts: Sequence[Mapping[NestedKey, Tensor]], ends: Mapping[NestedKey, Tensor]
-    ) -> None:
-        self.ends = ends
-        self._starts = {key: torch.stack([one[key] for one in starts]) for key in ends}
+    def __init__(self, starts: Mapping[NestedKey, Tensor], ends: Mapping[NestedKey, Tensor]) -> None:
+        self.starts, self.ends = starts, ends
 
-    def points(self, numbers: range, places: Sequence[float]) -> Found:
+    def points(self, places: Sequence[float]) -> Found:
         """Points so far along, ``[points, *source]`` by source."""
         found = {}
         for key, x in self.ends.items():
-            place = torch.tensor(places, dtype=x.dtype, device=x.device).reshape(-1, *(1,) * x.dim())
-            found[key] = torch.lerp(self._of(key, numbers), x, place)
+            place = torch.tensor(places, dtype=x.dtype, device=x.device)
+            found[key] = torch.lerp(self.starts[key], x, beside(place, x.unsqueeze(0)))
         return found
 
-    def shares(self, answer: Answer) -> Found:
-        """The way times the gradient there, ``[points, *source]`` or ``[points, outputs, *source]``."""
+    def at(self, places: Sequence[float]) -> Change:
+        """The variants that lie so far along."""
+        return lambda numbers: self.points(places[numbers.start : numbers.stop])
+
+    def shares(self, gradients: Mapping[NestedKey, Tensor]) -> Found:
+        """The way times gradients ``[points, *source]`` or ``[points, outputs, *source]``, of the same shape."""
         found = {}
-        for key, grad in answer.found.items():
-            way = self.ends[key] - self._of(key, answer.numbers)
+        for key, grad in gradients.items():
+            way = self.ends[key] - self.starts[key]
             found[key] = (way.unsqueeze(1) if grad.dim() > way.dim() else way) * grad
         return found
 
     def among(self, rows: Tensor, count: int) -> Way:
         """The ways of some of ``count`` elements along the first batch axis."""
-        some = copy.copy(self)
-        some.ends = {key: some_rows(x, count, rows) for key, x in self.ends.items()}
-        some._starts = {
-            key: torch.stack([some_rows(one, count, rows) for one in x]) for key, x in self._starts.items()
-        }
-        return some
-
-    def _of(self, key: NestedKey, numbers: range) -> Tensor:
-        starts = self._starts[key]
-        return starts if len(starts) == 1 else starts[numbers.start : numbers.stop]
+        ends = {key: some_rows(x, count, rows) for key, x in self.ends.items()}
+        return Way({key: some_rows(x, count, rows, 1) for key, x in self.starts.items()}, ends)
 
 
 def along(variants: Variants, way: Way, places: Sequence[tuple[float, float]]) -> Found:
-    """A weighted sum of shares on the way from one reference.
+    """The way from one reference times a weighted sum of gradients on it.
 
     Args:
         variants: asks the model.
@@ -76,15 +68,31 @@ def along(variants: Variants, way: Way, places: Sequence[tuple[float, float]]) -
     Returns:
         By source, ``[*source]`` or ``[outputs, *source]``.
     """
+    summed = weighed(variants, way, places)
+    return {key: (way.ends[key] - way.starts[key][0]) * grad for key, grad in summed.items()}
+
+
+def weighed(
+    variants: Variants,
+    way: Way,
+    places: Sequence[tuple[float, float]],
+    of: Iterable[NestedKey] | None = None,
+) -> Found:
+    """A weighted sum of gradients on the way from one reference, by source as :func:`along` gives them.
+
+    Args:
+        variants: asks the model.
+        way: where to.
+        places: how far along, and with what weight.
+        of: the sources whose gradients are wanted; by default those that go the way.
+    """
     found: Found = {}
     far, weights = zip(*places, strict=True)
-    for answer in variants.gradients(
-        len(places), lambda numbers: way.points(numbers, far[numbers.start : numbers.stop])
-    ):
+    for answer in variants.gradients(len(places), way.at(far), of):
         some = weights[answer.numbers.start : answer.numbers.stop]
-        for key, share in way.shares(answer).items():
-            weight = torch.tensor(some, dtype=share.dtype, device=share.device)
-            total = share.mul_(beside(weight, share)).sum(0)
+        for key, grad in answer.found.items():
+            weight = torch.tensor(some, dtype=grad.dtype, device=grad.device)
+            total = grad.mul_(beside(weight, grad)).sum(0)
             found[key] = found[key] + total if key in found else total
     return found
 

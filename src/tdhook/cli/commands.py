@@ -141,6 +141,7 @@ def demo(
     "tdhook explain --policy cartpole.pt --composite my_rules.toml --target action_value:0 --out why-left\n\n"
     "tdhook explain --policy mypackage.policies:make_actor --env Acrobot-v1 --target logits:action\n\n"
     "tdhook explain --policy cartpole.pt --baseline previous\n\n"
+    "tdhook explain --policy cartpole.pt --method integrated_gradients --tolerance 1e-3\n\n"
     "**A composite file** (first match wins; the preset takes what the pairs leave)\n\n"
     'preset = "epsilon_plus"\n\n'
     'pairs = [{ select = { reads = "observation" }, rule = "GammaRule", gamma = 0.5 }]'
@@ -168,6 +169,18 @@ def explain(
             help=f"{_BASELINE_HELP}; by default that of the composite file, or `none`.", metavar="BASELINE"
         ),
     ] = None,
+    method: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Explain by another method than LRP: its name, with options as in `integrated_gradients:steps=64`, "
+            "or a TOML or JSON file. `tdhook methods` lists them.",
+            metavar="NAME_OR_FILE",
+        ),
+    ] = None,
+    tolerance: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Of `--method integrated_gradients`: how far the sum of relevance may be off."),
+    ] = None,
 ) -> None:
     """Let your own policy act in a gymnasium environment, and explain each of its actions.
 
@@ -179,17 +192,31 @@ def explain(
     require("torchrl", "gymnasium", "matplotlib")
     from tdhook.cli.explanations import Request, run
     from tdhook.cli.policies import find_policy
-    from tdhook.configuration import baseline_in, read_baseline, read_composite, read_key, read_target
+    from tdhook.configuration import (
+        baseline_in,
+        read_baseline,
+        read_composite,
+        read_key,
+        read_method,
+        read_target,
+    )
 
     with notes():
         rules = read_composite(composite)
+        if tolerance is not None and method is None:
+            raise ValueError("--tolerance is one of a method: give --method integrated_gradients")
+        chosen = None if method is None else read_method(method, **_said(tolerance=tolerance))
         what = None if target is None else read_target(target)
         keys = tuple(read_key(key) for key in attribute or ())
         named = baseline_in(composite) if baseline is None else baseline
         against = None if named in (None, "none") else (read_baseline(named), named)
-        run(
-            Request(find_policy(policy, env), rules, composite, what, steps, seed, keys, frames, against), out
-        )
+        found = find_policy(policy, env)
+        run(Request(found, rules, method or composite, what, steps, seed, keys, frames, against, chosen), out)
+
+
+def _said(**options: object) -> dict[str, object]:
+    """Those options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @app.command(
@@ -296,3 +323,15 @@ def rules() -> None:
     console = Console()
     console.print(rules_table())
     console.print(presets_table())
+
+
+@app.command()
+@user_errors()
+def methods() -> None:
+    """List the methods besides LRP, with their formulas, what they cost, and what they need.
+
+    A file names one: `method = "integrated_gradients"`, with its options beside it.
+    """
+    from tdhook.cli.tables import methods_table
+
+    Console().print(methods_table())

@@ -23,6 +23,8 @@ from tdhook.cli.policies import Stage, default_target
 from tdhook.cli.tables import conservation_table, progress_bar, relevance_table
 from tdhook.composites import Composite
 from tdhook.configuration import write_key, write_target
+from tdhook.contexts.attribution import Attribution
+from tdhook.contexts.compared import Compared, Complete
 from tdhook.markup import visible
 from tdhook.perturbing.references import References
 from tdhook.plots import relevance_on_frames, relevance_over_time
@@ -61,6 +63,7 @@ class Request:
         attribute: keys besides the inputs that are explained.
         frames: whether the environment is rendered at each step.
         baseline: what the target is compared with, and what the user calls it; ``None`` to explain its value.
+        method: another method than LRP under the composite, whose name is then that of the method.
     """
 
     policy: Policy
@@ -72,6 +75,7 @@ class Request:
     attribute: tuple[NestedKey, ...] = ()
     frames: bool = False
     baseline: tuple[References, str] | None = None
+    method: Attribution | None = None
 
     @property
     def how(self) -> str:
@@ -108,9 +112,10 @@ def run(request: Request, out: Path) -> None:
     stage = Stage.of(policy, request.seed, request.frames)
     target = request.target or default_target(policy)
     keys = [unravel_key(key) for key in (*policy.actor.in_keys, *request.attribute)]
-    against = request.baseline is not None
+    method = _afterwards(request, target, keys)
+    against = isinstance(method, Compared) and method.references is not None
     acting = policy.actor
-    if not against:
+    if method is None:
         acting = LRP(request.composite, target=target, attribute=keys).wrap(acting)
     with closing(stage.env) as env, progress_bar() as progress:
         task = progress.add_task(
@@ -123,28 +128,42 @@ def run(request: Request, out: Path) -> None:
             lambda done: progress.update(task, completed=done),
             frames=request.frames,
         )
-        if request.baseline is not None:
-            progress.update(task, description="explaining against the baseline")
-            rollout, account = _against(request, request.baseline[0], target, keys, rollout)
+        if method is not None:
+            progress.update(task, description="explaining what was done")
+            rollout = Explain(method, policy.actor, mask_key=None)(rollout)
+            account = Conservation.of(rollout["ledger"]) if "ledger" in rollout else None
         else:
             progress.update(task, description="checking that relevance is conserved")
             account = conservation(rollout, policy.actor, request.composite, target)
         put_on_screen(env, rollout)
     views = _views(rollout, keys, policy, stage.actions)
     what = f"{policy.env_id}: relevance for {write_target(target)} under {request.how}"
-    _show(console, what, views, account, against)
+    _show(console, what, views, account, against, _unaccounted(request))
     for path in _write(out, request, target, rollout, views, account, what):
         console.print(Text(visible(f"wrote {path}")), soft_wrap=True)
 
 
-def _against(
-    request: Request, references: References, target: Target, keys: list[NestedKey], rollout: TensorDict
-) -> tuple[TensorDict, Conservation | None]:
-    """Explain a rollout afterwards, when all that may be compared with is there, and account for it."""
-    conserves = not any(rule.yields == "sensitivity" for _, rule in request.composite)
-    method = LRP(request.composite, target=target, attribute=keys, baseline=references, ledger=conserves)
-    found: TensorDict = Explain(method, request.policy.actor, mask_key=None)(rollout)
-    return found, Conservation.of(found["ledger"]) if conserves else None
+def _afterwards(request: Request, target: Target, keys: list[NestedKey]) -> Attribution | None:
+    """What explains a rollout when all that it may be compared with is there; ``None`` where each step is as it acts.
+
+    Raises:
+        ValueError: there is a baseline, and the method compares with none.
+    """
+    method, baseline = request.method, request.baseline
+    if method is None:
+        if baseline is None:
+            return None
+        conserves = not any(rule.yields == "sensitivity" for _, rule in request.composite)
+        return LRP(request.composite, target=target, attribute=keys, baseline=baseline[0], ledger=conserves)
+    if baseline is not None:
+        if not isinstance(method, Compared):
+            raise ValueError(
+                f"the method {request.composite_name} compares with no baseline: leave out --baseline"
+            )
+        method = method.against(baseline[0])
+    if isinstance(method, Complete):
+        method = method.accounted()
+    return method.asked(target=target, attribute=keys)
 
 
 def _views(
@@ -174,7 +193,7 @@ def _views(
 
 
 def _show(
-    console: Console, what: str, views: list[_View], account: Conservation | None, against: bool
+    console: Console, what: str, views: list[_View], account: Conservation | None, against: bool, subject: str
 ) -> None:
     console.print(Text(visible(what), style="bold"))
     _show_episodes(console, views[0].summary.episodes)
@@ -183,11 +202,16 @@ def _show(
             relevance_table(view.summary, ", ".join(filter(None, ("Mean relevance per step", view.label))))
         )
     if account is None:
-        console.print(
-            "These rules give a modified gradient, which is not conserved: it does not sum to the target."
-        )
+        console.print(f"{subject}, which is not conserved: it does not sum to the target.")
     else:
         console.print(conservation_table(account, against))
+
+
+def _unaccounted(request: Request) -> str:
+    """What there is no account of, the beginning of a sentence."""
+    if request.method is None:
+        return "These rules give a modified gradient"
+    return f"The method {request.composite_name} gives a measure"
 
 
 def _show_episodes(console: Console, episodes: tuple[Episode, ...], most: int = 6) -> None:
@@ -219,6 +243,7 @@ def _write(
         "seed": request.seed,
         "target": write_target(target),
         "composite": {"name": request.composite_name, **request.composite.to_dict()},
+        "method": None if request.method is None else request.composite_name,
         "baseline": None if request.baseline is None else request.baseline[1],
         "conservation": None if account is None else asdict(account),
         "explanations": [{"of": view.label or "observation", **view.summary.to_dict()} for view in views],

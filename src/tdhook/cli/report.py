@@ -34,7 +34,8 @@ def run(folder: Path, out: Path | None) -> None:
             more=more,
             features=_features(explanation.features),
             actions=explanation.actions,
-            composite=told.composite,
+            composite=told.composite if told.method is None else None,
+            method=told.method,
             target=told.target,
             account=told.account,
             baseline=told.baseline,
@@ -42,7 +43,7 @@ def run(folder: Path, out: Path | None) -> None:
             metadata={
                 "environment": told.environment,
                 "seed": told.seed,
-                "composite": told.composite_name,
+                "composite" if told.method is None else "method": told.composite_name,
                 "explained with": f"tdhook {told.tdhook}",
             },
         )

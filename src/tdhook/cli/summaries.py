@@ -43,6 +43,7 @@ class Told:
         target: what was explained, as text.
         composite_name: what the user called it.
         composite: the rules.
+        method: the name of another method than LRP under a composite; ``None`` for that.
         baseline: what was compared with, as text; ``None`` where values were explained.
         account: of the relevance; ``None`` where none of it is conserved.
         explanations: at least one.
@@ -54,6 +55,7 @@ class Told:
     target: str
     composite_name: str
     composite: Composite
+    method: str | None
     baseline: str | None
     account: Conservation | None
     explanations: tuple[Explained, ...]
@@ -68,6 +70,7 @@ def told_by(path: Path) -> Told:
     summary = read_json(path)
     try:
         composite = _entry(summary, "composite", _table)
+        late = {"method": None, "baseline": None, **_entry({"": summary}, "", _table)}
         account = None if _entry(summary, "conservation", _anything) is None else _account(summary)
         return Told(
             tdhook=_entry(summary, "tdhook", _text),
@@ -76,7 +79,8 @@ def told_by(path: Path) -> Told:
             target=_entry(summary, "target", _text),
             composite_name=_entry(composite, "name", _text, "composite."),
             composite=Composite.from_dict({"pairs": _entry(composite, "pairs", _list, "composite.")}),
-            baseline=_entry({"baseline": None, **_entry({"": summary}, "", _table)}, "baseline", _text),
+            method=_entry(late, "method", _text),
+            baseline=_entry(late, "baseline", _text),
             account=account,
             explanations=_explanations(summary),
         )

@@ -14,6 +14,7 @@ from rich.text import Text
 from tensordict import TensorDictBase
 from torch import nn
 
+from tdhook.attribution.catalogue import METHODS
 from tdhook.attribution.lrp import LRP
 from tdhook.attribution.lrp_helpers import rules
 from tdhook.composites import PRESETS, Composite
@@ -129,6 +130,15 @@ def presets_table() -> Table:
     table = _table("Presets", "preset and its parameters", "what it does")
     for name, function in PRESETS.items():
         table.add_row(_signature(name, function), Text(formula(function)))
+    return table
+
+
+def methods_table() -> Table:
+    """All methods: their formulas, what they cost in gradients, what they need."""
+    table = _table("Methods", "method", "what an entry gets", "cost", "needs")
+    table.columns[0].no_wrap = True
+    for name, listed in METHODS.items():
+        table.add_row(Text(name, style="bold"), Text(listed.formula), Text(listed.cost), Text(listed.needs))
     return table
 
 

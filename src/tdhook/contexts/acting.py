@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, Signature, currentframe
 from types import FrameType
 from typing import TypeVar
 
-__all__ = ["in_an_objective", "takes_one_argument"]
+__all__ = ["in_an_objective", "require_none_besides", "takes_one_argument"]
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -36,3 +36,13 @@ def takes_one_argument(function: F) -> F:
     names = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", "tensordict")]
     function.__signature__ = Signature(names)  # type: ignore[attr-defined]
     return function
+
+
+def require_none_besides(args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+    """Raise where an explained module is called with something else than a TensorDict."""
+    others = [*map(repr, args[1:]), *(name for name in kwargs if name != "tensordict")]
+    if others:
+        raise TypeError(
+            f"an explained module takes a TensorDict and tensordict_out=, and also got {', '.join(others)}; put what "
+            "the model reads into the TensorDict"
+        )

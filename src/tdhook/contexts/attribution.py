@@ -127,6 +127,27 @@ class Attribution(ABC):
             ``[*batch, outputs, *features]``.
         """
 
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What all methods take, as this one was given it."""
+        return {
+            "target": self.target,
+            "attribute": self.attribute,
+            "attribution_key": self.attribution_key,
+            "use_inputs": self.use_inputs,
+            "input_modules": self.input_modules,
+            "target_modules": self.target_modules,
+            "values": self.values,
+            "compile": False if self.compile is None else self.compile,
+            "memory_budget": self.memory_budget,
+        }
+
+    def asked(self: Self, **shared: Any) -> Self:
+        """The same, with other options of those that all methods take."""
+        made = copy.copy(self)
+        Attribution.__init__(made, **{**self.shared, **shared})
+        return made
+
     def explaining(self: Self, target: TargetLike) -> Self:
         """The same for another target."""
         other = copy.copy(self)

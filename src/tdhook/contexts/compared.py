@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["SPREAD", "Compared", "Complete", "write_under"]
 
 Self = TypeVar("Self", bound="Compared")
+SelfComplete = TypeVar("SelfComplete", bound="Complete")
 
+_ACCOUNTS = ("target", "inputs", "absorbed", "gap")
 SPREAD = "spread"
 """Where the spread of relevance over several references is written."""
 
@@ -39,10 +41,16 @@ class Compared(Attribution):
 
     references: References | None = None
 
-    def _against(self: Self, references: References) -> Self:
+    def against(self: Self, references: References) -> Self:
+        """The same with other references."""
         other = copy.copy(self)
         other.references = references
         return other
+
+    @property
+    def samples(self) -> int:
+        """How many references there are."""
+        return 0 if self.references is None else self.references.samples
 
     @property
     def spreads(self) -> bool:
@@ -60,11 +68,11 @@ class Compared(Attribution):
 
     def among(self: Self, td: TensorDictBase) -> Self:
         """With means and samples of ``td``, unless the references have data of their own."""
-        return self if self.references is None else self._against(self.references.among(td))
+        return self if self.references is None else self.against(self.references.among(td))
 
     def drawn_from(self: Self, rows: Callable[[], TensorDictBase]) -> Self:
         """With means and samples of these rows, unless the references have data of their own."""
-        return self if self.references is None else self._against(self.references.drawn_from(rows))
+        return self if self.references is None else self.against(self.references.drawn_from(rows))
 
     @property
     def steps_before(self) -> int:
@@ -78,24 +86,37 @@ class Compared(Attribution):
         if self.references is None:
             return super().settled(keys, td, valid)
         references, td, fill = self.references.settled(keys, td, valid)
-        return self._against(references), td, fill
+        return self.against(references), td, fill
 
-    def starts(self, run: Run, ends: Mapping[NestedKey, Tensor]) -> list[dict[NestedKey, Tensor]]:
-        """The references of some values, of the same shapes; a key that has none stays as it is.
+    @staticmethod
+    def tell_spread(runner: Runner, run: Run, spread: Mapping[NestedKey, Tensor]) -> None:
+        """Write the standard deviation of relevance over references, by source."""
+        sources = run.sources(spread)
+        for key, value in spread.items():
+            runner.beside[under(SPREAD, key)] = run.in_batch_shape(key, value, sources[key])
+
+    def starts(self, run: Run, ends: Mapping[NestedKey, Tensor], numbers: range) -> dict[NestedKey, Tensor]:
+        """Some of the references of values, ``[references, *source]``; a key that has none stays as it is."""
+        drawn = [self.reference(run, ends, number) for number in numbers]
+        return {key: torch.stack([one.get(key, x) for one in drawn]) for key, x in ends.items()}
+
+    def reference(self, run: Run, ends: Mapping[NestedKey, Tensor], number: int) -> dict[NestedKey, Tensor]:
+        """One of the references of values, of the same shapes, for those that have one.
 
         Raises:
             ValueError: there is one of an entry that is not attributed, whose part of the difference nobody would get.
         """
         assert self.references is not None
         attributed = {unravel_key(key) for key in run.sources()}
-        drawn = self.references.among_keys(attributed, ends).of(ends, run.batch_dims(ends), run.td)
-        for key in drawn[0].entries:
+        ours = self.references.among_keys(attributed, ends)
+        drawn = ours.one(number, ends, run.batch_dims(ends), run.td)
+        for key in drawn.entries:
             if key not in attributed:
                 raise ValueError(
                     f"the baseline names {key!r}, which is not attributed, so that its part of the difference would be "
                     "nobody's: name it in attribute, or leave it out"
                 )
-        return [{key: one.replaced.get(key, x) for key, x in ends.items()} for one in drawn]
+        return drawn.replaced
 
 
 class Complete(Compared):
@@ -108,7 +129,8 @@ class Complete(Compared):
             given for stays as it is.
         samples: how many references are drawn where the baseline is drawn; relevance is the mean over them.
         ledger: whether to account for it, per batch element: ``("ledger", "target")`` is the difference of the target,
-            ``("ledger", "inputs")`` the sum of the relevance of the inputs, ``("ledger", "gap")`` what they differ in.
+            ``("ledger", "inputs")`` the sum of the relevance of the inputs, ``("ledger", "gap")`` what they differ in,
+            and ``("ledger", "absorbed")`` nothing, which rules of propagation may keep.
         **options: those of :class:`~tdhook.contexts.attribution.Attribution`: ``attribute``, ``input_modules``, ...
     """
 
@@ -125,10 +147,16 @@ class Complete(Compared):
         self.references = as_references(baseline, samples)
         self.ledger = ledger
 
+    def accounted(self: SelfComplete) -> SelfComplete:
+        """The same, with accounts."""
+        other = copy.copy(self)
+        other.ledger = True
+        return other
+
     @property
     def writes(self) -> tuple[NestedKey, ...]:
         """The accounts, if they are kept."""
-        return tuple(("ledger", name) for name in ("target", "inputs", "gap")) if self.ledger else ()
+        return tuple(("ledger", name) for name in _ACCOUNTS) if self.ledger else ()
 
     def told(
         self,
@@ -147,21 +175,17 @@ class Complete(Compared):
             rises: the differences that it is to add up to, as :meth:`rises` gives them.
             spread: its standard deviation over references.
         """
+        self.tell_spread(runner, run, spread)
         sources = run.sources(found)
-        write_under(SPREAD, runner, run, spread)
         if self.ledger and rises is not None and found.keys() == run.independent_sources()[0].keys():
             runner.beside.update(_accounts(run, sources, found, rises.mean(0)))
 
-    @staticmethod
-    def rises(variants: Variants, starts: Sequence[Mapping[NestedKey, Tensor]]) -> Tensor:
+    def rises(self, variants: Variants, run: Run, ends: Mapping[NestedKey, Tensor]) -> Tensor:
         """How far the target is from what it is on each reference, ``[references, *batch]``.
 
         With several outputs ``[references, outputs, *batch]``.
         """
-        answers = variants.answers(
-            len(starts),
-            lambda numbers: {key: torch.stack([starts[i][key] for i in numbers]) for key in starts[0]},
-        )
+        answers = variants.answers(self.samples, lambda numbers: self.starts(run, ends, numbers))
         return variants.values - torch.cat([answer.values for answer in answers])
 
 
@@ -182,5 +206,5 @@ def _accounts(
     for key, source in sources.items():
         shaped = run.in_batch_shape(key, found[key], source)
         arrived = arrived + shaped.reshape(*target.shape, -1).sum(-1)
-    told = {"target": target, "inputs": arrived, "gap": target - arrived}
-    return {cast(NestedKey, ("ledger", name)): value for name, value in told.items()}
+    told = (target, arrived, torch.zeros_like(target), target - arrived)
+    return {cast(NestedKey, ("ledger", name)): value for name, value in zip(_ACCOUNTS, told, strict=True)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +11,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.contexts.acting import in_an_objective, takes_one_argument
+from tdhook.contexts.acting import in_an_objective, require_none_besides, takes_one_argument
 from tdhook.keys import named_tensors, parts_of, put, under
 from tdhook.markup import html_table, shown
 from tdhook.models.entries import is_batch
@@ -233,7 +233,7 @@ class ExplainedModule(TensorDictModuleBase):
             values = self._called_with_tensors(named_tensors(self.in_keys, args, kwargs), tensordict_out)
             return values[0] if len(values) == 1 else values
         if kwargs or len(args) > 1:
-            _require_none_besides(args, kwargs)
+            require_none_besides(args, kwargs)
         td = given
         self._check_fields(td if tensordict_out is None else tensordict_out)
         if not compiling and not self._makeup.holds():
@@ -336,11 +336,7 @@ class ExplainedModule(TensorDictModuleBase):
 
     def _explained(self, runner: Runner) -> tuple[Mapping[NestedKey, Tensor], Run]:
         found = self._method.explain(runner, runner.td)
-        if runner.base is None:  # a method that does not run the model on the inputs as they are
-            with runner.forward(runner.td):
-                pass
-        assert runner.base is not None
-        return found, runner.base
+        return found, runner.as_it_is()  # some methods do not run the model on the inputs as they are
 
     def _relevance(self, base: Run, found: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
         sources = base.sources()
@@ -355,12 +351,12 @@ class ExplainedModule(TensorDictModuleBase):
         return written
 
     def _note_keys(self, written: Mapping[NestedKey, Tensor]) -> None:
-        """Keep ``out_keys`` true: integers have no relevance, modules may be called several times."""
+        """Keep ``out_keys`` true: some inputs have no relevance, modules may be called several times."""
         setup = self._setup
-        if setup.leaves.integers:
-            integers = [self.entry(key) for key in setup.leaves.integers]
-            integers += [("spread", *parts_of(key)) for key in setup.leaves.integers]
-            self.out_keys = [key for key in self.out_keys if key not in integers]
+        without = [key for key in setup.sources if (self._entries.get(key) or self.entry(key)) not in written]
+        if without:
+            theirs = [entry for key in without for entry in (self.entry(key), ("spread", *parts_of(key)))]
+            self.out_keys = [key for key in self.out_keys if key not in theirs]
         below = [parts_of(name) for name in self._method.writes_under]
         if setup.input_modules:
             below.append(parts_of(self._method.attribution_key))
@@ -393,13 +389,3 @@ class ExplainedModule(TensorDictModuleBase):
             RuntimeError: no ledger was kept.
         """
         return self._method.report(self._state)
-
-
-def _require_none_besides(args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-    """Raise where an explained module is called with something else than a TensorDict."""
-    others = [*map(repr, args[1:]), *(name for name in kwargs if name != "tensordict")]
-    if others:
-        raise TypeError(
-            f"an explained module takes a TensorDict and tensordict_out=, and also got {', '.join(others)}; put what "
-            "the model reads into the TensorDict"
-        )

@@ -113,8 +113,10 @@ def account_html(account: Conservation | None, composite: Composite | None, agai
     )
 
 
-def composite_html(composite: Composite | None) -> str:
-    """The pairs of a composite, in their order."""
+def composite_html(composite: Composite | None, method: str | None = None) -> str:
+    """The pairs of a composite, in their order; or what other method it was."""
+    if method is not None:
+        return f"<p>This relevance is by the method <code>{text_html(method)}</code>, under no rules.</p>"
     if composite is None:
         return "<p>It was not said which rules gave this relevance.</p>"
     lines = "".join(

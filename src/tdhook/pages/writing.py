@@ -58,6 +58,7 @@ def write_report(
     more: Sequence[NestedKey] = (),
     frame: NestedKey = "frame",
     composite: Composite | Pairs | str | None = None,
+    method: str | None = None,
     target: TargetLike = None,
     baseline: str | None = None,
     account: Conservation | None = None,
@@ -86,6 +87,7 @@ def write_report(
         more: further relevance that can be chosen on the page.
         frame: key of the frames; not there, there are none.
         composite: what it was explained with: a composite, its pairs or the name of a preset.
+        method: the name of another method than layer-wise relevance propagation, if it was explained by one.
         target: what is explained.
         baseline: what it is compared with, in words, if its difference from there is explained.
         account: of the relevance, see :func:`tdhook.rl.rollouts.conservation`; by default that of the ledger in the
@@ -132,7 +134,7 @@ def write_report(
                 for i, (view, shown) in enumerate(zip(views, rows, strict=True))
             ),
             "account": account_html(account, rules, baseline is not None),
-            "composite": composite_html(rules),
+            "composite": composite_html(rules, method),
             "facts": list_html(facts)
             if facts
             else "<p>Nothing was said of target, environment and seed.</p>",

@@ -7,6 +7,7 @@ catches what says so.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -58,6 +59,24 @@ class Runner:
         self.beside: dict[NestedKey, Tensor] = {}
         self.graph = Graph()
         self._before: Snapshot | None = None
+
+    def on(self, td: TensorDictBase, target: Seeder | None = None, state: Any = None) -> Runner:
+        """What runs the model on another batch in the same call, for another target or another method's state."""
+        other = copy.copy(self)
+        other.state = self.state if state is None else state
+        if target is not None:
+            other.setup = self.setup.asking(target)
+        other.td = other.given = td
+        other.base, other.beside = None, {}
+        return other
+
+    def as_it_is(self) -> Run:
+        """The run on the batch as it is, which is made if there was none."""
+        if self.base is None:
+            with self.forward(self.td):
+                pass
+        assert self.base is not None
+        return self.base
 
     def check(self) -> None:
         """Raise where the model cannot be run on ``td``, as :meth:`forward` does."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from tensordict.nn import TensorDictModuleBase
@@ -109,6 +110,12 @@ class Setup:
         self.of_inference = made_in_inference_mode(self.turn.modules)
         self.keeps_anywhere = True
         self.axes = Axes()
+
+    def asking(self, target: Seeder) -> Setup:
+        """The same for another target, which explains the same outputs."""
+        other = copy.copy(self)
+        other.question = replace(self.question, target=target)
+        return other
 
     def axis(self, batch: tuple[int, ...], name: str, output: Tensor, module: nn.Module) -> int:
         """Which axis of a module's output is that of the batch."""

@@ -8,8 +8,9 @@ call: among the first variants lies the batch as it is, and the model must answe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -17,6 +18,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.keys import under
 from tdhook.passes.backward import sizes_behind
 from tdhook.passes.forward import Run
 from tdhook.passes.rows import some_rows
@@ -25,7 +27,7 @@ from tdhook.passes.setup import LAYOUTS
 from tdhook.tape.conditions import holds
 from tdhook.targets.base import Seeder, Seeds
 
-__all__ = ["Answer", "Change", "Variants"]
+__all__ = ["REACHED", "Answer", "Change", "Variants", "values_of"]
 
 Change: TypeAlias = "Callable[[range], Mapping[NestedKey, Tensor]]"
 """Given numbers of variants, what takes the place of sources there: ``[variants, *source]`` by key."""
@@ -34,6 +36,10 @@ Ask: TypeAlias = (
     "Callable[[TensorDictBase, Mapping[NestedKey, Tensor]], tuple[Tensor, Mapping[NestedKey, Tensor]]]"
 )
 """Given a batch, and what takes the place of sources: what is explained of each element, and more by source."""
+
+REACHED = "reached"
+"""Where the values of sources are told beside their gradients."""
+
 
 # Bytes of values that variants may take together. More does not fit the caches of a CPU, and takes longer.
 _BUDGET = {"cpu": 2**25}
@@ -63,6 +69,7 @@ class Variants:
     Args:
         runner: runs the model.
         run: the run on the batch as it is.
+        entries: inputs that may be changed, besides what is attributed.
         target: what is explained, by default what was asked; only of what the run has written.
 
     Attributes:
@@ -71,14 +78,21 @@ class Variants:
         batch: the batch size.
     """
 
-    def __init__(self, runner: Runner, run: Run, target: Seeder | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        run: Run,
+        entries: Mapping[NestedKey, Tensor] | None = None,
+        target: Seeder | None = None,
+    ) -> None:
         self._runner, self._setup = runner, runner.setup
         wanted = runner.setup.question.target if target is None else target
         self.target, asked = runner.pinned(run, wanted)
         self._asked = _needed(runner, self.target, asked)
-        self._sources = {key: x.detach() for key, x in run.sources().items()}
-        self._leads = run.batch_dims(self._sources)
-        self._inputs = set(run.inputs)
+        sources = {key: x.detach() for key, x in run.sources().items()}
+        self._leads = {**dict.fromkeys(entries or (), run.td.batch_dims), **run.batch_dims(sources)}
+        self._sources = {**(entries or {}), **sources}
+        self._inputs = {*run.inputs, *(entries or ())}
         seeds = run.seeds(wanted)
         run.look_at_axes(seeds)
         self.values = values_of(seeds, run.outputs.batch_dims)
@@ -88,6 +102,11 @@ class Variants:
         self._largest, self._total = max(sizes, default=0), sum(sizes)
         given = sum(x.numel() * x.element_size() for x in self._sources.values())
         self._few = max(2, _COPIED // max(1, given))
+
+    @property
+    def size(self) -> int:
+        """Bytes that one variant takes while it is run forwards and backwards."""
+        return self._total + 4 * self._largest
 
     @property
     def several(self) -> int:
@@ -100,9 +119,19 @@ class Variants:
         with torch.no_grad():
             yield from self.each(count, change, self._value, 2 * self._largest)
 
-    def gradients(self, count: int, change: Change) -> Iterator[Answer]:
-        """The values of so many variants, some at a time, and their gradients by source."""
-        yield from self.each(count, change, self._gradient, self._total + 4 * self._largest)
+    def gradients(
+        self, count: int, change: Change, of: Iterable[NestedKey] | None = None, *, reached: bool = False
+    ) -> Iterator[Answer]:
+        """The values of so many variants, some at a time, and their gradients by source.
+
+        Args:
+            count: how many variants there are.
+            change: makes them.
+            of: the sources whose gradients are wanted; by default those that are changed.
+            reached: whether the values of these are wanted too, under ``(REACHED, key)``.
+        """
+        ask = partial(self._gradient, of=of, reached=reached)
+        yield from self.each(count, change, ask, self.size)
 
     def each(self, count: int, change: Change, ask: Ask, size: int) -> Iterator[Answer]:
         """What is found of so many variants, some at a time.
@@ -195,9 +224,7 @@ class Variants:
         values, found = ask(self._beside(copies, replaced, rows=rows), replaced)
         several = values.dim() > self._asked.batch_dims + (not rows or not self._asked.batch_dims)
         values = _apart(values, copies, self._asked.batch_size, several)
-        apart = {
-            key: _apart(value, copies, self._sources[key].shape, several) for key, value in found.items()
-        }
+        apart = {key: _apart(value, copies, *self._shape(key, several)) for key, value in found.items()}
         if not looks:
             return Answer(numbers, values, apart)
         if not holds(_is_close(values[middle], self.values)):
@@ -226,6 +253,17 @@ class Variants:
             found.set(key, replaced[key])
         return found
 
+    def _shape(self, key: NestedKey, several: bool) -> tuple[torch.Size, bool]:
+        """The shape of what is found of a source, and whether there is one for each output."""
+        value = self._sources.get(key)
+        if value is None:  # not of it, but what it is itself
+            return self._reached[key].shape, False
+        return value.shape, several
+
+    @property
+    def _reached(self) -> dict[NestedKey, Tensor]:
+        return {under(REACHED, key): x for key, x in self._sources.items()}
+
     def among(self, rows: Tensor) -> Variants | None:
         """The same of some elements along the first batch axis; ``None`` where they have to do with each other."""
         if self._setup.layout != LAYOUTS[0] or not self._asked.batch_dims:
@@ -247,11 +285,18 @@ class Variants:
             return values_of(run.seeds(self.target), run.outputs.batch_dims), {}
 
     def _gradient(
-        self, td: TensorDictBase, replaced: Mapping[NestedKey, Tensor]
+        self,
+        td: TensorDictBase,
+        replaced: Mapping[NestedKey, Tensor],
+        *,
+        of: Iterable[NestedKey] | None,
+        reached: bool,
     ) -> tuple[Tensor, dict[NestedKey, Tensor]]:
         with self._runner.forward(td, target=self.target, replaced=replaced) as run:
-            seeds = run.seeds(self.target)
-            pulled = run.pull(seeds, run.sources(replaced))
+            seeds, sources = run.seeds(self.target), run.sources(replaced if of is None else of)
+            pulled = run.pull(seeds, sources)
+            if reached:
+                pulled.update({under(REACHED, key): x.detach() for key, x in sources.items()})
             return values_of(seeds, run.outputs.batch_dims), pulled
 
 

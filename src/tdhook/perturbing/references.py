@@ -71,7 +71,7 @@ class References:
         if spread and samples == 1:
             raise ValueError("one reference has no spread: draw several, by samples")
         self.baseline: Baseline = dict(baseline) if isinstance(baseline, Mapping) else baseline
-        self.samples, self.data, self.seed = samples, data, seed
+        self.samples, self.data, self.seed, self.first = samples, data, seed, 0
         self.values, self.spread = values, spread
         if samples > 1 and not self._asks("sample"):
             raise ValueError(f'samples={samples} are drawn of data: give baseline="sample"')
@@ -105,19 +105,33 @@ class References:
             KeyError: something is named that is not there.
             ValueError: a baseline does not fit.
         """
-        found = []
+        return [self.one(number, values, batch_dims, td) for number in range(self.samples)]
+
+    def one(
+        self,
+        number: int,
+        values: Mapping[NestedKey, Tensor],
+        batch_dims: Mapping[NestedKey, int],
+        td: TensorDictBase,
+    ) -> Drawn:
+        """The reference of a number, as :meth:`of` gives all."""
         keys = {_plain(key): key for key in values}
-        for number in range(self.samples):
-            drawn, chosen = Drawn(), _Chosen(self.seed, number)
-            for name, given in self._named(list(keys), td, number).items():
-                if name in keys:
-                    key = keys[name]
-                    drawn.replaced[key] = self._made(given, name, values[key], batch_dims[key], td, chosen)
-                else:
-                    value = td.get(name)
-                    drawn.entries[name] = self._made(given, name, value, td.batch_dims, td, chosen)
-            found.append(drawn)
-        return found
+        number += self.first
+        drawn, chosen = Drawn(), _Chosen(self.seed, number)
+        for name, given in self._named(list(keys), td, number).items():
+            if name in keys:
+                key = keys[name]
+                drawn.replaced[key] = self._made(given, name, values[key], batch_dims[key], td, chosen)
+            else:
+                value = td.get(name)
+                drawn.entries[name] = self._made(given, name, value, td.batch_dims, td, chosen)
+        return drawn
+
+    def only(self, number: int) -> References:
+        """One of them alone."""
+        other = copy.copy(self)
+        other.samples, other.first, other.values, other.spread = 1, self.first + number, False, False
+        return other
 
     def among_keys(self, attributed: Collection[NestedKey], keys: Iterable[NestedKey]) -> References:
         """The same for some of the keys that are attributed, where there may be others by name."""
@@ -279,6 +293,7 @@ class _Settled(References):
         self, of: References, given: Mapping[NestedKey, OneBaseline], drawn: Sequence[NestedKey]
     ) -> None:
         self.baseline, self.samples, self.data, self.seed = of.baseline, of.samples, of.data, of.seed
+        self.first = of.first
         self.values, self.spread = of.values, of.spread
         self._given, self._drawn = given, drawn
 
@@ -362,6 +377,10 @@ def as_references(baseline: Baseline | References | None, samples: int) -> Refer
             raise ValueError("samples says how many baselines are drawn: give baseline too")
         return None
     if isinstance(baseline, References):
+        if samples not in (1, baseline.samples):
+            raise ValueError(
+                f"References(samples={baseline.samples}) says how many are drawn, and samples={samples} too"
+            )
         return baseline
     if isinstance(baseline, TensorDictBase):
         return References("sample", samples, baseline)

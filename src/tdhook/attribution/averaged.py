@@ -1,0 +1,214 @@
+"""Averaged: any method, over noise, references, or transforms that can be undone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from tdhook.attribution.means import Means
+from tdhook.contexts.attribution import Attribution
+from tdhook.contexts.compared import SPREAD, Compared
+from tdhook.keys import under
+from tdhook.models.model import Model
+from tdhook.passes.forward import Run
+from tdhook.passes.runner import Runner
+from tdhook.passes.variants import Variants, values_of
+from tdhook.perturbing.draws import Draws
+from tdhook.perturbing.references import Fill, References
+from tdhook.targets import TargetLike
+
+__all__ = ["ERROR", "Averaged"]
+
+ERROR = "standard_error"
+"""Where the standard error of averaged relevance is written."""
+
+
+class Averaged(Attribution):
+    """A method, averaged: over noise, SmoothGrad (Smilkov et al. 2017); over references; over flips and shifts.
+
+    What is chosen (``"argmax"``, an action) is chosen once, on the input as it is.
+
+    Args:
+        method: any method, :class:`~tdhook.attribution.lrp.LRP` and those around others included; what is explained
+            and attributed is what it says.
+        over: what is averaged over: :class:`~tdhook.perturbing.draws.Noise`, ``Flips``, ``Shifts``, or what has their
+            methods; or :class:`~tdhook.perturbing.references.References`, for a method that compares with one.
+        of: what is written: the ``"mean"`` of relevance, that of its ``"squares"`` (SmoothGrad squared, Hooker et al.
+            2019), or its ``"variance"`` (VarGrad, Adebayo et al. 2018).
+        spread: whether its standard deviation is written too, under ``("spread", key)``, and the standard error of the
+            mean under ``("standard_error", key)``, of the shape of the relevance of ``key``.
+
+    Raises:
+        TypeError: there are references to be averaged over, and the method compares with none.
+        ValueError: the method writes more than relevance (a ledger), which nobody averages; there is no spread of one.
+    """
+
+    def __init__(
+        self,
+        method: Attribution,
+        over: Draws | References,
+        *,
+        of: Literal["mean", "squares", "variance"] = "mean",
+        spread: bool = False,
+    ) -> None:
+        if of not in ("mean", "squares", "variance"):
+            raise ValueError(f"of is 'mean', 'squares' or 'variance', got {of!r}")
+        if isinstance(over, References) and not isinstance(method, Compared):
+            raise TypeError(
+                f"{method!r} compares with no reference: average it over Noise, or give LRP or another"
+            )
+        if method.writes or method.writes_under:
+            raise ValueError(
+                f"{method!r} writes more than relevance, which would be that of one of many: leave out ledger, and the "
+                "values and spread of References"
+            )
+        if over.samples < 2 and (spread or of == "variance"):
+            raise ValueError("one explanation has no spread: draw several, by samples")
+        super().__init__(**method.shared)
+        self.method, self.over, self.of, self.spread = method, over, of, spread
+
+    def __repr__(self) -> str:
+        return f"Averaged({self.method!r}, over={type(self.over).__name__})"
+
+    def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
+        """One forward pass to choose, then what the method does for each draw, as many at once as fit."""
+        means = Means(self.spread or self.of == "variance")
+        with runner.forward(td) as run:
+            if isinstance(self.over, References):
+                for number in range(self.over.samples):
+                    method = self._of_reference(number)
+                    self._add(means, {key: x[None] for key, x in method.explain(runner.on(td), td).items()})
+            else:
+                self._draw(means, runner, run)
+            sources = run.sources(means.mean)
+            for key, value in means.deviations().items() if self.spread else ():
+                shaped = run.in_batch_shape(key, value, sources[key])
+                runner.beside[under(SPREAD, key)] = shaped
+                runner.beside[under(ERROR, key)] = shaped / self.over.samples**0.5
+        if self.of == "variance":
+            return {key: value.square() for key, value in means.deviations().items()}
+        return means.mean
+
+    def _add(self, means: Means, found: Mapping[NestedKey, Tensor]) -> None:
+        """Add explanations, ``[draws, *source]`` or ``[draws, outputs, *source]`` by source."""
+        count = len(next(iter(found.values())))
+        means.add_all({key: x.square() for key, x in found.items()} if self.of == "squares" else found, count)
+
+    def _draw(self, means: Means, runner: Runner, run: Run) -> None:
+        over = self.over
+        assert not isinstance(over, References)
+        inputs = _inputs(runner, run)
+        variants = Variants(runner, run, entries=inputs)
+        method, dims = self.method.explaining(variants.target), run.td.batch_dims
+
+        def changed(numbers: range) -> dict[NestedKey, Tensor]:
+            return {key: over.changed(key, x, dims, numbers) for key, x in inputs.items()}
+
+        def ask(
+            td: TensorDictBase, entries: Mapping[NestedKey, Tensor]
+        ) -> tuple[Tensor, Mapping[NestedKey, Tensor]]:
+            given = td.copy()
+            for key, x in entries.items():
+                given.set(key, x)
+            there = runner.on(given, variants.target)
+            found = method.explain(there, given)
+            base = there.as_it_is()
+            return values_of(base.seeds(variants.target), base.outputs.batch_dims), found
+
+        for answer in variants.each(over.samples, changed, ask, variants.size):
+            before = 1 + variants.several + dims
+            self._add(
+                means,
+                {
+                    key: over.undone(key, x, before, answer.numbers) if key in inputs else x
+                    for key, x in answer.found.items()
+                },
+            )
+
+    def _of_reference(self, number: int) -> Attribution:
+        """The method, with one of the references."""
+        assert isinstance(self.over, References) and isinstance(self.method, Compared)
+        return self.method.against(self.over.only(number))
+
+    def _around(self, method: Attribution, over: Draws | References) -> Averaged:
+        other = copy.copy(self)
+        other.target, other.seeder, other.method, other.over = method.target, method.seeder, method, over
+        return other
+
+    def asked(self, **shared: Any) -> Averaged:
+        """The same, with other options of those that all methods take."""
+        return Averaged(self.method.asked(**shared), self.over, of=self.of, spread=self.spread)
+
+    def explaining(self, target: TargetLike) -> Averaged:
+        """The same for another target."""
+        return self._around(self.method.explaining(target), self.over)
+
+    def among(self, td: TensorDictBase) -> Averaged:
+        """With means and samples of ``td``, unless the references have data of their own."""
+        over = self.over
+        return self._around(self.method.among(td), over.among(td) if isinstance(over, References) else over)
+
+    def drawn_from(self, rows: Callable[[], TensorDictBase]) -> Averaged:
+        """With means and samples of these rows, unless the references have data of their own."""
+        over = self.over
+        return self._around(
+            self.method.drawn_from(rows), over.drawn_from(rows) if isinstance(over, References) else over
+        )
+
+    @property
+    def steps_before(self) -> int:
+        """As many as the method looks at, or the references."""
+        ours = self.over.steps_before if isinstance(self.over, References) else 0
+        return max(ours, self.method.steps_before)
+
+    def settled(
+        self, keys: Sequence[NestedKey], td: TensorDictBase, valid: Tensor | None = None
+    ) -> tuple[Averaged, TensorDictBase, Fill]:
+        """With references that are entries, where they are means, draws, or the step before."""
+        if isinstance(self.over, References):
+            over, td, fill = self.over.settled(keys, td, valid)
+            return self._around(self.method, over), td, fill
+        method, td, fill = self.method.settled(keys, td, valid)
+        return self._around(method, self.over), td, fill
+
+    def start(self, model: Model) -> Any:
+        """What the method works out."""
+        return self.method.start(model)
+
+    @property
+    def writes_under(self) -> tuple[str, ...]:
+        """``"spread"`` and ``"standard_error"``, if they were asked for."""
+        return (SPREAD, ERROR) if self.spread else ()
+
+    def reads(self, td: TensorDictBase) -> list[NestedKey]:
+        """What the method reads, and the references are taken of."""
+        return [*self.method.reads(td), *(self.over.reads(td) if isinstance(self.over, References) else ())]
+
+    def reads_signs(self, state: Any) -> bool:
+        """Noise may take away that no input is negative."""
+        return False
+
+    def learnt(self, state: Any) -> str:
+        """What the method has seen."""
+        return self.method.learnt(state)
+
+
+def _inputs(runner: Runner, run: Run) -> dict[NestedKey, Tensor]:
+    """The inputs that are changed: those that are attributed, or, where only inner values are, those of the model."""
+    setup = runner.setup
+    found = {key: x.detach() for key, x in run.inputs.items()}
+    for key in () if found else setup.model.attributed:
+        value = run.td.get(key, None)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            found[key] = value.detach()
+    found = {key: x for key, x in found.items() if key in run.td.keys(True)}
+    if not found:
+        raise ValueError(
+            "there is no input to change: none that the model reads is floating-point and an entry of the TensorDict"
+        )
+    return found

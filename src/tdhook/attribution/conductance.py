@@ -1,0 +1,121 @@
+"""Conductance and internal influence: a layer's part, while the input comes from its baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from tdhook.attribution.means import Means
+from tdhook.attribution.paths import Way, weighed
+from tdhook.contexts.attribution import Shared
+from tdhook.contexts.compared import Compared, Complete
+from tdhook.keys import under
+from tdhook.passes.runner import Runner
+from tdhook.passes.variants import REACHED, Variants
+from tdhook.perturbing.quadrature import quadrature
+from tdhook.perturbing.references import Baseline, References, as_references
+from tdhook.targets import TargetLike
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Conductance", "InternalInfluence"]
+
+
+class Conductance(Complete):
+    """The integral of ``df/dh dh/dt`` over the way of the input from its baseline (Dhamdhere et al. 2019, eq. 2).
+
+    ``h`` are the layers that ``input_modules`` names, and the inputs, whose conductance is their integrated gradient.
+    The sum over all units that the way goes through is ``f(x) - f(b)``, up to the trapezoid rule.
+
+    Args:
+        target: what is explained (:mod:`tdhook.targets`); by default the only output there is.
+        baseline: where the way of the inputs begins (:data:`~tdhook.perturbing.references.Baseline`).
+        steps: of the way.
+        **options: those of :class:`~tdhook.contexts.compared.Complete`: ``samples``, ``ledger``, ``input_modules``, ...
+    """
+
+    def __init__(
+        self,
+        target: TargetLike = None,
+        *,
+        baseline: Baseline | References = 0.0,
+        samples: int = 1,
+        steps: int = 64,
+        ledger: bool = False,
+        **options: Unpack[Shared],
+    ) -> None:
+        super().__init__(target, baseline=baseline, samples=samples, ledger=ledger, **options)
+        self.places = [place for place, _ in quadrature("trapezoid", steps + 1)]
+
+    def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
+        """One forward pass to choose, then a forward and a backward pass for each step, as many at once as fit."""
+        means = Means(self.spreads)
+        with runner.forward(td) as run:
+            variants, sources = Variants(runner, run), list(run.sources())
+            ends = {key: x.detach() for key, x in run.inputs.items()}
+            for number in range(self.samples):
+                way = Way(self.starts(run, ends, range(number, number + 1)), ends)
+                found: dict[NestedKey, Tensor] = {}
+                last: dict[NestedKey, Tensor] = {}
+                for answer in variants.gradients(
+                    len(self.places), way.at(self.places), sources, reached=True
+                ):
+                    now = {
+                        key: torch.cat([last[key][None], x]) if last else x for key, x in answer.found.items()
+                    }
+                    last = {key: x[-1] for key, x in now.items()}
+                    for key in sources:
+                        grad, value = now[key], now[under(REACHED, key)]
+                        step = value.diff(dim=0)
+                        step = step.unsqueeze(1) if grad.dim() > step.dim() else step
+                        share = (step * (grad[1:] + grad[:-1]) / 2).sum(0)
+                        found[key] = found[key] + share if key in found else share
+                means.add(found)
+            inputs = {key: means.mean[key] for key in ends if key in means.mean}
+            rises = self.rises(variants, run, ends) if self.ledger else None
+            self.told(runner, run, inputs, rises, means.deviations())
+        return means.mean
+
+
+class InternalInfluence(Compared):
+    """The mean gradient of a layer on the way of the input from its baseline (Leino et al. 2018, Definition 1).
+
+    Args:
+        target: what is explained (:mod:`tdhook.targets`); by default the only output there is.
+        baseline: where the way of the inputs begins (:data:`~tdhook.perturbing.references.Baseline`).
+        samples: how many references are drawn where the baseline is drawn.
+        steps: how many gradients are averaged.
+        rule: of the quadrature, as :class:`~tdhook.attribution.IntegratedGradients` takes it.
+        **options: those of :class:`~tdhook.contexts.attribution.Attribution`: ``input_modules`` names the layers.
+    """
+
+    def __init__(
+        self,
+        target: TargetLike = None,
+        *,
+        baseline: Baseline | References = 0.0,
+        samples: int = 1,
+        steps: int = 32,
+        rule: str = "gauss_legendre",
+        **options: Unpack[Shared],
+    ) -> None:
+        super().__init__(target, **options)
+        self.references, self.places = as_references(baseline, samples), quadrature(rule, steps)
+
+    def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
+        """One forward pass to choose, then a forward and a backward pass for each step, as many at once as fit."""
+        means = Means(self.spreads)
+        with runner.forward(td) as run:
+            variants, sources = Variants(runner, run), list(run.sources())
+            ends = {key: x.detach() for key, x in run.inputs.items()}
+            for number in range(self.samples):
+                way = Way(self.starts(run, ends, range(number, number + 1)), ends)
+                means.add(weighed(variants, way, self.places, sources))
+            self.tell_spread(runner, run, means.deviations())
+        return means.mean

@@ -1,0 +1,72 @@
+"""The product of two methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from tdhook.contexts.attribution import Attribution
+from tdhook.contexts.compared import Compared
+from tdhook.models.model import Model
+from tdhook.passes.runner import Runner
+from tdhook.targets import TargetLike
+
+__all__ = ["Product"]
+
+
+class Product(Attribution):
+    """The relevance by one method times that by another.
+
+    Guided Grad-CAM is ``Product(GradCAM("layer"), GuidedBackprop())`` (Selvaraju et al. 2017, section 3.2).
+
+    Args:
+        first: says what is explained and attributed.
+        second: asked the same.
+
+    Raises:
+        TypeError: one of them compares with a reference.
+        ValueError: one of them writes more than relevance.
+    """
+
+    def __init__(self, first: Attribution, second: Attribution) -> None:
+        super().__init__(**first.shared)
+        for method in (first, second):
+            if isinstance(method, Compared) and method.references is not None:
+                raise TypeError(
+                    f"{method!r} compares with a reference: a product is of methods that explain the value"
+                )
+            if method.writes or method.writes_under:
+                raise ValueError(
+                    f"{method!r} writes more than relevance, which a product has not: leave out ledger"
+                )
+        self.methods = (first, second.asked(**first.shared))
+
+    def __repr__(self) -> str:
+        return f"Product({self.methods[0]!r}, {self.methods[1]!r})"
+
+    def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
+        """What each method does, and the product of what both have found."""
+        found: list[Mapping[NestedKey, Tensor]] = []
+        for method, state in zip(self.methods, runner.state, strict=True):
+            there = runner.on(td, state=state)
+            found.append(method.explain(there, td))
+            runner.base = runner.base or there.base
+        first, second = found
+        return {key: first[key] * second[key] for key in first if key in second}
+
+    def start(self, model: Model) -> Any:
+        """What each of them works out."""
+        return [method.start(model) for method in self.methods]
+
+    def asked(self, **shared: Any) -> Product:
+        """The same, with other options of those that all methods take."""
+        first, second = self.methods
+        return Product(first.asked(**shared), second)
+
+    def explaining(self, target: TargetLike) -> Product:
+        """The same for another target."""
+        return self.asked(target=target)

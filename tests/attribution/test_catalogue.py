@@ -1,0 +1,81 @@
+"""Methods by name, and from data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from tdhook import References
+from tdhook.attribution import LRP, Averaged, GradCAM, Gradient, IntegratedGradients, Product
+from tdhook.attribution.catalogue import METHODS, REQUIRED, method, method_from_dict
+from tdhook.configuration import read_method
+
+NEEDED = {"layer": "0", "composite": "epsilon", "input_modules": ["1"]}
+
+
+def pictures() -> tuple[nn.Module, TensorDict]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 6 * 6, 1)).double()
+    return net, TensorDict({"input": torch.rand(4, 2, 8, 8).double()}, [4])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_explains(name: str) -> None:
+    listed = METHODS[name]
+    options = {
+        key: NEEDED[key] for key in NEEDED if key in listed.needs or listed.options.get(key) is REQUIRED
+    }
+    net, td = pictures()
+    found = method(name, **options).wrap(net)(td)["attr", "input"]
+    assert found.shape == td["input"].shape and found.any()
+
+
+def test_a_method_is_data() -> None:
+    data = {"method": "gradient", "signed": True, "averaged": {"noise": 0.1, "samples": 7, "of": "squares"}}
+    found = method_from_dict(data)
+    assert isinstance(found, Averaged) and isinstance(found.method, Gradient)
+    assert (found.method.signed, found.over.samples, found.of) == (True, 7, "squares")
+    assert method_from_dict({"method": "gradient", "averaged": {"flips": [-1, -2]}}).over.samples == 4
+    assert method_from_dict({"method": "gradient", "averaged": {"shifts": 1}}).over.samples == 9
+    product = method_from_dict({"method": "grad_cam", "layer": "0", "times": "guided_backprop"})
+    assert isinstance(product, Product) and isinstance(product.methods[0], GradCAM)
+
+
+def test_a_method_from_text() -> None:
+    found = read_method("integrated_gradients:steps=12,baseline='mean'")
+    assert isinstance(found, IntegratedGradients) and found.steps == 12
+    assert isinstance(found.references, References) and found.references.baseline == "mean"
+    assert read_method("integrated_gradients", baseline="sample", samples=3).samples == 3
+    assert read_method("integrated_gradients", baseline="sample:4").samples == 4
+    assert isinstance(read_method("epsilon_gamma_box:low=-1,high=1"), LRP)
+
+
+def test_a_method_from_a_file(tmp_path) -> None:
+    file = tmp_path / "method.toml"
+    file.write_text('method = "lrp"\nbaseline = 0.0\n[composite]\npreset = "epsilon"\n')
+    assert isinstance(read_method(file), LRP) and read_method(file).references is not None
+    file.write_text('preset = "epsilon"\nbaseline = "mean"\n')
+    found = read_method(file)
+    assert isinstance(found, LRP) and found.references is not None and found.references.baseline == "mean"
+
+
+@pytest.mark.parametrize(
+    "data, told",
+    [
+        ({}, "'method' is the name of a method, one of lrp, gradient"),
+        ({"method": "gradient", "averaged": 3}, "'averaged' is a table that says over what"),
+        (
+            {"method": "gradient", "averaged": {"of": "mean"}},
+            "'averaged' names one of noise, flips, shifts, got of",
+        ),
+        ({"method": "gradient", "averaged": {"noise": 0.1, "loud": 1}}, "'averaged' takes other values"),
+        ({"method": "gradient", "averaged": {"noise": -1.0}}, "a standard deviation, which is not negative"),
+        ({"method": "gradient", "times": "nothing"}, "no method is named 'nothing'"),
+        ({"method": "integrated_gradients", "tolerance": -1.0}, "a positive number, got -1.0"),
+    ],
+)
+def test_what_describes_none(data, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        method_from_dict(data)

@@ -1,0 +1,95 @@
+"""Methods besides LRP, by their names: `tdhook methods` and `tdhook explain --method`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tensordict import TensorDict
+
+pytest.importorskip("typer")
+pytest.importorskip("torchrl")
+from typer.testing import CliRunner
+
+from tdhook.attribution.catalogue import METHODS
+from tdhook.cli.commands import app
+from tdhook.rl import Policy, build_actor, save_policy
+
+EXPLAIN = ("explain", "--policy", "policy.pt", "--steps", "6")
+
+
+@pytest.fixture(autouse=True)
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    shape = {"in_features": 4, "out_features": 2, "num_cells": [8], "activation": "ReLU"}
+    made = {"kind": "dqn_mlp", "architecture": shape}
+    save_policy(
+        Policy(build_actor("dqn_mlp", shape), "CartPole-v1", tuple("abcd"), ("left", "right"), made),
+        "policy.pt",
+    )
+
+
+def output(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [*arguments], prog_name="tdhook")
+    assert result.exit_code == code, result.output
+    return result.output if code == 0 else result.stderr
+
+
+def summary() -> dict[str, object]:
+    told: dict[str, object] = json.loads(Path("explain-output/summary.json").read_text())
+    return told
+
+
+def test_all_are_listed() -> None:
+    text = output("methods")
+    for name, listed in METHODS.items():
+        assert name in text and listed.cost.split(",")[0] in text
+
+
+def test_a_method_with_a_tolerance() -> None:
+    text = output(*EXPLAIN, "--method", "integrated_gradients", "--tolerance", "1e-3", "--baseline", "mean")
+    assert "under integrated_gradients against mean" in text and "arrived at the inputs" in text
+    assert summary()["method"] == "integrated_gradients"
+    gap = TensorDict.load_memmap("explain-output/rollout")["ledger", "gap"]
+    assert gap.shape == (6,) and gap.abs().max() <= 1e-3
+    output("report", "explain-output")
+    page = Path("explain-output/report.html").read_text(encoding="utf-8")
+    assert "by the method <code>integrated_gradients</code>, under no rules" in page
+
+
+def test_a_measure_is_not_conserved() -> None:
+    text = output(*EXPLAIN, "--method", "gradient")
+    assert "The method gradient gives a measure, which is not conserved" in text
+    assert summary()["conservation"] is None
+    assert (TensorDict.load_memmap("explain-output/rollout")["attr", "observation"] >= 0).all()
+
+
+def test_a_method_from_a_file() -> None:
+    Path("smooth.toml").write_text(
+        'method = "gradient"\nsigned = true\naveraged = { noise = 0.05, samples = 5 }\n'
+    )
+    assert "under smooth.toml" in output(*EXPLAIN, "--method", "smooth.toml")
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (("--method", "nothing"), "no method is named 'nothing'; methods are lrp, gradient"),
+        (("--method", "grad_cam"), "the method 'grad_cam' needs layer: say layer=..."),
+        (("--method", "gradient:x=1"), "the method 'gradient' has no option 'x'; it has signed"),
+        (("--method", "gradient", "--baseline", "mean"), "the method gradient compares with no baseline"),
+        (("--method", "gradient", "--tolerance", "1"), "the method 'gradient' has no option 'tolerance'"),
+        (("--tolerance", "1"), "--tolerance is one of a method: give --method integrated_gradients"),
+        (("--method", "integrated_gradients:steps='a'"), "cannot be made with steps='a'"),
+        (
+            ("--method", "integrated_gradients:loud"),
+            "method 'integrated_gradients': 'loud' are no parameters",
+        ),
+    ],
+)
+def test_a_mistake_is_told(arguments: tuple[str, ...], told: str) -> None:
+    assert told in output(*EXPLAIN, *arguments, code=2)
