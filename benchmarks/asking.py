@@ -72,7 +72,10 @@ def cases() -> Iterator[Asking]:
     torch.manual_seed(0)
     vector, pixel = mlp(64).eval().requires_grad_(False), nature_cnn(OUTPUTS).eval().requires_grad_(False)
     squares = patches((4, 84, 84), 12)
-    for model, net, sizes, shape in (("MLP", vector, (1, 256), (17,)), ("Nature CNN", pixel, (1, 32), (4, 84, 84))):
+    for model, net, sizes, shape in (
+        ("MLP", vector, (1, 256), (17,)),
+        ("Nature CNN", pixel, (1, 32), (4, 84, 84)),
+    ):
         for batch in sizes:
             x = torch.rand(batch, *shape)
             yield Asking("integrated gradients, 50 steps", model, net, x, _integrated, _captum_integrated)
@@ -101,7 +104,9 @@ def _captum_integrated(net: nn.Module) -> dict[str, Callable[[Tensor, int], Tens
 
     method = Theirs(net)
     found = {"all": lambda x, i: method.attribute(x, target=i, n_steps=50)}
-    found["200 rows"] = lambda x, i: method.attribute(x, target=i, n_steps=50, internal_batch_size=max(200, len(x)))
+    found["200 rows"] = lambda x, i: method.attribute(
+        x, target=i, n_steps=50, internal_batch_size=max(200, len(x))
+    )
     return found
 
 
@@ -189,7 +194,10 @@ def measured(case: Asking, several: bool, seconds: float) -> Row:
 
 def table(rows: list[Row]) -> str:
     """The rows as Markdown."""
-    lines = ["| method | model | batch | outputs | ours, ms | captum, ms | times faster |", "| --- " * 7 + "|"]
+    lines = [
+        "| method | model | batch | outputs | ours, ms | captum, ms | times faster |",
+        "| --- " * 7 + "|",
+    ]
     for row in rows:
         low, median, high = row.faster
         lines.append(
@@ -202,7 +210,9 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.asking", description=__doc__)
-    parser.add_argument("words", nargs="*", help="only cases in whose name, or that of the model, all of these occur")
+    parser.add_argument(
+        "words", nargs="*", help="only cases in whose name, or that of the model, all of these occur"
+    )
     parser.add_argument("--seconds", type=float, default=4.0, help="time to spend on each case, at least")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--json", type=Path, help="write the report to this file")

@@ -1,13 +1,15 @@
 """What a job costs beside explaining: ``python -m benchmarks.jobs``.
 
 Explaining chunk by chunk is compared with the same calls in a loop, in one process, in turns. Reading, writing and
-committing are timed within the job. Memory is the largest resident set of a process that does a whole job.
+committing are timed within the job. Rows per CPU second of two workers are compared with those of one, in turns. Memory
+is the largest resident set of a process that works on a job.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -27,9 +29,11 @@ from tensordict.nn import TensorDictModule
 
 from benchmarks.models import mlp, nature_cnn
 from tdhook import LRP, Target
-from tdhook.datasets import Job
+from tdhook.datasets import Job, Place
 
 ROWS = {"MLP": 1 << 17, "CNN": 1024}
+SHARED = {"MLP": 1 << 20, "CNN": 4096}
+"""Rows that two workers share, in 16 chunks."""
 LARGE = {"MLP": 10_000_000, "CNN": 50_000}
 
 
@@ -143,6 +147,42 @@ def loop(case: str, source: Path, at_once: int) -> float:
     return seconds
 
 
+def measure_workers(case: str, home: Path, rounds: int) -> dict[str, Any]:
+    """Rows per CPU second of two workers, against those of one."""
+    rows = SHARED[case]
+    source = make_source(case, rows, home / "source")
+    found: dict[int, list[float]] = {1: [], 2: []}
+    for number in range(rounds):
+        for workers in found:
+            out = home / f"out-{number}-{workers}"
+            made = job(case, source, out, chunk=rows // 16)
+            found[workers].append(rows / cpu_seconds(made, workers))
+            shutil.rmtree(out)
+    each = [two / one for one, two in zip(found[1], found[2], strict=True)]
+    return {
+        "case": case,
+        "rows": rows,
+        "rows_per_cpu_second": {workers: statistics.median(rates) for workers, rates in found.items()},
+        "two_workers_to_one": statistics.median(each),
+    }
+
+
+def cpu_seconds(made: Job, workers: int) -> float:
+    """Seconds of all cores that so many workers take for a job, once they are there."""
+    read, write = os.pipe()
+    for number in range(workers):
+        if not os.fork():
+            before = time.process_time()
+            made.work(place=Place(number, workers))
+            os.write(write, f"{time.process_time() - before}\n".encode())
+            os._exit(0)
+    for _ in range(workers):
+        os.wait()
+    os.close(write)
+    with open(read) as told:
+        return sum(map(float, told))
+
+
 WORK = """
 import sys
 from pathlib import Path
@@ -196,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for case in ROWS:
         measured = (
             partial(measure_parts, rounds=arguments.rounds),
+            partial(measure_workers, rounds=arguments.rounds),
             partial(measure_memory, most=arguments.memory_seconds),
         )
         for measure in measured:

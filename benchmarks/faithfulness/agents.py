@@ -143,7 +143,8 @@ def recurrent() -> Subject:
             played = of.make_game(policy, 128, seed).rollout(60, policy, break_when_any_done=False)
         found = [played["observation"][game, part] for game, part, _ in of.episodes(played)]
         seen = torch.stack([each for each in found if len(each) == steps])
-        return some(TensorDict({"observation": seen}, [len(seen)]), STATES // 2, seed)
+        truth = {"observation": seen[..., 1:] > 0}  # the step at which the light was on
+        return some(TensorDict({"observation": seen, "truth": truth}, [len(seen)]), STATES // 2, seed)
 
     return Subject(
         "recurrent",
@@ -272,7 +273,10 @@ def language() -> Subject:
         )
         with torch.no_grad():
             embedding = model.get_input_embeddings()(ids)
-        return TensorDict({"embedding": embedding, "told": told, "never": never}, [len(chosen)])
+        clauses = words.convert_tokens_to_ids(["go", "never", *of.DIRECTIONS])
+        truth = {"embedding": torch.isin(ids, torch.tensor(clauses)).unsqueeze(-1)}
+        inputs = {"embedding": embedding, "told": told, "never": never, "truth": truth}
+        return TensorDict(inputs, [len(chosen)])
 
     return Subject(
         "language",

@@ -14,8 +14,10 @@ __all__ = [
     "RESULTS",
     "joined",
     "mean_area",
+    "number",
     "page",
     "read",
+    "rounded",
     "summary",
     "text",
     "unmeasured",
@@ -102,7 +104,7 @@ def read(file: Path = RESULTS) -> list[Row]:
 
 def write(row: Row, order: Sequence[str], file: Path = RESULTS) -> None:
     """Put the results of a subject into the file, beside those of others, which may have been written meanwhile."""
-    rows = {each["name"]: each for each in read(file)} | {row["name"]: _rounded(row)}
+    rows = {each["name"]: each for each in read(file)} | {row["name"]: rounded(row)}
     file.parent.mkdir(parents=True, exist_ok=True)
     found = {"subjects": [rows[name] for name in order if name in rows]}
     file.write_text(json.dumps(found, indent=1) + "\n")
@@ -130,12 +132,13 @@ def joined(known: Row, row: Row, names: Sequence[str], order: Sequence[str]) -> 
     return known | {"methods": [methods[label] for label in order if label in methods]}
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """All numbers within, to four digits."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
-    return [_rounded(each) for each in value] if isinstance(value, list) else value
+        return {key: rounded(each) for key, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, list) else value
 
 
 def mean_area(method: Row) -> float:
@@ -208,9 +211,9 @@ def _overview(subjects: Sequence[Row]) -> Iterator[str]:
         cells = [
             f"`{subject['name']}`",
             found["recommended"]["label"],
-            _number(found["recommended"]["cost"]),
-            _number(area),
-            *(f"{found[key]['label']}: {_number(mean_area(found[key]))}" for key in ("without", "rival")),
+            number(found["recommended"]["cost"]),
+            number(area),
+            *(f"{found[key]['label']}: {number(mean_area(found[key]))}" for key in ("without", "rival")),
             *shares,
         ]
         yield f"| {' | '.join(cells)} |"
@@ -245,7 +248,7 @@ def _averages(subjects: Sequence[Row]) -> Iterator[str]:
         yield "| method | cost, median | mean | least |"
         yield "|---|---|---|---|"
         for label, each in sorted(whole.items(), key=lambda item: -statistics.fmean(item[1])):
-            cost = _number(statistics.median(costs[label]))
+            cost = number(statistics.median(costs[label]))
             yield f"| {label} | {cost} | {100 * statistics.fmean(each):.0f} % | {100 * min(each):.0f} % |"
         yield ""
 
@@ -263,7 +266,7 @@ def table(subject: Row) -> Iterator[str]:
     yield "|---" * (len(metrics) + 3) + "|"
     for method in subject["methods"]:
         areas = [_area(method["area"][name]) for name in metrics]
-        cells = [method["label"], _number(method["cost"]), *areas, _number(mean_area(method))]
+        cells = [method["label"], number(method["cost"]), *areas, number(mean_area(method))]
         yield f"| {' | '.join(cells)} |"
 
 
@@ -273,9 +276,10 @@ def text(subject: Row) -> str:
 
 
 def _area(seeds: Sequence[float]) -> str:
-    spread = f" ({_number(statistics.stdev(seeds))})" if len(seeds) > 1 else ""
-    return _number(statistics.fmean(seeds)) + spread
+    spread = f" ({number(statistics.stdev(seeds))})" if len(seeds) > 1 else ""
+    return number(statistics.fmean(seeds)) + spread
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """To three digits, as text."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

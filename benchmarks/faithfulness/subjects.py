@@ -27,7 +27,8 @@ class Subject:
         kind: ``"vector"``, ``"sequence"`` or ``"pixels"``.
         model: reads ``keys`` and writes what is explained.
         target: what is explained.
-        draw: of a seed, inputs ``[rows]`` as the model meets them.
+        draw: of a seed, inputs ``[rows]`` as the model meets them; and under ``"truth"``, where it is known what they
+            are answered by, masks of it.
         keys: what gets relevance.
         presets: those that are tried without a reference, and with one.
         groups: entries that are one feature.

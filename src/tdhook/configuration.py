@@ -15,17 +15,21 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tensordict.utils import NestedKey
+from torch import Tensor
 
 from tdhook.attribution.catalogue import METHODS, method_from_dict
 from tdhook.composites import PRESETS, Composite, preset
 from tdhook.contexts.attribution import Attribution
 from tdhook.extras import require
 from tdhook.perturbing.baselines import OneBaseline, blurred
+from tdhook.perturbing.features import along, patches
+from tdhook.perturbing.players import WHOLE
 from tdhook.perturbing.references import References
 from tdhook.plain import DEEPEST
 from tdhook.targets import Key, Target
@@ -93,7 +97,8 @@ def read_method(text: str | os.PathLike[str], **options: object) -> Attribution:
             options, as :func:`~tdhook.attribution.catalogue.method_from_dict` takes them, or is a composite.
         **options: more of them.
 
-    A ``baseline`` that is text is what :func:`read_baseline` takes.
+    A ``baseline`` that is text is what :func:`read_baseline` takes; ``features`` are ``whole``, ``patches:SIZE`` or
+    ``along:AXIS,...``, as :mod:`tdhook.perturbing.features` has them.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -119,6 +124,8 @@ def read_method(text: str | os.PathLike[str], **options: object) -> Attribution:
     baseline = data.get("baseline")
     if isinstance(baseline, str) and baseline not in ("mean", "previous", "sample"):
         data["baseline"] = read_baseline(baseline)
+    if isinstance(data.get("features"), str):
+        data["features"] = _read_features(data["features"])
     composite = data.get("composite")
     if isinstance(composite, str):
         data["composite"] = read_composite(composite)
@@ -128,6 +135,24 @@ def read_method(text: str | os.PathLike[str], **options: object) -> Attribution:
         return method_from_dict(data)
     except ValueError as error:
         raise ValueError(f"{where}{_shortened(str(error))}") from error
+
+
+def _read_features(text: str) -> str | Callable[[Sequence[int]], Tensor]:
+    name, _, given = text.partition(":")
+    try:
+        if text == WHOLE:
+            return text
+        if name == "patches":
+            return partial(patches, size=int(given))
+        if name == "along":
+            return partial(_along, axes=tuple(map(int, given.split(","))))
+    except ValueError:
+        pass
+    raise ValueError(f"features {text!r} are none; they are whole, patches:SIZE or along:AXIS,...")
+
+
+def _along(shape: Sequence[int], axes: tuple[int, ...]) -> Tensor:
+    return along(shape, *axes)
 
 
 def _only(data: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
 
-from tdhook import References
+from tdhook import References, Target
 from tdhook.attribution import LRP, Averaged, GradCAM, Gradient, IntegratedGradients, Product
 from tdhook.attribution.catalogue import METHODS, REQUIRED, method, method_from_dict
 from tdhook.configuration import read_method
+from tdhook.perturbing.features import patches
 
-NEEDED = {"layer": "0", "composite": "epsilon", "input_modules": ["1"]}
+NEEDED = {"layer": "0", "composite": "epsilon", "input_modules": ["1"], "window": 4}
+FEW = {"shapley", "shapley_interaction", "kernel_shap", "shapley_sampling"}
+"""Ask as often as there are features, or more."""
 
 
-def pictures() -> tuple[nn.Module, TensorDict]:
+def pictures(name: str) -> tuple[nn.Module, TensorDict]:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 6 * 6, 1)).double()
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 6 * 6, 1 + (name == "sarfa"))
+    ).double()
     return net, TensorDict({"input": torch.rand(4, 2, 8, 8).double()}, [4])
 
 
@@ -27,7 +34,11 @@ def test_each_explains(name: str) -> None:
     options = {
         key: NEEDED[key] for key in NEEDED if key in listed.needs or listed.options.get(key) is REQUIRED
     }
-    net, td = pictures()
+    if name in FEW:
+        options["features"] = partial(patches, size=4)
+    if name == "sarfa":
+        options["target"] = Target("output", "argmax")
+    net, td = pictures(name)
     found = method(name, **options).wrap(net)(td)["attr", "input"]
     assert found.shape == td["input"].shape and found.any()
 
@@ -50,6 +61,18 @@ def test_a_method_from_text() -> None:
     assert read_method("integrated_gradients", baseline="sample", samples=3).samples == 3
     assert read_method("integrated_gradients", baseline="sample:4").samples == 4
     assert isinstance(read_method("epsilon_gamma_box:low=-1,high=1"), LRP)
+
+
+def test_features_from_text() -> None:
+    td = TensorDict({"input": torch.rand(3, 2, 4, 6).double()}, [3])
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 1)).double()
+    for text, shape in (("whole", (1,)), ("patches:2", (1, 2, 3)), ("along:0", (2,))):
+        found = read_method("ablation", features=text).wrap(net)(td.clone())["attr", "input"]
+        assert len(found[0].unique()) == torch.Size(shape).numel()
+    with pytest.raises(
+        ValueError, match="features 'patches:x' are none; they are whole, patches:SIZE or along:AXIS"
+    ):
+        read_method("ablation", features="patches:x")
 
 
 def test_a_method_from_a_file(tmp_path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 from tdhook.cli import jobs
 from tdhook.cli.commands import app
-from tdhook.datasets import Job, open_result
+from tdhook.datasets import Job, gather, open_result
 from tdhook.rl import save_policy
 from tdhook.rl.policies import Policy, build_actor
 
@@ -173,6 +175,71 @@ def test_mistakes_end_in_one_line(more: list[str], text: str) -> None:
     assert text in fails(explain(*more))
 
 
+def test_a_report_has_names_frames_and_words() -> None:
+    succeeds(explain("--chunk", "16"))
+    text = succeeds(tdhook("report", "job"))
+    assert "wrote job/report.html (" in text
+    assert ("no strategies are shown" in text) == (find_spec("sklearn") is None)
+    page = Path("job/report.html").read_text(encoding="utf-8")
+    title = "CartPole-v1: relevance for action_value:action under epsilon_plus"
+    for words in (f"<h1>{title}</h1>", "go west", "go east", "policy.pt", "60 rows explained"):
+        assert words in page, words
+    best = open_result("job").reduced["top"]["row"][0]
+    assert f"at {buffer(COUNT)['observation'][best, 0].item():.4g}".replace("-", "−") in page
+    assert ("sample" in page) == (find_spec("sklearn") is not None)
+    assert "wrote mine.html (" in succeeds(tdhook("report", "job", "--out", "mine.html", "--title", "Mine"))
+    assert "<h1>Mine</h1>" in Path("mine.html").read_text(encoding="utf-8")
+
+
+def test_a_report_goes_without_the_source_or_with_another_place_of_it() -> None:
+    succeeds(explain("--baseline", "0", "--composite", "deeplift"))
+    shutil.move("buffer", "moved")
+    text = succeeds(tdhook("report", "job"))
+    assert "note: the rows of the source are not where they were" in text and "give --source" in text
+    page = Path("job/report.html").read_text(encoding="utf-8")
+    assert "under deeplift against 0" in page and "go west" in page
+    assert "rows of the source" not in succeeds(tdhook("report", "job", "--source", "moved"))
+    assert Path("job/report.html").read_text(encoding="utf-8") != page
+    other = buffer(COUNT)
+    other["observation"] += 1
+    other.memmap("other")
+    text = fails(tdhook("report", "job", "--source", "other"))
+    assert "the source is not that of job, and differs in" in text
+
+
+def test_a_gathered_folder_knows_what_was_typed() -> None:
+    succeeds(explain("--chunk", "16"))
+    gather(["job"], "gathered")
+    assert Path("gathered/words.json").read_bytes() == Path("job/words.json").read_bytes()
+    pages = []
+    for name in ("job", "gathered"):
+        succeeds(tdhook("report", name))
+        pages.append(Path(name, "report.html").read_text(encoding="utf-8"))
+    assert pages[0] == pages[1] and "go west" in pages[0]
+    assert "1 were explained again: the same" in succeeds(tdhook("verify", "gathered", "--sample", "1"))
+
+
+def test_no_report_is_made_of_what_is_not_done_or_not_reduced() -> None:
+    succeeds(explain("--reduce", "none"))
+    assert "rows were reduced to nothing" in fails(tdhook("report", "job"))
+    next(Path("job/done").iterdir()).unlink()
+    assert "0 of 60 rows are explained (0.0%): go on, tdhook dataset explain" in fails(
+        tdhook("report", "job")
+    )
+    assert not Path("job/report.html").exists()
+
+
 def test_a_folder_of_something_else_is_told() -> None:
-    for command in ("status", "verify", "reduce"):
+    for command in ("status", "verify", "reduce", "report"):
         assert "buffer is no job folder of tdhook" in fails(tdhook(command, "buffer"))
+
+
+def test_another_method() -> None:
+    succeeds(explain("--method", "integrated_gradients:steps=5", "--baseline", "mean"))
+    found = open_result(Path("job")).rows["attr", "observation"]
+    assert found.shape == (COUNT, 4) and found.any()
+    assert "under integrated_gradients:steps=5" in (
+        succeeds(tdhook("report", "job")) and Path("job/report.html").read_text()
+    )
+    line = explain("--method", "gradient", "--baseline", "mean").stderr
+    assert "Gradient compares with no baseline: leave out the baseline" in line

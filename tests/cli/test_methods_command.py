@@ -81,7 +81,10 @@ def test_a_method_from_a_file() -> None:
         (("--method", "nothing"), "no method is named 'nothing'; methods are lrp, gradient"),
         (("--method", "grad_cam"), "the method 'grad_cam' needs layer: say layer=..."),
         (("--method", "gradient:x=1"), "the method 'gradient' has no option 'x'; it has signed"),
-        (("--method", "gradient", "--baseline", "mean"), "the method gradient compares with no baseline"),
+        (
+            ("--method", "gradient", "--baseline", "mean"),
+            "Gradient compares with no baseline: leave out the baseline",
+        ),
         (("--method", "gradient", "--tolerance", "1"), "the method 'gradient' has no option 'tolerance'"),
         (("--tolerance", "1"), "--tolerance is one of a method: give --method integrated_gradients"),
         (("--method", "integrated_gradients:steps='a'"), "cannot be made with steps='a'"),

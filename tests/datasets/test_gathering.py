@@ -80,6 +80,16 @@ def test_what_was_changed_is_left_and_told(tmp_path: Path) -> None:
     assert again.finished and again.changed == {}  # another folder had them
 
 
+def test_what_was_typed_is_brought_too(tmp_path: Path) -> None:
+    folders = parts_of(tmp_path)
+    for folder in folders[1:]:
+        (folder / "words.json").write_text(f'{{"policy": "{folder.name}"}}')
+    gather(folders[:2], tmp_path / "job")
+    assert (tmp_path / "job" / "words.json").read_text() == '{"policy": "part 1"}'
+    gather(folders[2:], tmp_path / "job")
+    assert (tmp_path / "job" / "words.json").read_text() == '{"policy": "part 1"}'
+
+
 def test_other_jobs_are_not_mixed(tmp_path: Path) -> None:
     a_job(tmp_path / "a").work()
     a_job(tmp_path / "b", chunk=32).work()

@@ -35,16 +35,17 @@ print(json.dumps([described(method), described(named), module_identity(nn.Sequen
 
 
 def test_other_processes_say_the_same() -> None:
-    outputs = {
-        subprocess.run(
+    path = str(Path(__file__).parents[2] / "src")
+    processes = [
+        subprocess.Popen(
             [sys.executable, "-c", SCRIPT],
-            capture_output=True,
+            stdout=subprocess.PIPE,
             text=True,
-            check=True,
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2] / "src")},
-        ).stdout
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": path},
+        )
         for seed in ("1", "2")
-    }
+    ]
+    outputs = {process.communicate()[0] for process in processes}
     assert len(outputs) == 1 and len(json.loads(outputs.pop())) == 3
 
 

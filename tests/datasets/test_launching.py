@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from a_job import a_job, same, steps
+from a_job import HURRY, SECONDS, a_job, same, steps
+from forking import ended, forked
 from torch import nn
 
 import tdhook
@@ -131,6 +132,7 @@ def said(*processes: subprocess.Popen[str]) -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 def test_torchrun(alone: Path, tmp_path: Path) -> None:
     run = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     [text] = said(started(*run, SCRIPT, tmp_path / "job"))
@@ -138,6 +140,7 @@ def test_torchrun(alone: Path, tmp_path: Path) -> None:
     same(tmp_path / "job", alone)
 
 
+@pytest.mark.slow
 def test_a_slurm_array(alone: Path, tmp_path: Path) -> None:
     tasks = [
         started(
@@ -155,18 +158,11 @@ def test_a_slurm_array(alone: Path, tmp_path: Path) -> None:
 
 
 LAUNCHES = """
-import os, signal, sys
-from pathlib import Path
+import sys
 from a_job import a_job
 from tdhook.datasets import launch
 
-if __name__ == "__main__":
-    # Where the tests run in the background of a shell, this is ignored, and so by all that they start.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def told(status):
-        Path(sys.argv[2]).write_text(str(status.chunks_done))
-    launch(a_job(sys.argv[1]), 2, on_progress=told, every=0.05)
+launch(a_job(sys.argv[1]), 1)
 """
 
 
@@ -190,61 +186,75 @@ def is_there(process: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_whoever_stops_the_launch_stops_all(number: int, alone: Path, tmp_path: Path) -> None:
-    script, home, note = tmp_path / "launches.py", tmp_path / "job", tmp_path / "note"
-    script.write_text(LAUNCHES)
-    path = os.pathsep.join([HERE["PYTHONPATH"], str(SCRIPT.parent)])
-    process = started(sys.executable, script, home, note, A_JOB_SECONDS="0.3", PYTHONPATH=path)
-    until(lambda: note.exists() and note.read_text() not in ("", "0"))
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGKILL))],
+)
+def test_whoever_stops_the_launch_stops_all(
+    number: int, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, note = tmp_path / "job", tmp_path / "note"
+    monkeypatch.setenv(SECONDS, "0.3")
+
+    def told(status: Status) -> None:
+        if status.chunks_done:
+            note.touch()
+
+    def launches() -> None:
+        # Where the tests run in the background of a shell, this is ignored, and so by all that they start.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        launch(a_job(home), 2, on_progress=told, every=0.05)
+
+    process = forked(launches)
+    until(note.exists)
+    os.kill(process, number)
+    assert ended(process) != 0
     until(lambda: not any(map(is_there, processes_of(home))), 20)
     if number != signal.SIGKILL:
         assert list((home / "claims").iterdir()) == []
         assert [one for one in home.iterdir() if one.name.startswith(".")] == []
+    monkeypatch.delenv(SECONDS)
     done = a_job(home).status().chunks_done
     assert 0 < done < 38
     assert a_job(home).work().finished
     same(home, alone)
 
 
-def test_a_worker_that_dies_is_told_of(alone: Path, tmp_path: Path) -> None:
-    home, killed = tmp_path / "job", []
-    os.environ["A_JOB_SECONDS"] = "0.1"
+def test_a_worker_that_dies_is_told_of(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, hurry, killed = tmp_path / "job", tmp_path / "hurry", []
+    monkeypatch.setenv(SECONDS, "0.1")
+    monkeypatch.setenv(HURRY, str(hurry))
 
     def kill_one(status: Status) -> None:
         at_work = [one for one in processes_of(home) if is_there(one)]
         if status.chunks_done and len(at_work) == 2 and not killed:
             os.kill(at_work[0], signal.SIGKILL)
             killed.append(at_work[0])
+            hurry.touch()
 
-    try:
-        with pytest.warns(
-            UserWarning, match=r"worker \d of 2 was ended by SIGKILL.*: others have done its chunks"
-        ):
-            status = launch(a_job(home), 2, on_progress=kill_one, every=0.05)
-    finally:
-        del os.environ["A_JOB_SECONDS"]
+    with pytest.warns(
+        UserWarning, match=r"worker \d of 2 was ended by SIGKILL.*: others have done its chunks"
+    ):
+        status = launch(a_job(home), 2, on_progress=kill_one, every=0.05)
     assert killed and status.finished
     same(home, alone)
 
 
 def test_a_script_without_a_guard_is_told_what_it_lacks(tmp_path: Path) -> None:
     script = tmp_path / "launches.py"
-    script.write_text(LAUNCHES.replace('__name__ == "__main__"', "True"))
+    script.write_text(LAUNCHES)
     path = os.pathsep.join([HERE["PYTHONPATH"], str(SCRIPT.parent)])
-    process = started(sys.executable, script, tmp_path / "job", tmp_path / "note", PYTHONPATH=path)
+    process = started(sys.executable, script, tmp_path / "job", PYTHONPATH=path)
     text = process.communicate(timeout=300)[0]
     assert process.returncode == 1
-    assert "38 chunks are left, as worker 0 of 2 ended with code 1 before it began" in text
+    assert "38 chunks are left, as worker 0 of 1 ended with code 1 before it began" in text
     assert 'under `if __name__ == "__main__":`' in text
 
 
-@pytest.mark.parametrize("how", ["unshare -rn", "unshare -n"])
-def test_no_network(how: str, alone: Path, tmp_path: Path) -> None:
-    if subprocess.run([*how.split(), "true"], capture_output=True).returncode:
-        pytest.skip(f"`{how}` is not permitted here")
-    said(started(*how.split(), sys.executable, SCRIPT, tmp_path / "job"))
-    same(tmp_path / "job", alone)
+def test_no_network(alone: Path, tmp_path: Path) -> None:
+    for how in (["unshare", "-rn"], ["unshare", "-n"]):
+        if not subprocess.run([*how, "true"], capture_output=True).returncode:
+            said(started(*how, sys.executable, SCRIPT, tmp_path / "job"))
+            return same(tmp_path / "job", alone)
+    pytest.skip("no network namespace may be made here")

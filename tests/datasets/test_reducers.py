@@ -126,7 +126,7 @@ def test_the_most_extreme_rows() -> None:
     reducer = TopRows(1, score=lambda x: -x[:, 0], with_rows=False)
     found = reducer.result(reducer.part(data))
     assert found["row"].tolist() == [4] and "relevance" not in found
-    with pytest.raises(IndexError, match="score=2 of 'toprows', and there are 2 features"):
+    with pytest.raises(IndexError, match="score=2, and there are 2 features"):
         TopRows(1, score=2).part(data)
     with pytest.raises(ValueError, match=r"gives \(2,\) for 5 rows; it is to give one number each"):
         TopRows(1, score=lambda x: x[0]).part(data)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdhook.attribution.kept import Kept, There
 from tdhook.attribution.means import Means
-from tdhook.contexts.compared import SPREAD
+from tdhook.contexts.compared import SPREAD, write_under
 from tdhook.keys import under
 from tdhook.models.families import BatchNorm
 from tdhook.passes.forward import Run
@@ -83,8 +83,7 @@ def explain_difference(
         ledger.per_element = per_element
     runner.beside.update(sums.mean)
     runner.beside.update({under(REFERENCE, key): value for key, value in values.mean.items()})
-    for key, value in found.deviations().items():
-        runner.beside[under(SPREAD, key)] = run.in_batch_shape(key, value, sources[key])
+    write_under(SPREAD, runner, run, found.deviations())
     return found.mean
 
 

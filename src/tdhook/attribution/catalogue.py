@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tdhook.attribution.ablation import Ablation
 from tdhook.attribution.averaged import Averaged
 from tdhook.attribution.blur import BlurIntegratedGradients
 from tdhook.attribution.cam import GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, XGradCAM
@@ -18,8 +19,16 @@ from tdhook.attribution.expected_gradients import ExpectedGradients
 from tdhook.attribution.gradient import Gradient, GradientTimesInput
 from tdhook.attribution.guided import Deconvnet, GuidedBackprop
 from tdhook.attribution.integrated_gradients import IntegratedGradients
+from tdhook.attribution.interactions import ShapleyInteraction
+from tdhook.attribution.kernel_shap import KernelShap
 from tdhook.attribution.lrp import LRP
+from tdhook.attribution.occlusion import Occlusion
 from tdhook.attribution.product import Product
+from tdhook.attribution.rise import RISE
+from tdhook.attribution.saliency import PerturbationSaliency
+from tdhook.attribution.sarfa import SARFA
+from tdhook.attribution.shapley import Shapley
+from tdhook.attribution.shapley_sampling import ShapleySampling
 from tdhook.contexts.attribution import Attribution
 from tdhook.perturbing.draws import Draws, Flips, Noise, Shifts
 
@@ -88,6 +97,46 @@ METHODS: Mapping[str, Listed] = {
     "hires_cam": Listed(HiResCAM, "relu(sum over channels of df/dA A)", "1", "layer"),
     "layer_cam": Listed(LayerCAM, "relu(sum over channels of relu(df/dA) A)", "1", "layer"),
     "xgrad_cam": Listed(XGradCAM, "relu(sum over channels of mean(A df/dA) / mean(A) A)", "1", "layer"),
+    "ablation": Listed(Ablation, "f(x) - f(x without the feature)", "a forward pass for each feature"),
+    "occlusion": Listed(
+        Occlusion,
+        "mean of f(x) - f(x without a window) over windows",
+        "a forward pass for each window",
+        "window",
+    ),
+    "shapley": Listed(
+        Shapley,
+        "mean of f(S with i) - f(S) over coalitions S",
+        "2 ** features forward passes",
+        "at most 16 features",
+    ),
+    "shapley_sampling": Listed(
+        ShapleySampling,
+        "mean of f(S with i) - f(S) over orders",
+        "permutations (32) x (features - 1) forward passes, or until error",
+    ),
+    "kernel_shap": Listed(
+        KernelShap, "weighted least squares of f(S) over coalitions S", "coalitions forward passes"
+    ),
+    "shapley_interaction": Listed(
+        ShapleyInteraction,
+        "what two features add beyond what each adds",
+        "2 ** features forward passes",
+        "at most 16 features",
+    ),
+    "rise": Listed(RISE, "mean of f(x masked) over masks that show it", "masks forward passes", "pictures"),
+    "perturbation_saliency": Listed(
+        PerturbationSaliency,
+        "1/2 |f(x) - f(x with a spot blurred)|^2",
+        "a forward pass for each spot",
+        "pictures",
+    ),
+    "sarfa": Listed(
+        SARFA,
+        "loss of softmax, specific to the action",
+        "a forward pass for each spot",
+        "pictures, an action",
+    ),
 }
 """All methods by name."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tdhook.attribution.means import Means
 from tdhook.attribution.paths import Way, weighed
 from tdhook.contexts.attribution import Shared
-from tdhook.contexts.compared import Compared, Complete
+from tdhook.contexts.compared import SPREAD, Compared, Complete, write_under
 from tdhook.keys import under
 from tdhook.passes.runner import Runner
 from tdhook.passes.variants import REACHED, Variants
@@ -117,5 +117,5 @@ class InternalInfluence(Compared):
             for number in range(self.samples):
                 way = Way(self.starts(run, ends, range(number, number + 1)), ends)
                 means.add(weighed(variants, way, self.places, sources))
-            self.tell_spread(runner, run, means.deviations())
+            write_under(SPREAD, runner, run, means.deviations())
         return means.mean

@@ -15,7 +15,7 @@ from torch import Tensor
 from tdhook.attribution.games import Game, Learnt, Told, apart, axes_given
 from tdhook.attribution.means import Means
 from tdhook.contexts.attribution import Shared
-from tdhook.contexts.compared import Compared, Complete
+from tdhook.contexts.compared import SPREAD, Compared, Complete, write_under
 from tdhook.extras import require
 from tdhook.keys import under
 from tdhook.models.model import Model
@@ -142,7 +142,7 @@ class Played(Compared):
 
     def note(self, runner: Runner, run: Run, games: Sequence[Game], means: Means) -> None:
         """Write what is written besides."""
-        self.tell_spread(runner, run, means.deviations())
+        write_under(SPREAD, runner, run, means.deviations())
 
 
 class PlayedOut(Played, Complete):

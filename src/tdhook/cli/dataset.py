@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from tdhook.cli.errors import notes, require, user_errors
+from tdhook.cli.words import Words
 
 __all__ = ["app"]
 
@@ -16,6 +17,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Explain a whole data set, such as a replay buffer, with as many processes as there are.",
 )
+
+# typer reads these at run time, and older ones do not know str | None
+MaybeText = Optional[str]  # noqa: UP045
+MaybeNumber = Optional[int]  # noqa: UP045
+MaybePath = Optional[Path]  # noqa: UP045
 
 Folder = Annotated[
     Path, typer.Argument(help="The folder of a job, what `explain` has as `--out`.", metavar="DIR")
@@ -38,7 +44,7 @@ _REDUCE_HELP = (
 _BY_HELP = (
     "Tell rows apart by this entry of the source; by default by the action, if there are such, or `none`."
 )
-By = Annotated[Optional[str], typer.Option(help=_BY_HELP, metavar="KEY")]  # noqa: UP045
+By = Annotated[MaybeText, typer.Option(help=_BY_HELP, metavar="KEY")]
 Keys = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(
@@ -61,26 +67,30 @@ def explain(
     out: Annotated[Path, typer.Option(help="Folder of the job.", metavar="DIR")],
     composite: Annotated[
         str, typer.Option(help="A preset or a file, as `tdhook explain` takes it.", metavar="NAME_OR_FILE")
-    ] = "epsilon_plus",
+    ] = Words.composite,
+    method: Annotated[
+        MaybeText,
+        typer.Option(help="Another method than LRP, as `tdhook explain` takes it.", metavar="NAME_OR_FILE"),
+    ] = Words.method,
     baseline: Annotated[
-        Optional[str],  # noqa: UP045
+        MaybeText,
         typer.Option(
             help="What each row is compared with, as `tdhook explain` takes it.", metavar="BASELINE"
         ),
     ] = None,
     target: Annotated[
-        Optional[str],  # noqa: UP045
+        MaybeText,
         typer.Option(help="What is explained, as `tdhook explain` takes it.", metavar="KEY[:INDEX]"),
     ] = None,
     prepare: Annotated[
-        Optional[str],  # noqa: UP045
+        MaybeText,
         typer.Option(
             help="`package.module:function`, which makes rows what the policy reads: numbers of bytes, say.",
             metavar="IMPORT",
         ),
     ] = None,
     rows: Annotated[
-        Optional[str],  # noqa: UP045
+        MaybeText,
         typer.Option(help="Only these rows of the source, as `1000:2000` or `::10`.", metavar="A:B[:STEP]"),
     ] = None,
     keep: Annotated[
@@ -88,10 +98,8 @@ def explain(
         typer.Option(
             help="What is written of each row: `all`, `bfloat16`, `compressed` or `none`.", metavar="WHAT"
         ),
-    ] = "all",
-    reduce: Annotated[
-        str, typer.Option(help=_REDUCE_HELP, metavar="WORDS")
-    ] = "moments,histogram,top:6,sample:1000",
+    ] = Words.keep,
+    reduce: Annotated[str, typer.Option(help=_REDUCE_HELP, metavar="WORDS")] = Words.reduce,
     by: By = None,
     key: Keys = None,
     in_order: Annotated[
@@ -101,14 +109,14 @@ def explain(
         ),
     ] = False,
     workers: Annotated[
-        Optional[int],  # noqa: UP045
+        MaybeNumber,
         typer.Option(min=1, help="How many processes; by default one for each core."),
     ] = None,
     chunk: Annotated[
-        Optional[int],  # noqa: UP045
+        MaybeNumber,
         typer.Option(min=1, help="How many rows are committed together; by default by their size."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = Words.seed,
 ) -> None:
     """Explain each row of a data set, once, and write what is kept of it into the folder of a job.
 
@@ -116,12 +124,13 @@ def explain(
     depend on how many there are. A command that was stopped is given again, in the same words, and goes on.
     """
     require("torchrl")
-    from tdhook.cli.jobs import Words, explain
+    from tdhook.cli.jobs import explain
 
     with notes():
         words = Words(
-            policy, str(source.absolute()), composite, baseline, target, prepare, rows, keep, reduce, by,
-            tuple(key or ()), in_order, chunk, seed,
+            policy=policy, source=str(source.absolute()), composite=composite, method=method, baseline=baseline,
+            target=target, prepare=prepare, rows=rows, keep=keep, reduce=reduce, by=by, key=tuple(key or ()),
+            in_order=in_order, chunk=chunk, seed=seed,
         )  # fmt: skip
         explain(words, out, workers)
 
@@ -140,13 +149,13 @@ def status(folder: Folder) -> None:
 def verify(
     folder: Folder,
     sample: Annotated[
-        Optional[int],  # noqa: UP045
+        MaybeNumber,
         typer.Option(
             min=1, help="Explain so many chunks again, drawn by chance, and compare. Needs the policy."
         ),
     ] = None,
     policy: Annotated[
-        Optional[str],  # noqa: UP045
+        MaybeText,
         typer.Option(
             "--policy",
             help="That of the job, by default as it was begun.",
@@ -167,7 +176,7 @@ def verify(
 def reduce(
     folder: Folder,
     reduce: Annotated[
-        Optional[str],  # noqa: UP045
+        MaybeText,
         typer.Option(
             help=f"{_REDUCE_HELP} By default what the job has reduced rows to is shown.", metavar="WORDS"
         ),
@@ -175,11 +184,11 @@ def reduce(
     by: By = None,
     key: Keys = None,
     source: Annotated[
-        Optional[Path],  # noqa: UP045
+        MaybePath,
         typer.Option(help=f"{_SOURCE_HELP}; by default that of the job.", metavar="DIR"),
     ] = None,
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        MaybePath,
         typer.Option(
             help="Folder to write the numbers to, as a memory-mapped TensorDict each.", metavar="DIR"
         ),
@@ -197,26 +206,26 @@ def reduce(
 def report(
     folder: Folder,
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        MaybePath,
         typer.Option(help="File to write; by default report.html in the folder.", metavar="FILE"),
     ] = None,
     source: Annotated[
-        Optional[Path],  # noqa: UP045
+        MaybePath,
         typer.Option(help=f"{_SOURCE_HELP}, for the frames; by default that of the job.", metavar="DIR"),
     ] = None,
     pooled: Annotated[
-        Optional[int],  # noqa: UP045
+        MaybeNumber,
         typer.Option(
             min=1, help="Side of the blocks by which clusters compare pictures; by default by their size."
         ),
     ] = None,
     clusters: Annotated[
-        Optional[int],  # noqa: UP045
+        MaybeNumber,
         typer.Option(
             min=1, help="How many strategies are told apart; by default as many as the spectrum shows."
         ),
     ] = None,
-    title: Annotated[Optional[str], typer.Option(help="Of the page.", metavar="TEXT")] = None,  # noqa: UP045
+    title: Annotated[MaybeText, typer.Option(help="Of the page.", metavar="TEXT")] = None,
 ) -> None:
     """Make one HTML page of a whole data set: relevance by action, extreme rows, and the strategies of the policy.
 

@@ -37,9 +37,19 @@ def run(
             "note: the rows of the source are not where they were, so that their frames are not shown: give --source"
         )
     explained, against = told.get("explained"), told.get("against")
-    how = f"relevance for {explained} under {told.get('composite')}" if explained else "explained rows"
+    rules = "method" if told.get("method") else "composite"
+    how = f"relevance for {explained} under {told.get(rules)}" if explained else "explained rows"
     named = f"{told.get('environment') or folder.name}: {how}" + (f" against {against}" if against else "")
-    words = ("environment", "policy", "source", "rows", "prepare", "explained", "composite", "against")
+    words = (
+        "environment",
+        "policy",
+        "source",
+        "rows",
+        "prepare",
+        "explained",
+        rules,
+        "against",
+    )
     write_dataset_report(
         result,
         place,

@@ -24,7 +24,7 @@ from tdhook.cli.tables import conservation_table, progress_bar, relevance_table
 from tdhook.composites import Composite
 from tdhook.configuration import write_key, write_target
 from tdhook.contexts.attribution import Attribution
-from tdhook.contexts.compared import Compared, Complete
+from tdhook.contexts.compared import Compared, Complete, compared
 from tdhook.markup import visible
 from tdhook.perturbing.references import References
 from tdhook.plots import relevance_on_frames, relevance_over_time
@@ -155,12 +155,7 @@ def _afterwards(request: Request, target: Target, keys: list[NestedKey]) -> Attr
             return None
         conserves = not any(rule.yields == "sensitivity" for _, rule in request.composite)
         return LRP(request.composite, target=target, attribute=keys, baseline=baseline[0], ledger=conserves)
-    if baseline is not None:
-        if not isinstance(method, Compared):
-            raise ValueError(
-                f"the method {request.composite_name} compares with no baseline: leave out --baseline"
-            )
-        method = method.against(baseline[0])
+    method = compared(method, None if baseline is None else baseline[0])
     if isinstance(method, Complete):
         method = method.accounted()
     return method.asked(target=target, attribute=keys)

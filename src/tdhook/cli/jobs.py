@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,7 +17,16 @@ from tensordict.utils import NestedKey, unravel_key
 from tdhook.attribution.lrp import LRP
 from tdhook.cli.policies import default_target, find_policy, imported
 from tdhook.cli.reducing import reduced_tables, reducers_of
-from tdhook.configuration import baseline_in, read_baseline, read_composite, read_target, write_target
+from tdhook.cli.words import Words
+from tdhook.configuration import (
+    baseline_in,
+    read_baseline,
+    read_composite,
+    read_method,
+    read_target,
+    write_target,
+)
+from tdhook.contexts.compared import compared
 from tdhook.datasets.again import reduce_kept
 from tdhook.datasets.folder import JobFolder
 from tdhook.datasets.job import Job
@@ -33,7 +41,6 @@ from tdhook.markup import visible
 from tdhook.rl.rollouts import save
 
 __all__ = [
-    "Words",
     "explain",
     "finished",
     "inputs_of",
@@ -45,7 +52,6 @@ __all__ = [
     "verify",
 ]
 
-_WORDS = "words.json"
 _KEPT: dict[str, torch.dtype | str | None] = {
     "all": "all",
     "bfloat16": torch.bfloat16,
@@ -55,59 +61,39 @@ _KEPT: dict[str, torch.dtype | str | None] = {
 _STOPPED = 130
 
 
-@dataclass(frozen=True)
-class Words:
-    """What was typed: all that decides what a job is."""
-
-    policy: str
-    source: str
-    composite: str
-    baseline: str | None
-    target: str | None
-    prepare: str | None
-    rows: str | None
-    keep: str
-    reduce: str
-    by: str | None
-    key: tuple[str, ...]
-    in_order: bool
-    chunk: int | None
-    seed: int
-
-    def job(self, out: Path) -> tuple[Job, dict[str, object]]:
-        """The job, and the words with the names that a page of it shows."""
-        policy = find_policy(self.policy, need_env=False)
-        source = opened(self.source)
-        rules = read_composite(self.composite)
-        named = baseline_in(self.composite) if self.baseline is None else self.baseline
-        against = None if named in (None, "none") else read_baseline(named)
-        target = default_target(policy) if self.target is None else read_target(self.target)
-        if self.keep not in _KEPT:
-            raise ValueError(f"--keep {self.keep} is none of {', '.join(_KEPT)}")
-        job = Job(
-            LRP(rules, target=target, baseline=against),
-            policy.actor,
-            source,
-            out,
-            rows=None if self.rows is None else _stretch(self.rows),
-            prepare=None
-            if self.prepare is None
-            else imported(self.prepare, "--prepare takes a function of rows"),
-            in_order=self.in_order,
-            chunk=self.chunk,
-            keep=_KEPT[self.keep],
-            reduce=reducers_of(self.reduce, self.by, self.key, source, list(policy.actor.in_keys)),
-            seed=self.seed,
-        )
-        told: dict[str, object] = {
-            **asdict(self),
-            "explained": write_target(target),
-            "against": named,
-            "environment": policy.env_id,
-            "features": list(policy.features),
-            "actions": list(policy.actions),
-        }
-        return job, told
+def _job_of(words: Words, out: Path) -> tuple[Job, dict[str, object]]:
+    """The job that words stand for, and the words with the names that a page of it shows."""
+    policy = find_policy(words.policy, need_env=False)
+    source = opened(words.source)
+    method = LRP(read_composite(words.composite)) if words.method is None else read_method(words.method)
+    named = baseline_in(words.composite) if words.baseline is None else words.baseline
+    against = None if named in (None, "none") else read_baseline(named)
+    target = default_target(policy) if words.target is None else read_target(words.target)
+    if words.keep not in _KEPT:
+        raise ValueError(f"--keep {words.keep} is none of {', '.join(_KEPT)}")
+    prepare = words.prepare
+    job = Job(
+        compared(method, against).explaining(target),
+        policy.actor,
+        source,
+        out,
+        rows=None if words.rows is None else _stretch(words.rows),
+        prepare=None if prepare is None else imported(prepare, "--prepare takes a function of rows"),
+        in_order=words.in_order,
+        chunk=words.chunk,
+        keep=_KEPT[words.keep],
+        reduce=reducers_of(words.reduce, words.by, words.key, source, list(policy.actor.in_keys)),
+        seed=words.seed,
+    )
+    told: dict[str, object] = {
+        **asdict(words),
+        "explained": write_target(target),
+        "against": named,
+        "environment": policy.env_id,
+        "features": list(policy.features),
+        "actions": list(policy.actions),
+    }
+    return job, told
 
 
 def _stretch(text: str) -> slice:
@@ -122,17 +108,16 @@ def _stretch(text: str) -> slice:
 
 def told_words(folder: Path) -> dict[str, object]:
     """What was typed when a job was begun; nothing where it was begun in Python."""
-    path = folder / _WORDS
+    path = JobFolder(folder).words
     found = read_json(path) if path.is_file() else {}
     return found if isinstance(found, dict) else {}
 
 
 def explain(words: Words, out: Path, workers: int | None) -> None:
     """Work on a job until it is done, or until somebody stops it."""
-    job, told = words.job(out)
-    note = out / _WORDS
-    if not note.exists():
-        job.folder.note(note, json.loads(json.dumps(told)))
+    job, told = _job_of(words, out)
+    if not job.folder.words.exists():
+        job.folder.note(job.folder.words, json.loads(json.dumps(told)))
     console = Console(stderr=True)
     with _bar(console) as progress:
         task = progress.add_task(Text(visible(out.name)).plain, total=None, who="")
@@ -150,7 +135,7 @@ def explain(words: Words, out: Path, workers: int | None) -> None:
             console.print(
                 Text(
                     f"stopped: {now.done:,} of {now.rows:,} rows are done, and stay so. The same command goes on:\n"
-                    f"  {command_of(words, out)}"
+                    f"  {words.command(out)}"
                 ),
                 soft_wrap=True,
             )
@@ -163,24 +148,6 @@ def _at_work(job: Job, workers: int | None, show: Callable[[Status], object]) ->
     if workers == 1 or (workers is None and len(job.units) == 1):
         return job.work(on_done=lambda _: show(job.status()))
     return launch(job, workers, on_progress=show)
-
-
-def command_of(words: Words, out: Path) -> str:
-    """What to type for a job."""
-    given = ["tdhook", "dataset", "explain", "--out", str(out)]
-    defaults = {
-        "composite": "epsilon_plus",
-        "keep": "all",
-        "reduce": "moments,histogram,top:6,sample:1000",
-        "seed": 0,
-    }
-    for one in fields(words):
-        value, option = getattr(words, one.name), "--" + one.name.replace("_", "-")
-        if value in (None, False, ()) or (one.name in defaults and defaults[one.name] == value):
-            continue
-        for each in value if isinstance(value, tuple) else (value,):
-            given += [option] if each is True else [option, str(each)]
-    return shlex.join(given)
 
 
 def _bar(console: Console) -> Progress:
@@ -205,7 +172,7 @@ def status(folder: Path) -> None:
     if not now.finished and now.per_second and now.at_work:
         _say(f"{now.per_second:,.0f} rows/s lately; {_time(now.seconds_left)} to go")
     if not now.finished and told:
-        _say(f"to go on: {command_of(_words_in(told), folder)}")
+        _say(f"to go on: {Words.told(told).command(folder)}")
 
 
 def _how_far(now: Status) -> str:
@@ -248,7 +215,8 @@ def _job_again(folder: Path, policy: str | None) -> Job:
         raise ValueError(
             f"{folder} was not begun with tdhook dataset explain: verify it in Python, job.verify()"
         )
-    return _words_in(told if policy is None else {**told, "policy": policy}).job(folder)[0]
+    words = Words.told(told if policy is None else {**told, "policy": policy})
+    return _job_of(words, folder)[0]
 
 
 def finished(folder: Path) -> Result:
@@ -259,7 +227,7 @@ def finished(folder: Path) -> Result:
     """
     now, told = status_of(folder), told_words(folder)
     if not now.finished:
-        go_on = f": go on, {command_of(_words_in(told), folder)}" if told else ""
+        go_on = f": go on, {Words.told(told).command(folder)}" if told else ""
         raise ValueError(f"{folder}: {_how_far(now)}{go_on}")
     return open_result(folder)
 
@@ -267,17 +235,6 @@ def finished(folder: Path) -> Result:
 def _listed(units: Sequence[int], what: str) -> str:
     shown = ", ".join(map(str, units[:10])) + (", ..." if len(units) > 10 else "")
     return f"{len(units)} {what} (chunks {shown})" if units else ""
-
-
-def _words_in(told: dict[str, object]) -> Words:
-    names = [one.name for one in fields(Words)]
-    missing = [name for name in names if name not in told]
-    if missing:
-        raise ValueError(f"{_WORDS} does not say {', '.join(missing)}: it is of another version of tdhook")
-    given = {name: told[name] for name in names}
-    key = given["key"]
-    given["key"] = tuple(key) if isinstance(key, list) else ()
-    return Words(**given)  # type: ignore[arg-type]
 
 
 def _say(text: str) -> None:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.cli.tables import titled_table
 from tdhook.configuration import read_key, write_key
 from tdhook.datasets.reducers import Histogram, Moments, Reservoir, TopRows
 from tdhook.datasets.reducing import Reducer
 from tdhook.datasets.rows import Rows
 from tdhook.markup import visible
+from tdhook.pages.names import feature_names, group_name
 
-__all__ = ["feature_names", "group_name", "reduced_tables", "reducers_of"]
+__all__ = ["reduced_tables", "reducers_of"]
 
 _FEATURES = 64
 """Features up to which each has a histogram of its own, unless asked."""
@@ -104,42 +105,12 @@ def reduced_tables(
     return tables
 
 
-def group_name(by: object, group: int, actions: Sequence[str]) -> str:
-    """What a group of rows is called."""
-    if by is None:
-        return "all rows"
-    if by == "action" and 0 <= group < len(actions):
-        return actions[group]
-    return f"{write_key(by) if isinstance(by, str | tuple) else by!r} {group}"
-
-
-def feature_names(shape: Sequence[int], features: Sequence[str]) -> list[str]:
-    """A name for each feature of a shape, flattened."""
-    count = 1
-    for size in shape:
-        count *= size
-    return list(features) if len(features) == count else [f"x{i}" for i in range(count)]
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=Text(visible(title)),
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for i, column in enumerate(columns):
-        table.add_column(Text(visible(column)), justify="right" if i else "left", overflow="fold")
-    return table
-
-
 def _moments(name: str, found: TensorDict, groups: list[str], features: Sequence[str]) -> Table:
     mean, absolute = found["mean"].flatten(1), found["absolute"].flatten(1)
     names = feature_names(found["mean"].shape[1:], features)
     counts = found["count"].tolist()
     heads = [f"{group} ({count:,})" for group, count in zip(groups, counts, strict=True)]
-    table = _table(f"{name}: mean relevance", "feature", *heads, "mean |relevance|")
+    table = titled_table(f"{name}: mean relevance", "feature", *heads, "mean |relevance|", numbers=True)
     weight = found["count"].double() / found["count"].sum()
     size = (absolute * weight[:, None]).sum(0)
     for i in sorted(size.topk(min(_SHOWN, len(size))).indices.tolist()):
@@ -157,7 +128,9 @@ def _quantiles(name: str, found: TensorDict, groups: list[str], features: Sequen
         if found["quantiles"].dim() > 2
         else ["all features"]
     )
-    table = _table(f"{name}: quantiles of relevance", "", *(f"{q:.0%}" for q in Histogram.QUANTILES))
+    table = titled_table(
+        f"{name}: quantiles of relevance", "", *(f"{q:.0%}" for q in Histogram.QUANTILES), numbers=True
+    )
     for group, values in zip(groups, quantiles, strict=True):
         for i in range(min(_SHOWN, len(each))):
             table.add_row(
@@ -169,7 +142,7 @@ def _quantiles(name: str, found: TensorDict, groups: list[str], features: Sequen
 def _rows(name: str, found: TensorDict, groups: list[str]) -> Table:
     score = found.get("score", None)
     columns = ["rows of", "how many", "the first"] + ([] if score is None else ["largest"])
-    table = _table(f"{name}: {len(groups):,} rows", *columns)
+    table = titled_table(f"{name}: {len(groups):,} rows", *columns, numbers=True)
     for group in dict.fromkeys(groups):
         of = [i for i, one in enumerate(groups) if one == group]
         first = ", ".join(str(found["row"][i].item()) for i in of[:5]) + (", ..." if len(of) > 5 else "")

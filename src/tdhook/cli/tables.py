@@ -31,10 +31,12 @@ __all__ = [
     "progress_bar",
     "relevance_table",
     "rules_table",
+    "titled_table",
 ]
 
 
-def _table(title: str, *columns: str, numbers: bool = False) -> Table:
+def titled_table(title: str, *columns: str, numbers: bool = False) -> Table:
+    """An empty table; ``numbers`` are set to the right, in all columns but the first."""
     table = Table(
         title=Text(visible(title)),
         title_justify="left",
@@ -58,7 +60,7 @@ def relevance_table(summary: Summary, title: str, most: int = 16) -> Table:
     """Mean relevance of each feature by action; of very many features those of the largest absolute relevance."""
     taken = [i for i, count in enumerate(summary.counts) if count]
     columns = [f"{summary.actions[i]} ({summary.counts[i]}×)" for i in taken]
-    table = _table(title, "feature", *columns, "all steps", "mean |relevance|", numbers=True)
+    table = titled_table(title, "feature", *columns, "all steps", "mean |relevance|", numbers=True)
     shown = sorted(summary.magnitude.topk(min(most, len(summary.features))).indices.tolist())
     for i in shown:
         cells = [*(summary.by_action[action, i].item() for action in taken), summary.mean[i].item()]
@@ -80,7 +82,7 @@ def _signed(value: float) -> Text:
 def conservation_table(account: Conservation, against: bool = False) -> Group:
     """Where the relevance went, that of the difference from a baseline if it is ``against`` one."""
     share_of = "of what was put in" if against else "of |target|"
-    table = _table("Conservation of relevance", "", "mean", share_of, numbers=True)
+    table = titled_table("Conservation of relevance", "", "mean", share_of, numbers=True)
     for label, value, share in account.lines(against):
         table.add_row(label, f"{value:+.5g}", "" if share is None else f"{share:+.1%}")
     meaning = (
@@ -93,7 +95,7 @@ def conservation_table(account: Conservation, against: bool = False) -> Group:
 def plan_table(actor: nn.Module, composite: Composite, observed: TensorDictBase | None = None) -> Group:
     """Which rule each module of an actor gets; ``observed`` is what it reads, if that is at hand."""
     plan = LRP(composite).plan(actor, observed)
-    table = _table(f"{type(actor).__name__}, {plan.flow} flow", *COLUMNS)
+    table = titled_table(f"{type(actor).__name__}, {plan.flow} flow", *COLUMNS)
     for row in plan:
         path, *others = plan.cells(row)
         style = "" if row.rule and not row.rule.native else "dim"
@@ -114,7 +116,7 @@ def plan_table(actor: nn.Module, composite: Composite, observed: TensorDictBase 
 
 def rules_table() -> Table:
     """All rules, each with the beginning of its own documentation."""
-    table = _table("Rules", "rule and its parameters", "what it does")
+    table = titled_table("Rules", "rule and its parameters", "what it does")
     for name in sorted(rules.__all__):
         rule = getattr(rules, name)
         if isinstance(rule, type) and issubclass(rule, rules.Rule) and not inspect.isabstract(rule):
@@ -127,7 +129,7 @@ def rules_table() -> Table:
 
 def presets_table() -> Table:
     """All presets, likewise."""
-    table = _table("Presets", "preset and its parameters", "what it does")
+    table = titled_table("Presets", "preset and its parameters", "what it does")
     for name, function in PRESETS.items():
         table.add_row(_signature(name, function), Text(formula(function)))
     return table
@@ -135,7 +137,7 @@ def presets_table() -> Table:
 
 def methods_table() -> Table:
     """All methods: their formulas, what they cost in gradients, what they need."""
-    table = _table("Methods", "method", "what an entry gets", "cost", "needs")
+    table = titled_table("Methods", "method", "what an entry gets", "cost", "needs")
     table.columns[0].no_wrap = True
     for name, listed in METHODS.items():
         table.add_row(Text(name, style="bold"), Text(listed.formula), Text(listed.cost), Text(listed.needs))

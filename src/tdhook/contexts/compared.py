@@ -22,7 +22,7 @@ from tdhook.targets import TargetLike
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["SPREAD", "Compared", "Complete", "write_under"]
+__all__ = ["SPREAD", "Compared", "Complete", "compared", "write_under"]
 
 Self = TypeVar("Self", bound="Compared")
 SelfComplete = TypeVar("SelfComplete", bound="Complete")
@@ -88,13 +88,6 @@ class Compared(Attribution):
         references, td, fill = self.references.settled(keys, td, valid)
         return self.against(references), td, fill
 
-    @staticmethod
-    def tell_spread(runner: Runner, run: Run, spread: Mapping[NestedKey, Tensor]) -> None:
-        """Write the standard deviation of relevance over references, by source."""
-        sources = run.sources(spread)
-        for key, value in spread.items():
-            runner.beside[under(SPREAD, key)] = run.in_batch_shape(key, value, sources[key])
-
     def starts(self, run: Run, ends: Mapping[NestedKey, Tensor], numbers: range) -> dict[NestedKey, Tensor]:
         """Some of the references of values, ``[references, *source]``; a key that has none stays as it is."""
         drawn = [self.reference(run, ends, number) for number in numbers]
@@ -117,6 +110,19 @@ class Compared(Attribution):
                     "nobody's: name it in attribute, or leave it out"
                 )
         return drawn.replaced
+
+
+def compared(method: Attribution, references: References | None) -> Attribution:
+    """A method with other references; as it is, where there are none.
+
+    Raises:
+        ValueError: it compares with none.
+    """
+    if references is None:
+        return method
+    if not isinstance(method, Compared):
+        raise ValueError(f"{type(method).__name__} compares with no baseline: leave out the baseline")
+    return method.against(references)
 
 
 class Complete(Compared):
@@ -175,7 +181,7 @@ class Complete(Compared):
             rises: the differences that it is to add up to, as :meth:`rises` gives them.
             spread: its standard deviation over references.
         """
-        self.tell_spread(runner, run, spread)
+        write_under(SPREAD, runner, run, spread)
         sources = run.sources(found)
         if self.ledger and rises is not None and found.keys() == run.independent_sources()[0].keys():
             runner.beside.update(_accounts(run, sources, found, rises.mean(0)))

@@ -10,7 +10,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.datasets.reducers import as_names
-from tdhook.datasets.reducing import Part, Piece, Reducer
+from tdhook.datasets.reducing import Part, Piece, Reducer, add_part
 from tdhook.datasets.result import Result
 from tdhook.datasets.rows import Source, as_rows
 from tdhook.datasets.stored import require_same_source
@@ -55,9 +55,8 @@ def reduce_kept(
         found: dict[NestedKey, Tensor] = dict(result.read(begin, end, checkpoint).items(True, True))
         data = TensorDict({}, [end - begin]) if rows is None else rows.read(begin, end)
         piece = Piece(data, torch.arange(begin, end), _relevance(found, result.attribution_key), found)
-        for name, one in named.items():
-            new = one.part(piece)
-            parts[name] = one.merged([parts[name], new] if name in parts else [new])
+        for one in reducers:
+            add_part(parts, one, piece)
     return {name: TensorDict(named[name].result(part), []) for name, part in parts.items()}
 
 

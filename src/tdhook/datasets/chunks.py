@@ -16,7 +16,7 @@ from tdhook.datasets.folder import JobFolder
 from tdhook.datasets.identity import digest_of
 from tdhook.datasets.keeping import Kept
 from tdhook.datasets.layout import Layout, checksums
-from tdhook.datasets.reducing import Part, Piece, Reducer
+from tdhook.datasets.reducing import Part, Piece, Reducer, add_part
 from tdhook.datasets.stored import Stored, named
 from tdhook.datasets.units import Units
 
@@ -112,9 +112,8 @@ class Chunks:
 
     def _add(self, parts: dict[str, Part], piece: Piece) -> None:
         """Add what reducers know of some rows to what they know of those before."""
-        for name, reducer in self.reducers.items():
-            new = reducer.part(piece)
-            parts[name] = reducer.merged([parts[name], new] if name in parts else [new])
+        for reducer in self.reducers.values():
+            add_part(parts, reducer, piece)
 
     def _pieces(self, unit: int) -> Iterator[Piece]:
         self.load(self.units.checkpoint(unit))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tdhook.contexts.attribution import Attribution
 from tdhook.contexts.explained import ExplainedModule
 from tdhook.contexts.recorded import Recorded
+from tdhook.datasets.faults import rows_named
 from tdhook.datasets.reducing import Piece
 from tdhook.datasets.rows import Rows
 from tdhook.keys import parts_of
@@ -126,7 +127,7 @@ class Explaining:
             ValueError: they cannot be explained; the message says which rows.
         """
         before = min(begin, self.method.steps_before) if self.in_order else 0
-        try:
+        with rows_named(begin, end):
             data = self._read(begin - before, end)
             if self.in_order:
                 data = data.copy()
@@ -137,9 +138,6 @@ class Explaining:
                     f"nothing that the policy reads gets relevance: {', '.join(map(repr, self.recorded.in_keys))}; "
                     "what is bytes or whole numbers is to be made floating point numbers, by prepare="
                 )
-        except (ValueError, KeyError, RuntimeError, TypeError, IndexError) as error:
-            text = str(error.args[0]) if error.args else str(error)
-            raise type(error)(f"rows {begin} to {end - 1}: {text}") from error
         index = torch.arange(begin, end)
         return Piece(data[before:], index, self._relevance(found), found)
 

@@ -3,7 +3,8 @@
 ``manifest.json`` says what is explained and how. ``rows/`` is the explained data set, and is called ``rows.part`` until
 all of it is there, so that nobody takes a row that was not explained for one whose relevance is zero. ``blocks/`` is
 there instead where rows are compressed. ``done/`` has a file for each chunk that is on disk, ``parts/`` what reducers
-know of it, ``claims/`` who is at work on which, ``workers/`` who has been.
+know of it, ``claims/`` who is at work on which, ``workers/`` who has been. ``words.json`` is what was typed to begin
+the job, if it was typed.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class JobFolder:
 
     def __init__(self, home: str | os.PathLike[str]) -> None:
         self.home = Path(home)
-        self.manifest, self.rows, self.unfinished = (
-            self.home / name for name in ("manifest.json", "rows", "rows.part")
+        self.manifest, self.words, self.rows, self.unfinished = (
+            self.home / name for name in ("manifest.json", "words.json", "rows", "rows.part")
         )
         self.done, self.parts, self.claims, self.blocks, self.workers = (
             self.home / name for name in ("done", "parts", "claims", "blocks", "workers")
@@ -280,6 +281,11 @@ class JobFolder:
         home = self.home / path.parent.name
         home.mkdir(exist_ok=True)
         self._put(home / path.name, path.read_bytes())
+
+    def bring_words(self, other: JobFolder) -> None:
+        """Copy what was typed to begin the job in another folder, unless it is known here."""
+        if other.words.is_file() and not self.words.exists():
+            self._put(self.words, other.words.read_bytes())
 
     def commit(self, unit: int, told: Mapping[str, Plain]) -> None:
         """Say that all of a chunk is on the disk."""

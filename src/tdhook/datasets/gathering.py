@@ -44,7 +44,8 @@ def gather(folders: Sequence[str | os.PathLike[str]], into: str | os.PathLike[st
     """Bring the chunks of several folders of the same job into one, which then is as if all had been done there.
 
     Each chunk is compared with its checksum, written, and committed as a worker does it. What is there already is left,
-    so that it can be called again, after an interruption or when more is done.
+    so that it can be called again, after an interruption or when more is done. What was typed to begin the job is that
+    of the first folder that knows it.
 
     Args:
         folders: job folders, of workers at a ``Place(rank, world, alone=True)``, say.
@@ -67,6 +68,8 @@ def gather(folders: Sequence[str | os.PathLike[str]], into: str | os.PathLike[st
             )
     target = JobFolder(into)
     target.begin(first.manifest)
+    for source in sources:
+        target.bring_words(source.folder)
     there = target.all_done()
     brought, changed = 0, {}
     for source in sources:

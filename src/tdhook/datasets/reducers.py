@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
@@ -28,60 +29,55 @@ class Moments(Reducer):
     def part(self, piece: Piece) -> Part:
         values = self.of(piece).to(torch.float64, copy=True)
         groups, place = groups_of(labels_of(self.by, piece))
-        shape = (len(groups), *values.shape[1:])
         where = place.reshape(-1, *(1,) * (values.dim() - 1)).expand_as(values)
-        count = torch.bincount(place, minlength=len(groups))
-        by_row = count.reshape(-1, *(1,) * (values.dim() - 1)).double()
-        mean = values.new_zeros(shape).scatter_add_(0, where, values) / by_row
-        least = values.new_full(shape, torch.inf).scatter_reduce_(0, where, values, "amin")
-        most = values.new_full(shape, -torch.inf).scatter_reduce_(0, where, values, "amax")
-        absolute = values.new_zeros(shape).scatter_add_(0, where, values.abs()) / by_row
+        found = _no_moments(groups, values.shape[1:])
+        found["count"] += torch.bincount(place, minlength=len(groups))
+        by_row = found["count"].reshape(-1, *(1,) * (values.dim() - 1)).double()
+        found["least"].scatter_reduce_(0, where, values, "amin")
+        found["most"].scatter_reduce_(0, where, values, "amax")
+        found["absolute"].scatter_add_(0, where, values.abs()).div_(by_row)
+        mean = found["mean"].scatter_add_(0, where, values).div_(by_row)
         deviations = values.sub_(mean[place]).square_()  # in place of the values: rows may be large
-        apart = values.new_zeros(shape).scatter_add_(0, where, deviations)
-        return {
-            "group": groups,
-            "count": count,
-            "mean": mean,
-            "apart": apart,
-            "absolute": absolute,
-            "least": least,
-            "most": most,
-        }
+        found["apart"].scatter_add_(0, where, deviations)
+        return found
 
     def merged(self, parts: Iterable[Part]) -> Part:
         given = list(parts)
         groups, places = aligned(given)
-        shape = (len(groups), *given[0]["mean"].shape[1:])
-        count = torch.zeros(len(groups), dtype=torch.int64)
-        mean, apart, absolute = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
-        least = torch.full(shape, torch.inf, dtype=torch.float64)
-        most = -least
+        shape = given[0]["mean"].shape[1:]
+        found, ones = _no_moments(groups, shape), (1,) * len(shape)
         for part, place in zip(given, places, strict=True):
-            ones = (1,) * (len(shape) - 1)
-            before, new = count[place].reshape(-1, *ones).double(), part["count"].reshape(-1, *ones).double()
+            before = found["count"][place].reshape(-1, *ones).double()
+            new = part["count"].reshape(-1, *ones).double()
             weight = new / (before + new)
-            step = part["mean"] - mean[place]
-            apart[place] += part["apart"] + step**2 * before * weight
-            mean[place] += step * weight
-            absolute[place] += (part["absolute"] - absolute[place]) * weight
-            least[place] = torch.minimum(least[place], part["least"])
-            most[place] = torch.maximum(most[place], part["most"])
-            count[place] += part["count"]
-        return {
-            "group": groups,
-            "count": count,
-            "mean": mean,
-            "apart": apart,
-            "absolute": absolute,
-            "least": least,
-            "most": most,
-        }
+            step = part["mean"] - found["mean"][place]
+            found["apart"][place] += part["apart"] + step**2 * before * weight
+            found["mean"][place] += step * weight
+            found["absolute"][place] += (part["absolute"] - found["absolute"][place]) * weight
+            found["least"][place] = torch.minimum(found["least"][place], part["least"])
+            found["most"][place] = torch.maximum(found["most"][place], part["most"])
+            found["count"][place] += part["count"]
+        return found
 
     def result(self, part: Part) -> dict[str, Tensor]:
         ones = (1,) * (part["mean"].dim() - 1)
         variance = part["apart"] / part["count"].reshape(-1, *ones)
         kept = ("group", "count", "mean", "absolute", "least", "most")
         return {**{name: part[name] for name in kept}, "variance": variance}
+
+
+def _no_moments(groups: Tensor, features: torch.Size) -> Part:
+    """The moments of no rows, of each group."""
+    zeros = torch.zeros((len(groups), *features), dtype=torch.float64)
+    return {
+        "group": groups,
+        "count": torch.zeros(len(groups), dtype=torch.int64),
+        "mean": zeros,
+        "apart": zeros.clone(),
+        "absolute": zeros.clone(),
+        "least": torch.full_like(zeros, torch.inf),
+        "most": torch.full_like(zeros, -torch.inf),
+    }
 
 
 _OCTAVE = 8
@@ -183,7 +179,36 @@ def _middles() -> Tensor:
     return torch.cat([-middle.flip(0), torch.zeros(1, dtype=torch.float64), middle])
 
 
-class TopRows(Reducer):
+class _FewRows(Reducer):
+    """So many rows of each group: those that are the first in an order."""
+
+    def __init__(self, count: int, key: NestedKey | None, by: By | None, name: str | None) -> None:
+        super().__init__(key, by=by, name=name)
+        if count < 1:
+            raise ValueError(f"at least one row is kept, got count={count}")
+        self.count = count
+
+    @abstractmethod
+    def order(self, part: Part) -> Tensor:
+        """The places of rows ``[rows]``, in the order of their groups, and in each the best first."""
+
+    def merged(self, parts: Iterable[Part]) -> Part:
+        few: Part | None = None
+        for part in parts:
+            both = part if few is None else {name: torch.cat([few[name], part[name]]) for name in part}
+            few = self.few(both)
+        return few or {}
+
+    def few(self, part: Part) -> Part:
+        """The first rows of each group."""
+        order = self.order(part)
+        group = part["group"][order]
+        first = torch.searchsorted(group, group)  # where the group of each begins
+        kept = order[torch.arange(len(order)) - first < self.count]
+        return {name: value[kept] for name, value in part.items()}
+
+
+class TopRows(_FewRows):
     """The rows with the largest score of their relevance, of each group: reference samples (Achtibat et al. 2023).
 
     Args:
@@ -208,12 +233,10 @@ class TopRows(Reducer):
         by: By | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(key, by=by, name=name)
-        if count < 1:
-            raise ValueError(f"at least one row is kept, got count={count}")
+        super().__init__(count, key, by, name)
         if isinstance(score, str) and score not in _SCORES:
             raise ValueError(f"score={score!r} is none of {', '.join(_SCORES)}, a feature or a function")
-        self.count, self.score, self.with_rows = count, score, with_rows
+        self.score, self.with_rows = score, with_rows
 
     def part(self, piece: Piece) -> Part:
         values = self.of(piece).cpu()
@@ -221,14 +244,10 @@ class TopRows(Reducer):
         part = {"group": labels_of(self.by, piece), "row": piece.index.cpu(), "score": found}
         if self.with_rows:
             part["relevance"] = values
-        return self._best(part)
+        return self.few(part)
 
-    def merged(self, parts: Iterable[Part]) -> Part:
-        best: Part | None = None
-        for part in parts:
-            both = part if best is None else {name: torch.cat([best[name], part[name]]) for name in part}
-            best = self._best(both)
-        return best or {}
+    def order(self, part: Part) -> Tensor:
+        return _sorted_by(part["group"], -part["score"], part["row"])
 
     def result(self, part: Part) -> dict[str, Tensor]:
         return dict(part)
@@ -239,25 +258,14 @@ class TopRows(Reducer):
             found = self.score(values)
             if found.shape != (len(values),):
                 raise ValueError(
-                    f"the score of {self.name!r} gives {tuple(found.shape)} for {len(values)} rows; it is to give one "
-                    "number each"
+                    f"the score gives {tuple(found.shape)} for {len(values)} rows; it is to give one number each"
                 )
             return found
         if isinstance(self.score, int):
             if not -flat.shape[1] <= self.score < flat.shape[1]:
-                raise IndexError(
-                    f"score={self.score} of {self.name!r}, and there are {flat.shape[1]} features"
-                )
+                raise IndexError(f"score={self.score}, and there are {flat.shape[1]} features")
             return flat[:, self.score]
         return _SCORES[self.score](flat)
-
-    def _best(self, part: Part) -> Part:
-        """The best rows of each group."""
-        order = _sorted_by(part["group"], -part["score"], part["row"])
-        group = part["group"][order]
-        first = torch.searchsorted(group, group)  # where the group of each begins
-        kept = order[torch.arange(len(order)) - first < self.count]
-        return {name: value[kept] for name, value in part.items()}
 
 
 _SCORES: dict[str, Score] = {
@@ -267,7 +275,7 @@ _SCORES: dict[str, Score] = {
 }
 
 
-class Reservoir(Reducer):
+class Reservoir(_FewRows):
     """Rows drawn by chance, of each group, the same ones for the same seed, with their relevance.
 
     Which rows are drawn depends on their numbers and the seed alone: the same rows are drawn for each checkpoint.
@@ -290,13 +298,11 @@ class Reservoir(Reducer):
         by: By | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(key, by=by, name=name)
-        if count < 1:
-            raise ValueError(f"at least one row is kept, got count={count}")
-        self.count, self.seed = count, seed
+        super().__init__(count, key, by, name)
+        self.seed = seed
 
     def part(self, piece: Piece) -> Part:
-        return self._drawn(
+        return self.few(
             {
                 "group": labels_of(self.by, piece),
                 "row": piece.index.cpu(),
@@ -305,23 +311,12 @@ class Reservoir(Reducer):
             }
         )
 
-    def merged(self, parts: Iterable[Part]) -> Part:
-        drawn: Part | None = None
-        for part in parts:
-            both = part if drawn is None else {name: torch.cat([drawn[name], part[name]]) for name in part}
-            drawn = self._drawn(both)
-        return drawn or {}
+    def order(self, part: Part) -> Tensor:
+        return _sorted_by(part["group"], part["chance"], part["row"])
 
     def result(self, part: Part) -> dict[str, Tensor]:
         order = _sorted_by(part["group"], part["row"])
         return {name: value[order] for name, value in part.items() if name != "chance"}
-
-    def _drawn(self, part: Part) -> Part:
-        order = _sorted_by(part["group"], part["chance"], part["row"])
-        group = part["group"][order]
-        first = torch.searchsorted(group, group)
-        kept = order[torch.arange(len(order)) - first < self.count]
-        return {name: value[kept] for name, value in part.items()}
 
 
 def _chances(rows: Tensor, seed: int) -> Tensor:

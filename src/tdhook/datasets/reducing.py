@@ -16,9 +16,10 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
+from tdhook.datasets.faults import rows_named
 from tdhook.keys import known_keys
 
-__all__ = ["By", "Part", "Piece", "Reducer", "groups_of", "labels_of"]
+__all__ = ["By", "Part", "Piece", "Reducer", "add_part", "groups_of", "labels_of"]
 
 By: TypeAlias = "NestedKey | Callable[[TensorDictBase], Tensor]"
 """What rows are told apart by: an entry of the source (an action, ``("next", "done")``), or a function of rows that
@@ -89,16 +90,25 @@ class Reducer(ABC):
             return _as_numbers(next(iter(found.values())))
         if self.key is None or self.key not in found:
             asked = "no key is named" if self.key is None else f"{self.key!r} is named"
-            raise KeyError(
-                f"the reducer {self.name!r}: {asked}, and there is relevance of "
-                f"{', '.join(map(repr, found))}: give it key="
-            )
+            raise KeyError(f"{asked}, and there is relevance of {', '.join(map(repr, found))}: give it key=")
         return _as_numbers(found[self.key])
 
 
 def _as_numbers(x: Tensor) -> Tensor:
     """Off the device, and in single precision at least, which every file format knows."""
     return x.cpu() if x.dtype in (torch.float32, torch.float64) else x.cpu().float()
+
+
+def add_part(parts: dict[str, Part], reducer: Reducer, piece: Piece) -> None:
+    """Add what a reducer knows of some rows to what is known of those before, by its name.
+
+    Raises:
+        Exception: the rows cannot be reduced; the message says which, and by what.
+    """
+    begin, name = int(piece.index[0]), reducer.name
+    with rows_named(begin, begin + len(piece.index), f"the reducer {name!r}"):
+        new = reducer.part(piece)
+        parts[name] = reducer.merged([parts[name], new] if name in parts else [new])
 
 
 def labels_of(by: By | None, piece: Piece) -> Tensor:

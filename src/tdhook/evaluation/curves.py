@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from tdhook.evaluation.intervals import Figures
 
 __all__ = ["Curve", "InsertionDeletion", "PerturbationCurves"]
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
+class Curve(Figures):
     """What is measured, while more and more of the entries of the inputs are replaced.
 
     Where features have different numbers of entries, each element of the batch reaches other shares at its steps; its
@@ -25,6 +28,7 @@ class Curve:
 
     fraction: Tensor
     value: Tensor
+    trailing: ClassVar[int] = 1
 
     @property
     def mean(self) -> Tensor:
@@ -46,13 +50,17 @@ class Curve:
         """How far the value lies below that of the whole input, mean over points and batch (Samek 2017, eq. 12)."""
         return (self.value[..., :1] - self.value).mean().item()
 
+    def figures(self) -> dict[str, Tensor]:
+        """The curves, of which there are intervals at each point."""
+        return {"value": self.value}
+
     def to_dict(self) -> dict[str, object]:
         """The mean curve and its area as plain data."""
         return {"fraction": self.fraction.tolist(), "value": self.mean.tolist(), "area": self.area}
 
 
 @dataclass(frozen=True, eq=False)
-class PerturbationCurves:
+class PerturbationCurves(Figures):
     """The curves of one explanation.
 
     Attributes:
@@ -68,13 +76,18 @@ class PerturbationCurves:
         """The area between the curves, ``least`` minus ``most``: the larger the better, about 0 for a random order."""
         return self.least.area - self.most.area
 
+    def figures(self) -> dict[str, Tensor]:
+        """The areas under both curves and between them."""
+        most, least = self.most.areas, self.least.areas
+        return {"most": most, "least": least, "between": least - most}
+
     def to_dict(self) -> dict[str, object]:
         """Both curves and the area between them as plain data."""
         return {"most": self.most.to_dict(), "least": self.least.to_dict(), "between": self.between}
 
 
 @dataclass(frozen=True, eq=False)
-class InsertionDeletion:
+class InsertionDeletion(Figures):
     """The two curves of Petsiuk, Das and Saenko (2018).
 
     Attributes:
@@ -85,6 +98,10 @@ class InsertionDeletion:
 
     insertion: Curve
     deletion: Curve
+
+    def figures(self) -> dict[str, Tensor]:
+        """The areas under both curves."""
+        return {"insertion": self.insertion.areas, "deletion": self.deletion.areas}
 
     def to_dict(self) -> dict[str, object]:
         """Both curves as plain data."""

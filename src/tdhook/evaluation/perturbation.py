@@ -2,41 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.utils import NestedKey, unravel_key
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from tdhook.evaluation.curves import Curve, InsertionDeletion, PerturbationCurves
+from tdhook.evaluation.explaining import GroupsOf, explaining
 from tdhook.evaluation.measures import Measure, Measured
-from tdhook.evaluation.runs import Method, axes_of, bound, quiet, relevance_of, target_of
-from tdhook.passes.questions import Asked, asked
-from tdhook.passes.rows import rows_of, shaped_like
+from tdhook.evaluation.runs import Method
+from tdhook.passes.questions import Asked
+from tdhook.passes.rows import rows_of
 from tdhook.perturbing.baselines import Baseline, Replacements
 from tdhook.perturbing.features import Features, Groups
 from tdhook.targets import TargetLike
 
-__all__ = ["insertion_deletion", "perturbation_curve", "ranked"]
+__all__ = ["Plan", "insertion_deletion", "perturbation_curve", "ranked"]
 
 
 Order: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
 """``(rank [rows, features], number of features in question, how many there are) -> which are replaced``."""
 
+Change: TypeAlias = Callable[[TensorDictBase, Tensor], TensorDictBase]
+"""``(copies of some rows [copies * rows, *rest], chosen [copies * rows, features]) -> these, changed``."""
 
-def _most_first(rank: Tensor, k: Tensor, count: int) -> Tensor:
+Replacing: TypeAlias = Callable[[Features, TensorDictBase, int], Callable[[TensorDictBase], Change]]
+"""``(features, rows of the data, seed) -> rows -> how copies of these are changed``."""
+
+
+def most_first(rank: Tensor, k: Tensor, count: int) -> Tensor:
     return rank < k
 
 
-def _least_first(rank: Tensor, k: Tensor, count: int) -> Tensor:
+def least_first(rank: Tensor, k: Tensor, count: int) -> Tensor:
     return rank >= count - k
 
 
 def _all_but_most(rank: Tensor, k: Tensor, count: int) -> Tensor:
     return rank >= k
+
+
+def replaced(baseline: Baseline) -> Replacing:
+    """Features are replaced by those of a baseline."""
+
+    def prepare(features: Features, source: TensorDictBase, seed: int) -> Callable[[TensorDictBase], Change]:
+        replacements = Replacements(baseline, features, source, torch.Generator().manual_seed(seed))
+
+        def of(rows: TensorDictBase) -> Change:
+            values = replacements(rows)
+
+            def change(inputs: TensorDictBase, chosen: Tensor) -> TensorDictBase:
+                copies = len(inputs) // len(rows)
+                expanded = {key: x.expand(copies, *x.shape).flatten(0, 1) for key, x in values.items()}
+                return features.replaced(inputs, expanded, chosen)
+
+            return change
+
+        return of
+
+    return prepare
 
 
 def perturbation_curve(
@@ -96,7 +124,7 @@ def perturbation_curve(
         TypeError: an input is not floating-point.
         ValueError: the batch is empty, shapes do not fit, or the target explains several outputs.
     """
-    plan = _Plan(
+    plan = Plan(
         module,
         td,
         method,
@@ -110,7 +138,10 @@ def perturbation_curve(
         batch_dims,
         chunk_size,
     )
-    most, least = plan.curves([(_most_first, baseline), (_least_first, baseline)], data, seed)
+    # The same draws for each curve, so that these differ in the order alone.
+    most, least = plan.curves(
+        [(most_first, replaced(baseline)), (least_first, replaced(baseline))], data, seed
+    )
     return PerturbationCurves(most, least)
 
 
@@ -162,7 +193,7 @@ def insertion_deletion(
         TypeError: an input is not floating-point.
         ValueError: the batch is empty, shapes do not fit, or the target has no probability.
     """
-    plan = _Plan(
+    plan = Plan(
         module,
         td,
         method,
@@ -176,18 +207,20 @@ def insertion_deletion(
         batch_dims,
         chunk_size,
     )
-    wanted = [(_all_but_most, insertion_baseline), (_most_first, deletion_baseline)]
+    wanted = [(_all_but_most, replaced(insertion_baseline)), (most_first, replaced(deletion_baseline))]
     return InsertionDeletion(*plan.curves(wanted, data, seed))
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """What curves are measured of."""
+
     module: nn.Module
     td: TensorDictBase
     method: Method | None
     target: TargetLike
     keys: Sequence[NestedKey] | None
-    groups: Groups
+    groups: Groups | GroupsOf
     measure: Measure
     steps: int | None
     absolute: bool
@@ -196,42 +229,42 @@ class _Plan:
     chunk_size: int
 
     def curves(
-        self, wanted: Sequence[tuple[Order, Baseline]], data: TensorDictBase | None, seed: int
+        self, wanted: Sequence[tuple[Order, Replacing]], data: TensorDictBase | None, seed: int
     ) -> list[Curve]:
-        """One curve for each order and baseline."""
+        """One curve for each order and what features are replaced by."""
         chance = torch.Generator().manual_seed(seed)
-        target = target_of(self.method, self.target)
-        axes = axes_of(self.td, self.batch_dims, target)
-        explain, features, points = None, None, torch.empty(0)
-        replacements: list[Replacements] = []
+        features, points = None, torch.empty(0)
+        prepared: list[Callable[[TensorDictBase], Change]] = []
         found: list[list[Tensor]] = [[] for _ in wanted]
-        with quiet(self.module, seed):
-            question, whole = asked(self.module, self.td, target, axes, self.chunk_size)
-            within = self.td.batch_dims - axes
-            source = whole if data is None else rows_of(data, data.batch_dims - within)
-            if self.method is not None:
-                explain = bound(self.method, self.module, question.seeder, whole)
-            for rows in whole.split(self.chunk_size):
-                relevance = relevance_of(
-                    rows if explain is None else explain(rows.copy()), self.attribution_key
-                )
+        with explaining(
+            self.module,
+            self.td,
+            self.method,
+            target=self.target,
+            keys=self.keys,
+            groups=self.groups,
+            attribution_key=self.attribution_key,
+            batch_dims=self.batch_dims,
+            chunk_size=self.chunk_size,
+            seed=seed,
+        ) as each:
+            within = self.td.batch_dims - each.axes
+            source = each.whole if data is None else rows_of(data, data.batch_dims - within)
+            for part in each.parts():
                 if features is None:
-                    features = Features.of(rows, self._keys(relevance), self.groups)
+                    features = part.features
                     points = _points(features.count, self.steps)
-                    # The same draws for each curve, so that these differ in the order alone.
-                    replacements = [
-                        Replacements(b, features, source, torch.Generator().manual_seed(seed + 1))
-                        for _, b in wanted
-                    ]
-                rank = self._rank(features, relevance, rows, chance)
-                measured = Measured(self.measure, question, rows)
-                for values, (order, _), replace in zip(found, wanted, replacements, strict=True):
+                    prepared = [replacing(features, source, seed + 1) for _, replacing in wanted]
+                rank = ranked(features.by_entry(part.relevance), self.absolute, chance)
+                measured = Measured(self.measure, each.question, part.rows)
+                for values, (order, _), prepare in zip(found, wanted, prepared, strict=True):
+                    change = prepare(part.rows)
                     values.append(
-                        self._one(question, rows, features, order, replace(rows), rank, points, measured)
+                        self._one(each.question, part.rows, features, order, change, rank, points, measured)
                     )
         assert features is not None
         fraction = _shares(points, features)
-        return [Curve(fraction, shaped_like(torch.cat(values), self.td, axes)) for values in found]
+        return [Curve(fraction, each.shaped(values)) for values in found]
 
     def _one(
         self,
@@ -239,7 +272,7 @@ class _Plan:
         rows: TensorDictBase,
         features: Features,
         order: Order,
-        baseline: Mapping[NestedKey, Tensor],
+        change: Change,
         rank: Tensor,
         points: Tensor,
         measured: Measured,
@@ -251,10 +284,7 @@ class _Plan:
         for some in points.split(max(1, self.chunk_size // count)):
             chosen = order(rank, some.to(rank.device)[:, None, None], features.count).flatten(0, 1)
             inputs = small.expand(len(some), *small.batch_size).reshape(-1, *small.batch_size[1:])
-            replacing = {
-                key: value.expand(len(some), *value.shape).flatten(0, 1) for key, value in baseline.items()
-            }
-            changed = features.replaced(inputs, replacing, chosen)
+            changed = change(inputs, chosen)
             values.append(measured(question.outputs(changed), changed, len(some)))
             replaced.append((chosen.to(torch.float64) @ extent).unflatten(0, (len(some), count)))
         curve = torch.cat(values).T.cpu()
@@ -262,29 +292,6 @@ class _Plan:
             return curve
         share = torch.cat(replaced).T.cpu() / extent.sum().cpu()
         return _interpolated(_shares(points, features), (share - share[:, :1]).abs(), curve)
-
-    def _rank(
-        self,
-        features: Features,
-        relevance: Mapping[NestedKey, Tensor],
-        rows: TensorDictBase,
-        chance: torch.Generator,
-    ) -> Tensor:
-        """The place of each feature in the order from most to least relevant, ``[rows, features]``."""
-        for key in features.keys:
-            if key not in relevance:
-                raise KeyError(
-                    f"{key!r} has no relevance; there is that of {', '.join(map(repr, relevance))}"
-                )
-            if relevance[key].shape != rows.get(key).shape:
-                raise ValueError(
-                    f"the relevance of {key!r} has shape {list(relevance[key].shape)} for inputs of shape "
-                    f"{list(rows.get(key).shape)}: explain one output at a time"
-                )
-        return ranked(features.by_entry(relevance), self.absolute, chance)
-
-    def _keys(self, relevance: Mapping[NestedKey, Tensor]) -> list[NestedKey]:
-        return list(relevance) if self.keys is None else [unravel_key(key) for key in self.keys]
 
 
 def ranked(relevance: Tensor, absolute: bool, chance: torch.Generator) -> Tensor:

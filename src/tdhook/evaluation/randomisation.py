@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from tensordict import TensorDictBase
@@ -13,6 +13,7 @@ from tensordict.nn import TensorDictParams
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
+from tdhook.evaluation.intervals import Figures
 from tdhook.evaluation.runs import Method, axes_of, bound, quiet, relevance_of, seed_globally, target_of
 from tdhook.evaluation.similarity import cosine, spearman
 from tdhook.models.holding import modules_of
@@ -35,7 +36,7 @@ MEASURES: Mapping[str, Similarity] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Randomisation:
+class Randomisation(Figures):
     """How alike explanations are to those of randomised models.
 
     Attributes:
@@ -47,6 +48,11 @@ class Randomisation:
     layers: tuple[str, ...]
     cascading: bool
     similarity: dict[str, Tensor]
+    trailing: ClassVar[int] = 1
+
+    def figures(self) -> dict[str, Tensor]:
+        """Similarity by measure, of which there are intervals for each layer."""
+        return self.similarity
 
     def mean(self, measure: str = "spearman") -> Tensor:
         """Mean over the batch, ``[layers]``."""

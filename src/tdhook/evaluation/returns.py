@@ -12,6 +12,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
+from tdhook.evaluation.intervals import Figures
 from tdhook.evaluation.perturbation import ranked
 from tdhook.evaluation.runs import Method, bound, quiet, relevance_of
 from tdhook.passes.rows import rows_of
@@ -29,7 +30,7 @@ Which: TypeAlias = Literal["most", "least", "random"]
 
 
 @dataclass(frozen=True, eq=False)
-class ReturnLost:
+class ReturnLost(Figures):
     """Returns of the same episodes, with and without some of the features.
 
     Attributes:
@@ -58,6 +59,12 @@ class ReturnLost:
     def more_than_random(self) -> float:
         """How much more is lost without the most relevant features than without features drawn by lot."""
         return self.lost("most") - self.lost("random")
+
+    def figures(self) -> dict[str, Tensor]:
+        """Returns, and what hiding features cost in each episode."""
+        returns = {name: getattr(self, name) for name in ("seen", "most", "least", "random")}
+        lost = {f"lost, {name}": self.seen - returns[name] for name in ("most", "least", "random")}
+        return {**returns, **lost}
 
     def to_dict(self) -> dict[str, object]:
         """Mean returns and what was hidden, as plain data."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -22,6 +22,7 @@ __all__ = [
     "Method",
     "axes_of",
     "bound",
+    "normal",
     "quiet",
     "relevance_of",
     "target_of",
@@ -53,6 +54,13 @@ def seed_globally(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
+
+
+def normal(shape: Sequence[int], chance: torch.Generator) -> Tensor:
+    """Normal numbers in double precision, the same ones in however many parts they are drawn."""
+    even = torch.rand(*shape, generator=chance, dtype=torch.float64)
+    found: Tensor = torch.special.ndtri(even.clamp(min=1e-12))
+    return found
 
 
 def axes_of(td: TensorDictBase, batch_dims: int | None, target: TargetLike) -> int:

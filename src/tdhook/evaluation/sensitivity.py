@@ -11,9 +11,9 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-from tdhook.evaluation.runs import Method, axes_of, bound, quiet, relevance_of, target_of
-from tdhook.passes.questions import asked
-from tdhook.passes.rows import shaped_like
+from tdhook.evaluation.explaining import explaining
+from tdhook.evaluation.intervals import Figures
+from tdhook.evaluation.runs import Method, relevance_of
 from tdhook.perturbing.features import Features
 from tdhook.targets import TargetLike
 
@@ -24,7 +24,7 @@ Radius: TypeAlias = "float | Tensor | Mapping[NestedKey, float | Tensor]"
 
 
 @dataclass(frozen=True, eq=False)
-class Sensitivity:
+class Sensitivity(Figures):
     """How much explanations change under noise.
 
     Attributes:
@@ -38,9 +38,13 @@ class Sensitivity:
     average: Tensor
     lipschitz: Tensor
 
+    def figures(self) -> dict[str, Tensor]:
+        """The three, by name."""
+        return {"maximum": self.maximum, "average": self.average, "lipschitz": self.lipschitz}
+
     def to_dict(self) -> dict[str, float]:
         """Means over the batch."""
-        return {name: getattr(self, name).mean().item() for name in ("maximum", "average", "lipschitz")}
+        return {name: values.mean().item() for name, values in self.figures().items()}
 
 
 def sensitivity(
@@ -90,26 +94,25 @@ def sensitivity(
         raise ValueError(f"sensitivity is estimated from draws of noise, at least one; got draws={draws}")
     noise = torch.Generator().manual_seed(seed)
     found: dict[str, list[Tensor]] = {"maximum": [], "average": [], "lipschitz": []}
-    features = None
-    target = target_of(method, target)
-    axes = axes_of(td, batch_dims, target)
-    with quiet(module, seed):
-        question, whole = asked(module, td, target, axes, chunk_size)
-        explain = bound(method, module, question.seeder, whole)
-        for rows in whole.split(chunk_size):
-            relevance = relevance_of(explain(rows.copy()), attribution_key)
-            if features is None:
-                chosen = relevance if keys is None else [unravel_key(key) for key in keys]
-                features = Features.of(rows, list(chosen))
-            for key in features.keys:
-                if key not in relevance:
-                    raise KeyError(
-                        f"{key!r} has no relevance; there is that of {', '.join(map(repr, relevance))}"
-                    )
-            before = features.flat(relevance).to(torch.float64)
+    with explaining(
+        module,
+        td,
+        method,
+        target=target,
+        keys=keys,
+        groups=None,
+        attribution_key=attribution_key,
+        batch_dims=batch_dims,
+        chunk_size=chunk_size,
+        seed=seed,
+    ) as each:
+        assert each.explain is not None
+        for part in each.parts():
+            rows, features = part.rows, part.features
+            before = features.flat(part.relevance).to(torch.float64)
             inputs = features.flat({key: rows.get(key) for key in features.keys})
-            reach = _reach(radius, features, rows)
-            small = question.reads(rows)
+            reach = reach_of(radius, features, rows)
+            small = each.question.reads(rows)
             units = torch.rand(len(rows), draws, inputs.shape[1], generator=noise, dtype=torch.float64)
             changes, ratios = [], []
             for unit in units.unbind(1):
@@ -117,21 +120,25 @@ def sensitivity(
                 noisy = small.copy()
                 for key, value in zip(features.keys, moved.split(features.sizes, 1), strict=True):
                     noisy.set(key, value.reshape(rows.get(key).shape).to(rows.get(key).dtype))
-                after = features.flat(relevance_of(explain(noisy), attribution_key)).to(torch.float64)
+                after = features.flat(relevance_of(each.explain(noisy), attribution_key)).to(torch.float64)
                 size = before.norm(dim=1) if relative else torch.ones(len(before))
                 change = (after - before).norm(dim=1) / torch.where(size == 0, 1.0, size).to(before)
                 distance = (moved - inputs).to(torch.float64).norm(dim=1)
                 changes.append(change)
                 ratios.append(torch.where(distance == 0, 0.0, change / distance))
             together = torch.stack(changes)
-            found["maximum"].append(together.amax(0).cpu())
-            found["average"].append(together.mean(0).cpu())
-            found["lipschitz"].append(torch.stack(ratios).amax(0).cpu())
-    return Sensitivity(**{name: shaped_like(torch.cat(parts), td, axes) for name, parts in found.items()})
+            found["maximum"].append(together.amax(0))
+            found["average"].append(together.mean(0))
+            found["lipschitz"].append(torch.stack(ratios).amax(0))
+    return Sensitivity(**{name: each.shaped(parts) for name, parts in found.items()})
 
 
-def _reach(radius: Radius, features: Features, rows: TensorDictBase) -> Tensor:
-    """The radius of each entry, ``[entries]``."""
+def reach_of(radius: Radius, features: Features, rows: TensorDictBase) -> Tensor:
+    """How far each entry is moved, ``[entries]``.
+
+    Raises:
+        ValueError: a radius is missing or negative, or does not fit.
+    """
     if isinstance(radius, Mapping):
         named = {unravel_key(key): value for key, value in radius.items()}
         missing = [key for key in features.keys if key not in named]

@@ -23,6 +23,7 @@ from tdhook.datasets.stored import require_same_source
 from tdhook.files import write_whole
 from tdhook.pages.figures import COLOURS, bars_svg, cloud_svg, heat_html, picture_html, ranges_svg
 from tdhook.pages.identity import facts_of, identity_of
+from tdhook.pages.names import feature_names, group_name
 from tdhook.pages.pictures import frames_of_observation
 from tdhook.pages.preparation import picture_axes
 from tdhook.pages.provenance import list_html, number, signed, text_html
@@ -56,16 +57,11 @@ class _Page:
 
     def group(self, reducer: Reducer, value: int) -> str:
         """What a group is called."""
-        if reducer.by is None:
-            return "all rows"
-        if reducer.by == "action" and 0 <= value < len(self.actions):
-            return self.actions[value]
-        return f"{reducer.by!r} {value}" if callable(reducer.by) else f"{write_key(reducer.by)} {value}"
+        return group_name(reducer.by, value, self.actions)
 
     def names(self, shape: Sequence[int]) -> list[str]:
         """A name for each feature, flattened."""
-        count = torch.Size(shape).numel()
-        return list(self.features) if len(self.features) == count else [f"x{i}" for i in range(count)]
+        return feature_names(shape, self.features)
 
     def key(self, reducer: Reducer) -> NestedKey | None:
         """The input whose relevance it is made of."""

@@ -291,7 +291,7 @@ def assembled(page: str, styles: Sequence[str], scripts: Sequence[str], parts: M
     """A page of a template.
 
     Args:
-        page: name of the template.
+        page: name of the template of its body, below the heading.
         styles: those of its style sheets, in their order.
         scripts: those of its scripts, likewise; none where it has none.
         parts: what is filled in, as HTML, by name.
@@ -301,7 +301,8 @@ def assembled(page: str, styles: Sequence[str], scripts: Sequence[str], parts: M
     body = "\n".join((folder / name).read_text(encoding="utf-8") for name in scripts)
     script = f'"use strict";\n(() => {{\n{body}\n}})();\n'
     known = {**parts, "style": style, "script": script, "policy": _policy(script if scripts else None, style)}
-    template = (folder / page).read_text(encoding="utf-8")
+    frame, body = ((folder / name).read_text(encoding="utf-8") for name in ("frame.html", page))
+    template = frame.replace("{{body}}", body)
     # In one pass: what is filled in is never looked at again.
     return re.sub(r"\{\{(\w+)\}\}", lambda place: known[place[1]], template)
 

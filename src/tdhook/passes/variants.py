@@ -42,7 +42,7 @@ REACHED = "reached"
 
 
 # Bytes of values that variants may take together. More does not fit the caches of a CPU, and takes longer.
-_BUDGET = {"cpu": 2**25}
+_BUDGET = {"cpu": 2**24}
 _BUDGET_ELSEWHERE = 2**31
 # Bytes of variants that are copied to look at whether they leave each other alone, or two of them.
 _COPIED = 2**20
@@ -69,8 +69,8 @@ class Variants:
     Args:
         runner: runs the model.
         run: the run on the batch as it is.
-        entries: inputs that may be changed, besides what is attributed.
         target: what is explained, by default what was asked; only of what the run has written.
+        entries: inputs that may be changed, besides what is attributed.
 
     Attributes:
         target: what is explained, with its choice made.
@@ -82,8 +82,8 @@ class Variants:
         self,
         runner: Runner,
         run: Run,
-        entries: Mapping[NestedKey, Tensor] | None = None,
         target: Seeder | None = None,
+        entries: Mapping[NestedKey, Tensor] | None = None,
     ) -> None:
         self._runner, self._setup = runner, runner.setup
         wanted = runner.setup.question.target if target is None else target
@@ -235,24 +235,6 @@ class Variants:
             {key: _without(value, middle) for key, value in apart.items()},
         )
 
-    def _beside(self, copies: int, replaced: Mapping[NestedKey, Tensor], *, rows: bool) -> TensorDictBase:
-        """The batch so many times over: as rows ``[copies * first, *rest]``, or ``[copies, *batch]``.
-
-        As rows the entries are copied, but for those that are replaced.
-        """
-        td = self._asked
-        if not rows or not td.batch_dims:
-            return td.expand(copies, *td.batch_size)
-        given = [key for key in replaced if key in self._inputs and isinstance(key, str)]
-        given = [
-            key for key in given if td.get(key).dtype == replaced[key].dtype
-        ]  # integers stay what they are
-        around = td.exclude(*given) if given else td
-        found = around.expand(copies, *td.batch_size).reshape(-1, *td.batch_size[1:])
-        for key in given:
-            found.set(key, replaced[key])
-        return found
-
     def _shape(self, key: NestedKey, several: bool) -> tuple[torch.Size, bool]:
         """The shape of what is found of a source, and whether there is one for each output."""
         value = self._sources.get(key)
@@ -263,6 +245,23 @@ class Variants:
     @property
     def _reached(self) -> dict[NestedKey, Tensor]:
         return {under(REACHED, key): x for key, x in self._sources.items()}
+
+    def _beside(self, copies: int, replaced: Mapping[NestedKey, Tensor], *, rows: bool) -> TensorDictBase:
+        """The batch so many times over: as rows ``[copies * first, *rest]``, or ``[copies, *batch]``.
+
+        As rows the entries are copied, but for those that are replaced.
+        """
+        td = self._asked
+        if not rows or not td.batch_dims:
+            return td.expand(copies, *td.batch_size)
+        given = [key for key in replaced if key in self._inputs and isinstance(key, str)]
+        # Integers stay what they are.
+        given = [key for key in given if td.get(key).dtype == replaced[key].dtype]
+        around = td.exclude(*given) if given else td
+        found = around.expand(copies, *td.batch_size).reshape(-1, *td.batch_size[1:])
+        for key in given:
+            found.set(key, replaced[key])
+        return found
 
     def among(self, rows: Tensor) -> Variants | None:
         """The same of some elements along the first batch axis; ``None`` where they have to do with each other."""

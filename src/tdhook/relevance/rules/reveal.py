@@ -7,6 +7,8 @@ what a few of them would have done without the others.
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -24,6 +26,32 @@ from tdhook.relevance.secants.slopes import slope
 from tdhook.tape.functions import may_look_at
 
 __all__ = ["RevealCancelRule", "ShapleyRule"]
+
+
+@dataclass(frozen=True)
+class _Rise:
+    """By how much the argument of a function differs from that on the reference.
+
+    Attributes:
+        start: the argument on the reference.
+        sum: of the contributions to it.
+        size: the sum of their sizes.
+    """
+
+    start: Tensor
+    sum: Tensor
+    size: Tensor
+
+    @cached_property
+    def end(self) -> Tensor:
+        """The argument."""
+        return self.start + self.sum
+
+    @property
+    def rounding(self) -> Tensor:
+        """What is no amount, but what the values that were subtracted are rounded to."""
+        largest = torch.maximum(self.start.abs(), self.end.abs())
+        return 4 * torch.finfo(self.size.dtype).eps * (self.size + largest)
 
 
 class _TogetherRule(PropagationRule):
@@ -72,7 +100,7 @@ class _TogetherRule(PropagationRule):
         if step.differs:  # weights that are others on the reference contribute as well
             (own,), together = step.modified((x,), unmodified)
             size = size + (z - own).abs()
-        mean, half = self.slopes(step, behind, start, z, size)
+        mean, half = self.slopes(step, behind, _Rise(start, z, size))
         mean, half = rest + handed * mean, handed * half
         if step.report is not None and step.differs:
             step.report("constant", (z - own) * mean + (z - own).abs() * half)
@@ -82,17 +110,13 @@ class _TogetherRule(PropagationRule):
         return common + x.sign() * signed
 
     @abstractmethod
-    def slopes(
-        self, step: Step, behind: Behind, start: Tensor, rise: Tensor, size: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """``mean`` and ``half``, where ``mean * rise + half * size`` is by how much the function differs.
+    def slopes(self, step: Step, behind: Behind, rise: _Rise) -> tuple[Tensor, Tensor]:
+        """``mean`` and ``half``, where ``mean * rise.sum + half * rise.size`` is by how much the function differs.
 
         Args:
             step: the call of the layer.
             behind: the function.
-            start: its argument on the reference.
-            rise: the sum of the contributions to that.
-            size: the sum of their sizes.
+            rise: of its argument.
         """
 
 
@@ -111,14 +135,12 @@ class RevealCancelRule(_TogetherRule):
         ValueError: there is no baseline.
     """
 
-    def slopes(
-        self, step: Step, behind: Behind, start: Tensor, rise: Tensor, size: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        function, end = behind.function, start + rise
-        gained, lost = (rise + size) / 2, (rise - size) / 2
+    def slopes(self, step: Step, behind: Behind, rise: _Rise) -> tuple[Tensor, Tensor]:
+        function, start, end = behind.function, rise.start, rise.end
+        gained, lost = (rise.sum + rise.size) / 2, (rise.sum - rise.size) / 2
         at_start, at_end = function(start), function(end)
         crossed = function(start + gained) - function(start + lost)
-        difference, rounding = at_end - at_start, _rounding(start, end, size)
+        difference, rounding = at_end - at_start, rise.rounding
         found = []
         for amount, share in ((gained, difference + crossed), (lost, difference - crossed)):
             nothing = amount.abs() <= rounding
@@ -144,28 +166,21 @@ class ShapleyRule(_TogetherRule):
         ValueError: there is no baseline.
     """
 
-    def slopes(
-        self, step: Step, behind: Behind, start: Tensor, rise: Tensor, size: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        function, end = behind.function, start + rise
+    def slopes(self, step: Step, behind: Behind, rise: _Rise) -> tuple[Tensor, Tensor]:
+        function, start, end = behind.function, rise.start, rise.end
         (variance,), _ = step.modified((step.inputs[0].square(),), _SQUARED)
         at_start, at_end = function(start), function(end)
-        nothing = size <= _rounding(start, end, size)
+        nothing = rise.size <= rise.rounding
         # The two nodes of Gauss and Legendre, at which the variance is the same, and those of Gauss and Hermite.
         spread = (variance / 2).sqrt()
 
-        first, last = (start + place * rise for place in _NODES)
+        first, last = (start + place * rise.sum for place in _NODES)
         crossed = function(first + spread) - function(first - spread)
         crossed = crossed + (function(last + spread) - function(last - spread))
         per_unit = crossed / 4 / torch.where(nothing, 1.0, spread)
         mean = _least_where(nothing, per_unit, behind, (start, at_start), (end, at_end))
-        left = at_end - at_start - mean * rise
-        return mean, torch.where(nothing, 0.0, left / torch.where(nothing, 1.0, size))
-
-
-def _rounding(start: Tensor, end: Tensor, size: Tensor) -> Tensor:
-    """What is no amount, but what the values that were subtracted are rounded to."""
-    return 4 * torch.finfo(size.dtype).eps * (size + torch.maximum(start.abs(), end.abs()))
+        left = at_end - at_start - mean * rise.sum
+        return mean, torch.where(nothing, 0.0, left / torch.where(nothing, 1.0, rise.size))
 
 
 def _least_where(nothing: Tensor, slopes: Tensor, behind: Behind, *ends: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,0 +1,103 @@
+"""The methods of the table. To add one is a line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from benchmarks.faithfulness.methods import FLOOR
+from benchmarks.faithfulness.subjects import Subject
+from tdhook import LRP
+from tdhook.attribution import Gradient, GradientTimesInput, IntegratedGradients
+from tdhook.attribution.activation_maps import ActivationMap
+from tdhook.attribution.averaged import Averaged
+from tdhook.attribution.cam import GradCAM, HiResCAM, LayerCAM
+from tdhook.attribution.expected_gradients import ExpectedGradients
+from tdhook.contexts.attribution import Attribution
+from tdhook.evaluation import Baseline, RandomMap
+from tdhook.perturbing.draws import Noise
+
+__all__ = ["CHANCE", "METHODS", "Tried", "reference"]
+
+CHANCE = "random map"
+"""What every other method is compared with."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A method of the table.
+
+    Attributes:
+        make: given a subject, the method; none where it cannot explain such a thing.
+        multiplied: whether its relevance is what an entry is worth, as a product with the input is, and not what a unit
+            of it is.
+    """
+
+    make: Callable[[Subject], Attribution | None]
+    multiplied: bool = True
+
+
+def reference(subject: Subject) -> tuple[str, Baseline]:
+    """What methods compare with and features are replaced by, and its name: one that inputs could nearly have."""
+    known = subject.metrics
+    name = next(each for each in ("mask", "blur", "mean", "zero") if each in known)
+    return name, known[name]
+
+
+def _lrp(preset: str, against: bool = False) -> Tried:
+    def make(subject: Subject) -> Attribution:
+        baseline = reference(subject)[1] if against else None
+        return LRP(
+            preset, target=subject.target, baseline=baseline, attribute=subject.keys, on_unmatched="ignore"
+        )
+
+    return Tried(make)
+
+
+def _of_layer(method: type[ActivationMap]) -> Tried:
+    """An activation map of the last convolution, after its ReLU; of pictures alone."""
+
+    def make(subject: Subject) -> Attribution | None:
+        if subject.kind != "pixels":
+            return None
+        paths = [
+            name for name, each in subject.model.named_modules() if isinstance(each, nn.Conv2d | nn.ReLU)
+        ]
+        last = max(
+            i for i, path in enumerate(paths) if isinstance(subject.model.get_submodule(path), nn.Conv2d)
+        )
+        behind = paths[last + 1 : last + 2]
+        beside = [path for path in behind if path.rpartition(".")[0] == paths[last].rpartition(".")[0]]
+        return method(beside[0] if beside else paths[last], subject.target, attribute=subject.keys)
+
+    return Tried(make)
+
+
+METHODS: Mapping[str, Tried] = {
+    "gradient": Tried(lambda of: Gradient(of.target, attribute=of.keys), multiplied=False),
+    FLOOR: Tried(lambda of: GradientTimesInput(of.target, attribute=of.keys)),
+    "integrated gradients": Tried(
+        lambda of: IntegratedGradients(of.target, baseline=reference(of)[1], steps=32, attribute=of.keys)
+    ),
+    "expected gradients": Tried(lambda of: ExpectedGradients(of.target, attribute=of.keys)),
+    "SmoothGrad x input": Tried(
+        lambda of: Averaged(GradientTimesInput(of.target, attribute=of.keys), Noise(0.1, relative=True))
+    ),
+    "epsilon": _lrp("epsilon"),
+    "epsilon_plus": _lrp("epsilon_plus"),
+    "epsilon_alpha2_beta1": _lrp("epsilon_alpha2_beta1"),
+    "excitation_backprop": _lrp("excitation_backprop"),
+    "guided_backprop": _lrp("guided_backprop"),
+    "deconvnet": _lrp("deconvnet"),
+    "attn_lrp": _lrp("attn_lrp"),
+    "deeplift": _lrp("deeplift", against=True),
+    "deeplift_reveal_cancel": _lrp("deeplift_reveal_cancel", against=True),
+    "deeplift_shapley": _lrp("deeplift_shapley", against=True),
+    "Grad-CAM": _of_layer(GradCAM),
+    "HiResCAM": _of_layer(HiResCAM),
+    "LayerCAM": _of_layer(LayerCAM),
+    CHANCE: Tried(lambda of: RandomMap(of.target, attribute=of.keys)),
+}
+"""By name: those that the table compares, in its order."""
