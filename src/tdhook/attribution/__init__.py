@@ -15,6 +15,7 @@ from tdhook.attribution.lrp import LRP
 from tdhook.attribution.occlusion import Occlusion
 from tdhook.attribution.product import Product
 from tdhook.attribution.rise import RISE
+from tdhook.attribution.rollout import AttentionRollout
 from tdhook.attribution.saliency import PerturbationSaliency
 from tdhook.attribution.sarfa import SARFA
 from tdhook.attribution.shapley import Shapley
@@ -27,6 +28,7 @@ __all__ = [
     "RISE",
     "SARFA",
     "Ablation",
+    "AttentionRollout",
     "Attribution",
     "Averaged",
     "BlurIntegratedGradients",

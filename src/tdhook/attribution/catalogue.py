@@ -25,6 +25,7 @@ from tdhook.attribution.lrp import LRP
 from tdhook.attribution.occlusion import Occlusion
 from tdhook.attribution.product import Product
 from tdhook.attribution.rise import RISE
+from tdhook.attribution.rollout import AttentionRollout
 from tdhook.attribution.saliency import PerturbationSaliency
 from tdhook.attribution.sarfa import SARFA
 from tdhook.attribution.shapley import Shapley
@@ -136,6 +137,9 @@ METHODS: Mapping[str, Listed] = {
         "loss of softmax, specific to the action",
         "a forward pass for each spot",
         "pictures, an action",
+    ),
+    "attention_rollout": Listed(
+        AttentionRollout, "product over layers of (attention + identity) / 2", "a forward pass", "attention"
     ),
 }
 """All methods by name."""
