@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -11,10 +12,13 @@ from benchmarks.faithfulness.methods import FLOOR
 from benchmarks.faithfulness.subjects import Subject
 from tdhook import LRP
 from tdhook.attribution import Gradient, GradientTimesInput, IntegratedGradients
+from tdhook.attribution.ablation import Ablation
 from tdhook.attribution.activation_maps import ActivationMap
 from tdhook.attribution.averaged import Averaged
-from tdhook.attribution.cam import GradCAM, HiResCAM, LayerCAM
+from tdhook.attribution.blur import BlurIntegratedGradients
+from tdhook.attribution.cam import GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, XGradCAM
 from tdhook.attribution.expected_gradients import ExpectedGradients
+from tdhook.attribution.shapley_sampling import ShapleySampling
 from tdhook.contexts.attribution import Attribution
 from tdhook.evaluation import Baseline, RandomMap
 from tdhook.perturbing.draws import Noise
@@ -56,6 +60,20 @@ def _lrp(preset: str, against: bool = False) -> Tried:
     return Tried(make)
 
 
+def _played(subject: Subject) -> dict[str, Any]:
+    return {
+        "features": subject.groups,
+        "baseline": reference(subject)[1],
+        "attribute": subject.keys,
+    }
+
+
+def _from_a_blur(subject: Subject) -> Attribution | None:
+    if subject.kind != "pixels":
+        return None
+    return BlurIntegratedGradients(subject.target, attribute=subject.keys)
+
+
 def _of_layer(method: type[ActivationMap]) -> Tried:
     """An activation map of the last convolution, after its ReLU; of pictures alone."""
 
@@ -95,9 +113,14 @@ METHODS: Mapping[str, Tried] = {
     "deeplift": _lrp("deeplift", against=True),
     "deeplift_reveal_cancel": _lrp("deeplift_reveal_cancel", against=True),
     "deeplift_shapley": _lrp("deeplift_shapley", against=True),
+    "blur integrated gradients": Tried(_from_a_blur),
     "Grad-CAM": _of_layer(GradCAM),
+    "Grad-CAM++": _of_layer(GradCAMPlusPlus),
+    "XGrad-CAM": _of_layer(XGradCAM),
     "HiResCAM": _of_layer(HiResCAM),
     "LayerCAM": _of_layer(LayerCAM),
+    "ablation": Tried(lambda of: Ablation(of.target, **_played(of))),
+    "Shapley sampling": Tried(lambda of: ShapleySampling(of.target, permutations=8, **_played(of))),
     CHANCE: Tried(lambda of: RandomMap(of.target, attribute=of.keys)),
 }
 """By name: those that the table compares, in its order."""
