@@ -16,7 +16,7 @@ from tdhook.configuration import read_method
 from tdhook.perturbing.features import patches
 
 NEEDED = {"layer": "0", "composite": "epsilon", "input_modules": ["1"], "window": 4}
-FEW = {"shapley", "shapley_interaction", "kernel_shap", "shapley_sampling"}
+FEW = {"shapley", "shapley_interaction", "kernel_shap", "shapley_sampling", "pred_diff"}
 """Ask as often as there are features, or more."""
 
 

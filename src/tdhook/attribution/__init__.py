@@ -9,7 +9,7 @@ from tdhook.attribution.expected_gradients import ExpectedGradients
 from tdhook.attribution.gradient import Gradient, GradientTimesInput
 from tdhook.attribution.guided import Deconvnet, GuidedBackprop
 from tdhook.attribution.integrated_gradients import IntegratedGradients
-from tdhook.attribution.interactions import ShapleyInteraction
+from tdhook.attribution.interactions import PredDiff, ShapleyInteraction
 from tdhook.attribution.kernel_shap import KernelShap
 from tdhook.attribution.lrp import LRP
 from tdhook.attribution.occlusion import Occlusion
@@ -49,6 +49,7 @@ __all__ = [
     "Noise",
     "Occlusion",
     "PerturbationSaliency",
+    "PredDiff",
     "Product",
     "Shapley",
     "ShapleyInteraction",

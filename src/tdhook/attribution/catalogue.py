@@ -19,7 +19,7 @@ from tdhook.attribution.expected_gradients import ExpectedGradients
 from tdhook.attribution.gradient import Gradient, GradientTimesInput
 from tdhook.attribution.guided import Deconvnet, GuidedBackprop
 from tdhook.attribution.integrated_gradients import IntegratedGradients
-from tdhook.attribution.interactions import ShapleyInteraction
+from tdhook.attribution.interactions import PredDiff, ShapleyInteraction
 from tdhook.attribution.kernel_shap import KernelShap
 from tdhook.attribution.lrp import LRP
 from tdhook.attribution.occlusion import Occlusion
@@ -124,6 +124,11 @@ METHODS: Mapping[str, Listed] = {
         "what two features add beyond what each adds",
         "2 ** features forward passes",
         "at most 16 features",
+    ),
+    "pred_diff": Listed(
+        PredDiff,
+        "mean of f(x) - f(x with a feature of other data), and of pairs",
+        "samples (16) x features * (features + 1) / 2 forward passes",
     ),
     "rise": Listed(RISE, "mean of f(x masked) over masks that show it", "masks forward passes", "pictures"),
     "perturbation_saliency": Listed(
