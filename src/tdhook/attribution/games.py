@@ -269,7 +269,7 @@ def apart(
     start: Mapping[NestedKey, Tensor],
     axes: Sequence[int],
     learnt: Learnt,
-) -> tuple[tuple[int, ...], Tensor]:
+) -> tuple[tuple[int, ...], Tensor | None]:
     """The axes of the batch along which elements have nothing to do with each other.
 
     Half of the elements along each axis are replaced by the reference: the others must keep their values, and these
@@ -283,7 +283,7 @@ def apart(
         learnt: is told of those along which they depend on each other, and asked while a graph is traced.
 
     Returns:
-        The axes; and the target on the reference, ``[*batch]`` or ``[outputs, *batch]``.
+        The axes; and the target on the reference, ``[*batch]`` or ``[outputs, *batch]``, if it was asked for.
 
     Raises:
         ValueError: the model does not answer the same to the same.
@@ -292,6 +292,8 @@ def apart(
     if is_traced():
         axes = [axis for axis in axes if axis not in learnt.together]
     looked = [axis for axis in axes if batch[axis] > 1]
+    if not looked:
+        return tuple(axes), None
     halves = [_half(batch[axis], axis, device) for axis in looked]
     chosen = [torch.ones(batch, dtype=torch.bool, device=device)]
     for axis, half in zip(looked, halves, strict=True):
