@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from tensordict import TensorDict
-from torch import nn
+from torch import Tensor, nn
 
 from tdhook import References, Target
 from tdhook.attribution import LRP, Averaged, GradCAM, Gradient, IntegratedGradients, Product
@@ -16,12 +16,23 @@ from tdhook.configuration import read_method
 from tdhook.perturbing.features import patches
 
 NEEDED = {"layer": "0", "composite": "epsilon", "input_modules": ["1"], "window": 4}
-FEW = {"shapley", "shapley_interaction", "kernel_shap", "shapley_sampling"}
+FEW = {"shapley", "shapley_interaction", "kernel_shap", "shapley_sampling", "pred_diff"}
 """Ask as often as there are features, or more."""
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0].mean((1, 2)).unsqueeze(-1)
 
 
 def pictures(name: str) -> tuple[nn.Module, TensorDict]:
     torch.manual_seed(0)
+    if name == "attention_rollout":
+        return Attending().double(), TensorDict({"input": torch.rand(4, 5, 8).double()}, [4])
     net = nn.Sequential(
         nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 6 * 6, 1 + (name == "sarfa"))
     ).double()

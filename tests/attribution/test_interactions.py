@@ -9,8 +9,8 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from tdhook import Target
-from tdhook.attribution import Shapley, ShapleyInteraction
+from tdhook import References, Target
+from tdhook.attribution import PredDiff, Shapley, ShapleyInteraction
 
 
 def mlp() -> nn.Sequential:
@@ -61,6 +61,39 @@ def test_two_features() -> None:
     found = ShapleyInteraction(Target("output", 0), features=groups).wrap(net)(td.clone())["interaction"]
     worth = worth_of(lambda z: net(z)[:, 0], td["input"], torch.zeros(5).double(), groups)
     torch.testing.assert_close(found[:, 0, 1], interaction(worth, 2, 0, 1).detach())
+
+
+def test_what_is_lost_with_other_data() -> None:
+    """One by one and in pairs, on the mean over values that are drawn."""
+    net, td = mlp(), observations(3)
+    data = TensorDict({"input": torch.randn(9, 5).double()}, [9])
+    found = PredDiff(Target("output", "all"), baseline=data, samples=4).wrap(net)(td.clone())
+    assert found["interaction"].shape == (3, 3, 5, 5)
+    drawn = References("sample", samples=4, data=data).of({"input": td["input"]}, {"input": 1}, td)
+    lost = torch.zeros(5, 5, 3).double()
+    everyone = frozenset(range(5))
+    for one in drawn:
+        worth = worth_of(lambda z: net(z)[:, 1].detach(), td["input"], one.replaced["input"], torch.arange(5))
+        for i in range(5):
+            for j in range(5):
+                lost[i, j] += (worth(everyone) - worth(everyone - {i, j})) / 4
+    alone = lost.diagonal().T
+    torch.testing.assert_close(found["attr", "input"][:, 1], alone.T)
+    expected = alone.unsqueeze(0) + alone.unsqueeze(1) - lost
+    torch.testing.assert_close(found["interaction"][:, 1], expected.movedim(-1, 0))
+
+
+def test_pairs_are_those_of_the_product() -> None:
+    class Product(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x[..., 0] * x[..., 1] + x[..., 2]).unsqueeze(-1)
+
+    td = TensorDict({"input": torch.rand(4, 3)}, [4])
+    found = PredDiff(baseline=0.0).wrap(Product())(td)["interaction"]
+    torch.testing.assert_close(found[:, 0, 1], td["input"][:, 0] * td["input"][:, 1])
+    assert found[:, 2, :2].abs().max() < 1e-6
+    drawn = PredDiff().wrap(Product())(td.clone())
+    assert drawn["interaction"].shape == (4, 3, 3)
 
 
 def test_mistakes() -> None:

@@ -12,7 +12,14 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 
 from tdhook import LRP, Contrast, Key, Target
-from tdhook.attribution import Attribution, Gradient, GradientTimesInput, IntegratedGradients
+from tdhook.attribution import (
+    Ablation,
+    Attribution,
+    Gradient,
+    GradientTimesInput,
+    IntegratedGradients,
+    ShapleySampling,
+)
 from tdhook.evaluation import RandomMap, sensitivity
 from tdhook.targets import AtStep, Entropy
 
@@ -21,6 +28,8 @@ METHODS = {
     "gradient": lambda *args, **options: Gradient(*args, signed=True, **options),
     "gradient_times_input": GradientTimesInput,
     "integrated_gradients": lambda *args, **options: IntegratedGradients(*args, steps=4, **options),
+    "ablation": Ablation,
+    "shapley_sampling": lambda *args, **options: ShapleySampling(*args, permutations=2, **options),
     "random": RandomMap,
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

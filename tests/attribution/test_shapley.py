@@ -330,6 +330,14 @@ def test_features_that_do_not_fit() -> None:
         Shapley(batch_dims=2).wrap(module)(td.clone())
 
 
+def test_nothing_to_replace() -> None:
+    method = Shapley(Target("output", 0), input_modules=["0"], baseline={"input": 0.0})
+    with pytest.raises(
+        ValueError, match="the baseline names none of '0', so that nothing there would be replaced"
+    ):
+        method.wrap(mlp())(observations(2))
+
+
 def test_progress() -> None:
     told: list[tuple[int, int]] = []
     Shapley(Target("output", 0), progress=lambda done, total: told.append((done, total))).wrap(mlp())(
@@ -353,3 +361,41 @@ def test_one_graph(method) -> None:
     graph = method(Target("output", "all"), compile={"backend": "aot_eager"}, **options).wrap(net)
     for _ in range(2):
         torch.testing.assert_close(graph(td.clone()), eager, rtol=1e-10, atol=1e-12)
+
+
+def test_frames_of_whole_numbers_and_nested_keys() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.float() / 255).flatten(1).square().sum(-1, keepdim=True).sin()
+
+    x = torch.randint(0, 255, (3, 2, 6, 6), dtype=torch.uint8)
+    found = Shapley(features=partial(patches, size=3)).wrap(Scaled())(TensorDict({"input": x}, [3]))
+    worth = worth_of(
+        lambda z: Scaled()(z)[:, 0], x, torch.zeros((), dtype=torch.uint8), patches((2, 6, 6), 3)
+    )
+    expected = shapley(worth, 4).T[:, patches((2, 6, 6), 3)] / 18
+    torch.testing.assert_close(found["attr", "input"], expected, rtol=1e-4, atol=1e-6)
+
+    class Product(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(-2).prod(-1, keepdim=True)
+
+    agents = TensorDict({"observation": torch.rand(4, 3, 2)}, [4, 3])
+    module = TensorDictModule(Product(), [("agents", "observation")], ["output"])
+    each = {("agents", "observation"): lambda shape: along(shape, 0)}
+    td = Shapley(features=each).wrap(module)(TensorDict({"agents": agents}, [4]))
+    assert td["attr", "agents"].batch_size == (4, 3)
+    share = (td["output"] / 6).unsqueeze(-1).expand(4, 3, 2)
+    torch.testing.assert_close(td["attr", "agents", "observation"], share)
+
+
+def test_batch_norm_in_training_as_one_graph() -> None:
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.BatchNorm1d(2), nn.Tanh(), nn.Linear(2, 1)).double()
+
+    td = observations(3, shape=(2,))
+    eager = Shapley().wrap(net())(td.clone())
+    graph = Shapley(compile={"backend": "aot_eager"}).wrap(net())
+    for _ in range(2):
+        torch.testing.assert_close(graph(td.clone())["attr", "input"], eager["attr", "input"])

@@ -19,7 +19,7 @@ from unchanged import Unchanged
 
 import tdhook
 from tdhook import LRP, Target
-from tdhook.attribution import IntegratedGradients
+from tdhook.attribution import Ablation, IntegratedGradients
 from tdhook.models.turns import Turn
 from tdhook.tape import conditions, functions
 from tdhook.tape.internals import function_modes, saved_tensors_hooks_on_top, torch_functions_seen
@@ -96,6 +96,7 @@ METHODS = {
     "traced, ledger": lrp("epsilon_plus_flat", ledger=True),
     "from inside": lrp("epsilon_plus", attribute="all"),
     "integrated": lambda: IntegratedGradients(target=Target("output", 0), steps=2),
+    "perturbed": lambda: Ablation(target=Target("output", 0)),
 }
 MODELS = {"mlp": mlp, "actor": actor, "recurrent": recurrent}
 

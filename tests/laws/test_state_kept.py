@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tdhook import LRP, Target
-from tdhook.attribution import GradientTimesInput, IntegratedGradients
+from tdhook.attribution import Ablation, GradientTimesInput, IntegratedGradients
 from tdhook.rules import EpsilonRule, GammaRule, WSquareRule
 
 OUTSIDE: list[Tensor] = []
@@ -24,6 +24,7 @@ METHODS = {
     "ledger": lambda: LRP("lstm_lrp", target=FIRST, ledger=True, on_unmatched="ignore"),
     "gradient": lambda: GradientTimesInput(target=FIRST),
     "integrated": lambda: IntegratedGradients(target=FIRST, steps=3),
+    "perturbed": lambda: Ablation(target=FIRST),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdhook import LRP, Target
-from tdhook.attribution import GradientTimesInput, IntegratedGradients
+from tdhook.attribution import Ablation, GradientTimesInput, IntegratedGradients
 from tdhook.rules import EpsilonRule, GammaRule
 
 FIRST = Target("output", 0)
@@ -32,6 +32,7 @@ METHODS = {
     "mapper": lambda: LRP(rule_mapper=of_linear, target=FIRST, warn_on_missing_rule=False),
     "gradient": lambda: GradientTimesInput(target=FIRST),
     "integrated": lambda: IntegratedGradients(target=FIRST, steps=3),
+    "perturbed": lambda: Ablation(target=FIRST),
     "compiled": lambda: LRP("epsilon_plus", target=FIRST, compile={"backend": "aot_eager"}),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

@@ -18,6 +18,7 @@ from torch.nn.modules import module as torch_modules
 from unchanged import Boom, Unchanged
 
 from tdhook import LRP, Target
+from tdhook.attribution import Ablation
 from tdhook.models.turns import Turn
 from tdhook.rules import EpsilonRule, StopRule
 from tdhook.selectors import Name, Op, Type
@@ -30,6 +31,7 @@ METHODS = {
     "by path": lambda: LRP(PATHS, target=Target("output", 0)),
     "with a ledger": lambda: LRP("epsilon", target=Target("output", 0), ledger=True),
     "from inside": lambda: LRP("epsilon", target=Target("output", 0), input_modules=["a"]),
+    "perturbed": lambda: Ablation(target=Target("output", 0)),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 

@@ -9,12 +9,13 @@ from tdhook.attribution.expected_gradients import ExpectedGradients
 from tdhook.attribution.gradient import Gradient, GradientTimesInput
 from tdhook.attribution.guided import Deconvnet, GuidedBackprop
 from tdhook.attribution.integrated_gradients import IntegratedGradients
-from tdhook.attribution.interactions import ShapleyInteraction
+from tdhook.attribution.interactions import PredDiff, ShapleyInteraction
 from tdhook.attribution.kernel_shap import KernelShap
 from tdhook.attribution.lrp import LRP
 from tdhook.attribution.occlusion import Occlusion
 from tdhook.attribution.product import Product
 from tdhook.attribution.rise import RISE
+from tdhook.attribution.rollout import AttentionRollout
 from tdhook.attribution.saliency import PerturbationSaliency
 from tdhook.attribution.sarfa import SARFA
 from tdhook.attribution.shapley import Shapley
@@ -27,6 +28,7 @@ __all__ = [
     "RISE",
     "SARFA",
     "Ablation",
+    "AttentionRollout",
     "Attribution",
     "Averaged",
     "BlurIntegratedGradients",
@@ -47,6 +49,7 @@ __all__ = [
     "Noise",
     "Occlusion",
     "PerturbationSaliency",
+    "PredDiff",
     "Product",
     "Shapley",
     "ShapleyInteraction",

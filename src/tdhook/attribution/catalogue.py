@@ -19,12 +19,13 @@ from tdhook.attribution.expected_gradients import ExpectedGradients
 from tdhook.attribution.gradient import Gradient, GradientTimesInput
 from tdhook.attribution.guided import Deconvnet, GuidedBackprop
 from tdhook.attribution.integrated_gradients import IntegratedGradients
-from tdhook.attribution.interactions import ShapleyInteraction
+from tdhook.attribution.interactions import PredDiff, ShapleyInteraction
 from tdhook.attribution.kernel_shap import KernelShap
 from tdhook.attribution.lrp import LRP
 from tdhook.attribution.occlusion import Occlusion
 from tdhook.attribution.product import Product
 from tdhook.attribution.rise import RISE
+from tdhook.attribution.rollout import AttentionRollout
 from tdhook.attribution.saliency import PerturbationSaliency
 from tdhook.attribution.sarfa import SARFA
 from tdhook.attribution.shapley import Shapley
@@ -124,6 +125,11 @@ METHODS: Mapping[str, Listed] = {
         "2 ** features forward passes",
         "at most 16 features",
     ),
+    "pred_diff": Listed(
+        PredDiff,
+        "mean of f(x) - f(x with a feature of other data), and of pairs",
+        "samples (16) x features * (features + 1) / 2 forward passes",
+    ),
     "rise": Listed(RISE, "mean of f(x masked) over masks that show it", "masks forward passes", "pictures"),
     "perturbation_saliency": Listed(
         PerturbationSaliency,
@@ -136,6 +142,9 @@ METHODS: Mapping[str, Listed] = {
         "loss of softmax, specific to the action",
         "a forward pass for each spot",
         "pictures, an action",
+    ),
+    "attention_rollout": Listed(
+        AttentionRollout, "product over layers of (attention + identity) / 2", "a forward pass", "attention"
     ),
 }
 """All methods by name."""

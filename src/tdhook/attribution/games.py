@@ -48,7 +48,7 @@ class Game:
     Args:
         variants: asks the model.
         ends: the values, by source.
-        start: what takes their place, by source; the same tensor for what is left alone.
+        start: what takes their place, by source; a source that is not named is left alone.
         axes: the axes of the batch that tell elements apart.
         players: gives the features of values ``[rows, *others, *shape]``, given how many axes are others.
         told: told how far it is.
@@ -75,7 +75,7 @@ class Game:
     ) -> None:
         self._variants, self._axes, self._told = variants, tuple(axes), told
         self._shapes = {key: x.shape for key, x in ends.items()}
-        self._ends = {key: self._by_row(x.detach()) for key, x in ends.items() if start[key] is not x}
+        self._ends = {key: self._by_row(x.detach()) for key, x in ends.items() if key in start}
         self._starts = {key: self._by_row(start[key].detach()) for key in self._ends}
         self.others = len(variants.batch) - len(axes)
         self.players = players(self._ends, self.others)
@@ -269,7 +269,7 @@ def apart(
     start: Mapping[NestedKey, Tensor],
     axes: Sequence[int],
     learnt: Learnt,
-) -> tuple[tuple[int, ...], Tensor]:
+) -> tuple[tuple[int, ...], Tensor | None]:
     """The axes of the batch along which elements have nothing to do with each other.
 
     Half of the elements along each axis are replaced by the reference: the others must keep their values, and these
@@ -283,7 +283,7 @@ def apart(
         learnt: is told of those along which they depend on each other, and asked while a graph is traced.
 
     Returns:
-        The axes; and the target on the reference, ``[*batch]`` or ``[outputs, *batch]``.
+        The axes; and the target on the reference, ``[*batch]`` or ``[outputs, *batch]``, if it was asked for.
 
     Raises:
         ValueError: the model does not answer the same to the same.
@@ -292,6 +292,8 @@ def apart(
     if is_traced():
         axes = [axis for axis in axes if axis not in learnt.together]
     looked = [axis for axis in axes if batch[axis] > 1]
+    if not looked:
+        return tuple(axes), None
     halves = [_half(batch[axis], axis, device) for axis in looked]
     chosen = [torch.ones(batch, dtype=torch.bool, device=device)]
     for axis, half in zip(looked, halves, strict=True):
@@ -326,11 +328,12 @@ def _replaced(
     def changed(numbers: range) -> dict[NestedKey, Tensor]:
         some = chosen[numbers.start : numbers.stop]
         found = {}
-        for key, x in ends.items():
+        for key, other in start.items():
+            x = ends[key]
             dims = len(variants.batch)
             where = some if x.shape[:dims] == variants.batch else some.flatten(1)
             where = where.reshape(*where.shape, *(1,) * (x.dim() + 1 - where.dim()))
-            found[key] = torch.where(where, start[key].detach(), x.detach())
+            found[key] = torch.where(where, other.detach(), x.detach())
         return found
 
     return torch.cat([answer.values for answer in variants.answers(len(chosen), changed)])

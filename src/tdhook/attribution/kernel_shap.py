@@ -56,18 +56,18 @@ class KernelShap(PlayedOut):
         if game.count == 1:
             return rise.unsqueeze(-1)
         present, weight = kernel_coalitions(game.count, self.coalitions, self.seed)
-        worth = game.worth(len(present), lambda numbers: present[numbers.start : numbers.stop])
-        there = present.to(rise)
+        there, root = present.to(rise), weight.to(rise).sqrt().unsqueeze(1)
         # The constraint is put in for the last feature: what the others leave of the rise is its value.
-        last = there[:, -1]
-        y = (worth.double() - empty).flatten(1) - last.unsqueeze(1) * rise.flatten()
-        x = (there[:, :-1] - last.unsqueeze(1)) * weight.to(rise).sqrt().unsqueeze(1)
+        last = there[:, -1:]
+        x = (there[:, :-1] - last) * root
         square = x.T @ x
         if not holds(torch.linalg.matrix_rank(square, hermitian=True) == game.count - 1):
             raise ValueError(
                 f"{len(present)} coalitions do not tell {game.count} features apart: give more coalitions, or group "
                 "features, by features="
             )
-        others = torch.linalg.solve(square, x.T @ (y * weight.to(rise).sqrt().unsqueeze(1)))
+        worth = game.worth(len(present), lambda numbers: present[numbers.start : numbers.stop])
+        y = ((worth.double() - empty).flatten(1) - last * rise.flatten()) * root
+        others = torch.linalg.solve(square, x.T @ y)
         values = torch.cat([others, (rise.flatten() - others.sum(0)).unsqueeze(0)])
         return values.reshape(game.count, *rise.shape).movedim(0, -1)

@@ -17,6 +17,7 @@ from tdhook.attribution.means import Means
 from tdhook.contexts.attribution import Shared
 from tdhook.contexts.compared import SPREAD, Compared, Complete, write_under
 from tdhook.extras import require
+from tdhook.keys import under
 from tdhook.models.model import Model
 from tdhook.passes.forward import Run
 from tdhook.passes.runner import Runner
@@ -99,12 +100,11 @@ class Played(Compared):
         """One forward pass to choose, then those of the variants."""
         found: dict[NestedKey, Tensor] = {}
         with runner.forward(td) as run, _telling(self.progress) as told:
-            variants = Variants(runner, run, self.wanted(run))
+            variants = Variants(runner, run, target=self.wanted(run))
             for ends in run.independent_sources():
                 means, games = Means(self.spreads), []
                 for number in range(self.samples):
-                    drawn = self.starts(run, ends, range(number, number + 1))
-                    start = {key: x[0] for key, x in drawn.items()}
+                    start = self.reference(run, ends, number)
                     games.append(self.game(runner, run, variants, ends, start, told))
                     means.add(games[-1].by_source(self.play(games[-1])))
                 found.update(means.mean)
@@ -126,6 +126,11 @@ class Played(Compared):
     ) -> Game:
         """The game against one reference."""
         learnt: Learnt = runner.state
+        if not start:
+            raise ValueError(
+                f"the baseline names none of {', '.join(map(repr, map(under, ends)))}, so that nothing there would be "
+                "replaced: give a baseline for one of them, or do not attribute them"
+            )
         axes, values = axes_given(run.td, self.batch_dims, self.seeder), None
         if self.batch_dims is None:
             axes, values = apart(variants, ends, start, axes, learnt)

@@ -94,7 +94,12 @@ class Compared(Attribution):
         return self.against(references), td, fill
 
     def starts(self, run: Run, ends: Mapping[NestedKey, Tensor], numbers: range) -> dict[NestedKey, Tensor]:
-        """Some of the references of values, ``[references, *source]``; a key that has none stays as it is.
+        """Some of the references of values, ``[references, *source]``; a key that has none stays as it is."""
+        drawn = [self.reference(run, ends, number) for number in numbers]
+        return {key: torch.stack([one.get(key, x) for one in drawn]) for key, x in ends.items()}
+
+    def reference(self, run: Run, ends: Mapping[NestedKey, Tensor], number: int) -> dict[NestedKey, Tensor]:
+        """One of the references of values, of the same shapes, for those that have one.
 
         Raises:
             ValueError: there is one of an entry that is not attributed, whose part of the difference nobody would get.
@@ -102,14 +107,14 @@ class Compared(Attribution):
         assert self.references is not None
         attributed = {unravel_key(key) for key in (*run.sources(), *ends)}
         ours = self.references.among_keys(attributed, ends)
-        drawn = [ours.one(number, ends, run.batch_dims(ends), run.td) for number in numbers]
-        for key in drawn[0].entries:
+        drawn = ours.one(number, ends, run.batch_dims(ends), run.td)
+        for key in drawn.entries:
             if key not in attributed:
                 raise ValueError(
                     f"the baseline names {key!r}, which is not attributed, so that its part of the difference would be "
                     "nobody's: name it in attribute, or leave it out"
                 )
-        return {key: torch.stack([one.replaced.get(key, x) for one in drawn]) for key, x in ends.items()}
+        return drawn.replaced
 
 
 def compared(method: Attribution, references: References | None) -> Attribution:

@@ -21,8 +21,8 @@ OneGrouping: TypeAlias = "Tensor | str | Callable[[torch.Size], Tensor]"
 Grouping: TypeAlias = "OneGrouping | Mapping[NestedKey, OneGrouping] | None"
 """For each entry of a value the number of its feature, of the shape of one element of the batch; negative ones are left
 alone, and truth values say which entries count, each as a feature of its own. Or a function of that shape that gives
-the numbers, as ``functools.partial(patches, size=12)``; or ``"whole"``: the value is one feature. Or these by key.
-By default each entry is a feature."""
+the numbers, as ``functools.partial(patches, size=12)``; or ``"whole"``: the value is one feature. Or these by key,
+where equal numbers of different keys are different features. By default each entry is a feature."""
 
 
 @dataclass(frozen=True, eq=False)
