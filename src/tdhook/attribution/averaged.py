@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdhook.attribution.means import Means
 from tdhook.contexts.attribution import Attribution
-from tdhook.contexts.compared import SPREAD, Compared
+from tdhook.contexts.compared import ERROR, SPREAD, Compared
 from tdhook.keys import under
 from tdhook.models.model import Model
 from tdhook.passes.forward import Run
@@ -22,10 +22,7 @@ from tdhook.perturbing.draws import Draws
 from tdhook.perturbing.references import Fill, References
 from tdhook.targets import TargetLike
 
-__all__ = ["ERROR", "Averaged"]
-
-ERROR = "standard_error"
-"""Where the standard error of averaged relevance is written."""
+__all__ = ["Averaged"]
 
 
 class Averaged(Attribution):
@@ -74,7 +71,7 @@ class Averaged(Attribution):
         self.method, self.over, self.of, self.spread = method, over, of, spread
 
     def __repr__(self) -> str:
-        return f"Averaged({self.method!r}, over={type(self.over).__name__})"
+        return f"Averaged({self.method!r}, over={self.over!r})"
 
     @property
     def changes_inputs(self) -> bool:

@@ -22,14 +22,14 @@ from tdhook.targets import TargetLike
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["SPREAD", "Compared", "Complete", "compared", "write_under"]
+__all__ = ["ERROR", "SPREAD", "Compared", "Complete", "compared", "write_under"]
 
 Self = TypeVar("Self", bound="Compared")
 SelfComplete = TypeVar("SelfComplete", bound="Complete")
 
 _ACCOUNTS = ("target", "inputs", "absorbed", "gap")
-SPREAD = "spread"
-"""Where the spread of relevance over several references is written."""
+SPREAD, ERROR = "spread", "standard_error"
+"""Where the spread of relevance over several explanations is written, and the standard error of their mean."""
 
 
 class Compared(Attribution):

@@ -114,6 +114,9 @@ class Flips:
         chosen = [itertools.combinations(axes, count) for count in range(len(axes) + 1)]
         self._each = list(itertools.chain.from_iterable(chosen))
 
+    def __repr__(self) -> str:
+        return f"Flips({', '.join(str(each[0]) for each in self._each if len(each) == 1)})"
+
     @property
     def samples(self) -> int:
         """Two for one axis, four for two."""
@@ -152,6 +155,9 @@ class Shifts:
             )
         self._axes = axes
         self._each = list(itertools.product(range(-most, most + 1), repeat=len(axes)))
+
+    def __repr__(self) -> str:
+        return f"Shifts({self._each[-1][0]}, axes={self._axes})"
 
     @property
     def samples(self) -> int:
