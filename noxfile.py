@@ -124,9 +124,18 @@ def bench_peers(session: nox.Session) -> None:
 @nox.session
 def peers(session: nox.Session) -> None:
     """Compare numbers with other libraries, which are installed for it."""
-    install(session, DEVELOPER, "transformers", "tqdm", "click", "tabulate")
+    install(
+        session,
+        DEVELOPER,
+        "transformers",
+        "tqdm",
+        "click",
+        "tabulate",
+        "opencv-python-headless",
+        "scikit-learn",
+    )
     # torchvision and what needs it ask for a build of torch of their own: their Python part is all that is wanted.
-    install(session, "--no-deps", "torchvision", "zennit", "lxt", "captum")
+    install(session, "--no-deps", "torchvision", "zennit", "lxt", "captum", "grad-cam", "ttach")
     session.run("pytest", "-m", "peers", *(session.posargs or ["tests/peers"]), env=ONE_THREAD)
 
 

@@ -63,8 +63,8 @@ def test_it_stops_at_a_standard_error_that_is_true() -> None:
             Target("output", 0), error=0.01, permutations=4000, errors=True, antithetic=False, seed=seed
         )
         found = method.wrap(net)(td.clone())
-        assert found["error", "input"].amax() <= 0.01
-        off.append((found["attr", "input"] - exact) / found["error", "input"].clamp(min=1e-9))
+        assert found["standard_error", "input"].amax() <= 0.01
+        off.append((found["attr", "input"] - exact) / found["standard_error", "input"].clamp(min=1e-9))
     assert 0.8 < torch.stack(off).square().mean().sqrt() < 1.2
 
 
@@ -77,7 +77,9 @@ def test_each_element_stops_by_itself() -> None:
     for i in range(6):
         alone = explained(td[i : i + 1].clone())
         torch.testing.assert_close(alone["attr", "input"], together["attr", "input"][i : i + 1])
-        torch.testing.assert_close(alone["error", "input"], together["error", "input"][i : i + 1])
+        torch.testing.assert_close(
+            alone["standard_error", "input"], together["standard_error", "input"][i : i + 1]
+        )
     grid = explained(td.clone().reshape(2, 3))
     torch.testing.assert_close(grid["attr", "input"].reshape(6, 3, 5), together["attr", "input"])
     rows = 0
@@ -107,8 +109,8 @@ def test_standard_errors_over_references() -> None:
         ShapleySampling(Target("output", 0), baseline=one.replaced["input"], **options).wrap(net)(td.clone())
         for one in drawn
     ]
-    errors = torch.stack([one["error", "input"] for one in each])
-    torch.testing.assert_close(several["error", "input"], errors.square().sum(0).sqrt() / 2)
+    errors = torch.stack([one["standard_error", "input"] for one in each])
+    torch.testing.assert_close(several["standard_error", "input"], errors.square().sum(0).sqrt() / 2)
 
 
 def test_few_orders_are_said() -> None:

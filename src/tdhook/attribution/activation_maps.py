@@ -82,10 +82,8 @@ class ActivationMap(Attribution):
         """One forward pass, one backward pass as far as the layer."""
         with runner.forward(td) as run:
             key, sources = self._key(run), run.sources()
-            gradient, inputs = (
-                run.pull(run.seeds(self.seeder), {key: sources[key]})[key],
-                sources.keys() - {key},
-            )
+            gradient = run.pull(run.seeds(self.seeder), {key: sources[key]})[key]
+            inputs = [name for name in sources if name != key]
             value, lead = sources[key].detach(), run.batch_dims([key])[key]
         after = gradient.dim() - value.dim()
         value, shape = self._places(value, lead)
@@ -142,7 +140,7 @@ class ActivationMap(Attribution):
     def _along(self, count: int) -> tuple[int, ...]:
         """The axes of an input that a map of so many goes along."""
         axes = tuple(range(-count, 0)) if self.axes is None else tuple(sorted(self.axes))
-        if len(axes) != count or max(axes) >= 0:
+        if len(set(axes)) != count or len(axes) != count or max(axes) >= 0:
             raise ValueError(
                 f"the map of {self.layer!r} has {count} axes, and axes={self.axes} names others of inputs"
             )

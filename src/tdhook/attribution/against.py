@@ -140,7 +140,7 @@ class _Runs:
         found = dict(one.replaced)
         for key in self.runner.setup.in_keys:
             if key not in found:
-                value = self.runner.td.get(key, None)
+                value = self.runner.replaced.get(key, self.runner.td.get(key, None))
                 if not isinstance(value, Tensor):
                     return None
                 found[key] = value.detach()

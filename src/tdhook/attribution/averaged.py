@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdhook.attribution.means import Means
 from tdhook.contexts.attribution import Attribution
-from tdhook.contexts.compared import SPREAD, Compared
+from tdhook.contexts.compared import ERROR, SPREAD, Compared
 from tdhook.keys import under
 from tdhook.models.model import Model
 from tdhook.passes.forward import Run
@@ -22,16 +22,14 @@ from tdhook.perturbing.draws import Draws
 from tdhook.perturbing.references import Fill, References
 from tdhook.targets import TargetLike
 
-__all__ = ["ERROR", "Averaged"]
-
-ERROR = "standard_error"
-"""Where the standard error of averaged relevance is written."""
+__all__ = ["Averaged"]
 
 
 class Averaged(Attribution):
     """A method, averaged: over noise, SmoothGrad (Smilkov et al. 2017); over references; over flips and shifts.
 
-    What is chosen (``"argmax"``, an action) is chosen once, on the input as it is.
+    What is chosen (``"argmax"``, an action) is chosen once, on the input as it is, and so is what the method compares
+    with. Relevance of values inside the model is left out where an input is moved, as nobody knows how to move it back.
 
     Args:
         method: any method, :class:`~tdhook.attribution.lrp.LRP` and those around others included; what is explained
@@ -73,7 +71,12 @@ class Averaged(Attribution):
         self.method, self.over, self.of, self.spread = method, over, of, spread
 
     def __repr__(self) -> str:
-        return f"Averaged({self.method!r}, over={type(self.over).__name__})"
+        return f"Averaged({self.method!r}, over={self.over!r})"
+
+    @property
+    def changes_inputs(self) -> bool:
+        """All inputs are."""
+        return True
 
     def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
         """One forward pass to choose, then what the method does for each draw, as many at once as fit."""
@@ -96,15 +99,17 @@ class Averaged(Attribution):
 
     def _add(self, means: Means, found: Mapping[NestedKey, Tensor]) -> None:
         """Add explanations, ``[draws, *source]`` or ``[draws, outputs, *source]`` by source."""
-        count = len(next(iter(found.values())))
+        count = len(next(iter(found.values()))) if found else 0
         means.add_all({key: x.square() for key, x in found.items()} if self.of == "squares" else found, count)
 
     def _draw(self, means: Means, runner: Runner, run: Run) -> None:
         over = self.over
         assert not isinstance(over, References)
-        inputs = _inputs(runner, run)
-        variants = Variants(runner, run, entries=inputs)
-        method, dims = self.method.explaining(variants.target), run.td.batch_dims
+        inputs, dims = _inputs(run), run.td.batch_dims
+        keys = [key for key in inputs if key in run.td.keys(True)]
+        method, td, fill = self.method.settled(keys, run.td)
+        variants = Variants(runner, run, td=fill(td), reads=method.reads(td))
+        method = method.explaining(variants.target)
 
         def changed(numbers: range) -> dict[NestedKey, Tensor]:
             return {key: over.changed(key, x, dims, numbers) for key, x in inputs.items()}
@@ -114,20 +119,28 @@ class Averaged(Attribution):
         ) -> tuple[Tensor, Mapping[NestedKey, Tensor]]:
             given = td.copy()
             for key, x in entries.items():
-                given.set(key, x)
-            there = runner.on(given, variants.target)
+                value = given.get(key, None)
+                if isinstance(value, Tensor) and value.is_floating_point():  # integers stay what they are
+                    given.set(key, x)
+            there = runner.on(given, variants.target, replaced=entries)
             found = method.explain(there, given)
             base = there.as_it_is()
             return values_of(base.seeds(variants.target), base.outputs.batch_dims), found
 
-        for answer in variants.each(over.samples, changed, ask, variants.size):
+        for answer in variants.each(over.samples, changed, ask, variants.size, alike=True):
             before = 1 + variants.several + dims
             self._add(
                 means,
                 {
                     key: over.undone(key, x, before, answer.numbers) if key in inputs else x
                     for key, x in answer.found.items()
+                    if key in inputs or over.stays
                 },
+            )
+        if not means.mean:
+            raise ValueError(
+                f"{type(over).__name__} moves the inputs, and what is attributed lies inside the model, where nobody "
+                "knows how to move it back: average over Noise, or attribute inputs"
             )
 
     def _of_reference(self, number: int) -> Attribution:
@@ -139,6 +152,11 @@ class Averaged(Attribution):
         other = copy.copy(self)
         other.target, other.seeder, other.method, other.over = method.target, method.seeder, method, over
         return other
+
+    @property
+    def compares(self) -> bool:
+        """Whether the method does."""
+        return self.method.compares
 
     def asked(self, **shared: Any) -> Averaged:
         """The same, with other options of those that all methods take."""
@@ -198,17 +216,11 @@ class Averaged(Attribution):
         return self.method.learnt(state)
 
 
-def _inputs(runner: Runner, run: Run) -> dict[NestedKey, Tensor]:
-    """The inputs that are changed: those that are attributed, or, where only inner values are, those of the model."""
-    setup = runner.setup
-    found = {key: x.detach() for key, x in run.inputs.items()}
-    for key in () if found else setup.model.attributed:
-        value = run.td.get(key, None)
-        if isinstance(value, Tensor) and value.is_floating_point():
-            found[key] = value.detach()
-    found = {key: x for key, x in found.items() if key in run.td.keys(True)}
-    if not found:
+def _inputs(run: Run) -> dict[NestedKey, Tensor]:
+    """The inputs, which are changed, detached."""
+    if not run.inputs:
         raise ValueError(
-            "there is no input to change: none that the model reads is floating-point and an entry of the TensorDict"
+            f"there is no input to change: none of those that the model reads "
+            f"({', '.join(map(repr, run.setup.model.attributed))}) is floating-point"
         )
-    return found
+    return {key: x.detach() for key, x in run.inputs.items()}

@@ -72,11 +72,11 @@ class BlurIntegratedGradients(Complete):
                         # By the trapezoid rule, a gradient counts for half of each step beside it.
                         step = (self._at(i + 1, ends[key]) - self._at(i - 1, ends[key])) / 2
                         found[key] = found[key] + step * grad if key in found else step * grad
-            rises = self.rises(variants, run, ends) if self.ledger else None
-            self.told(runner, run, found, rises, {})
             rest = run.sources().keys() - found.keys()
             lead = (len(variants.values),) if variants.several else ()
             found.update({key: x.new_zeros(*lead, *x.shape) for key, x in run.sources(rest).items()})
+            rises = self.rises(variants, run, ends) if self.ledger else None
+            self.told(runner, run, {key: found[key] for key in run.independent_sources()[0]}, rises, {})
         return found
 
     def _at(self, number: int, pictures: Tensor) -> Tensor:

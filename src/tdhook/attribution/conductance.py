@@ -15,6 +15,7 @@ from tdhook.attribution.paths import Way, weighed
 from tdhook.contexts.attribution import Shared
 from tdhook.contexts.compared import SPREAD, Compared, Complete, write_under
 from tdhook.keys import under
+from tdhook.passes.forward import Run
 from tdhook.passes.runner import Runner
 from tdhook.passes.variants import REACHED, Variants
 from tdhook.perturbing.quadrature import quadrature
@@ -38,6 +39,9 @@ class Conductance(Complete):
         baseline: where the way of the inputs begins (:data:`~tdhook.perturbing.references.Baseline`).
         steps: of the way.
         **options: those of :class:`~tdhook.contexts.compared.Complete`: ``samples``, ``ledger``, ``input_modules``, ...
+
+    Raises:
+        ValueError: there is no step.
     """
 
     def __init__(
@@ -50,15 +54,22 @@ class Conductance(Complete):
         ledger: bool = False,
         **options: Unpack[Shared],
     ) -> None:
+        if steps < 1:
+            raise ValueError(f"a way has at least one step, got steps={steps}")
         super().__init__(target, baseline=baseline, samples=samples, ledger=ledger, **options)
         self.places = [place for place, _ in quadrature("trapezoid", steps + 1)]
+
+    @property
+    def changes_inputs(self) -> bool:
+        """All inputs are."""
+        return True
 
     def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
         """One forward pass to choose, then a forward and a backward pass for each step, as many at once as fit."""
         means = Means(self.spreads)
         with runner.forward(td) as run:
             variants, sources = Variants(runner, run), list(run.sources())
-            ends = {key: x.detach() for key, x in run.inputs.items()}
+            ends = _inputs(run)
             for number in range(self.samples):
                 way = Way(self.starts(run, ends, range(number, number + 1)), ends)
                 found: dict[NestedKey, Tensor] = {}
@@ -108,14 +119,30 @@ class InternalInfluence(Compared):
         super().__init__(target, **options)
         self.references, self.places = as_references(baseline, samples), quadrature(rule, steps)
 
+    @property
+    def changes_inputs(self) -> bool:
+        """All inputs are."""
+        return True
+
     def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
         """One forward pass to choose, then a forward and a backward pass for each step, as many at once as fit."""
         means = Means(self.spreads)
         with runner.forward(td) as run:
             variants, sources = Variants(runner, run), list(run.sources())
-            ends = {key: x.detach() for key, x in run.inputs.items()}
+            ends = _inputs(run)
             for number in range(self.samples):
                 way = Way(self.starts(run, ends, range(number, number + 1)), ends)
                 means.add(weighed(variants, way, self.places, sources))
             write_under(SPREAD, runner, run, means.deviations())
         return means.mean
+
+
+def _inputs(run: Run) -> dict[NestedKey, Tensor]:
+    """The inputs, which come from their baselines."""
+    if not run.inputs:
+        raise ValueError(
+            f"none of the inputs ({', '.join(map(repr, run.setup.model.attributed))}) is floating-point, so that none "
+            "comes from a baseline on the way of which a layer could have a part: explain the layer by "
+            "IntegratedGradients(input_modules=...)"
+        )
+    return {key: x.detach() for key, x in run.inputs.items()}

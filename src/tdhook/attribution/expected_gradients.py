@@ -54,12 +54,19 @@ class ExpectedGradients(Complete):
     ) -> None:
         samples = 1 if isinstance(baseline, References) else samples
         super().__init__(target, baseline=baseline, samples=samples, ledger=ledger, **options)
-        chance, count = random.Random(seed), self.samples
-        self.places = [(i + chance.random()) / count for i in chance.sample(range(count), count)]
+        self.seed = seed
+
+    @property
+    def places(self) -> list[float]:
+        """How far along the way from each of the references the gradient is taken."""
+        assert self.references is not None
+        chance, count = random.Random(f"{self.seed} {self.references.first}"), self.samples
+        return [(i + chance.random()) / count for i in chance.sample(range(count), count)]
 
     def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
         """One forward pass to choose, then a forward and a backward pass for each sample, as many at once as fit."""
         found: dict[NestedKey, Tensor] = {}
+        places = self.places
         with runner.forward(td) as run:
             variants = Variants(runner, run)
             for ends in run.independent_sources():
@@ -69,7 +76,7 @@ class ExpectedGradients(Complete):
                     numbers: range, ends: Mapping[NestedKey, Tensor] = ends
                 ) -> dict[NestedKey, Tensor]:
                     way = Way(self.starts(run, ends, numbers), ends)
-                    return way.points(self.places[numbers.start : numbers.stop])
+                    return way.points(places[numbers.start : numbers.stop])
 
                 for answer in variants.gradients(self.samples, points):
                     way = Way(self.starts(run, ends, answer.numbers), ends)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["IntegratedGradients"]
 
 _STEPS, _MOST = 32, 1025
+_FEWEST = 9
+"""With a tolerance: the trapezoid rule twice, on four stretches and on eight."""
 
 
 class IntegratedGradients(Complete):
@@ -40,12 +42,14 @@ class IntegratedGradients(Complete):
         rule: of the quadrature: ``"gauss_legendre"``, ``"trapezoid"``, ``"left"``, ``"middle"`` or ``"right"``.
         tolerance: how far the sum may be from ``f(x) - f(b)``, in units of the target. Each batch element has twice as
             many steps until it is that close (9, 17, 33, ...; the trapezoid rule, or Simpson's, which is closer where
-            the model is smooth).
+            the model is smooth). Elements that depend on each other, as the steps of a recurrent model do, are
+            complete together, so that their sum is to be that close.
         ledger: whether to account for it (:class:`~tdhook.contexts.compared.Complete`).
         **options: those of :class:`~tdhook.contexts.compared.Complete`: ``samples``, ``input_modules``, ...
 
     Raises:
-        ValueError: there is no step, no such quadrature, or the tolerance is not positive or to be compiled.
+        ValueError: there is no step, no such quadrature, or the tolerance is not positive, to be compiled, or to be
+            seen in fewer than 9 steps.
     """
 
     def __init__(
@@ -65,6 +69,10 @@ class IntegratedGradients(Complete):
         self.places, self.tolerance = quadrature(rule, self.steps), tolerance
         if tolerance is not None and not tolerance > 0:
             raise ValueError(f"a tolerance is how far a sum may be off, a positive number, got {tolerance}")
+        if tolerance is not None and self.steps < _FEWEST:
+            raise ValueError(
+                f"a tolerance takes at least {_FEWEST} steps to be seen, got steps={self.steps} at most"
+            )
         if tolerance is not None and self.compile is not None:
             raise ValueError(
                 "how many steps a tolerance takes is seen as it goes, which no graph does: give steps"
@@ -78,12 +86,15 @@ class IntegratedGradients(Complete):
             for ends in run.independent_sources():
                 means = Means(self.spreads)
                 rises = self.rises(variants, run, ends) if self.ledger or self.tolerance else None
+                joint = run.joint(run.seeds(runner.setup.question.target), ends) if self.tolerance else ()
                 for number in range(self.samples):
                     way = Way(self.starts(run, ends, range(number, number + 1)), ends)
                     if self.tolerance is None or rises is None:
                         means.add(along(variants, way, self.places))
                     else:
-                        means.add(until_close(variants, way, rises[number], self.tolerance, self.steps))
+                        means.add(
+                            until_close(variants, way, rises[number], self.tolerance, self.steps, joint)
+                        )
                 found.update(means.mean)
                 self.told(runner, run, means.mean, rises, means.deviations())
         return found

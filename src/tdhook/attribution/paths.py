@@ -92,12 +92,14 @@ def weighed(
         some = weights[answer.numbers.start : answer.numbers.stop]
         for key, grad in answer.found.items():
             weight = torch.tensor(some, dtype=grad.dtype, device=grad.device)
-            total = grad.mul_(beside(weight, grad)).sum(0)
+            total = torch.tensordot(weight, grad, 1)
             found[key] = found[key] + total if key in found else total
     return found
 
 
-def until_close(variants: Variants, way: Way, rise: Tensor, tolerance: float, most: int) -> Found:
+def until_close(
+    variants: Variants, way: Way, rise: Tensor, tolerance: float, most: int, joint: tuple[int, ...] = ()
+) -> Found:
     """Sums of shares on the way from one reference, of more and more points until they are close to the difference.
 
     The trapezoid rule, each time with as many points again between those before; or Simpson's, where it is closer.
@@ -108,51 +110,62 @@ def until_close(variants: Variants, way: Way, rise: Tensor, tolerance: float, mo
         rise: the difference of the target, ``[*batch]`` or ``[outputs, *batch]``.
         tolerance: how close, in units of the target.
         most: how many points there are at most.
+        joint: batch axes along which elements depend on each other, so that only their sums are to be close.
 
     Returns:
         By source, ``[*source]`` or ``[outputs, *source]``.
     """
     after = variants.several
+    axes = tuple(after + axis for axis in joint)
     rows = torch.arange(rise.shape[after] if rise.dim() > after else 1, device=rise.device)
     count, stretches = len(rows), _FIRST
     before = along(variants, way, quadrature("trapezoid", stretches + 1))
     found: Found = {}
+    far = torch.ones_like(rise, dtype=torch.bool)
     while True:
         between = along(variants, way, quadrature("middle", stretches))
         now = {key: (before[key] + between[key]) / 2 for key in before}
         stretches *= 2
-        closest, gap = _closest(now, {key: now[key].lerp(before[key], -1 / 3) for key in now}, rise)
+        closest, gap = _closest(now, {key: now[key].lerp(before[key], -1 / 3) for key in now}, rise, axes)
         for key, value in closest.items():
-            found[key] = with_rows(found[key], count, rows, value, after) if key in found else value
-        far = (gap > tolerance).movedim(after, 0) if rise.dim() > after else gap > tolerance
-        left = far.reshape(len(rows), -1).any(1).nonzero().squeeze(1)
+            if key in found:  # what was close stays as it was, whatever others need
+                kept = some_rows(found[key], count, rows, after) if rise.dim() > after else found[key]
+                value = _where(far, value, kept)
+                found[key] = with_rows(found[key], count, rows, value, after) if rise.dim() > after else value
+            else:
+                found[key] = value
+        far &= gap > tolerance
+        first = far.movedim(after, 0) if rise.dim() > after else far
+        left = first.reshape(len(rows), -1).any(1).nonzero().squeeze(1)
         if not len(left):
             return found
-        if 2 * stretches >= most:
+        if 2 * stretches + 1 > most:
             warnings.warn(
-                f"integrated gradients of {len(left)} of {count} elements of the batch are {gap.amax():.2g} off after "
-                f"{stretches + 1} steps, which is more than tolerance={tolerance}: give more steps, or a larger "
+                f"integrated gradients of {len(left)} of {count} elements of the batch are {gap[far].amax():.2g} off "
+                f"after {stretches + 1} steps, which is more than tolerance={tolerance}: give more steps, or a larger "
                 "tolerance",
                 stacklevel=2,
             )
             return found
         before = now
-        some = variants.among(left) if len(left) < len(rows) else None
+        some = variants.among(left) if len(left) < len(rows) and after not in axes else None
         if some is not None:
             before = {key: some_rows(value, len(rows), left, after) for key, value in now.items()}
             way, variants, rise = way.among(left, len(rows)), some, rise.index_select(after, left)
-            rows = rows[left]
+            rows, far = rows[left], far.index_select(after, left)
 
 
-def _closest(one: Found, other: Found, rise: Tensor) -> tuple[Found, Tensor]:
+def _closest(one: Found, other: Found, rise: Tensor, axes: tuple[int, ...]) -> tuple[Found, Tensor]:
     """Of two sums, for each element that which comes closer to a difference; and how far it is off."""
-    gaps = [
-        (rise - sum(value.reshape(*rise.shape, -1).sum(-1) for value in sums.values())).abs()
-        for sums in (one, other)
-    ]
-    first = (gaps[0] <= gaps[1]).unsqueeze(-1)
-    chosen = {}
-    for key, value in one.items():
-        shape = (*rise.shape, -1)
-        chosen[key] = torch.where(first, value.reshape(shape), other[key].reshape(shape)).reshape(value.shape)
-    return chosen, torch.minimum(*gaps)
+    gaps = []
+    for sums in (one, other):
+        gap = rise - sum(value.reshape(*rise.shape, -1).sum(-1) for value in sums.values())
+        gaps.append((gap.sum(axes, keepdim=True).expand_as(gap) if axes else gap).abs())
+    first = gaps[0] <= gaps[1]
+    return {key: _where(first, value, other[key]) for key, value in one.items()}, torch.minimum(*gaps)
+
+
+def _where(which: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Of two values, ``[*which, ...]`` but for how the axes of the batch lie, the one where it is so."""
+    shape = (*which.shape, -1)
+    return torch.where(which.unsqueeze(-1), one.reshape(shape), other.reshape(shape)).reshape(one.shape)

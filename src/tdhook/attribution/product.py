@@ -10,7 +10,6 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.contexts.attribution import Attribution
-from tdhook.contexts.compared import Compared
 from tdhook.models.model import Model
 from tdhook.passes.runner import Runner
 from tdhook.targets import TargetLike
@@ -35,7 +34,7 @@ class Product(Attribution):
     def __init__(self, first: Attribution, second: Attribution) -> None:
         super().__init__(**first.shared)
         for method in (first, second):
-            if isinstance(method, Compared) and method.references is not None:
+            if method.compares:
                 raise TypeError(
                     f"{method!r} compares with a reference: a product is of methods that explain the value"
                 )
@@ -70,3 +69,20 @@ class Product(Attribution):
     def explaining(self, target: TargetLike) -> Product:
         """The same for another target."""
         return self.asked(target=target)
+
+    @property
+    def changes_inputs(self) -> bool:
+        """Whether one of them does."""
+        return any(method.changes_inputs for method in self.methods)
+
+    def reads(self, td: TensorDictBase) -> list[NestedKey]:
+        """What they read."""
+        return [key for method in self.methods for key in method.reads(td)]
+
+    def reads_signs(self, state: Any) -> bool:
+        """Whether one of them does."""
+        return any(method.reads_signs(there) for method, there in zip(self.methods, state, strict=True))
+
+    def learnt(self, state: Any) -> str:
+        """What they have seen."""
+        return " ".join(method.learnt(there) for method, there in zip(self.methods, state, strict=True))

@@ -12,7 +12,7 @@ from tdhook.attribution.games import Game
 from tdhook.attribution.means import Means
 from tdhook.attribution.played import PlayedOut, Playing
 from tdhook.attribution.tally import Tally, gained
-from tdhook.contexts.compared import write_under
+from tdhook.contexts.compared import ERROR, write_under
 from tdhook.passes.forward import Run
 from tdhook.passes.runner import Runner
 from tdhook.perturbing.coalitions import Orders
@@ -40,7 +40,7 @@ class ShapleySampling(PlayedOut):
         antithetic: whether each second order is the one before, backwards (Mitchell et al. 2022, section 3.2).
         stratified: whether ``n`` orders (pairs) after each other are one shifted on place by place, so that each
             feature comes at each place equally often.
-        errors: whether standard errors are written, under ``("error", key)`` and of the shape of relevance.
+        errors: whether standard errors are written, under ``("standard_error", key)`` and of the shape of relevance.
         seed: of the orders.
         **options: those of :class:`~tdhook.attribution.played.PlayedOut`: ``baseline``, ``features``, ...
 
@@ -76,8 +76,8 @@ class ShapleySampling(PlayedOut):
 
     @property
     def writes_under(self) -> tuple[str, ...]:
-        """``"error"`` too, if it was asked for."""
-        return (*super().writes_under, *(("error",) if self.errors else ()))
+        """``"standard_error"`` too, if it was asked for."""
+        return (*super().writes_under, *((ERROR,) if self.errors else ()))
 
     def play(self, game: Game) -> Tensor:
         """Orders, as many as fit at once, until there are enough for each row."""
@@ -111,4 +111,4 @@ class ShapleySampling(PlayedOut):
                 key: torch.stack([one[key] for one in each]).square().sum(0).sqrt() / len(each)
                 for key in each[0]
             }
-            write_under("error", runner, run, found)
+            write_under(ERROR, runner, run, found)

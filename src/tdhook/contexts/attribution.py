@@ -165,6 +165,7 @@ class Attribution(ABC):
             self.target_modules,
             self.values,
             self.memory_budget,
+            self.changes_inputs,
         )
 
     @property
@@ -176,6 +177,16 @@ class Attribution(ABC):
     def writes_under(self) -> tuple[str, ...]:
         """Names under which more is written of what is attributed or explained."""
         return ()
+
+    @property
+    def changes_inputs(self) -> bool:
+        """Whether a method changes inputs, those too that are not attributed."""
+        return False
+
+    @property
+    def compares(self) -> bool:
+        """Whether the difference from a reference is explained, and not the value."""
+        return False
 
     def reads(self, td: TensorDictBase) -> list[NestedKey]:
         """Entries of ``td`` that are read besides those that the model and the target read."""

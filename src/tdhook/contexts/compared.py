@@ -22,14 +22,14 @@ from tdhook.targets import TargetLike
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["SPREAD", "Compared", "Complete", "compared", "write_under"]
+__all__ = ["ERROR", "SPREAD", "Compared", "Complete", "compared", "write_under"]
 
 Self = TypeVar("Self", bound="Compared")
 SelfComplete = TypeVar("SelfComplete", bound="Complete")
 
 _ACCOUNTS = ("target", "inputs", "absorbed", "gap")
-SPREAD = "spread"
-"""Where the spread of relevance over several references is written."""
+SPREAD, ERROR = "spread", "standard_error"
+"""Where the spread of relevance over several explanations is written, and the standard error of their mean."""
 
 
 class Compared(Attribution):
@@ -51,6 +51,11 @@ class Compared(Attribution):
     def samples(self) -> int:
         """How many references there are."""
         return 0 if self.references is None else self.references.samples
+
+    @property
+    def compares(self) -> bool:
+        """Whether there is a reference."""
+        return self.references is not None
 
     @property
     def spreads(self) -> bool:
@@ -100,7 +105,7 @@ class Compared(Attribution):
             ValueError: there is one of an entry that is not attributed, whose part of the difference nobody would get.
         """
         assert self.references is not None
-        attributed = {unravel_key(key) for key in run.sources()}
+        attributed = {unravel_key(key) for key in (*run.sources(), *ends)}
         ours = self.references.among_keys(attributed, ends)
         drawn = ours.one(number, ends, run.batch_dims(ends), run.td)
         for key in drawn.entries:

@@ -114,7 +114,7 @@ class Captured:
                 value = output.get(key, None)
                 if not isinstance(value, Tensor) or not value.is_floating_point():
                     continue
-                if value is self._copies.get(key):
+                if value is self._copies.get(key) or value is self.keys.get(key):
                     continue  # handed on by what is around the module that wrote it
                 if attribute == "all" or key in attribute:
                     self.keys[key] = kept = self._on_tape(value, key)

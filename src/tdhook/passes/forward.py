@@ -19,6 +19,7 @@ from tdhook.models.capture import call_name
 from tdhook.models.entries import entries_of, frames_of, is_flat
 from tdhook.passes.diagnosis import is_explainable, why_not_finite, why_relevance_is_not
 from tdhook.passes.finite import Disregarding, are_finite
+from tdhook.passes.rows import is_close
 from tdhook.passes.setup import Setup
 from tdhook.targets.base import Seeder, Seeds, require_dependence
 
@@ -242,6 +243,35 @@ class Run:
             Seeds(seeds.keys, seeds.tensors, grads), list(unsure.values()), keep=True
         )
         self.setup.axes.learn(dict(zip(unsure, pulled, strict=True)), self.td.batch_size.numel())
+
+    def joint(self, seeds: Seeds, among: Iterable[NestedKey]) -> tuple[int, ...]:
+        """The batch axes along which what is explained of one element depends on values of others.
+
+        Where elements are independent, gradients of weighted elements are weighted gradients.
+
+        Args:
+            seeds: what is explained.
+            among: the sources that are looked at.
+        """
+        own, sources = self.td.batch_dims, self.sources(among)
+        axes = [axis for axis in range(own) if self.td.batch_size[axis] > 1]
+        plain = self.pull(seeds, sources) if axes else {}
+        found = []
+        for axis in axes:
+            count, after = self.td.batch_size[axis], seeds.several is not None
+            weight = torch.rand(count, generator=torch.Generator().manual_seed(0)) + 0.5
+
+            def weighed(x: Tensor, at: int, weight: Tensor = weight) -> Tensor:
+                return x * weight.to(x).reshape(-1, *(1,) * (x.dim() - at - 1))
+
+            grads = [weighed(grad, after + axis) for grad in seeds.grads]
+            pulled = self.pull(Seeds(seeds.keys, seeds.tensors, grads, seeds.several), sources)
+            for key, grad in pulled.items():
+                one, all_ = (self.in_batch_shape(key, x, sources[key]) for x in (grad, plain[key]))
+                if not bool(is_close(one, weighed(all_, axis))):
+                    found.append(axis)
+                    break
+        return tuple(found)
 
     def in_batch_shape(self, key: NestedKey, value: Tensor, source: Tensor) -> Tensor:
         """What belongs to a source, as ``[*batch, *features]`` or ``[*batch, outputs, *features]``.

@@ -9,7 +9,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-__all__ = ["beside", "joined", "rows_of", "shaped_like", "some_rows", "with_rows"]
+__all__ = ["beside", "is_close", "joined", "rows_of", "shaped_like", "some_rows", "with_rows"]
 
 
 def rows_of(td: TensorDictBase, axes: int) -> TensorDictBase:
@@ -42,6 +42,14 @@ def joined(
 def beside(batch: Tensor, x: Tensor) -> Tensor:
     """Values of batch elements, ``[*batch]``, with axes added to go with ``x [*batch, *features]``."""
     return batch.reshape(*batch.shape, *(1,) * (x.dim() - batch.dim()))
+
+
+def is_close(a: Tensor, b: Tensor) -> Tensor:
+    """Whether values are equal but for rounding, which goes by the largest of them: a truth value, or several."""
+    if not a.numel():
+        return torch.ones((), dtype=torch.bool, device=a.device)
+    reach: float = torch.finfo(a.dtype).eps ** 0.5
+    return torch.le((a - b).abs(), reach * b.abs().amax()).all()
 
 
 def some_rows(x: Tensor, count: int, rows: Tensor, after: int = 0) -> Tensor:

@@ -51,6 +51,7 @@ class Runner:
         base: the run on ``td`` as it is: its outputs are what the explained module writes.
         beside: further entries to write, by key.
         graph: what its runs leave on the tape.
+        replaced: values of inputs that take the place of those in the batch in every run.
     """
 
     def __init__(self, setup: Setup, td: TensorDictBase, state: Any = None) -> None:
@@ -58,11 +59,26 @@ class Runner:
         self.base: Run | None = None
         self.beside: dict[NestedKey, Tensor] = {}
         self.graph = Graph()
+        self.replaced: Mapping[NestedKey, Tensor] = {}
         self._before: Snapshot | None = None
 
-    def on(self, td: TensorDictBase, target: Seeder | None = None, state: Any = None) -> Runner:
-        """What runs the model on another batch in the same call, for another target or another method's state."""
+    def on(
+        self,
+        td: TensorDictBase,
+        target: Seeder | None = None,
+        state: Any = None,
+        replaced: Mapping[NestedKey, Tensor] | None = None,
+    ) -> Runner:
+        """What runs the model on another batch in the same call, for another target or another method's state.
+
+        Args:
+            td: the batch.
+            target: what is explained; by default the same.
+            state: what the method worked out; by default the same.
+            replaced: values of inputs that no entry can hold, as numbers between integers.
+        """
         other = copy.copy(self)
+        other.replaced = self.replaced if replaced is None else replaced
         other.state = self.state if state is None else state
         if target is not None:
             other.setup = self.setup.asking(target)
@@ -103,9 +119,10 @@ class Runner:
         Raises:
             ValueError: the batch is empty, or the model returned another batch size.
         """
-        setup, replaced, how = self.setup, replaced or {}, within or AsItIs()
+        setup, how = self.setup, within or AsItIs()
+        given_others, replaced = bool(replaced), {**self.replaced, **(replaced or {})}
         asked = target or self.setup.question.target
-        is_base = td is self.td and not replaced and self.base is None
+        is_base = td is self.td and not given_others and self.base is None
         modules = setup.turn.modules
         prepared = all_of(
             None if is_base else self.from_the_start(),
@@ -156,18 +173,21 @@ class Runner:
         known = set(kind.__expected_keys__)
         return kind.from_tensordict(work.select(*known.intersection(work.keys())))
 
-    def pinned(self, run: Run, target: Seeder | None = None) -> tuple[Seeder, TensorDictBase]:
+    def pinned(
+        self, run: Run, target: Seeder | None = None, td: TensorDictBase | None = None
+    ) -> tuple[Seeder, TensorDictBase]:
         """What is asked, the same of every changed input: the target chooses by a run of the inputs as they are.
 
         Args:
             run: that run.
             target: what is explained, by default what was asked.
+            td: its TensorDict with further entries, if there are any.
 
         Returns:
-            The target that has chosen, and the TensorDict of the run with what it chose.
+            The target that has chosen, and the TensorDict with what it chose.
         """
         target, chosen = pin(target or self.setup.question.target, run.offered(), run.td)
-        asked = run.td.copy()
+        asked = (run.td if td is None else td).copy()
         for key, value in chosen.items():
             asked.set(key, value)
         return target, asked

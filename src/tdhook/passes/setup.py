@@ -44,6 +44,7 @@ class Question:
         target_modules: paths of modules whose outputs may be explained.
         values: paths of modules, and keys, whose values are written; or whether those of what is attributed are.
         memory_budget: bytes that the gradients of several targets may take together.
+        changes_inputs: whether inputs are changed even where they are not attributed.
     """
 
     target: Seeder
@@ -53,6 +54,7 @@ class Question:
     target_modules: tuple[str, ...] = ()
     values: bool | tuple[NestedKey, ...] = False
     memory_budget: int | None = None
+    changes_inputs: bool = False
 
 
 class Setup:
@@ -99,7 +101,8 @@ class Setup:
         self.in_keys = list(dict.fromkeys([*reads, *question.target.in_keys]))
         self.apart: Apart | None = None
         self.layout = LAYOUTS[0]
-        inputs = question.attribute if callable(question.attribute) else question.use_inputs
+        changed = question.use_inputs or question.changes_inputs
+        inputs = question.attribute if callable(question.attribute) else changed
         others = bool(question.input_modules) or question.attribute is not None
         named_inputs = question.attribute if isinstance(question.attribute, tuple) else ()
         self.leaves = Leaves(model, self.in_keys, inputs, others, named_inputs)

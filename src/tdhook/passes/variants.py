@@ -21,7 +21,7 @@ from torch import Tensor
 from tdhook.keys import under
 from tdhook.passes.backward import sizes_behind
 from tdhook.passes.forward import Run
-from tdhook.passes.rows import some_rows
+from tdhook.passes.rows import is_close, some_rows
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import LAYOUTS
 from tdhook.tape.conditions import holds
@@ -70,7 +70,8 @@ class Variants:
         runner: runs the model.
         run: the run on the batch as it is.
         target: what is explained, by default what was asked; only of what the run has written.
-        entries: inputs that may be changed, besides what is attributed.
+        td: the batch, where it has entries that the run did not need.
+        reads: entries that are needed besides what the model and the target read.
 
     Attributes:
         target: what is explained, with its choice made.
@@ -83,16 +84,16 @@ class Variants:
         runner: Runner,
         run: Run,
         target: Seeder | None = None,
-        entries: Mapping[NestedKey, Tensor] | None = None,
+        td: TensorDictBase | None = None,
+        reads: Iterable[NestedKey] = (),
     ) -> None:
         self._runner, self._setup = runner, runner.setup
         wanted = runner.setup.question.target if target is None else target
-        self.target, asked = runner.pinned(run, wanted)
-        self._asked = _needed(runner, self.target, asked)
-        sources = {key: x.detach() for key, x in run.sources().items()}
-        self._leads = {**dict.fromkeys(entries or (), run.td.batch_dims), **run.batch_dims(sources)}
-        self._sources = {**(entries or {}), **sources}
-        self._inputs = {*run.inputs, *(entries or ())}
+        self.target, asked = runner.pinned(run, wanted, td)
+        self._asked = _needed(runner, self.target, asked, reads)
+        self._sources = {key: x.detach() for key, x in {**run.inputs, **run.sources()}.items()}
+        self._leads = run.batch_dims(self._sources)
+        self._inputs = set(run.inputs)
         seeds = run.seeds(wanted)
         run.look_at_axes(seeds)
         self.values = values_of(seeds, run.outputs.batch_dims)
@@ -133,7 +134,9 @@ class Variants:
         ask = partial(self._gradient, of=of, reached=reached)
         yield from self.each(count, change, ask, self.size)
 
-    def each(self, count: int, change: Change, ask: Ask, size: int) -> Iterator[Answer]:
+    def each(
+        self, count: int, change: Change, ask: Ask, size: int, *, alike: bool = False
+    ) -> Iterator[Answer]:
         """What is found of so many variants, some at a time.
 
         Args:
@@ -141,6 +144,8 @@ class Variants:
             change: makes them.
             ask: what is found of a batch.
             size: bytes that one variant takes meanwhile.
+            alike: whether variants are so like the batch as it is that a mean over them, or a variance, is the same:
+                another one, of half its values, is looked at beside them.
         """
         at_once = self._at_once(count, size)
         start = 0
@@ -156,7 +161,7 @@ class Variants:
                     one = {key: value.unsqueeze(0) for key, value in found.items()}
                     answer = Answer(numbers, values.unsqueeze(0), one)
                 else:
-                    answer = self._together(numbers, change, ask, looks=looks)
+                    answer = self._together(numbers, change, ask, looks=looks, alike=alike)
                     self._looked.add(ask)
             except torch.OutOfMemoryError:  # too many for the moment: fewer, in this call alone
                 if alone:
@@ -176,7 +181,7 @@ class Variants:
             at_once *= 2
         return min(at_once, count)
 
-    def _together(self, numbers: range, change: Change, ask: Ask, *, looks: bool) -> Answer:
+    def _together(self, numbers: range, change: Change, ask: Ask, *, looks: bool, alike: bool) -> Answer:
         """What is found of some variants side by side, in the first layout in which they leave each other alone.
 
         They are made anew for each layout, since a model may overwrite what it is given.
@@ -188,7 +193,7 @@ class Variants:
                 continue  # whether modules then see a flat batch is not known
             try:
                 changed = changed or change(numbers)
-                answer = self._laid_out(layout, numbers, changed, ask, looks=looks)
+                answer = self._laid_out(layout, numbers, changed, ask, looks=looks, alike=alike)
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # one after the other it is raised again, where it is not of the layout
@@ -206,16 +211,20 @@ class Variants:
         return Answer(numbers, torch.stack([values for values, _ in each]), found)
 
     def _laid_out(
-        self, layout: str, numbers: range, changed: Mapping[NestedKey, Tensor], ask: Ask, *, looks: bool
+        self,
+        layout: str,
+        numbers: range,
+        changed: Mapping[NestedKey, Tensor],
+        ask: Ask,
+        *,
+        looks: bool,
+        alike: bool,
     ) -> Answer | None:
         """What is found in one layout; ``None`` where variants have to do with each other in it."""
         copies, middle = len(numbers), len(numbers) // 2
         if looks:
-            copies += 1
-            changed = {
-                key: torch.cat([value[:middle], self._sources[key].unsqueeze(0), value[middle:]])
-                for key, value in changed.items()
-            }
+            copies += 1 + alike
+            changed = {key: self._with(value, key, middle, alike) for key, value in changed.items()}
         rows = layout == "rows"
         replaced = {
             key: value.flatten(0, 1) if self._leads[key] and (rows or key not in self._inputs) else value
@@ -227,13 +236,18 @@ class Variants:
         apart = {key: _apart(value, copies, *self._shape(key, several)) for key, value in found.items()}
         if not looks:
             return Answer(numbers, values, apart)
-        if not holds(_is_close(values[middle], self.values)):
+        if not holds(is_close(values[middle], self.values)):
             return None
         return Answer(
             numbers,
-            _without(values, middle),
-            {key: _without(value, middle) for key, value in apart.items()},
+            _without(values, middle, len(numbers)),
+            {key: _without(value, middle, len(numbers)) for key, value in apart.items()},
         )
+
+    def _with(self, value: Tensor, key: NestedKey, middle: int, alike: bool) -> Tensor:
+        """Variants of a source, the batch as it is among them, and after them one that is like none, if so."""
+        there = self._sources[key].unsqueeze(0)
+        return torch.cat([value[:middle], there, value[middle:], *([0.5 * there] if alike else [])])
 
     def _shape(self, key: NestedKey, several: bool) -> tuple[torch.Size, bool]:
         """The shape of what is found of a source, and whether there is one for each output."""
@@ -272,6 +286,10 @@ class Variants:
         some._asked, some._looked = self._asked[rows], set()
         some.batch = some._asked.batch_size
         some.values = self.values.index_select(self.several, rows)
+        with torch.no_grad():
+            values, _ = self._value(some._asked, {})
+        if not holds(is_close(values, some.values)):
+            return None
         some._sources = {key: some_rows(x, count, rows) for key, x in self._sources.items()}
         share = len(rows) / count
         some._largest, some._total = math.ceil(self._largest * share), math.ceil(self._total * share)
@@ -311,12 +329,12 @@ def values_of(seeds: Seeds, batch_dims: int) -> Tensor:
     return found
 
 
-def _needed(runner: Runner, target: Seeder, td: TensorDictBase) -> TensorDictBase:
+def _needed(runner: Runner, target: Seeder, td: TensorDictBase, reads: Iterable[NestedKey]) -> TensorDictBase:
     """Those entries of a batch that the answer depends on."""
     entries = target.entries
     if entries is None or getattr(runner.setup.model.runner, "reads_everything", False):
         return td
-    return td.select(*dict.fromkeys([*runner.setup.in_keys, *entries]), strict=False)
+    return td.select(*dict.fromkeys([*runner.setup.in_keys, *entries, *reads]), strict=False)
 
 
 def _apart(value: Tensor, copies: int, shape: torch.Size, several: bool) -> Tensor:
@@ -326,13 +344,5 @@ def _apart(value: Tensor, copies: int, shape: torch.Size, several: bool) -> Tens
     return value.movedim(0, 1) if several else value
 
 
-def _without(value: Tensor, place: int) -> Tensor:
-    return torch.cat([value[:place], value[place + 1 :]])
-
-
-def _is_close(a: Tensor, b: Tensor) -> Tensor:
-    """Whether values are equal but for rounding, which goes by the largest of them."""
-    if not a.numel():
-        return torch.ones((), dtype=torch.bool, device=a.device)
-    reach: float = torch.finfo(a.dtype).eps ** 0.5
-    return torch.le((a - b).abs(), reach * b.abs().amax())
+def _without(value: Tensor, place: int, count: int) -> Tensor:
+    return torch.cat([value[:place], value[place + 1 : count + 1]])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from functools import partial
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tdhook.perturbing.features import Features
 
-__all__ = ["Baseline", "OneBaseline", "blurred", "fitting"]
+__all__ = ["Baseline", "OneBaseline", "as_values", "blurred", "fitting"]
 
 OneBaseline: TypeAlias = "float | str | tuple[str, ...] | Tensor | Callable[[Tensor], Tensor]"
 Baseline: TypeAlias = "OneBaseline | Mapping[NestedKey, OneBaseline]"
@@ -34,22 +35,23 @@ def blurred(width: float) -> Callable[[Tensor], Tensor]:
     if not width > 0:
         raise ValueError(f"a blur has a positive width in pixels, got {width}")
 
-    def blur(pictures: Tensor) -> Tensor:
-        if pictures.dim() < 3:
-            raise ValueError(
-                f"a blur is of pictures [rows, height, width], and got {list(pictures.shape)}, in which it would mix "
-                "the rows: give what is no picture another baseline"
-            )
-        reach = max(1, round(3 * width))
-        offsets = torch.arange(-reach, reach + 1, device=pictures.device, dtype=pictures.dtype)
-        kernel = torch.exp(-0.5 * (offsets / width) ** 2)
-        kernel = kernel / kernel.sum()
-        flat = pictures.reshape(-1, 1, *pictures.shape[-2:])
-        flat = F.conv2d(F.pad(flat, (reach, reach, 0, 0), mode="replicate"), kernel.reshape(1, 1, 1, -1))
-        flat = F.conv2d(F.pad(flat, (0, 0, reach, reach), mode="replicate"), kernel.reshape(1, 1, -1, 1))
-        return flat.reshape(pictures.shape)
+    return partial(_blur, width)  # which can be pickled
 
-    return blur
+
+def _blur(width: float, pictures: Tensor) -> Tensor:
+    if pictures.dim() < 3:
+        raise ValueError(
+            f"a blur is of pictures [rows, height, width], and got {list(pictures.shape)}, in which it would mix "
+            "the rows: give what is no picture another baseline"
+        )
+    reach = max(1, round(3 * width))
+    offsets = torch.arange(-reach, reach + 1, device=pictures.device, dtype=pictures.dtype)
+    kernel = torch.exp(-0.5 * (offsets / width) ** 2)
+    kernel = kernel / kernel.sum()
+    flat = pictures.reshape(-1, 1, *pictures.shape[-2:])
+    flat = F.conv2d(F.pad(flat, (reach, reach, 0, 0), mode="replicate"), kernel.reshape(1, 1, 1, -1))
+    flat = F.conv2d(F.pad(flat, (0, 0, reach, reach), mode="replicate"), kernel.reshape(1, 1, -1, 1))
+    return flat.reshape(pictures.shape)
 
 
 class Replacements:
@@ -98,7 +100,7 @@ class Replacements:
             elif callable(given):
                 made = given(value)
             else:
-                made = torch.as_tensor(given)
+                made = as_values(cast("float | Tensor", given))
             found[key] = fitting(made, key, value)
         return found
 
@@ -108,6 +110,11 @@ def _check_name(given: str) -> None:
         raise ValueError(
             f"baseline {given!r} is neither 'mean' nor 'sample', a number, a tensor or a function"
         )
+
+
+def as_values(given: float | Tensor) -> Tensor:
+    """A number, or a tensor, as a tensor that has not lost digits of it."""
+    return given if isinstance(given, Tensor) else torch.as_tensor(given, dtype=torch.float64)
 
 
 def fitting(made: Tensor, key: NestedKey, value: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Draws: changed inputs that explanations are averaged over, and how their relevance is brought back.
 
-Whatever has ``samples``, ``changed`` and ``undone`` as here is one: a transform of a user's own that can be undone.
+Whatever has ``samples``, ``stays``, ``changed`` and ``undone`` as here is one: a transform of a user's own that can be
+undone.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ class Draws(Protocol):
     def samples(self) -> int:
         """How many there are."""
 
+    @property
+    def stays(self) -> bool:
+        """Whether everything stays where it was, inside the model too, so that nothing has to be undone there."""
+
     def changed(self, key: NestedKey, value: Tensor, dims: int, numbers: range) -> Tensor:
         """An input changed: ``[*batch, *shape]``, with ``dims`` batch axes, to ``[numbers, *batch, *shape]``."""
 
@@ -53,6 +58,8 @@ class Noise:
     Raises:
         ValueError: the scale is negative, or there are no samples.
     """
+
+    stays = True
 
     def __init__(self, scale: Scale, samples: int = 32, *, relative: bool = False, seed: int = 0) -> None:
         _require_samples(samples)
@@ -99,11 +106,16 @@ class Flips:
         ValueError: no axis is given, or one that is not counted from the end.
     """
 
+    stays = False
+
     def __init__(self, *axes: int) -> None:
         if not axes or max(axes) >= 0:
             raise ValueError(f"flips are along axes counted from the end, like -1, got {axes}")
         chosen = [itertools.combinations(axes, count) for count in range(len(axes) + 1)]
         self._each = list(itertools.chain.from_iterable(chosen))
+
+    def __repr__(self) -> str:
+        return f"Flips({', '.join(str(each[0]) for each in self._each if len(each) == 1)})"
 
     @property
     def samples(self) -> int:
@@ -134,6 +146,8 @@ class Shifts:
         ValueError: ``most`` is negative, or an axis is not counted from the end.
     """
 
+    stays = False
+
     def __init__(self, most: int, axes: tuple[int, ...] = (-2, -1)) -> None:
         if most < 0 or not axes or max(axes) >= 0:
             raise ValueError(
@@ -141,6 +155,9 @@ class Shifts:
             )
         self._axes = axes
         self._each = list(itertools.product(range(-most, most + 1), repeat=len(axes)))
+
+    def __repr__(self) -> str:
+        return f"Shifts({self._each[-1][0]}, axes={self._axes})"
 
     @property
     def samples(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,8 +14,9 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.keys import parts_of, put
-from tdhook.perturbing.baselines import Baseline, OneBaseline, fitting
+from tdhook.perturbing.baselines import Baseline, OneBaseline, as_values, fitting
 from tdhook.perturbing.before import PREVIOUS, markers, step_before
+from tdhook.perturbing.chosen import Chosen
 
 __all__ = ["Baseline", "Drawn", "References", "as_references"]
 
@@ -76,6 +76,10 @@ class References:
         if samples > 1 and not self._asks("sample"):
             raise ValueError(f'samples={samples} are drawn of data: give baseline="sample"')
 
+    def __repr__(self) -> str:
+        baseline = repr(self.baseline) if isinstance(self.baseline, str | float | int) else "..."
+        return f"References({baseline}{f', samples={self.samples}' if self.samples > 1 else ''})"
+
     @property
     def constant(self) -> bool:
         """Whether the references are the same for each batch, as far as they are known beforehand."""
@@ -117,7 +121,7 @@ class References:
         """The reference of a number, as :meth:`of` gives all."""
         keys = {_plain(key): key for key in values}
         number += self.first
-        drawn, chosen = Drawn(), _Chosen(self.seed, number)
+        drawn, chosen = Drawn(), Chosen(self.seed, number)
         for name, given in self._named(list(keys), td, number).items():
             if name in keys:
                 key = keys[name]
@@ -210,11 +214,11 @@ class References:
             elif _is_one_row(one, value.dim() - td.batch_dims):
                 given[key] = one
             else:
-                made = self._made(one, key, value, td.batch_dims, td, _Chosen(self.seed, 0))
+                made = self._made(one, key, value, td.batch_dims, td, Chosen(self.seed, 0))
                 put(td, (_GIVEN, *parts_of(key)), made, key)
                 given[key] = (_GIVEN,)
         for number in range(self.samples if drawn else 0):
-            chosen = _Chosen(self.seed, number)
+            chosen = Chosen(self.seed, number)
             for count in {len(source) for source in drawn.values()}:
                 rows = chosen(count, td.numel(), td.device)
                 td.set((_GIVEN, f"{number}", f"of {count}"), rows.reshape(td.batch_size))
@@ -255,7 +259,7 @@ class References:
         value: Tensor,
         dims: int,
         td: TensorDictBase,
-        chosen: _Chosen,
+        chosen: Chosen,
     ) -> Tensor:
         rows = value.reshape(-1, *value.shape[dims:])
         if isinstance(given, str | tuple) and not (isinstance(given, str) and given in NAMES):
@@ -267,7 +271,7 @@ class References:
             drawn = given == "sample"
             made = source[chosen(source.shape[0], rows.shape[0], source.device)] if drawn else _mean(source)
         else:
-            made = given(rows) if callable(given) else torch.as_tensor(given)
+            made = given(rows) if callable(given) else as_values(given)
             if made.dim() > 1 and made.shape == value.shape:
                 made = made.reshape(rows.shape)  # a row each
         return _laid_out_as(value, fitting(made, key, rows).reshape(value.shape))
@@ -297,6 +301,12 @@ class _Settled(References):
         self.values, self.spread = of.values, of.spread
         self._given, self._drawn = given, drawn
 
+    def settled(
+        self, keys: Sequence[NestedKey], td: TensorDictBase, valid: Tensor | None = None
+    ) -> tuple[References, TensorDictBase, Fill]:
+        """They are."""
+        return self, td, partial(_fill, {}, 0)
+
     @property
     def constant(self) -> bool:
         """Whether none of them is an entry."""
@@ -317,31 +327,6 @@ class _Settled(References):
                 "batch is cut to be explained; give a number, a tensor, a function of single rows, or an entry"
             )
         return {key: known.get(key, self.baseline) for key in keys}
-
-
-class _Chosen:
-    """The rows that one reference is made of, the same for all keys.
-
-    They follow from the seed by arithmetic alone (Carter and Wegman 1979), so that a compiled graph draws the same in
-    each of its calls.
-
-    Args:
-        seed: of all references.
-        number: which of these it is.
-    """
-
-    def __init__(self, seed: int, number: int) -> None:
-        chance = random.Random(f"{seed} {number}")
-        self._factors = [chance.randrange(1, _PRIME) for _ in range(3)]
-
-    def __call__(self, among: int, count: int, device: torch.device | None) -> Tensor:
-        """``count`` numbers of rows among so many, ``[count]``."""
-        at = torch.arange(count, device=device)
-        square, linear, start = self._factors
-        return ((square * at + linear) % _PRIME * at + start) % _PRIME % among
-
-
-_PRIME = 2**31 - 1
 
 
 def _fill(drawn: Mapping[NestedKey, Tensor], samples: int, part: TensorDictBase) -> TensorDictBase:

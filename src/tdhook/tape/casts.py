@@ -165,7 +165,9 @@ class Casts(TorchFunctionMode, Generic[K]):
         """Whether numbers on the tape are the values of a result."""
         if x.shape != number.shape:
             return False
-        if not number.requires_grad or (x.is_floating_point() and x.dtype != number.dtype):
+        if torch.is_grad_enabled() and not number.requires_grad:  # else there is no tape to be on
+            return False
+        if x.is_floating_point() and x.dtype != number.dtype:
             return False
         return not self._exact or holds(number.detach().to(x.dtype) == x)
 
