@@ -71,7 +71,7 @@ def cases() -> Iterator[Asking]:
     """Each method, on the policies of vectors and of pixels, for one input and for a batch."""
     torch.manual_seed(0)
     vector, pixel = mlp(64).eval().requires_grad_(False), nature_cnn(OUTPUTS).eval().requires_grad_(False)
-    squares = patches((4, 84, 84), 12)
+    squares = patches((4, 84, 84), 12).contiguous()  # captum flattens them by view
     for model, net, sizes, shape in (
         ("MLP", vector, (1, 256), (17,)),
         ("Nature CNN", pixel, (1, 32), (4, 84, 84)),

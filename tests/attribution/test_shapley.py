@@ -15,7 +15,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from tdhook import References, Target
-from tdhook.attribution import KernelShap, Shapley, ShapleySampling
+from tdhook.attribution import Ablation, KernelShap, Shapley, ShapleySampling
 from tdhook.perturbing.features import along, patches
 from tdhook.targets import AtStep, Computed, Contrast
 
@@ -399,3 +399,20 @@ def test_batch_norm_in_training_as_one_graph() -> None:
     graph = Shapley(compile={"backend": "aot_eager"}).wrap(net())
     for _ in range(2):
         torch.testing.assert_close(graph(td.clone())["attr", "input"], eager["attr", "input"])
+
+
+@pytest.mark.parametrize("lag", range(1, 12))
+@pytest.mark.parametrize("count", [12, 13, 40])
+def test_elements_are_told_apart_by_any_lag(lag, count) -> None:
+    """Whatever elements depend on each other, it is seen: a value depends on that some steps before alone."""
+
+    class Lagged(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.cat([torch.ones_like(x[:, :lag]), x[:, :-lag]], 1)
+
+    td = observations(1, count, shape=(1,))
+    found = Ablation(Target("output", 0)).wrap(Lagged())(td.clone())["attr", "input"]
+    x = td["input"][0, :, 0]
+    lost = Lagged()(td["input"])[0, :, 0]
+    after = torch.cat([lost[lag:], torch.zeros(lag).double()])
+    assert torch.allclose(found[0, :, 0], lost + after), x

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -36,9 +35,11 @@ class Learnt:
     Attributes:
         together: axes of the batch along which elements were seen to depend on each other.
         known: features that were numbered.
+        pairs: batch axes, axis and size for which each pair of elements was looked at.
     """
 
     together: tuple[int, ...] = ()
+    pairs: set[tuple[int, int, int]] = field(default_factory=set)
     known: Known = field(default_factory=Known)
 
 
@@ -272,8 +273,9 @@ def apart(
 ) -> tuple[tuple[int, ...], Tensor | None]:
     """The axes of the batch along which elements have nothing to do with each other.
 
-    Half of the elements along each axis are replaced by the reference: the others must keep their values, and these
-    have those of a batch that is all reference.
+    Some of the elements along each axis are replaced by the reference: the others must keep their values, and these
+    have those of a batch that is all reference. The first time there are sets that have each element and not another
+    one, for each pair; then it is half of them.
 
     Args:
         variants: asks the model.
@@ -294,15 +296,20 @@ def apart(
     looked = [axis for axis in axes if batch[axis] > 1]
     if not looked:
         return tuple(axes), None
-    halves = [_half(batch[axis], axis, device) for axis in looked]
-    chosen = [torch.ones(batch, dtype=torch.bool, device=device)]
-    for axis, half in zip(looked, halves, strict=True):
-        chosen.append(half.reshape(-1, *(1,) * (len(batch) - axis - 1)).expand(batch))
+    chosen, along = [torch.ones(batch, dtype=torch.bool, device=device)], []
+    for axis in looked:
+        for some in _sets(
+            batch[axis], device, pairs=not is_traced() and _place(batch, axis) not in learnt.pairs
+        ):
+            chosen.append(some.reshape(-1, *(1,) * (len(batch) - axis - 1)).expand(batch))
+            along.append(axis)
     values = _replaced(variants, ends, start, torch.stack(chosen))
     empty, together = values[0], []
-    for axis, where, found in zip(looked, chosen[1:], values[1:], strict=True):
-        expected = torch.where(where, empty, variants.values)
-        if not holds(_close(found, expected, torch.maximum(variants.values.abs(), empty.abs()))):
+    size = torch.maximum(variants.values.abs(), empty.abs())
+    for axis, where, found in zip(along, chosen[1:], values[1:], strict=True):
+        if axis not in together and not holds(
+            _close(found, torch.where(where, empty, variants.values), size)
+        ):
             together.append(axis)
     if together:
         nothing = torch.zeros((2, *batch), dtype=torch.bool, device=device)
@@ -314,6 +321,7 @@ def apart(
             )
     if not is_traced():
         learnt.together = tuple(together)
+        learnt.pairs.update(_place(batch, axis) for axis in looked if axis not in together)
     return tuple(axis for axis in axes if axis not in together), empty
 
 
@@ -339,12 +347,19 @@ def _replaced(
     return torch.cat([answer.values for answer in variants.answers(len(chosen), changed)])
 
 
-def _half(count: int, axis: int, device: torch.device) -> Tensor:
-    """Half of so many places, at random, the same in each call."""
-    places = list(range(count))
-    random.Random(f"{axis} of {count}").shuffle(places)
-    chosen = set(places[: count // 2])
-    return torch.tensor([place in chosen for place in range(count)], device=device)
+def _place(batch: torch.Size, axis: int) -> tuple[int, int, int]:
+    return len(batch), axis, batch[axis]
+
+
+def _sets(count: int, device: torch.device, *, pairs: bool) -> list[Tensor]:
+    """Sets of so many places: two for each bit, so that each is in one that another is not; or about half, at random.
+
+    The same in each call. Of the half, the second place is one, and the first is none.
+    """
+    place = torch.arange(count, device=device)
+    if pairs:
+        return [(place >> bit) % 2 == side for bit in range((count - 1).bit_length()) for side in (1, 0)]
+    return [((place * place + place) * 2654435761 >> 15) % 2 == 1]
 
 
 def _close(a: Tensor, b: Tensor, size: Tensor) -> Tensor:
