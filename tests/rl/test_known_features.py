@@ -23,6 +23,17 @@ from torchrl.modules import MLP, QValueActor  # noqa: E402
 from torchrl.objectives import DQNLoss, SoftUpdate  # noqa: E402
 
 from tdhook import LRP, Contrast, Target  # noqa: E402
+from tdhook.attribution import (  # noqa: E402
+    Ablation,
+    Averaged,
+    ExpectedGradients,
+    GradientTimesInput,
+    IntegratedGradients,
+    KernelShap,
+    Noise,
+    Shapley,
+    ShapleySampling,
+)
 
 PLACE, GOAL, CAUSAL, FEATURES = 0, 1, 2, 8
 STRIDE, STEPS = 0.25, 8
@@ -145,6 +156,28 @@ def test_against_a_baseline_less_is_on_what_does_not_matter(
     against = causal_share("deeplift", target, actor, rollout, baseline)
     assert against > causal_share("epsilon", target, actor, rollout) - 1e-3
     assert against > (0.99 if isinstance(target, Contrast) else 0.98)
+
+
+METHODS = {
+    "integrated gradients": IntegratedGradients(baseline="mean"),
+    "integrated gradients until close": IntegratedGradients(baseline="mean", tolerance=1e-2),
+    "expected gradients": ExpectedGradients(samples=64),
+    "Shapley values": Shapley(baseline="mean"),
+    "Shapley values by sampling": ShapleySampling(baseline="mean"),
+    "Shapley values by least squares": KernelShap(baseline="mean", coalitions=128),
+    "ablation": Ablation(baseline="mean"),
+    "SmoothGrad times input": Averaged(GradientTimesInput(), Noise(0.1)),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_other_methods_find_it_too(
+    method: Any, target: Any, actor: QValueActor, rollout: TensorDictBase
+) -> None:
+    steps = rollout.select("observation", "action").reshape(-1)[:512]
+    size = method.explaining(target).wrap(actor)(steps)["attr", "observation"].abs().reshape(-1, FEATURES)
+    assert size[:, :CAUSAL].sum() / size.sum() > (0.98 if isinstance(target, Contrast) else 0.97)
 
 
 def test_each_distractor_has_next_to_none(actor: QValueActor, rollout: TensorDictBase) -> None:
