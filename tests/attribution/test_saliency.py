@@ -185,3 +185,19 @@ def test_mistakes() -> None:
     vectors = TensorDict({"input": torch.randn(3, 4)}, [3])
     with pytest.raises(ValueError, match="PerturbationSaliency is of pictures"):
         PerturbationSaliency(baseline=0.0).wrap(nn.Linear(4, 2))(vectors)
+
+
+@pytest.mark.parametrize(
+    "method", [SARFA(Target("output", "argmax")), PerturbationSaliency("output")], ids=["sarfa", "all"]
+)
+def test_in_hindsight_and_beside_padding(method: PerturbationSaliency | SARFA) -> None:
+    """What a batch says was done is explained there, and steps that are padding have nothing."""
+    rl = pytest.importorskip("tdhook.rl.explain")
+    net, td = policy(), frames(3, 2)
+    expected = method.wrap(net)(td.clone())["attr", "input"]
+    padded = td.clone().set("mask", torch.tensor([[True, True], [True, False], [True, True]]))
+    module = TensorDictModule(net, ["input"], ["output"])
+    for given, mask in ((td, None), (padded, "mask")):
+        found = rl.Explain(method, module, mask_key=mask)(given.clone())["attr", "input"]
+        wanted = expected if mask is None else expected * padded["mask"].reshape(3, 2, 1, 1, 1)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)

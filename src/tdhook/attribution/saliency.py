@@ -18,6 +18,7 @@ from tdhook.perturbing.baselines import blurred
 from tdhook.perturbing.windows import Spots, height_and_width, over_channels
 from tdhook.targets import TargetLike
 from tdhook.targets.base import Seeder
+from tdhook.targets.hindsight import InHindsight
 from tdhook.targets.outputs import Target
 from tdhook.targets.time import AtStep
 
@@ -120,8 +121,10 @@ def every_output(target: Seeder, run: Run, *, always: bool = False) -> Seeder:
     """Each of the outputs separately, where a target is all of one; ``always``, whichever of them it picks."""
     if isinstance(target, AtStep):
         return replace(target, target=every_output(target.inner(), run, always=always))
+    if isinstance(target, InHindsight):
+        return replace(target, of=every_output(target.inner(), run, always=always))
     if isinstance(target, Target):
         return Target(target.key, "all") if always or target.index is None else target
     seeds = run.seeds(target)
-    whole = len(seeds.keys) == 1 and seeds.several is None and bool((seeds.grads[0] == 1).all())
+    whole = len(seeds.keys) == 1 and (always or (seeds.several is None and bool((seeds.grads[0] == 1).all())))
     return Target(seeds.keys[0], "all") if whole else target

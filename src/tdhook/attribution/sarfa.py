@@ -59,7 +59,8 @@ class SARFA(Spotted):
         ):
             raise ValueError(_ONE)
         chosen = game.by_element(weight.movedim(-1, 0))
-        if not holds((chosen == 0) | (chosen == 1)) or not holds(chosen.sum(0) == 1):
+        # Padding, of which nothing is explained, has no action.
+        if not holds((chosen == 0) | (chosen == 1)) or not holds(chosen.sum(0) <= 1):
             raise ValueError(_ONE)
         masked = (seeds.tensors[0].detach() == -torch.inf).to(weight).movedim(-1, 0)
         game.notes.update(chosen=chosen == 1, masked=game.by_element(masked) > 0)
