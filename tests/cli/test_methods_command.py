@@ -96,3 +96,11 @@ def test_a_method_from_a_file() -> None:
 )
 def test_a_mistake_is_told(arguments: tuple[str, ...], told: str) -> None:
     assert told in output(*EXPLAIN, *arguments, code=2)
+
+
+def test_values_inside_the_policy_are_left_out_of_the_page() -> None:
+    layer = "module.0.module.1"
+    output(*EXPLAIN, "--method", f"integrated_gradients:input_modules=['{layer}'],steps=4")
+    rollout = TensorDict.load_memmap("explain-output/rollout")
+    assert ("attr", layer) in rollout.keys(True)
+    output("report", "explain-output")

@@ -9,6 +9,7 @@ pytest.importorskip("torchrl")
 pytest.importorskip("ale_py")
 
 from tdhook import LRP, Target
+from tdhook.attribution import GradCAM
 from tdhook.rl import demo_policy, make_env
 from tdhook.rl.screens import put_on_screen
 
@@ -35,6 +36,16 @@ def test_what_was_rendered_stays() -> None:
     rollout["frame"] = rendered.clone()
     assert put_on_screen(env, rollout)
     assert torch.equal(rollout["frame"], rendered) and ("attr", "frame") in rollout.keys(True)
+
+
+def test_values_inside_the_policy_are_not_on_the_screen() -> None:
+    policy = demo_policy("freeway")
+    env = make_env(policy, seed=0)
+    method = GradCAM("module.0.module.0.5", Target("logits", "action"))
+    rollout = env.rollout(3, method.wrap(policy.actor))
+    assert ("attr", "module.0.module.0.5") in rollout.keys(True)
+    assert put_on_screen(env, rollout)
+    assert rollout["attr", "frame"].shape == (3, 210, 160) and rollout["attr", "frame"].any()
 
 
 def test_a_policy_that_sees_no_screen() -> None:

@@ -62,7 +62,12 @@ def _explained(rollout: TensorDictBase, label: str) -> list[NestedKey]:
     if not isinstance(relevance, TensorDictBase):
         raise ValueError("the rollout has no relevance: it has no entry 'attr'")
     parts = [key if isinstance(key, tuple) else (key,) for key in relevance.keys(True, True)]
-    keys: list[NestedKey] = [("attr", *part) for part in sorted(parts) if part != ("frame",)]
+    # Of values inside the policy there is relevance, and nothing to show beside it.
+    keys: list[NestedKey] = [
+        ("attr", *part)
+        for part in sorted(parts)
+        if part != ("frame",) and rollout.get(part, None) is not None
+    ]
     if not keys:
         raise ValueError("the rollout has no relevance of anything that the policy read")
     named = label.partition(", ")[0]

@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from tdhook.rl.chains import Chain
 from tdhook.rl.raw import raw_relevance
 
 if TYPE_CHECKING:
@@ -33,7 +34,13 @@ def put_on_screen(env: EnvBase, rollout: TensorDictBase) -> bool:
     axes = rollout.batch_dims
     if not any(_is_screen(value, axes) and "next" not in key for key, value in seen.items()):
         return False
-    raw = raw_relevance(env, rollout)
+    chain = Chain.of(env)
+    explained = rollout["attr"]
+    # Values inside the policy have relevance too, which does not go back to the screen.
+    inner = [
+        key for key in explained.keys(True, True) if chain.shape_behind(key) is None and not chain.makes(key)
+    ]
+    raw = raw_relevance(env, rollout.copy().set("attr", explained.exclude(*inner)))
     for key, relevance in raw.items(True, True):
         screen = seen.get(key)
         if screen is None or not _is_screen(screen, axes):
@@ -43,9 +50,7 @@ def put_on_screen(env: EnvBase, rollout: TensorDictBase) -> bool:
         else:
             screen = screen.unsqueeze(-1)
         several = any(
-            explained.dim() > seen[read].dim()
-            for read, explained in rollout["attr"].items(True, True)
-            if read in seen
+            value.dim() > seen[read].dim() for read, value in explained.items(True, True) if read in seen
         )
         if relevance.dim() > axes + several + 2:
             relevance = relevance.sum(-3)
