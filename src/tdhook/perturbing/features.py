@@ -108,7 +108,8 @@ class Features:
             if value is None:
                 known = ", ".join(sorted(map(str, rows.keys(True, True))))
                 raise KeyError(
-                    f"key {key!r} has relevance and is missing from the TensorDict, which has {known}"
+                    f"key {key!r} has relevance and is missing from the TensorDict, which has {known}: say which are "
+                    "replaced, by keys="
                 )
             if not value.is_floating_point():
                 raise TypeError(f"input {key!r} is {value.dtype}; only floating-point inputs are replaced")
