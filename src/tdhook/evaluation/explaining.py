@@ -114,6 +114,12 @@ class Explaining:
         small = self.question.reads(rows)
         return small.unsqueeze(1).expand(len(small), count, *small.batch_size[1:]).flatten(0, 1)
 
+    def data(self, given: TensorDictBase | None) -> TensorDictBase:
+        """What means and samples are taken of, as rows: the batch, unless other data are given."""
+        if given is None:
+            return self.whole
+        return rows_of(given, given.batch_dims - (self.td.batch_dims - self.axes))
+
     def shaped(self, parts: Sequence[Tensor]) -> Tensor:
         """What was found of each part, ``[rows, *rest]``, as ``[*batch, *rest]``."""
         return shaped_like(torch.cat(list(parts)).cpu(), self.td, self.axes)

@@ -14,7 +14,6 @@ from tdhook.evaluation.explaining import Explaining, Part, explaining
 from tdhook.evaluation.intervals import Figures
 from tdhook.evaluation.runs import Method, normal
 from tdhook.evaluation.sensitivity import Radius, reach_of
-from tdhook.passes.rows import rows_of
 from tdhook.perturbing.baselines import Baseline, Replacements
 from tdhook.perturbing.features import Groups
 from tdhook.targets import TargetLike
@@ -125,7 +124,7 @@ def infidelity(
         chunk_size=chunk_size,
         seed=seed,
     ) as each:
-        source = each.whole if data is None else rows_of(data, data.batch_dims - td.batch_dims + each.axes)
+        source = each.data(data)
         for part in each.parts():
             if changes is None:
                 reach = reach_of(noise, part.features, part.rows)

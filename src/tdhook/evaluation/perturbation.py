@@ -16,7 +16,6 @@ from tdhook.evaluation.explaining import GroupsOf, explaining
 from tdhook.evaluation.measures import Measure, Measured
 from tdhook.evaluation.runs import Method
 from tdhook.passes.questions import Asked
-from tdhook.passes.rows import rows_of
 from tdhook.perturbing.baselines import Baseline, Replacements
 from tdhook.perturbing.features import Features, Groups
 from tdhook.targets import TargetLike
@@ -248,8 +247,7 @@ class Plan:
             chunk_size=self.chunk_size,
             seed=seed,
         ) as each:
-            within = self.td.batch_dims - each.axes
-            source = each.whole if data is None else rows_of(data, data.batch_dims - within)
+            source = each.data(data)
             for part in each.parts():
                 if features is None:
                     features = part.features

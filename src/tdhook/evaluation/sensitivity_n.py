@@ -16,7 +16,6 @@ from tdhook.evaluation.explaining import Explaining, Part, explaining
 from tdhook.evaluation.intervals import Figures
 from tdhook.evaluation.runs import Method
 from tdhook.evaluation.similarity import cosine
-from tdhook.passes.rows import rows_of
 from tdhook.perturbing.baselines import Baseline, Replacements
 from tdhook.perturbing.features import Groups
 from tdhook.targets import TargetLike
@@ -115,7 +114,7 @@ def sensitivity_n(
         chunk_size=chunk_size,
         seed=seed,
     ) as each:
-        source = each.whole if data is None else rows_of(data, data.batch_dims - td.batch_dims + each.axes)
+        source = each.data(data)
         for part in each.parts():
             if replacements is None:
                 chosen = _sizes(sizes, part.features.count)
