@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,10 +16,8 @@ from tdhook.passes.forward import Run
 from tdhook.perturbing.baselines import blurred
 from tdhook.perturbing.windows import Spots, height_and_width, over_channels
 from tdhook.targets import TargetLike
-from tdhook.targets.base import Seeder
-from tdhook.targets.hindsight import InHindsight
+from tdhook.targets.base import Around, Seeder
 from tdhook.targets.outputs import Target
-from tdhook.targets.time import AtStep
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -119,10 +116,10 @@ class PerturbationSaliency(Spotted):
 
 def every_output(target: Seeder, run: Run, *, always: bool = False) -> Seeder:
     """Each of the outputs separately, where a target is all of one; ``always``, whichever of them it picks."""
-    if isinstance(target, AtStep):
-        return replace(target, target=every_output(target.inner(), run, always=always))
-    if isinstance(target, InHindsight):
-        return replace(target, of=every_output(target.inner(), run, always=always))
+    if isinstance(target, Around):
+        around = target.around(every_output(target.inner(), run, always=always))
+        if around is not None:
+            return around
     if isinstance(target, Target):
         return Target(target.key, "all") if always or target.index is None else target
     seeds = run.seeds(target)

@@ -83,6 +83,10 @@ class Around(Seeder):
     def inner(self) -> Seeder:
         """The other one."""
 
+    def around(self, other: Seeder) -> Seeder | None:
+        """The same said of another one; ``None`` where it holds for its own alone."""
+        return None
+
     @property
     def entries(self) -> Sequence[NestedKey] | None:
         return self.inner().entries

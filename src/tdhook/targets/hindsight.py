@@ -32,6 +32,10 @@ class InHindsight(Around):
         """The target."""
         return self.of
 
+    def around(self, other: Seeder) -> InHindsight:
+        """Another target, of what stands there."""
+        return replace(self, of=other)
+
     @property
     def entries(self) -> list[NestedKey] | None:
         """Those of the target, and the mask."""

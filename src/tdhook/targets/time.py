@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -76,6 +76,10 @@ class AtStep(Around):
         """What is explained at the step."""
         assert isinstance(self.target, Seeder)
         return self.target
+
+    def around(self, other: Seeder) -> AtStep:
+        """Another target at the same step."""
+        return replace(self, target=other)
 
     @property
     def several(self) -> bool:
