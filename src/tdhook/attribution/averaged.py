@@ -12,8 +12,7 @@ from torch import Tensor
 
 from tdhook.attribution.means import Means
 from tdhook.contexts.attribution import Attribution
-from tdhook.contexts.compared import ERROR, SPREAD, Compared
-from tdhook.keys import under
+from tdhook.contexts.compared import ERROR, SPREAD, Compared, write_under
 from tdhook.models.model import Model
 from tdhook.passes.forward import Run
 from tdhook.passes.runner import Runner
@@ -88,14 +87,12 @@ class Averaged(Attribution):
                     self._add(means, {key: x[None] for key, x in method.explain(runner.on(td), td).items()})
             else:
                 self._draw(means, runner, run)
-            sources = run.sources(means.mean)
-            for key, value in means.deviations().items() if self.spread else ():
-                shaped = run.in_batch_shape(key, value, sources[key])
-                runner.beside[under(SPREAD, key)] = shaped
-                runner.beside[under(ERROR, key)] = shaped / self.over.samples**0.5
-        if self.of == "variance":
-            return {key: value.square() for key, value in means.deviations().items()}
-        return means.mean
+            deviations = means.deviations()
+            if self.spread:
+                root = self.over.samples**0.5
+                write_under(SPREAD, runner, run, deviations)
+                write_under(ERROR, runner, run, {key: value / root for key, value in deviations.items()})
+        return {key: x.square() for key, x in deviations.items()} if self.of == "variance" else means.mean
 
     def _add(self, means: Means, found: Mapping[NestedKey, Tensor]) -> None:
         """Add explanations, ``[draws, *source]`` or ``[draws, outputs, *source]`` by source."""

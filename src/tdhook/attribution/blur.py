@@ -67,10 +67,11 @@ class BlurIntegratedGradients(Complete):
                 return {key: torch.stack([self._at(i, x) for i in numbers]) for key, x in ends.items()}
 
             for answer in variants.gradients(len(self.widths), points):
+                around = points(range(answer.numbers.start - 1, answer.numbers.stop + 1))
                 for key, grads in answer.found.items():
-                    for i, grad in zip(answer.numbers, grads, strict=True):
-                        # By the trapezoid rule, a gradient counts for half of each step beside it.
-                        step = (self._at(i + 1, ends[key]) - self._at(i - 1, ends[key])) / 2
+                    # By the trapezoid rule, a gradient counts for half of each step beside it.
+                    for before, after, grad in zip(around[key][:-2], around[key][2:], grads, strict=True):
+                        step = (after - before) / 2
                         found[key] = found[key] + step * grad if key in found else step * grad
             rest = run.sources().keys() - found.keys()
             lead = (len(variants.values),) if variants.several else ()

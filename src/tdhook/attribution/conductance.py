@@ -11,7 +11,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.attribution.means import Means
-from tdhook.attribution.paths import Way, weighed
+from tdhook.attribution.paths import ways, weighed
 from tdhook.contexts.attribution import Shared
 from tdhook.contexts.compared import SPREAD, Compared, Complete, write_under
 from tdhook.keys import under
@@ -70,8 +70,7 @@ class Conductance(Complete):
         with runner.forward(td) as run:
             variants, sources = Variants(runner, run), list(run.sources())
             ends = _inputs(run)
-            for number in range(self.samples):
-                way = Way(self.starts(run, ends, range(number, number + 1)), ends)
+            for way in ways(self, run, ends):
                 found: dict[NestedKey, Tensor] = {}
                 last: dict[NestedKey, Tensor] = {}
                 for answer in variants.gradients(
@@ -130,8 +129,7 @@ class InternalInfluence(Compared):
         with runner.forward(td) as run:
             variants, sources = Variants(runner, run), list(run.sources())
             ends = _inputs(run)
-            for number in range(self.samples):
-                way = Way(self.starts(run, ends, range(number, number + 1)), ends)
+            for way in ways(self, run, ends):
                 means.add(weighed(variants, way, self.places, sources))
             write_under(SPREAD, runner, run, means.deviations())
         return means.mean

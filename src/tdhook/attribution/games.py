@@ -12,6 +12,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.passes.rows import some_rows
 from tdhook.passes.variants import Variants
 from tdhook.perturbing.players import Known, Players
 from tdhook.tape.conditions import holds, is_traced
@@ -182,8 +183,8 @@ class Game:
         some._variants, some.notes = variants, {}
         if self._empty_by_element is not None:
             some._empty_by_element = self._empty_by_element.index_select(self._variants.several, rows)
-        some._ends = {key: _some(x, first, rows) for key, x in self._ends.items()}
-        some._starts = {key: _some(x, first, rows) for key, x in self._starts.items()}
+        some._ends = {key: some_rows(x, first, rows) for key, x in self._ends.items()}
+        some._starts = {key: some_rows(x, first, rows) for key, x in self._starts.items()}
         lead = self.full.shape[:-1]
         some.full = self.full.reshape(*lead, first, -1).index_select(-2, rows).flatten(-2)
         some.rows = some.full.shape[-1]
@@ -366,7 +367,3 @@ def _close(a: Tensor, b: Tensor, size: Tensor) -> Tensor:
     """Whether values are equal but for rounding, which goes by the largest of them."""
     reach: float = torch.finfo(a.dtype).eps ** (2 / 3)
     return torch.le((a - b).abs(), reach * size.amax())
-
-
-def _some(x: Tensor, first: int, rows: Tensor) -> Tensor:
-    return x.reshape(first, -1, *x.shape[1:]).index_select(0, rows).flatten(0, 1)

@@ -10,7 +10,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.attribution.means import Means
-from tdhook.attribution.paths import Way, along, until_close
+from tdhook.attribution.paths import along, until_close, ways
 from tdhook.contexts.attribution import Shared
 from tdhook.contexts.compared import Complete
 from tdhook.passes.runner import Runner
@@ -87,8 +87,7 @@ class IntegratedGradients(Complete):
                 means = Means(self.spreads)
                 rises = self.rises(variants, run, ends) if self.ledger or self.tolerance else None
                 joint = run.joint(run.seeds(runner.setup.question.target), ends) if self.tolerance else ()
-                for number in range(self.samples):
-                    way = Way(self.starts(run, ends, range(number, number + 1)), ends)
+                for number, way in enumerate(ways(self, run, ends)):
                     if self.tolerance is None or rises is None:
                         means.add(along(variants, way, self.places))
                     else:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.contexts.compared import Compared
+from tdhook.passes.forward import Run
 from tdhook.passes.rows import beside, some_rows, with_rows
 from tdhook.passes.variants import Change, Variants
 from tdhook.perturbing.quadrature import quadrature
 
-__all__ = ["Way", "along", "until_close", "weighed"]
+__all__ = ["Way", "along", "until_close", "ways", "weighed"]
 
 Found = dict[NestedKey, Tensor]
 _FIRST = 4
@@ -55,6 +57,12 @@ class Way:
         """The ways of some of ``count`` elements along the first batch axis."""
         ends = {key: some_rows(x, count, rows) for key, x in self.ends.items()}
         return Way({key: some_rows(x, count, rows, 1) for key, x in self.starts.items()}, ends)
+
+
+def ways(method: Compared, run: Run, ends: Mapping[NestedKey, Tensor]) -> Iterator[Way]:
+    """The way from each of the references of a method, one after the other."""
+    for number in range(method.samples):
+        yield Way(method.starts(run, ends, range(number, number + 1)), ends)
 
 
 def along(variants: Variants, way: Way, places: Sequence[tuple[float, float]]) -> Found:
