@@ -205,18 +205,14 @@ def explain(
         rules = read_composite(composite)
         if tolerance is not None and method is None:
             raise ValueError("--tolerance is one of a method: give --method integrated_gradients")
-        chosen = None if method is None else read_method(method, **_said(tolerance=tolerance))
+        said = {} if tolerance is None else {"tolerance": tolerance}
+        chosen = None if method is None else read_method(method, **said)
         what = None if target is None else read_target(target)
         keys = tuple(read_key(key) for key in attribute or ())
         named = baseline_in(composite) if baseline is None else baseline
         against = None if named in (None, "none") else (read_baseline(named), named)
         found = find_policy(policy, env)
         run(Request(found, rules, method or composite, what, steps, seed, keys, frames, against, chosen), out)
-
-
-def _said(**options: object) -> dict[str, object]:
-    """Those options that were given."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 @app.command(
