@@ -281,3 +281,13 @@ def test_an_error_of_the_model_is_raised_as_it_is_and_leaves_nothing_behind() ->
         method.wrap(net)(td)
     assert (td == before).all() and set(td.keys()) == {"input"}
     assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_several_outputs_lie_side_by_side_too() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    td = TensorDict({"input": torch.randn(5, 2, 4).double()}, [5, 2])
+    each, one = (IntegratedGradients(Target("output", index), steps=STEPS).wrap(net) for index in ("all", 1))
+    together, alone = (explained(td.clone())["attr", "input"] for explained in (each, one))
+    assert each._setup.layout == one._setup.layout == "rows"
+    torch.testing.assert_close(together[:, :, 1], alone)
