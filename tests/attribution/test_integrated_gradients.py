@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tdhook import Target
 from tdhook.attribution import GradientTimesInput, IntegratedGradients
-from tdhook.perturbing.quadrature import gauss_legendre
+from tdhook.perturbing.quadrature import gauss_legendre, quadrature
 from tdhook.perturbing.references import as_references
 
 
@@ -40,6 +40,21 @@ def test_nodes_and_weights(count: int) -> None:
         rtol=1e-6,
         atol=0,
     )
+
+
+@pytest.mark.parametrize(
+    "name, places, weights",
+    [
+        ("left", [0, 1 / 4, 2 / 4, 3 / 4], [1 / 4] * 4),
+        ("middle", [1 / 8, 3 / 8, 5 / 8, 7 / 8], [1 / 4] * 4),
+        ("right", [1 / 4, 2 / 4, 3 / 4, 1], [1 / 4] * 4),
+        ("trapezoid", [0, 1 / 3, 2 / 3, 1], [1 / 6, 1 / 3, 1 / 3, 1 / 6]),
+    ],
+)
+def test_rules_of_quadrature(name: str, places: list[float], weights: list[float]) -> None:
+    found = quadrature(name, 4)
+    assert [place for place, _ in found] == pytest.approx(places)
+    assert [weight for _, weight in found] == pytest.approx(weights)
 
 
 def smooth() -> nn.Sequential:

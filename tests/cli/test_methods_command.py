@@ -100,7 +100,11 @@ def test_a_mistake_is_told(arguments: tuple[str, ...], told: str) -> None:
 
 def test_values_inside_the_policy_are_left_out_of_the_page() -> None:
     layer = "module.0.module.1"
-    output(*EXPLAIN, "--method", f"integrated_gradients:input_modules=['{layer}'],steps=4")
+    Path("inner.toml").write_text(
+        f'method = "integrated_gradients"\nsteps = 4\ninput_modules = ["{layer}"]\n'
+    )
+    output(*EXPLAIN, "--method", "inner.toml")
     rollout = TensorDict.load_memmap("explain-output/rollout")
     assert ("attr", layer) in rollout.keys(True)
     output("report", "explain-output")
+    assert layer not in Path("explain-output/report.html").read_text(encoding="utf-8")
