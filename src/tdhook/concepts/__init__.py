@@ -1,0 +1,5 @@
+"""What is inside a model: units of its layers, what they respond to, and what they carry."""
+
+from tdhook.concepts.reference_samples import ReferenceSamples
+
+__all__ = ["ReferenceSamples"]

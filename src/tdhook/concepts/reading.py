@@ -1,0 +1,53 @@
+"""Reading: how rows of a source are read and explained, one stretch after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+from tensordict.utils import NestedKey
+from torch import nn
+
+from tdhook.contexts.attribution import Attribution
+from tdhook.contexts.explained import ExplainedModule
+from tdhook.datasets.explaining import Explaining, Prepare
+from tdhook.datasets.rows import Rows
+from tdhook.models.model import InKeys
+from tdhook.models.parallel import unwrapped
+
+__all__ = ["Reading", "explaining"]
+
+
+class Reading(TypedDict, total=False):
+    """How rows are read: keywords of :class:`~tdhook.datasets.Job`, where they are described."""
+
+    in_keys: InKeys | None
+    out_keys: Sequence[NestedKey] | None
+    at: NestedKey | None
+    prepare: Prepare | None
+    trajectories: bool
+    in_order: bool
+    mask_key: NestedKey | None
+    at_once: int | None
+    seed: int
+
+
+def explaining(method: Attribution, policy: nn.Module, rows: Rows, reading: Reading) -> Explaining:
+    """What explains rows by a method, having settled how many at once."""
+    module = policy.model.root if isinstance(policy, ExplainedModule) else unwrapped(policy)
+    found = Explaining(
+        method,
+        module,
+        rows,
+        reading.get("prepare"),
+        reading.get("in_keys"),
+        reading.get("out_keys"),
+        reading.get("at"),
+        reading.get("trajectories", False),
+        reading.get("in_order", False),
+        reading.get("mask_key", ("collector", "mask")),
+        reading.get("at_once"),
+        reading.get("seed", 0),
+    )
+    found.settle()
+    return found
