@@ -12,6 +12,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
 from tdhook.concepts.activations import Activations
+from tdhook.concepts.found import Found
 from tdhook.concepts.reading import Reading, explaining
 from tdhook.concepts.spans import joined, none_seen, of_rows, overlap, unseen
 from tdhook.contexts.attribution import Attribution, Shared
@@ -68,7 +69,7 @@ class ReferenceSamples:
     Attributes:
         method: as it was given.
         layer: as it was given.
-        units: the reducer that does the counting, for a :class:`~tdhook.datasets.Job`.
+        reducer: does the counting, for a :class:`~tdhook.datasets.Job`.
         seen: the numbers of the rows that were counted, ``[spans, 2]``.
     """
 
@@ -93,7 +94,7 @@ class ReferenceSamples:
         if top < 1:
             raise ValueError(f"at least one step is listed, got top={top}")
         self.method, self.layer, self.by = method, unravel_key(layer), by
-        self.units = UnitRows(
+        self.reducer = UnitRows(
             top,
             self.layer,
             axis=axis,
@@ -216,7 +217,7 @@ class ReferenceSamples:
             out: the folder of the job.
             **options: those of :class:`~tdhook.datasets.Job`; nothing is kept of rows unless ``keep`` says so.
         """
-        reduce = [self.units, *options.pop("reduce", ())]
+        reduce = [self.reducer, *options.pop("reduce", ())]
         return Job(self.asked(policy), policy, source, out, **{"keep": None, **options}, reduce=reduce)
 
     def take(self: Self, result: Result, checkpoint: int = 0) -> Self:
@@ -229,7 +230,7 @@ class ReferenceSamples:
         Raises:
             ValueError: the job counted others, or in another way.
         """
-        told, mine = result.stored.folder.told()["reduce"], json.loads(json.dumps(described(self.units)))
+        told, mine = result.stored.folder.told()["reduce"], json.loads(json.dumps(described(self.reducer)))
         of_job = [one for one in told if isinstance(one, dict)] if isinstance(told, list) else []
         found = difference(mine, next((one for one in of_job if one.get("name") == _NAME), None))
         if found is not None:
@@ -281,7 +282,7 @@ class ReferenceSamples:
     def _makeup(self) -> Plain:
         made: Plain = {
             "method": described(self.method) if self.by == "relevance" else None,
-            "units": described(self.units),
+            "units": described(self.reducer),
             "by": self.by,
         }
         found: Plain = json.loads(json.dumps(made))
@@ -290,26 +291,26 @@ class ReferenceSamples:
     def _add(self, piece: Piece) -> None:
         if not len(piece.index):
             return
-        self._join(of_rows(piece.index), self.units.part(piece))
+        self._join(of_rows(piece.index), self.reducer.part(piece))
 
     def _join(self, spans: Tensor, part: Part) -> None:
         """Take in what is known of other rows; nothing is changed where that is not possible."""
         twice = overlap(self.seen, spans)
         if twice is not None:
             raise ValueError(f"rows {twice[0]} to {twice[1] - 1} were counted before: each is counted once")
-        self._part = part if self._part is None else self.units.merged([self._part, part])
+        self._part = part if self._part is None else self.reducer.merged([self._part, part])
         self.seen = joined(self.seen, spans)
 
     @property
-    def known(self) -> Part:
-        """What the reducer says of all rows that were counted (:class:`~tdhook.datasets.UnitRows`).
+    def found(self) -> Found:
+        """What was found of the rows that were counted.
 
         Raises:
             RuntimeError: none were.
         """
         if self._part is None:
             raise RuntimeError("no rows were counted yet: give some to update(td) or fold(policy, source)")
-        return self.units.result(self._part)
+        return Found(self.reducer.result(self._part))
 
 
 def _as_slice(rows: range | None) -> slice:
