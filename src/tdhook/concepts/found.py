@@ -71,8 +71,8 @@ class Found:
             count: how many; by default all that are listed.
 
         Returns:
-            ``row``, ``step``, ``group``, ``amount``, ``position``, ``place`` (the position along each axis of places) and
-            notes, by their keys under ``"note"``, ``[found]``, the first the most.
+            ``row``, ``step``, ``group``, ``amount``, ``position``, ``place`` (the position along each axis of places)
+            and notes, by their keys under ``"note"``, ``[found]``, the first the most.
 
         Raises:
             IndexError: there is no such unit.

@@ -12,10 +12,10 @@ from tdhook.contexts.attribution import Attribution
 from tdhook.contexts.explained import ExplainedModule
 from tdhook.datasets.explaining import Explaining, Prepare
 from tdhook.datasets.rows import Rows
-from tdhook.models.model import InKeys
+from tdhook.models.model import InKeys, Model
 from tdhook.models.parallel import unwrapped
 
-__all__ = ["Reading", "explaining"]
+__all__ = ["Reading", "explaining", "is_path", "root_of"]
 
 
 class Reading(TypedDict, total=False):
@@ -34,10 +34,9 @@ class Reading(TypedDict, total=False):
 
 def explaining(method: Attribution, policy: nn.Module, rows: Rows, reading: Reading) -> Explaining:
     """What explains rows by a method, having settled how many at once."""
-    module = policy.model.root if isinstance(policy, ExplainedModule) else unwrapped(policy)
     found = Explaining(
         method,
-        module,
+        root_of(policy),
         rows,
         reading.get("prepare"),
         reading.get("in_keys"),
@@ -51,3 +50,19 @@ def explaining(method: Attribution, policy: nn.Module, rows: Rows, reading: Read
     )
     found.settle()
     return found
+
+
+def root_of(policy: nn.Module) -> nn.Module:
+    """The model itself, if it is explained or distributed already."""
+    return policy.model.root if isinstance(policy, ExplainedModule) else unwrapped(policy)
+
+
+def is_path(policy: nn.Module, layer: NestedKey) -> bool:
+    """Whether a layer is the path of a module of the policy, and not a key."""
+    if not isinstance(layer, str):
+        return False
+    try:
+        Model.of(root_of(policy)).submodule(layer)
+    except ValueError:
+        return False
+    return True

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tdhook.concepts.activations import Activations
 from tdhook.concepts.found import Found
-from tdhook.concepts.reading import Reading, explaining
+from tdhook.concepts.reading import Reading, explaining, is_path
+from tdhook.concepts.reference_frames import UnitOf, reference_frames
 from tdhook.concepts.spans import joined, none_seen, of_rows, overlap, unseen
 from tdhook.contexts.attribution import Attribution, Shared
 from tdhook.contexts.explained import ExplainedModule
@@ -25,7 +26,7 @@ from tdhook.datasets.result import Result
 from tdhook.datasets.rows import Source, as_rows
 from tdhook.datasets.unit_rows import UnitRows
 from tdhook.keys import known_keys, parts_of, under
-from tdhook.models.model import InKeys, Model
+from tdhook.models.model import InKeys
 
 if TYPE_CHECKING:
     import os
@@ -120,20 +121,15 @@ class ReferenceSamples:
         Args:
             policy: the model, by which it is known whether the layer is a module or a key.
         """
+        is_module = is_path(policy, self.layer)
         options: Shared = {
+            "attribute": None if is_module else [self.layer],
+            "attribution_key": self.method.attribution_key,
+            "input_modules": [str(self.layer)] if is_module else None,
             "use_inputs": False,
-            "attribute": None,
             "values": [self.layer],
-            "target_modules": None,
         }
-        if _is_module(policy, self.layer):
-            options["input_modules"] = [str(self.layer)]
-        else:
-            options["attribute"], options["input_modules"] = [self.layer], None
-        if self.by == "value":
-            return Activations(attribution_key=self.method.attribution_key, **options)
-        options["target_modules"] = self.method.target_modules
-        return self.method.asked(**options)
+        return Activations(**options) if self.by == "value" else self.method.asked(**options)
 
     def wrap(
         self, policy: nn.Module, in_keys: InKeys | None = None, out_keys: Sequence[NestedKey] | None = None
@@ -281,9 +277,9 @@ class ReferenceSamples:
 
     def _makeup(self) -> Plain:
         made: Plain = {
-            "method": described(self.method) if self.by == "relevance" else None,
-            "units": described(self.reducer),
             "by": self.by,
+            "units": described(self.reducer),
+            "method": described(self.method) if self.by == "relevance" else None,
         }
         found: Plain = json.loads(json.dumps(made))
         return found
@@ -312,18 +308,42 @@ class ReferenceSamples:
             raise RuntimeError("no rows were counted yet: give some to update(td) or fold(policy, source)")
         return Found(self.reducer.result(self._part))
 
+    def frames(
+        self,
+        policy: nn.Module,
+        source: Source,
+        unit: int,
+        *,
+        group: int | None = None,
+        against: bool = False,
+        count: int | None = None,
+        fields: bool = True,
+        **reading: Unpack[Reading],
+    ) -> TensorDict:
+        """The steps in which a unit mattered most, as they are in the data, with its relevance inside them.
+
+        Args:
+            policy: what is explained.
+            source: the data whose rows were counted.
+            unit: its number.
+            group: in which group; by default in any.
+            against: whether those in which it spoke most against what is explained.
+            count: how many; by default all that are listed.
+            fields: whether to find the part of the input that the unit sees.
+            **reading: how rows are read, as for :meth:`fold`.
+
+        Returns:
+            ``[found]``: what :meth:`Found.best` gives; the rows, ``"data"``; ``("attr", key)``, the relevance of each
+            input that passes the unit (:class:`~tdhook.targets.Through`); and ``("field", key)``, ``[found, 2, axes]``,
+            the box around what the unit depends on at the place where there is most of it.
+
+        Raises:
+            NotImplementedError: rows are trajectories.
+        """
+        best = self.found.best(unit, group, against=against, count=count)
+        one = UnitOf(self.layer, unit, self.reducer.axis, self.reducer.heads)
+        return reference_frames(self.method, one, policy, source, best, reading, fields=fields)
+
 
 def _as_slice(rows: range | None) -> slice:
     return slice(None) if rows is None else slice(rows.start, rows.stop, rows.step)
-
-
-def _is_module(policy: nn.Module, layer: NestedKey) -> bool:
-    """Whether a layer is the path of a module, and not a key."""
-    if not isinstance(layer, str):
-        return False
-    root = policy.model.root if isinstance(policy, ExplainedModule) else policy
-    try:
-        Model.of(root).submodule(layer)
-    except ValueError:
-        return False
-    return True
