@@ -130,7 +130,7 @@ def test_steps_of_trajectories_and_padding() -> None:
             ordered = sorted(steps, key=lambda at: -float(values[at[0], at[1], unit]))[:3]
             listed = zip(found["row"][g, 0, unit].tolist(), found["step"][g, 0, unit].tolist(), strict=True)
             assert list(listed) == [(int(rows[i]), t) for i, t in ordered]
-            assert found["note.step_count"][g, 0, unit].tolist() == [5 * i + t for i, t in ordered]
+            assert found["note:step_count"][g, 0, unit].tolist() == [5 * i + t for i, t in ordered]
 
 
 def test_notes_are_those_that_are_there_or_named() -> None:
@@ -140,11 +140,11 @@ def test_notes_are_those_that_are_there_or_named() -> None:
     of = Piece(data, torch.arange(6), {"layer": values}, {})
     by_itself = UnitRows(2, axis=1)
     found = by_itself.result(by_itself.part(of))
-    assert [name for name in found if name.startswith("note")] == ["note.next.reward"]
+    assert [name for name in found if name.startswith("note")] == ["note:next:reward"]
     rows = found["row"][0, 0]
-    assert torch.equal(found["note.next.reward"][0, 0], 2 * score[rows, 0].double())
+    assert torch.equal(found["note:next:reward"][0, 0], 2 * score[rows, 0].double())
     named = UnitRows(2, axis=1, notes=["score"])
-    assert "note.score" in named.part(of) and named.reads == ["score"]
+    assert "note:score" in named.part(of) and named.reads == ["score"]
     for key, shape in (("nothing", ""), ("pixels", r" of shape \(2,\)")):
         with pytest.raises(
             KeyError, match=f"'{key}'{shape} is no number of each step to be noted; there are"
@@ -163,14 +163,15 @@ def test_a_step_is_counted_once() -> None:
 def test_what_makes_no_sense_is_refused() -> None:
     values, _ = example(rows=4)
     with pytest.raises(
-        ValueError, match=r"'layer' has the shape \[batch, 6, 2, 2\], and which of its axes .* axis="
+        ValueError,
+        match=r"'layer' has the axes \['batch', 6, 2, 2\]: say along which its units lie, axis=1 to 3",
     ):
         UnitRows(1, "layer").part(piece(values))
-    with pytest.raises(ValueError, match="axis=4 is no axis of units of 'layer'"):
+    with pytest.raises(IndexError, match="axis=4 is no axis of units of 'layer'"):
         UnitRows(1, "layer", axis=4).part(piece(values))
-    with pytest.raises(ValueError, match="axis=-4 is no axis of units of 'layer'"):
+    with pytest.raises(IndexError, match="axis=-4 is no axis of units of 'layer'"):
         UnitRows(1, "layer", axis=-4).part(piece(values))
-    with pytest.raises(ValueError, match="axis 1 of 'layer' has 6 entries, which are no 4 equal heads"):
+    with pytest.raises(ValueError, match="the axis of 6 of 'layer' does not consist of 4 equal heads"):
         UnitRows(1, "layer", axis=1, heads=4).part(piece(values))
     with pytest.raises(ValueError, match="axis=0 is that of the batch"):
         UnitRows(1, "layer", axis=0)
@@ -193,7 +194,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         reducer.part(piece(torch.ones(1, 6, 2, 2), 1, **notes))
         for notes in ({}, {"step_count": torch.ones(1)})
     ]
-    with pytest.raises(ValueError, match=r"some of the rows have note\.step_count and others have not"):
+    with pytest.raises(ValueError, match=r"some of the rows have note:step_count and others have not"):
         reducer.merged(noted)
 
 

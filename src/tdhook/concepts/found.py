@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDict
-from tensordict.utils import NestedKey
 from torch import Tensor
 
-__all__ = ["Found"]
+from tdhook.datasets.top_lists import note_key
+from tdhook.keys import under
 
-_NOTE = "note"
+__all__ = ["Found"]
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class Found:
         order = order[: listed.shape[-1] if count is None else count]
         found = TensorDict({}, [len(order)])
         for name, value in lists.items():
-            key: NestedKey = (_NOTE, *name.split(".")[1:]) if name.startswith(f"{_NOTE}.") else name
-            found.set(key, value[order])
+            noted = note_key(name)
+            found.set(name if noted is None else under("note", noted), value[order])
         found.set("place", self.place(found.get("position")))
         return found
 

@@ -5,13 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
-__all__ = ["best", "both"]
+from tdhook.keys import parts_of
 
-_NOTE = "note."
+__all__ = ["best", "both", "note_key", "note_name"]
+
+_NOTE = "note"
+_BETWEEN = ":"
+"""Between the parts of a key: a dot would be one between keys of TensorDicts, and a slash between files."""
 _SIGNS = (1.0, -1.0)
 """Of the sides: the largest amounts, and the most negative ones."""
+
+
+def note_name(key: NestedKey) -> str:
+    """What a note is called among lists."""
+    return _BETWEEN.join((_NOTE, *parts_of(key)))
+
+
+def note_key(name: str) -> NestedKey | None:
+    """The key of a note by its name; ``None`` where the list is none of notes."""
+    first, *parts = name.split(_BETWEEN)
+    return unravel_key(tuple(parts)) if parts and first == _NOTE else None
 
 
 def best(
@@ -83,7 +99,9 @@ def both(
     Raises:
         ValueError: a step is in both.
     """
-    names = [name for name in one if name in ("amount", "row", "step", "position") or name.startswith(_NOTE)]
+    names = [
+        name for name in one if name in ("amount", "row", "step", "position") or note_key(name) is not None
+    ]
     sides, units = one["row"].shape[1:3]
     sign = torch.tensor(_SIGNS[:sides], dtype=torch.float64)[:, None, None]
     lists = []

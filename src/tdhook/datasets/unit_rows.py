@@ -13,10 +13,11 @@ from torch import Tensor
 
 from tdhook.datasets.exact import DIGITS, carried, digits_of, value_of
 from tdhook.datasets.reducing import By, Part, Piece, Reducer, aligned, groups_of, labels_of
-from tdhook.datasets.top_lists import best, both
-from tdhook.keys import known_keys, parts_of, under
+from tdhook.datasets.top_lists import best, both, note_name
+from tdhook.keys import known_keys, under
+from tdhook.targets.units import Layer, Units
 
-__all__ = ["NOTED", "UnitRows", "by_units", "note_name"]
+__all__ = ["NOTED", "UnitRows", "by_units"]
 
 NOTED: tuple[NestedKey, ...] = (
     "step_count",
@@ -41,32 +42,15 @@ def by_units(
         layer: its name, for the message.
 
     Raises:
-        ValueError: there is no such axis, several and none is named, or no such number of heads.
+        IndexError: there is no such axis.
+        ValueError: there are several and none is named, or it does not have such heads.
     """
-    shape = "[batch, " + ", ".join(map(str, value.shape[1:])) + "]"
-    if axis is None and value.dim() != 2:
-        raise ValueError(
-            f"{layer!r} has the shape {shape}, and which of its axes is that of the units is not said: give it axis=, "
-            "1 for the first after the batch"
-        )
-    place = 1 if axis is None else axis + value.dim() * (axis < 0)
-    if not 1 <= place < value.dim():
-        raise ValueError(
-            f"axis={axis} is no axis of units of {layer!r}, which has the shape {shape}: 1 is the first after the batch"
-        )
+    units, lying = Units(axis, heads), Layer(repr(layer), value, 1, value.shape[:1])
+    place, count = units.along(lying), units.count(lying)
     if heads is not None:
-        if heads < 1 or value.shape[place] % heads:
-            raise ValueError(
-                f"axis {place} of {layer!r} has {value.shape[place]} entries, which are no {heads} equal heads"
-            )
-        value = value.unflatten(place, (heads, -1))
+        value = value.unflatten(place, (count, -1))
     moved = value.movedim(place, 1)
-    return moved.reshape(*moved.shape[:2], -1), tuple(moved.shape[2:])
-
-
-def note_name(key: NestedKey) -> str:
-    """What a note is called."""
-    return ".".join(("note", *parts_of(key)))
+    return moved.reshape(*moved.shape[:2], moved.shape[2:].numel()), tuple(moved.shape[2:])
 
 
 @dataclass(frozen=True)
