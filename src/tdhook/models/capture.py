@@ -34,6 +34,7 @@ class Captured:
         replaced: values that take the place of those that are collected, by the same names, as leaves.
         graph: told of these, and of other leaves that are made.
         axis: ``(name, output, module) -> axis`` that is to be the first one of what is collected.
+        overwrites: whether the model may overwrite what it goes on with, which then is a copy of what is collected.
 
     Attributes:
         modules: outputs of modules, by path and call (:func:`call_name`).
@@ -43,6 +44,7 @@ class Captured:
     replaced: Mapping[NestedKey, Tensor] = field(default_factory=dict)
     graph: Graph = field(default_factory=Graph)
     axis: Callable[[str, Tensor, nn.Module], int] = lambda name, output, module: 0
+    overwrites: bool = False
     modules: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[NestedKey, Tensor] = field(default_factory=dict)
     _copies: dict[NestedKey, Tensor] = field(default_factory=dict)
@@ -91,11 +93,15 @@ class Captured:
             axis = self.axis(name, output, module)
             if axis == 0:
                 self.modules[name] = value = self._on_tape(output, (name,))
-                return apart(value)
+                return self._read(value)
             self.modules[name] = value = self._on_tape(output.movedim(axis, 0), (name,))
-            return apart(value).movedim(0, axis)
+            return self._read(value).movedim(0, axis)
 
         return hook
+
+    def _read(self, value: Tensor) -> Tensor:
+        """What the model goes on with."""
+        return value.clone() if self.overwrites else apart(value)
 
     def _on_tape(self, value: Tensor, key: NestedKey) -> Tensor:
         """The value, or what takes its place; off the tape the graph begins here."""
@@ -118,7 +124,7 @@ class Captured:
                     continue  # handed on by what is around the module that wrote it
                 if attribute == "all" or key in attribute:
                     self.keys[key] = kept = self._on_tape(value, key)
-                    read = apart(kept)
+                    read = self._read(kept)
                     if read is not kept:
                         self._copies[key] = read
                     if read is not value:
