@@ -14,7 +14,7 @@ from torch import Tensor
 from tdhook.datasets.exact import DIGITS, carried, digits_of, value_of
 from tdhook.datasets.reducing import By, Part, Piece, Reducer, aligned, groups_of, labels_of
 from tdhook.datasets.top_lists import best, both, note_name
-from tdhook.keys import known_keys, under
+from tdhook.keys import known_keys, parts_of
 from tdhook.targets.units import Layer, Units
 
 __all__ = ["NOTED", "UnitRows", "by_units"]
@@ -197,9 +197,12 @@ class UnitRows(Reducer):
 
     def _looked_at(self, piece: Piece) -> Tensor:
         """Relevance or values of the layer, ``[rows, *axes, *features]``."""
-        value = None if self.key is None else piece.entries.get(under("value", self.key))
+        values = {parts_of(key)[1:]: x for key, x in piece.entries.items() if parts_of(key)[0] == "value"}
+        value = self._of_layer(values)
         if self.looks_at == "relevance":
-            relevance = self.of(piece)
+            found = {parts_of(key): x for key, x in piece.relevance.items()}
+            relevance = self._of_layer(found)
+            relevance = self.of(piece) if relevance is None else relevance.cpu()
             if value is not None and relevance.dim() > value.dim():
                 raise ValueError(
                     f"relevance of {self._layer!r} is that of {relevance.shape[piece.data.batch_dims]} outputs, each "
@@ -212,6 +215,13 @@ class UnitRows(Reducer):
                 f"the method writes no values of {self._layer!r}: give it values=[{self._layer!r}]"
             )
         return value.cpu()
+
+    def _of_layer(self, found: Mapping[tuple[str, ...], Tensor]) -> Tensor | None:
+        """What belongs to the layer; where the policy reads an entry of the row, ``"next"``, it lies under that."""
+        key = parts_of(self.key)
+        among = [name for name in found if key and name[-len(key) :] == key]
+        best = min(among, key=len, default=None)
+        return None if best is None else found[best]
 
     def _amounts(self, units: Tensor) -> tuple[Tensor, Tensor]:
         """How much each unit is, ``[sides, steps, units]``, and where most of it is.
