@@ -30,6 +30,10 @@ class OfOperations(Protocol):
     def reaches_operations(self) -> bool:
         """Whether operations can be meant."""
 
+    @property
+    def anywhen(self) -> OfOperations:
+        """What it would mean if it did not matter when an operation is performed."""
+
     def matches(self, site: Site) -> bool:
         """Whether the operation at ``site`` is meant."""
 
