@@ -67,3 +67,12 @@ def test_what_sees_everything_or_nothing() -> None:
         found = receptive_fields(net, layer, td, torch.tensor([0, 2]), is_module=False)["x"]
         assert found.all() if layer == "hidden" else not found.any()
         assert box_of(found).tolist() == [[[0], [4]], [[0], [4]]]
+
+
+def test_a_unit_that_the_data_never_open() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2))
+    nn.init.constant_(net[0].bias, -3.0)
+    x = torch.rand(2, 1, 8, 8)
+    assert not net[:2](x).any()
+    assert fields(net, "1", x, [(0, 2, 3), (1, 5, 0)], 1) == [[[2, 3], [5, 6]], [[5, 0], [8, 3]]]

@@ -228,6 +228,13 @@ def test_what_is_asked_of_what_was_found() -> None:
     assert torch.equal(in_any["amount"], amounts.sort(descending=True).values[:5])
     assert in_any["group"].tolist() == steps()["action"][in_any["row"]].tolist()
     assert len(found.best(2, count=2)) == 2
+    rows = found.best(2)["row"].tolist()
+    kept: list[int] = []
+    for row in rows:
+        if all(abs(row - other) >= 90 for other in kept):
+            kept.append(row)
+    assert 1 < len(kept) < len(rows) and found.best(2, apart=90)["row"].tolist() == kept
+    assert found.best(2, apart=90, count=1)["row"].tolist() == kept[:1]
     with pytest.raises(IndexError, match="there is no unit 6: the layer has 6"):
         found.best(6)
     with pytest.raises(ValueError, match="there is no group 5: there are 0, 1, 2"):

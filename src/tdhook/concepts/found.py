@@ -60,7 +60,13 @@ class Found:
         return torch.argsort(self.mean(group), descending=True, stable=True)
 
     def best(
-        self, unit: int, group: int | None = None, *, against: bool = False, count: int | None = None
+        self,
+        unit: int,
+        group: int | None = None,
+        *,
+        against: bool = False,
+        count: int | None = None,
+        apart: int = 1,
     ) -> TensorDict:
         """The steps in which a unit mattered most.
 
@@ -69,6 +75,8 @@ class Found:
             group: in which group; by default in any.
             against: whether those in which it spoke most against what is explained.
             count: how many; by default all that are listed.
+            apart: how many rows are between any two of them, at the least: in an episode, the steps right after the
+                best one are nearly as good, and much like it.
 
         Returns:
             ``row``, ``step``, ``group``, ``amount``, ``position``, ``place`` (the position along each axis of places)
@@ -93,7 +101,8 @@ class Found:
         order = torch.argsort(lists["step"], stable=True)
         order = order[torch.argsort(lists["row"][order], stable=True)]
         order = order[torch.argsort(lists["amount"][order], descending=not against, stable=True)]
-        order = order[: listed.shape[-1] if count is None else count]
+        order = order[: listed.shape[-1]]
+        order = order[_apart(lists["row"][order], apart)][: len(order) if count is None else count]
         found = TensorDict({}, [len(order)])
         for name, value in lists.items():
             noted = note_key(name)
@@ -118,3 +127,12 @@ class Found:
         if group not in self.groups:
             raise ValueError(f"there is no group {group}: there are {', '.join(map(str, self.groups))}")
         return self.groups.index(group)
+
+
+def _apart(rows: Tensor, least: int) -> Tensor:
+    """Of rows ``[rows]``, the best first, the places of those that are so far from all better ones that are kept."""
+    kept = torch.zeros(0, dtype=torch.int64)
+    for i in range(len(rows)) if least > 1 else ():
+        if bool(((rows[kept] - rows[i]).abs() >= least).all()):
+            kept = torch.cat([kept, torch.tensor([i])])
+    return kept if least > 1 else torch.arange(len(rows))

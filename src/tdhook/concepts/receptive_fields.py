@@ -19,7 +19,7 @@ from tdhook.targets.outputs import output_of, seed_of
 
 __all__ = ["AtPlace", "box_of", "receptive_fields"]
 
-_DRAWS = 8
+_DRAWS = 12
 """Inputs that are looked at beside the one that is given: gates that are shut in one are open in another."""
 _ENTRY = "_place"
 
@@ -81,7 +81,8 @@ def receptive_fields(
         is_module: whether the layer is a module.
         in_keys: as in ``method.wrap``.
         out_keys: as there.
-        draws: how many inputs with noise are looked at, the noise as large as the values of the input spread.
+        draws: how many inputs with noise are looked at: as large as the values of the input spread, and each time twice
+            as large, which opens what the data never do.
         seed: of the noise.
 
     Returns:
@@ -100,7 +101,8 @@ def receptive_fields(
         for one in inputs if draw else ():
             value = td.get(one)
             noise = torch.randn(value.shape, generator=chance, dtype=value.dtype).to(value.device)
-            here.set(one, value + noise * value.std().clamp(min=1e-3))
+            size = value.std(correction=0).clamp(min=1e-3) * 2 ** (draw - 1)
+            here.set(one, value + noise * size)
         explained(here)
         for one in inputs:
             depends = here.get(under("attr", one)) != 0

@@ -317,6 +317,7 @@ class ReferenceSamples:
         group: int | None = None,
         against: bool = False,
         count: int | None = None,
+        apart: int = 1,
         fields: bool = True,
         **reading: Unpack[Reading],
     ) -> TensorDict:
@@ -329,6 +330,7 @@ class ReferenceSamples:
             group: in which group; by default in any.
             against: whether those in which it spoke most against what is explained.
             count: how many; by default all that are listed.
+            apart: how many rows are between any two of them, at the least.
             fields: whether to find the part of the input that the unit sees.
             **reading: how rows are read, as for :meth:`fold`.
 
@@ -340,7 +342,7 @@ class ReferenceSamples:
         Raises:
             NotImplementedError: rows are trajectories.
         """
-        best = self.found.best(unit, group, against=against, count=count)
+        best = self.found.best(unit, group, against=against, count=count, apart=apart)
         one = UnitOf(self.layer, unit, self.reducer.axis, self.reducer.heads)
         return reference_frames(self.method, one, policy, source, best, reading, fields=fields)
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from tdhook.pages.pictures import png
 from tdhook.pages.provenance import number, text_html
 
-__all__ = ["COLOURS", "bars_svg", "cloud_svg", "heat_html", "picture_html", "ranges_svg"]
+__all__ = ["COLOURS", "bars_svg", "cloud_svg", "field_html", "heat_html", "picture_html", "ranges_svg"]
 
 COLOURS = 8
 """How many colours there are for groups and clusters; the ninth has that of the first."""
 _FOR, _AGAINST = (178, 24, 43), (33, 102, 172)
+_BOX = (20, 20, 20)
 _SHARPEST = 0.995
 
 
@@ -126,6 +127,27 @@ def picture_html(frame: Tensor, relevance: Tensor | None, caption: str) -> str:
         grey = frame.float().mean(-1, keepdim=True) * 0.55 + 90
         shown = _painted(relevance, grey.expand(*frame.shape))
     return _figure(shown, caption)
+
+
+def field_html(frame: Tensor, relevance: Tensor, box: Tensor, caption: str) -> tuple[str, str]:
+    """A frame with relevance on it and a box around a part of it, and that part enlarged.
+
+    Args:
+        frame: ``[height, width, 3]``, bytes.
+        relevance: ``[height, width]``.
+        box: the first row and column, and those after the last, ``[2, 2]``.
+        caption: what stands below the frame.
+    """
+    grey = frame.float().mean(-1, keepdim=True) * 0.55 + 90
+    shown = _painted(relevance, grey.expand(*frame.shape))
+    (above, left), (below, right) = box.tolist()
+    part = shown[above:below, left:right].clone()
+    for row in (above, below - 1):
+        shown[row, left:right] = torch.tensor(_BOX, dtype=torch.uint8)
+    for column in (left, right - 1):
+        shown[above:below, column] = torch.tensor(_BOX, dtype=torch.uint8)
+    rows = f"rows {above} to {below - 1}, columns {left} to {right - 1}"
+    return _figure(shown, caption), _figure(part, rows)
 
 
 def heat_html(relevance: Tensor, caption: str) -> str:
