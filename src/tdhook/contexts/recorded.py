@@ -281,7 +281,8 @@ class Recorded:
 
     def _is_ours(self, key: tuple[str, ...]) -> bool:
         name, valued = parts_of(self.method.attribution_key), parts_of(self.method.value_key)
-        beside = key[0] in self.method.writes_under or key in map(parts_of, self.method.writes)
+        written = (*self.method.writes, *self.method.seeder.tells)
+        beside = key[0] in self.method.writes_under or key in map(parts_of, written)
         if self.method.values is not False and len(key) > len(valued):
             beside = beside or key[: len(valued)] == valued
         return key[: len(name)] == name or beside
