@@ -37,6 +37,7 @@ ORDER = (
     "tdhook.composites",
     "tdhook.attribution",
     "tdhook",
+    "tdhook.concepts",
     "tdhook.configuration",
     "tdhook.evaluation",
     "tdhook.rl",

@@ -27,13 +27,13 @@ from tdhook.tape.masks import masks_in
 from tdhook.tape.sharded import Spread, gathered, spread_of
 from tdhook.tape.trees import tree_leaves
 
-__all__ = ["COLUMNS", "REASONS", "Entry", "Ledger", "Note"]
+__all__ = ["REASONS", "Entry", "Ledger", "Note"]
 
 Note: TypeAlias = "Callable[[Entry, str, Tensor], None]"
 """Takes down the amount of a column of an entry."""
-REASONS = ("bias", "stabiliser", "stop", "constant")
+REASONS = ("bias", "stabiliser", "stop", "constant", "reconstruction")
+_ALWAYS_SHOWN = REASONS[:4]
 CAPTION = "Where relevance went"
-COLUMNS = ("module", "operation", "rule", "arrived", "left", *REASONS, "gap")
 
 
 @dataclass
@@ -164,14 +164,21 @@ class Ledger:
             found[key].rounding = found[key].rounding + entry.rounding
         return list(found.values())
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The headings of a table of it; of reasons that are seldom met, those for which anything was kept."""
+        met = {column for entry in self.entries for column in entry.amounts}
+        reasons = [reason for reason in REASONS if reason in _ALWAYS_SHOWN or reason in met]
+        return ("module", "operation", "rule", "arrived", "left", *reasons, "gap")
+
     def cells(self) -> list[tuple[Any, ...]]:
-        """Each entry of the summary in words, in the order of :data:`COLUMNS`, and whether it opens a gap."""
+        """Each entry of the summary in words, in the order of :attr:`columns`, and whether it opens a gap."""
         entries = self.summary()
         scale = max((float(entry.of("arrived").abs().sum()) for entry in entries), default=1.0)
         rows: list[tuple[Any, ...]] = []
         for entry in entries:
             kind = entry.name if entry.calls == 1 else f"{entry.name} x{entry.calls}"
-            sums = [float(entry.of(column).sum()) for column in ("arrived", "left", *REASONS)]
+            sums = [float(entry.of(column).sum()) for column in self.columns[3:-1]]
             amounts = (_number(amount, scale) for amount in (*sums, float(entry.gap.sum())))
             rows.append((entry.path or "(model)", kind, repr(entry.rule), *amounts, entry.opens()))
         return rows
@@ -179,7 +186,9 @@ class Ledger:
     def _repr_html_(self) -> str:
         rows = self.cells()
         marked = [i for i, row in enumerate(rows) if row[-1]]
-        return html_table(self.caption, COLUMNS, [row[:-1] for row in rows], numbers=6, marked=marked)
+        columns = self.columns
+        numbers = len(columns) - 3
+        return html_table(self.caption, columns, [row[:-1] for row in rows], numbers=numbers, marked=marked)
 
     def call(self, path: str, selector: object, bound: Bound, call: Call) -> Any:
         """Make one call, with its inputs and outputs metered, unless it is one of them in another shape."""
