@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
+from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.conventions import Convention
+from tdhook.keys import parts_of as parts_of_key
 from tdhook.markup import html_table
 from tdhook.relevance.ledger.metered import metered_arguments, metered_outputs
 from tdhook.relevance.propagation.again import Again
@@ -31,8 +33,9 @@ __all__ = ["REASONS", "Entry", "Ledger", "Note"]
 
 Note: TypeAlias = "Callable[[Entry, str, Tensor], None]"
 """Takes down the amount of a column of an entry."""
-REASONS = ("bias", "stabiliser", "stop", "constant", "reconstruction")
-_ALWAYS_SHOWN = REASONS[:4]
+_USUAL = ("bias", "stabiliser", "stop", "constant")
+REASONS = (*_USUAL, "condition", "reconstruction")
+"""What relevance is kept for; a table has those beyond the usual ones where any was."""
 CAPTION = "Where relevance went"
 
 
@@ -121,6 +124,17 @@ class Ledger:
         if self._take is not None:
             self._take(entry, column, gathered(unwrapped(amount).detach(), entry.spread))
 
+    def condition(self, key: NestedKey) -> Entry:
+        """The entry of what was explained, and did not pass the units of a layer."""
+        path = ".".join(parts_of_key(key)[1:])
+        if not self.entries or self.entries[-1].path != path or self.entries[-1].name != "Through":
+            self.entries.append(Entry(path, "Through", None))
+        return self.entries[-1]
+
+    def clear(self) -> None:
+        """Forget the calls: the forward pass is made once more."""
+        self.entries.clear()
+
     @contextmanager
     def again(self) -> Iterator[None]:
         """Do not count calls that are made once more, of checkpointed parts of a model."""
@@ -166,9 +180,9 @@ class Ledger:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The headings of a table of it; of reasons that are seldom met, those for which anything was kept."""
+        """The headings of a table of it."""
         met = {column for entry in self.entries for column in entry.amounts}
-        reasons = [reason for reason in REASONS if reason in _ALWAYS_SHOWN or reason in met]
+        reasons = [reason for reason in REASONS if reason in _USUAL or reason in met]
         return ("module", "operation", "rule", "arrived", "left", *reasons, "gap")
 
     def cells(self) -> list[tuple[Any, ...]]:
@@ -180,7 +194,15 @@ class Ledger:
             kind = entry.name if entry.calls == 1 else f"{entry.name} x{entry.calls}"
             sums = [float(entry.of(column).sum()) for column in self.columns[3:-1]]
             amounts = (_number(amount, scale) for amount in (*sums, float(entry.gap.sum())))
-            rows.append((entry.path or "(model)", kind, repr(entry.rule), *amounts, entry.opens()))
+            rows.append(
+                (
+                    entry.path or "(model)",
+                    kind,
+                    "" if entry.rule is None else repr(entry.rule),
+                    *amounts,
+                    entry.opens(),
+                )
+            )
         return rows
 
     def _repr_html_(self) -> str:

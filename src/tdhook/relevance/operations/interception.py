@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tdhook.conventions import Convention
+from tdhook.models.paths import Paths
 from tdhook.relevance.operations.applied import Applied, is_ours
 from tdhook.relevance.operations.in_place import overwritten, writing
 from tdhook.relevance.operations.kernels import first_output, of_a_kernel, positional
@@ -26,12 +27,11 @@ from tdhook.relevance.operations.parties import (
     Observer,
     Unmatched,
 )
-from tdhook.relevance.operations.paths import Paths
 from tdhook.relevance.operations.readings import DIFFERENCES, VALUES
 from tdhook.relevance.operations.stand_ins import standing_in, while_alive
 from tdhook.relevance.operations.table import ARITHMETIC
 from tdhook.relevance.operations.watched import Pass
-from tdhook.relevance.operations.written_out import entered, in_parts
+from tdhook.relevance.operations.written_out import in_parts
 from tdhook.relevance.propagation.again import Again
 from tdhook.relevance.propagation.binding import Binding
 from tdhook.relevance.propagation.call import ALONE, Call, Setting
@@ -40,6 +40,7 @@ from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule
 from tdhook.selectors.names import relabels, writes_in_place
 from tdhook.tape.dependence import Dependence
+from tdhook.tape.entering import entered
 from tdhook.tape.internals import (
     APPLIED_IN_TRANSFORMS,
     function_modes,
@@ -137,6 +138,11 @@ class Interception(Watching):
                 stack.enter_context(self.paths.followed())
             stack.enter_context(Pass(self))
             yield
+
+    @property
+    def aside(self) -> bool:
+        """Whether what runs right now belongs to a rule, and not to the model."""
+        return self._paused > 0
 
     def _place(self) -> str:
         return self.paths.current if self.paths.following else ""

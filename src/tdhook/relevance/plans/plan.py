@@ -83,6 +83,12 @@ class RulesOn:
         interception = self.plan.interception
         return interception is not None and interception.guard.active
 
+    @property
+    def aside(self) -> bool:
+        """Whether what runs right now belongs to a rule."""
+        interception = self.plan.interception
+        return interception is not None and interception.aside
+
     def attached(self) -> RulesOn:
         """Attach the rules."""
         return self
@@ -124,6 +130,13 @@ class RulesOn:
         plan = self.plan
         interception = plan.interception
         return nullcontext() if interception is None else interception.running(tracked=not plan.seen)
+
+    def clear(self) -> None:
+        """Forget the calls of a forward pass that is made once more."""
+        if self.observer is not None:
+            self.observer.clear()
+        if self.plan.reference is not None:
+            self.plan.reference.begin()
 
     def returned(self, values: Iterable[object]) -> None:
         """See whether the model returns what should have been overwritten."""

@@ -118,6 +118,10 @@ class _Watch:
         self.rows.append(self._known.get(id(module), Row(path, module, cast(Rule, bound.rule), selector)))
         return bound.run(call)
 
+    def clear(self) -> None:
+        """Forget the calls."""
+        self.rows.clear()
+
     def inside(self, call: Call) -> Call:
         """Calls inside units are not taken down."""
         return call
