@@ -23,6 +23,7 @@ from tdhook.attribution import (
     Pair,
 )
 from tdhook.targets import Computed
+from tdhook.targets.hindsight import InHindsight
 
 A, B = ("a", "output"), ("b", "output")
 PAIR = ("pairs", "a", "input", "b", "input")
@@ -224,6 +225,31 @@ def test_as_one_graph() -> None:
     compiled = BiLRP(LRP("epsilon", compile=True), "phi", "psi").wrap(actor)(td.clone())
     for key in eager.keys(True, True):
         assert_close(compiled[key], eager[key])
+
+
+@pytest.mark.parametrize("at_once", [2, 5])
+def test_a_buffer_explains_parts_as_the_whole(at_once: int) -> None:
+    pytest.importorskip("torchrl")
+    from tdhook.rl import Explain
+
+    actor, td = critic(), transitions(5)
+    method = BiLRP(LRP("epsilon"), "phi", "psi", similarity="cosine")
+    whole = method.wrap(actor)(td.clone())
+    found = Explain(method, actor, at_once=at_once)(td.clone())
+    for key in (("pairs", "state", "goal"), ("pairs", "action", "goal"), ("attr", "goal")):
+        assert_close(found[key], whole[key])
+
+
+def test_elements_that_are_padding_have_no_pairs() -> None:
+    actor, td = critic(), transitions(4)
+    td["there"] = torch.tensor([True, False, True, True])
+    method = BiLRP(LRP("epsilon"), "phi", "psi")
+    found = method.explaining(InHindsight(method.seeder, "there")).wrap(actor)(td.clone())
+    whole = method.wrap(actor)(td.clone())
+    there = td["there"].double()
+    pairs = whole["pairs", "state", "goal"] * there.reshape(-1, 1, 1)
+    assert_close(found["pairs", "state", "goal"], pairs)
+    assert_close(found["attr", "goal"], whole["attr", "goal"] * there.unsqueeze(-1))
 
 
 def test_other_options_of_all_methods() -> None:

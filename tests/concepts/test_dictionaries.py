@@ -21,6 +21,7 @@ from tdhook.composites import PRESETS
 from tdhook.concepts import Basis, Dictionary, Spliced, principal_components
 from tdhook.rules import EpsilonRule, StopRule
 from tdhook.selectors import Name
+from tdhook.targets import Through
 
 
 class Autoencoder(nn.Module):
@@ -461,6 +462,48 @@ def test_threads() -> None:
         thread.join()
     assert len(found) == 4 and all(torch.equal(one, expected) for one in found)
     assert len(plain) == 50 and all(torch.equal(one, out) for one in plain)
+
+
+def test_a_model_of_another_precision() -> None:
+    actor, td = mlp().bfloat16(), observations(5).to(torch.bfloat16)
+    spliced = Spliced({"1": Autoencoder(8, 24)}).on(actor)
+    found = why("attn_lrp", input_modules=["1.features"], ledger=True).wrap(spliced)(td.clone())
+    assert torch.equal(found["logits"], actor(td.clone())["logits"])
+    assert found["attr", "1.features"].dtype is torch.float32
+    assert found["attr", "observation"].dtype is torch.bfloat16
+    assert found["ledger", "gap"].abs().max() < 0.02
+
+
+def test_under_autocast() -> None:
+    actor, td = mlp().float(), observations(5).float()
+    spliced = Spliced({"1": Autoencoder(8, 24)}).on(actor)
+    explained = why("attn_lrp", input_modules=["1.features"]).wrap(spliced)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = explained(td.clone())
+        assert torch.equal(found["logits"], actor(td.clone())["logits"])
+
+
+def test_dictionaries_one_after_the_other() -> None:
+    actor, td = mlp(), observations(5)
+    dictionaries = {"1": Autoencoder(8, 24).double(), "3": Autoencoder(6, 9).double()}
+    names = ["1.features", "3.features"]
+    method = why("epsilon", input_modules=names)
+    together = method.wrap(Spliced(dictionaries).on(actor))(td.clone())
+    first = Spliced({"1": dictionaries["1"]}).on(actor)
+    found = method.wrap(Spliced({"3": dictionaries["3"]}).on(first))(td.clone())
+    for name in names:
+        assert torch.equal(found["attr", name], together["attr", name])
+
+
+@pytest.mark.parametrize("flow", ["relevance", "gradient"])
+def test_relevance_through_features_adds_up(flow: Any) -> None:
+    actor, td = mlp(), observations(5)
+    spliced = Spliced({"1": Autoencoder(8, 24).double()}).on(actor)
+    whole = why("epsilon", flow=flow).wrap(spliced)(td.clone())["attr", "observation"]
+    each = Through(Target("logits", "argmax"), "1.features", units="all")
+    found = LRP("epsilon", target=each, flow=flow).wrap(spliced)(td.clone())["attr", "observation"]
+    assert found.shape == (5, 24, 4)
+    assert_close(found.sum(1), whole)
 
 
 def test_contrasts_and_several_targets() -> None:

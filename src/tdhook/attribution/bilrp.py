@@ -134,6 +134,7 @@ class BiLRP(Attribution):
             sources = run.sources()
             one, other = (output_of(run.outputs, key) for key in (self.first, self.second))
             sides = _behind(one, sources), _behind(other, sources)
+            seeds = run.seeds(self.seeder)
         sums = _Sums(run, sources, self.summed)
         dimensions, size = one.shape[-1], self._at_once(runner, sources)
         for start in range(0, dimensions, size):
@@ -141,9 +142,9 @@ class BiLRP(Attribution):
             found = self._found(runner, td, self.first, index)
             twin = found if self.second == self.first else self._found(runner, td, self.second, index)
             sums.add({key: found[key] for key in sides[0]}, {key: twin[key] for key in sides[1]})
-        scale = None
+        (scale,) = seeds.grads
         if self.similarity == "cosine":
-            scale = 1 / (one.detach().norm(dim=-1) * other.detach().norm(dim=-1)).clamp(min=1e-8)
+            scale = scale / (one.detach().norm(dim=-1) * other.detach().norm(dim=-1)).clamp(min=1e-8)
         runner.beside.update(sums.of_pairs(scale))
         return sums.of_features(scale)
 
@@ -178,23 +179,24 @@ class BiLRP(Attribution):
         return self.method.changes_inputs
 
     def asked(self, **shared: Any) -> BiLRP:
-        """The same, with other options of those that all methods take; what is explained stays the similarity."""
+        """The same, with other options of those that all methods take; the similarity is what stays explained."""
         made = copy.copy(self)
-        made.method = self.method.asked(**shared)
-        Attribution.__init__(made, **{**made.method.shared, "target": self.target})
+        made.method = self.method.asked(**{**shared, "target": self.method.target})
+        Attribution.__init__(made, **{**made.method.shared, "target": shared.get("target", self.target)})
         return made
 
     def explaining(self, target: TargetLike) -> BiLRP:
-        """The same: there is no other target.
+        """The same for another target, which says when the similarity is explained.
 
         Raises:
-            TypeError: another one is given.
+            TypeError: it explains something else.
         """
-        if target != self.target:
+        other = super().explaining(target)
+        if list(other.seeder.explains or ()) != [self.first, self.second]:
             raise TypeError(
                 f"{self!r} explains a similarity, and no {target!r}: name the embeddings, first and second"
             )
-        return copy.copy(self)
+        return other
 
     def reads(self, td: TensorDictBase) -> list[NestedKey]:
         """What the method reads."""
@@ -244,7 +246,7 @@ class _Sums:
                 made = torch.einsum("mbi,mbj->bij", x, y)
                 self._pairs[a, b] = self._pairs[a, b] + made if (a, b) in self._pairs else made
 
-    def of_pairs(self, scale: Tensor | None) -> dict[NestedKey, Tensor]:
+    def of_pairs(self, scale: Tensor) -> dict[NestedKey, Tensor]:
         """Relevance of pairs by where it is written, each element times its scale, ``[*batch]``."""
         found: dict[NestedKey, Tensor] = {}
         for (a, b), matrix in self._pairs.items():
@@ -260,7 +262,7 @@ class _Sums:
             found[key] = _times(matrix, scale).reshape(*self._batch, *shapes[0], *shapes[1])
         return found
 
-    def of_features(self, scale: Tensor | None) -> dict[NestedKey, Tensor]:
+    def of_features(self, scale: Tensor) -> dict[NestedKey, Tensor]:
         """Relevance by source, of its shape."""
         return {key: _times(x, scale).reshape(self._sources[key].shape) for key, x in self._each.items()}
 
@@ -288,8 +290,9 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(*x.shape[:2], -1)
 
 
-def _times(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x if scale is None else x * scale.reshape(-1, *(1,) * (x.dim() - 1))
+def _times(x: Tensor, scale: Tensor) -> Tensor:
+    """``[batch, ...]``, each element times its scale."""
+    return x * scale.reshape(-1, *(1,) * (x.dim() - 1))
 
 
 def _behind(z: Tensor, sources: Mapping[NestedKey, Tensor]) -> list[NestedKey]:

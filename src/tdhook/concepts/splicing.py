@@ -45,6 +45,9 @@ class Features(nn.Module):
     def forward(self, h: Tensor, axis: int) -> Tensor:
         """``h`` with its width along ``axis`` in features: ``[..., features, ...]``."""
         moved = _moved(h, axis, -1)
+        dtype = self._dtype()
+        if dtype is not None and dtype is not moved.dtype:
+            moved = moved.to(dtype)
         try:
             found: object = self.dictionary.encode(moved)
         except torch.OutOfMemoryError:
@@ -63,6 +66,13 @@ class Features(nn.Module):
             )
         self.last = features = _moved(found, -1, axis)
         return features
+
+    def _dtype(self) -> torch.dtype | None:
+        """The precision of the dictionary, if it has one: it may be another than the model's."""
+        for x in (*self.parameters(), *self.buffers()):
+            if x.is_floating_point():
+                return x.dtype
+        return None
 
     def taken(self) -> Tensor:
         """What it returned last."""
