@@ -19,7 +19,7 @@ from torchrl.modules.llm.policies import Text
 from transformers import LlamaForCausalLM
 
 from tdhook import LRP, preset
-from tdhook.concepts import Spliced
+from tdhook.concepts import Spliced, SplicedModel
 from tdhook.plots import relevance_matrix
 from tdhook.rules import LayerNormRule
 from tdhook.selectors import Type
@@ -176,7 +176,7 @@ def name_of(values: Tensor, tokens: Tensor) -> str:
     return f"{before} {word}" if alone else word
 
 
-def answers_without(features: Tensor, spliced: nn.Module, tokens: Tensor) -> Tensor:
+def answers_without(features: Tensor, spliced: SplicedModel, tokens: Tensor) -> Tensor:
     """What the policy would say if some features, ``[prompts, some]``, were zero."""
     gone = torch.zeros(len(tokens), COUNT).scatter(1, features, 1.0).bool().unsqueeze(1)
 
@@ -184,10 +184,10 @@ def answers_without(features: Tensor, spliced: nn.Module, tokens: Tensor) -> Ten
         return found.masked_fill(gone, 0.0)
 
     logits: list[Tensor] = []
-    modules = dict(spliced.named_modules())
+    head = dict(spliced.named_modules())[HEAD]
     hooks = [
-        modules[FEATURES].register_forward_hook(remove),
-        modules[HEAD].register_forward_hook(lambda module, args, found: logits.append(found)),
+        spliced.feature_modules[LAYER].register_forward_hook(remove),
+        head.register_forward_hook(lambda module, args, found: logits.append(found)),
     ]
     with torch.no_grad():
         spliced(TensorDict({("tokens", "full"): tokens}, batch_size=[len(tokens)]))

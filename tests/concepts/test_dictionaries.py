@@ -419,12 +419,29 @@ def test_the_model_is_left_as_it_is() -> None:
     assert not any(module._forward_hooks for module in (*modules, *spliced.modules()))
     assert all(torch.equal(value, before[name]) for name, value in actor.state_dict().items())
     assert set(before) < set(spliced.state_dict())
-    assert "module.1.features.dictionary.encoder.weight" in spliced.state_dict()
+    assert "beside.module.1.features.dictionary.encoder.weight" in spliced.state_dict()
     assert spliced.get_parameter("module.0.weight") is actor.module[0].weight
+    spliced.load_state_dict(spliced.state_dict())
+    explained = why("epsilon").wrap(spliced)
+    explained.load_state_dict(spliced.state_dict())
     spliced.eval()
     assert not actor.training and not actor.module.training and not dictionary.training
     spliced.float()
     assert actor.module[0].weight.dtype is dictionary.encoder.weight.dtype is torch.float32
+
+
+def test_a_hook_on_features_puts_others_in_their_place() -> None:
+    actor, td = mlp(), observations(5)
+    dictionary = Autoencoder(8, 24).double()
+    spliced = Spliced({"1": dictionary}).on(actor)
+    hook = spliced.feature_modules["1"].register_forward_hook(lambda module, args, found: 2 * found)
+    found = spliced(td.clone())["logits"]
+    hook.remove()
+    h = actor.module[:2](td["observation"])
+    features = dictionary.encode(h)
+    other = actor.module[2:](h + dictionary.decode(2 * features) - dictionary.decode(features))
+    assert_close(found, other)
+    assert torch.equal(spliced(td.clone())["logits"], actor(td.clone())["logits"])
 
 
 def test_copies_and_pickles() -> None:
@@ -522,7 +539,7 @@ def test_contrasts_and_several_targets() -> None:
 def test_a_pair_of_functions_and_what_is_a_dictionary() -> None:
     actor, td = mlp(), observations(5)
     spliced = Spliced({"1": (nn.Linear(8, 3).double(), nn.Linear(3, 8).double())}).on(actor)
-    assert "module.1.features.dictionary.encode.weight" in spliced.state_dict()
+    assert "beside.module.1.features.dictionary.encode.weight" in spliced.state_dict()
     found = why("epsilon", input_modules=["1.features"]).wrap(spliced)(td.clone())
     assert found["attr", "1.features"].shape == (5, 3)
     assert isinstance(Basis(torch.eye(3)), Dictionary)

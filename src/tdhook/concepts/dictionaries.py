@@ -138,11 +138,17 @@ class Spliced:
 
 
 class SplicedModel(AroundModel):
-    """A model with dictionaries in it: what :meth:`Spliced.on` makes."""
+    """A model with dictionaries in it: what :meth:`Spliced.on` makes.
+
+    Attributes:
+        feature_modules: by the path of each dictionary, the module whose output are its features: a forward hook on it
+            may put others in their place.
+    """
 
     def __init__(self, model: Model, places: Sequence[Place], beside: Mapping[str, nn.Module]) -> None:
         super().__init__(model, beside)
         self._places = tuple(places)
+        self.__dict__["feature_modules"] = {place.path: place.features for place in places}
         self._turn = Turn(modules_of(self).values())
 
     def run(self, td: TensorDictBase) -> TensorDictBase:

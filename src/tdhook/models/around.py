@@ -11,6 +11,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
 from tdhook.models.entries import is_batch
+from tdhook.models.holding import Beside
 from tdhook.models.model import Model
 from tdhook.tape.internals import buffers_of, children_of, parameters_of
 
@@ -25,7 +26,7 @@ class AroundModel(TensorDictModuleBase):
 
     Args:
         model: the model.
-        beside: further modules, by path.
+        beside: further modules, by path; in the state dict their names begin with ``"beside."``.
 
     Attributes:
         around: the model.
@@ -35,19 +36,30 @@ class AroundModel(TensorDictModuleBase):
 
     def __init__(self, model: Model, beside: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
-        root, self._beside = model.root, dict(beside or {})
+        root = model.root
         self._had = dict(children_of(root))
+        modules = dict(self._had)
+        if beside:
+            modules[self._free("beside")] = Beside(beside)
         self.__dict__.update(
             # Not registered: its modules are under their own names. But it is a part of what is run.
             _around=root,
             around=model,
             _parameters=parameters_of(root),
             _buffers=buffers_of(root),
-            _modules={**self._had, **self._beside},
+            _modules=modules,
             _non_persistent_buffers_set=root._non_persistent_buffers_set,
             training=root.training,
         )
         self.in_keys, self.out_keys = list(model.runner.in_keys), list(model.runner.out_keys)
+
+    def _free(self, name: str) -> str:
+        """A name that no module of the model has."""
+        found, number = name, 0
+        while found in self._had:
+            number += 1
+            found = f"{name}_{number}"
+        return found
 
     def __setattr__(self, name: str, value: object) -> None:
         """Set the mode of the model, too."""
