@@ -248,7 +248,7 @@ def _counterparts(
 
 @dataclass(frozen=True)
 class _Rises:
-    """What is explained, as it differs from a reference: :class:`~tdhook.passes.forward.Against`."""
+    """What is explained, as it differs from a reference: :class:`~tdhook.passes.within.Against`."""
 
     there: There
     plan: Plan

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -22,72 +21,13 @@ from tdhook.passes.finite import Disregarding, are_finite
 from tdhook.passes.performed import Output
 from tdhook.passes.rows import is_close
 from tdhook.passes.setup import Setup
+from tdhook.passes.within import Against
 from tdhook.targets.base import Seeder, Seeds, require_dependence
 from tdhook.targets.pinned import pin
 from tdhook.targets.through import OfOperations, Place, Through, outwards
 from tdhook.targets.units import Chosen, Layer
 
-__all__ = ["Against", "AsItIs", "Run", "Within"]
-
-
-class Within(Protocol):
-    """How a method wants a model to be run."""
-
-    @property
-    def overwrites(self) -> bool:
-        """Whether the model may overwrite what it is given, which then are no leaves of the graph."""
-
-    @property
-    def whole(self) -> bool:
-        """Whether all of the model is wanted on the tape, and not only what the target depends on."""
-
-    @property
-    def aside(self) -> bool:
-        """Whether what runs right now belongs to the method, and is no operation of the model."""
-
-    def attached(self) -> AbstractContextManager[object]:
-        """Entered around the forward pass and the backward passes."""
-
-    def running(self) -> AbstractContextManager[object]:
-        """Entered around the forward pass alone."""
-
-    def clear(self) -> None:
-        """Forget what was seen of the forward pass: the model runs once more."""
-
-    def returned(self, values: Iterable[object]) -> None:
-        """Be told what the model returned."""
-
-
-class Against(Protocol):
-    """A reference that what is explained is compared with."""
-
-    def rises(self, seeds: Seeds) -> Seeds:
-        """Where the backward pass starts, given where it would for the values."""
-
-    def rise(self, key: NestedKey, value: Tensor) -> Tensor:
-        """How far a value is from what it is on the reference."""
-
-
-class AsItIs:
-    """The model as it is; it may overwrite what it is given."""
-
-    overwrites = True
-    whole = False
-    aside = False
-
-    def attached(self) -> AbstractContextManager[object]:
-        """Nothing is changed."""
-        return nullcontext()
-
-    def running(self) -> AbstractContextManager[object]:
-        """Nothing is changed."""
-        return nullcontext()
-
-    def clear(self) -> None:
-        """Nothing was seen."""
-
-    def returned(self, values: Iterable[object]) -> None:
-        """Nothing is done."""
+__all__ = ["Run"]
 
 
 def _independent(sources: Mapping[NestedKey, Tensor]) -> list[list[NestedKey]]:
@@ -175,13 +115,13 @@ class Run:
 
     def _onward(self, target: Through, flow: Convention, against: Against | None) -> tuple[Seeds, Chosen]:
         """Where the backward pass goes on from some units, and which these are."""
-        begun = self.seeds(target.inner(), flow, against)
         layer = self.layer(target.place)
-        if not layer.value.requires_grad:
+        if not torch.is_grad_enabled():
             raise TypeError(
                 f"what passes units of {layer.name} is found on the way back, and this method runs the model forwards "
                 "alone: explain by one that takes gradients, or explain what is behind the units"
             )
+        begun = self.seeds(target.inner(), flow, against)
         name: NestedKey = ("through", layer.name)
         found = self.pull(begun, {name: layer.value}, passing=layer.name)
         rise = None if against is None else against.rise(name, layer.value)
@@ -197,7 +137,8 @@ class Run:
             ValueError: the model did not come there, or several times.
         """
         keys = {**self.keys, **self.inputs}
-        return self.setup.inside.layer(place, self.td.batch_size, self.modules, keys, self.performed)
+        inside, batch = self.setup.inside, self.td.batch_size
+        return inside.layer(place, batch, self.modules, keys, self.performed, self.flat)
 
     def passed(self) -> dict[NestedKey, Tensor]:
         """The values of the layers that the target names, by the names that they have in seeds."""
@@ -334,7 +275,7 @@ class Run:
             seeds: what is explained.
             among: the sources that are looked at.
         """
-        own, sources = self.td.batch_dims, self.sources(among)
+        own, batch, sources = self.td.batch_dims, self.td.batch_size, self.sources(among)
         axes = [axis for axis in range(own) if self.td.batch_size[axis] > 1]
         plain = self.pull(seeds, sources) if axes else {}
         found = []
@@ -345,7 +286,10 @@ class Run:
             def weighed(x: Tensor, at: int, weight: Tensor = weight) -> Tensor:
                 return x * weight.to(x).reshape(-1, *(1,) * (x.dim() - at - 1))
 
-            grads = [weighed(grad, after + axis) for grad in seeds.grads]
+            grads = [
+                weighed(grad.reshape(*grad.shape[:after], *batch, -1), after + axis).reshape(grad.shape)
+                for grad in seeds.grads
+            ]
             pulled = self.pull(Seeds(seeds.keys, seeds.tensors, grads, seeds.several), sources)
             for key, grad in pulled.items():
                 one, all_ = (self.in_batch_shape(key, x, sources[key]) for x in (grad, plain[key]))

@@ -25,11 +25,13 @@ class Inside:
         modules: by place, the path of a module, and which of its calls is meant, if that is said.
         keys: places that are keys which the model reads or writes.
         operations: selectors of operations.
+        read: the keys that the model reads.
     """
 
     modules: Mapping[Place, tuple[str, int | None]] = field(default_factory=dict)
     keys: tuple[NestedKey, ...] = ()
     operations: tuple[OfOperations, ...] = ()
+    read: tuple[NestedKey, ...] = ()
 
     @staticmethod
     def of(model: Model, places: Iterable[Place], known: Iterable[NestedKey]) -> Inside:
@@ -46,7 +48,8 @@ class Inside:
         modules: dict[Place, tuple[str, int | None]] = {}
         keys: list[NestedKey] = []
         operations: list[OfOperations] = []
-        written = {*known, *map(unravel_key, model.attributed)}
+        read = tuple(map(unravel_key, model.attributed))
+        written = {*known, *read}
         for place in places:
             if isinstance(place, OfOperations):
                 operations.append(place)
@@ -57,7 +60,7 @@ class Inside:
                 raise ValueError(f"the model neither reads nor writes {place!r}; it has {named}")
             else:
                 modules[place] = _module(model, place)
-        return Inside(modules, tuple(keys), tuple(operations))
+        return Inside(modules, tuple(keys), tuple(operations), read)
 
     @property
     def paths(self) -> list[str]:
@@ -71,6 +74,7 @@ class Inside:
         modules: Mapping[str, Tensor],
         keys: Mapping[NestedKey, Tensor],
         performed: Mapping[OfOperations, Sequence[Output]],
+        flat: bool,
     ) -> Layer:
         """The layer at a place, as one run left it behind.
 
@@ -80,16 +84,17 @@ class Inside:
             modules: outputs of modules by path and call.
             keys: values of keys.
             performed: outputs of operations.
+            flat: whether the model ran on a flat batch.
 
         Raises:
             ValueError: the model did not come there, or several times.
         """
         if isinstance(place, OfOperations):
-            return _layer(repr(place), _only(place, performed.get(place, ())), batch)
+            return _layer(repr(place), _only(place, performed.get(place, ())), batch, flat)
         if place in self.keys:
             if place not in keys:
                 raise ValueError(f"the model wrote no floating-point {place!r} in this call")
-            return _layer(repr(place), keys[place], batch)
+            return _layer(repr(place), keys[place], batch, flat and place not in self.read)
         path, call = self.modules[place]
         count = 0
         while call_name(path, count) in modules:
@@ -100,7 +105,7 @@ class Inside:
             )
         if (call or 0) >= count:
             raise ValueError(f"module {path!r} was called {count} times, so that nothing passes {place!r}")
-        return _layer(repr(place), modules[call_name(path, call or 0)], batch)
+        return _layer(repr(place), modules[call_name(path, call or 0)], batch, flat)
 
 
 def _module(model: Model, place: str) -> tuple[str, int | None]:
@@ -123,7 +128,8 @@ def _only(place: OfOperations, found: Sequence[Output]) -> Tensor:
             f"the model performs no operation {place!r} on what depends on an attributed input, outside of torch's own "
             "layers: name the path of the module"
         )
-    listed = ", ".join(f"{one.name} in {one.path!r}" if one.path else one.name for one in found[:6])
+    sites = [one.site for one in found[:6]]
+    listed = ", ".join(f"{at.operation} in {at.name!r}" if at.name else str(at.operation) for at in sites)
     more = ", ..." if len(found) > 6 else ""
     raise ValueError(
         f"{place!r} means {len(found)} operations ({listed}{more}): choose one by First(...), Last(...), or the module "
@@ -131,6 +137,13 @@ def _only(place: OfOperations, found: Sequence[Output]) -> Tensor:
     )
 
 
-def _layer(name: str, value: Tensor, batch: Size) -> Layer:
-    whole = value.shape[: len(batch)] == batch
-    return Layer(name, value, len(batch) if whole else 1, batch)
+def _layer(name: str, value: Tensor, batch: Size, flat: bool) -> Layer:
+    """A value with the axes of the batch in front, all of them or as one."""
+    if not flat and value.shape[: len(batch)] == batch:
+        return Layer(name, value, len(batch), batch)
+    if value.dim() == 0 or value.shape[0] != batch.numel():
+        raise ValueError(
+            f"{name} has the shape {list(value.shape)}, which does not begin with the batch {list(batch)}: name what "
+            "has an axis for the elements of the batch, the module around it, say"
+        )
+    return Layer(name, value, 1, batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch.nn.functional as F
@@ -37,13 +37,11 @@ class Output:
     """What an operation gave.
 
     Attributes:
-        name: of the operation.
-        path: of the module around it.
+        site: where it stands in the model.
         value: its output.
     """
 
-    name: str
-    path: str
+    site: Site
     value: Tensor
 
 
@@ -57,7 +55,7 @@ class Performed:
         within_rules: tells whether what runs right now belongs to a method.
 
     Attributes:
-        found: by selector, in the order in which they were performed.
+        found: by selector, in the order in which they were performed; of one that asks when, all that it may mean.
     """
 
     selectors: Iterable[OfOperations]
@@ -80,11 +78,22 @@ class Performed:
         Returns:
             What the model goes on with, which it may overwrite.
         """
-        name = name_of(func)
-        wanted = [s for s in self.selectors if s.matches(Site(path, module, name, modules=self.modules))]
+        site = Site(path, module, name_of(func), modules=self.modules)
+        wanted = [selector for selector in self.selectors if selector.anywhen.matches(site)]
         for selector in wanted:
-            self.found.setdefault(selector, []).append(Output(name, path, value))
+            found = self.found.setdefault(selector, [])
+            number = sum((one.site.operation, one.site.name) == (site.operation, path) for one in found)
+            found.append(Output(replace(site, number=number), value))
         return apart(value) if wanted else value
+
+    def chosen(self) -> dict[OfOperations, list[Output]]:
+        """Those that are meant, where all have been performed."""
+        chosen = {}
+        for selector, found in self.found.items():
+            performed = tuple(one.site.performance for one in found)
+            sites = [(replace(one.site, performed=performed), one) for one in found]
+            chosen[selector] = [one for site, one in sites if selector.matches(site)]
+        return chosen
 
 
 class _Looking(Watching):

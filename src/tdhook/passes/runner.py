@@ -24,10 +24,11 @@ from tdhook.models.holding import modules_of
 from tdhook.models.snapshots import Snapshot
 from tdhook.models.state import as_normal, without_backward_hooks
 from tdhook.passes.axes import Misread
-from tdhook.passes.forward import AsItIs, Run, Within
+from tdhook.passes.forward import Run
 from tdhook.passes.heads import NotBehind, NowKnown
 from tdhook.passes.performed import Performed
 from tdhook.passes.setup import Setup
+from tdhook.passes.within import AsItIs, Within
 from tdhook.tape.cutting import Graph
 from tdhook.tape.overwriting import Mutated
 from tdhook.tape.undoing import all_of, undone
@@ -171,7 +172,7 @@ class Runner:
             run = Run(setup, td, inputs, outputs, flat)
             if captured is not None:
                 run.modules, run.keys = captured.modules, captured.keys
-                run.performed = {} if performed is None else performed.found
+                run.performed = {} if performed is None else performed.chosen()
             if is_base:
                 self.base, setup.apart = run, setup.model.apart
             yield run

@@ -17,7 +17,7 @@ from tdhook.targets.base import Around, Seeder, Seeds
 from tdhook.targets.contrasts import TargetLike, as_seeder
 from tdhook.targets.outputs import Key, same_index
 from tdhook.targets.pinned import ASKED
-from tdhook.targets.units import ALL, Chosen, Layer, Units, UnitsLike, top_count
+from tdhook.targets.units import ALL, NONE, Chosen, Layer, Units, UnitsLike, top_count
 
 __all__ = ["OfOperations", "Place", "Through", "begun_at", "outwards"]
 
@@ -29,6 +29,10 @@ class OfOperations(Protocol):
     @property
     def reaches_operations(self) -> bool:
         """Whether operations can be meant."""
+
+    @property
+    def anywhen(self) -> OfOperations:
+        """What it would mean if it did not matter when an operation is performed."""
 
     def matches(self, site: Site) -> bool:
         """Whether the operation at ``site`` is meant."""
@@ -61,7 +65,7 @@ class Through(Around):
             of the most relevance, by size, of which ``("units", place)``, ``[*batch, 8]``, says which they are; a
             tensor, or a :class:`~tdhook.targets.Key` or tuple key of an entry, with one for each element of the batch
             (``[*batch]``), with several, each separately (``[*batch, several]``), or with truth values that mark them
-            (``[*batch, units]``).
+            (``[*batch, units]``). ``"none"``, where what goes past the layer is counted, leaves that alone.
         axis: of the layer, along which its units lie. The batch counts as one axis, the first, whatever its shape:
             ``axis=1`` are the channels of a convolution and the tokens of ``[batch, tokens, width]``, ``axis=-1`` is
             its width. By default the only axis that there is besides the batch.
@@ -103,6 +107,10 @@ class Through(Around):
         _check(self.units)
         if self.beside not in ("closed", "counted"):
             raise ValueError(f"beside is 'closed' or 'counted', got {self.beside!r}")
+        if isinstance(self.units, str) and self.units == NONE and self.beside == "closed":
+            raise ValueError(
+                "no unit, and nothing past them, is nothing: units='none' goes with beside='counted'"
+            )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Through):
@@ -289,7 +297,7 @@ def _check(units: object) -> None:
     """Raise for what cannot name units."""
     if isinstance(units, str):
         top = units.removeprefix("top:")
-        if units != ALL and not (top != units and top.isdigit() and int(top) > 0):
+        if units not in (ALL, NONE) and not (top != units and top.isdigit() and int(top) > 0):
             raise ValueError(
                 f"units={units!r} is neither 'all' nor 'top:8'; to take them from an entry, write Key({units!r})"
             )

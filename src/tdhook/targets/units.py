@@ -13,13 +13,13 @@ from torch import Tensor
 from tdhook.tape.conditions import holds
 from tdhook.targets.outputs import Key
 
-__all__ = ["ALL", "Chosen", "Layer", "Units", "UnitsLike", "top_count"]
+__all__ = ["ALL", "NONE", "Chosen", "Layer", "Units", "UnitsLike", "top_count"]
 
 UnitsLike: TypeAlias = "int | tuple[int | str, ...] | list[int | tuple[int, ...]] | str | Key | Tensor"
 """Which units: an ``int``; a tuple of them, together; a list of these, each separately; ``"all"``, each; ``"top:8"``,
 each of those that matter most; an entry with their numbers, as a :class:`Key` or a tuple key; or a tensor."""
 
-ALL, _TOP = "all", "top:"
+ALL, NONE, _TOP = "all", "none", "top:"
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,8 @@ class Units:
         """
         count, batch, device = self.count(layer), layer.batch, layer.value.device
         if isinstance(units, str):
+            if units == NONE:
+                return Chosen(torch.zeros(*batch, count, dtype=torch.bool, device=device))
             top = top_count(units)
             if top is None:
                 marks = torch.eye(count, dtype=torch.bool, device=device)

@@ -126,7 +126,7 @@ class Ledger:
 
     def condition(self, key: NestedKey) -> Entry:
         """The entry of what was explained, and did not pass the units of a layer."""
-        path = ".".join(parts_of_key(key)[1:])
+        path = ".".join(parts_of_key(key)[1:]).strip("'")
         if not self.entries or self.entries[-1].path != path or self.entries[-1].name != "Through":
             self.entries.append(Entry(path, "Through", None))
         return self.entries[-1]

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from tdhook.conventions import Convention
 from tdhook.models.paths import Paths
 from tdhook.relevance.operations.applied import Applied, is_ours
+from tdhook.relevance.operations.asking import Asking
 from tdhook.relevance.operations.in_place import overwritten, writing
 from tdhook.relevance.operations.kernels import first_output, of_a_kernel, positional
 from tdhook.relevance.operations.known import Known, learned, on_a_copy
@@ -23,7 +24,6 @@ from tdhook.relevance.operations.parties import (
     OVERWRITES,
     Entered,
     Found,
-    Lookup,
     Observer,
     Unmatched,
 )
@@ -68,8 +68,7 @@ class Interception(Watching):
     Args:
         flow: the convention of the backward pass.
         modules: the model's modules by path.
-        lookup: asks a composite; ``None`` if it says nothing of operations.
-        by_path: whether its answer depends on the module around the operation.
+        asking: asks a composite.
         defaults: whether what the composite leaves open has the rule of its operation in
             :mod:`~tdhook.relevance.operations.table`.
         unmatched: told ``(operation, path)`` of operations that nothing is known of.
@@ -80,9 +79,8 @@ class Interception(Watching):
         self,
         flow: Convention,
         modules: Mapping[str, nn.Module],
-        lookup: Lookup | None,
+        asking: Asking,
         *,
-        by_path: bool,
         defaults: bool,
         unmatched: Callable[[str, str], None],
         setting: Setting = ALONE,
@@ -93,7 +91,7 @@ class Interception(Watching):
         self.guard = Guard()
         self.outdated = Outdated(self.guard)
         self.observer: Observer | None = None
-        self._lookup, self._by_path, self._defaults, self._unmatched = lookup, by_path, defaults, unmatched
+        self.asking, self._defaults, self._unmatched = asking, defaults, unmatched
         self._known: dict[object, Known] = {}
         self._functions: WeakKeyDictionary[type, Known] = WeakKeyDictionary()
         self._paused = 0
@@ -126,7 +124,8 @@ class Interception(Watching):
 
     def running(self, *, tracked: bool = False) -> AbstractContextManager[None]:
         """Watch one forward pass; ``tracked`` where the path of each operation has to be known."""
-        follows = self._by_path or tracked or self.observer is not None
+        self.asking.begin()
+        follows = self.asking.by_path or tracked or self.observer is not None
         return self._followed(follows) if follows or self.guard.active else Pass(self)
 
     @contextmanager
@@ -172,6 +171,7 @@ class Interception(Watching):
 
     @contextmanager
     def _watching_again(self) -> Iterator[None]:
+        self.asking.refuse_again()
         before = self.dependence
         self.dependence = before.begin_again()
         try:
@@ -356,9 +356,8 @@ class Interception(Watching):
     def _learn(self, func: Any) -> Known:
         known = learned(func)
         name = known.operation.name
-        if self._lookup is not None and not self._by_path:
-            known.selector, known.rule = self._lookup(name, *self.paths.innermost)
-        if not known.in_place and not self._by_path:
+        self.asking.once(known, self.paths)
+        if not known.in_place and not self.asking.by_path:
             default = known.own or self._reading.default(name, (), {}) if self._defaults else _NATIVE
             rule = default if known.rule is None else known.rule
             known.quick = rule is not None and rule.native
@@ -369,11 +368,9 @@ class Interception(Watching):
         if entered is not None and is_linear(known.operation, args, kwargs):
             entered.found = True
             return None, entered.rule
-        if self._lookup is not None:
-            if self._by_path:
-                known.selector, known.rule = self._lookup(known.operation.name, *self.paths.innermost)
-            if known.rule is not None:
-                return known.selector, known.rule
+        self.asking.each(known, self.paths)
+        if known.rule is not None:
+            return known.selector, known.rule
         if not self._defaults:
             return None, _NATIVE
         return None, known.own or self._reading.default(known.operation.name, args, kwargs)

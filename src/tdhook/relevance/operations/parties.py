@@ -45,8 +45,9 @@ class Unmatched:
 
 
 Found: TypeAlias = "tuple[Any, Rule | None]"
-Lookup: TypeAlias = "Callable[[str, str, nn.Module], Found]"
-"""``(operation, path of the module around it, that module) -> (selector, rule)``."""
+Lookup: TypeAlias = "Callable[[str, str, nn.Module, int], Found]"
+"""``(operation, path of the module around it, that module, how many of that name it performed before) -> (selector,
+rule)``."""
 
 
 @dataclass

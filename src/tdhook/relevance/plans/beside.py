@@ -12,7 +12,7 @@ __all__ = ["Beside"]
 
 
 class Beside:
-    """A model on a reference, while the rules of a plan are on it: :class:`~tdhook.passes.forward.Within`.
+    """A model on a reference, while the rules of a plan are on it: :class:`~tdhook.passes.within.Within`.
 
     Args:
         plan: the plan, of differences.

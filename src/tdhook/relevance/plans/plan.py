@@ -15,6 +15,7 @@ from tdhook.conventions import Convention
 from tdhook.markup import html_table
 from tdhook.models.families import BatchNorm
 from tdhook.models.parallel import home_of, lends_weights
+from tdhook.models.tracing import Execution
 from tdhook.relevance.ledger.ledger import Ledger
 from tdhook.relevance.operations.interception import Interception
 from tdhook.relevance.operations.parties import Observer, Unmatched
@@ -64,7 +65,7 @@ class Row:
 
 
 class RulesOn:
-    """A model under the rules of a plan: :class:`~tdhook.passes.forward.Within`.
+    """A model under the rules of a plan: :class:`~tdhook.passes.within.Within`.
 
     Args:
         plan: the plan.
@@ -160,6 +161,7 @@ class Plan:
         sensitivity: whether the result is a modified gradient.
         interception: what runs operations under their rules; ``None`` where only modules have rules.
         setting: what the calls share.
+        ordering: the execution that operations are chosen by, where it matters when they are performed.
 
     Attributes:
         seen: whether the model was run under it.
@@ -177,8 +179,9 @@ class Plan:
         sensitivity: bool,
         interception: Interception | None,
         setting: Setting = ALONE,
+        ordering: Execution | None = None,
     ) -> None:
-        self.rows = tuple(rows)
+        self.rows, self.ordering = tuple(rows), ordering
         self.operations: tuple[Row, ...] = ()
         self.flow: Convention = flow
         self.interception = interception
