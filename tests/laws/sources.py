@@ -37,7 +37,6 @@ ORDER = (
     "tdhook.composites",
     "tdhook.attribution",
     "tdhook",
-    "tdhook.concepts",
     "tdhook.configuration",
     "tdhook.evaluation",
     "tdhook.rl",
