@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TypeVar, cast, overload
+from typing import TypeVar, cast
 
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["as_one", "is_one", "kept_by"]
+__all__ = ["as_one", "as_one_that_keeps", "is_one", "kept_by"]
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 _MARK = "tdhook_as_one"
 
 
 def is_one(function: Callable[..., object]) -> bool:
-    """Whether a function was made one operation by :func:`as_one`."""
+    """Whether a function was made one operation."""
     return hasattr(function, _MARK)
 
 
@@ -26,34 +26,28 @@ def kept_by(function: Callable[..., object]) -> str:
     return str(getattr(function, _MARK, "constant"))
 
 
-@overload
-def as_one(function: F) -> F: ...
-@overload
-def as_one(*, keeps: str) -> Callable[[F], F]: ...
-def as_one(function: F | None = None, *, keeps: str = "constant") -> F | Callable[[F], F]:
+def as_one(function: F) -> F:
     """Have a function of tensors explained as one operation, and not by the operations inside it.
 
     It runs under the generic epsilon rule, ``R_i = x_i df/dx_i R / f``: gradient times input, and what that leaves of
     the value (the zeroth term of the linearisation) is absorbed as a constant. A composite can name it like any
     operation, ``Op("name of the function")``, and give it another rule.
-
-    Args:
-        function: the function.
-        keeps: another reason for what is absorbed, one of :data:`~tdhook.relevance.ledger.ledger.REASONS`; then this
-            returns a decorator.
     """
-    if function is None:
-        return lambda given: _made_one(given, keeps)
-    return _made_one(function, keeps)
+    return as_one_that_keeps("constant")(function)
 
 
-def _made_one(function: F, keeps: str) -> F:
-    @wraps(function)
-    def whole(*args: object, **kwargs: object) -> Tensor:
-        tensors = tuple(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-        if has_torch_function(tensors):
-            return handle_torch_function(whole, tensors, *args, **kwargs)
-        return function(*args, **kwargs)
+def as_one_that_keeps(reason: str) -> Callable[[F], F]:
+    """The same, where what is left of the value is absorbed for another reason."""
 
-    setattr(whole, _MARK, keeps)
-    return cast(F, whole)
+    def made(function: F) -> F:
+        @wraps(function)
+        def whole(*args: object, **kwargs: object) -> Tensor:
+            tensors = tuple(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+            if has_torch_function(tensors):
+                return handle_torch_function(whole, tensors, *args, **kwargs)
+            return function(*args, **kwargs)
+
+        setattr(whole, _MARK, reason)
+        return cast(F, whole)
+
+    return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tdhook.tape.as_one import as_one
+from tdhook.tape.as_one import as_one_that_keeps
 from tdhook.tape.functions import Context, TapeFunction
 
 __all__ = ["restored"]
@@ -26,7 +26,7 @@ class _Restored(TapeFunction):
         return grad, None
 
 
-@as_one(keeps="reconstruction")
+@as_one_that_keeps("reconstruction")
 def restored(made: Tensor, value: Tensor) -> Tensor:
     """The value itself, which is ``made`` and what is missing from it, held constant.
 

@@ -11,6 +11,7 @@ from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import nn
 
 from tdhook.conventions import Convention
+from tdhook.models.around import AroundModel
 from tdhook.models.entries import dense_copy
 from tdhook.models.families import BatchNorm
 from tdhook.models.holding import modules_of
@@ -79,6 +80,8 @@ def make_plan(
     """
     rows: list[Row] = []
     units: dict[str, set[int]] = {}
+    root = execution.modules.get("")
+    whole = root.around.root if isinstance(root, AroundModel) else root
     for name, module in execution.modules.items():
         if skip is not None and skip(name, module):
             continue
@@ -89,6 +92,8 @@ def make_plan(
         if rule is not None and not isinstance(rule, Rule):
             raise TypeError(f"the rule mapper returned {rule!r} for module `{name}`, which is no rule")
         if rule is not None and defaults:
+            if module is whole:
+                rows.clear()  # all that runs is inside it
             units[f"{name}." if name else ""] = set(map(id, modules_of(module).values()))
         leaf = not any(True for _ in module.children())
         leaf = leaf and not isinstance(module, TensorDictModuleBase | TensorDictParams)
