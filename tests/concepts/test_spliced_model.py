@@ -77,6 +77,19 @@ def test_copies_and_pickles() -> None:
             actor.module[0].weight.sub_(1.0)
 
 
+def test_nothing_is_left_behind_by_an_error() -> None:
+    actor, td = mlp(), observations(5)
+
+    def failing(features: Tensor) -> Tensor:
+        raise RuntimeError("in the middle")
+
+    spliced = Spliced({"1": (lambda h: h, failing)}).on(actor)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        why("epsilon", input_modules=["1.features"]).wrap(spliced)(td.clone())
+    assert spliced.feature_modules["1"].last is None
+    assert not any(module._forward_hooks for module in (*actor.modules(), *spliced.modules()))
+
+
 def test_threads() -> None:
     actor, td = mlp(), observations(5)
     spliced = Spliced({"1": Autoencoder(8, 24).double()}).on(actor)

@@ -34,7 +34,7 @@ class Features(nn.Module):
         dictionary: the dictionary, of which it holds the modules.
 
     Attributes:
-        last: what it returned last, until that is taken.
+        last: what it returned, while :class:`Reconstruction` needs it.
     """
 
     def __init__(self, path: str, dictionary: _Dictionary) -> None:
@@ -73,12 +73,6 @@ class Features(nn.Module):
             if x.is_floating_point():
                 return x.dtype
         return None
-
-    def taken(self) -> Tensor:
-        """What it returned last."""
-        last, self.last = self.last, None
-        assert last is not None
-        return last
 
 
 class Reconstruction(nn.Module):
@@ -154,8 +148,12 @@ class Place:
             met.add(self.path)
             h = self._chosen(output)
             axis = self._axis(h, batch)
-            features = self.features(h, axis)
-            return self._put(output, self.reconstruction(features, h, axis, self.features.taken()))
+            try:
+                features = self.features(h, axis)
+                value = self.reconstruction(features, h, axis, self.features.last)
+            finally:
+                self.features.last = None
+            return self._put(output, value)
 
         return behind
 
