@@ -152,9 +152,12 @@ def explain(checkpoint: dict[str, Any], seed: int) -> Shown:
         f"the reconstruction error keeps {(kept.abs().sum() / target.abs().sum()).item():.1%}",
     ]
     for how, amounts in (("relevance", each), ("activation", values[:, :-1].sum(1))):
-        changed = answers_without(amounts.topk(3, dim=1).indices, spliced, tokens) != tokens[:, -1]
+        changed = []
+        for count in (1, 3, 5):
+            answer = answers_without(amounts.topk(count, dim=1).indices, spliced, tokens)
+            changed.append(f"{(answer != tokens[:, -1]).float().mean().item():.0%}")
         lines.append(
-            f"without the three of most {how}, {changed.float().mean().item():.0%} of the answers change"
+            f"answers that change without the one, three and five of most {how}: {', '.join(changed)}"
         )
     figure = relevance_matrix(
         by_word[:, top],

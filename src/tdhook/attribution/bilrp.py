@@ -250,32 +250,34 @@ class _Sums:
         """Relevance of pairs by where it is written, each element times its scale, ``[*batch]``."""
         found: dict[NestedKey, Tensor] = {}
         for (a, b), matrix in self._pairs.items():
-            key = under(PAIRS, a, b)
-            if key in found:
-                raise ValueError(
-                    f"two pairs of keys would be written under {key!r}: give the inputs other names"
-                )
-            shapes = [
-                self._less(key, torch.empty(0, 0, *self._features[key], device="meta")).shape[2:]
-                for key in (a, b)
-            ]
-            found[key] = _times(matrix, scale).reshape(*self._batch, *shapes[0], *shapes[1])
+            shape = (*self._less_of(a), *self._less_of(b))
+            found[under(PAIRS, a, b)] = _times(matrix, scale).reshape(*self._batch, *shape)
         return found
 
     def of_features(self, scale: Tensor) -> dict[NestedKey, Tensor]:
         """Relevance by source, of its shape."""
         return {key: _times(x, scale).reshape(self._sources[key].shape) for key, x in self._each.items()}
 
-    def _less(self, key: NestedKey, x: Tensor) -> Tensor:
-        """``[dimensions, batch, *features]`` without the axes that are summed over."""
-        count, axes = len(self._features[key]), []
+    def _axes(self, key: NestedKey) -> list[int]:
+        """The axes that are summed over, counted from the end."""
+        features, axes = self._features[key], []
         for axis in self._summed:
-            if not -count <= axis <= count:
+            if not -len(features) <= axis <= len(features):
                 raise ValueError(
-                    f"summed={axis} is no axis of {key!r}, whose features are of shape {list(self._features[key])}"
+                    f"summed={axis} is no axis of {key!r}, whose features are of shape {list(features)}"
                 )
-            axes.append(axis if axis < 0 else axis - 1 - count)
+            axes.append(axis if axis < 0 else axis - 1 - len(features))
+        return axes
+
+    def _less(self, key: NestedKey, x: Tensor) -> Tensor:
+        """``[dimensions, batch, *features]`` without these."""
+        axes = self._axes(key)
         return x.sum(axes) if axes else x
+
+    def _less_of(self, key: NestedKey) -> list[int]:
+        """The shape of features without these."""
+        features, axes = self._features[key], self._axes(key)
+        return [size for i, size in enumerate(features) if i - len(features) not in axes]
 
     def _require_room(self, a: NestedKey, b: NestedKey, size: int) -> None:
         if size > _MOST:
