@@ -2,6 +2,7 @@
 
 from tdhook.attribution.ablation import Ablation
 from tdhook.attribution.averaged import Averaged
+from tdhook.attribution.bilrp import BiLRP
 from tdhook.attribution.blur import BlurIntegratedGradients
 from tdhook.attribution.cam import GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, XGradCAM
 from tdhook.attribution.conductance import Conductance, InternalInfluence
@@ -21,6 +22,7 @@ from tdhook.attribution.sarfa import SARFA
 from tdhook.attribution.shapley import Shapley
 from tdhook.attribution.shapley_sampling import ShapleySampling
 from tdhook.contexts.attribution import Attribution
+from tdhook.models.pair import Pair
 from tdhook.perturbing.draws import Flips, Noise, Shifts
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "AttentionRollout",
     "Attribution",
     "Averaged",
+    "BiLRP",
     "BlurIntegratedGradients",
     "Conductance",
     "Deconvnet",
@@ -48,6 +51,7 @@ __all__ = [
     "LayerCAM",
     "Noise",
     "Occlusion",
+    "Pair",
     "PerturbationSaliency",
     "PredDiff",
     "Product",
