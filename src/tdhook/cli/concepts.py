@@ -106,6 +106,7 @@ def run(asked: Asked, out: Path) -> None:
                 ),
             )
             for unit in found.ranked(group)[: asked.units].tolist()
+            if found.mean(group)[unit] > 0
         ]
         for group in found.groups
     }

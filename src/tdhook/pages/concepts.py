@@ -87,7 +87,7 @@ def write_concepts_report(
     sections = [_section(f"Units by mean {by}", _table(found, units, names) + _NOTE)]
     for group, several in shown.items():
         body = "".join(_unit(found, group, one, names, by, features) for one in several)
-        sections.append(_section(names[group], body))
+        sections.append(_section(names[group], body or '<p class="hint">No unit speaks for it.</p>'))
     count = f"{int(found.count.sum()):,} steps, {found.units:,} units"
     text = assembled(
         "concepts.html",
