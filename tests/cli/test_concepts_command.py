@@ -61,6 +61,15 @@ def test_of_acting() -> None:
     assert "30 steps, 8 units" in page and "mean value" in page and "30 steps of acting, seed 0" in page
 
 
+def test_with_a_graph() -> None:
+    pytest.importorskip("matplotlib")
+    graph = ("--graph", LAYER, "--graph", "module.0.module.2")
+    result = concepts("--layer", LAYER, "--source", "buffer", "--units", "2", "--top", "3", *graph)
+    assert result.exit_code == 0, result.output
+    page = Path("concepts.html").read_text(encoding="utf-8")
+    assert page.count('<img class="graph"') == 2 and "What units hand on to earlier ones on average" in page
+
+
 def test_mistakes_are_told() -> None:
     for arguments, told in (
         (("--layer", "nothing"), "the model has no module 'nothing'; it has"),

@@ -320,6 +320,13 @@ def concepts(
     apart: Annotated[
         int, typer.Option(min=1, help="How many rows are between any two of them, at least.")
     ] = 5,
+    graph: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="Draw what units of this layer hand on to those before. Repeatable, in the order of the model.",
+            metavar="PATH",
+        ),
+    ] = None,
     steps: Steps = 1000,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="File to write.", metavar="FILE")] = Path("concepts.html"),
@@ -334,7 +341,8 @@ def concepts(
 
     with notes():
         asked = Asked(
-            policy, layer, env, source, prepare, steps, seed, composite, target, axis, heads, by, units, top, apart
+            policy, layer, env, source, prepare, steps, seed, composite, target, axis, heads, by, units, top, apart,
+            tuple(graph or ()),
         )  # fmt: skip
         run(asked, out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,13 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 
 from tdhook.attribution.lrp import LRP
 from tdhook.cli.policies import Stage, default_target, find_policy, imported
 from tdhook.cli.reducing import action_of
 from tdhook.cli.tables import progress_bar
-from tdhook.concepts import ReferenceSamples
+from tdhook.concepts import AttributionGraph, ReferenceSamples, attribution_graph
 from tdhook.concepts.reading import Reading, is_path
 from tdhook.configuration import read_composite, read_key, read_target, write_target
 from tdhook.datasets.rows import Rows, as_rows
@@ -27,9 +28,14 @@ from tdhook.pages.concepts import UnitShown, write_concepts_report
 from tdhook.pages.names import group_name
 from tdhook.rl import Policy
 from tdhook.rl.rollouts import explained_rollout
+from tdhook.targets import Units
+from tdhook.targets.hindsight import InHindsight
 
 __all__ = ["Asked", "run"]
 
+_ALL = "_all"
+_SHARE = 0.4
+"""Of the relevance of a layer that the units have which a graph shows."""
 _LISTED = 16
 """How many times as many steps are listed as are shown, from which those are taken that are apart."""
 
@@ -54,6 +60,7 @@ class Asked:
         units: how many are shown of each action.
         top: how many steps are shown of each.
         apart: how many rows are between any two of these.
+        graph: layers, in the order of the model, between whose units a graph is drawn; none if there is to be none.
     """
 
     policy: str
@@ -71,6 +78,7 @@ class Asked:
     units: int
     top: int
     apart: int
+    graph: tuple[str, ...]
 
 
 def run(asked: Asked, out: Path) -> None:
@@ -122,11 +130,34 @@ def run(asked: Asked, out: Path) -> None:
         else f"{len(rows)} steps of acting, seed {asked.seed}",
     }
     names = {group: group_name(groups, group, actions) for group in found.groups}
+    graphs = {
+        group: _graph(asked, method, policy, several)
+        for group, several in shown.items()
+        if asked.graph and several
+    }
     write_concepts_report(
-        found, shown, out, by=asked.by, groups=names, features=policy.features, title=what, facts=facts
+        found,
+        shown,
+        out,
+        by=asked.by,
+        graphs=graphs,
+        groups=names,
+        features=policy.features,
+        title=what,
+        facts=facts,
     )
     told = f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)"
     Console().print(Text(visible(told)), soft_wrap=True)
+
+
+def _graph(asked: Asked, method: LRP, policy: Policy, shown: Sequence[UnitShown]) -> AttributionGraph:
+    """What the units of some layers hand on to each other, on average over the steps that are shown."""
+    steps = TensorDict.cat([one.frames.get("data") for one in shown])
+    layers = {path: Units(asked.axis, asked.heads if path == asked.layer else None) for path in asked.graph}
+    keys = [key for key in policy.actor.in_keys if steps.get(key).dim() == 2]
+    done = method.explaining(InHindsight(method.seeder, _ALL))
+    inputs = {key: Units(1) for key in keys}
+    return attribution_graph(done, policy.actor, steps, layers, inputs=inputs).mean().pruned(_SHARE)
 
 
 def _by(text: str) -> Literal["relevance", "value"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.concepts.found import Found
+from tdhook.concepts.graphs import AttributionGraph
 from tdhook.configuration import write_key
 from tdhook.files import write_whole
 from tdhook.keys import parts_of, under
@@ -21,6 +24,7 @@ from tdhook.pages.pictures import frames_of_observation
 from tdhook.pages.preparation import picture_axes
 from tdhook.pages.provenance import list_html, number, signed, text_html
 from tdhook.pages.writing import assembled
+from tdhook.plots.graphs import relevance_graph
 
 __all__ = ["UnitShown", "write_concepts_report"]
 
@@ -53,6 +57,7 @@ def write_concepts_report(
     path: str | os.PathLike[str],
     *,
     by: str = "relevance",
+    graphs: Mapping[int, AttributionGraph] | None = None,
     groups: Mapping[int, str] | None = None,
     features: Sequence[str] = (),
     title: str = "What units respond to",
@@ -68,6 +73,8 @@ def write_concepts_report(
         shown: which are shown, of each group.
         path: file to write; it is replaced, by the whole page.
         by: what steps were chosen by, ``"relevance"`` or ``"value"``.
+        graphs: of groups, what units of several layers hand on (:func:`~tdhook.concepts.attribution_graph`), of one
+            step or a mean; matplotlib draws them.
         groups: what groups are called.
         features: one name for each feature of a vector.
         title: of the page.
@@ -77,6 +84,7 @@ def write_concepts_report(
         The path.
 
     Raises:
+        ImportError: there are graphs, and matplotlib is not installed.
         IsADirectoryError: the path is a folder.
     """
     path = Path(path)
@@ -87,6 +95,8 @@ def write_concepts_report(
     sections = [_section(f"Units by mean {by}", _table(found, units, names) + _NOTE)]
     for group, several in shown.items():
         body = "".join(_unit(found, group, one, names, by, features) for one in several)
+        if graphs is not None and group in graphs:
+            body = _graph(graphs[group], features) + body
         sections.append(_section(names[group], body or '<p class="hint">No unit speaks for it.</p>'))
     count = f"{int(found.count.sum()):,} steps, {found.units:,} units"
     text = assembled(
@@ -106,6 +116,19 @@ def write_concepts_report(
 
 def _section(heading: str, body: str) -> str:
     return f"<section><h2>{text_html(heading)}</h2>{body}</section>"
+
+
+def _graph(graph: AttributionGraph, features: Sequence[str]) -> str:
+    """A graph as a picture, inputs called by their features where these are as many."""
+    names = {name: features for name in graph.inputs if graph.relevance[name].shape[-1] == len(features)}
+    file = io.BytesIO()
+    relevance_graph(graph, names=names).savefig(file, dpi=110)
+    data = base64.b64encode(file.getvalue()).decode("ascii")
+    hint = "What units hand on to earlier ones on average, in the steps below: red for, blue against."
+    return (
+        f'<div class="wide"><img class="graph" alt="{hint}" src="data:image/png;base64,{data}"></div>'
+        f'<p class="hint">{hint}</p>'
+    )
 
 
 def _table(found: Found, units: Sequence[int], names: Mapping[int, str]) -> str:
