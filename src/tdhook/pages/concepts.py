@@ -207,7 +207,9 @@ def _pictures(
     if value is None or value.shape != relevance.shape:
         drawn = "".join(heat_html(one, caption) for one, caption in zip(maps, captions, strict=True))
         return f'<div class="gallery">{drawn}</div>'
-    if value.shape[channel + 1] not in (1, 3):  # a stack of frames, the last of them now
+    if (
+        value.shape[channel + 1] not in (1, 3) and len(value.unique()) > 2
+    ):  # a stack of frames, the last of them now
         value = value.narrow(channel + 1, value.shape[channel + 1] - 1, 1)
     frames = frames_of_observation(value[None], [1, len(value)], channel == 0)[0]
     height, width = maps.shape[1:]
@@ -215,9 +217,8 @@ def _pictures(
     if boxes is None or bool((boxes.diff(dim=1)[:, 0] == boxes.new_tensor([height, width])).all()):
         shown = zip(frames, maps, captions, strict=True)
         return f'<div class="gallery">{"".join(picture_html(*one) for one in shown)}</div>'
-    pairs = [field_html(*one) for one in zip(frames, maps, boxes, captions, strict=True)]
-    wholes, parts = ("".join(pair[i] for pair in pairs) for i in range(2))
-    return f'<div class="gallery">{wholes}</div><div class="gallery">{parts}</div>'
+    pairs = (field_html(*one) for one in zip(frames, maps, boxes, captions, strict=True))
+    return f'<div class="gallery">{"".join(pairs)}</div>'
 
 
 def _vectors(
