@@ -31,7 +31,12 @@ NAMES = (
     "ResNetForImageClassification",
     "ConvNextForImageClassification",
 )
-SINGLE = ("LlamaForCausalLM", "Qwen3MoeForCausalLM", "T5ForConditionalGeneration")
+SINGLE = (
+    "LlamaForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "T5ForConditionalGeneration",
+    "ConvNextForImageClassification",
+)
 """Their normalisation computes in single precision whatever the model's is, and rounds what comes back too."""
 CHOSEN = [case for case in CASES.values() if case.model in NAMES]
 METHODS: dict[str, Attribution] = {"attn_lrp": LRP("attn_lrp"), "gradient times input": GradientTimesInput()}
