@@ -12,7 +12,7 @@ import torch
 from responding import LAYER, ROWS, method, policy, steps
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
-from torch import nn
+from torch import Tensor, nn
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 
 from tdhook import LRP, Target
@@ -188,6 +188,41 @@ def test_values_inside_a_sequential_are_layers_too() -> None:
     found = ReferenceSamples(LRP("epsilon", target=Target("q", 1)), "hidden", top=3).fold(net, data).found
     amounts = first(data["x"]) * second.weight[1]
     assert [found.best(unit)["row"].tolist() for unit in range(7)] == amounts.topk(3, 0).indices.T.tolist()
+
+
+class Twice(nn.Module):
+    """Calls one layer two times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(5, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.layer(x).relu()).relu())
+
+
+def test_calls_of_a_layer_are_told_apart() -> None:
+    torch.manual_seed(0)
+    net = Twice()
+    data = TensorDict({"input": torch.randn(30, 5)}, [30])
+    first = net.layer(data["input"])
+    values = {"layer:0": first, "layer:1": net.layer(first.relu())}
+    wrap = LRP("epsilon", target=Target("output", 1))
+    for layer, value in values.items():
+        counted = ReferenceSamples(wrap, layer, top=3, by="value").fold(net, data)
+        assert [counted.found.best(unit)["row"].tolist() for unit in range(5)] == value.topk(
+            3, 0
+        ).indices.T.tolist()
+        counted = ReferenceSamples(wrap, layer, top=3).fold(net, data)
+        other = ReferenceSamples(wrap, layer, top=3)
+        assert torch.equal(other.update(other.wrap(net)(data.clone())).found.mean(), counted.found.mean())
+        frames = counted.frames(net, data, 2)
+        torch.testing.assert_close(frames["attr", "input"].double().sum(-1).sign(), frames["amount"].sign())
+        assert frames["field", "input"].tolist() == [[[0], [5]]] * 3
+    with pytest.raises(
+        ValueError, match="the layer 'layer' was called several times: say which call, 'layer:0' is"
+    ):
+        ReferenceSamples(wrap, "layer").fold(net, data)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TypedDict
 
 from tensordict.utils import NestedKey
 from torch import nn
 
-from tdhook.contexts.attribution import Attribution
+from tdhook.contexts.attribution import Attribution, Shared
 from tdhook.contexts.explained import ExplainedModule
 from tdhook.datasets.explaining import Explaining, Prepare
 from tdhook.datasets.rows import Rows
 from tdhook.models.model import InKeys, Model
 from tdhook.models.parallel import unwrapped
 
-__all__ = ["Reading", "explaining", "is_path", "root_of"]
+__all__ = ["Reading", "asked_of", "explaining", "is_path", "path_of", "root_of", "written_at"]
 
 
 class Reading(TypedDict, total=False):
@@ -58,11 +59,28 @@ def root_of(policy: nn.Module) -> nn.Module:
 
 
 def is_path(policy: nn.Module, layer: NestedKey) -> bool:
-    """Whether a layer is the path of a module of the policy, and not a key."""
+    """Whether a layer is the path of a module of the policy, ``"path:1"`` of its second call, and not a key."""
     if not isinstance(layer, str):
         return False
     try:
-        Model.of(root_of(policy)).submodule(layer)
+        Model.of(root_of(policy)).submodule(path_of(layer))
     except ValueError:
         return False
     return True
+
+
+def path_of(layer: str) -> str:
+    """The path of a module without the call that is meant."""
+    return re.sub(r":\d+$", "", layer)
+
+
+def written_at(layer: NestedKey) -> NestedKey:
+    """The name under which methods write what belongs to a layer: that of a first call is the path."""
+    return layer.removesuffix(":0") if isinstance(layer, str) else layer
+
+
+def asked_of(policy: nn.Module, layer: NestedKey) -> Shared:
+    """The options of a method that gives relevance of a layer, and of nothing else."""
+    if is_path(policy, layer):
+        return {"attribute": None, "input_modules": [path_of(str(layer))], "use_inputs": False}
+    return {"attribute": [layer], "input_modules": None, "use_inputs": False}

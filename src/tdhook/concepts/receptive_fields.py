@@ -11,13 +11,14 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
 from tdhook.attribution.gradient import Gradient
+from tdhook.concepts.reading import path_of, written_at
 from tdhook.conventions import Convention
 from tdhook.keys import under
 from tdhook.models.model import InKeys
 from tdhook.targets.base import Seeder, Seeds
 from tdhook.targets.outputs import output_of, seed_of
 
-__all__ = ["AtPlace", "box_of", "receptive_fields"]
+__all__ = ["AtPlace", "box_of", "on_device_of", "receptive_fields"]
 
 _DRAWS = 12
 """Inputs that are looked at beside the one that is given: gates that are shut in one are open in another."""
@@ -88,26 +89,33 @@ def receptive_fields(
     Returns:
         By input, truth values ``[rows, *features]``.
     """
-    key = (layer,) if is_module else layer
-    modules = [str(layer)] if is_module else None
+    key = (str(written_at(layer)),) if is_module else layer
+    modules = [path_of(str(layer))] if is_module else None
     method = Gradient(AtPlace(key, _ENTRY), signed=True, target_modules=modules)
     explained = method.wrap(policy, in_keys, out_keys)
+    td, place = on_device_of(policy, td), place.reshape(td.batch_size)
     inputs = [one for one in explained.attributed if _is_float(td, one)]
     chance = torch.Generator().manual_seed(seed)
     found: dict[NestedKey, Tensor] = {}
     for draw in range(draws + 1):
         here = td.select(*explained.reads(td), strict=False).copy()
-        here.set(_ENTRY, place)
+        here.set(_ENTRY, place.to(here.device) if here.device is not None else place)
         for one in inputs if draw else ():
             value = td.get(one)
-            noise = torch.randn(value.shape, generator=chance, dtype=value.dtype).to(value.device)
+            noise = torch.randn(value.shape, generator=chance).to(value)
             size = value.std(correction=0).clamp(min=1e-3) * 2 ** (draw - 1)
             here.set(one, value + noise * size)
         explained(here)
         for one in inputs:
             depends = here.get(under("attr", one)) != 0
             found[one] = found[one] | depends if one in found else depends
-    return TensorDict({unravel_key(one): value for one, value in found.items()}, td.batch_size)
+    return TensorDict({unravel_key(one): value.cpu() for one, value in found.items()}, td.batch_size)
+
+
+def on_device_of(policy: nn.Module, td: TensorDictBase) -> TensorDictBase:
+    """A batch where the policy is."""
+    weight = next(policy.parameters(), None)
+    return td if weight is None else td.to(weight.device)
 
 
 def _is_float(td: TensorDictBase, key: NestedKey) -> bool:

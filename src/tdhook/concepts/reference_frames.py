@@ -10,8 +10,8 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from tdhook.concepts.activations import Activations
-from tdhook.concepts.reading import Reading, explaining, is_path, root_of
-from tdhook.concepts.receptive_fields import box_of, receptive_fields
+from tdhook.concepts.reading import Reading, asked_of, explaining, is_path, root_of, written_at
+from tdhook.concepts.receptive_fields import box_of, on_device_of, receptive_fields
 from tdhook.contexts.attribution import Attribution
 from tdhook.datasets.rows import Rows, Source, as_rows, chosen
 from tdhook.datasets.unit_rows import by_units
@@ -112,13 +112,11 @@ def _fields(
     whole, prepare, at = rows.read(0, len(rows)), reading.get("prepare"), parts_of(reading.get("at"))
     td = _steps(whole if prepare is None else prepare(whole), best.get("step"))
     td = td.get(at) if at else td
-    seen = Activations(
-        attribute=None if is_module else [unit.layer],
-        input_modules=[str(unit.layer)] if is_module else None,
-        use_inputs=False,
+    seen = Activations(**asked_of(policy, unit.layer))
+    value = seen.wrap(root, reading.get("in_keys"), reading.get("out_keys"))(
+        on_device_of(root, td[:1].copy())
     )
-    value = seen.wrap(root, reading.get("in_keys"), reading.get("out_keys"))(td[:1].copy())
-    place = unit.places(best.get("position"), value.get(under("attr", unit.layer)).shape[1:])
+    place = unit.places(best.get("position"), value.get(under("attr", written_at(unit.layer))).shape[1:])
     depends = receptive_fields(
         root,
         unit.layer,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tdhook.concepts.activations import Activations
 from tdhook.concepts.found import Found
-from tdhook.concepts.reading import Reading, explaining, is_path
+from tdhook.concepts.reading import Reading, asked_of, explaining, is_path, path_of, written_at
 from tdhook.concepts.reference_frames import UnitOf, reference_frames
 from tdhook.concepts.spans import joined, none_seen, of_rows, overlap, unseen
 from tdhook.contexts.attribution import Attribution, Shared
@@ -25,7 +25,7 @@ from tdhook.datasets.reducing import By, Part, Piece
 from tdhook.datasets.result import Result
 from tdhook.datasets.rows import Source, as_rows
 from tdhook.datasets.unit_rows import UnitRows
-from tdhook.keys import known_keys, parts_of, under
+from tdhook.keys import known_keys, under
 from tdhook.models.model import InKeys
 
 if TYPE_CHECKING:
@@ -121,13 +121,11 @@ class ReferenceSamples:
         Args:
             policy: the model, by which it is known whether the layer is a module or a key.
         """
-        is_module = is_path(policy, self.layer)
+        values = [path_of(self.layer)] if isinstance(self.layer, str) else [self.layer]
         options: Shared = {
-            "attribute": None if is_module else [self.layer],
+            **asked_of(policy, self.layer),
             "attribution_key": self.method.attribution_key,
-            "input_modules": [str(self.layer)] if is_module else None,
-            "use_inputs": False,
-            "values": [self.layer],
+            "values": values if is_path(policy, self.layer) else [self.layer],
         }
         return Activations(**options) if self.by == "value" else self.method.asked(**options)
 
@@ -154,17 +152,14 @@ class ReferenceSamples:
         index = torch.arange(first, first + count) if rows is None else torch.as_tensor(rows).reshape(-1)
         if len(index) != count or index.is_floating_point():
             raise ValueError(f"there are {count} rows, and rows= are {len(index)} numbers of {index.dtype}")
-        relevance = batch.get(under(self.method.attribution_key, self.layer), None)
-        if not isinstance(relevance, Tensor):
+        relevance, values = (_below(batch, key) for key in (self.method.attribution_key, "value"))
+        if written_at(self.layer) not in relevance:
             raise KeyError(
                 f"the batch has no relevance of {self.layer!r}: explain it by samples.wrap(policy); there are "
                 f"{known_keys(td)}"
             )
-        entries = {}
-        value = batch.get(("value", *parts_of(self.layer)), None)
-        if value is not None:
-            entries[under("value", self.layer)] = value
-        self._add(Piece(batch, index.long(), {self.layer: relevance}, entries))
+        entries = {under("value", key): value for key, value in values.items()}
+        self._add(Piece(batch, index.long(), relevance, entries))
         return self
 
     def fold(
@@ -345,6 +340,14 @@ class ReferenceSamples:
         best = self.found.best(unit, group, against=against, count=count, apart=apart)
         one = UnitOf(self.layer, unit, self.reducer.axis, self.reducer.heads)
         return reference_frames(self.method, one, policy, source, best, reading, fields=fields)
+
+
+def _below(td: TensorDictBase, key: NestedKey) -> dict[NestedKey, Tensor]:
+    """The entries below a key, by the rest of their own."""
+    found = td.get(key, None)
+    if not isinstance(found, TensorDictBase):
+        return {}
+    return {unravel_key(name): value for name, value in found.items(True, True)}
 
 
 def _as_slice(rows: range | None) -> slice:

@@ -15,6 +15,7 @@ from tdhook.datasets.exact import DIGITS, carried, digits_of, value_of
 from tdhook.datasets.reducing import By, Part, Piece, Reducer, aligned, groups_of, labels_of
 from tdhook.datasets.top_lists import best, both, note_name
 from tdhook.keys import known_keys, parts_of
+from tdhook.models.capture import call_name
 from tdhook.targets.units import Layer, Units
 
 __all__ = ["NOTED", "UnitRows", "by_units"]
@@ -219,9 +220,18 @@ class UnitRows(Reducer):
     def _of_layer(self, found: Mapping[tuple[str, ...], Tensor]) -> Tensor | None:
         """What belongs to the layer; where the policy reads an entry of the row, ``"next"``, it lies under that."""
         key = parts_of(self.key)
-        among = [name for name in found if key and name[-len(key) :] == key]
+        if not key:
+            return None
+        wanted = (*key[:-1], key[-1].removesuffix(":0"))
+        among = [name for name in found if name[-len(key) :] == wanted]
         best = min(among, key=len, default=None)
-        return None if best is None else found[best]
+        if best is None:
+            return None
+        if wanted == key and (*best[:-1], call_name(best[-1], 1)) in found:
+            raise ValueError(
+                f"the layer {self.key!r} was called several times: say which call, '{self.key}:0' is the first"
+            )
+        return found[best]
 
     def _amounts(self, units: Tensor) -> tuple[Tensor, Tensor]:
         """How much each unit is, ``[sides, steps, units]``, and where most of it is.
