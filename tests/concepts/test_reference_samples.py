@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
+from torchrl.modules import GRUModule, set_recurrent_mode
 
 from tdhook import LRP, Target
 from tdhook.concepts import ReferenceSamples
@@ -310,3 +312,33 @@ def test_a_hundred_thousand_frames(tmp_path: Path) -> None:
     for i in (0, 3, 1):
         merged.merge(shards[i])
     same(merged, whole)
+
+
+def test_steps_of_a_recurrent_policy_without_its_padding() -> None:
+    torch.manual_seed(0)
+    gru = GRUModule(4, 6, in_keys=["observation", "state"], out_keys=["hidden", ("next", "state")])
+    head = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    net = TensorDictSequential(gru, TensorDictModule(head, ["hidden"], ["action_value"]))
+    mask = torch.ones(12, 7, dtype=torch.bool)
+    mask[3, 4:] = False
+    data = TensorDict(
+        {
+            "observation": torch.randn(12, 7, 4),
+            "state": torch.zeros(12, 7, 1, 6),
+            "action": torch.randint(2, (12, 7)),
+            "is_init": torch.arange(7)[None, :, None].expand(12, 7, 1) == 0,
+            "collector": {"mask": mask},
+        },
+        [12, 7],
+    )
+    how = LRP("lstm_lrp", target=Target("action_value", "action"))
+    counted = ReferenceSamples(how, "1.module.1", top=81, groups="action").fold(net, data, trajectories=True)
+    assert counted.found.count.tolist() == [int((data["action"][mask] == group).sum()) for group in (0, 1)]
+    with set_recurrent_mode("recurrent"):
+        hidden = net(data.clone())["hidden"]
+    amounts = head[:2](hidden) * head[2].weight[data["action"]]
+    for unit, group in itertools.product(range(5), (0, 1)):
+        best = counted.found.best(unit, group)
+        assert len(best) == counted.found.count[group] and bool(mask[best["row"], best["step"]].all())
+        found = amounts[best["row"], best["step"], unit].double()
+        torch.testing.assert_close(best["amount"], found, rtol=1e-3, atol=1e-6)
