@@ -18,7 +18,7 @@ from tdhook.concepts.reference_frames import UnitOf, reference_frames
 from tdhook.concepts.spans import joined, none_seen, of_rows, overlap, unseen
 from tdhook.contexts.attribution import Attribution, Shared
 from tdhook.contexts.explained import ExplainedModule
-from tdhook.datasets.explaining import one_way
+from tdhook.datasets.explaining import Explaining, one_way
 from tdhook.datasets.identity import Plain, described, difference
 from tdhook.datasets.job import Job
 from tdhook.datasets.reducing import By, Part, Piece
@@ -38,8 +38,8 @@ __all__ = ["ReferenceSamples"]
 Self = TypeVar("Self", bound="ReferenceSamples")
 
 _NAME = "units"
-_PIECE = 256
-"""Steps that are explained before they are added, at the least."""
+_ROWS, _BYTES = 256, 32 << 20
+"""Rows that are explained before they are counted, so many or as many as have so many bytes."""
 
 
 class ReferenceSamples:
@@ -181,7 +181,7 @@ class ReferenceSamples:
             source: a TensorDict, a folder, a replay buffer, or what else a job reads
                 (:data:`~tdhook.datasets.rows.Source`).
             rows: which of them, a stretch; by default all.
-            piece: how many are read and explained before they are counted.
+            piece: how many are read and explained before they are counted; by default by their size.
             threads: how many threads of torch compute, which decides how sums are rounded; by default as many as do.
             **reading: how rows are read, as a :class:`~tdhook.datasets.Job` does: ``prepare``, ``at``, ``in_keys``, ...
         """
@@ -191,8 +191,7 @@ class ReferenceSamples:
             raise ValueError(f"rows= is one stretch of rows, and this one has steps of {step}")
         with one_way(torch.get_num_threads() if threads is None else threads):
             explained = explaining(self.asked(policy), policy, data, reading)
-            at_once = max(1, explained.recorded.at_once or 1)
-            size = max(1, _PIECE // at_once) * at_once if piece is None else piece
+            size = _rows_together(explained) if piece is None else piece
             for first in range(begin // size * size, end, size):
                 for a, b in [*unseen(max(first, begin), min(first + size, end), self.seen)]:
                     explained.anew(a)
@@ -340,6 +339,15 @@ class ReferenceSamples:
         best = self.found.best(unit, group, against=against, count=count, apart=apart)
         one = UnitOf(self.layer, unit, self.reducer.axis, self.reducer.heads)
         return reference_frames(self.method, one, policy, source, best, reading, fields=fields)
+
+
+def _rows_together(explained: Explaining) -> int:
+    """How many rows are explained before they are counted: a multiple of those that one pass takes."""
+    first = explained.piece(0, min(2, len(explained.rows)))
+    found = sum(x.numel() * x.element_size() for x in first.entries.values()) // len(first.index)
+    steps: int = first.data.batch_size[1:].numel()
+    at_once = max(1, (explained.recorded.at_once or 1) // max(1, steps))
+    return max(1, min(_ROWS, _BYTES // max(1, found)) // at_once) * at_once
 
 
 def _below(td: TensorDictBase, key: NestedKey) -> dict[NestedKey, Tensor]:
