@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tdhook.concepts.activations import Activations
 from tdhook.concepts.found import Found
 from tdhook.concepts.origins import Origin
-from tdhook.concepts.reading import Reading, asked_of, explaining, is_path, path_of, written_at
+from tdhook.concepts.reading import Reading, asked_of, explaining, is_path, path_of, root_of, written_at
 from tdhook.concepts.reference_frames import UnitOf, reference_frames
 from tdhook.concepts.spans import joined, none_seen, of_rows, overlap, unseen
 from tdhook.contexts.attribution import Attribution, Shared
@@ -348,8 +348,11 @@ class ReferenceSamples:
 
         Raises:
             NotImplementedError: rows are trajectories.
+            ValueError: these are other data than those that were counted, or other weights.
         """
         best = self.found.best(unit, group, against=against, count=count, apart=apart)
+        if self._origin.source is not None:
+            self._origin.followed_by(Origin.of(root_of(policy), as_rows(source)), len(best))
         one = UnitOf(self.layer, unit, self.reducer.axis, self.reducer.heads)
         return reference_frames(self.method, one, policy, source, best, reading, fields=fields)
 
