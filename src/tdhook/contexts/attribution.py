@@ -81,6 +81,8 @@ class Attribution(ABC):
     """
 
     value_key: NestedKey = "value"
+    sides: tuple[str, ...] = ()
+    """Names under which lies what the model reads, of each of several runs; none where it lies at its own keys."""
 
     def __init__(
         self,
@@ -126,6 +128,30 @@ class Attribution(ABC):
             ``[outputs, *shape]`` where several outputs are explained. It is written as ``[*batch, *features]``, or
             ``[*batch, outputs, *features]``.
         """
+
+    def coefficients(
+        self, runner: Runner, td: TensorDictBase, there: Mapping[NestedKey, Tensor]
+    ) -> Mapping[NestedKey, Tensor]:
+        """What a change of each source by one counts, as the method linearises the model.
+
+        Args:
+            runner: runs the model.
+            td: the batch where it is linearised.
+            there: values of the sources elsewhere, for a method that goes there or compares with them.
+
+        Returns:
+            By source, of its shape, or ``[outputs, *shape]``.
+
+        Raises:
+            TypeError: it does not linearise the model.
+        """
+        raise TypeError(
+            f"{type(self).__name__} gives no coefficients of activations; Gradient, IntegratedGradients and LRP do"
+        )
+
+    def runs_on(self, td: TensorDictBase) -> list[TensorDictBase]:
+        """The batches that the model is run on, of which each has what the model reads at its own keys."""
+        return [td]
 
     @property
     def shared(self) -> dict[str, Any]:

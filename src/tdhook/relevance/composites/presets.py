@@ -20,7 +20,7 @@ from tdhook.relevance.rules.reveal import RevealCancelRule, ShapleyRule
 from tdhook.relevance.rules.signed import AlphaBetaRule, GammaRule, ZBoxRule, ZPlusRule
 from tdhook.relevance.rules.simple import IgnoreRule, PassRule
 from tdhook.relevance.rules.squares import FlatRule
-from tdhook.selectors import First, Op, SelectorLike, Type
+from tdhook.selectors import First, Last, Op, SelectorLike, Type
 
 __all__ = [
     "attn_lrp",
@@ -39,6 +39,7 @@ __all__ = [
     "excitation_backprop",
     "guided_backprop",
     "lstm_lrp",
+    "relp",
 ]
 
 
@@ -207,6 +208,22 @@ def cp_lrp() -> Composite:
     return _transformer(values_only=True)
 
 
+def relp(held: float = 0.5) -> Composite:
+    """Relevance patching (Jafari et al. 2025): :func:`cp_lrp`, with the last normalisation half held constant.
+
+    It is made for coefficients (:class:`~tdhook.attribution.Patching`). To hold the last normalisation constant is
+    right where the residual stream is replaced by another of the same length, and its gradient where little is added
+    to it: half of both serves both. Cosine similarity, a normalisation without a weight, is left to its gradient, so
+    that relevance is not conserved there.
+
+    Args:
+        held: how much of the last normalisation is held constant. The paper holds all of it, as :func:`cp_lrp` does.
+    """
+    norm = Last(Type(nn.LayerNorm, nn.RMSNorm, "*RMSNorm"))
+    ours = [(norm, LayerNormRule(held)), (Op("cosine_similarity"), IgnoreRule())]
+    return Composite(ours) + _transformer(values_only=True)
+
+
 def lstm_lrp(epsilon: Stabilizer = 1e-3) -> Composite:
     """Signal-take-all, for LSTM and GRU, fused or written out by hand (Arras et al. 2017 and 2019).
 
@@ -243,6 +260,7 @@ PRESETS.update(
             attn_lrp,
             cp_lrp,
             lstm_lrp,
+            relp,
         )
     }
 )
