@@ -47,11 +47,6 @@ class Gradient(Attribution):
         return _gradient(runner, td, self.seeder)
 
 
-def _gradient(runner: Runner, td: TensorDictBase, target: Seeder) -> dict[NestedKey, Tensor]:
-    with runner.forward(td) as run:
-        return run.pull(run.seeds(target), run.sources())
-
-
 class GradientTimesInput(Attribution):
     """The gradient of the target times the input: the first-order share of each input (Shrikumar et al. 2016)."""
 
@@ -61,3 +56,14 @@ class GradientTimesInput(Attribution):
             sources = run.sources()
             pulled = run.pull(run.seeds(self.seeder), sources)
             return {key: relevance_of(sources[key], grad, "gradient") for key, grad in pulled.items()}
+
+    def coefficients(
+        self, runner: Runner, td: TensorDictBase, there: Mapping[NestedKey, Tensor]
+    ) -> Mapping[NestedKey, Tensor]:
+        """The gradient."""
+        return _gradient(runner, td, self.seeder)
+
+
+def _gradient(runner: Runner, td: TensorDictBase, target: Seeder) -> dict[NestedKey, Tensor]:
+    with runner.forward(td) as run:
+        return run.pull(run.seeds(target), run.sources())

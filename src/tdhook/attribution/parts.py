@@ -98,8 +98,8 @@ class Parts:
         for axis in self.axes:
             if axis == 0 or not -count <= axis <= count:
                 raise IndexError(
-                    f"axis={axis} is no axis of parts of {name!r}, which has {['batch', *features]}: they lie along one "
-                    f"of 1 to {count}, or of -{count} to -1"
+                    f"axis={axis} is no axis of parts of {name!r}, which has {['batch', *features]}: they lie along "
+                    f"one of 1 to {count}, or of -{count} to -1"
                 )
             found.append(axis - 1 if axis > 0 else count + axis)
         if len(set(found)) < len(found):

@@ -136,36 +136,35 @@ class Patching(Attribution):
 
     def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
         """One run to be put into the other; there the method, or a forward pass for each part, as many as fit."""
-        both = dict(zip(SIDES, sides(runner.td), strict=True))
-        of_clean = runner.on(both[CLEAN])
-        with of_clean.forward(both[CLEAN]) as run:
-            target, asked = of_clean.pinned(run)
-            values = {CLEAN: self._value(run, runner.setup.question.target)}
-            found = {CLEAN: _values(run)}
-        runner.base = of_clean.as_it_is()
-        both = {CLEAN: asked, CORRUPT: both[CORRUPT].set(ASKED, asked.get(ASKED))}
-        with runner.from_the_start(), runner.on(both[CORRUPT], target).forward(both[CORRUPT]) as run:
-            values[CORRUPT] = self._value(run, target)
-            found[CORRUPT] = _values(run)
-        self._tell(runner, run, values)
-        here = CORRUPT if self.patch == CLEAN else CLEAN
-        there = _beside(found[self.patch], found[here])
-        on = runner.on(both[here], target)
+        clean, corrupt = sides(runner.td)
+        first = runner.on(clean)
+        with first.forward(clean) as run:
+            target, asked = first.pinned(run)
+            values, there = {CLEAN: _value(run, runner.setup.question.target)}, _values(run)
+        runner.base = first.as_it_is()
+        here = corrupt.set(ASKED, asked.get(ASKED))
+        if self.patch == CORRUPT:
+            with runner.from_the_start(), runner.on(corrupt, target).forward(corrupt) as run:
+                there = _values(run)
+            here = asked
+        on = runner.on(here, target)
         with runner.from_the_start():
             written = self._exact(on, there) if self.exact else self._approximate(on, there)
-            runner.beside.update(written)
+        values[CORRUPT] = _value(on.as_it_is() if self.patch == CLEAN else run, target)
+        _tell(runner, runner.base, values)
+        runner.beside.update(written)
+        on.base = first.base = None  # their graphs
         return {}
 
     def _approximate(self, on: Runner, there: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
         coefficients = self.method.explaining(on.setup.question.target).coefficients(on, on.td, there)
         run = on.as_it_is()
+        _require_alike(there, _values(run))
         written: dict[NestedKey, Tensor] = {}
         for name, source, end in self._pairs(run):
             rise = self._rise(run, source, there)
-            grad = coefficients[end].to(rise.dtype)
-            amounts = rise * grad
-            lead = run.batch_dims([source])[source]
-            features = rise.shape[lead:]
+            amounts = rise * coefficients[end]
+            features = rise.shape[run.batch_dims([source])[source] :]
             summed = self.parts.summed(amounts, features, source)
             written[name] = _written(run, end, summed, amounts.dim() > rise.dim())
         return written
@@ -173,6 +172,7 @@ class Patching(Attribution):
     def _exact(self, on: Runner, there: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
         written: dict[NestedKey, Tensor] = {}
         with on.forward(on.td) as run:
+            _require_alike(there, _values(run))
             variants = Variants(on, run)
             for name, source, end in self._pairs(run):
                 x, into = (run.sources([key])[key].detach() for key in (source, end))
@@ -207,19 +207,6 @@ class Patching(Attribution):
         """``a_clean - a_corrupt``."""
         rise = there[source] - run.sources([source])[source].detach()
         return rise if self.patch == CLEAN else -rise
-
-    def _value(self, run: Run, target: Seeder) -> Tensor:
-        """What is explained, ``[*batch]`` or ``[outputs, *batch]``."""
-        seeds = run.seeds(target)
-        run.look_at_axes(seeds)
-        return values_of(seeds, run.outputs.batch_dims)
-
-    def _tell(self, runner: Runner, run: Run, values: Mapping[str, Tensor]) -> None:
-        """Write the target of both runs, and its difference, ``[*batch]`` or ``[*batch, outputs]``."""
-        told = {**values, "target": values[CLEAN] - values[CORRUPT]}
-        several = values[CLEAN].dim() > run.outputs.batch_dims
-        for name, value in told.items():
-            runner.beside["ledger", name] = value.movedim(0, -1) if several else value
 
     @property
     def writes(self) -> tuple[NestedKey, ...]:
@@ -301,9 +288,12 @@ class _Patches:
 def _method(by: Attribution | str, target: TargetLike) -> Attribution:
     """The method that gives coefficients."""
     if isinstance(by, str):
+        if by in PRESETS:
+            return LRP(by, target=target).in_gradients()
         if by not in _NAMED:
             raise ValueError(
-                f"no coefficients are named {by!r}: there are {', '.join(_NAMED)}; or give a method"
+                f"no coefficients are named {by!r}: there are {', '.join(_NAMED)} and the presets of LRP, relp among "
+                "them; or give a method"
             )
         return _NAMED[by](target)
     if type(by).coefficients is Attribution.coefficients:
@@ -334,8 +324,23 @@ def _calls(run: Run, place: NestedKey, known: Mapping[NestedKey, Tensor]) -> lis
     return keys
 
 
-def _beside(there: Mapping[NestedKey, Tensor], here: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
-    """The values of one run that take the place of those of the other."""
+def _value(run: Run, target: Seeder) -> Tensor:
+    """What is explained, ``[*batch]`` or ``[outputs, *batch]``."""
+    seeds = run.seeds(target)
+    run.look_at_axes(seeds)
+    return values_of(seeds, run.outputs.batch_dims)
+
+
+def _tell(runner: Runner, run: Run, values: Mapping[str, Tensor]) -> None:
+    """Write the target of both runs, and its difference, ``[*batch]`` or ``[*batch, outputs]``."""
+    told = {**values, "target": values[CLEAN] - values[CORRUPT]}
+    several = values[CLEAN].dim() > run.outputs.batch_dims
+    for name, value in told.items():
+        runner.beside["ledger", name] = value.movedim(0, -1) if several else value
+
+
+def _require_alike(there: Mapping[NestedKey, Tensor], here: Mapping[NestedKey, Tensor]) -> None:
+    """The values of one run can take the place of those of the other."""
     if there.keys() != here.keys():
         only = next(key for key in (*there, *here) if not (key in there and key in here))
         name = module_path(_name(only))
@@ -349,7 +354,6 @@ def _beside(there: Mapping[NestedKey, Tensor], here: Mapping[NestedKey, Tensor])
                 f"{_name(key)!r} has the shape {list(x.shape)} in one run and {list(here[key].shape)} in the other: "
                 "one is put in the place of the other, so choose or pad inputs to be of one length"
             )
-    return dict(there)
 
 
 def _written(run: Run, key: NestedKey, value: Tensor, several: bool) -> Tensor:

@@ -15,7 +15,7 @@ from tdhook.models.entries import is_batch
 from tdhook.models.turns import here
 from tdhook.tape.cutting import Graph
 from tdhook.tape.dependence import leaf
-from tdhook.tape.functions import apart
+from tdhook.tape.functions import alias, apart
 from tdhook.tape.undoing import Hook, hooked
 
 __all__ = ["INPUT", "Captured", "call_name", "module_path"]
@@ -113,10 +113,11 @@ class Captured:
         ) -> tuple[tuple[object, ...], dict[str, object]]:
             for i, value in enumerate(args):
                 if isinstance(value, Tensor) and value.is_floating_point():
-                    return (*args[:i], self._read(path, module, value), *args[i + 1 :]), kwargs
+                    # What others read of it is another value on the tape.
+                    return (*args[:i], self._read(path, module, alias(value)), *args[i + 1 :]), kwargs
             for name, value in kwargs.items():
                 if isinstance(value, Tensor) and value.is_floating_point():
-                    return args, {**kwargs, name: self._read(path, module, value)}
+                    return args, {**kwargs, name: self._read(path, module, alias(value))}
             raise TypeError(
                 f"module {module_path(path)!r} ({type(module).__name__}) was given no floating-point tensor, so that "
                 f"{path!r} means nothing"
