@@ -128,6 +128,17 @@ class Patching(Attribution):
         return f"Patching({how}, at={list(self.at)!r}, patch={self.patch!r})"
 
     @property
+    def patches(self) -> tuple[object, ...]:
+        """Which parts of which places are patched, and in which direction."""
+        return self.at, self.edges, self.parts, self.patch
+
+    def exactly(self) -> Patching:
+        """The same, patched for real."""
+        other = copy.copy(self)
+        other.exact = True
+        return other
+
+    @property
     def question(self) -> Question:
         """What the method asks, at the places."""
         ends = [place for edge in self.edges for place in edge]

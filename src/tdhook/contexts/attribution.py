@@ -69,7 +69,9 @@ class Attribution(ABC):
         attribution_key: where relevance is written: that of ``key`` under ``(attribution_key, key)``.
         use_inputs: whether inputs get relevance.
         input_modules: paths of modules whose outputs get relevance, under ``(attribution_key, path)``; that of a second
-            call of the same module is under ``"path:1"``, of a third under ``"path:2"``, and so on.
+            call of the same module is under ``"path:1"``, of a third under ``"path:2"``, and so on. ``"path:input"`` is
+            what the module was given (the first floating-point tensor), as far as it goes through that module. A key
+            that is no path is one of ``attribute``.
         target_modules: paths of modules whose outputs may be explained, as if they were keys: ``Target(("path",))``.
         values: whether the values of what is attributed are written too, under ``("value", key or path)``; or the keys
             and paths whose values are.

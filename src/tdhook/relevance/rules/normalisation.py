@@ -15,8 +15,12 @@ from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.rules.gradient import GradientRule
 from tdhook.relevance.secants.norms import Normalisation, held, normalised
 from tdhook.relevance.secants.pair import Pair
+from tdhook.tape.conditions import holds
 
 __all__ = ["LayerNormRule"]
+
+_FAR = 0.05
+"""Farther off than rounding to bfloat16 makes values, as a share of the largest."""
 
 
 class LayerNormRule(GradientRule):
@@ -86,6 +90,24 @@ class LayerNormRule(GradientRule):
             raise ValueError(
                 f"LayerNormRule fits modules with `weight`, `bias` and `eps`, which {type(module).__name__} has not"
             )
+        if not type(module).__module__.startswith("torch."):
+            _require_same(module, inputs[0], outputs[0])
+
+
+def _require_same(module: nn.Module, x: Tensor, z: Tensor) -> None:
+    """A module that is written by hand computes what the rule takes it to: looked at in the first element."""
+    x, z = x[:1].detach(), z[:1].detach()
+    norm = Normalisation.of(type(module).__name__, module, x, (x,), {})
+    rows = norm.rows(x.to(_wide(x.dtype)))
+    rows = rows - rows.mean(-1, keepdim=True) if norm.centred else rows
+    expected = norm.back(rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + norm.eps), x)
+    expected = expected if norm.weight is None else expected * norm.weight.detach()
+    expected = expected if norm.bias is None else expected + norm.bias.detach()
+    if not holds((expected - z).abs().amax() <= _FAR * z.abs().amax()):
+        raise ValueError(
+            f"LayerNormRule takes {type(module).__name__} to return `weight * y + bias`, y being normalised, and it "
+            "returns something else, `(1 + weight) * y` say: leave it to its operations, which have rules of their own"
+        )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
