@@ -7,7 +7,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from tdhook import LRP, Composite, Target
+from tdhook import LRP, Composite, Target, preset
 from tdhook.rules import EpsilonRule, IgnoreRule, LayerNormRule
 from tdhook.selectors import Last, Op, Type
 
@@ -108,7 +108,7 @@ def test_a_norm_that_computes_something_else_is_refused() -> None:
             explained(td.clone())
 
 
-def test_relp_holds_half_of_the_last_normalisation_alone() -> None:
+def test_relp_holds_a_part_of_the_last_normalisation_alone() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(4, 5), nn.LayerNorm(5), nn.GELU(), nn.Linear(5, 5), nn.LayerNorm(5), nn.Linear(5, 3)
@@ -120,5 +120,6 @@ def test_relp_holds_half_of_the_last_normalisation_alone() -> None:
 
     last = Last(Type(nn.LayerNorm))
     left = [(Op("layer_norm") & last, IgnoreRule())]
-    expected = (found("cp_lrp") + found(Composite(left) + LRP("cp_lrp").composite)) / 2
+    expected = 0.4 * found("cp_lrp") + 0.6 * found(Composite(left) + preset("cp_lrp"))
     torch.testing.assert_close(found("relp"), expected, **EXACT)
+    torch.testing.assert_close(found(preset("relp", held=1.0)), found("cp_lrp"), **EXACT)

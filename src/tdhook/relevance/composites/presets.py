@@ -208,12 +208,12 @@ def cp_lrp() -> Composite:
     return _transformer(values_only=True)
 
 
-def relp(held: float = 0.5) -> Composite:
-    """Relevance patching (Jafari et al. 2025): :func:`cp_lrp`, with the last normalisation half held constant.
+def relp(held: float = 0.4) -> Composite:
+    """Relevance patching (Jafari et al. 2025): :func:`cp_lrp`, with the last normalisation held constant in part.
 
     It is made for coefficients (:class:`~tdhook.attribution.Patching`). To hold the last normalisation constant is
     right where the residual stream is replaced by another of the same length, and its gradient where little is added
-    to it: half of both serves both. Cosine similarity, a normalisation without a weight, is left to its gradient, so
+    to it: a part of each serves both. Cosine similarity, a normalisation without a weight, is left to its gradient, so
     that relevance is not conserved there.
 
     Args:
