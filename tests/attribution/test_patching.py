@@ -23,6 +23,7 @@ from tdhook.attribution import (
 from tdhook.attribution.catalogue import method, method_from_dict
 from tdhook.perturbing.quadrature import quadrature
 from tdhook.rules import EpsilonRule
+from tdhook.targets import Through
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -570,6 +571,12 @@ def test_methods_without_coefficients() -> None:
 def test_what_cannot_be_patched(options, error: type[Exception], told: str) -> None:
     with pytest.raises(error, match=told):
         Patching("atp", Target("output", 0), **options).wrap(network())(states(3))
+
+
+def test_a_target_that_is_no_value() -> None:
+    through = Through(Target("output", 0), "1", units=0)
+    with pytest.raises(ValueError, match="relevance through units is none: name the way by edges"):
+        Patching("atp", through, at="0").wrap(network())(states(3))
 
 
 def test_a_place_that_is_never_run() -> None:

@@ -41,6 +41,7 @@ ORDER = (
     "tdhook.evaluation",
     "tdhook.rl",
     "tdhook.datasets",
+    "tdhook.concepts",
     "tdhook.plots",
     "tdhook.video",
     "tdhook.pages",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from tensordict.utils import NestedKey
@@ -26,6 +27,7 @@ from tdhook.relevance.propagation.reference import Parted
 from tdhook.relevance.secants.pair import difference
 from tdhook.tape.internals import is_wrapped
 from tdhook.targets.base import Seeder, Seeds
+from tdhook.targets.through import begun_at
 
 __all__ = ["REFERENCE", "explain_difference"]
 
@@ -50,7 +52,7 @@ def explain_difference(
         Relevance by source, as :meth:`~tdhook.contexts.attribution.Attribution.explain` does.
     """
     ledger = ready.ledger
-    sources, seeds = run.sources(), run.seeds(seeder)
+    sources = run.sources()
     ends = {key: x.detach() for key, x in sources.items()}
     found, values, sums = Means(references.spread), Means(), Means()
     accounts: list[list[Entry]] = []
@@ -59,20 +61,21 @@ def explain_difference(
     beside = _Runs(runner, run, ready, plan, references)
     for one in drawn:
         there = beside.on(one)
-        grads = _seeds(seeds, there, plan)
+        seeds = run.seeds(seeder, plan.flow, _Rises(there, plan))
         if references.values:
+            explained = seeds.whole or seeds
             values.add(
                 {
                     key: there.outputs(key).expand_as(z)
-                    for key, z in zip(seeds.keys, seeds.tensors, strict=True)
+                    for key, z in zip(explained.keys, explained.tensors, strict=True)
                 }
             )
         if ledger is not None:
             counterparts = _counterparts(run, there, seeds, sources)
-            sums.add(balance(ledger, run, grads, sources, plan.flow, counterparts))
+            sums.add(balance(ledger, run, seeds, sources, plan.flow, counterparts))
             accounts.append(ledger.accounts())
             per_element = per_element and ledger.per_element
-        pulled = run.pull(grads, sources, keep=ledger is not None)
+        pulled = run.pull(seeds, sources, keep=ledger is not None)
         shares = {}
         for key, value in pulled.items():
             start = there.sources.get(key, ends[key])
@@ -173,7 +176,7 @@ class _Runs:
 
     def _forward(self, one: Drawn, *, alone: bool = False) -> Run:
         runner, reference = self.runner, self.reference
-        target, given = runner.pinned(self.run)
+        target, given = runner.pinned(self.run, begun_at(runner.setup.question.target))
         if one.entries:
             given = given.copy()
             for key, value in one.entries.items():
@@ -201,7 +204,8 @@ class _Runs:
         sources = {key: x.detach() for key, x in run.sources().items()}
         inputs = {key: x.detach() for key, x in run.inputs.items()}
         offered = run.offered().detach()
-        return There(offered.get, sources, inputs)
+        passed = {key: x.detach() for key, x in run.passed().items()}
+        return There(lambda key: passed[key] if key in passed else offered.get(key), sources, inputs)
 
 
 def _are_close(full: Sequence[Tensor | None], one: Sequence[Tensor | None]) -> bool:
@@ -233,17 +237,32 @@ def _counterparts(
 ) -> Callable[[Tensor], Tensor]:
     """What values of one run are in the other."""
     starts = {**there.inputs, **there.sources}
-    found = {id(z): there.outputs(key) for key, z in zip(seeds.keys, seeds.tensors, strict=True)}
+    found: dict[int, Tensor] = {}
+    for explained in (seeds, seeds.whole):
+        if explained is not None:
+            pairs = zip(explained.keys, explained.tensors, strict=True)
+            found.update((id(z), there.outputs(key)) for key, z in pairs)
     found.update((id(x), starts[key]) for key, x in {**run.inputs, **sources}.items() if key in starts)
     return lambda x: found.get(id(x), x).detach()
 
 
-def _seeds(seeds: Seeds, there: There, plan: Plan) -> Seeds:
-    """Where the backward pass starts: at differences of what is explained."""
-    if plan.flow == "gradient":
-        return seeds
-    grads = []
-    for key, z, grad in zip(seeds.keys, seeds.tensors, seeds.grads, strict=True):
-        rise = difference(z.detach(), there.outputs(key))
-        grads.append(torch.where(grad == 0, 0.0, grad * rise))
-    return Seeds(seeds.keys, seeds.tensors, grads, seeds.several)
+@dataclass(frozen=True)
+class _Rises:
+    """What is explained, as it differs from a reference: :class:`~tdhook.passes.within.Against`."""
+
+    there: There
+    plan: Plan
+
+    def rises(self, seeds: Seeds) -> Seeds:
+        """Where the backward pass starts: at differences of what is explained."""
+        if self.plan.flow == "gradient":
+            return seeds
+        grads = [
+            torch.where(grad == 0, 0.0, grad * self.rise(key, z))
+            for key, z, grad in zip(seeds.keys, seeds.tensors, seeds.grads, strict=True)
+        ]
+        return replace(seeds, grads=grads)
+
+    def rise(self, key: NestedKey, value: Tensor) -> Tensor:
+        """How far a value is from what it is on the reference."""
+        return difference(value.detach(), self.there.outputs(key))

@@ -122,7 +122,7 @@ class Averaged(Attribution):
             there = runner.on(given, variants.target, replaced=entries)
             found = method.explain(there, given)
             base = there.as_it_is()
-            return values_of(base.seeds(variants.target), base.outputs.batch_dims), found
+            return values_of(base.seeds(variants.target), base.outputs.batch_size), found
 
         for answer in variants.each(over.samples, changed, ask, variants.size, alike=True):
             before = 1 + variants.several + dims

@@ -32,7 +32,7 @@ from tdhook.relevance.ledger.ledger import Ledger
 from tdhook.relevance.ledger.report import ledger_table
 from tdhook.relevance.plans.making import make_plan, observe
 from tdhook.relevance.plans.plan import Merge, Plan
-from tdhook.relevance.plans.rehearsal import Ready, rehearse
+from tdhook.relevance.plans.rehearsal import Ready, learn_order, rehearse
 from tdhook.targets import TargetLike
 
 if TYPE_CHECKING:
@@ -214,7 +214,9 @@ class LRP(Compared):
             initialise(model, td)
         plan = self._plan(model, td)
         if td is not None and plan.interception is not None:
-            rehearse(plan, Runner(Setup(model, self.question), td))
+            setup = Setup(model, self.question)
+            learn_order(plan, Runner(setup, td))
+            rehearse(plan, Runner(setup, td))
         return plan
 
     def start(self, model: Model) -> Ready:

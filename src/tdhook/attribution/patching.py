@@ -147,6 +147,10 @@ class Patching(Attribution):
 
     def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
         """One run to be put into the other; there the method, or a forward pass for each part, as many as fit."""
+        if runner.setup.question.target.places:
+            raise ValueError(
+                "an effect is one on the value of a target, and relevance through units is none: name the way by edges"
+            )
         clean, corrupt = sides(runner.td)
         first = runner.on(clean)
         with first.forward(clean) as run:
@@ -339,7 +343,7 @@ def _value(run: Run, target: Seeder) -> Tensor:
     """What is explained, ``[*batch]`` or ``[outputs, *batch]``."""
     seeds = run.seeds(target)
     run.look_at_axes(seeds)
-    return values_of(seeds, run.outputs.batch_dims)
+    return values_of(seeds, run.outputs.batch_size)
 
 
 def _tell(runner: Runner, run: Run, values: Mapping[str, Tensor]) -> None:

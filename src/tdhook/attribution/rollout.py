@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from tdhook.contexts.attribution import Attribution, Shared
 from tdhook.keys import under
-from tdhook.passes.forward import AsItIs
 from tdhook.passes.runner import Runner
+from tdhook.passes.within import AsItIs
 from tdhook.tape.conditions import holds
 from tdhook.targets import TargetLike
 

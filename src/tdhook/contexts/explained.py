@@ -106,7 +106,13 @@ class ExplainedModule(TensorDictModuleBase):
         self._entries = {key: self.entry(key) for key in setup.sources}
         self._told = {entry: parts_of(key) for key, entry in self._entries.items()}
         target = setup.question.target
-        self.out_keys = [*model.runner.out_keys, *self._entries.values(), *target.writes, *method.writes]
+        self.out_keys = [
+            *model.runner.out_keys,
+            *self._entries.values(),
+            *target.writes,
+            *target.tells,
+            *method.writes,
+        ]
         if "spread" in method.writes_under:
             self.out_keys += [("spread", *parts_of(key)) for key in setup.sources]
         # Some models say which of the entries that they read are attributed, and read others.
@@ -340,6 +346,7 @@ class ExplainedModule(TensorDictModuleBase):
         runner.base = None
         written = base.written()
         written.update(runner.beside)
+        written.update(base.told)
         if self._setup.question.values is not False:
             written.update(self._values(base))
         written.update(self._relevance(base, found))

@@ -6,7 +6,7 @@ Found by running the model once on real input; without input, registration order
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from tdhook.models.entries import is_batch
 from tdhook.models.holding import modules_of
-from tdhook.models.sites import Site
+from tdhook.models.sites import Performance, Site
 from tdhook.models.state import as_normal, restored
 from tdhook.models.turns import here
 from tdhook.tape.internals import parameters_of
@@ -38,23 +38,25 @@ class Execution:
         order: names in order of execution, once per call.
         reads: name of a layer to the keys that it is the first to read.
         writes: name of a layer to the keys that it is the last to make.
+        performed: operations in order of execution, as far as that was looked at.
     """
 
     modules: dict[str, nn.Module]
     order: tuple[str, ...] = ()
     reads: dict[str, set[NestedKey]] = field(default_factory=dict)
     writes: dict[str, set[NestedKey]] = field(default_factory=dict)
+    performed: tuple[Performance, ...] = ()
 
     def site(self, name: str) -> Site:
         """A module of the model as selectors see it."""
-        return self._site(name, self.modules[name], None)
+        return self._site(name, self.modules[name])
 
-    def operation(self, operation: str, name: str, module: nn.Module) -> Site:
-        """An operation inside a module of that name, as selectors see it."""
-        return self._site(name, module, operation)
+    def operation(self, operation: str, name: str, module: nn.Module, number: int = 0) -> Site:
+        """An operation inside a module of that name, as selectors see it; ``number`` of that name came before it."""
+        return replace(self._site(name, module), operation=operation, number=number, performed=self.performed)
 
-    def _site(self, name: str, module: nn.Module, operation: str | None) -> Site:
-        return Site(name, module, operation, self.order, self.modules, self.reads, self.writes)
+    def _site(self, name: str, module: nn.Module) -> Site:
+        return Site(name, module, None, self.order, self.modules, self.reads, self.writes)
 
 
 def _is_layer(module: nn.Module) -> bool:

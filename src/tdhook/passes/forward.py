@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -19,50 +18,16 @@ from tdhook.models.capture import call_name
 from tdhook.models.entries import entries_of, frames_of, is_flat
 from tdhook.passes.diagnosis import is_explainable, why_not_finite, why_relevance_is_not
 from tdhook.passes.finite import Disregarding, are_finite
+from tdhook.passes.performed import Output
 from tdhook.passes.rows import is_close
 from tdhook.passes.setup import Setup
+from tdhook.passes.within import Against
 from tdhook.targets.base import Seeder, Seeds, require_dependence
+from tdhook.targets.pinned import pin
+from tdhook.targets.through import OfOperations, Place, Through, outwards
+from tdhook.targets.units import Chosen, Layer
 
-__all__ = ["AsItIs", "Run", "Within"]
-
-
-class Within(Protocol):
-    """How a method wants a model to be run."""
-
-    @property
-    def overwrites(self) -> bool:
-        """Whether the model may overwrite what it is given, which then are no leaves of the graph."""
-
-    @property
-    def whole(self) -> bool:
-        """Whether all of the model is wanted on the tape, and not only what the target depends on."""
-
-    def attached(self) -> AbstractContextManager[object]:
-        """Entered around the forward pass and the backward passes."""
-
-    def running(self) -> AbstractContextManager[object]:
-        """Entered around the forward pass alone."""
-
-    def returned(self, values: Iterable[object]) -> None:
-        """Be told what the model returned."""
-
-
-class AsItIs:
-    """The model as it is; it may overwrite what it is given."""
-
-    overwrites = True
-    whole = False
-
-    def attached(self) -> AbstractContextManager[object]:
-        """Nothing is changed."""
-        return nullcontext()
-
-    def running(self) -> AbstractContextManager[object]:
-        """Nothing is changed."""
-        return nullcontext()
-
-    def returned(self, values: Iterable[object]) -> None:
-        """Nothing is done."""
+__all__ = ["Run"]
 
 
 def _independent(sources: Mapping[NestedKey, Tensor]) -> list[list[NestedKey]]:
@@ -103,6 +68,8 @@ class Run:
         flat: whether the model ran on a flat batch, whose leading axis ``modules`` and ``keys`` have.
         modules: outputs of the modules that were asked for, by path and call, on the graph.
         keys: values of the inner keys that were asked for, on the graph.
+        performed: outputs of the operations that were asked for, on the graph.
+        told: what the target found out of what it explains, to be written too.
     """
 
     setup: Setup
@@ -112,22 +79,71 @@ class Run:
     flat: bool
     modules: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[NestedKey, Tensor] = field(default_factory=dict)
+    performed: dict[OfOperations, list[Output]] = field(default_factory=dict)
+    told: dict[NestedKey, Tensor] = field(default_factory=dict)
 
-    def seeds(self, target: Seeder, flow: Convention = "gradient") -> Seeds:
-        """Where the backward pass starts.
+    def seeds(self, target: Seeder, flow: Convention = "gradient", against: Against | None = None) -> Seeds:
+        """Where the backward pass starts: at outputs, or inside the model, where a target passes some units alone.
 
         Args:
             target: what is explained.
             flow: the convention in which the backward pass runs.
+            against: the reference, where the difference from there is explained.
 
         Raises:
             ValueError: a value that is explained is not finite.
         """
-        seeds = target(self.offered(), self.td, flow)
+        if target.places:
+            target = outwards(target)
+            if isinstance(target, Through):
+                return self._onward(target, flow, against)[0]
+        seeds = target(self.offered(), self.td, flow if against is None else "gradient")
         for key, z, grad in zip(seeds.keys, seeds.tensors, seeds.grads, strict=True):
             if not is_explainable(z, grad):
                 raise ValueError(why_not_finite(self.setup.model, self.setup.leaves.in_keys, key, self.td))
-        return seeds
+        return seeds if against is None else against.rises(seeds)
+
+    def pinned(self, target: Seeder) -> tuple[Seeder, dict[NestedKey, Tensor]]:
+        """A target that has chosen, and the entries ``[*batch, ...]`` that hold what."""
+        target = outwards(target)
+        if not isinstance(target, Through):
+            return pin(target, self.offered(), self.td)
+        inner, kept = self.pinned(target.inner())
+        _, chosen = self._onward(target, "gradient", None)
+        through, ours = target.pinned(inner, chosen, self.td.batch_dims)
+        return through, {**kept, **ours}
+
+    def _onward(self, target: Through, flow: Convention, against: Against | None) -> tuple[Seeds, Chosen]:
+        """Where the backward pass goes on from some units, and which these are."""
+        layer = self.layer(target.place)
+        if not torch.is_grad_enabled():
+            raise TypeError(
+                f"what passes units of {layer.name} is found on the way back, and this method runs the model forwards "
+                "alone: explain by one that takes gradients, or explain what is behind the units"
+            )
+        begun = self.seeds(target.inner(), flow, against)
+        name: NestedKey = ("through", layer.name)
+        found = self.pull(begun, {name: layer.value}, passing=layer.name)
+        rise = None if against is None else against.rise(name, layer.value)
+        chosen = target.choose(layer, found[name], self.offered(), self.td, flow, rise)
+        if chosen.numbers is not None:
+            self.told.update(dict.fromkeys(target.tells[-1:], chosen.numbers))
+        return target.onward(begun, layer, found[name], chosen), chosen
+
+    def layer(self, place: Place) -> Layer:
+        """The layer at a place that the target names.
+
+        Raises:
+            ValueError: the model did not come there, or several times.
+        """
+        keys = {**self.keys, **self.inputs}
+        inside, batch = self.setup.inside, self.td.batch_size
+        return inside.layer(place, batch, self.modules, keys, self.performed, self.flat)
+
+    def passed(self) -> dict[NestedKey, Tensor]:
+        """The values of the layers that the target names, by the names that they have in seeds."""
+        layers = map(self.layer, self.setup.question.target.places)
+        return {("through", layer.name): layer.value for layer in layers}
 
     def offered(self) -> TensorDictBase:
         """What may be explained: the outputs, and those of ``target_modules`` by path and call."""
@@ -196,7 +212,12 @@ class Run:
         return found
 
     def pull(
-        self, seeds: Seeds, sources: Mapping[NestedKey, Tensor], *, keep: bool = False
+        self,
+        seeds: Seeds,
+        sources: Mapping[NestedKey, Tensor],
+        *,
+        keep: bool = False,
+        passing: str | None = None,
     ) -> dict[NestedKey, Tensor]:
         """Run the backward pass.
 
@@ -204,6 +225,7 @@ class Run:
             seeds: where it starts.
             sources: where it ends.
             keep: whether accounts are kept of every value on the tape.
+            passing: where inside the model it ends, in words, if not at what is attributed.
 
         Returns:
             What arrives at each source, detached and of its shape, after a leading axis ``[outputs]`` where several
@@ -229,7 +251,7 @@ class Run:
             if grad is not None:
                 break
         else:
-            require_dependence(seeds, sources, [False])
+            require_dependence(seeds, sources, [False], passing)
         several = () if seeds.several is None else (seeds.several,)
         return {
             key: value.new_zeros(*several, *value.shape) if grad is None else grad.detach()
@@ -260,7 +282,7 @@ class Run:
             seeds: what is explained.
             among: the sources that are looked at.
         """
-        own, sources = self.td.batch_dims, self.sources(among)
+        own, batch, sources = self.td.batch_dims, self.td.batch_size, self.sources(among)
         axes = [axis for axis in range(own) if self.td.batch_size[axis] > 1]
         plain = self.pull(seeds, sources) if axes else {}
         found = []
@@ -271,7 +293,10 @@ class Run:
             def weighed(x: Tensor, at: int, weight: Tensor = weight) -> Tensor:
                 return x * weight.to(x).reshape(-1, *(1,) * (x.dim() - at - 1))
 
-            grads = [weighed(grad, after + axis) for grad in seeds.grads]
+            grads = [
+                weighed(grad.reshape(*grad.shape[:after], *batch, -1), after + axis).reshape(grad.shape)
+                for grad in seeds.grads
+            ]
             pulled = self.pull(Seeds(seeds.keys, seeds.tensors, grads, seeds.several), sources)
             for key, grad in pulled.items():
                 one, all_ = (self.in_batch_shape(key, x, sources[key]) for x in (grad, plain[key]))

@@ -20,17 +20,19 @@ from torch import Tensor
 
 from tdhook.models.capture import Captured
 from tdhook.models.entries import plain
+from tdhook.models.holding import modules_of
 from tdhook.models.snapshots import Snapshot
 from tdhook.models.state import as_normal, without_backward_hooks
 from tdhook.passes.axes import Misread
-from tdhook.passes.forward import AsItIs, Run, Within
+from tdhook.passes.forward import Run
 from tdhook.passes.heads import NotBehind, NowKnown
+from tdhook.passes.performed import Performed
 from tdhook.passes.setup import Setup
+from tdhook.passes.within import AsItIs, Within
 from tdhook.tape.cutting import Graph
 from tdhook.tape.overwriting import Mutated
 from tdhook.tape.undoing import all_of, undone
 from tdhook.targets.base import Seeder
-from tdhook.targets.pinned import pin
 
 __all__ = ["Runner"]
 
@@ -137,11 +139,20 @@ class Runner:
                 for key, value in inputs.items():
                     if key not in integers and (on_tape or key not in replaced):
                         work.set(key, value.clone())
-            captured, collecting, forget = None, None, None
+            captured, collecting, performed, looking = None, None, None, None
             if setup.collects:
                 captured = Captured(replaced, self.graph, partial(setup.axis, tuple(td.batch_size)))
-                collecting, forget = setup.collecting(captured), captured.clear
-            with all_of(collecting, how.running()):
+                collecting = setup.collecting(captured)
+                if setup.inside.operations:
+                    performed = Performed(setup.inside.operations, modules_of(setup.model.root), how)
+                    looking = performed.within()
+
+            def forget() -> None:
+                for taken in (captured, performed, how):
+                    if taken is not None:
+                        taken.clear()
+
+            with all_of(collecting, how.running(), looking):
                 given = work.copy() if asked.writes else work  # what the model writes goes into it
                 heads = setup.heads.possible and not how.whole and torch.is_grad_enabled()
                 inside = all_of(
@@ -161,6 +172,7 @@ class Runner:
             run = Run(setup, td, inputs, outputs, flat)
             if captured is not None:
                 run.modules, run.keys = captured.modules, captured.keys
+                run.performed = {} if performed is None else performed.chosen()
             if is_base:
                 self.base, setup.apart = run, setup.model.apart
             yield run
@@ -186,7 +198,7 @@ class Runner:
         Returns:
             The target that has chosen, and the TensorDict with what it chose.
         """
-        target, chosen = pin(target or self.setup.question.target, run.offered(), run.td)
+        target, chosen = run.pinned(target or self.setup.question.target)
         asked = (run.td if td is None else td).copy()
         for key, value in chosen.items():
             asked.set(key, value)

@@ -20,6 +20,7 @@ from tdhook.models.turns import Turn
 from tdhook.passes.axes import Axes
 from tdhook.passes.backward import PullBack
 from tdhook.passes.heads import Heads
+from tdhook.passes.inside import Inside
 from tdhook.passes.leaves import Choose, Leaves
 from tdhook.targets.base import Seeder
 
@@ -77,6 +78,7 @@ class Setup:
         memory: which modules may change what they hold when they run.
         keeps_anywhere: whether values of its runs may be kept anywhere, and not only on the model, nor are they young.
         axes: which axes of the outputs of modules are the batch's.
+        inside: the places inside the model that the target names.
         apart: how the model returns a TensorDict of its own, if it was seen to.
         layout: how variants of a batch leave each other alone, as far as was seen: one of :data:`LAYOUTS`.
 
@@ -90,14 +92,17 @@ class Setup:
         self.attribute, self.input_modules = question.attribute, question.input_modules
         self.target_modules = question.target_modules
         named = () if isinstance(question.values, bool) else question.values
-        named_keys = bool(named) or isinstance(question.attribute, tuple)
+        places = question.target.places
+        named_keys = bool(named) or isinstance(question.attribute, tuple) or bool(places)
         known = _inner_keys(model) if named_keys else set()
         self.valued_keys = [key for key in named if key in known or key in model.attributed]
         self.valued_modules = [_path(key) for key in named if key not in self.valued_keys]
-        paths = (*question.input_modules, *question.target_modules, *self.valued_modules)
+        self.inside = Inside.of(model, places, known) if places else Inside()
+        inside = self.inside.paths
+        paths = (*question.input_modules, *question.target_modules, *self.valued_modules, *inside)
         self.paths: Mapping[str, nn.Module] = {path: model.submodule(module_path(path)) for path in paths}
         self.attributed = _attributed(model, question, known)
-        self.watched = _watched(question.attribute, self.valued_keys)
+        self.watched = _watched(question.attribute, [*self.valued_keys, *self.inside.keys])
         reads = [key for key in map(unravel_key, model.runner.in_keys) if not model.made.get(key)]
         self.in_keys = list(dict.fromkeys([*reads, *question.target.in_keys]))
         self.apart: Apart | None = None
@@ -128,7 +133,7 @@ class Setup:
     @property
     def collects(self) -> bool:
         """Whether values from inside the model are collected."""
-        return bool(self.paths) or self.watched is not None
+        return bool(self.paths) or self.watched is not None or bool(self.inside.operations)
 
     def collecting(self, captured: Captured) -> AbstractContextManager[None]:
         """Collect values from inside the model."""

@@ -96,7 +96,7 @@ class Variants:
         self._inputs = set(run.inputs)
         seeds = run.seeds(wanted)
         run.look_at_axes(seeds)
-        self.values = values_of(seeds, run.outputs.batch_dims)
+        self.values = values_of(seeds, run.outputs.batch_size)
         self.batch: torch.Size = run.outputs.batch_size
         self._looked: set[Ask] = set()
         sizes = list(sizes_behind(seeds.tensors))
@@ -301,7 +301,7 @@ class Variants:
         self, td: TensorDictBase, replaced: Mapping[NestedKey, Tensor]
     ) -> tuple[Tensor, dict[NestedKey, Tensor]]:
         with self._runner.forward(td, target=self.target, replaced=replaced) as run:
-            return values_of(run.seeds(self.target), run.outputs.batch_dims), {}
+            return values_of(run.seeds(self.target), run.outputs.batch_size), {}
 
     def _gradient(
         self,
@@ -316,16 +316,17 @@ class Variants:
             pulled = run.pull(seeds, sources)
             if reached:
                 pulled.update({under(REACHED, key): x.detach() for key, x in sources.items()})
-            return values_of(seeds, run.outputs.batch_dims), pulled
+            return values_of(seeds, run.outputs.batch_size), pulled
 
 
-def values_of(seeds: Seeds, batch_dims: int) -> Tensor:
+def values_of(seeds: Seeds, batch: torch.Size) -> Tensor:
     """What is explained of each element, weights times outputs, ``[*batch]``; or ``[outputs, *batch]``."""
-    axes = batch_dims + (seeds.several is not None)
+    lead = () if seeds.several is None else (seeds.several,)
     found = None
     for z, weight in zip(seeds.tensors, seeds.grads, strict=True):
         share = torch.where(weight == 0, 0.0, weight * z.detach())
-        share = share.flatten(axes).sum(-1) if share.dim() > axes else share
+        # A layer that is explained may have the axes of the batch as one.
+        share = share.reshape(*lead, *batch, -1).sum(-1)
         found = share if found is None else found + share
     assert found is not None
     return found

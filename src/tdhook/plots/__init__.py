@@ -5,6 +5,7 @@ Red is relevance that speaks for the target, blue relevance that speaks against 
 """
 
 from tdhook.plots.frames import overlay, relevance_on_frames
+from tdhook.plots.graphs import relevance_graph
 from tdhook.plots.matrices import relevance_matrix
 from tdhook.plots.style import RELEVANCE_COLOURS
 from tdhook.plots.time import relevance_over_time
@@ -17,6 +18,7 @@ __all__ = [
     "overlay",
     "relevance_bars",
     "relevance_during_training",
+    "relevance_graph",
     "relevance_matrix",
     "relevance_of_tokens",
     "relevance_on_frames",

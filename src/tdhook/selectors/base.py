@@ -39,6 +39,16 @@ class Selector(ABC):
         """Whether it matters inside which module an operation is."""
         return False
 
+    @property
+    def orders_operations(self) -> bool:
+        """Whether it matters when an operation is performed."""
+        return False
+
+    @property
+    def anywhen(self) -> Selector:
+        """What it would mean if it did not matter when an operation is performed: all that it may mean."""
+        return self
+
     def __and__(self, other: SelectorLike) -> Selector:
         return AllOf((*members(self, AllOf), *members(as_selector(other), AllOf)))
 
@@ -140,6 +150,14 @@ class Several(Selector):
     def depends_on_path(self) -> bool:
         return any(s.depends_on_path for s in self.selectors)
 
+    @property
+    def orders_operations(self) -> bool:
+        return any(s.orders_operations for s in self.selectors)
+
+    @property
+    def anywhen(self) -> Selector:
+        return type(self)(tuple(s.anywhen for s in self.selectors))
+
     def _joined(self, symbol: str) -> str:
         return "(" + f" {symbol} ".join(map(repr, self.selectors)) + ")"
 
@@ -217,6 +235,14 @@ class NotThe(Selector):
     def depends_on_path(self) -> bool:
         return self.selector.depends_on_path
 
+    @property
+    def orders_operations(self) -> bool:
+        return self.selector.orders_operations
+
+    @property
+    def anywhen(self) -> Selector:
+        return _AnyOperation() if self.orders_operations else self
+
     def matches(self, site: Site) -> bool:
         if self.reaches_operations:
             return site.operation is not None and not self.selector.matches(site)
@@ -227,6 +253,16 @@ class NotThe(Selector):
 
     def __repr__(self) -> str:
         return f"~{self.selector!r}"
+
+
+class _AnyOperation(Selector):
+    """All operations."""
+
+    def matches(self, site: Site) -> bool:
+        return site.operation is not None
+
+    def to_dict(self) -> dict[str, object]:
+        return {"op": ["*"]}
 
 
 def _several(value: object) -> tuple[Selector, ...]:

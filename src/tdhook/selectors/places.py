@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from tensordict.utils import NestedKey, unravel_key
 from torch import nn
@@ -17,6 +18,8 @@ from tdhook.models.sites import Site
 from tdhook.selectors.base import Selector, as_selector, names_in, reads_data, stands_for
 
 __all__ = ["First", "Last", "Name", "Reads", "Type", "Where", "Writes"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, init=False)
@@ -156,27 +159,46 @@ class _Extreme(Selector):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "selector", as_selector(self.selector))
-        if self.selector.reaches_operations:
-            raise TypeError(
-                f"{type(self).__name__} chooses among modules, and {self.selector!r} selects operations"
-            )
 
     @property
     def needs_execution(self) -> bool:
         return True
 
+    @property
+    def reaches_operations(self) -> bool:
+        return self.selector.reaches_operations
+
+    @property
+    def depends_on_path(self) -> bool:
+        return self.reaches_operations
+
+    @property
+    def orders_operations(self) -> bool:
+        return self.reaches_operations
+
+    @property
+    def anywhen(self) -> Selector:
+        return self.selector.anywhen if self.reaches_operations else self
+
     def matches(self, site: Site) -> bool:
-        if site.order is None:
+        if site.order is None and site.performed is None:
             raise ValueError(
                 f"{self!r} depends on the execution order of a whole model; give the composite to LRP(...) itself "
                 "rather than calling it with one module"
             )
-        for name in self._directed(site.order):
+        if self.reaches_operations:
+            if site.operation is None:
+                return False
+            for one in self._directed(site.performed or ()):
+                if self.selector.matches(site.another(one)):
+                    return one == site.performance
+            return False
+        for name in self._directed(site.order or ()):
             if self.selector.matches(site.elsewhere(name)):
                 return name == site.name
         return False
 
-    def _directed(self, order: tuple[str, ...]) -> tuple[str, ...]:
+    def _directed(self, order: tuple[T, ...]) -> tuple[T, ...]:
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, object]:
@@ -187,16 +209,16 @@ class _Extreme(Selector):
 
 
 class First(_Extreme):
-    """The first module, in execution order, that a selector matches."""
+    """The first module, in execution order, that a selector matches; or, of operations, the first of these."""
 
-    def _directed(self, order: tuple[str, ...]) -> tuple[str, ...]:
+    def _directed(self, order: tuple[T, ...]) -> tuple[T, ...]:
         return order
 
 
 class Last(_Extreme):
-    """The last module, in execution order, that a selector matches."""
+    """The last module, in execution order, that a selector matches; or, of operations, the last of these."""
 
-    def _directed(self, order: tuple[str, ...]) -> tuple[str, ...]:
+    def _directed(self, order: tuple[T, ...]) -> tuple[T, ...]:
         return order[::-1]
 
 

@@ -9,7 +9,9 @@ from tdhook.targets.computed import Computed, Derived
 from tdhook.targets.contrasts import Contrast, TargetLike, as_seeder
 from tdhook.targets.outputs import Key, Target
 from tdhook.targets.policies import Entropy, LogProb, Probability
+from tdhook.targets.through import Through
 from tdhook.targets.time import AtStep
+from tdhook.targets.units import Units
 from tdhook.targets.values import Advantage, Atom, ExpectedValue
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "Seeds",
     "Target",
     "TargetLike",
+    "Through",
+    "Units",
     "as_one",
     "as_seeder",
     "require_dependence",

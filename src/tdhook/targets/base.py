@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
@@ -25,12 +26,14 @@ class Seeds:
         grads: what flows into each, in the convention of the flow, of the shape of the tensor; with ``several`` there
             is one more leading axis.
         several: how many explanations are asked for at once, ``None`` for a single one.
+        whole: what all was asked for, where it starts from a part of that.
     """
 
     keys: list[NestedKey]
     tensors: list[Tensor]
     grads: list[Tensor]
     several: int | None = None
+    whole: Seeds | None = None
 
 
 class Seeder(ABC):
@@ -62,6 +65,16 @@ class Seeder(ABC):
     @property
     def writes(self) -> Sequence[NestedKey]:
         """Keys of what it computes and writes besides what the model writes."""
+        return ()
+
+    @property
+    def places(self) -> Sequence[Any]:
+        """Where inside the model relevance has to pass, in the order in which it does (:data:`~through.Place`)."""
+        return ()
+
+    @property
+    def tells(self) -> Sequence[NestedKey]:
+        """Keys of what it finds out of what it explains, and is written too."""
         return ()
 
     def derive(self, outputs: TensorDictBase, inputs: TensorDictBase) -> TensorDictBase:
@@ -107,20 +120,35 @@ class Around(Seeder):
     def writes(self) -> Sequence[NestedKey]:
         return self.inner().writes
 
+    @property
+    def places(self) -> Sequence[Any]:
+        return self.inner().places
+
+    @property
+    def tells(self) -> Sequence[NestedKey]:
+        return self.inner().tells
+
     def derive(self, outputs: TensorDictBase, inputs: TensorDictBase) -> TensorDictBase:
         return self.inner().derive(outputs, inputs)
 
 
-def require_dependence(seeds: Seeds, sources: Iterable[NestedKey], depends: Sequence[bool]) -> None:
+def require_dependence(
+    seeds: Seeds, sources: Iterable[NestedKey], depends: Sequence[bool], passing: str | None = None
+) -> None:
     """Raise for the first of the targets that depends on nothing that is attributed.
 
     Args:
         seeds: the targets.
         sources: keys of what is attributed, for the message.
         depends: for each target whether it does, or one value for all of them.
+        passing: the layer that it has to depend on, in words, where that is meant and not what is attributed.
     """
     if not all(depends):
         target = repr(seeds.keys[depends.index(False)])
+        if passing is not None:
+            raise ValueError(
+                f"the target {target} does not depend on {passing}, so that none of its relevance passes there"
+            )
         raise ValueError(
             f"the target {target} does not depend on any attributed input ({', '.join(map(repr, sources))})"
         )

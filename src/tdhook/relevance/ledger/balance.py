@@ -57,8 +57,7 @@ def balance(
     columns: dict[str, list[Tensor]] = {"target": [], "inputs": [], "absorbed": [], "gap": []}
     apart = True
     for i in range(seeds.several or 1):
-        grads = [grad if seeds.several is None else grad[i] for grad in seeds.grads]
-        books = _Books(ledger, seeds.tensors, grads, ends, flow, batch, there)
+        books = _Books(ledger, _one(seeds, i), ends, flow, batch, there)
         apart = books.close() and apart
         for name, amounts in books.columns().items():
             columns[name].append(amounts)
@@ -69,6 +68,14 @@ def balance(
         ("ledger", name): (value if seeds.several else value.squeeze(-1)).to(like.device, like.dtype)
         for name, value in shaped.items()
     }
+
+
+def _one(seeds: Seeds, i: int) -> Seeds:
+    """One of several explanations."""
+    if seeds.several is None:
+        return seeds
+    whole = None if seeds.whole is None else _one(seeds.whole, i)
+    return Seeds(seeds.keys, seeds.tensors, [grad[i] for grad in seeds.grads], whole=whole)
 
 
 @dataclass
@@ -82,13 +89,13 @@ class _Books:
     Attributes:
         target: what was put in, ``[count]``, but for ``masked``: at values that mask, which is no input's.
         shared: the target, or what the elements have of it where they share.
+        outside: what was explained, and did not pass the units that are put in.
         inputs: what arrived at the inputs, and at those that mask.
         accounts: of a pass of all elements, by entry and column, in the order in which they were told.
     """
 
     ledger: Ledger
-    tensors: list[Tensor]
-    grads: list[Tensor]
+    seeds: Seeds
     ends: list[Tensor]
     flow: Convention
     batch: torch.Size
@@ -98,12 +105,10 @@ class _Books:
 
     def __post_init__(self) -> None:
         self.count = self.batch.numel()
-        self.target, self.masked = self._nothing(), self._nothing()
-        for z, grad in zip(self.tensors, self.grads, strict=True):
-            counted, masked = self._split(z, grad)
-            self.target += Account(counted, self.count).sums.cpu()
-            self.masked += Account(masked, self.count).sums.cpu()
-        self.shared = self.target
+        self.target, self.masked = self._put_in(self.seeds)
+        self.shared, self.outside = self.target, self._nothing()
+        if self.seeds.whole is not None:
+            self.outside = sum(self._put_in(self.seeds.whole)) - self.target - self.masked
 
     def close(self) -> bool:
         """Find the amounts of all entries, and whether they are of each element."""
@@ -125,6 +130,14 @@ class _Books:
                 self._alone(element)
         else:
             self._share(opened)
+        if self.seeds.whole is not None:
+            passed = self.target + self.masked
+            for column, amount in (
+                ("arrived", passed + self.outside),
+                ("left", passed),
+                ("condition", self.outside),
+            ):
+                self.ledger.condition(self.seeds.keys[-1]).add(column, amount)
         return apart or self.count <= _FEW
 
     def columns(self) -> dict[str, Tensor]:
@@ -132,11 +145,20 @@ class _Books:
         absorbed = sum((entry.absorbed for entry in self.ledger.entries), self._nothing())
         arrived, masked = self.inputs.of("arrived"), self.inputs.of("masked")
         return {
-            "target": self.target + self.masked,
+            "target": self.target + self.masked + self.outside,
             "inputs": arrived + masked + self.target - self.shared,
             "absorbed": absorbed + self.masked - masked,
-            "gap": self.shared - arrived - absorbed,
+            "gap": self.shared + self.outside - arrived - absorbed,
         }
+
+    def _put_in(self, seeds: Seeds) -> tuple[Tensor, Tensor]:
+        """What a backward pass starts with, ``[count]``, and that at values that mask."""
+        found, at_masks = self._nothing(), self._nothing()
+        for z, grad in zip(seeds.tensors, seeds.grads, strict=True):
+            counted, masked = self._split(z, grad)
+            found += Account(counted, self.count).sums.cpu()
+            at_masks += Account(masked, self.count).sums.cpu()
+        return found, at_masks
 
     def _are_apart(self, accounts: list[Account]) -> bool:
         """Whether probes find that all accounts consist of amounts of single elements, which these then know."""
@@ -191,10 +213,10 @@ class _Books:
 
     def _pass(self, weights: Tensor, take: Note) -> None:
         """One backward pass with what is put in for each element multiplied by its weight, ``[count]``."""
-        grads = [self._weighted(grad, weights) for grad in self.grads]
+        grads = [self._weighted(grad, weights) for grad in self.seeds.grads]
         with self.ledger.telling(take):
             pulled: Sequence[Tensor | None] = torch.autograd.grad(
-                self.tensors, self.ends, grads, retain_graph=True, allow_unused=True
+                self.seeds.tensors, self.ends, grads, retain_graph=True, allow_unused=True
             )
         for x, grad in zip(self.ends, pulled, strict=True):
             if grad is not None:

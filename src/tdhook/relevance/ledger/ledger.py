@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
+from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.conventions import Convention
+from tdhook.keys import parts_of as parts_of_key
 from tdhook.markup import html_table
 from tdhook.relevance.ledger.metered import metered_arguments, metered_outputs
 from tdhook.relevance.propagation.again import Again
@@ -27,13 +29,14 @@ from tdhook.tape.masks import masks_in
 from tdhook.tape.sharded import Spread, gathered, spread_of
 from tdhook.tape.trees import tree_leaves
 
-__all__ = ["COLUMNS", "REASONS", "Entry", "Ledger", "Note"]
+__all__ = ["REASONS", "Entry", "Ledger", "Note"]
 
 Note: TypeAlias = "Callable[[Entry, str, Tensor], None]"
 """Takes down the amount of a column of an entry."""
-REASONS = ("bias", "stabiliser", "stop", "constant")
+_USUAL = ("bias", "stabiliser", "stop", "constant")
+REASONS = (*_USUAL, "condition")
+"""What relevance is kept for; a table has those beyond the usual ones where any was."""
 CAPTION = "Where relevance went"
-COLUMNS = ("module", "operation", "rule", "arrived", "left", *REASONS, "gap")
 
 
 @dataclass
@@ -121,6 +124,17 @@ class Ledger:
         if self._take is not None:
             self._take(entry, column, gathered(unwrapped(amount).detach(), entry.spread))
 
+    def condition(self, key: NestedKey) -> Entry:
+        """The entry of what was explained, and did not pass the units of a layer."""
+        path = ".".join(parts_of_key(key)[1:]).strip("'")
+        if not self.entries or self.entries[-1].path != path or self.entries[-1].name != "Through":
+            self.entries.append(Entry(path, "Through", None))
+        return self.entries[-1]
+
+    def clear(self) -> None:
+        """Forget the calls: the forward pass is made once more."""
+        self.entries.clear()
+
     @contextmanager
     def again(self) -> Iterator[None]:
         """Do not count calls that are made once more, of checkpointed parts of a model."""
@@ -164,22 +178,37 @@ class Ledger:
             found[key].rounding = found[key].rounding + entry.rounding
         return list(found.values())
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The headings of a table of it."""
+        met = {column for entry in self.entries for column in entry.amounts}
+        reasons = [reason for reason in REASONS if reason in _USUAL or reason in met]
+        return ("module", "operation", "rule", "arrived", "left", *reasons, "gap")
+
     def cells(self) -> list[tuple[Any, ...]]:
-        """Each entry of the summary in words, in the order of :data:`COLUMNS`, and whether it opens a gap."""
+        """Each entry of the summary in words, in the order of :attr:`columns`, and whether it opens a gap."""
         entries = self.summary()
         scale = max((float(entry.of("arrived").abs().sum()) for entry in entries), default=1.0)
         rows: list[tuple[Any, ...]] = []
         for entry in entries:
             kind = entry.name if entry.calls == 1 else f"{entry.name} x{entry.calls}"
-            sums = [float(entry.of(column).sum()) for column in ("arrived", "left", *REASONS)]
+            sums = [float(entry.of(column).sum()) for column in self.columns[3:-1]]
             amounts = (_number(amount, scale) for amount in (*sums, float(entry.gap.sum())))
-            rows.append((entry.path or "(model)", kind, repr(entry.rule), *amounts, entry.opens()))
+            rows.append(
+                (
+                    entry.path or "(model)",
+                    kind,
+                    "" if entry.rule is None else repr(entry.rule),
+                    *amounts,
+                    entry.opens(),
+                )
+            )
         return rows
 
     def _repr_html_(self) -> str:
         rows = self.cells()
         marked = [i for i, row in enumerate(rows) if row[-1]]
-        return html_table(self.caption, COLUMNS, [row[:-1] for row in rows], numbers=6, marked=marked)
+        return html_table(self.caption, self.columns, [row[:-1] for row in rows], numbers=6, marked=marked)
 
     def call(self, path: str, selector: object, bound: Bound, call: Call) -> Any:
         """Make one call, with its inputs and outputs metered, unless it is one of them in another shape."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tdhook.extras import require
-from tdhook.relevance.ledger.ledger import COLUMNS, Ledger
+from tdhook.relevance.ledger.ledger import Ledger
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,9 +23,9 @@ def ledger_table(ledger: Ledger) -> Table:
     table: Table = require("rich.table", "explained.report()").Table(
         title=ledger.caption, title_justify="left"
     )
-    for heading in COLUMNS[:3]:
+    for heading in ledger.columns[:3]:
         table.add_column(heading, overflow="fold")
-    for heading in COLUMNS[3:]:
+    for heading in ledger.columns[3:]:
         table.add_column(heading, justify="right", no_wrap=True)
     for *cells, gap, opens in ledger.cells():
         table.add_row(*cells, text(gap, style="bold red" if opens else ""))

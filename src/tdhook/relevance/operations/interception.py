@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tdhook.conventions import Convention
+from tdhook.models.paths import Paths
 from tdhook.relevance.operations.applied import Applied, is_ours
+from tdhook.relevance.operations.asking import Asking
 from tdhook.relevance.operations.in_place import overwritten, writing
 from tdhook.relevance.operations.kernels import first_output, of_a_kernel, positional
 from tdhook.relevance.operations.known import Known, learned, on_a_copy
@@ -22,16 +24,14 @@ from tdhook.relevance.operations.parties import (
     OVERWRITES,
     Entered,
     Found,
-    Lookup,
     Observer,
     Unmatched,
 )
-from tdhook.relevance.operations.paths import Paths
 from tdhook.relevance.operations.readings import DIFFERENCES, VALUES
 from tdhook.relevance.operations.stand_ins import standing_in, while_alive
 from tdhook.relevance.operations.table import ARITHMETIC
 from tdhook.relevance.operations.watched import Pass
-from tdhook.relevance.operations.written_out import entered, in_parts
+from tdhook.relevance.operations.written_out import in_parts
 from tdhook.relevance.propagation.again import Again
 from tdhook.relevance.propagation.binding import Binding
 from tdhook.relevance.propagation.call import ALONE, Call, Setting
@@ -40,6 +40,7 @@ from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule
 from tdhook.selectors.names import relabels, writes_in_place
 from tdhook.tape.dependence import Dependence
+from tdhook.tape.entering import entered
 from tdhook.tape.internals import (
     APPLIED_IN_TRANSFORMS,
     function_modes,
@@ -67,8 +68,7 @@ class Interception(Watching):
     Args:
         flow: the convention of the backward pass.
         modules: the model's modules by path.
-        lookup: asks a composite; ``None`` if it says nothing of operations.
-        by_path: whether its answer depends on the module around the operation.
+        asking: asks a composite.
         defaults: whether what the composite leaves open has the rule of its operation in
             :mod:`~tdhook.relevance.operations.table`.
         unmatched: told ``(operation, path)`` of operations that nothing is known of.
@@ -79,9 +79,8 @@ class Interception(Watching):
         self,
         flow: Convention,
         modules: Mapping[str, nn.Module],
-        lookup: Lookup | None,
+        asking: Asking,
         *,
-        by_path: bool,
         defaults: bool,
         unmatched: Callable[[str, str], None],
         setting: Setting = ALONE,
@@ -92,7 +91,7 @@ class Interception(Watching):
         self.guard = Guard()
         self.outdated = Outdated(self.guard)
         self.observer: Observer | None = None
-        self._lookup, self._by_path, self._defaults, self._unmatched = lookup, by_path, defaults, unmatched
+        self.asking, self._defaults, self._unmatched = asking, defaults, unmatched
         self._known: dict[object, Known] = {}
         self._functions: WeakKeyDictionary[type, Known] = WeakKeyDictionary()
         self._paused = 0
@@ -125,7 +124,8 @@ class Interception(Watching):
 
     def running(self, *, tracked: bool = False) -> AbstractContextManager[None]:
         """Watch one forward pass; ``tracked`` where the path of each operation has to be known."""
-        follows = self._by_path or tracked or self.observer is not None
+        self.asking.begin()
+        follows = self.asking.by_path or tracked or self.observer is not None
         return self._followed(follows) if follows or self.guard.active else Pass(self)
 
     @contextmanager
@@ -137,6 +137,11 @@ class Interception(Watching):
                 stack.enter_context(self.paths.followed())
             stack.enter_context(Pass(self))
             yield
+
+    @property
+    def aside(self) -> bool:
+        """Whether what runs right now belongs to a rule, and not to the model."""
+        return self._paused > 0
 
     def _place(self) -> str:
         return self.paths.current if self.paths.following else ""
@@ -166,6 +171,7 @@ class Interception(Watching):
 
     @contextmanager
     def _watching_again(self) -> Iterator[None]:
+        self.asking.refuse_again()
         before = self.dependence
         self.dependence = before.begin_again()
         try:
@@ -350,9 +356,8 @@ class Interception(Watching):
     def _learn(self, func: Any) -> Known:
         known = learned(func)
         name = known.operation.name
-        if self._lookup is not None and not self._by_path:
-            known.selector, known.rule = self._lookup(name, *self.paths.innermost)
-        if not known.in_place and not self._by_path:
+        self.asking.once(known, self.paths)
+        if not known.in_place and not self.asking.by_path:
             default = known.own or self._reading.default(name, (), {}) if self._defaults else _NATIVE
             rule = default if known.rule is None else known.rule
             known.quick = rule is not None and rule.native
@@ -363,11 +368,9 @@ class Interception(Watching):
         if entered is not None and is_linear(known.operation, args, kwargs):
             entered.found = True
             return None, entered.rule
-        if self._lookup is not None:
-            if self._by_path:
-                known.selector, known.rule = self._lookup(known.operation.name, *self.paths.innermost)
-            if known.rule is not None:
-                return known.selector, known.rule
+        self.asking.each(known, self.paths)
+        if known.rule is not None:
+            return known.selector, known.rule
         if not self._defaults:
             return None, _NATIVE
         return None, known.own or self._reading.default(known.operation.name, args, kwargs)

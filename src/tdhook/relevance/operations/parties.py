@@ -45,8 +45,9 @@ class Unmatched:
 
 
 Found: TypeAlias = "tuple[Any, Rule | None]"
-Lookup: TypeAlias = "Callable[[str, str, nn.Module], Found]"
-"""``(operation, path of the module around it, that module) -> (selector, rule)``."""
+Lookup: TypeAlias = "Callable[[str, str, nn.Module, int], Found]"
+"""``(operation, path of the module around it, that module, how many of that name it performed before) -> (selector,
+rule)``."""
 
 
 @dataclass
@@ -67,6 +68,9 @@ class Observer(Protocol):
 
     def call(self, path: str, selector: Selector | Unmatched | None, bound: Bound, call: Call) -> Any:
         """Make one call of a module that has a rule, or of an operation."""
+
+    def clear(self) -> None:
+        """Forget the calls: the forward pass is made once more."""
 
     def inside(self, call: Call) -> Call:
         """A call inside such a module, as it is to be made."""

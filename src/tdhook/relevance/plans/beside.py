@@ -12,7 +12,7 @@ __all__ = ["Beside"]
 
 
 class Beside:
-    """A model on a reference, while the rules of a plan are on it: :class:`~tdhook.passes.forward.Within`.
+    """A model on a reference, while the rules of a plan are on it: :class:`~tdhook.passes.within.Within`.
 
     Args:
         plan: the plan, of differences.
@@ -29,6 +29,12 @@ class Beside:
         interception = self.plan.interception
         return interception is not None and interception.guard.active
 
+    @property
+    def aside(self) -> bool:
+        """Whether what runs right now belongs to a rule."""
+        interception = self.plan.interception
+        return interception is not None and interception.aside
+
     def attached(self) -> AbstractContextManager[None]:
         """The rules are on already, and stay."""
         return self.plan.still_attached()
@@ -40,6 +46,9 @@ class Beside:
         assert reference is not None, "the plan is one of values"
         with none_drawn(), self.plan.within(tracked=not self.plan.seen), reference.beside():
             yield
+
+    def clear(self) -> None:
+        """Nothing was seen: how the model is to be run is known from the run that is explained."""
 
     def returned(self, values: Iterable[object]) -> None:
         """Nothing is done."""

@@ -16,6 +16,7 @@ from tdhook.models.families import BatchNorm
 from tdhook.models.model import Model
 from tdhook.models.tracing import Execution, registered, traced
 from tdhook.relevance.composites.composite import Composite
+from tdhook.relevance.operations.asking import Asking
 from tdhook.relevance.operations.interception import Interception
 from tdhook.relevance.plans.plan import Merge, Plan, Row
 from tdhook.relevance.propagation.call import Setting
@@ -113,11 +114,16 @@ def make_plan(
         merges = _named_merges(merge_batch_norm, execution)
     interception = None
     if defaults and (composite.on_operations or not sensitivity):
+        selectors = [selector for selector, _ in composite.on_operations]
+        asking = Asking(
+            _Lookup(composite, execution) if selectors else None,
+            by_path=any(selector.depends_on_path for selector in selectors),
+            ordered=any(selector.orders_operations for selector in selectors),
+        )
         interception = Interception(
             flow,
             execution.modules,
-            _Lookup(composite, execution) if composite.on_operations else None,
-            by_path=any(selector.depends_on_path for selector, _ in composite.on_operations),
+            asking,
             defaults=not sensitivity,
             unmatched=unmatched,
             setting=setting,
@@ -131,6 +137,7 @@ def make_plan(
         sensitivity,
         interception,
         setting,
+        execution if interception is not None and interception.asking.ordered else None,
     )
 
 
@@ -162,8 +169,11 @@ class _Lookup:
     composite: Composite
     execution: Execution
 
-    def __call__(self, operation: str, path: str, module: nn.Module) -> tuple[Selector | None, Rule | None]:
-        return self.composite.find(self.execution.operation(operation, path, module)) or (None, None)
+    def __call__(
+        self, operation: str, path: str, module: nn.Module, number: int
+    ) -> tuple[Selector | None, Rule | None]:
+        site = self.execution.operation(operation, path, module, number)
+        return self.composite.find(site) or (None, None)
 
 
 def select(

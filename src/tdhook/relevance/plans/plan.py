@@ -15,6 +15,7 @@ from tdhook.conventions import Convention
 from tdhook.markup import html_table
 from tdhook.models.families import BatchNorm
 from tdhook.models.parallel import home_of, lends_weights
+from tdhook.models.tracing import Execution
 from tdhook.relevance.ledger.ledger import Ledger
 from tdhook.relevance.operations.interception import Interception
 from tdhook.relevance.operations.parties import Observer, Unmatched
@@ -64,7 +65,7 @@ class Row:
 
 
 class RulesOn:
-    """A model under the rules of a plan: :class:`~tdhook.passes.forward.Within`.
+    """A model under the rules of a plan: :class:`~tdhook.passes.within.Within`.
 
     Args:
         plan: the plan.
@@ -82,6 +83,12 @@ class RulesOn:
         """Whether the model was seen to overwrite tensors."""
         interception = self.plan.interception
         return interception is not None and interception.guard.active
+
+    @property
+    def aside(self) -> bool:
+        """Whether what runs right now belongs to a rule."""
+        interception = self.plan.interception
+        return interception is not None and interception.aside
 
     def attached(self) -> RulesOn:
         """Attach the rules."""
@@ -125,6 +132,13 @@ class RulesOn:
         interception = plan.interception
         return nullcontext() if interception is None else interception.running(tracked=not plan.seen)
 
+    def clear(self) -> None:
+        """Forget the calls of a forward pass that is made once more."""
+        if self.observer is not None:
+            self.observer.clear()
+        if self.plan.reference is not None:
+            self.plan.reference.begin()
+
     def returned(self, values: Iterable[object]) -> None:
         """See whether the model returns what should have been overwritten."""
         interception = self.plan.interception
@@ -147,6 +161,7 @@ class Plan:
         sensitivity: whether the result is a modified gradient.
         interception: what runs operations under their rules; ``None`` where only modules have rules.
         setting: what the calls share.
+        ordering: the execution that operations are chosen by, where it matters when they are performed.
 
     Attributes:
         seen: whether the model was run under it.
@@ -164,8 +179,9 @@ class Plan:
         sensitivity: bool,
         interception: Interception | None,
         setting: Setting = ALONE,
+        ordering: Execution | None = None,
     ) -> None:
-        self.rows = tuple(rows)
+        self.rows, self.ordering = tuple(rows), ordering
         self.operations: tuple[Row, ...] = ()
         self.flow: Convention = flow
         self.interception = interception

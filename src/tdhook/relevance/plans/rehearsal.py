@@ -12,6 +12,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdhook.markup import shown
+from tdhook.models.sites import Performance
 from tdhook.models.state import restored
 from tdhook.passes.runner import Runner
 from tdhook.relevance.ledger.ledger import Ledger
@@ -22,7 +23,7 @@ from tdhook.relevance.propagation.call import Call
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.selectors import Selector
 
-__all__ = ["Ready", "rehearse"]
+__all__ = ["Ready", "learn_order", "rehearse"]
 
 
 class Ready:
@@ -75,6 +76,7 @@ class Ready:
         if self._pending:
             runner.check()
             plan = self._made(runner)
+            learn_order(plan, Runner(runner.setup, runner.given))
             self._check(plan)
             self.plan, self._pending = plan, False
         return self.plan
@@ -86,6 +88,20 @@ class Ready:
             with runner.forward(runner.td):  # which says it better, if it can
                 pass
             raise
+
+
+def learn_order(plan: Plan, runner: Runner) -> None:
+    """Where the plan depends on it, run a model once to see when it performs which operation; leave it as it was."""
+    if plan.ordering is None:
+        return
+
+    def attempt() -> tuple[Performance, ...]:
+        with runner.forward(runner.td, plan.rules_on(observer=_Watch(plan))):
+            assert plan.interception is not None
+            return tuple(plan.interception.asking.performed)
+
+    with restored(runner.setup.model.root):
+        plan.ordering.performed = runner.carefully(attempt)
 
 
 def rehearse(plan: Plan, runner: Runner) -> None:
@@ -117,6 +133,10 @@ class _Watch:
         module = call.module
         self.rows.append(self._known.get(id(module), Row(path, module, cast(Rule, bound.rule), selector)))
         return bound.run(call)
+
+    def clear(self) -> None:
+        """Forget the calls."""
+        self.rows.clear()
 
     def inside(self, call: Call) -> Call:
         """Calls inside units are not taken down."""

@@ -1,0 +1,135 @@
+"""Performed operations: outputs of the torch functions that a model calls, where some of them are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tdhook.models.paths import Paths
+from tdhook.models.sites import Site
+from tdhook.selectors.names import name_of, queries
+from tdhook.tape.entering import entered
+from tdhook.tape.functions import apart
+from tdhook.tape.internals import function_modes, push_mode, set_function_modes
+from tdhook.tape.modes import Watching
+from tdhook.targets.through import OfOperations
+
+__all__ = ["Performed"]
+
+_MADE_OF_OTHERS = frozenset([F.multi_head_attention_forward])
+
+
+class Aside(Protocol):
+    """What tells of the method that a model runs under."""
+
+    @property
+    def aside(self) -> bool:
+        """Whether what runs right now belongs to the method, and is no operation of the model."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What an operation gave.
+
+    Attributes:
+        site: where it stands in the model.
+        value: its output.
+    """
+
+    site: Site
+    value: Tensor
+
+
+@dataclass
+class Performed:
+    """The operations of one forward pass that selectors mean.
+
+    Args:
+        selectors: what is asked for.
+        modules: the model's modules by path.
+        within_rules: tells whether what runs right now belongs to a method.
+
+    Attributes:
+        found: by selector, in the order in which they were performed; of one that asks when, all that it may mean.
+    """
+
+    selectors: Iterable[OfOperations]
+    modules: Mapping[str, nn.Module]
+    within_rules: Aside
+    found: dict[OfOperations, list[Output]] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Forget them: the model runs once more."""
+        self.found.clear()
+
+    def within(self) -> AbstractContextManager[object]:
+        """Look at the operations while the block runs."""
+        self.clear()
+        return _Looking(self)
+
+    def add(self, func: Callable[..., object], path: str, module: nn.Module, value: Tensor) -> Tensor:
+        """Take down an output, if it is meant.
+
+        Returns:
+            What the model goes on with, which it may overwrite.
+        """
+        site = Site(path, module, name_of(func), modules=self.modules)
+        wanted = [selector for selector in self.selectors if selector.anywhen.matches(site)]
+        for selector in wanted:
+            found = self.found.setdefault(selector, [])
+            number = sum((one.site.operation, one.site.name) == (site.operation, path) for one in found)
+            found.append(Output(replace(site, number=number), value))
+        return apart(value) if wanted else value
+
+    def chosen(self) -> dict[OfOperations, list[Output]]:
+        """Those that are meant, where all have been performed."""
+        chosen = {}
+        for selector, found in self.found.items():
+            performed = tuple(one.site.performance for one in found)
+            sites = [(replace(one.site, performed=performed), one) for one in found]
+            chosen[selector] = [one for site, one in sites if selector.matches(site)]
+        return chosen
+
+
+class _Looking(Watching):
+    """Sees each torch function that the model calls, before what gives it a rule does."""
+
+    def __init__(self, performed: Performed) -> None:
+        super().__init__()
+        self._performed = performed
+        self._paths = Paths(performed.modules)
+        self._following: AbstractContextManager[None] | None = None
+
+    def __enter__(self) -> _Looking:
+        self._following = self._paths.followed()
+        self._following.__enter__()
+        self._outer = function_modes()
+        push_mode(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        set_function_modes(self._outer)
+        assert self._following is not None
+        self._following.__exit__(None, None, None)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._performed.within_rules.aside:
+            return func(*args, **kwargs)
+        if func in _MADE_OF_OTHERS:
+            inside = entered(func)
+            assert inside is not None
+            push_mode(self)
+            try:
+                return inside(*args, **kwargs)
+            finally:
+                set_function_modes(function_modes()[:-1])
+        made = func(*args, **kwargs)
+        if isinstance(made, Tensor) and made.is_floating_point() and made.requires_grad and not queries(func):
+            return self._performed.add(func, *self._paths.innermost, made)
+        return made

@@ -1,0 +1,74 @@
+"""How a method wants a model to be run, and what it compares with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from tdhook.targets.base import Seeds
+
+__all__ = ["Against", "AsItIs", "Within"]
+
+
+class Within(Protocol):
+    """How a method wants a model to be run."""
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether the model may overwrite what it is given, which then are no leaves of the graph."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the model is wanted on the tape, and not only what the target depends on."""
+
+    @property
+    def aside(self) -> bool:
+        """Whether what runs right now belongs to the method, and is no operation of the model."""
+
+    def attached(self) -> AbstractContextManager[object]:
+        """Entered around the forward pass and the backward passes."""
+
+    def running(self) -> AbstractContextManager[object]:
+        """Entered around the forward pass alone."""
+
+    def clear(self) -> None:
+        """Forget what was seen of the forward pass: the model runs once more."""
+
+    def returned(self, values: Iterable[object]) -> None:
+        """Be told what the model returned."""
+
+
+class Against(Protocol):
+    """A reference that what is explained is compared with."""
+
+    def rises(self, seeds: Seeds) -> Seeds:
+        """Where the backward pass starts, given where it would for the values."""
+
+    def rise(self, key: NestedKey, value: Tensor) -> Tensor:
+        """How far a value is from what it is on the reference."""
+
+
+class AsItIs:
+    """The model as it is; it may overwrite what it is given."""
+
+    overwrites = True
+    whole = False
+    aside = False
+
+    def attached(self) -> AbstractContextManager[object]:
+        """Nothing is changed."""
+        return nullcontext()
+
+    def running(self) -> AbstractContextManager[object]:
+        """Nothing is changed."""
+        return nullcontext()
+
+    def clear(self) -> None:
+        """Nothing was seen."""
+
+    def returned(self, values: Iterable[object]) -> None:
+        """Nothing is done."""
