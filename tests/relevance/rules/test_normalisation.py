@@ -108,7 +108,7 @@ def test_a_norm_that_computes_something_else_is_refused() -> None:
             explained(td.clone())
 
 
-def test_relp_holds_a_part_of_the_last_normalisation_alone() -> None:
+def test_relp_holds_a_part_of_the_last_normalisation_and_all_of_the_others() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(4, 5), nn.LayerNorm(5), nn.GELU(), nn.Linear(5, 5), nn.LayerNorm(5), nn.Linear(5, 3)
@@ -119,7 +119,21 @@ def test_relp_holds_a_part_of_the_last_normalisation_alone() -> None:
         return LRP(composite, target=target, flow="gradient").wrap(model)(td.clone())["attr", "input"]
 
     last = Last(Type(nn.LayerNorm))
-    left = [(Op("layer_norm") & last, IgnoreRule())]
-    expected = 0.4 * found("cp_lrp") + 0.6 * found(Composite(left) + preset("cp_lrp"))
-    torch.testing.assert_close(found("relp"), expected, **EXACT)
-    torch.testing.assert_close(found(preset("relp", held=1.0)), found("cp_lrp"), **EXACT)
+    free = [(nn.GELU, IgnoreRule()), (Op("gelu"), IgnoreRule())]
+    followed = Composite([(Op("layer_norm") & last, IgnoreRule()), *free]) + preset("cp_lrp")
+    held = Composite(free) + preset("cp_lrp")
+    torch.testing.assert_close(found("relp"), 0.4 * found(held) + 0.6 * found(followed), **EXACT)
+    torch.testing.assert_close(found(preset("relp", held=1.0)), found(held), **EXACT)
+
+
+@pytest.mark.parametrize("model", [lambda x: nn.functional.gelu(x), nn.GELU()], ids=["function", "module"])
+def test_relp_leaves_activations_to_their_gradient(model) -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return model(x)
+
+    x = torch.linspace(-2, 2, 9).double().reshape(3, 3).requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x)[:, 0].sum(), x)
+    td = TensorDict({"input": x.detach()}, [3])
+    found = LRP("relp", target=Target("output", 0), flow="gradient").wrap(Net())(td)["attr", "input"]
+    torch.testing.assert_close(found, (x * gradient).detach(), **EXACT)

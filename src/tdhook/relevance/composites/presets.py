@@ -209,19 +209,42 @@ def cp_lrp() -> Composite:
 
 
 def relp(held: float = 0.4) -> Composite:
-    """Relevance patching (Jafari et al. 2025): :func:`cp_lrp`, with the last normalisation held constant in part.
+    """Relevance patching (Jafari et al. 2025), with less of it held: for coefficients, not for maps.
 
-    It is made for coefficients (:class:`~tdhook.attribution.Patching`). To hold the last normalisation constant is
-    right where the residual stream is replaced by another of the same length, and its gradient where little is added
-    to it: a part of each serves both. Cosine similarity, a normalisation without a weight, is left to its gradient, so
-    that relevance is not conserved there.
+    As in :func:`cp_lrp`, attention weights and all normalisations but the last are held constant, and products are
+    shared equally. To hold the last normalisation is right where the residual stream is replaced by another of the same
+    length, and its gradient where little is added to it: a part of each serves both. Activations and cosine similarity,
+    a normalisation without a weight, are left to their gradients, so that relevance is not conserved there.
+
+    It is what :class:`~tdhook.attribution.Patching` is best given; the paper's own composite is :func:`cp_lrp`.
 
     Args:
-        held: how much of the last normalisation is held constant. The paper holds all of it, as :func:`cp_lrp` does.
+        held: how much of the last normalisation is held constant.
     """
     norm = Last(Type(nn.LayerNorm, nn.RMSNorm, "*RMSNorm"))
-    ours = [(norm, LayerNormRule(held)), (Op("cosine_similarity"), IgnoreRule())]
-    return Composite(ours) + _transformer(values_only=True)
+    activation = Type(Activation, "transformers.activations.*")
+    inside = Op(*_ACTIVATIONS, "cosine_similarity") | (Op("*") & activation)
+    pairs: list[tuple[SelectorLike, Rule]] = [
+        (norm, LayerNormRule(held)),
+        (activation, IgnoreRule()),
+        (inside, IgnoreRule()),
+    ]
+    return Composite(pairs) + _transformer(values_only=True)
+
+
+_ACTIVATIONS = (
+    "elu",
+    "gelu",
+    "hardswish",
+    "leaky_relu",
+    "mish",
+    "relu*",
+    "selu",
+    "sigmoid",
+    "silu",
+    "softplus",
+    "tanh",
+)
 
 
 def lstm_lrp(epsilon: Stabilizer = 1e-3) -> Composite:
