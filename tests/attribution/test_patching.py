@@ -632,6 +632,29 @@ def test_tokens_without_a_place_to_go_from() -> None:
         Patching(by, at=["words"]).wrap(model)(td.clone())
 
 
+def test_a_tolerance_is_not_one_of_coefficients() -> None:
+    by = IntegratedGradients(Target("output", 0), tolerance=0.1)
+    with pytest.raises(ValueError, match=r"a tolerance is of the sum over the inputs, .*: give steps instead"):
+        Patching(by, at="1").wrap(network())(states(2))
+
+
+def test_what_is_infinite_in_both_runs_has_no_effect() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores, self.mask = nn.Linear(4, 3), nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.scores(x).masked_fill(torch.tensor([False, False, True]), -torch.inf)
+            return self.mask(scores).softmax(-1)
+
+    torch.manual_seed(0)
+    model, td = Masked().double(), states(3)
+    for by in ("atp", "exact"):
+        found = Patching(by, Target("output", 0), at="mask").wrap(model)(td.clone())["attr", "mask"]
+        assert found.isfinite().all() and (found[:, 2] == 0).all() and found[:, :2].all()
+
+
 def test_nothing_is_left_behind() -> None:
     model, td = network(), states(3)
     before = {name: value.clone() for name, value in model.state_dict().items()}

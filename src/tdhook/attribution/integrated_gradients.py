@@ -101,7 +101,15 @@ class IntegratedGradients(Complete):
     def coefficients(
         self, runner: Runner, td: TensorDictBase, there: Mapping[NestedKey, Tensor]
     ) -> Mapping[NestedKey, Tensor]:
-        """The mean gradient of all sources, on the way of what the method attributes from ``there`` to ``td``."""
+        """The mean gradient of all sources, on the way of what the method attributes from ``there`` to ``td``.
+
+        Raises:
+            ValueError: a tolerance was given, which is one of sums over the inputs.
+        """
+        if self.tolerance is not None:
+            raise ValueError(
+                "a tolerance is of the sum over the inputs, and coefficients have none: give steps instead"
+            )
         with runner.forward(td) as run:
             variants = Variants(runner, run)
             ends = {key: x.detach() for key, x in run.sources(self.begun(run)).items()}

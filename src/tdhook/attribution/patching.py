@@ -18,6 +18,7 @@ from tdhook.attribution.lrp import LRP
 from tdhook.attribution.parts import Parts
 from tdhook.attribution.sides import CLEAN, CORRUPT, SIDES, sides
 from tdhook.contexts.attribution import Attribution, Shared
+from tdhook.conventions import relevance_of
 from tdhook.keys import under
 from tdhook.models.capture import INPUT, module_path
 from tdhook.models.model import Model
@@ -52,8 +53,8 @@ class Patching(Attribution):
 
     ``effect = (a_clean - a_corrupt) * coefficient`` approximates it for all parts at once. The coefficient is what the
     method says that a unit of the activation counts, in the run that is patched: by the gradient this is attribution
-    patching (AtP; Nanda 2023; Kramár et al. 2024, eq. 4), by LRP relevance patching (RelP; Jafari et al. 2025), by the
-    gradient on the way from one run to the other EAP-IG (Hanna et al. 2024, eq. 3). With ``exact=True`` each part is
+    patching (AtP; Nanda 2023; Kramár et al. 2024), by LRP relevance patching (RelP; Jafari et al. 2025), by the
+    gradient on the way from one run to the other EAP-IG (Hanna et al. 2024). With ``exact=True`` each part is
     patched, in a forward pass of its own.
 
     The model reads ``key``, and the explained module ``("clean", key)`` and ``("corrupt", key)``, or ``key`` where that
@@ -69,7 +70,7 @@ class Patching(Attribution):
         target: what is explained, if not what the method says.
         at: places: paths of modules, for their outputs, ``"path:input"`` for what they are given, or keys.
         edges: pairs of a place and a ``"path:input"`` behind it: the effect that the one has through that input alone,
-            where what is patched is added to it (EAP; Syed et al. 2023, eq. 3). For modules that add to a residual
+            where what is patched is added to it (EAP; Syed et al. 2023). For modules that add to a residual
             stream which others read.
         axis: which axes of a layer tell its parts apart, the batch being the first, 0: ``axis=1`` are the tokens of
             ``[batch, tokens, features]``, ``axis=(1, -1)`` each value of each token; ``()`` makes one part of all. By
@@ -178,7 +179,7 @@ class Patching(Attribution):
         written: dict[NestedKey, Tensor] = {}
         for name, source, end in self._pairs(run):
             rise = self._rise(run, source, there)
-            amounts = rise * coefficients[end]
+            amounts = relevance_of(rise, coefficients[end], "gradient")
             features = rise.shape[run.batch_dims([source])[source] :]
             summed = self.parts.summed(amounts, features, source)
             written[name] = _written(run, end, summed, amounts.dim() > rise.dim())
@@ -192,7 +193,9 @@ class Patching(Attribution):
             for name, source, end in self._pairs(run):
                 x, into = (run.sources([key])[key].detach() for key in (source, end))
                 lead = run.batch_dims([source])[source]
-                patches = _Patches(there[source] - x, into, self.parts, lead, source)
+                change = _difference(there[source], x)
+                put = there[source] if source == end else into + change
+                patches = _Patches(change, into, put, self.parts, lead, source)
                 effects = patches.effects(variants, end)
                 written[name] = effects if self.patch == CLEAN else -effects
         return written
@@ -220,7 +223,7 @@ class Patching(Attribution):
 
     def _rise(self, run: Run, source: NestedKey, there: Mapping[NestedKey, Tensor]) -> Tensor:
         """``a_clean - a_corrupt``."""
-        rise = there[source] - run.sources([source])[source].detach()
+        rise = _difference(there[source], run.sources([source])[source].detach())
         return rise if self.patch == CLEAN else -rise
 
     @property
@@ -268,16 +271,19 @@ class _Patches:
     """The patches of one place, a part each.
 
     Args:
-        change: what a patch of all of it adds, ``[*lead, *features]``.
-        into: what it is added to.
+        change: what a patch of all of it changes, ``[*lead, *features]``.
+        into: what is there.
+        put: what is put there.
         parts: tells its parts apart.
         lead: how many of its axes are those of the batch.
         name: of the place.
     """
 
-    def __init__(self, change: Tensor, into: Tensor, parts: Parts, lead: int, name: NestedKey) -> None:
+    def __init__(
+        self, change: Tensor, into: Tensor, put: Tensor, parts: Parts, lead: int, name: NestedKey
+    ) -> None:
         features = change.shape[lead:]
-        self._change, self._into = change, into
+        self._into, self._put = into, put
         self._numbers = parts.numbers(features, name, change.device)
         self._shape = parts.shape(features, name)
         self._wanted = torch.arange(prod(self._shape), device=change.device)
@@ -291,8 +297,8 @@ class _Patches:
         found = before.new_zeros(prod(self._shape), *before.shape)
 
         def changed(some: range) -> dict[NestedKey, Tensor]:
-            chosen = self._wanted[some.start : some.stop].reshape(-1, *(1,) * self._change.dim())
-            return {key: torch.where(self._numbers == chosen, self._into + self._change, self._into)}
+            chosen = self._wanted[some.start : some.stop].reshape(-1, *(1,) * self._into.dim())
+            return {key: torch.where(self._numbers == chosen, self._put, self._into)}
 
         for answer in variants.answers(len(self._wanted), changed):
             found[self._wanted[answer.numbers.start : answer.numbers.stop]] = answer.values - before
@@ -325,6 +331,11 @@ def _name(key: NestedKey) -> str:
     return key if isinstance(key, str) else key[0]
 
 
+def _difference(x: Tensor, start: Tensor) -> Tensor:
+    """``x - start``, and zero where both are the same, as masks are that are infinite."""
+    return torch.where(x == start, 0.0, x - start)
+
+
 def _values(run: Run) -> dict[NestedKey, Tensor]:
     return {key: x.detach() for key, x in {**run.inputs, **run.sources()}.items()}
 
@@ -334,7 +345,8 @@ def _calls(run: Run, place: NestedKey, known: Mapping[NestedKey, Tensor]) -> lis
     keys = [key for key in run.calls(place) if key in known]
     if not keys:
         raise ValueError(
-            f"there is nothing to patch at {place!r}: the model does not run it, or what it gives is not floating-point"
+            f"there is nothing to patch at {place!r}: the model does not run it, the target does not depend on it, or "
+            "what it gives is not floating-point"
         )
     return keys
 
