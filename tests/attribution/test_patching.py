@@ -634,7 +634,9 @@ def test_tokens_without_a_place_to_go_from() -> None:
 
 def test_a_tolerance_is_not_one_of_coefficients() -> None:
     by = IntegratedGradients(Target("output", 0), tolerance=0.1)
-    with pytest.raises(ValueError, match=r"a tolerance is of the sum over the inputs, .*: give steps instead"):
+    with pytest.raises(
+        ValueError, match=r"a tolerance is of the sum over the inputs, .*: give steps instead"
+    ):
         Patching(by, at="1").wrap(network())(states(2))
 
 

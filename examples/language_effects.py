@@ -1,6 +1,6 @@
 """Where the language policy keeps the way to go: the words after `go` and `never` change places, part by part.
 
-    python examples/agents/language_effects.py
+    python examples/language_effects.py
 
 The clean prompt says `go east ... never north`, the corrupt one `go north ... never east`. For each part of the policy
 at each word it prints what its clean value restores in the corrupt run: of the logit of the clean answer, less that of
@@ -9,14 +9,20 @@ the other, by the preset `relp` for all parts at once, and by a forward pass for
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torch
-from common import CHECKPOINTS
-from language import network, prompts, tokenizer
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdhook.attribution import Patching
 from tdhook.evaluation import ApproximatedEffects, compare_effects
+
+sys.path.insert(0, str(Path(__file__).parent / "agents"))  # where the policy's own script is
+
+from common import CHECKPOINTS
+from language import network, prompts, tokenizer
 
 LAYERS = [f"model.model.layers.{i}" for i in range(2)]
 KINDS = {
