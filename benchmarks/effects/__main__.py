@@ -114,22 +114,29 @@ def written(page: str, report: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and write the page."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.effects", description=__doc__)
-    made.add_argument("names", nargs="*", help=f"of the subjects (default: all of {', '.join(SUBJECTS)})")
+    made.add_argument(
+        "names",
+        nargs="*",
+        help=f"of the subjects (default: all of {', '.join(SUBJECTS)}); results of others stay",
+    )
     made.add_argument("--page", action="store_true", help="measure nothing, write the page of the results")
     arguments = made.parse_args(argv)
     torch.set_num_threads(1)
     if not arguments.page:
-        measured = []
+        found = json.loads(RESULTS.read_text())["measured"] if RESULTS.exists() else []
         for name in arguments.names or SUBJECTS:
             try:
                 subject = SUBJECTS[name]()
             except ImportError as error:
                 print(f"{name}: left out, {error}", file=sys.stderr)
                 continue
+            found = [one for one in found if one["name"] != name]
             for patch in SIDES:
-                measured.append(measure(subject, patch))
+                found.append({"name": name, **measure(subject, patch)})
                 print(f"{name}, {patch}", flush=True)
-        RESULTS.write_text(json.dumps({"machine": machine("cpu"), "measured": measured}, indent=1) + "\n")
+        found.sort(key=lambda one: list(SUBJECTS).index(one["name"]))
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps({"machine": machine("cpu"), "measured": found}, indent=1) + "\n")
     PAGE.write_text(written(PAGE.read_text(), json.loads(RESULTS.read_text())))
     print(f"wrote {PAGE}")
 

@@ -153,36 +153,36 @@ def elsewhere() -> Subject:
 
 
 PAIRS = (
-    ("The {} slept on the sofa.", "A kitten napped on the couch.", "cat car dog king"),
-    ("The {} raised its interest rates.", "The lender made loans more expensive.", "bank flag church river"),
-    ("They had a picnic near the {}.", "We ate lunch at the water.", "river road wall school"),
+    ("The {} slept on the sofa.", "A kitten napped on the couch.", "cat car"),
+    ("The {} raised its interest rates.", "The lender made loans more expensive.", "bank flag"),
+    ("They had a picnic near the {}.", "We ate lunch at the water.", "river road"),
     (
         "How do I learn to play the {}?",
         "What is the best way to learn an instrument?",
-        "guitar game piano fool",
+        "guitar game",
     ),
-    ("The {} landed on the moon.", "Astronauts reached the lunar surface.", "rocket dog bird shadow"),
-    ("She {} the race easily.", "She was the fastest runner.", "won lost left saw"),
-    ("The weather is {} today.", "It is a sunny and warm day.", "nice bad cold strange"),
-    ("He cooked {} for dinner.", "He made spaghetti in the evening.", "pasta fish meat rice"),
-    ("The {} barked at the mailman.", "The dog was loud when the post came.", "dog wind man cat"),
-    ("The king of {} was crowned.", "The French monarch took the throne.", "france spain rock england"),
-    ("My {} hurts a lot.", "I have a headache.", "head foot heart pride"),
-    ("The doctor gave her {}.", "The physician prescribed pills.", "medicine money flowers advice"),
-    ("We took the {} to london.", "The railway brought us to the capital.", "train bus news ship"),
-    ("He is a famous {}.", "His paintings hang in museums.", "painter singer doctor writer"),
-    ("The {} was delicious.", "We loved the meal.", "food music book wine"),
-    ("The team scored a {}.", "The striker kicked the ball into the net.", "goal point deal victory"),
-    ("Please turn off the {}.", "It is too bright in here.", "light radio water phone"),
-    ("The students read a {}.", "They studied a novel in class.", "book letter map sign"),
-    ("Birds can {}.", "A sparrow moves through the air.", "fly sing eat sleep"),
-    ("The {} is very expensive.", "The price of the car is high.", "car house ring trip"),
-    ("He drinks {} every morning.", "She has an espresso at breakfast.", "coffee milk water beer"),
-    ("The mountain is covered in {}.", "It is winter in the alps.", "snow grass fog trees"),
-    ("They got {} last summer.", "The wedding was in july.", "married lost paid sick"),
-    ("The plane arrived {}.", "The flight was delayed.", "late early empty safely"),
+    ("The {} landed on the moon.", "Astronauts reached the lunar surface.", "rocket dog"),
+    ("She {} the race easily.", "She was the fastest runner.", "won lost"),
+    ("The weather is {} today.", "It is a sunny and warm day.", "nice bad"),
+    ("He cooked {} for dinner.", "He made spaghetti in the evening.", "pasta fish"),
+    ("The {} barked at the mailman.", "The dog was loud when the post came.", "dog wind"),
+    ("The king of {} was crowned.", "The French monarch took the throne.", "france spain"),
+    ("My {} hurts a lot.", "I have a headache.", "head foot"),
+    ("The doctor gave her {}.", "The physician prescribed pills.", "medicine money"),
+    ("We took the {} to london.", "The railway brought us to the capital.", "train bus"),
+    ("He is a famous {}.", "His paintings hang in museums.", "painter singer"),
+    ("The {} was delicious.", "We loved the meal.", "food music"),
+    ("The team scored a {}.", "The striker kicked the ball into the net.", "goal point"),
+    ("Please turn off the {}.", "It is too bright in here.", "light radio"),
+    ("The students read a {}.", "They studied a novel in class.", "book letter"),
+    ("Birds can {}.", "A sparrow moves through the air.", "fly sing"),
+    ("The {} is very expensive.", "The price of the car is high.", "car house"),
+    ("He drinks {} every morning.", "She has an espresso at breakfast.", "coffee milk"),
+    ("The mountain is covered in {}.", "It is winter in the alps.", "snow grass"),
+    ("They got {} last summer.", "The wedding was in july.", "married lost"),
+    ("The plane arrived {}.", "The flight was delayed.", "late early"),
 )
-"""A sentence with a gap, one that it is compared with, the word of the clean sentence, and those of corrupt ones."""
+"""A sentence with a gap, one that it is compared with, and the word of the clean sentence and of the corrupt one."""
 
 
 class SimilarTo(nn.Module):
@@ -207,7 +207,7 @@ def minilm() -> Subject:
     transformers = importlib.import_module("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     model = SimilarTo(transformers.AutoModel.from_pretrained(path, local_files_only=True)).eval()
-    rows = [(s, o, words.split()[0], word) for s, o, words in PAIRS for word in words.split()[1:]]
+    rows = [(sentence, other, *words.split()) for sentence, other, words in PAIRS]
 
     def read(sentences: list[str]) -> Any:
         return tokenizer(sentences, padding=True, return_tensors="pt")
