@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.utils import NestedKey, unravel_key
@@ -69,16 +70,24 @@ def _axes(
     td: TensorDictBase, of: tuple[str, ...], below: int, value: object
 ) -> tuple[Size, list[str | None] | None]:
     """The axes of a TensorDict so many parts above a value, which tells of an entry of ``td``."""
-    like = td.get(of[:-below], None) if len(of) > below else None
-    if not isinstance(value, Tensor) or like is None:
+    like: Any = _entry(td, of[:-below]) if len(of) > below else None
+    if not isinstance(value, Tensor) or not is_tensor_collection(like):
         return td.batch_size, names_of(td)
     lead, size, names = td.batch_dims, list(like.batch_size), names_of(like)
-    entry = td.get(of, None)
+    entry = _entry(td, of)
     if isinstance(entry, Tensor) and value.dim() > entry.dim():  # [*batch, outputs, ...]
         size.insert(lead, value.shape[lead])
         names = names and [*names[:lead], None, *names[lead:]]
     fits = list(value.shape[: len(size)]) == size
     return (Size(size), names) if fits else (td.batch_size, names_of(td))
+
+
+def _entry(td: TensorDictBase, key: tuple[str, ...]) -> object:
+    """An entry, or ``None``; also where there are tensors on the way to it."""
+    found: Any = td
+    for part in key:
+        found = found.get(part, None) if is_tensor_collection(found) else None
+    return found
 
 
 def next_key(key: NestedKey) -> NestedKey:

@@ -10,7 +10,16 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdhook import References, Target, attribution
-from tdhook.attribution import LRP, Attribution, Averaged, GradCAM, Gradient, IntegratedGradients, Product
+from tdhook.attribution import (
+    LRP,
+    Attribution,
+    Averaged,
+    BiLRP,
+    GradCAM,
+    Gradient,
+    IntegratedGradients,
+    Product,
+)
 from tdhook.attribution.catalogue import METHODS, REQUIRED, method, method_from_dict
 from tdhook.configuration import read_method
 from tdhook.perturbing.features import patches
@@ -41,7 +50,12 @@ def pictures(name: str) -> tuple[nn.Module, TensorDict]:
 
 def test_all_are_listed() -> None:
     exported = {kind for kind in map(vars(attribution).get, attribution.__all__) if isinstance(kind, type)}
-    methods = {kind for kind in exported if issubclass(kind, Attribution)} - {Attribution, Averaged, Product}
+    methods = {kind for kind in exported if issubclass(kind, Attribution)} - {
+        Attribution,
+        Averaged,
+        BiLRP,
+        Product,
+    }
     assert methods == {listed.kind for listed in METHODS.values()}
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from tdhook.models.holding import Makeup, modules_of
+from tdhook.models.holding import Beside, Makeup, modules_of
 
 
 class Holds(nn.Module):
@@ -64,3 +64,18 @@ def test_a_makeup_holds_until_something_changes() -> None:
     model[1][0] = nn.Tanh()
     assert not makeup.holds()
     assert Makeup(model).holds()
+
+
+def test_modules_beside_those_of_a_model() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    one, other = nn.Linear(3, 4), nn.Linear(4, 3)
+    model.add_module("more", Beside({"0.features": one, "0.back": other}))
+    found = modules_of(nn.ModuleDict({"inside": model}))
+    assert {name: found[f"inside.{name}"] for name in ("0", "0.features", "0.back")} == {
+        "0": model[0],
+        "0.features": one,
+        "0.back": other,
+    }
+    assert not any(isinstance(module, Beside) for module in found.values())
+    assert "more.0.features.weight" in model.state_dict()
+    model.load_state_dict(model.state_dict())

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.zoo
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "sentence_similarity.py"
+PAIRS_PAGE = ROOT / "docs" / "explain" / "pairs.md"
 PAGE = ROOT / "docs" / "explain" / "transformers-and-recurrent-networks.md"
 NUMBER = re.compile(r"[+-]?\d+\.\d+")
 
@@ -32,22 +33,27 @@ def example() -> SimpleNamespace:
     return SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 
 
-def shown() -> str:
-    """What the page says that the script prints."""
-    page = PAGE.read_text()
-    (block,) = re.findall(r"^```text\n(similarity .*?)^```$", page, re.MULTILINE | re.DOTALL)
+def shown(page: Path = PAGE) -> str:
+    """What a page says that the script prints."""
+    text = page.read_text()
+    (block,) = re.findall(r"^```text\n(similarity .*?)^```$", text, re.MULTILINE | re.DOTALL)
     return str(block)
 
 
+@pytest.mark.parametrize("option, page", [("--picture", PAGE), ("--pairs", PAIRS_PAGE)])
 def test_the_script_prints_what_the_page_shows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    option: str,
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     picture = tmp_path / "similarity.png"
-    monkeypatch.setattr(sys, "argv", [SCRIPT.name, "--picture", str(picture)])
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, option, str(picture)])
     runpy.run_path(str(SCRIPT), run_name="__main__")
-    printed, page = capsys.readouterr().out.strip(), shown().strip()
-    assert NUMBER.sub("#", printed) == NUMBER.sub("#", page)
-    numbers = [[float(number) for number in NUMBER.findall(text)] for text in (printed, page)]
+    printed, told = capsys.readouterr().out.strip(), shown(page).strip()
+    assert NUMBER.sub("#", printed) == NUMBER.sub("#", told)
+    numbers = [[float(number) for number in NUMBER.findall(text)] for text in (printed, told)]
     # The last digit may be rounded otherwise on another processor.
     assert numbers[0] == pytest.approx(numbers[1], abs=1.01e-3, rel=0)
     assert 1_000 < picture.stat().st_size < 60_000
@@ -84,6 +90,13 @@ def test_the_word_that_two_sentences_share_makes_them_similar(
     (two,) = example.explain(example.PAIRS[pair : pair + 1], dtype=torch.float64).words
     for words in two:
         assert max(words, key=lambda each: each[1])[0] == shared
+
+
+def test_pairs_of_words_add_up_but_for_what_biases_have(example: SimpleNamespace) -> None:
+    (pair,) = example.explain_pairs(example.PAIRS[2:], dtype=torch.float64)
+    i, j = divmod(int(pair.relevance.argmax()), len(pair.columns))
+    assert pair.rows[i] == pair.columns[j] == "guitar"
+    assert abs(float(pair.relevance.sum()) - pair.similarity) < 0.25 * pair.similarity
 
 
 def test_attention_weights_that_are_held_constant_keep_less(example: SimpleNamespace) -> None:

@@ -2,6 +2,7 @@
 
 from tdhook.attribution.ablation import Ablation
 from tdhook.attribution.averaged import Averaged
+from tdhook.attribution.bilrp import BiLRP
 from tdhook.attribution.blur import BlurIntegratedGradients
 from tdhook.attribution.cam import GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, XGradCAM
 from tdhook.attribution.conductance import Conductance, InternalInfluence
@@ -22,6 +23,7 @@ from tdhook.attribution.sarfa import SARFA
 from tdhook.attribution.shapley import Shapley
 from tdhook.attribution.shapley_sampling import ShapleySampling
 from tdhook.contexts.attribution import Attribution
+from tdhook.models.pair import Pair
 from tdhook.perturbing.draws import Flips, Noise, Shifts
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "AttentionRollout",
     "Attribution",
     "Averaged",
+    "BiLRP",
     "BlurIntegratedGradients",
     "Conductance",
     "Deconvnet",
@@ -49,6 +52,7 @@ __all__ = [
     "LayerCAM",
     "Noise",
     "Occlusion",
+    "Pair",
     "Patching",
     "PerturbationSaliency",
     "PredDiff",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from types import FunctionType, MethodType
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from tdhook.tape.internals import children_of
 
-__all__ = ["Makeup", "modules_of"]
+__all__ = ["Beside", "Makeup", "modules_of"]
 
 _CONTAINERS = (list, tuple, set, frozenset, dict)
 _FUNCTIONS = (FunctionType, MethodType, partial)
@@ -18,11 +18,31 @@ _FUNCTIONS = (FunctionType, MethodType, partial)
 _OWN = frozenset(vars(nn.Module())) | {"forward", "_prev_forward"}
 
 
+class Beside(nn.Module):
+    """Modules that a model has besides its own, under paths among these.
+
+    As a child of the model it is what ``state_dict``, ``to`` and ``train`` go through.
+
+    Args:
+        modules: by dotted path, relative to the model.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        names: dict[str, dict[str, nn.Module]] = {}
+        for path, module in modules.items():
+            name, _, below = path.partition(".")
+            names.setdefault(name, {})[below] = module
+        for name, inside in names.items():
+            self.add_module(name, inside[""] if "" in inside else Beside(inside))
+
+
 def modules_of(root: nn.Module) -> dict[str, nn.Module]:
     """All modules of a model by dotted path, those included that it holds without registering them.
 
     torchrl's multi-agent networks run such a module, with parameters that are kept elsewhere; a function that a
-    TensorDictModule wraps may call others, which are named as it names them.
+    TensorDictModule wraps may call others, which are named as it names them. What a model has :class:`Beside` its own
+    modules is under the paths that it has there.
     """
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
@@ -31,9 +51,13 @@ def modules_of(root: nn.Module) -> dict[str, nn.Module]:
         if id(module) in seen:
             return
         seen.add(id(module))
-        found[prefix] = module
+        is_beside = isinstance(module, Beside)
+        if not is_beside:
+            found[prefix] = module
         for name, child in (*children_of(module).items(), *_unregistered(module)):
-            if child is not None:
+            if isinstance(child, Beside) and not is_beside:
+                visit(prefix, child)
+            elif child is not None:
                 visit(f"{prefix}.{name}" if prefix else name, child)
 
     visit("", root)

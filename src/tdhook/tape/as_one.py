@@ -10,15 +10,20 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["as_one", "is_one"]
+__all__ = ["as_one", "as_one_that_keeps", "is_one", "kept_by"]
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 _MARK = "tdhook_as_one"
 
 
 def is_one(function: Callable[..., object]) -> bool:
-    """Whether a function was made one operation by :func:`as_one`."""
-    return getattr(function, _MARK, False) is True
+    """Whether a function was made one operation."""
+    return hasattr(function, _MARK)
+
+
+def kept_by(function: Callable[..., object]) -> str:
+    """The reason for which a function keeps what its linearisation leaves of its value."""
+    return str(getattr(function, _MARK, "constant"))
 
 
 def as_one(function: F) -> F:
@@ -28,13 +33,21 @@ def as_one(function: F) -> F:
     the value (the zeroth term of the linearisation) is absorbed as a constant. A composite can name it like any
     operation, ``Op("name of the function")``, and give it another rule.
     """
+    return as_one_that_keeps("constant")(function)
 
-    @wraps(function)
-    def whole(*args: object, **kwargs: object) -> Tensor:
-        tensors = tuple(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-        if has_torch_function(tensors):
-            return handle_torch_function(whole, tensors, *args, **kwargs)
-        return function(*args, **kwargs)
 
-    setattr(whole, _MARK, True)
-    return cast(F, whole)
+def as_one_that_keeps(reason: str) -> Callable[[F], F]:
+    """The same, where what is left of the value is absorbed for another reason."""
+
+    def made(function: F) -> F:
+        @wraps(function)
+        def whole(*args: object, **kwargs: object) -> Tensor:
+            tensors = tuple(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+            if has_torch_function(tensors):
+                return handle_torch_function(whole, tensors, *args, **kwargs)
+            return function(*args, **kwargs)
+
+        setattr(whole, _MARK, reason)
+        return cast(F, whole)
+
+    return made

@@ -34,7 +34,7 @@ __all__ = ["REASONS", "Entry", "Ledger", "Note"]
 Note: TypeAlias = "Callable[[Entry, str, Tensor], None]"
 """Takes down the amount of a column of an entry."""
 _USUAL = ("bias", "stabiliser", "stop", "constant")
-REASONS = (*_USUAL, "condition")
+REASONS = (*_USUAL, "condition", "reconstruction")
 """What relevance is kept for; a table has those beyond the usual ones where any was."""
 CAPTION = "Where relevance went"
 
@@ -208,7 +208,9 @@ class Ledger:
     def _repr_html_(self) -> str:
         rows = self.cells()
         marked = [i for i, row in enumerate(rows) if row[-1]]
-        return html_table(self.caption, self.columns, [row[:-1] for row in rows], numbers=6, marked=marked)
+        columns = self.columns
+        numbers = len(columns) - 3
+        return html_table(self.caption, columns, [row[:-1] for row in rows], numbers=numbers, marked=marked)
 
     def call(self, path: str, selector: object, bound: Bound, call: Call) -> Any:
         """Make one call, with its inputs and outputs metered, unless it is one of them in another shape."""

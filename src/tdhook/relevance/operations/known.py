@@ -27,7 +27,7 @@ from tdhook.selectors.names import (
     queries,
     writes_in_place,
 )
-from tdhook.tape.as_one import is_one
+from tdhook.tape.as_one import is_one, kept_by
 from tdhook.tape.internals import schema_of
 
 __all__ = ["Known", "learned", "on_a_copy"]
@@ -86,6 +86,7 @@ def learned(func: Any) -> Known:
         _apply if isinstance(func, Applied) else form,
         moves=own is None and (name in MOVES or name in WINNER),
         multiplies=own is None and (name in PRODUCTS or name in ELEMENTWISE),
+        keeps=kept_by(func),
     )
     known = Known(operation, in_place, own=own, parts=one_by_one(func), schema=schema)
     known.begins_tape, known.differentiates = begins_tape(func), func in _DERIVATIVES

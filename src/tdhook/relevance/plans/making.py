@@ -11,8 +11,10 @@ from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import nn
 
 from tdhook.conventions import Convention
+from tdhook.models.around import AroundModel
 from tdhook.models.entries import dense_copy
 from tdhook.models.families import BatchNorm
+from tdhook.models.holding import modules_of
 from tdhook.models.model import Model
 from tdhook.models.tracing import Execution, registered, traced
 from tdhook.relevance.composites.composite import Composite
@@ -77,17 +79,22 @@ def make_plan(
         ValueError: a rule treats parameters as zero that no module under it has.
     """
     rows: list[Row] = []
-    units: list[str] = []
+    units: dict[str, set[int]] = {}
+    root = execution.modules.get("")
+    whole = root.around.root if isinstance(root, AroundModel) else root
     for name, module in execution.modules.items():
         if skip is not None and skip(name, module):
             continue
-        if defaults and any(name.startswith(unit) for unit in units):
+        # What is spliced in behind a unit has its name, but is none of its modules.
+        if defaults and any(name.startswith(unit) and id(module) in own for unit, own in units.items()):
             continue
         selector, rule = _ask(mapper, execution, name, module)
         if rule is not None and not isinstance(rule, Rule):
             raise TypeError(f"the rule mapper returned {rule!r} for module `{name}`, which is no rule")
         if rule is not None and defaults:
-            units.append(f"{name}." if name else "")
+            if module is whole:
+                rows.clear()  # all that runs is inside it
+            units[f"{name}." if name else ""] = set(map(id, modules_of(module).values()))
         leaf = not any(True for _ in module.children())
         leaf = leaf and not isinstance(module, TensorDictModuleBase | TensorDictParams)
         rows.append(Row(name, module, rule, selector, open=rule is None and leaf))

@@ -144,7 +144,8 @@ def with_constants(
     named = isinstance(module, Operation) and module.name.startswith(
         ("linear", "conv", "batch_norm", "addmm")
     )
-    reason = "bias" if weighted or named else "constant"
+    kept = module.keeps if isinstance(module, Operation) else "constant"
+    reason = "bias" if weighted or named else kept
     for (i, z), part in zip(made.items(), linear, strict=True):
         rest = (_counted(z, moves) - part).nan_to_num(0.0, 0.0, 0.0)
         if not may_look_at(rest) or bool(rest.any()):

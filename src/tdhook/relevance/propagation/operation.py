@@ -24,21 +24,29 @@ class Operation(nn.Module):
     Attributes:
         name: the name of the operation.
         function: the torch function.
+        keeps: the reason for which it keeps what its linearisation leaves of its value.
         moves: whether it moves values without changing them, and ``multiplies``: whether it multiplies its arguments.
     """
 
     name: str
+    keeps: str
     moves: bool
     multiplies: bool
     function: Callable[..., Any]
 
     @staticmethod
     def of(
-        name: str, function: Callable[..., object], *, moves: bool = False, multiplies: bool = False
+        name: str,
+        function: Callable[..., object],
+        *,
+        moves: bool = False,
+        multiplies: bool = False,
+        keeps: str = "constant",
     ) -> Operation:
         """The stand-in for ``function``."""
         operation: Operation = type(name, (Operation,), {})()
         operation.name, operation.moves, operation.multiplies = name, moves, multiplies
+        operation.keeps = keeps
         operation.__dict__["function"] = function
         return operation
 

@@ -1,8 +1,8 @@
 """Reports: what rules keep of the relevance that reaches them, told to whoever keeps accounts.
 
-Nothing is reported unless a ledger is kept. Reasons are ``"bias"``, ``"stabiliser"``, ``"stop"`` and ``"constant"``:
-the share of everything that is neither an input nor a bias (a number that is added, the zeroth term of a
-linearisation).
+Nothing is reported unless a ledger is kept. Reasons are ``"bias"``, ``"stabiliser"``, ``"stop"``, ``"constant"``: the
+share of everything that is neither an input nor a bias (a number that is added, the zeroth term of a linearisation),
+and ``"reconstruction"``: that of what a dictionary leaves out.
 """
 
 from __future__ import annotations

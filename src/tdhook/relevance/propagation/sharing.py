@@ -56,8 +56,9 @@ class _Secant:
             amounts += [
                 -finite_product(d, g) for d, g in zip(step.inputs, found, strict=True) if g is not None
             ]
+            reason = step.module.keeps if isinstance(step.module, Operation) else "constant"
             for amount in amounts:
-                step.report("constant", amount)
+                step.report(reason, amount)
         return found
 
 
