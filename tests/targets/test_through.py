@@ -23,7 +23,7 @@ from tdhook.attribution import (
     IntegratedGradients,
     Noise,
 )
-from tdhook.rules import EpsilonRule
+from tdhook.rules import EpsilonRule, GammaRule
 from tdhook.selectors import First, Last, Name, Op
 from tdhook.targets import AtStep, Contrast, Key, Target, Through
 
@@ -338,7 +338,7 @@ def test_an_operation_may_be_overwritten_afterwards():
     class InPlace(Residual):
         def forward(self, x):
             h = F.gelu(self.enter(x))
-            h += 1.0
+            h += h.flip(-1).detach() * 2 + h.flip(-1)  # its units are mixed
             return self.leave(h)
 
     model, td = InPlace().double(), of(3, 4)
@@ -347,7 +347,38 @@ def test_an_operation_may_be_overwritten_afterwards():
     x, index = td["input"], model(td["input"]).argmax(-1)
     w1, w3 = model.enter.weight.detach(), model.leave.weight.detach()[index]
     slope = torch.func.vmap(torch.func.vmap(torch.func.grad(F.gelu)))(x @ w1.T)
-    torch.testing.assert_close(found, (w3 * slope).unsqueeze(-1) * w1 * x.unsqueeze(1))
+    torch.testing.assert_close(found, ((w3 + w3.flip(-1)) * slope).unsqueeze(-1) * w1 * x.unsqueeze(1))
+
+
+class Attending(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head, self.options = nn.Linear(8, 3), options
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x, **self.options)[0]).sum(1)
+
+
+@pytest.mark.parametrize("method", [LRP("attn_lrp"), GradientTimesInput()], ids=["lrp", "gradient"])
+def test_heads_inside_torchs_own_attention(method):
+    model, td = Attending(need_weights=False), of(2, 5, 8)
+    place = Op("scaled_dot_product_attention")
+    each = relevance(method.explaining(Through(OUTPUT, place, axis=1)), model, td)
+    assert each.shape == (2, 2, 5, 8)
+    torch.testing.assert_close(
+        each.sum(1), relevance(method.explaining(OUTPUT), model, td), rtol=0, atol=1e-9
+    )
+    with pytest.raises(ValueError, match=r"shape \[4, 5, 4\], which does not begin with the batch \[2\]"):
+        target = Through(OUTPUT, Last(Op("matmul")), axis=1)
+        relevance(method.explaining(target), Attending(need_weights=True), td)
+
+
+@pytest.mark.parametrize("rule", [GammaRule(), EpsilonRule(1e-12)], ids=str)
+def test_what_a_rule_computes_is_no_operation_of_the_model(rule):
+    method = LRP([(nn.Linear, rule)], target=Through(OUTPUT, Last(Op("linear"))))
+    with pytest.raises(ValueError, match=r"performs no operation Last\(Op\('linear'\)\)"):
+        relevance(method, Residual(), of(3, 4))
 
 
 LEDGERS = {
