@@ -190,3 +190,10 @@ def methods(session: nox.Session) -> None:
     """Measure all methods on all trained models by all measures, and write the page that tells it."""
     for_trained_models(session)
     session.run("python", "-m", "benchmarks.methods", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def effects(session: nox.Session) -> None:
+    """Measure how close approximated effects come to patching, and write the tables of the page that tells it."""
+    for_trained_models(session)
+    session.run("python", "-m", "benchmarks.effects", *session.posargs, env=ONE_THREAD)
