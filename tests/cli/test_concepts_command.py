@@ -14,8 +14,10 @@ pytest.importorskip("torchrl")
 
 from typer.testing import CliRunner, Result
 
+from tdhook import LRP, Target
 from tdhook.cli.commands import app
-from tdhook.rl import save_policy
+from tdhook.concepts import ReferenceSamples
+from tdhook.rl import load_policy, save_policy
 from tdhook.rl.policies import Policy, build_actor
 
 LAYER = "module.0.module.1"
@@ -68,6 +70,15 @@ def test_with_a_graph() -> None:
     assert result.exit_code == 0, result.output
     page = Path("concepts.html").read_text(encoding="utf-8")
     assert page.count('<img class="graph"') == 2 and "What units hand on to earlier ones on average" in page
+
+
+def test_units_of_a_job_are_shown_as_units() -> None:
+    actor = load_policy("policy.pt").actor
+    method = LRP("epsilon_plus", target=Target("action_value", "action"))
+    samples = ReferenceSamples(method, LAYER, groups="action")
+    samples.job(actor, "buffer", "job").work()
+    result = CliRunner().invoke(app, ["dataset", "reduce", "job"])
+    assert result.exit_code == 0 and "units: mean relevance" in result.output and "unit 7" in result.output
 
 
 def test_mistakes_are_told() -> None:

@@ -15,6 +15,7 @@ from tdhook.configuration import read_key, write_key
 from tdhook.datasets.reducers import Histogram, Moments, Reservoir, TopRows
 from tdhook.datasets.reducing import Reducer
 from tdhook.datasets.rows import Rows
+from tdhook.datasets.unit_rows import UnitRows
 from tdhook.markup import visible
 from tdhook.pages.names import feature_names, group_name
 
@@ -98,7 +99,9 @@ def reduced_tables(
         by = reducers[name].by
         groups = [group_name(by, group, actions) for group in found["group"].tolist()]
         if found.get("mean", None) is not None:
-            tables.append(_moments(name, found, groups, features))
+            of_units = isinstance(reducers[name], UnitRows)
+            units = [f"unit {i}" for i in range(found["mean"].shape[1])] if of_units else features
+            tables.append(_moments(name, found, groups, units))
         elif found.get("quantiles", None) is not None:
             tables.append(_quantiles(name, found, groups, features))
         else:

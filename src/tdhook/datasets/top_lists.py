@@ -41,7 +41,7 @@ def best(
     """The steps with the largest amounts of each unit, in each group.
 
     Args:
-        amount: ``[steps, units]``, steps in their order.
+        amount: ``[sides, steps, units]``, steps in their order.
         position: ``[sides, steps, units]``.
         of_steps: what else is listed of a step, ``[steps]`` by name, ``row`` and ``step`` among it.
         group: the group of each step, ``[steps]``.
@@ -52,17 +52,17 @@ def best(
         ``amount``, ``position`` and what is listed, ``[groups, sides, units, found]``, the largest first, of equal ones
         the first. Where there are fewer, ``row`` is ``-1``.
     """
-    sides, units = len(position), amount.shape[1]
+    sides, units = len(position), amount.shape[-1]
     width = min(count, int(torch.bincount(group).max())) if len(group) else 0
     found = _empty((groups, sides, units, width), of_steps)
     columns = torch.arange(units)[:, None]
     for g in range(groups):
         here = (group == g).nonzero()[:, 0]
         for side, sign in enumerate(_SIGNS[:sides]):
-            signed = (amount[here] * sign).T.contiguous()
+            signed = (amount[side, here] * sign).T.contiguous()
             first = here[torch.sort(signed, dim=-1, descending=True, stable=True).indices[:, :width]]
             at = (g, side, slice(None), slice(first.shape[1]))
-            found["amount"][at] = amount[first, columns]
+            found["amount"][at] = amount[side][first, columns]
             found["position"][at] = position[side][first, columns]
             for name, value in of_steps.items():
                 found[name][at] = value[first]

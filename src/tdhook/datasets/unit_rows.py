@@ -86,7 +86,8 @@ class UnitRows(Reducer):
         of: whether ``"relevance"`` or the ``"value"`` is looked at, which the method writes if ``values=[key]``.
         axis: that of the units, ``1`` the first after those of the batch; by default the only one.
         heads: how many equal parts side by side the axis has, each of which is a unit.
-        pooled: whether an amount is the ``"sum"`` over the places of a unit, or their ``"max"``.
+        pooled: whether an amount is the ``"sum"`` over the places of a unit, or their ``"max"`` (of what is against,
+            their least).
         share: whether amounts are divided by the sum of their sizes over all units, so that steps in which much is
             explained do not come first for all of them.
         against: whether the steps with the most negative amounts are kept, too.
@@ -143,10 +144,10 @@ class UnitRows(Reducer):
         units, places = by_units(steps.value, self.axis, self.heads, self._layer)
         amount, position = self._amounts(units)
         if not bool(amount.isfinite().all()):
-            odd = steps.row[(~amount.isfinite()).any(-1)][0]
+            odd = steps.row[(~amount[0].isfinite()).any(-1)][0]
             raise ValueError(f"{self._layer!r} is not finite in row {int(odd)}")
         groups, place = groups_of(steps.group)
-        positive, negative = amount.clamp(min=0), -amount.clamp(max=0)
+        positive, negative = amount[0].clamp(min=0), -amount[0].clamp(max=0)
         found = {
             "group": groups,
             "count": torch.bincount(place, minlength=len(groups)),
@@ -239,15 +240,16 @@ class UnitRows(Reducer):
         Args:
             units: ``[steps, units, places]``.
         """
-        most = units.max(-1)
-        amount = units.sum(-1, dtype=torch.float64) if self.pooled == "sum" else most.values.double()
-        position = [most.indices]
-        if self.against:
-            position.append(units.min(-1).indices)
+        ends = [units.max(-1)] + ([units.min(-1)] if self.against else [])
+        position = torch.stack([end.indices for end in ends])
+        if self.pooled == "sum":
+            amount = units.sum(-1, dtype=torch.float64).expand(len(ends), -1, -1)
+        else:
+            amount = torch.stack([end.values for end in ends]).double()
         if self.share:
             whole = amount.abs().sum(-1, keepdim=True)
             amount = torch.where(whole > 0, amount / whole, 0.0)
-        return amount, torch.stack(position)
+        return amount, position
 
     def _both(self, one: Part, other: Part) -> Part:
         for name in ("places", "for"):
