@@ -45,4 +45,4 @@ def test_the_first_call_is_that_of_the_rows(method: LRP, model: nn.Module, td: T
 
 def test_a_plan_tells_each_layer_once(model: nn.Module, td: TensorDict) -> None:
     plan = LRP("epsilon_plus", target=TARGET).plan(model, td)
-    assert [row.path for row in plan if row.operation is None] == ["0", "1", "2", "3"]
+    assert [row.path for row in plan if row.path] == ["0", "1", "2", "3"]
