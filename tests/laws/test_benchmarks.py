@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # where `benchmarks` is that of this repository; torchrl installs one, too
 
 from benchmarks import __main__ as command  # noqa: E402
+from benchmarks import units  # noqa: E402
 from benchmarks.cases import CASES, Aim, Case  # noqa: E402
 from benchmarks.contenders import compiled_floor, floor  # noqa: E402
 from benchmarks.library_models import Unavailable  # noqa: E402
@@ -288,3 +289,12 @@ def test_the_command_writes_a_report_that_can_be_shown_and_drawn(
     assert "What an explanation costs" in page(tmp_path)
     assert picture.read_bytes().startswith(b"\x89PNG")
     plot({"table": [], "scaling": report()["scaling"]}, picture)
+
+
+def test_units_that_relevance_names_carry_more_decisions_than_chance() -> None:
+    pytest.importorskip("torchrl")
+    lines: list[str] = []
+    units.main(["demo", "--seeds", "1"], lines.append)
+    means = {line[2:28].strip(): float(line[28:].strip("% ")) for line in lines[lines.index(lines[-1]) - 7 :]}
+    assert means["deeplift, from 16 samples"] > 2 * means["chance"]
+    assert means["deeplift, from 16 samples"] > means["activation"]

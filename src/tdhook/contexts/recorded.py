@@ -281,7 +281,8 @@ class Recorded:
 
     def _is_ours(self, key: tuple[str, ...]) -> bool:
         name = parts_of(self.method.attribution_key)
-        beside = key[0] in self.method.writes_under or key in map(parts_of, self.method.writes)
+        written = (*self.method.writes, *self.method.seeder.tells)
+        beside = key[0] in self.method.writes_under or key in map(parts_of, written)
         return key[: len(name)] == name or beside
 
     def _destination(self, key: tuple[str, ...]) -> NestedKey:

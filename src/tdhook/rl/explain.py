@@ -57,8 +57,8 @@ class Explain(Transform):
             looks at what came next, and writes ``("attr", "next", "observation")``.
         under: a key under which all of it is put, to tell the entries of several of these transforms apart:
             ``(under, "attr", "observation")``.
-        every: explain the first batch and each ``every``-th after it. The others get the same entries, filled with NaN,
-            so that they can be stacked and stored together.
+        every: explain the first batch and each ``every``-th after it. The others get the same entries, filled with NaN
+            (numbers of units with -1), so that they can be stacked and stored together.
         snapshot: whether to explain the module as it is now, until :meth:`update` is called, whatever is trained since.
             A copy in another process (a pickled one: behind a remote buffer, or in a collector's worker) does not
             follow the module, and says so: send it weights by :meth:`update`.
@@ -201,7 +201,7 @@ class Explain(Transform):
             return found
         device = tensordict.device
         return {
-            key: torch.full((*batch, *shape), torch.nan, dtype=dtype, device=device)
+            key: torch.full((*batch, *shape), _missing(dtype), dtype=dtype, device=device)
             for key, (shape, dtype) in self._shapes.items()
         }
 
@@ -232,6 +232,11 @@ class Explain(Transform):
                 old.copy_(new)
         for their, our in zip(theirs, ours, strict=True):
             our.training = their.training
+
+
+def _missing(dtype: torch.dtype) -> float:
+    """What stands where nothing was explained: no number, or no unit."""
+    return torch.nan if dtype.is_floating_point else -1
 
 
 def _value(slot: Slot) -> Tensor:
