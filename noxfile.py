@@ -135,7 +135,8 @@ def peers(session: nox.Session) -> None:
         "scikit-learn",
     )
     # torchvision and what needs it ask for a build of torch of their own: their Python part is all that is wanted.
-    install(session, "--no-deps", "torchvision", "zennit", "lxt", "captum", "grad-cam", "ttach")
+    without = ("torchvision", "zennit", "zennit-crp", "lxt", "captum", "grad-cam", "ttach")
+    install(session, "--no-deps", *without)
     session.run("pytest", "-m", "peers", *(session.posargs or ["tests/peers"]), env=ONE_THREAD)
 
 
@@ -189,3 +190,10 @@ def methods(session: nox.Session) -> None:
     """Measure all methods on all trained models by all measures, and write the page that tells it."""
     for_trained_models(session)
     session.run("python", "-m", "benchmarks.methods", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def effects(session: nox.Session) -> None:
+    """Measure how close approximated effects come to patching, and write the tables of the page that tells it."""
+    for_trained_models(session)
+    session.run("python", "-m", "benchmarks.effects", *session.posargs, env=ONE_THREAD)

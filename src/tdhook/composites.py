@@ -22,6 +22,7 @@ from tdhook.relevance.composites.presets import (
     excitation_backprop,
     guided_backprop,
     lstm_lrp,
+    relp,
 )
 from tdhook.relevance.plans.making import DEFAULTS, select
 
@@ -48,5 +49,6 @@ __all__ = [
     "guided_backprop",
     "lstm_lrp",
     "preset",
+    "relp",
     "select",
 ]

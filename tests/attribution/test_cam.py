@@ -183,6 +183,8 @@ def test_products() -> None:
 
 def test_mistakes() -> None:
     target, td = Target("output", 0), pictures(2)
+    with pytest.raises(ValueError, match=r"is of one layer, '3', and gives '1' no relevance"):
+        GradCAM("3", target, input_modules=["1", "3"])
     with pytest.raises(
         ValueError, match=r"the layer '5' has the axes \[3\], and a map needs that of channels"
     ):

@@ -59,7 +59,7 @@ def test_all_are_listed() -> None:
     assert methods == {listed.kind for listed in METHODS.values()}
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "attention_rollout"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("attention_rollout", "patching")])
 def test_each_explains(name: str) -> None:
     listed = METHODS[name]
     options = {

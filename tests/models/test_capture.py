@@ -9,6 +9,8 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 
 from tdhook import LRP, Target
+from tdhook.attribution import GradientTimesInput
+from tdhook.rules import EpsilonRule
 
 
 class Summed(nn.Module):
@@ -103,3 +105,89 @@ def test_a_key_that_is_overwritten_after_it_was_written() -> None:
     torch.testing.assert_close(
         done["attr", "h"], sequential[0].module(td["x"]).detach(), rtol=1e-4, atol=1e-6
     )
+
+
+class Residual(nn.Module):
+    """Two layers that read a stream and add to it; the second is given it by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        y: Tensor = x + self.second(input=x)
+        return y
+
+
+def test_what_a_module_was_given_has_relevance_of_its_own() -> None:
+    """That which goes through the module, and not along it."""
+    model = Residual().double()
+    td = TensorDict({"input": torch.randn(3, 4, dtype=torch.float64)}, batch_size=[3])
+    target = Target("output", 0)
+    places = ["first:input", "second:input"]
+    found = GradientTimesInput(target, input_modules=places, values=True).wrap(model)(td.clone())
+    x, first, second = td["input"], model.first.weight, model.second.weight
+    h = x + x @ first.T
+    torch.testing.assert_close(found["value", "second:input"], h.detach())
+    torch.testing.assert_close(found["attr", "second:input"], (h * second[0]).detach())
+    torch.testing.assert_close(found["attr", "first:input"], (x * ((second[0] @ first) + first[0])).detach())
+    lrp = LRP([(nn.Linear, EpsilonRule(0.0))], target=target, input_modules=places).wrap(model)(td.clone())
+    for place in places:
+        torch.testing.assert_close(lrp["attr", place], found["attr", place])
+
+
+def test_a_module_that_was_given_no_numbers() -> None:
+    method = LRP("epsilon", target=Target("output", 1), use_inputs=False, input_modules=["tokens:input"])
+    with pytest.raises(TypeError, match=r"module 'tokens' \(Embedding\) was given no floating-point tensor"):
+        method.wrap(Tokens())(TensorDict({"input": torch.arange(3)}, batch_size=[3]))
+
+
+class Blocks(nn.Module):
+    """Its block returns what those of transformers do: a tuple of what it made, and of what was not asked for."""
+
+    class Block(nn.Module):
+        def __init__(self, *others: object) -> None:
+            super().__init__()
+            self.layer, self.others = nn.Linear(4, 4), others
+
+        def forward(self, x: Tensor) -> tuple[object, ...]:
+            return (self.layer(x), *self.others)
+
+    def __init__(self, *others: object) -> None:
+        super().__init__()
+        self.block, self.head = Blocks.Block(*others), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.block(x)[0])
+        return y
+
+
+def test_the_one_tensor_of_a_tuple_is_what_a_module_returned() -> None:
+    td = TensorDict({"input": torch.randn(3, 4)}, batch_size=[3])
+    for others in ((), (None,), (None, None)):
+        method = LRP("epsilon", target=Target("output", 0), input_modules=["block", "block.layer"])
+        found = method.wrap(Blocks(*others))(td.clone())
+        torch.testing.assert_close(found["attr", "block"], found["attr", "block.layer"])
+    for others in ((torch.zeros(3, 4),), ("kept",)):
+        with pytest.raises(
+            TypeError, match="returned tuple; only modules that return one tensor, alone or in a tuple"
+        ):
+            LRP("epsilon", target=Target("output", 0), input_modules=["block"]).wrap(Blocks(*others))(
+                td.clone()
+            )
+
+
+def test_keys_may_be_named_among_modules() -> None:
+    model = TensorDictSequential(
+        TensorDictModule(nn.Linear(4, 5), ["x"], ["h"]), TensorDictModule(nn.Linear(5, 2), ["h"], ["y"])
+    ).double()
+    td = TensorDict({"x": torch.randn(3, 4, dtype=torch.float64)}, batch_size=[3])
+    named = LRP("epsilon", target=Target("y", 0), input_modules=["h", "module.0.module"], use_inputs=False)
+    named = named.wrap(model)(td.clone())
+    assert set(named["attr"].keys()) == {"h", "module.0.module"}
+    torch.testing.assert_close(named["attr", "h"], named["attr", "module.0.module"])
+    with pytest.raises(ValueError, match="input_modules names 'h', a key: name it in attribute"):
+        LRP("epsilon", target=Target("y", 0), input_modules=["h"], attribute="all").wrap(model)
+    with pytest.raises(ValueError, match="the model has no module 'nothing'"):
+        LRP("epsilon", target=Target("y", 0), input_modules=["h", "nothing"]).wrap(model)

@@ -67,3 +67,12 @@ def test_other_graphs_are_left_alone() -> None:
     ours = x * theirs.detach()
     graph.cut_off([theirs, ours], everywhere=True)
     assert theirs.requires_grad and not ours.requires_grad
+
+
+def test_other_graphs_are_left_alone_where_a_leaf_is_gone() -> None:
+    graph, x = begun()
+    graph.grows_from([leaf(torch.randn(2))])  # whose leaf is gone at once
+    kept, other = x.exp(), torch.randn(3, requires_grad=True).exp()
+    del x
+    graph.cut_off(kept, everywhere=True)
+    assert kept.grad_fn is None and other.grad_fn is not None

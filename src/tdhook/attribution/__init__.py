@@ -14,6 +14,7 @@ from tdhook.attribution.interactions import PredDiff, ShapleyInteraction
 from tdhook.attribution.kernel_shap import KernelShap
 from tdhook.attribution.lrp import LRP
 from tdhook.attribution.occlusion import Occlusion
+from tdhook.attribution.patching import Patching
 from tdhook.attribution.product import Product
 from tdhook.attribution.rise import RISE
 from tdhook.attribution.rollout import AttentionRollout
@@ -52,6 +53,7 @@ __all__ = [
     "Noise",
     "Occlusion",
     "Pair",
+    "Patching",
     "PerturbationSaliency",
     "PredDiff",
     "Product",

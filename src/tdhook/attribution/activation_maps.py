@@ -44,8 +44,8 @@ class ActivationMap(Attribution):
         **options: those of :class:`~tdhook.contexts.attribution.Attribution`: ``attribute``, ``attribution_key``, ...
 
     Raises:
-        ValueError: when it is called: no input has the axes of the map, the layer was called several times, or it has
-            other axes.
+        ValueError: ``input_modules`` names another layer; or, when it is called: no input has the axes of the map, the
+            layer was called several times, or it has other axes.
     """
 
     def __init__(
@@ -61,6 +61,12 @@ class ActivationMap(Attribution):
         smooth: bool = True,
         **options: Unpack[Shared],
     ) -> None:
+        others = [path for path in options.get("input_modules") or () if path != layer]
+        if others:
+            raise ValueError(
+                f"an activation map is of one layer, {layer!r}, and gives {others[0]!r} no relevance: leave out "
+                "input_modules, or give that layer a map of its own"
+            )
         options["input_modules"] = [layer]
         super().__init__(target, **options)
         self.layer, self.channel, self.grid, self.skip = layer, channel, grid, skip

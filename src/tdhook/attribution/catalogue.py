@@ -23,6 +23,7 @@ from tdhook.attribution.interactions import PredDiff, ShapleyInteraction
 from tdhook.attribution.kernel_shap import KernelShap
 from tdhook.attribution.lrp import LRP
 from tdhook.attribution.occlusion import Occlusion
+from tdhook.attribution.patching import Patching
 from tdhook.attribution.product import Product
 from tdhook.attribution.rise import RISE
 from tdhook.attribution.rollout import AttentionRollout
@@ -146,6 +147,12 @@ METHODS: Mapping[str, Listed] = {
     "attention_rollout": Listed(
         AttentionRollout, "product over layers of (attention + identity) / 2", "a forward pass", "attention"
     ),
+    "patching": Listed(
+        Patching,
+        "(a_clean - a_corrupt) times the coefficient of a method, or f(a_clean) - f(a_corrupt)",
+        "2 forward passes more than the method, or a forward pass for each part",
+        "at, entries under clean and corrupt",
+    ),
 }
 """All methods by name."""
 
@@ -180,7 +187,8 @@ def method_from_dict(data: Mapping[str, object]) -> Attribution:
     Args:
         data: ``"method"`` is its name, the other entries are its options. ``"averaged"`` is a table that says over
             what: ``{"noise": 0.1, "samples": 20}``, ``{"flips": [-1]}`` or ``{"shifts": 2}``, with ``"of"`` and
-            ``"spread"``. ``"times"`` names a method that it is multiplied with, or is the data of one.
+            ``"spread"``. ``"times"`` names a method that it is multiplied with, or is the data of one,
+            as ``"by"`` is of patching.
 
     Raises:
         ValueError: they describe none.
@@ -191,6 +199,8 @@ def method_from_dict(data: Mapping[str, object]) -> Attribution:
         options.pop("averaged", None),
         options.pop("times", None),
     )
+    if isinstance(options.get("by"), Mapping):
+        options["by"] = method_from_dict(options["by"])
     if not isinstance(name, str):
         raise ValueError(f"'method' is the name of a method, one of {', '.join(METHODS)}; got {name!r}")
     found = method(name, **options)

@@ -13,6 +13,7 @@ from tdhook.contexts.attribution import Attribution, Shared
 from tdhook.conventions import relevance_of
 from tdhook.passes.runner import Runner
 from tdhook.targets import TargetLike
+from tdhook.targets.base import Seeder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -36,9 +37,14 @@ class Gradient(Attribution):
 
     def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
         """One forward pass, one backward pass."""
-        with runner.forward(td) as run:
-            pulled = run.pull(run.seeds(self.seeder), run.sources())
+        pulled = _gradient(runner, td, self.seeder)
         return pulled if self.signed else {key: grad.abs() for key, grad in pulled.items()}
+
+    def coefficients(
+        self, runner: Runner, td: TensorDictBase, there: Mapping[NestedKey, Tensor]
+    ) -> Mapping[NestedKey, Tensor]:
+        """The gradient, with its sign."""
+        return _gradient(runner, td, self.seeder)
 
 
 class GradientTimesInput(Attribution):
@@ -50,3 +56,14 @@ class GradientTimesInput(Attribution):
             sources = run.sources()
             pulled = run.pull(run.seeds(self.seeder), sources)
             return {key: relevance_of(sources[key], grad, "gradient") for key, grad in pulled.items()}
+
+    def coefficients(
+        self, runner: Runner, td: TensorDictBase, there: Mapping[NestedKey, Tensor]
+    ) -> Mapping[NestedKey, Tensor]:
+        """The gradient."""
+        return _gradient(runner, td, self.seeder)
+
+
+def _gradient(runner: Runner, td: TensorDictBase, target: Seeder) -> dict[NestedKey, Tensor]:
+    with runner.forward(td) as run:
+        return run.pull(run.seeds(target), run.sources())

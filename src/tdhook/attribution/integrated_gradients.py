@@ -10,7 +10,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.attribution.means import Means
-from tdhook.attribution.paths import along, until_close, ways
+from tdhook.attribution.paths import Way, along, until_close, ways, weighed
 from tdhook.contexts.attribution import Shared
 from tdhook.contexts.compared import Complete
 from tdhook.passes.runner import Runner
@@ -97,3 +97,21 @@ class IntegratedGradients(Complete):
                 found.update(means.mean)
                 self.told(runner, run, means.mean, rises, means.deviations())
         return found
+
+    def coefficients(
+        self, runner: Runner, td: TensorDictBase, there: Mapping[NestedKey, Tensor]
+    ) -> Mapping[NestedKey, Tensor]:
+        """The mean gradient of all sources, on the way of what the method attributes from ``there`` to ``td``.
+
+        Raises:
+            ValueError: a tolerance was given, which is one of sums over the inputs.
+        """
+        if self.tolerance is not None:
+            raise ValueError(
+                "a tolerance is of the sum over the inputs, and coefficients have none: give steps instead"
+            )
+        with runner.forward(td) as run:
+            variants = Variants(runner, run)
+            ends = {key: x.detach() for key, x in run.sources(self.begun(run)).items()}
+            way = Way({key: there[key].unsqueeze(0) for key in ends}, ends)
+            return weighed(variants, way, self.places, run.sources())

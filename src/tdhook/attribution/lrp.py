@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from tdhook.attribution.against import REFERENCE, explain_difference
 from tdhook.attribution.keywords_03 import Keywords03, copies_of, translated
 from tdhook.contexts.attribution import Shared
 from tdhook.contexts.compared import SPREAD, Compared
-from tdhook.conventions import Convention
+from tdhook.conventions import Convention, per_value
 from tdhook.keys import under
 from tdhook.models.families import Linear
 from tdhook.models.lazy import initialise, is_unmade
@@ -24,7 +25,7 @@ from tdhook.models.model import InKeys, Model
 from tdhook.passes.heads import NowKnown
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Setup
-from tdhook.perturbing.references import Baseline, References, as_references
+from tdhook.perturbing.references import Baseline, Elsewhere, References, as_references
 from tdhook.relevance.composites.composite import Composite, Pairs, RuleMapper, preset
 from tdhook.relevance.ledger.balance import balance
 from tdhook.relevance.ledger.ledger import Ledger
@@ -157,6 +158,44 @@ class LRP(Compared):
             if self._copies:
                 runner.beside.update(copies_of(run))
             return {key: plan.relevance(sources[key], found) for key, found in pulled.items()}
+
+    def coefficients(
+        self, runner: Runner, td: TensorDictBase, there: Mapping[NestedKey, Tensor]
+    ) -> Mapping[NestedKey, Tensor]:
+        """Relevance per unit of activation; with a baseline per unit of the difference from ``there``, whatever it is.
+
+        In the gradient flow that is what arrives. In the relevance flow it is the ratio, and zero where that has none.
+        """
+        plan = runner.state.ready(runner)
+        if self.references is not None:
+            return self.against(Elsewhere(there))._per_difference(runner, td, there)
+        with runner.forward(td, plan.rules_on(None)) as run:
+            sources = run.sources()
+            pulled = run.pull(run.seeds(self.seeder, plan.flow), sources)
+            if plan.flow == "gradient":
+                return pulled
+            return {key: per_value(sources[key], found) for key, found in pulled.items()}
+
+    def _per_difference(
+        self, runner: Runner, td: TensorDictBase, there: Mapping[NestedKey, Tensor]
+    ) -> dict[NestedKey, Tensor]:
+        relevance = self.explain(runner, td)
+        run = runner.as_it_is()
+        begun, nearest = self.begun(run), run.independent_sources()[0]
+        for key in nearest:
+            if key not in begun:
+                raise ValueError(
+                    f"what is compared differs at {key!r} by itself, since it depends on nothing that LRP attributes: "
+                    "name what it depends on, LRP(..., input_modules=[...])"
+                )
+        here = run.sources(relevance)
+        return {key: per_value(here[key] - there[key], found) for key, found in relevance.items()}
+
+    def in_gradients(self) -> LRP:
+        """The same in the gradient flow, if it has a composite, whose rules are converted to it."""
+        other = copy.copy(self)
+        other.flow = self.flow if self.composite is None else "gradient"
+        return other
 
     def plan(
         self,

@@ -69,7 +69,9 @@ class Attribution(ABC):
         attribution_key: where relevance is written: that of ``key`` under ``(attribution_key, key)``.
         use_inputs: whether inputs get relevance.
         input_modules: paths of modules whose outputs get relevance, under ``(attribution_key, path)``; that of a second
-            call of the same module is under ``"path:1"``, of a third under ``"path:2"``, and so on.
+            call of the same module is under ``"path:1"``, of a third under ``"path:2"``, and so on. ``"path:input"`` is
+            what the module was given (the first floating-point tensor), as far as it goes through that module. A key
+            that is no path is one of ``attribute``.
         target_modules: paths of modules whose outputs may be explained, as if they were keys: ``Target(("path",))``.
         values: whether the values of what is attributed are written too, under ``("value", key or path)``; or the keys
             and paths whose values are.
@@ -81,6 +83,8 @@ class Attribution(ABC):
     """
 
     value_key: NestedKey = "value"
+    sides: tuple[str, ...] = ()
+    """Names under which lies what the model reads, of each of several runs; none where it lies at its own keys."""
 
     def __init__(
         self,
@@ -126,6 +130,30 @@ class Attribution(ABC):
             ``[outputs, *shape]`` where several outputs are explained. It is written as ``[*batch, *features]``, or
             ``[*batch, outputs, *features]``.
         """
+
+    def coefficients(
+        self, runner: Runner, td: TensorDictBase, there: Mapping[NestedKey, Tensor]
+    ) -> Mapping[NestedKey, Tensor]:
+        """What a change of each source by one counts, as the method linearises the model.
+
+        Args:
+            runner: runs the model.
+            td: the batch where it is linearised.
+            there: values of the sources elsewhere, for a method that goes there or compares with them.
+
+        Returns:
+            By source, of its shape, or ``[outputs, *shape]``.
+
+        Raises:
+            TypeError: it does not linearise the model.
+        """
+        raise TypeError(
+            f"{type(self).__name__} gives no coefficients of activations; Gradient, IntegratedGradients and LRP do"
+        )
+
+    def runs_on(self, td: TensorDictBase) -> list[TensorDictBase]:
+        """The batches that the model is run on, of which each has what the model reads at its own keys."""
+        return [td]
 
     @property
     def shared(self) -> dict[str, Any]:

@@ -116,6 +116,21 @@ class Compared(Attribution):
                 )
         return drawn.replaced
 
+    def begun(self, run: Run) -> list[NestedKey]:
+        """The sources that differ from run to run by themselves, where others are sources too: what is asked of it.
+
+        Raises:
+            ValueError: nothing is.
+        """
+        named = (*self.input_modules, *(self.attribute if isinstance(self.attribute, tuple) else ()))
+        found = [key for name in named for key in run.calls(name)] if named else list(run.inputs)
+        if not found:
+            raise ValueError(
+                f"{type(self).__name__} looks at two inputs, and none of those that the model reads is floating-point: "
+                f"name the module that embeds them, {type(self).__name__}(..., input_modules=[...])"
+            )
+        return found
+
 
 def compared(method: Attribution, references: References | None) -> Attribution:
     """A method with other references; as it is, where there are none.

@@ -36,6 +36,7 @@ class Explaining(Protocol):
     attribution_key: NestedKey
     value_key: NestedKey
     compile: dict[str, object] | None
+    sides: tuple[str, ...]
 
     @property
     def question(self) -> Question:
@@ -51,6 +52,9 @@ class Explaining(Protocol):
 
     def reads(self, td: TensorDictBase) -> list[NestedKey]:
         """Entries that are read besides those that the model and the target read."""
+
+    def runs_on(self, td: TensorDictBase) -> list[TensorDictBase]:
+        """The batches that the model is run on."""
 
     def start(self, model: Model) -> Any:
         """What has to be worked out once per model."""
@@ -97,6 +101,8 @@ class ExplainedModule(TensorDictModuleBase):
         self._unmade = is_unmade(model.root)
         self._setup = setup = Setup(model, method.question)
         self.in_keys = list(setup.in_keys)
+        if method.sides:
+            self.in_keys = [under(side, key) for side in method.sides for key in setup.in_keys]
         self._entries = {key: self.entry(key) for key in setup.sources}
         self._told = {entry: parts_of(key) for key, entry in self._entries.items()}
         target = setup.question.target
@@ -126,7 +132,7 @@ class ExplainedModule(TensorDictModuleBase):
                 "explained module; call it once before it is compiled"
             )
         if is_unmade(self._model.root):
-            initialise(self._model, td)
+            initialise(self._model, self._method.runs_on(td)[0])
         self._begin(self._model.anew())
 
     def _new_graphs(self) -> Graphs:
@@ -298,6 +304,10 @@ class ExplainedModule(TensorDictModuleBase):
         """The entries of ``td`` that a call depends on."""
         if self._chosen_by is None:
             return list(td.keys(True, True))
+        if self._method.sides:
+            keys = [*self._setup.in_keys, *self._chosen_by]
+            keys = [*keys, *(under(side, key) for side in self._method.sides for key in keys)]
+            return [*(key for key in keys if td.get(key, None) is not None), *self._method.reads(td)]
         return [*self.in_keys, *(key for key in self._chosen_by if key in td), *self._method.reads(td)]
 
     def explain(self, td: TensorDictBase) -> dict[NestedKey, Any]:
@@ -305,10 +315,11 @@ class ExplainedModule(TensorDictModuleBase):
         try:
             return self._carried_out(Runner(self._setup, td, self._state))
         except Exception as error:
-            missing = self._setup.leaves.missing(td)
-            if missing is None:
-                raise
-            raise KeyError(missing) from error
+            missing = map(self._setup.leaves.missing, self._method.runs_on(td))
+            for told in missing:
+                if told is not None:
+                    raise KeyError(told) from error
+            raise
 
     def _carried_out(self, runner: Runner) -> dict[NestedKey, Any]:
         """What is written, with nothing left behind: no change of the model, no graph on what it keeps."""

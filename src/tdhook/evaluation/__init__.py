@@ -7,6 +7,7 @@ from tdhook.evaluation.comparison import Metric, as_markdown, compare
 from tdhook.evaluation.complexity import Complexity, complexity
 from tdhook.evaluation.controls import RandomMap
 from tdhook.evaluation.curves import Curve, InsertionDeletion, PerturbationCurves
+from tdhook.evaluation.effects import ApproximatedEffects, EffectsAgreement, compare_effects
 from tdhook.evaluation.explaining import explained_by
 from tdhook.evaluation.imputation import imputed
 from tdhook.evaluation.infidelity import Infidelity, infidelity
@@ -26,10 +27,12 @@ from tdhook.perturbing.features import Groups, along, patches
 
 __all__ = [
     "Agreement",
+    "ApproximatedEffects",
     "Baseline",
     "Classifier",
     "Complexity",
     "Curve",
+    "EffectsAgreement",
     "Explainer",
     "Figures",
     "Gradient",
@@ -60,6 +63,7 @@ __all__ = [
     "as_markdown",
     "blurred",
     "compare",
+    "compare_effects",
     "complexity",
     "cosine",
     "explained_by",

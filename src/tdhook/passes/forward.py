@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
@@ -193,6 +193,13 @@ class Run:
         sources.update({(name,): self.modules[name] for name in self._calls(setup.input_modules)})
         chosen = sources if among is None else set(among)
         return {key: x for key, x in sources.items() if x.requires_grad and key in chosen}
+
+    def calls(self, name: NestedKey) -> list[NestedKey]:
+        """The sources that a key names, or the path of a module: one for each of its calls."""
+        key = unravel_key(name)
+        if key in self.keys or key in self.inputs:
+            return [key]
+        return [(call,) for call in self._calls((key,))] if isinstance(key, str) else []
 
     def _calls(self, paths: tuple[str, ...]) -> list[str]:
         """The names of all calls of some modules, as far as they were called."""

@@ -12,7 +12,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-from tdhook.models.capture import Captured
+from tdhook.models.capture import Captured, module_path
 from tdhook.models.holding import modules_of
 from tdhook.models.model import Apart, Model
 from tdhook.models.state import Memory, made_in_inference_mode
@@ -87,6 +87,7 @@ class Setup:
     """
 
     def __init__(self, model: Model, question: Question) -> None:
+        question = _resolved(model, question)
         self.model, self.question = model, question
         self.attribute, self.input_modules = question.attribute, question.input_modules
         self.target_modules = question.target_modules
@@ -99,7 +100,7 @@ class Setup:
         self.inside = Inside.of(model, places, known) if places else Inside()
         inside = self.inside.paths
         paths = (*question.input_modules, *question.target_modules, *self.valued_modules, *inside)
-        self.paths: Mapping[str, nn.Module] = {path: model.submodule(path) for path in paths}
+        self.paths: Mapping[str, nn.Module] = {path: model.submodule(module_path(path)) for path in paths}
         self.attributed = _attributed(model, question, known)
         self.watched = _watched(question.attribute, [*self.valued_keys, *self.inside.keys])
         reads = [key for key in map(unravel_key, model.runner.in_keys) if not model.made.get(key)]
@@ -142,6 +143,33 @@ class Setup:
     def sources(self) -> list[NestedKey]:
         """The keys that relevance is written for, as far as they are known before the model runs."""
         return [*self.attributed, *self.input_modules]
+
+
+def _resolved(model: Model, question: Question) -> Question:
+    """The same, with keys among ``input_modules`` as keys: what is no path of a module, and a key that is known."""
+    others = [path for path in question.input_modules if not _is_module(model, path)]
+    known = _inner_keys(model) | set(model.attributed) if others else set()
+    keys = tuple(key for key in map(unravel_key, others) if key in known)
+    if not keys:
+        return question
+    if isinstance(question.attribute, tuple):
+        before = question.attribute
+    elif question.attribute is None:
+        before = tuple(model.attributed) if question.use_inputs else ()
+    else:
+        raise ValueError(f"input_modules names {keys[0]!r}, a key: name it in attribute")
+    modules = tuple(path for path in question.input_modules if unravel_key(path) not in keys)
+    attribute = tuple(dict.fromkeys((*before, *keys)))
+    uses = question.use_inputs or not set(attribute).isdisjoint(model.attributed)
+    return replace(question, attribute=attribute, input_modules=modules, use_inputs=uses)
+
+
+def _is_module(model: Model, path: NestedKey) -> bool:
+    try:
+        model.submodule(module_path(_path(path)))
+    except ValueError:
+        return False
+    return True
 
 
 def _path(key: NestedKey) -> str:

@@ -65,7 +65,8 @@ class Graph:
 
     def _cut_off_among(self, objects: Iterable[object]) -> int:
         """Take those objects off it that are on it, and say how many."""
-        leaves = {id(leaf()) for leaf in self._leaves}
+        held = (leaf() for leaf in self._leaves)
+        leaves = {id(leaf) for leaf in held if leaf is not None}
         reached: dict[Any, bool] = {}
         count = 0
         for value in objects:

@@ -279,6 +279,7 @@ FIRST_RULES = {  # of a network that starts with a convolution: the first and se
     "attn_lrp": [None, None, None, PassRule()],
     "cp_lrp": [None, None, None, PassRule()],
     "lstm_lrp": [EpsilonRule(1e-3), EpsilonRule(1e-3), EpsilonRule(1e-3), PassRule()],
+    "relp": [None, None, None, None],
 }
 
 

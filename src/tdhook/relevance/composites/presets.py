@@ -20,7 +20,7 @@ from tdhook.relevance.rules.reveal import RevealCancelRule, ShapleyRule
 from tdhook.relevance.rules.signed import AlphaBetaRule, GammaRule, ZBoxRule, ZPlusRule
 from tdhook.relevance.rules.simple import IgnoreRule, PassRule
 from tdhook.relevance.rules.squares import FlatRule
-from tdhook.selectors import First, Op, SelectorLike, Type
+from tdhook.selectors import First, Last, Op, SelectorLike, Type
 
 __all__ = [
     "attn_lrp",
@@ -39,6 +39,7 @@ __all__ = [
     "excitation_backprop",
     "guided_backprop",
     "lstm_lrp",
+    "relp",
 ]
 
 
@@ -207,6 +208,45 @@ def cp_lrp() -> Composite:
     return _transformer(values_only=True)
 
 
+def relp(held: float = 0.4) -> Composite:
+    """Relevance patching (Jafari et al. 2025), with less of it held: for coefficients, not for maps.
+
+    As in :func:`cp_lrp`, attention weights and all normalisations but the last are held constant, and products are
+    shared equally. To hold the last normalisation is right where the residual stream is replaced by another of the same
+    length, and its gradient where little is added to it: a part of each serves both. Activations and cosine similarity,
+    a normalisation without a weight, are left to their gradients, so that relevance is not conserved there.
+
+    It is what :class:`~tdhook.attribution.Patching` is best given; the paper's own composite is :func:`cp_lrp`.
+
+    Args:
+        held: how much of the last normalisation is held constant.
+    """
+    norm = Last(Type(nn.LayerNorm, nn.RMSNorm, "*RMSNorm"))
+    activation = Type(Activation, "transformers.activations.*")
+    inside = Op(*_ACTIVATIONS, "cosine_similarity") | (Op("*") & activation)
+    pairs: list[tuple[SelectorLike, Rule]] = [
+        (norm, LayerNormRule(held)),
+        (activation, IgnoreRule()),
+        (inside, IgnoreRule()),
+    ]
+    return Composite(pairs) + _transformer(values_only=True)
+
+
+_ACTIVATIONS = (
+    "elu",
+    "gelu",
+    "hardswish",
+    "leaky_relu",
+    "mish",
+    "relu*",
+    "selu",
+    "sigmoid",
+    "silu",
+    "softplus",
+    "tanh",
+)
+
+
 def lstm_lrp(epsilon: Stabilizer = 1e-3) -> Composite:
     """Signal-take-all, for LSTM and GRU, fused or written out by hand (Arras et al. 2017 and 2019).
 
@@ -243,6 +283,7 @@ PRESETS.update(
             attn_lrp,
             cp_lrp,
             lstm_lrp,
+            relp,
         )
     }
 )

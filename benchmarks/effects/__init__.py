@@ -1,0 +1,1 @@
+"""How close approximated effects come to those of patching."""
