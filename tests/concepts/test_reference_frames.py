@@ -36,6 +36,18 @@ def test_frames_of_a_unit(by: str) -> None:
     assert ("field", "pixels") not in counted.frames(net, data, 3, fields=False).keys(True)
 
 
+def test_frames_of_other_data_or_another_policy_are_refused() -> None:
+    data, net = steps(), policy()
+    counted = samples().fold(net, data)
+    with pytest.raises(ValueError, match="not known to be these"):
+        counted.frames(net, steps(seed=5), 3)
+    with pytest.raises(ValueError, match="rows were counted with other weights of the policy"):
+        counted.frames(policy(2), data, 3)
+    batches = samples()
+    batches.update(batches.wrap(net)(data.clone()))
+    assert len(batches.frames(net, data, 3)) == 4  # what is not known is not compared
+
+
 def test_the_relevance_of_a_unit_is_the_amount_and_inside_its_field() -> None:
     data, net = steps(), policy()
     linear = LRP("epsilon", target=Target("action_value", "action"))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tdhook.concepts.activations import Activations
 from tdhook.concepts.found import Found
-from tdhook.concepts.reading import Reading, asked_of, explaining, is_path, path_of, written_at
+from tdhook.concepts.origins import Origin
+from tdhook.concepts.reading import Reading, asked_of, explaining, is_path, path_of, root_of, written_at
 from tdhook.concepts.reference_frames import UnitOf, reference_frames
 from tdhook.concepts.spans import joined, none_seen, of_rows, overlap, unseen
 from tdhook.contexts.attribution import Attribution, Shared
@@ -110,6 +111,7 @@ class ReferenceSamples:
         )
         self.seen = none_seen()
         self._part: Part | None = None
+        self._origin = Origin()
 
     def __repr__(self) -> str:
         rows = int(self.seen.diff(dim=-1).sum())
@@ -174,7 +176,7 @@ class ReferenceSamples:
     ) -> Self:
         """Explain the rows of a source that were not counted yet, and count them.
 
-        It may be interrupted, and begun again, here or from :attr:`state`.
+        It may be interrupted, and begun again, here or from :attr:`state`: what was counted is not counted again.
 
         Args:
             policy: what is explained; a copy of it, in evaluation mode.
@@ -184,6 +186,9 @@ class ReferenceSamples:
             piece: how many are read and explained before they are counted; by default by their size.
             threads: how many threads of torch compute, which decides how sums are rounded; by default as many as do.
             **reading: how rows are read, as a :class:`~tdhook.datasets.Job` does: ``prepare``, ``at``, ``in_keys``, ...
+
+        Raises:
+            ValueError: rows were counted with other weights, or rows of these numbers of another source.
         """
         data = as_rows(source)
         begin, end, step = (rows if isinstance(rows, slice) else _as_slice(rows)).indices(len(data))
@@ -191,11 +196,14 @@ class ReferenceSamples:
             raise ValueError(f"rows= is one stretch of rows, and this one has steps of {step}")
         with one_way(torch.get_num_threads() if threads is None else threads):
             explained = explaining(self.asked(policy), policy, data, reading)
+            again = end - begin - sum(b - a for a, b in unseen(begin, end, self.seen))
+            origin = self._origin.followed_by(Origin.of(explained.model, data), again)
             size = _rows_together(explained) if piece is None else piece
             for first in range(begin // size * size, end, size):
                 for a, b in [*unseen(max(first, begin), min(first + size, end), self.seen)]:
                     explained.anew(a)
                     self._add(explained.piece(a, b))
+                    self._origin = origin
         return self
 
     def job(self, policy: nn.Module, source: Source, out: str | os.PathLike[str], **options: Any) -> Job:
@@ -230,7 +238,9 @@ class ReferenceSamples:
         done = result.done.reshape(-1, result.done.shape[-1])[checkpoint]
         part = result.merged_of(checkpoint).get(_NAME)
         if part is not None:
+            origin = self._origin.followed_by(Origin.of_job(result))
             self._join(of_rows(done.nonzero()[:, 0]), part)
+            self._origin = origin
         return self
 
     def merge(self: Self, other: ReferenceSamples) -> Self:
@@ -244,7 +254,8 @@ class ReferenceSamples:
     @property
     def state(self) -> TensorDict:
         """All that is known, to be saved, ``state.memmap(folder)`` or as tensors, and given to :meth:`load`."""
-        makeup = torch.frombuffer(bytearray(json.dumps(self._makeup()).encode()), dtype=torch.uint8)
+        told = {"made": self._makeup(), "of": self._origin.as_data()}
+        makeup = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
         part = TensorDict({} if self._part is None else dict(self._part), [])
         return TensorDict({"makeup": makeup, "seen": self.seen, "part": part}, [])
 
@@ -259,14 +270,16 @@ class ReferenceSamples:
             ValueError: it is that of samples that count otherwise.
         """
         told = json.loads(bytes(state.get("makeup").cpu().tolist()).decode())
-        found = difference(self._makeup(), told)
+        found = difference(self._makeup(), told["made"])
         if found is not None:
             raise ValueError(f"these samples count otherwise, which differs in {found}")
         part = {name: value.cpu().clone() for name, value in state.get("part").items()}
         if not beside:
-            self.seen, self._part = none_seen(), None
+            self.seen, self._part, self._origin = none_seen(), None, Origin()
+        origin = self._origin.followed_by(Origin.from_data(told["of"]))
         if part:
             self._join(state.get("seen").cpu().clone(), part)
+        self._origin = origin
         return self
 
     def _makeup(self) -> Plain:
@@ -335,8 +348,11 @@ class ReferenceSamples:
 
         Raises:
             NotImplementedError: rows are trajectories.
+            ValueError: these are other data than those that were counted, or other weights.
         """
         best = self.found.best(unit, group, against=against, count=count, apart=apart)
+        if self._origin.source is not None:
+            self._origin.followed_by(Origin.of(root_of(policy), as_rows(source)), len(best))
         one = UnitOf(self.layer, unit, self.reducer.axis, self.reducer.heads)
         return reference_frames(self.method, one, policy, source, best, reading, fields=fields)
 
