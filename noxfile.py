@@ -135,7 +135,8 @@ def peers(session: nox.Session) -> None:
         "scikit-learn",
     )
     # torchvision and what needs it ask for a build of torch of their own: their Python part is all that is wanted.
-    install(session, "--no-deps", "torchvision", "zennit", "lxt", "captum", "grad-cam", "ttach")
+    without = ("torchvision", "zennit", "zennit-crp", "lxt", "captum", "grad-cam", "ttach")
+    install(session, "--no-deps", *without)
     session.run("pytest", "-m", "peers", *(session.posargs or ["tests/peers"]), env=ONE_THREAD)
 
 

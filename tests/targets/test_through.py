@@ -23,7 +23,7 @@ from tdhook.attribution import (
     IntegratedGradients,
     Noise,
 )
-from tdhook.rules import EpsilonRule
+from tdhook.rules import EpsilonRule, GammaRule
 from tdhook.selectors import First, Last, Name, Op
 from tdhook.targets import AtStep, Contrast, Key, Target, Through
 
@@ -199,6 +199,31 @@ def test_several_outputs_come_outermost():
         torch.testing.assert_close(found.unflatten(1, (3, 2))[:, output], one)
 
 
+def test_several_outputs_with_what_goes_around():
+    model, td = Residual().double(), of(2, 4)
+    method = LRP("epsilon", ledger=True)
+    target = Through(Target("output", "all"), "inside", [0, (1, 4)], beside="counted")
+    found = explain(method.explaining(target), model, td)
+    for output in range(3):
+        only = Through(Target("output", output), "inside", [0, (1, 4)], beside="counted")
+        one = explain(method.explaining(only), model, td)
+        torch.testing.assert_close(
+            found["attr", "input"].unflatten(1, (3, 2))[:, output], one["attr", "input"]
+        )
+        for name in ("target", "inputs", "absorbed"):
+            of_output = found["ledger", name].unflatten(1, (3, 2))[:, output]
+            torch.testing.assert_close(of_output, one["ledger", name])
+
+
+def test_the_ledger_of_a_chain_is_of_all_that_was_explained():
+    model, td = Residual(bias=True).double(), of(3, 4)
+    method = LRP("epsilon", ledger=True)
+    chain = Through(Through(OUTPUT, "inside", (0, 2)), "enter", [1, 3])
+    found, whole = (explain(method.explaining(target), model, td)["ledger"] for target in (chain, OUTPUT))
+    torch.testing.assert_close(found["target"], whole["target"].unsqueeze(1).expand(3, 2))
+    torch.testing.assert_close(found["gap"], torch.zeros(3, 2).double(), rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("batch", [(), (5,), (2, 3), (1, 2, 2)], ids=str)
 def test_any_batch_shape_has_the_same(batch):
     model = convolutional()
@@ -309,11 +334,24 @@ def test_operations_are_told_apart_by_order_and_module():
         relevance(method.explaining(Through(OUTPUT, Op("gelu"))), model, td)
 
 
+@pytest.mark.parametrize("method", [LRP("attn_lrp"), GradientTimesInput()], ids=["lrp", "gradient"])
+def test_heads_side_by_side_in_what_a_projection_is_given(method):
+    model, td = Block(), of(2, 5, 8)
+    given = relevance(method.explaining(Through(OUTPUT, "out:input", axis=-1, heads=2)), model, td)
+    mixed = relevance(
+        method.explaining(Through(OUTPUT, Op("scaled_dot_product_attention"), axis=1)), model, td
+    )
+    torch.testing.assert_close(given, mixed, rtol=1e-9, atol=1e-12)
+    second = relevance(method.explaining(Through(OUTPUT, "cell:input:1")), Twice(), of(3, 4))
+    first = relevance(method.explaining(Through(OUTPUT, "cell:input:0")), Twice(), of(3, 4))
+    assert second.shape == first.shape == (3, 4, 4)
+
+
 def test_an_operation_may_be_overwritten_afterwards():
     class InPlace(Residual):
         def forward(self, x):
             h = F.gelu(self.enter(x))
-            h += 1.0
+            h += h.flip(-1).detach() * 2 + h.flip(-1)  # its units are mixed
             return self.leave(h)
 
     model, td = InPlace().double(), of(3, 4)
@@ -322,7 +360,38 @@ def test_an_operation_may_be_overwritten_afterwards():
     x, index = td["input"], model(td["input"]).argmax(-1)
     w1, w3 = model.enter.weight.detach(), model.leave.weight.detach()[index]
     slope = torch.func.vmap(torch.func.vmap(torch.func.grad(F.gelu)))(x @ w1.T)
-    torch.testing.assert_close(found, (w3 * slope).unsqueeze(-1) * w1 * x.unsqueeze(1))
+    torch.testing.assert_close(found, ((w3 + w3.flip(-1)) * slope).unsqueeze(-1) * w1 * x.unsqueeze(1))
+
+
+class Attending(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head, self.options = nn.Linear(8, 3), options
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x, **self.options)[0]).sum(1)
+
+
+@pytest.mark.parametrize("method", [LRP("attn_lrp"), GradientTimesInput()], ids=["lrp", "gradient"])
+def test_heads_inside_torchs_own_attention(method):
+    model, td = Attending(need_weights=False), of(2, 5, 8)
+    place = Op("scaled_dot_product_attention")
+    each = relevance(method.explaining(Through(OUTPUT, place, axis=1)), model, td)
+    assert each.shape == (2, 2, 5, 8)
+    torch.testing.assert_close(
+        each.sum(1), relevance(method.explaining(OUTPUT), model, td), rtol=0, atol=1e-9
+    )
+    target = Through(OUTPUT, Last(Op("matmul")), axis=1)
+    with pytest.raises(ValueError, match=r"shape \[4, 5, 4\], which does not begin with the batch \[2\]"):
+        relevance(method.explaining(target), Attending(need_weights=True), td)
+
+
+@pytest.mark.parametrize("rule", [GammaRule(), EpsilonRule(1e-12)], ids=str)
+def test_what_a_rule_computes_is_no_operation_of_the_model(rule):
+    method = LRP([(nn.Linear, rule)], target=Through(OUTPUT, Last(Op("linear"))))
+    with pytest.raises(ValueError, match=r"performs no operation Last\(Op\('linear'\)\)"):
+        relevance(method, Residual(), of(3, 4))
 
 
 LEDGERS = {
@@ -380,11 +449,31 @@ def test_others_are_taken_away_where_they_meet_what_goes_around():
 
 def test_choices_hold_along_a_path():
     """Which unit matters most is asked of the input as it is, and not anew of each step."""
-    model, td = Residual(bias=True).double(), of(4, 4)
-    top = explain(IntegratedGradients(Through(OUTPUT, "inside", "top:1"), steps=7), model, td)
+    model, td = Residual(bias=True).double(), of(64, 4)
+    method = Through(Target("output", 0), "inside", "top:1")
+    top = explain(IntegratedGradients(method, steps=7), model, td)
     td["unit"] = top["units", "inside"].squeeze(-1)
-    named = relevance(IntegratedGradients(Through(OUTPUT, "inside", Key("unit")), steps=7), model, td)
+    named = relevance(
+        IntegratedGradients(Through(Target("output", 0), "inside", Key("unit")), steps=7), model, td
+    )
     torch.testing.assert_close(top["attr", "input"].squeeze(1), named)
+    near_zero = TensorDict({"input": 0.1 * td["input"]}, [64])
+    elsewhere = explain(GradientTimesInput(method), model, near_zero)["units", "inside"]
+    assert not torch.equal(elsewhere, top["units", "inside"])  # it would have been another one there
+
+
+def test_choices_of_a_chain_hold_each_on_its_own():
+    model, td = convolutional().double(), of(2, 1, 8, 8)
+    chain = Through(Through(OUTPUT, "3", [1, 2], axis=1), "1", "top:2", axis=1)
+    with pytest.raises(ValueError, match="not the same for each of several outputs"):
+        relevance(IntegratedGradients(chain, steps=3), model, td)
+    chain = Through(Through(OUTPUT, "3", (1, 2), axis=1), "1", [0, 3], axis=1)
+    found = relevance(IntegratedGradients(chain, steps=3), model, td)
+    every = relevance(
+        IntegratedGradients(Through(Through(OUTPUT, "3", axis=1), "1", axis=1), steps=3), model, td
+    )
+    every = every.unflatten(1, (5, 4))
+    torch.testing.assert_close(found, every[:, 1, [0, 3]] + every[:, 2, [0, 3]])
 
 
 def test_all_of_a_path_through_units_is_their_conductance():

@@ -1,6 +1,7 @@
 """Relevance through units of models of the transformers library: neurons, tokens, heads, channels, experts.
 
-What passes all units of a layer, and what goes around it, is the relevance of the whole, to 1e-9 in double precision, as far as the model computes in it.
+What passes all units of a layer, and what goes around it, is the relevance of the whole, to 1e-9 in double precision as
+far as the model computes in it.
 """
 
 from __future__ import annotations

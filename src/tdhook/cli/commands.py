@@ -283,6 +283,72 @@ def report(
 
 @app.command(
     epilog="**Examples**\n\n"
+    "tdhook concepts --policy cartpole.pt --layer module.0.module.3\n\n"
+    "tdhook concepts --policy examples.whole_data_sets:freeway --layer 0.module.1 --source buffers/freeway "
+    "--prepare examples.whole_data_sets:numbers"
+)
+@user_errors()
+def concepts(
+    policy: PolicyText,
+    layer: Annotated[
+        str,
+        typer.Option(help="Path of the module whose units are looked at, or key of a value.", metavar="PATH"),
+    ],
+    env: EnvId = None,
+    source: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Data, as `tdhook dataset explain` takes it, instead of acting.", metavar="DIR"),
+    ] = None,
+    prepare: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="As `tdhook dataset explain` takes it.", metavar="IMPORT"),
+    ] = None,
+    composite: Composite = "epsilon_plus",
+    target: Annotated[Optional[str], typer.Option(help=_TARGET_HELP, metavar="KEY[:INDEX]")] = None,  # noqa: UP045
+    axis: Annotated[
+        int, typer.Option(help="Along which units lie: 1 is the first after the batch, -1 the last.")
+    ] = 1,
+    heads: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="The axis consists of so many equal parts, each a unit.", metavar="N"),
+    ] = None,
+    by: Annotated[
+        str, typer.Option(help="What steps are chosen by: `relevance` or `value`.", metavar="WHAT")
+    ] = "relevance",
+    units: Annotated[int, typer.Option(min=1, help="How many units are shown of each action.")] = 6,
+    top: Annotated[int, typer.Option(min=1, help="How many steps are shown of each unit.")] = 8,
+    apart: Annotated[
+        int, typer.Option(min=1, help="How many rows are between any two of them, at least.")
+    ] = 5,
+    graph: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="Draw what units of this layer hand on to those before. Repeatable, in the order of the model.",
+            metavar="PATH",
+        ),
+    ] = None,
+    steps: Steps = 1000,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option(help="File to write.", metavar="FILE")] = Path("concepts.html"),
+) -> None:
+    """Make one HTML page of what the units of a layer respond to, by action.
+
+    For each action the units are shown that matter most when it is taken, each with the steps in which it mattered most
+    for this action: what was seen, the relevance that passes this unit, and the part of a picture that it sees.
+    """
+    require("torchrl", "gymnasium")
+    from tdhook.cli.concepts import Asked, run
+
+    with notes():
+        asked = Asked(
+            policy, layer, env, source, prepare, steps, seed, composite, target, axis, heads, by, units, top, apart,
+            tuple(graph or ()),
+        )  # fmt: skip
+        run(asked, out)
+
+
+@app.command(
+    epilog="**Examples**\n\n"
     "tdhook plan --policy cartpole.pt\n\n"
     "tdhook plan --policy mypackage.policies:make_actor --composite epsilon_plus_flat"
 )

@@ -18,7 +18,7 @@ from tdhook.datasets.rows import Rows
 from tdhook.markup import visible
 from tdhook.pages.names import feature_names, group_name
 
-__all__ = ["reduced_tables", "reducers_of"]
+__all__ = ["action_of", "reduced_tables", "reducers_of"]
 
 _FEATURES = 64
 """Features up to which each has a histogram of its own, unless asked."""
@@ -44,7 +44,7 @@ def reducers_of(
     if text == "none":
         return []
     row = source.read(0, 1) if source is not None and len(source) else None
-    group = (_action(row) if by is None else read_key(by)) if by != "none" else None
+    group = (action_of(row) if by is None else read_key(by)) if by != "none" else None
     of = [read_key(key) for key in keys] or list(inputs)
     made = []
     for key in of:
@@ -54,7 +54,8 @@ def reducers_of(
     return made
 
 
-def _action(row: TensorDictBase | None) -> NestedKey | None:
+def action_of(row: TensorDictBase | None) -> NestedKey | None:
+    """The entry with the action of a row, where that is one of several."""
     action = None if row is None else row.get("action", None)
     discrete = isinstance(action, Tensor) and not action.is_floating_point()
     one = isinstance(action, Tensor) and (action[0].numel() == 1 or bool((action.long().sum() == 1).all()))

@@ -280,9 +280,11 @@ class Recorded:
         return self._together.get(tail, _FEWEST)
 
     def _is_ours(self, key: tuple[str, ...]) -> bool:
-        name = parts_of(self.method.attribution_key)
+        name, valued = parts_of(self.method.attribution_key), parts_of(self.method.value_key)
         written = (*self.method.writes, *self.method.seeder.tells)
         beside = key[0] in self.method.writes_under or key in map(parts_of, written)
+        if self.method.values is not False and len(key) > len(valued):
+            beside = beside or key[: len(valued)] == valued
         return key[: len(name)] == name or beside
 
     def _destination(self, key: tuple[str, ...]) -> NestedKey:

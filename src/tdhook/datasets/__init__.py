@@ -11,6 +11,7 @@ from tdhook.datasets.reducers import Histogram, Moments, Reservoir, TopRows
 from tdhook.datasets.reducing import Reducer
 from tdhook.datasets.result import Result, open_result
 from tdhook.datasets.rows import Rows, Saved
+from tdhook.datasets.unit_rows import UnitRows
 from tdhook.datasets.units import Place
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Rows",
     "Saved",
     "TopRows",
+    "UnitRows",
     "gather",
     "launch",
     "open_result",

@@ -17,7 +17,7 @@ from torch import Tensor
 from tdhook.datasets.claims import ClaimFiles, Claims, this_worker
 from tdhook.datasets.folder import JobFolder
 from tdhook.datasets.layout import Layout
-from tdhook.datasets.reducing import Reducer
+from tdhook.datasets.reducing import Part, Reducer
 from tdhook.datasets.stored import Stored, stored_in
 from tdhook.datasets.units import Units
 from tdhook.rl.saved import load
@@ -285,14 +285,20 @@ class Result:
 
     def reduced_of(self, checkpoint: int) -> dict[str, TensorDict]:
         """What rows were reduced to with the weights of a checkpoint, by the name of the reducer."""
+        return {
+            name: TensorDict(self.stored.reducers[name].result(part), [])
+            for name, part in self.merged_of(checkpoint).items()
+        }
+
+    def merged_of(self, checkpoint: int) -> dict[str, Part]:
+        """What reducers know of the rows that are done with the weights of a checkpoint, by the name of the reducer."""
         first = checkpoint * self.stored.units.chunks
         units = [unit for unit in sorted(self._there) if 0 <= unit - first < self.stored.units.chunks]
-        found: dict[str, TensorDict] = {}
-        for name, reducer in self.stored.reducers.items():
-            if units:
-                merged = reducer.merged(self.stored.folder.read_part(unit)[name] for unit in units)
-                found[name] = TensorDict(reducer.result(merged), [])
-        return found
+        return {
+            name: reducer.merged(self.stored.folder.read_part(unit)[name] for unit in units)
+            for name, reducer in self.stored.reducers.items()
+            if units
+        }
 
 
 def open_result(

@@ -16,12 +16,13 @@ from tdhook.datasets.layout import Layout, checksums, name_of
 from tdhook.datasets.reducers import Histogram, Moments, Reservoir, TopRows
 from tdhook.datasets.reducing import Reducer
 from tdhook.datasets.rows import Rows, rows_identity
+from tdhook.datasets.unit_rows import UnitRows
 from tdhook.datasets.units import Units
 
 __all__ = ["Stored", "named", "require_same_source", "stored_in"]
 
 _KNOWN: dict[str, type[Reducer]] = {
-    f"{cls.__module__}.{cls.__qualname__}": cls for cls in (Histogram, Moments, Reservoir, TopRows)
+    f"{cls.__module__}.{cls.__qualname__}": cls for cls in (Histogram, Moments, Reservoir, TopRows, UnitRows)
 }
 
 

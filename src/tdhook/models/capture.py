@@ -45,6 +45,7 @@ class Captured:
         replaced: values that take the place of those that are collected, by the same names, as leaves.
         graph: told of these, and of other leaves that are made.
         axis: ``(name, output, module) -> axis`` that is to be the first one of what is collected.
+        overwrites: whether the model may overwrite what it goes on with, which then is a copy of what is collected.
 
     Attributes:
         modules: outputs of modules, by path and call (:func:`call_name`).
@@ -54,6 +55,7 @@ class Captured:
     replaced: Mapping[NestedKey, Tensor] = field(default_factory=dict)
     graph: Graph = field(default_factory=Graph)
     axis: Callable[[str, Tensor, nn.Module], int] = lambda name, output, module: 0
+    overwrites: bool = False
     modules: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[NestedKey, Tensor] = field(default_factory=dict)
     _copies: dict[NestedKey, Tensor] = field(default_factory=dict)
@@ -134,9 +136,13 @@ class Captured:
         axis = self.axis(name, value, module)
         if axis == 0:
             self.modules[name] = kept = self._on_tape(value, (name,))
-            return apart(kept)
+            return self._apart(kept)
         self.modules[name] = kept = self._on_tape(value.movedim(axis, 0), (name,))
-        return apart(kept).movedim(0, axis)
+        return self._apart(kept).movedim(0, axis)
+
+    def _apart(self, value: Tensor) -> Tensor:
+        """What the model goes on with, so that a value that was taken down stays what it is."""
+        return value.clone() if self.overwrites else apart(value)
 
     def _on_tape(self, value: Tensor, key: NestedKey) -> Tensor:
         """The value, or what takes its place; off the tape the graph begins here."""
@@ -159,7 +165,7 @@ class Captured:
                     continue  # handed on by what is around the module that wrote it
                 if attribute == "all" or key in attribute:
                     self.keys[key] = kept = self._on_tape(value, key)
-                    read = apart(kept)
+                    read = self._apart(kept)
                     if read is not kept:
                         self._copies[key] = read
                     if read is not value:

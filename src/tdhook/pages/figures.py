@@ -12,11 +12,15 @@ from torch import Tensor
 from tdhook.pages.pictures import png
 from tdhook.pages.provenance import number, text_html
 
-__all__ = ["COLOURS", "bars_svg", "cloud_svg", "heat_html", "picture_html", "ranges_svg"]
+__all__ = ["COLOURS", "bars_svg", "cloud_svg", "field_html", "heat_html", "picture_html", "ranges_svg"]
 
 COLOURS = 8
 """How many colours there are for groups and clusters; the ninth has that of the first."""
 _FOR, _AGAINST = (178, 24, 43), (33, 102, 172)
+_BOX = (20, 20, 20)
+_LINE = 2
+_SHOWN = 130
+"""Pixels of the screen that a picture in a gallery has about."""
 _SHARPEST = 0.995
 
 
@@ -126,6 +130,29 @@ def picture_html(frame: Tensor, relevance: Tensor | None, caption: str) -> str:
         grey = frame.float().mean(-1, keepdim=True) * 0.55 + 90
         shown = _painted(relevance, grey.expand(*frame.shape))
     return _figure(shown, caption)
+
+
+def field_html(frame: Tensor, relevance: Tensor, box: Tensor, caption: str) -> str:
+    """A frame with relevance on it and a box around a part of it, and beneath it that part, enlarged.
+
+    Args:
+        frame: ``[height, width, 3]``, bytes.
+        relevance: ``[height, width]``.
+        box: the first row and column, and those after the last, ``[2, 2]``.
+        caption: what stands below the frame.
+    """
+    grey = frame.float().mean(-1, keepdim=True) * 0.55 + 90
+    shown = _painted(relevance, grey.expand(*frame.shape))
+    (above, left), (below, right) = box.tolist()
+    part = shown[above:below, left:right]
+    zoom = -(-_SHOWN // min(frame.shape[:2]))  # so that the line is thin, and hides little
+    large = shown.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
+    rows, columns = slice(above * zoom, below * zoom), slice(left * zoom, right * zoom)
+    inside = large[rows, columns][_LINE:-_LINE, _LINE:-_LINE].clone()
+    large[rows, columns] = torch.tensor(_BOX, dtype=torch.uint8)
+    large[rows, columns][_LINE:-_LINE, _LINE:-_LINE] = inside
+    where = f"rows {above} to {below - 1}, columns {left} to {right - 1}"
+    return f'<div class="pair">{_figure(large, caption)}{_figure(part, where)}</div>'
 
 
 def heat_html(relevance: Tensor, caption: str) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdhook.models.paths import Paths
 from tdhook.models.sites import Site
+from tdhook.passes.within import Within
 from tdhook.selectors.names import name_of, queries
 from tdhook.tape.entering import entered
 from tdhook.tape.functions import apart
@@ -22,14 +23,6 @@ from tdhook.targets.through import OfOperations
 __all__ = ["Performed"]
 
 _MADE_OF_OTHERS = frozenset([F.multi_head_attention_forward])
-
-
-class Aside(Protocol):
-    """What tells of the method that a model runs under."""
-
-    @property
-    def aside(self) -> bool:
-        """Whether what runs right now belongs to the method, and is no operation of the model."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ class Performed:
     Args:
         selectors: what is asked for.
         modules: the model's modules by path.
-        within_rules: tells whether what runs right now belongs to a method.
+        how: the model is run.
 
     Attributes:
         found: by selector, in the order in which they were performed; of one that asks when, all that it may mean.
@@ -60,7 +53,7 @@ class Performed:
 
     selectors: Iterable[OfOperations]
     modules: Mapping[str, nn.Module]
-    within_rules: Aside
+    how: Within
     found: dict[OfOperations, list[Output]] = field(default_factory=dict)
 
     def clear(self) -> None:
@@ -84,7 +77,9 @@ class Performed:
             found = self.found.setdefault(selector, [])
             number = sum((one.site.operation, one.site.name) == (site.operation, path) for one in found)
             found.append(Output(replace(site, number=number), value))
-        return apart(value) if wanted else value
+        if not wanted:
+            return value
+        return value.clone() if self.how.overwrites else apart(value)
 
     def chosen(self) -> dict[OfOperations, list[Output]]:
         """Those that are meant, where all have been performed."""
@@ -119,7 +114,7 @@ class _Looking(Watching):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._performed.within_rules.aside:
+        if self._performed.how.aside:
             return func(*args, **kwargs)
         if func in _MADE_OF_OTHERS:
             inside = entered(func)

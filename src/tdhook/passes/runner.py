@@ -141,7 +141,8 @@ class Runner:
                         work.set(key, value.clone())
             captured, collecting, performed, looking = None, None, None, None
             if setup.collects:
-                captured = Captured(replaced, self.graph, partial(setup.axis, tuple(td.batch_size)))
+                axis = partial(setup.axis, tuple(td.batch_size))
+                captured = Captured(replaced, self.graph, axis, how.overwrites)
                 collecting = setup.collecting(captured)
                 if setup.inside.operations:
                     performed = Performed(setup.inside.operations, modules_of(setup.model.root), how)

@@ -72,7 +72,7 @@ def relevance_on_frames(
         if i < len(shown):
             axes.imshow(drawn[i].numpy(), interpolation="nearest")
             plain(axes, f"frame {shown[i]}" if titles is None else titles[shown[i]])
-    colours = _scale_of(amounts[shown], top)
+    colours = scale_of(amounts[shown], top)
     draw_scale(figure, colours, ax=grid, shrink=min(1.0, 1.6 / columns), aspect=30, pad=0.03)
     draw_title(figure, title)
     return figure
@@ -168,7 +168,7 @@ def coloured(beneath: Tensor, share: Tensor) -> Tensor:
     return torch.lerp(beneath, colours, size.pow(_OPACITY).unsqueeze(-1)).round().to(torch.uint8)
 
 
-def _scale_of(amounts: Tensor, top: float) -> ScalarMappable:
+def scale_of(amounts: Tensor, top: float) -> ScalarMappable:
     """What the colour bar shows: these colours, as they are on white."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
