@@ -93,8 +93,8 @@ class Axes:
                 del self._known[name]
                 raise ValueError(
                     f"module {name!r} returned a tensor of shape {list(amount.shape)}, where axis {taken} is as long "
-                    f"as the batch, {size}, and is none of its elements: what is explained of the first depends on values "
-                    "all along it; name a module whose output has an axis for the elements of the batch"
+                    f"as the batch, {size}, and is none of its elements: what is explained of the first depends on "
+                    "values all along it; name a module whose output has an axis for the elements of the batch"
                 )
         if misread:
             raise Misread
