@@ -12,19 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.effects.subjects import SUBJECTS, Subject
 from benchmarks.machine import machine
 from tdhook.attribution import LRP, Attribution, Gradient, IntegratedGradients, Patching
-from tdhook.attribution.sides import SIDES, sides
+from tdhook.attribution.sides import SIDES
 from tdhook.evaluation import compare_effects
 
 ROOT = Path(__file__).parents[2]
@@ -55,9 +54,8 @@ def measure(subject: Subject, patch: str) -> dict[str, Any]:
     }
     names: dict[str, Any] = {"in_keys": subject.keys, "out_keys": ["value"]}
     found = compare_effects(methods, model, subject.td, kinds=subject.kinds, **names)
-    floor = _seconds(Gradient(**subject.options), model, sides(subject.td)[0], names)
-    cost = {name: _seconds(method, model, subject.td, names) / floor for name, method in methods.items()}
-    cost["exact"] = found.seconds["exact"] / floor
+    passes = {name: _passes(method, model, subject.td, names) for name, method in methods.items()}
+    passes["exact"] = [sum(one.numel() for one in found.exact.values()) / len(subject.td), 0.0]
     rows = [vars(row) for row in found.rows]
     return {
         "subject": subject.name,
@@ -65,19 +63,23 @@ def measure(subject: Subject, patch: str) -> dict[str, Any]:
         "inputs": len(subject.td),
         "patch": patch,
         "rows": rows,
-        "gradients": cost,
+        "passes": passes,
     }
 
 
-def _seconds(method: Attribution, model: nn.Module, td: TensorDictBase, names: dict[str, Any]) -> float:
-    """The least of five calls, after one that makes plans."""
-    explained = method.wrap(model, **names)
-    taken = []
-    for _ in range(6):
-        start = time.perf_counter()
+def _passes(method: Attribution, model: nn.Module, td: TensorDictBase, names: dict[str, Any]) -> list[float]:
+    """How often the batch goes forwards and backwards through the model, once there is a plan."""
+    explained, counts = method.wrap(model, **names), [0, 0]
+    explained(td.copy())
+
+    def count(module: nn.Module, args: object, output: Tensor) -> None:
+        counts[0] += len(output)
+        if output.requires_grad:
+            output.register_hook(lambda grad: counts.__setitem__(1, counts[1] + len(grad)))
+
+    with model.register_forward_hook(count):
         explained(td.copy())
-        taken.append(time.perf_counter() - start)
-    return min(taken[1:])
+    return [count / len(td) for count in counts]
 
 
 def tables(report: Mapping[str, Any]) -> str:
@@ -86,21 +88,21 @@ def tables(report: Mapping[str, Any]) -> str:
     parts = [
         f"Measured on {on['date']} with torch {on['torch']} on {on['cpu']}, {on['threads']} threads. Pearson's "
         "correlation with patching\nover all tokens of all inputs in which the runs differ, and all places of a kind; "
-        "in parentheses the share of them with\nthe same sign. Gradients: the time for all places, in forward and "
-        "backward passes of the same batch.\n"
+        "in parentheses the share of them with\nthe same sign. Passes: how often the batch goes forwards and backwards "
+        "through the model for all places, a gradient being 1 + 1.\n"
     ]
     for one in report["measured"]:
         direction = "clean into corrupt" if one["patch"] == "clean" else "corrupt into clean"
         parts.append(f"### {one['subject']}, {direction}\n\n{one['inputs']} inputs: {one['told']}.\n")
-        parts.append("| method | " + " | ".join(KINDS) + " | gradients |")
+        parts.append("| method | " + " | ".join(KINDS) + " | passes |")
         parts.append("| --- |" + " --- |" * (len(KINDS) + 1))
         by = {(row["method"], row["kind"]): row for row in one["rows"]}
-        for name, cost in one["gradients"].items():
+        for name, (forwards, backwards) in one["passes"].items():
             cells = ["1"] * len(KINDS)
             if name != "exact":
                 rows = [by[name, kind] for kind in KINDS]
                 cells = [f"{row['pearson']:.3f} ({row['sign']:.0%})" for row in rows]
-            parts.append(f"| {name} | " + " | ".join(cells) + f" | {cost:.1f} |")
+            parts.append(f"| {name} | " + " | ".join(cells) + f" | {forwards:.0f} + {backwards:.0f} |")
         parts.append("")
     return "\n".join(parts)
 

@@ -225,7 +225,9 @@ def _overview(subjects: Sequence[Row]) -> Iterator[str]:
 
 def unmeasured(subjects: Sequence[Row]) -> list[str]:
     """The agents of examples/agents that have no results."""
-    measured = {each["name"] for each in subjects}
+    measured = {each["name"] for each in subjects} | {
+        "dictionary"
+    }  # of the language policy, and no agent itself
     checkpoints = (ROOT / "examples" / "agents" / "checkpoints").glob("*.pt")
     return sorted(path.stem for path in checkpoints if path.stem not in measured)
 

@@ -790,6 +790,6 @@ def test_another_way_on_the_reference_is_told(flow: str) -> None:
 def test_presets_are_all_here() -> None:
     from tdhook.composites import PRESETS as all_presets
 
-    others = {"guided_backprop", "deconvnet", "beta_smooth", "epsilon_gamma_box"}
+    others = {"guided_backprop", "deconvnet", "beta_smooth", "epsilon_gamma_box", "relp"}
     assert set(all_presets) - others <= {*PRESETS}, set(all_presets) - others - {*PRESETS}
     assert all(preset(name) for name in PRESETS)

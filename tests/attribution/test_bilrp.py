@@ -190,7 +190,7 @@ def test_tokens() -> None:
     method = LRP("deeplift", use_inputs=False, input_modules=["words"])
     whole = BiLRP(method, ("a", "z"), ("b", "z")).wrap(model)(td.clone())
     assert whole["pairs", "words", "words:1"].shape == (3, 5, 6, 7, 6)
-    for summed in (-1, 2, [2]):
+    for summed in (-1, 2, [2, -1]):
         found = BiLRP(method, ("a", "z"), ("b", "z"), summed=summed).wrap(model)(td.clone())
         assert found["pairs", "words", "words:1"].shape == (3, 5, 7)
         assert_close(found["pairs", "words", "words:1"], whole["pairs", "words", "words:1"].sum((2, 4)))
@@ -329,6 +329,15 @@ def test_errors(name: str) -> None:
     made, kind, message = ERRORS[name]
     with pytest.raises(kind, match=re.escape(message)):
         made()
+
+
+def test_half_precision_is_summed_in_single() -> None:
+    actor, td = critic().bfloat16(), transitions(5).to(torch.bfloat16)
+    found = BiLRP(LRP("attn_lrp"), "phi", "psi").wrap(actor)(td.clone())
+    assert found["pairs", "state", "goal"].dtype is torch.float32
+    assert found["attr", "state"].dtype is torch.bfloat16
+    total = sum(value.sum((-1, -2)) for value in found["pairs"].values(True, True))
+    torch.testing.assert_close(total, found["similarity"].float(), rtol=0.05, atol=0.05)
 
 
 def test_an_input_of_one_number() -> None:

@@ -12,7 +12,7 @@ from tolerances import assert_close
 from torch import Tensor, nn
 
 from tdhook import LRP, Contrast, Target
-from tdhook.attribution import Ablation, Gradient, GradientTimesInput, IntegratedGradients
+from tdhook.attribution import Ablation, Gradient, GradientTimesInput, IntegratedGradients, Patching
 from tdhook.composites import PRESETS
 from tdhook.concepts import Basis, Spliced
 from tdhook.rules import EpsilonRule, StopRule
@@ -140,6 +140,24 @@ def test_other_features_go_on_as_what_they_decode_to() -> None:
         without[:, i] = 0.0
         other = net[2:](h + dictionary.decode(without) - dictionary.decode(features))
         assert_close(found[:, i], (net[2:](h) - other)[:, 0].detach())
+
+
+def test_patched_features_are_what_they_decode_to() -> None:
+    actor, dictionary = mlp(), Autoencoder(8, 24).double()
+    spliced = Spliced({"1": dictionary}).on(actor)
+    torch.manual_seed(5)
+    runs = {side: {"observation": torch.randn(5, 4).double()} for side in ("clean", "corrupt")}
+    td = TensorDict(runs, [5])
+    found = Patching("exact", Target("logits", 0), at=["1.features"]).wrap(spliced)(td.clone())
+    net = actor.module
+    h = net[:2](td["corrupt", "observation"])
+    clean = dictionary.encode(net[:2](td["clean", "observation"]))
+    corrupt = dictionary.encode(h)
+    for i in range(24):
+        patched = corrupt.clone()
+        patched[:, i] = clean[:, i]
+        other = net[2:](h + dictionary.decode(patched) - dictionary.decode(corrupt))
+        assert_close(found["attr", "1.features"][:, i], (other - net[2:](h))[:, 0].detach())
 
 
 def test_integrated_gradients_of_features_are_complete() -> None:

@@ -125,3 +125,30 @@ def test_where_no_axis_is_the_batchs_it_is_said(method: str) -> None:
         ValueError, match=r"module 'mid' \(Linear\) returned a tensor of shape \[24, 3\], none of whose"
     ):
         explained(TensorDict({"input": torch.randn(4, 6, 5)}, [4]))
+
+
+class Folded(nn.Module):
+    """Heads are made elements of the batch: ``[batch, tokens, 2 * width] -> [batch * 2, tokens, width]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        folded = self.inner(x.reshape(batch, tokens, 2, 3).transpose(1, 2).reshape(-1, tokens, 3))
+        return self.head(folded.relu().reshape(batch, 2, tokens, 4).sum((1, 2)))
+
+
+@pytest.mark.parametrize("method", ["gradient", "integrated"])
+def test_tokens_as_many_as_the_batch_are_not_taken_for_it(method: str) -> None:
+    td = TensorDict({"input": torch.randn(12, 12, 6)}, [12])
+    explained = METHODS[method](target=Target("output", 0), input_modules=["inner"]).wrap(Folded())
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"shape \[24, 12, 4\], where axis 1 is as long as the batch, 12"
+        ):
+            explained(td.clone())
+    with pytest.raises(ValueError, match="none of whose axes is that of the batch"):
+        explained(td[:5].clone())

@@ -334,6 +334,19 @@ def test_operations_are_told_apart_by_order_and_module():
         relevance(method.explaining(Through(OUTPUT, Op("gelu"))), model, td)
 
 
+@pytest.mark.parametrize("method", [LRP("attn_lrp"), GradientTimesInput()], ids=["lrp", "gradient"])
+def test_heads_side_by_side_in_what_a_projection_is_given(method):
+    model, td = Block(), of(2, 5, 8)
+    given = relevance(method.explaining(Through(OUTPUT, "out:input", axis=-1, heads=2)), model, td)
+    mixed = relevance(
+        method.explaining(Through(OUTPUT, Op("scaled_dot_product_attention"), axis=1)), model, td
+    )
+    torch.testing.assert_close(given, mixed, rtol=1e-9, atol=1e-12)
+    second = relevance(method.explaining(Through(OUTPUT, "cell:input:1")), Twice(), of(3, 4))
+    first = relevance(method.explaining(Through(OUTPUT, "cell:input:0")), Twice(), of(3, 4))
+    assert second.shape == first.shape == (3, 4, 4)
+
+
 def test_an_operation_may_be_overwritten_afterwards():
     class InPlace(Residual):
         def forward(self, x):
@@ -369,8 +382,8 @@ def test_heads_inside_torchs_own_attention(method):
     torch.testing.assert_close(
         each.sum(1), relevance(method.explaining(OUTPUT), model, td), rtol=0, atol=1e-9
     )
+    target = Through(OUTPUT, Last(Op("matmul")), axis=1)
     with pytest.raises(ValueError, match=r"shape \[4, 5, 4\], which does not begin with the batch \[2\]"):
-        target = Through(OUTPUT, Last(Op("matmul")), axis=1)
         relevance(method.explaining(target), Attending(need_weights=True), td)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -224,13 +225,18 @@ class _Sums:
         self._batch, self._sources, self._summed = run.td.batch_size, sources, summed
         leads = run.batch_dims(sources)
         self._features = {key: x.shape[leads[key] :] for key, x in sources.items()}
+        # Sums of hundreds of products: in single precision at least.
+        self._dtype = reduce(torch.promote_types, (x.dtype for x in sources.values()), torch.float32)
         self._each: dict[NestedKey, Tensor] = {}
         self._pairs: dict[tuple[NestedKey, NestedKey], Tensor] = {}
 
     def add(self, one: Mapping[NestedKey, Tensor], other: Mapping[NestedKey, Tensor]) -> None:
         """Add some dimensions: relevance ``[dimensions, *source]`` of each side."""
         sides = [
-            {key: x.reshape(len(x), self._batch.numel(), *self._features[key]) for key, x in side.items()}
+            {
+                key: x.to(self._dtype).reshape(len(x), self._batch.numel(), *self._features[key])
+                for key, x in side.items()
+            }
             for side in (one, other)
         ]
         totals = [sum((_flat(x).sum(2) for x in side.values()), torch.zeros(())) for side in sides]
@@ -256,18 +262,19 @@ class _Sums:
 
     def of_features(self, scale: Tensor) -> dict[NestedKey, Tensor]:
         """Relevance by source, of its shape."""
-        return {key: _times(x, scale).reshape(self._sources[key].shape) for key, x in self._each.items()}
+        shaped = {key: _times(x, scale).reshape(self._sources[key].shape) for key, x in self._each.items()}
+        return {key: x.to(self._sources[key].dtype) for key, x in shaped.items()}
 
     def _axes(self, key: NestedKey) -> list[int]:
         """The axes that are summed over, counted from the end."""
-        features, axes = self._features[key], []
+        features, axes = self._features[key], set()
         for axis in self._summed:
             if not -len(features) <= axis <= len(features):
                 raise ValueError(
                     f"summed={axis} is no axis of {key!r}, whose features are of shape {list(features)}"
                 )
-            axes.append(axis if axis < 0 else axis - 1 - len(features))
-        return axes
+            axes.add(axis if axis < 0 else axis - 1 - len(features))
+        return sorted(axes)
 
     def _less(self, key: NestedKey, x: Tensor) -> Tensor:
         """``[dimensions, batch, *features]`` without these."""

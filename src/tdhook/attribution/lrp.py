@@ -24,7 +24,7 @@ from tdhook.models.lazy import initialise, is_unmade
 from tdhook.models.model import InKeys, Model
 from tdhook.passes.heads import NowKnown
 from tdhook.passes.runner import Runner
-from tdhook.passes.setup import Setup
+from tdhook.passes.setup import Setup, inner_modules
 from tdhook.perturbing.references import Baseline, Elsewhere, References, as_references
 from tdhook.relevance.composites.composite import Composite, Pairs, RuleMapper, preset
 from tdhook.relevance.ledger.balance import balance
@@ -225,7 +225,7 @@ class LRP(Compared):
         if known & set(self.seeder.in_keys):
             raise ValueError("Additional init keys must not be in the in_keys or out_keys")
         needs_execution = self.composite is not None and self.composite.needs_execution
-        return Ready(partial(self._plan, model), self._complain, needs_execution)
+        return Ready(partial(self._plan, model), partial(self._complain, model), needs_execution)
 
     @property
     def writes(self) -> tuple[NestedKey, ...]:
@@ -287,7 +287,9 @@ class LRP(Compared):
             against=self.references is not None,
         )
 
-    def _complain(self, plan: Plan) -> None:
+    def _complain(self, model: Model, plan: Plan) -> None:
+        for name, modules in inner_modules(model, self.question).items():
+            plan.require_seen(modules, name)
         composite = self.composite
         silent = composite is not None and not composite.on_operations
         layers = any(isinstance(row.module, Linear) for row in plan)

@@ -30,6 +30,7 @@ class Axes:
 
     def __init__(self) -> None:
         self._known: dict[str, int] = {}
+        self._taken: dict[str, int] = {}
         self.unsure: set[str] = set()
 
     def of(self, name: str, kind: str, shape: tuple[int, ...], batch: tuple[int, ...]) -> int:
@@ -56,11 +57,13 @@ class Axes:
         known = self._known.get(name)
         if known in able:
             return known
-        if len(able) > 1 and size > 1:
+        taken = 0 if 0 in able else able[0]
+        if size > 1 and (len(able) > 1 or taken):
             self.unsure.add(name)
-            return 0 if 0 in able else able[0]
-        self._known[name] = able[0]
-        return able[0]
+            self._taken[name] = taken
+        else:
+            self._known[name] = taken
+        return taken
 
     def learn(self, pulled: Mapping[str, Tensor | None], size: int) -> None:
         """Learn axes from what the first element of the batch depends on.
@@ -72,17 +75,26 @@ class Axes:
 
         Raises:
             Misread: an axis is another one.
+            ValueError: none can be the batch's: the first element depends on values all along it.
         """
         misread = False
         for name, found in pulled.items():
             self.unsure.discard(name)
-            self._known[name] = 0
+            taken = self._taken.pop(name, 0)
+            self._known[name] = taken
             if found is None or not found.any():
                 continue
-            amount = found.detach().abs()
+            amount = found.detach().abs().movedim(0, taken)
             able = [axis for axis, length in enumerate(amount.shape) if length == size]
             shares = [float(amount.select(axis, 0).sum()) for axis in able]
             self._known[name] = able[shares.index(max(shares))]
-            misread |= self._known[name] != 0
+            misread |= self._known[name] != taken
+            if taken and max(shares) < 0.5 * float(amount.sum()):
+                del self._known[name]
+                raise ValueError(
+                    f"module {name!r} returned a tensor of shape {list(amount.shape)}, where axis {taken} is as long "
+                    f"as the batch, {size}, and is none of its elements: what is explained of the first depends on "
+                    "values all along it; name a module whose output has an axis for the elements of the batch"
+                )
         if misread:
             raise Misread

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tensordict.utils import NestedKey, unravel_key
 from torch import Size, Tensor
 
-from tdhook.models.capture import call_name
+from tdhook.models.capture import call_name, module_path
 from tdhook.models.model import Model
 from tdhook.passes.performed import Output
 from tdhook.targets.through import OfOperations, Place
@@ -109,13 +109,14 @@ class Inside:
 
 
 def _module(model: Model, place: str) -> tuple[str, int | None]:
+    """The path of a module, or of what it is given, and which call is meant."""
     try:
-        model.submodule(place)
+        model.submodule(module_path(place))
     except ValueError:
         path, colon, call = place.rpartition(":")
         if not (colon and call.isdigit()):
             raise
-        model.submodule(path)
+        model.submodule(module_path(path))
         return path, int(call)
     return place, None
 

@@ -24,7 +24,7 @@ from tdhook.passes.inside import Inside
 from tdhook.passes.leaves import Choose, Leaves
 from tdhook.targets.base import Seeder
 
-__all__ = ["LAYOUTS", "Attribute", "Question", "Setup"]
+__all__ = ["LAYOUTS", "Attribute", "Question", "Setup", "inner_modules"]
 
 Attribute: TypeAlias = "tuple[NestedKey, ...] | str | Choose | None"
 
@@ -170,6 +170,27 @@ def _is_module(model: Model, path: NestedKey) -> bool:
     except ValueError:
         return False
     return True
+
+
+def inner_modules(model: Model, question: Question) -> dict[str, list[nn.Module]]:
+    """By name, the modules inside a model whose relevance is asked for; of a key, those that write or read it."""
+    question, places = _resolved(model, question), question.target.places
+    inside = Inside.of(model, places, _inner_keys(model)) if places else Inside()
+    paths = (*question.input_modules, *question.target_modules, *inside.paths)
+    found = {path: [model.submodule(module_path(path))] for path in paths}
+    named = question.attribute if isinstance(question.attribute, tuple) else ()
+    keys, all_ = {*named, *inside.keys}, question.attribute == "all"
+    for module in model.runner.modules() if keys or all_ else ():
+        if not isinstance(module, TensorDictModuleBase) or _holds_others(module):
+            continue
+        for key in map(unravel_key, (*module.in_keys, *module.out_keys)):
+            if (key in keys or all_) and key not in model.attributed:
+                found.setdefault(str(key), []).append(module)
+    return found
+
+
+def _holds_others(module: TensorDictModuleBase) -> bool:
+    return any(isinstance(m, TensorDictModuleBase) for m in module.modules() if m is not module)
 
 
 def _path(key: NestedKey) -> str:

@@ -39,8 +39,8 @@ class OfOperations(Protocol):
 
 
 Place: TypeAlias = "NestedKey | OfOperations"
-"""Where inside a model: the path of a module (``"features.3"``; ``"cell:1"`` is its second call), a key that a
-TensorDictModule in it writes, or a selector of one operation."""
+"""Where inside a model: the path of a module (``"features.3"``; ``"cell:1"`` is its second call, ``"out:input"`` what
+it is given), a key that a TensorDictModule in it writes, or a selector of one operation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +57,9 @@ class Through(Around):
 
     Args:
         target: what is explained.
-        place: the layer: the path of a module, of which ``"path:1"`` is the second call where it runs several times; a
-            key that a TensorDictModule inside the model writes, or that the model reads; or a selector of a single
-            operation, ``First(Op("relu"))``.
+        place: the layer: the path of a module, of which ``"path:1"`` is the second call where it runs several times,
+            and ``"path:input"`` what it is given; a key that a TensorDictModule inside the model writes, or that the
+            model reads; or a selector of a single operation, ``First(Op("relu"))``.
         units: which of its units: an ``int``; a tuple of them, together; a list of these, each separately, which gives
             relevance of shape ``[*batch, several, *features]``; ``"all"``, each separately; ``"top:8"``, each of the 8
             of the most relevance, by size, of which ``("units", place)``, ``[*batch, 8]``, says which they are; a

@@ -223,6 +223,28 @@ class Plan:
         """All modules of the model."""
         return self._modules
 
+    def require_seen(self, modules: Sequence[nn.Module], name: str) -> None:
+        """Raise where nothing of modules is seen, since one around them runs as a unit.
+
+        Args:
+            modules: that give or take what is asked for.
+            name: what it is called.
+
+        Raises:
+            ValueError: a module around it has a rule.
+        """
+        around = {id(binding.module) for binding in self._bindings if not binding.rule.opens}
+        for row in self.rows:
+            if id(row.module) not in around:
+                continue
+            inside = set(map(id, row.module.modules())) - {id(row.module)}
+            if all(id(module) in inside for module in modules):
+                raise ValueError(
+                    f"{name!r} is inside {row.path or 'the model'!r} ({type(row.module).__name__}), which runs as one "
+                    f"under {row.rule!r}, so that nothing inside has relevance of its own: name {row.path!r}, or give "
+                    "the modules inside it rules in its place"
+                )
+
     def attach(self) -> ExitStack | None:
         """Run the model under the rules until they are taken off; operations only :meth:`within` it.
 
