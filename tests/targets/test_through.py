@@ -382,9 +382,54 @@ def test_heads_inside_torchs_own_attention(method):
     torch.testing.assert_close(
         each.sum(1), relevance(method.explaining(OUTPUT), model, td), rtol=0, atol=1e-9
     )
-    target = Through(OUTPUT, Last(Op("matmul")), axis=1)
-    with pytest.raises(ValueError, match=r"shape \[4, 5, 4\], which does not begin with the batch \[2\]"):
-        relevance(method.explaining(target), Attending(need_weights=True), td)
+
+
+class Experts(nn.Module):
+    """Two of three experts for each token, by a gate: ``[batch, tokens, 4] -> [batch, 3]``."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.head = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        weights = self.gate(tokens).softmax(-1)
+        chosen = weights.topk(2, -1).indices
+        mixed = torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            rows = (chosen == i).any(-1).nonzero().flatten()
+            mixed = mixed.index_add(0, rows, expert(tokens[rows]) * weights[rows, i : i + 1])
+        return self.head(mixed.reshape(x.shape)).sum(1)
+
+
+@pytest.mark.parametrize("batch", [4, 5, 20])
+@pytest.mark.parametrize("name", ["epsilon_plus", "attn_lrp", "gradient times input", "integrated gradients"])
+def test_experts_and_their_gate_have_all_of_it(name, batch):
+    """Layers of tokens, which do not begin with the batch; also where their width is that of the batch."""
+    method, model, td = METHODS[name], Experts(), of(batch, 5, 4)
+    whole = relevance(method.explaining(OUTPUT), model, td)
+    passed = [
+        relevance(method.explaining(Through(OUTPUT, f"experts.{i}", (0, 1, 2, 3), axis=-1)), model, td)
+        for i in range(3)
+    ]
+    passed.append(relevance(method.explaining(Through(OUTPUT, "gate", axis=-1)), model, td).sum(1))
+    torch.testing.assert_close(sum(passed), whole, rtol=0, atol=1e-9)
+
+
+def test_of_layers_that_do_not_begin_with_the_batch_units_are_the_same_for_all():
+    model, td = Experts().double(), of(3, 5, 4)
+    with pytest.raises(
+        ValueError, match=r"shape \[15, 3\], which does not begin with the batch, so that units are"
+    ):
+        relevance(LRP("epsilon", target=Through(OUTPUT, "gate", "top:1")), model, td)
+    ledger = explain(LRP("epsilon", target=Through(OUTPUT, "gate", (0, 1)), ledger=True), model, td)["ledger"]
+    torch.testing.assert_close(ledger["gap"], torch.zeros(3).double(), rtol=0, atol=1e-9)
+    uneven = LRP("epsilon", target=Through(OUTPUT, "experts.0"), ledger=True).wrap(model)
+    with pytest.raises(
+        ValueError, match=r"no ledger can be kept of what passes units of a layer of the shape \[11, 4\]"
+    ):
+        uneven(td)
 
 
 @pytest.mark.parametrize("rule", [GammaRule(), EpsilonRule(1e-12)], ids=str)

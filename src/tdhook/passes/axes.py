@@ -6,7 +6,7 @@ where several axes have that size, by what the first element of the batch alone 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 
 from torch import Tensor
@@ -24,11 +24,15 @@ class Misread(BaseException):
 class Axes:
     """The batch axes of the outputs of a model's modules, kept from call to call.
 
+    Args:
+        folds: ``name ->`` whether an output may have none, and is then left as it is.
+
     Attributes:
         unsure: names of outputs whose batch axis is taken to be the first one, though others have its size too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folds: Callable[[str], bool] = lambda name: False) -> None:
+        self._folds = folds
         self._known: dict[str, int] = {}
         self._taken: dict[str, int] = {}
         self.unsure: set[str] = set()
@@ -49,12 +53,14 @@ class Axes:
             return 0
         size = prod(batch)  # a model of fixed rank runs on a flat batch
         able = [axis for axis, length in enumerate(shape) if length == size]
+        known = self._known.get(name)
+        if self._folds(name) and (not able or known == 0):
+            return 0
         if not able:
             raise ValueError(
                 f"module {name!r} ({kind}) returned a tensor of shape {list(shape)}, none of whose axes is that of the "
                 f"batch {list(batch)}; name a module whose output has an axis for the elements of the batch"
             )
-        known = self._known.get(name)
         if known in able:
             return known
         taken = 0 if 0 in able else able[0]
@@ -90,6 +96,9 @@ class Axes:
             self._known[name] = able[shares.index(max(shares))]
             misread |= self._known[name] != taken
             if taken and max(shares) < 0.5 * float(amount.sum()):
+                if self._folds(name):
+                    self._known[name], misread = 0, True
+                    continue
                 del self._known[name]
                 raise ValueError(
                     f"module {name!r} returned a tensor of shape {list(amount.shape)}, where axis {taken} is as long "

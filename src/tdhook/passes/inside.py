@@ -67,6 +67,12 @@ class Inside:
         """The paths of the modules."""
         return [path for path, _ in self.modules.values()]
 
+    def passes_only(self, name: str, *, asked: Iterable[Iterable[str]]) -> bool:
+        """Whether a module, by path and call, is one that relevance passes, and none whose own is asked for."""
+        path, _, call = name.rpartition(":")
+        names = {name, path} if call.isdigit() else {name}
+        return not names.isdisjoint(self.paths) and all(names.isdisjoint(paths) for paths in asked)
+
     def layer(
         self,
         place: Place,
@@ -139,12 +145,13 @@ def _only(place: OfOperations, found: Sequence[Output]) -> Tensor:
 
 
 def _layer(name: str, value: Tensor, batch: Size, flat: bool) -> Layer:
-    """A value with the axes of the batch in front, all of them or as one."""
+    """A value with the axes of the batch in front, all of them or as one; or with another axis there."""
     if not flat and value.shape[: len(batch)] == batch:
         return Layer(name, value, len(batch), batch)
-    if value.dim() == 0 or value.shape[0] != batch.numel():
-        raise ValueError(
-            f"{name} has the shape {list(value.shape)}, which does not begin with the batch {list(batch)}: name what "
-            "has an axis for the elements of the batch, the module around it, say"
-        )
-    return Layer(name, value, 1, batch)
+    if value.dim() == 0:
+        raise ValueError(f"{name} is one number, which has no units")
+    return Layer(name, value, 1, batch) if value.shape[0] == batch.numel() else _folded(name, value)
+
+
+def _folded(name: str, value: Tensor) -> Layer:
+    return Layer(name, value, 1, value.shape[:1], folded=True)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeAlias
 
 from tensordict.nn import TensorDictModuleBase
@@ -118,7 +119,8 @@ class Setup:
         self.memory = Memory(model.root)
         self.of_inference = made_in_inference_mode(self.turn.modules)
         self.keeps_anywhere = True
-        self.axes = Axes()
+        asked = (question.input_modules, question.target_modules, self.valued_modules)
+        self.axes = Axes(partial(self.inside.passes_only, asked=asked))
 
     def asking(self, target: Seeder) -> Setup:
         """The same for another target, which explains the same outputs."""

@@ -325,7 +325,9 @@ def values_of(seeds: Seeds, batch: torch.Size) -> Tensor:
     found = None
     for z, weight in zip(seeds.tensors, seeds.grads, strict=True):
         share = torch.where(weight == 0, 0.0, weight * z.detach())
-        # A layer that is explained may have the axes of the batch as one.
+        # A layer that is explained may have the axes of the batch as one; or values of no element that could be told.
+        if z.numel() % batch.numel():
+            share = share.reshape(*lead, *(1,) * len(batch), -1).expand(*lead, *batch, -1) / batch.numel()
         share = share.reshape(*lead, *batch, -1).sum(-1)
         found = share if found is None else found + share
     assert found is not None

@@ -237,6 +237,8 @@ class Through(Around):
         self, inner: Seeder, chosen: Chosen, batch_dims: int
     ) -> tuple[Through, dict[NestedKey, Tensor]]:
         """The same with the choice made, and the entry ``[*batch, ...]`` that holds it from now on."""
+        if top_count(self.units) is None and self.key is None:  # they are the same whatever becomes of inputs
+            return self.around(inner), {}
         marks = chosen.marks if chosen.several is None else chosen.marks.movedim(0, batch_dims)
         return _Kept(inner, self.place, self.units, self.axis, self.heads, self.beside), {self._kept: marks}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from tensordict import TensorDictBase
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from tdhook.tape.conditions import holds
 from tdhook.targets.outputs import Key
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 __all__ = ["ALL", "NONE", "Chosen", "Layer", "Units", "UnitsLike", "top_count"]
 
@@ -30,13 +33,16 @@ class Layer:
         name: what it is called, for messages.
         value: ``[*lead, *features]``.
         lead: how many leading axes are those of the batch: all of them, or one where the model runs on a flat batch.
-        batch: the batch size.
+        batch: the batch size; of a layer that does not begin with the batch, the size of its first axis.
+        folded: whether it does not: its first axis is that of tokens of all elements, say, or of those that an expert
+            was given.
     """
 
     name: str
     value: Tensor
     lead: int
     batch: torch.Size
+    folded: bool = False
 
     @property
     def features(self) -> list[int]:
@@ -149,6 +155,13 @@ class Units:
             ValueError: a tensor or an entry has another shape than numbers of units, or marks of them, have.
         """
         count, batch, device = self.count(layer), layer.batch, layer.value.device
+        if layer.folded and (
+            top_count(units) is not None or isinstance(units, Key | Tensor) or _is_key(units)
+        ):
+            raise ValueError(
+                f"{layer.name} has the shape {list(layer.value.shape)}, which does not begin with the batch, so that "
+                "units are the same for all elements: name them by numbers, or 'all'"
+            )
         if isinstance(units, str):
             if units == NONE:
                 return Chosen(torch.zeros(*batch, count, dtype=torch.bool, device=device))
@@ -160,7 +173,7 @@ class Units:
                 raise IndexError(f"{units!r} are more than the {count} units of {layer.name}")
             numbers = amounts.abs().topk(top, -1).indices
             return _numbered(numbers, count, layer)
-        if isinstance(units, Key) or (isinstance(units, tuple) and isinstance(units[0], str)):
+        if isinstance(units, Key) or _is_key(units):
             key: NestedKey = units.key if isinstance(units, Key) else units
             return self._of_entry(key, layer, outputs, inputs)
         if isinstance(units, Tensor):
@@ -212,6 +225,10 @@ class Units:
             f"{what} of shape {list(entry.shape)} names units of {layer.name} neither one nor several for each element "
             f"of the batch {list(batch)}"
         )
+
+
+def _is_key(units: object) -> TypeGuard[tuple[str, ...]]:
+    return isinstance(units, tuple) and isinstance(units[0], str)
 
 
 def top_count(units: object) -> int | None:

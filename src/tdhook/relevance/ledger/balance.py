@@ -53,6 +53,7 @@ def balance(
         last of these.
     """
     batch = run.outputs.batch_size
+    _require_elements(seeds, batch)
     ends = run.ends(sources)
     columns: dict[str, list[Tensor]] = {"target": [], "inputs": [], "absorbed": [], "gap": []}
     apart = True
@@ -68,6 +69,16 @@ def balance(
         ("ledger", name): (value if seeds.several else value.squeeze(-1)).to(like.device, like.dtype)
         for name, value in shaped.items()
     }
+
+
+def _require_elements(seeds: Seeds, batch: torch.Size) -> None:
+    """Raise where it begins at a layer whose values are of no element of the batch that could be told."""
+    for z in seeds.tensors:
+        if z.shape[: len(batch)] != batch and z.shape[0] % batch.numel():
+            raise ValueError(
+                f"no ledger can be kept of what passes units of a layer of the shape {list(z.shape)}, which does not "
+                f"consist of parts of the {batch.numel()} elements of the batch: leave out the ledger"
+            )
 
 
 def _one(seeds: Seeds, i: int) -> Seeds:
