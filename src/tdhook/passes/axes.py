@@ -14,6 +14,10 @@ from torch import Tensor
 __all__ = ["Axes", "Misread"]
 
 
+# What is explained of one element may depend on others by rounding.
+_ELSEWHERE = 1e-3
+
+
 class Misread(BaseException):
     """The batch axis of a module's output is not the one it was taken for. The model is run again.
 
@@ -95,7 +99,7 @@ class Axes:
             shares = [float(amount.select(axis, 0).sum()) for axis in able]
             self._known[name] = able[shares.index(max(shares))]
             misread |= self._known[name] != taken
-            if taken and max(shares) < 0.5 * float(amount.sum()):
+            if taken and max(shares) < (1 - _ELSEWHERE) * float(amount.sum()):
                 if self._folds(name):
                     self._known[name], misread = 0, True
                     continue
