@@ -140,6 +140,7 @@ def test_every_preset_is_compared() -> None:
         "attn_lrp",
         "cp_lrp",
         "lstm_lrp",
+        "relp",
     }  # not in zennit
 
 
