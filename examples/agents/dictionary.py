@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from common import CHECKPOINTS, Shown, gap, main
-from language import DIRECTIONS, HEAD, WORDS, network, policies, prompts, tokenizer
-from tensordict import TensorDict, TensorDictBase
+from language import DIRECTIONS, HEAD, WORDS, network, policies, prompts, say, tokenizer, why_not
+from tensordict import TensorDict
 from torch import Tensor, nn
-from torchrl.modules.llm.policies import Text
 from transformers import LlamaForCausalLM
 
 from tdhook import LRP, preset
@@ -107,24 +106,12 @@ def explain(checkpoint: dict[str, Any], seed: int) -> Shown:
     dictionary.load_state_dict(checkpoint["weights"])
     answers, reads = policies(policy())
     texts, _, wrong = prompts(256, 10_000 + seed)
-    with torch.no_grad():
-        answered = answers(
-            TensorDict(text=Text(prompt=texts, batch_size=[len(texts)]), batch_size=[len(texts)])
-        )
-    tokens, said = answered["tokens"].full, list(answered["text"].response)
+    tokens, said = say(answers, texts)
     never = torch.tensor(tokenizer().convert_tokens_to_ids(wrong))
-
-    def why_not_never(outputs: TensorDictBase, inputs: TensorDictBase) -> TensorDictBase:
-        """The logit of the word that was said, less that of the other, before the last word."""
-        logits = outputs[HEAD]
-        relevance, each = torch.zeros_like(logits), torch.arange(len(logits))
-        relevance[each, -2, tokens[:, -1]] = logits[each, -2, tokens[:, -1]]
-        relevance[each, -2, never] -= logits[each, -2, never]
-        return TensorDict({HEAD: relevance}, batch_size=outputs.batch_size)
 
     lrp = LRP(
         [(Type("*RMSNorm"), LayerNormRule()), *preset("cp_lrp")],
-        target=why_not_never,
+        target=why_not(tokens, never),
         use_inputs=False,
         input_modules=[FEATURES],
         target_modules=[HEAD],
@@ -154,8 +141,8 @@ def explain(checkpoint: dict[str, Any], seed: int) -> Shown:
     for how, amounts in (("relevance", each), ("activation", values[:, :-1].sum(1))):
         changed = []
         for count in (1, 3, 5):
-            answer = answers_without(amounts.topk(count, dim=1).indices, spliced, tokens)
-            changed.append(f"{(answer != tokens[:, -1]).float().mean().item():.0%}")
+            without = answers_without(amounts.topk(count, dim=1).indices, spliced, tokens)
+            changed.append(f"{(without != tokens[:, -1]).float().mean().item():.0%}")
         lines.append(
             f"answers that change without the one, three and five of most {how}: {', '.join(changed)}"
         )

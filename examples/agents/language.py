@@ -10,13 +10,14 @@ So the word after `go` speaks for the answer, and the word after `never` against
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from common import Shown, gap, main
 from tensordict import TensorDict, TensorDictBase
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
 from torchrl.modules.llm import TransformersWrapper
 from torchrl.modules.llm.policies import Text
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,6 +26,8 @@ from tdhook import LRP, preset
 from tdhook.plots import relevance_of_tokens
 from tdhook.rules import LayerNormRule
 from tdhook.selectors import Type
+
+TargetFn: TypeAlias = Callable[[TensorDictBase, TensorDictBase], TensorDictBase]
 
 DIRECTIONS = ("north", "south", "east", "west")
 FILLERS = ("robot", "please", "now", "then", "slowly", "today", "friend", "and")
@@ -90,31 +93,39 @@ def train(seed: int, updates: int = 700) -> dict[str, Any]:
     return {"weights": model.state_dict(), "facts": facts}
 
 
-def explain(checkpoint: dict[str, Any], seed: int) -> Shown:
-    """Why the direction that it names, and not the one that it was told never to take?"""
-    model = network().eval()
-    model.load_state_dict(checkpoint["weights"])
-    answers, reads = policies(model)
-    texts, right, wrong = prompts(128, 10_000 + seed)
+def say(answers: TransformersWrapper, texts: list[str]) -> tuple[Tensor, list[str]]:
+    """Prompts with the word that the policy says, ``[prompts, words + 1]``, padded on the left; and that word."""
+    batch = [len(texts)]
     with torch.no_grad():
-        answered = answers(
-            TensorDict(text=Text(prompt=texts, batch_size=[len(texts)]), batch_size=[len(texts)])
-        )
-    said = list(answered["text"].response)
-    tokens = answered["tokens"].full  # [prompts, words + 1], padded on the left
-    never = torch.tensor(tokenizer().convert_tokens_to_ids(wrong))
+        answered = answers(TensorDict(text=Text(prompt=texts, batch_size=batch), batch_size=batch))
+    return answered["tokens"].full, list(answered["text"].response)
 
-    def why_not_never(outputs: TensorDictBase, inputs: TensorDictBase) -> TensorDictBase:
-        """The logit of the word that was said, less that of the other, before the last word."""
+
+def why_not(tokens: Tensor, never: Tensor) -> TargetFn:
+    """The logit of the word that was said, less that of another, ``[prompts]``, before the last word."""
+
+    def difference(outputs: TensorDictBase, inputs: TensorDictBase) -> TensorDictBase:
         logits = outputs[HEAD]
         relevance, each = torch.zeros_like(logits), torch.arange(len(logits))
         relevance[each, -2, tokens[:, -1]] = logits[each, -2, tokens[:, -1]]
         relevance[each, -2, never] -= logits[each, -2, never]
         return TensorDict({HEAD: relevance}, batch_size=outputs.batch_size)
 
+    return difference
+
+
+def explain(checkpoint: dict[str, Any], seed: int) -> Shown:
+    """Why the direction that it names, and not the one that it was told never to take?"""
+    model = network().eval()
+    model.load_state_dict(checkpoint["weights"])
+    answers, reads = policies(model)
+    texts, right, wrong = prompts(128, 10_000 + seed)
+    tokens, said = say(answers, texts)
+    never = torch.tensor(tokenizer().convert_tokens_to_ids(wrong))
+
     lrp = LRP(
         [(Type("*RMSNorm"), LayerNormRule()), *preset("attn_lrp")],
-        target=why_not_never,
+        target=why_not(tokens, never),
         use_inputs=False,
         input_modules=[EMBEDDING],
         target_modules=[HEAD],
