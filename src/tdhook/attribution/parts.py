@@ -10,6 +10,8 @@ import torch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.targets.units import equal_heads, feature_axis
+
 __all__ = ["Parts"]
 
 
@@ -94,14 +96,7 @@ class Parts:
     def _axes(self, features: Sequence[int], name: NestedKey) -> tuple[list[int], int | None]:
         """The axes among those of the features, in their order, and that of the heads."""
         assert self.axes is not None
-        count, found = len(features), []
-        for axis in self.axes:
-            if axis == 0 or not -count <= axis <= count:
-                raise IndexError(
-                    f"axis={axis} is no axis of parts of {name!r}, which has {['batch', *features]}: they lie along "
-                    f"one of 1 to {count}, or of -{count} to -1"
-                )
-            found.append(axis - 1 if axis > 0 else count + axis)
+        found = [feature_axis(axis, features, "parts", repr(name)) for axis in self.axes]
         if len(set(found)) < len(found):
             raise IndexError(
                 f"axis={self.axes} names an axis of {name!r} twice, which has {['batch', *features]}"
@@ -110,7 +105,4 @@ class Parts:
 
     def _count(self, features: Sequence[int], name: NestedKey) -> int:
         assert self.heads is not None
-        size = features[self._axes(features, name)[1] or 0]
-        if size % self.heads:
-            raise ValueError(f"the axis of {size} of {name!r} does not consist of {self.heads} equal heads")
-        return self.heads
+        return equal_heads(self.heads, features[self._axes(features, name)[1] or 0], repr(name))

@@ -18,7 +18,7 @@ from tdhook.tape.dependence import leaf
 from tdhook.tape.functions import alias, apart
 from tdhook.tape.undoing import Hook, hooked
 
-__all__ = ["INPUT", "Captured", "call_name", "module_path"]
+__all__ = ["INPUT", "Captured", "call_name", "calls_of", "module_path"]
 
 INPUT = ":input"
 """What stands behind the path of a module where the first tensor that it was given is meant, and not its output."""
@@ -27,6 +27,14 @@ INPUT = ":input"
 def module_path(name: str) -> str:
     """The path of the module that a name is of: ``"layers.0"`` of ``"layers.0:input"``."""
     return name.removesuffix(INPUT)
+
+
+def calls_of(path: str, modules: Mapping[str, Tensor]) -> list[str]:
+    """The names of the calls of a module whose outputs were collected, in their order."""
+    found: list[str] = []
+    while (name := call_name(path, len(found))) in modules:
+        found.append(name)
+    return found
 
 
 def call_name(path: str, call: int) -> str:
@@ -129,10 +137,7 @@ class Captured:
 
     def _read(self, path: str, module: nn.Module, value: Tensor) -> Tensor:
         """Take a value down; what the model goes on with, which it may overwrite."""
-        call = 0
-        while call_name(path, call) in self.modules:
-            call += 1
-        name = call_name(path, call)
+        name = call_name(path, len(calls_of(path, self.modules)))
         axis = self.axis(name, value, module)
         if axis == 0:
             self.modules[name] = kept = self._on_tape(value, (name,))

@@ -14,7 +14,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from tdhook.conventions import Convention
 from tdhook.keys import parts_of
-from tdhook.models.capture import call_name
+from tdhook.models.capture import calls_of
 from tdhook.models.entries import entries_of, frames_of, is_flat
 from tdhook.passes.diagnosis import is_explainable, why_not_finite, why_relevance_is_not
 from tdhook.passes.finite import Disregarding, are_finite
@@ -203,13 +203,7 @@ class Run:
 
     def _calls(self, paths: tuple[str, ...]) -> list[str]:
         """The names of all calls of some modules, as far as they were called."""
-        found = []
-        for path in paths:
-            call = 0
-            while call_name(path, call) in self.modules:
-                found.append(call_name(path, call))
-                call += 1
-        return found
+        return [name for path in paths for name in calls_of(path, self.modules)]
 
     def pull(
         self,

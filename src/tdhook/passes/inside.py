@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tensordict.utils import NestedKey, unravel_key
 from torch import Size, Tensor
 
-from tdhook.models.capture import call_name, module_path
+from tdhook.models.capture import calls_of, module_path
 from tdhook.models.model import Model
 from tdhook.passes.performed import Output
 from tdhook.targets.through import OfOperations, Place
@@ -102,16 +102,15 @@ class Inside:
                 raise ValueError(f"the model wrote no floating-point {place!r} in this call")
             return _layer(repr(place), keys[place], batch, flat and place not in self.read)
         path, call = self.modules[place]
-        count = 0
-        while call_name(path, count) in modules:
-            count += 1
+        names = calls_of(path, modules)
+        count = len(names)
         if call is None and count > 1:
             raise ValueError(
                 f"module {path!r} was called {count} times: say which call relevance passes, '{path}:0' is the first"
             )
         if (call or 0) >= count:
             raise ValueError(f"module {path!r} was called {count} times, so that nothing passes {place!r}")
-        return _layer(repr(place), modules[call_name(path, call or 0)], batch, flat)
+        return _layer(repr(place), modules[names[call or 0]], batch, flat)
 
 
 def _module(model: Model, place: str) -> tuple[str, int | None]:
@@ -150,8 +149,6 @@ def _layer(name: str, value: Tensor, batch: Size, flat: bool) -> Layer:
         return Layer(name, value, len(batch), batch)
     if value.dim() == 0:
         raise ValueError(f"{name} is one number, which has no units")
-    return Layer(name, value, 1, batch) if value.shape[0] == batch.numel() else _folded(name, value)
-
-
-def _folded(name: str, value: Tensor) -> Layer:
+    if value.shape[0] == batch.numel():
+        return Layer(name, value, 1, batch)
     return Layer(name, value, 1, value.shape[:1], folded=True)

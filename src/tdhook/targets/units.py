@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -16,7 +17,17 @@ from tdhook.targets.outputs import Key
 if TYPE_CHECKING:
     from typing import TypeGuard
 
-__all__ = ["ALL", "NONE", "Chosen", "Layer", "Units", "UnitsLike", "top_count"]
+__all__ = [
+    "ALL",
+    "NONE",
+    "Chosen",
+    "Layer",
+    "Units",
+    "UnitsLike",
+    "equal_heads",
+    "feature_axis",
+    "top_count",
+]
 
 UnitsLike: TypeAlias = "int | tuple[int | str, ...] | list[int | tuple[int, ...]] | str | Key | Tensor"
 """Which units: an ``int``; a tuple of them, together; a list of these, each separately; ``"all"``, each; ``"top:8"``,
@@ -95,12 +106,7 @@ class Units:
                     f"{count}, or negative from the end"
                 )
             return layer.lead
-        if axis == 0 or not -count <= axis <= count:
-            raise IndexError(
-                f"axis={axis} is no axis of units of {layer.name}, which has {['batch', *layer.features]}: they lie "
-                f"along one of 1 to {count}, or of -{count} to -1"
-            )
-        return layer.lead + (axis - 1 if axis > 0 else count + axis)
+        return layer.lead + feature_axis(axis, layer.features, "units", layer.name)
 
     def count(self, layer: Layer) -> int:
         """How many units there are.
@@ -109,13 +115,7 @@ class Units:
             ValueError: the axis is no multiple of the heads.
         """
         size = layer.value.shape[self.along(layer)]
-        if self.heads is None:
-            return size
-        if self.heads < 1 or size % self.heads:
-            raise ValueError(
-                f"the axis of {size} of {layer.name} does not consist of {self.heads} equal heads"
-            )
-        return self.heads
+        return size if self.heads is None else equal_heads(self.heads, size, layer.name)
 
     def pooled(self, amounts: Tensor, layer: Layer) -> Tensor:
         """The sum of what belongs to each unit, ``[..., *batch, units]``.
@@ -225,6 +225,38 @@ class Units:
             f"{what} of shape {list(entry.shape)} names units of {layer.name} neither one nor several for each element "
             f"of the batch {list(batch)}"
         )
+
+
+def feature_axis(axis: int, features: Sequence[int], what: str, name: str) -> int:
+    """An axis among those of the features, where it is counted with the batch as one before them, or from the end.
+
+    Args:
+        axis: which.
+        features: the shape of a layer without the batch.
+        what: lies along it, for the message.
+        name: of the layer, for the message.
+
+    Raises:
+        IndexError: there is none.
+    """
+    count = len(features)
+    if axis == 0 or not -count <= axis <= count:
+        raise IndexError(
+            f"axis={axis} is no axis of {what} of {name}, which has {['batch', *features]}: they lie along one of 1 to "
+            f"{count}, or of -{count} to -1"
+        )
+    return axis - 1 if axis > 0 else count + axis
+
+
+def equal_heads(heads: int, size: int, name: str) -> int:
+    """So many heads.
+
+    Raises:
+        ValueError: an axis of that size does not consist of so many equal parts.
+    """
+    if heads < 1 or size % heads:
+        raise ValueError(f"the axis of {size} of {name} does not consist of {heads} equal heads")
+    return heads
 
 
 def _is_key(units: object) -> TypeGuard[tuple[str, ...]]:
