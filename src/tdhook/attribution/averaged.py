@@ -17,7 +17,7 @@ from tdhook.models.model import Model
 from tdhook.passes.forward import Run
 from tdhook.passes.runner import Runner
 from tdhook.passes.variants import Variants, values_of
-from tdhook.perturbing.draws import Draws
+from tdhook.perturbing.draws import Draws, Noise
 from tdhook.perturbing.references import Fill, References
 from tdhook.targets import TargetLike
 
@@ -124,7 +124,14 @@ class Averaged(Attribution):
             base = there.as_it_is()
             return values_of(base.seeds(variants.target), base.outputs.batch_size), found
 
-        for answer in variants.each(over.samples, changed, ask, variants.size, alike=True):
+        moves_nothing = type(over).undone is Noise.undone
+        if method.is_gradient and self.of == "mean" and not self.spread and moves_nothing:
+            each = [1 / over.samples] * over.samples
+            means.add(variants.summed(each, changed, list(run.sources()), alike=True))
+            return
+        for answer in variants.each(
+            over.samples, changed, ask, variants.size, kind="explanations", alike=True
+        ):
             before = 1 + variants.several + dims
             self._add(
                 means,

@@ -35,6 +35,11 @@ class Gradient(Attribution):
         super().__init__(target, **options)
         self.signed = signed
 
+    @property
+    def is_gradient(self) -> bool:
+        """With its sign, it is."""
+        return self.signed and type(self).explain is Gradient.explain
+
     def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
         """One forward pass, one backward pass."""
         pulled = _gradient(runner, td, self.seeder)

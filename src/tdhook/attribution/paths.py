@@ -94,15 +94,8 @@ def weighed(
         places: how far along, and with what weight.
         of: the sources whose gradients are wanted; by default those that go the way.
     """
-    found: Found = {}
     far, weights = zip(*places, strict=True)
-    for answer in variants.gradients(len(places), way.at(far), of):
-        some = weights[answer.numbers.start : answer.numbers.stop]
-        for key, grad in answer.found.items():
-            weight = torch.tensor(some, dtype=grad.dtype, device=grad.device)
-            total = torch.tensordot(weight, grad, 1)
-            found[key] = found[key] + total if key in found else total
-    return found
+    return variants.summed(weights, way.at(far), list(way.ends) if of is None else of)
 
 
 def until_close(

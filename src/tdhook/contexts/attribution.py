@@ -212,6 +212,11 @@ class Attribution(ABC):
         return False
 
     @property
+    def is_gradient(self) -> bool:
+        """Whether relevance is the gradient itself, so that a mean of it may be taken on the way back."""
+        return False
+
+    @property
     def compares(self) -> bool:
         """Whether the difference from a reference is explained, and not the value."""
         return False

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from tdhook.tape.internals import gradients_of, warn_of_loops
 from tdhook.tape.undoing import lock, undone
 from tdhook.targets import Seeds
 
-__all__ = ["PullBack", "sizes_behind"]
+__all__ = ["End", "PullBack", "sizes_behind"]
+
+End: TypeAlias = "Tensor | GradientEdge"
+"""Where a backward pass begins or ends: at a tensor, or at a place on the tape whose tensor nobody has."""
 
 # What comes in, what goes out, and two that a rule makes in between.
 _LIVE = 4
@@ -36,7 +39,7 @@ class PullBack:
         self.budget = budget
         self._batches = True
 
-    def __call__(self, seeds: Seeds, sources: Sequence[Tensor], *, keep: bool = False) -> list[Tensor | None]:
+    def __call__(self, seeds: Seeds, sources: Sequence[End], *, keep: bool = False) -> list[Tensor | None]:
         """What arrives at each source, ``None`` where nothing does; with several targets after a leading axis.
 
         Args:
@@ -44,18 +47,30 @@ class PullBack:
             sources: where it ends.
             keep: whether the graph is needed again.
         """
-        if seeds.several is None:
-            return _pull(seeds.tensors, sources, seeds.grads, keep=keep)
-        if seeds.several == 0:
-            return [x.new_empty(0, *x.shape) for x in sources]
-        size = self._at_once(seeds) if self._batches else 1
+        return self.between(seeds.tensors, seeds.grads, sources, seeds.several, keep=keep)
+
+    def between(
+        self,
+        starts: Sequence[End],
+        grads: Sequence[Tensor],
+        sources: Sequence[End],
+        several: int | None,
+        *,
+        keep: bool = False,
+    ) -> list[Tensor | None]:
+        """The same from any places on the tape, with what flows into each."""
+        if several is None:
+            return _pull(starts, sources, grads, keep=keep)
+        if several == 0:
+            return [x.new_empty(0, *x.shape) for x in sources if isinstance(x, Tensor)]
+        size = self._at_once(starts, grads, several) if self._batches else 1
         found: list[list[Tensor | None]] = []
         start = 0
-        while start < seeds.several:
-            grads = [grad[start : start + size] for grad in seeds.grads]
-            last = start + size >= seeds.several
+        while start < several:
+            some = [grad[start : start + size] for grad in grads]
+            last = start + size >= several
             try:
-                found.append(self._part(seeds.tensors, sources, grads, keep=keep or not last))
+                found.append(self._part(starts, sources, some, keep=keep or not last))
             except torch.OutOfMemoryError:  # too many for the moment: fewer, in this call alone
                 if size == 1:
                     raise
@@ -71,7 +86,7 @@ class PullBack:
         ]
 
     def _part(
-        self, tensors: list[Tensor], sources: Sequence[Tensor], grads: list[Tensor], *, keep: bool
+        self, tensors: Sequence[End], sources: Sequence[End], grads: list[Tensor], *, keep: bool
     ) -> list[Tensor | None]:
         """A batched backward pass, and one for each target where there can be none.
 
@@ -91,21 +106,20 @@ class PullBack:
         ]
         return [None if row[0] is None else torch.stack(row) for row in zip(*each, strict=True)]
 
-    def _at_once(self, seeds: Seeds) -> int:
+    def _at_once(self, starts: Sequence[End], grads: Sequence[Tensor], several: int) -> int:
         """How many targets fit into the budget, by the largest gradient on their way: a power of two, or all."""
-        assert seeds.several is not None
         budget = self.budget
         if budget is None:
-            budget = _BUDGET.get(seeds.grads[0].device.type, _BUDGET_ELSEWHERE)
+            budget = _BUDGET.get(grads[0].device.type, _BUDGET_ELSEWHERE)
         each = _LIVE * max(
-            max(sizes_behind(seeds.tensors), default=0),
-            *(grad[0].numel() * grad.itemsize for grad in seeds.grads),
+            max(sizes_behind(starts), default=0),
+            *(grad[0].numel() * grad.itemsize for grad in grads),
         )
         # By comparison alone: where a graph is traced for any batch size it then holds for a range of them.
         size = 1
-        while size < seeds.several and 2 * size * each <= budget:
+        while size < several and 2 * size * each <= budget:
             size *= 2
-        return min(size, seeds.several)
+        return min(size, several)
 
 
 def _is_of_batching(error: RuntimeError) -> bool:
@@ -115,13 +129,14 @@ def _is_of_batching(error: RuntimeError) -> bool:
 
 
 def _pull(
-    tensors: Sequence[Tensor], sources: Sequence[Tensor], grads: Sequence[Tensor], *, keep: bool
+    tensors: Sequence[End], sources: Sequence[End], grads: Sequence[Tensor], *, keep: bool
 ) -> list[Tensor | None]:
-    return list(torch.autograd.grad(tensors, sources, grads, retain_graph=keep, allow_unused=True))
+    starts, ends = cast("Sequence[Tensor]", tensors), cast("Sequence[Tensor]", sources)  # either, or both
+    return list(torch.autograd.grad(starts, ends, grads, retain_graph=keep, allow_unused=True))
 
 
 def _pull_batched(
-    tensors: Sequence[Tensor], sources: Sequence[Tensor], grads: Sequence[Tensor], *, keep: bool
+    tensors: Sequence[End], sources: Sequence[End], grads: Sequence[Tensor], *, keep: bool
 ) -> list[Tensor | None]:
     """One backward pass for all rows of ``grads``, vectorised."""
     reached: list[bool] = []
@@ -159,10 +174,10 @@ def _without_a_word_of_loops() -> Iterator[None]:
         yield
 
 
-def sizes_behind(tensors: Sequence[Tensor]) -> Iterator[int]:
+def sizes_behind(tensors: Sequence[End]) -> Iterator[int]:
     """Bytes of each gradient that travels through the graph of some tensors, but for those of parameters."""
     seen = set()
-    ahead = [z.grad_fn for z in tensors]
+    ahead = [z.grad_fn if isinstance(z, Tensor) else z.node for z in tensors]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:

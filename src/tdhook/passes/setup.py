@@ -23,6 +23,7 @@ from tdhook.passes.backward import PullBack
 from tdhook.passes.heads import Heads
 from tdhook.passes.inside import Inside
 from tdhook.passes.leaves import Choose, Leaves
+from tdhook.tape.fronts import Fronts
 from tdhook.targets.base import Seeder
 
 __all__ = ["LAYOUTS", "Attribute", "Question", "Setup", "inner_modules"]
@@ -79,6 +80,7 @@ class Setup:
         memory: which modules may change what they hold when they run.
         keeps_anywhere: whether values of its runs may be kept anywhere, and not only on the model, nor are they young.
         axes: which axes of the outputs of modules are the batch's.
+        fronts: whether what variants go back through alike may be gone through once.
         inside: the places inside the model that the target names.
         apart: how the model returns a TensorDict of its own, if it was seen to.
         layout: how variants of a batch leave each other alone, as far as was seen: one of :data:`LAYOUTS`.
@@ -119,6 +121,7 @@ class Setup:
         self.memory = Memory(model.root)
         self.of_inference = made_in_inference_mode(self.turn.modules)
         self.keeps_anywhere = True
+        self.fronts = Fronts()
         asked = (question.input_modules, question.target_modules, self.valued_modules)
         self.axes = Axes(partial(self.inside.passes_only, asked=asked))
 

@@ -8,7 +8,7 @@ call: among the first variants lies the batch as it is, and the model must answe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -24,6 +24,7 @@ from tdhook.passes.forward import Run
 from tdhook.passes.rows import is_close, some_rows
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import LAYOUTS
+from tdhook.passes.summing import Summing
 from tdhook.tape.conditions import holds
 from tdhook.targets.base import Seeder, Seeds
 
@@ -91,14 +92,17 @@ class Variants:
         wanted = runner.setup.question.target if target is None else target
         self.target, asked = runner.pinned(run, wanted, td)
         self._asked = _needed(runner, self.target, asked, reads)
+        self._run = run
         self._sources = {key: x.detach() for key, x in {**run.inputs, **run.sources()}.items()}
         self._leads = run.batch_dims(self._sources)
         self._inputs = set(run.inputs)
-        seeds = run.seeds(wanted)
+        self._seeds = seeds = run.seeds(wanted)
         run.look_at_axes(seeds)
         self.values = values_of(seeds, run.outputs.batch_size)
         self.batch: torch.Size = run.outputs.batch_size
-        self._looked: set[Ask] = set()
+        self._looked: set[str] = set()
+        self._shapes = {key: x.shape for key, x in self._sources.items()}
+        self._besides = {under(REACHED, key): x.shape for key, x in self._sources.items()}
         sizes = list(sizes_behind(seeds.tensors))
         self._largest, self._total = max(sizes, default=0), sum(sizes)
         given = sum(x.numel() * x.element_size() for x in self._sources.values())
@@ -120,7 +124,7 @@ class Variants:
         with torch.no_grad():
             # Nothing is kept for a way back: what lies in the nearer caches is quicker, if the user does not say.
             share = 8 if self._setup.question.memory_budget is None else 2
-            yield from self.each(count, change, self._value, share * self._largest)
+            yield from self.each(count, change, self._value, share * self._largest, kind="values")
 
     def gradients(
         self, count: int, change: Change, of: Iterable[NestedKey] | None = None, *, reached: bool = False
@@ -134,10 +138,39 @@ class Variants:
             reached: whether the values of these are wanted too, under ``(REACHED, key)``.
         """
         ask = partial(self._gradient, of=of, reached=reached)
-        yield from self.each(count, change, ask, self.size)
+        yield from self.each(count, change, ask, self.size, kind="gradients")
+
+    def summed(
+        self,
+        weights: Sequence[float],
+        change: Change,
+        of: Iterable[NestedKey],
+        *,
+        alike: bool = False,
+    ) -> dict[NestedKey, Tensor]:
+        """A weighted sum of the gradients of variants, by source ``[*source]`` or ``[outputs, *source]``.
+
+        Args:
+            weights: one for each variant.
+            change: makes them.
+            of: the sources whose gradients are wanted.
+            alike: as :meth:`each` takes it.
+        """
+        found = None
+        for directly in (False, True):  # a backward pass that goes all the way says best what is not finite
+            summing = Summing(self._run, self._seeds, len(weights), of, directly=directly)
+            self._shapes.update(summing.shapes)
+            ask = partial(self._to_be_summed, summing)
+            for answer in self.each(len(weights), change, ask, self.size, kind="gradients", alike=alike):
+                summing.add(answer.found, weights[answer.numbers.start : answer.numbers.stop])
+            found = summing.total()
+            if found is not None:
+                break
+        assert found is not None
+        return found
 
     def each(
-        self, count: int, change: Change, ask: Ask, size: int, *, alike: bool = False
+        self, count: int, change: Change, ask: Ask, size: int, *, kind: str, alike: bool = False
     ) -> Iterator[Answer]:
         """What is found of so many variants, some at a time.
 
@@ -146,14 +179,15 @@ class Variants:
             change: makes them.
             ask: what is found of a batch.
             size: bytes that one variant takes meanwhile.
+            kind: of what is asked: once for each it is looked at whether variants leave each other alone.
             alike: whether variants are so like the batch as it is that a mean over them, or a variance, is the same:
                 another one, of half its values, is looked at beside them.
         """
-        at_once = self._at_once(count, size)
+        at_once, apart = self._at_once(count, size), False
         start = 0
         while start < count:
             alone = at_once == 1 or self._setup.layout == LAYOUTS[-1]
-            looks = not alone and ask not in self._looked
+            looks = not alone and kind not in self._looked
             step = min(at_once, self._few) if looks else at_once  # where one looks, all is copied once more
             numbers = range(start, start + 1 if alone else min(start + step, count))
             try:
@@ -163,13 +197,19 @@ class Variants:
                     one = {key: value.unsqueeze(0) for key, value in found.items()}
                     answer = Answer(numbers, values.unsqueeze(0), one)
                 else:
-                    answer = self._together(numbers, change, ask, looks=looks, alike=alike)
-                    self._looked.add(ask)
+                    together = self._together(numbers, change, ask, looks=looks, alike=alike)
+                    if together is None:
+                        at_once, apart = 1, True
+                        continue
+                    answer = together
+                    self._looked.add(kind)
             except torch.OutOfMemoryError:  # too many for the moment: fewer, in this call alone
                 if alone:
                     raise
                 at_once = (at_once + 1) // 2
                 continue
+            if apart:
+                self._setup.layout = LAYOUTS[-1]
             yield answer
             start = numbers.stop
 
@@ -183,10 +223,13 @@ class Variants:
             at_once *= 2
         return min(at_once, count)
 
-    def _together(self, numbers: range, change: Change, ask: Ask, *, looks: bool, alike: bool) -> Answer:
+    def _together(
+        self, numbers: range, change: Change, ask: Ask, *, looks: bool, alike: bool
+    ) -> Answer | None:
         """What is found of some variants side by side, in the first layout in which they leave each other alone.
 
-        They are made anew for each layout, since a model may overwrite what it is given.
+        ``None`` where they do in none. They are made anew for each layout, since a model may overwrite what it is
+        given.
         """
         changed = change(numbers)
         inner = self._asked.batch_dims > 0 and not changed.keys() <= self._inputs
@@ -204,13 +247,7 @@ class Variants:
                 self._setup.layout = layout
                 return answer
             changed = {}
-        changed = change(numbers)
-        each = [
-            ask(self._asked, {key: value[i] for key, value in changed.items()}) for i in range(len(numbers))
-        ]
-        self._setup.layout = LAYOUTS[-1]
-        found = {key: torch.stack([one[key] for _, one in each]) for key in each[0][1]}
-        return Answer(numbers, torch.stack([values for values, _ in each]), found)
+        return None
 
     def _laid_out(
         self,
@@ -253,14 +290,8 @@ class Variants:
 
     def _shape(self, key: NestedKey, several: bool) -> tuple[torch.Size, bool]:
         """The shape of what is found of a source, and whether there is one for each output."""
-        value = self._sources.get(key)
-        if value is None:  # not of it, but what it is itself
-            return self._reached[key].shape, False
-        return value.shape, several
-
-    @property
-    def _reached(self) -> dict[NestedKey, Tensor]:
-        return {under(REACHED, key): x for key, x in self._sources.items()}
+        shape = self._shapes.get(key)
+        return (self._besides[key], False) if shape is None else (shape, several)
 
     def _beside(self, copies: int, replaced: Mapping[NestedKey, Tensor], *, rows: bool) -> TensorDictBase:
         """The batch so many times over: as rows ``[copies * first, *rest]``, or ``[copies, *batch]``.
@@ -288,11 +319,13 @@ class Variants:
         some._asked, some._looked = self._asked[rows], set()
         some.batch = some._asked.batch_size
         some.values = self.values.index_select(self.several, rows)
-        with torch.no_grad():
-            values, _ = self._value(some._asked, {})
-        if not holds(is_close(values, some.values)):
+        with self._runner.forward(some._asked, target=self.target) as some._run:
+            some._seeds = some._run.seeds(self.target)
+        if not holds(is_close(values_of(some._seeds, some.batch), some.values)):
             return None
         some._sources = {key: some_rows(x, count, rows) for key, x in self._sources.items()}
+        some._shapes = {key: x.shape for key, x in some._sources.items()}
+        some._besides = {under(REACHED, key): shape for key, shape in some._shapes.items()}
         share = len(rows) / count
         some._largest, some._total = math.ceil(self._largest * share), math.ceil(self._total * share)
         return some
@@ -302,6 +335,14 @@ class Variants:
     ) -> tuple[Tensor, dict[NestedKey, Tensor]]:
         with self._runner.forward(td, target=self.target, replaced=replaced) as run:
             return values_of(run.seeds(self.target), run.outputs.batch_size), {}
+
+    def _to_be_summed(
+        self, summing: Summing, td: TensorDictBase, replaced: Mapping[NestedKey, Tensor]
+    ) -> tuple[Tensor, dict[NestedKey, Tensor]]:
+        copies = td.batch_size.numel() // self._asked.batch_size.numel()
+        with self._runner.forward(td, target=self.target, replaced=replaced) as run:
+            seeds = run.seeds(self.target)
+            return values_of(seeds, run.outputs.batch_size), summing.pulled(run, seeds, copies)
 
     def _gradient(
         self,
