@@ -18,15 +18,28 @@ from tdhook.attribution.averaged import Averaged
 from tdhook.attribution.blur import BlurIntegratedGradients
 from tdhook.attribution.cam import GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, XGradCAM
 from tdhook.attribution.expected_gradients import ExpectedGradients
+from tdhook.attribution.guided import GuidedBackprop
+from tdhook.attribution.kernel_shap import KernelShap
+from tdhook.attribution.product import Product
+from tdhook.attribution.rise import RISE
+from tdhook.attribution.saliency import PerturbationSaliency
+from tdhook.attribution.sarfa import SARFA
+from tdhook.attribution.shapley import Shapley
 from tdhook.attribution.shapley_sampling import ShapleySampling
 from tdhook.contexts.attribution import Attribution
 from tdhook.evaluation import Baseline, RandomMap
 from tdhook.perturbing.draws import Noise
+from tdhook.perturbing.features import Features
+from tdhook.targets import Advantage, Contrast, Target
 
 __all__ = ["CHANCE", "METHODS", "Tried", "reference"]
 
 CHANCE = "random map"
 """What every other method is compared with."""
+
+_ORDERS = 8
+_MOST = 12
+"""Of features, of which all coalitions are asked for."""
 
 
 @dataclass(frozen=True)
@@ -74,23 +87,62 @@ def _from_a_blur(subject: Subject) -> Attribution | None:
     return BlurIntegratedGradients(subject.target, attribute=subject.keys)
 
 
+def _count(subject: Subject) -> int:
+    """How many features there are."""
+    return Features.of(subject.draw(0), list(subject.keys), subject.groups).count
+
+
+def _exactly(subject: Subject) -> Attribution | None:
+    return Shapley(subject.target, **_played(subject)) if _count(subject) <= _MOST else None
+
+
+def _by_kernel(subject: Subject) -> Attribution:
+    """About as many variants as orders of features take."""
+    return KernelShap(subject.target, coalitions=_ORDERS * max(2, _count(subject)), **_played(subject))
+
+
+def _spotted(method: type[PerturbationSaliency | RISE]) -> Tried:
+    def make(subject: Subject) -> Attribution | None:
+        return method(subject.target, attribute=subject.keys) if subject.kind == "pixels" else None
+
+    return Tried(make)
+
+
+def _of_actions(subject: Subject) -> Attribution | None:
+    """The action that is asked about, against all others; of policies of pictures."""
+    asked = subject.target.a if isinstance(subject.target, Contrast) else subject.target
+    if isinstance(asked, Advantage):
+        asked = Target(asked.action_value, asked.index)
+    if subject.kind != "pixels" or not isinstance(asked, Target):
+        return None
+    return SARFA(asked, attribute=subject.keys)
+
+
+def _last_convolution(subject: Subject) -> str:
+    """The path of the last convolution, or of the ReLU behind it."""
+    paths = [name for name, each in subject.model.named_modules() if isinstance(each, nn.Conv2d | nn.ReLU)]
+    last = max(i for i, path in enumerate(paths) if isinstance(subject.model.get_submodule(path), nn.Conv2d))
+    behind = paths[last + 1 : last + 2]
+    beside = [path for path in behind if path.rpartition(".")[0] == paths[last].rpartition(".")[0]]
+    return beside[0] if beside else paths[last]
+
+
 def _of_layer(method: type[ActivationMap]) -> Tried:
     """An activation map of the last convolution, after its ReLU; of pictures alone."""
 
     def make(subject: Subject) -> Attribution | None:
         if subject.kind != "pixels":
             return None
-        paths = [
-            name for name, each in subject.model.named_modules() if isinstance(each, nn.Conv2d | nn.ReLU)
-        ]
-        last = max(
-            i for i, path in enumerate(paths) if isinstance(subject.model.get_submodule(path), nn.Conv2d)
-        )
-        behind = paths[last + 1 : last + 2]
-        beside = [path for path in behind if path.rpartition(".")[0] == paths[last].rpartition(".")[0]]
-        return method(beside[0] if beside else paths[last], subject.target, attribute=subject.keys)
+        return method(_last_convolution(subject), subject.target, attribute=subject.keys)
 
     return Tried(make)
+
+
+def _guided(subject: Subject) -> Attribution | None:
+    if subject.kind != "pixels":
+        return None
+    maps = GradCAM(_last_convolution(subject), subject.target, attribute=subject.keys)
+    return Product(maps, GuidedBackprop(subject.target, attribute=subject.keys))
 
 
 METHODS: Mapping[str, Tried] = {
@@ -119,8 +171,14 @@ METHODS: Mapping[str, Tried] = {
     "XGrad-CAM": _of_layer(XGradCAM),
     "HiResCAM": _of_layer(HiResCAM),
     "LayerCAM": _of_layer(LayerCAM),
+    "guided Grad-CAM": Tried(_guided),
+    "RISE": _spotted(RISE),
+    "perturbation saliency": _spotted(PerturbationSaliency),
+    "SARFA": Tried(_of_actions),
     "ablation": Tried(lambda of: Ablation(of.target, **_played(of))),
-    "Shapley sampling": Tried(lambda of: ShapleySampling(of.target, permutations=8, **_played(of))),
+    "Shapley sampling": Tried(lambda of: ShapleySampling(of.target, permutations=_ORDERS, **_played(of))),
+    "KernelSHAP": Tried(_by_kernel),
+    "Shapley, exact": Tried(_exactly),
     CHANCE: Tried(lambda of: RandomMap(of.target, attribute=of.keys)),
 }
 """By name: those that the table compares, in its order."""
