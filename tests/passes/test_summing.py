@@ -20,6 +20,7 @@ from tdhook.passes import summing
 @pytest.fixture(autouse=True)
 def _however_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(summing, "_FEW", 0)
+    monkeypatch.setattr(summing, "_NARROW", 1)
 
 
 class Net(nn.Module):
@@ -232,8 +233,11 @@ def test_weights_made_anew_in_each_run() -> None:
     assert _close(found, "input")
 
 
-def test_few_values_go_all_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(summing, "_FEW", 2**15)
+@pytest.mark.parametrize("name, least", [("_FEW", 2**15), ("_NARROW", 28)])
+def test_small_fronts_are_gone_through_each_time(
+    name: str, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(summing, name, least)
     net, x = _made(LINEAR["scaled"])
     explained, _ = _both(
         IntegratedGradients(Target("output", 1), steps=5), net, TensorDict({"input": x}, [2])

@@ -22,6 +22,8 @@ Found: TypeAlias = "dict[NestedKey, Tensor]"
 
 # Values of sources over all variants from which it takes longer to go back to them than to look for a front.
 _FEW = 2**15
+# Values that go into each that comes out of a layer, from which it takes longer to go through than to sum behind it.
+_NARROW = 64
 
 
 class Summing:
@@ -53,7 +55,7 @@ class Summing:
         directly = directly or run.setup.fronts.trusted is False or seeds.several == 0 or is_traced()
         if values >= _FEW and not directly:
             front = Front.of(seeds.tensors, list(self._sources.values()))
-            if front is not None and front.weighs:
+            if front is not None and front.breadth >= _NARROW:
                 self._front = front
                 self.shapes = {_at(number): shape for number, shape in enumerate(front.shapes)}
         self._sums: Found = {}

@@ -6,6 +6,7 @@ tape, node by node: never by what module made a node.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -30,20 +31,18 @@ class _Linear:
         places: of the arguments, those through which what depends on the sources may come, each of them alone; ``None``
             for any, several together.
         noted: what the backward pass goes by, which is to be the same; of one argument alone, what it says of others.
-        weighs: whether it is worth while to be spared.
     """
 
     places: tuple[int, ...] | None = None
     noted: tuple[tuple[str, ...], ...] = ((),)
-    weighs: bool = False
 
 
 _GRID = ("weight", "stride", "padding", "dilation", "transposed", "output_padding", "groups")
 _POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 _LINEAR = {
-    "ConvolutionBackward0": _Linear((0,), (_GRID,), weighs=True),
-    "AddmmBackward0": _Linear((1,), (("mat2", "alpha"),), weighs=True),
-    "MmBackward0": _Linear((0,), (("mat2",),), weighs=True),
+    "ConvolutionBackward0": _Linear((0,), (_GRID,)),
+    "AddmmBackward0": _Linear((1,), (("mat2", "alpha"),)),
+    "MmBackward0": _Linear((0,), (("mat2",),)),
     "NativeBatchNormBackward0": _Linear((0,), (("weight", "running_var", "training", "eps"),)),
     "AvgPool2DBackward0": _Linear((0,), (_POOL,)),
     "MulBackward0": _Linear((0, 1), (("other",), ("self",))),
@@ -96,7 +95,7 @@ class Front:
     Attributes:
         edges: where it ends: all that goes back to the sources comes by here.
         shapes: of what comes by there.
-        weighs: whether a backward pass through it is worth while to be spared.
+        breadth: of its layers, how many values go into each that comes out, at most; 0 where there is no layer.
     """
 
     def __init__(self, nodes: list[Node], links: list[_Links], edges: list[_Edge], ends: list[_Edge]) -> None:
@@ -105,7 +104,7 @@ class Front:
         self._ends = {edge: -1 - number for number, edge in enumerate(ends)}
         self.edges = [GradientEdge(*edge) for edge in edges]
         self.shapes = [torch.Size(gradients_of(node)[number][0]) for node, number in edges]
-        self.weighs = any(_LINEAR[node.name()].weighs for node in nodes)
+        self.breadth = max((_breadth(node) for node in nodes), default=0)
 
     @staticmethod
     def of(tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> Front | None:
@@ -191,6 +190,16 @@ def _upwards(starts: Sequence[Node]) -> Iterator[Node]:
             ]
 
 
+def _breadth(node: Node) -> int:
+    name = node.name()
+    try:
+        if name == "ConvolutionBackward0":
+            return math.prod(noted_by(node, "weight").shape[1:])
+        return int(noted_by(node, "mat2").shape[0]) if name in ("AddmmBackward0", "MmBackward0") else 0
+    except RuntimeError:  # it was overwritten, which a backward pass says better
+        return 0
+
+
 def _is_linear(node: Node, places: Sequence[int]) -> bool:
     known = _LINEAR.get(node.name())
     if known is None:
@@ -209,7 +218,7 @@ def _is_of_all(node: Node, factor: str) -> bool:
     """Whether a factor has no axis of the batch."""
     try:
         other = noted_by(node, factor)
-    except RuntimeError:  # it was overwritten, which a backward pass says better
+    except RuntimeError:  # likewise
         return False
     (shape, _), *_ = gradients_of(node)
     return not isinstance(other, Tensor) or other.dim() < len(shape) or other.shape[0] == 1
@@ -231,7 +240,7 @@ def _is_same(node: Node, other: Node, place: int, copies: int) -> bool:
     noted = known.noted[0] if known.places is None else known.noted[known.places.index(place)]
     try:
         return all(_equal(noted_by(node, what), noted_by(other, what)) for what in noted)
-    except RuntimeError:  # it was overwritten, which a backward pass says better
+    except RuntimeError:  # likewise
         return False
 
 
