@@ -30,7 +30,7 @@ from tdhook.contexts.attribution import Attribution
 from tdhook.evaluation import Baseline, RandomMap
 from tdhook.perturbing.draws import Noise
 from tdhook.perturbing.features import Features
-from tdhook.targets import Advantage, Contrast, Target
+from tdhook.targets import Advantage, Target
 
 __all__ = ["CHANCE", "METHODS", "Tried", "reference"]
 
@@ -109,13 +109,9 @@ def _spotted(method: type[PerturbationSaliency | RISE]) -> Tried:
 
 
 def _of_actions(subject: Subject) -> Attribution | None:
-    """The action that is asked about, against all others; of policies of pictures."""
-    asked = subject.target.a if isinstance(subject.target, Contrast) else subject.target
-    if isinstance(asked, Advantage):
-        asked = Target(asked.action_value, asked.index)
-    if subject.kind != "pixels" or not isinstance(asked, Target):
-        return None
-    return SARFA(asked, attribute=subject.keys)
+    """Of policies of pictures, where one action of several is asked about."""
+    one = isinstance(subject.target, Target | Advantage) and subject.target.index is not None
+    return SARFA(subject.target, attribute=subject.keys) if one and subject.kind == "pixels" else None
 
 
 def _last_convolution(subject: Subject) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tdhook import Target
 from tdhook.attribution import SARFA, PerturbationSaliency
 from tdhook.perturbing.baselines import blurred
-from tdhook.targets import AtStep, Contrast
+from tdhook.targets import Advantage, AtStep, Computed, Contrast
 
 
 def policy() -> nn.Sequential:
@@ -105,6 +105,24 @@ def test_sarfa_written_out(index) -> None:
     torch.testing.assert_close(found["attr", "input"].sum(1), upsampled(scores, 4), rtol=1e-4, atol=1e-9)
     shaped = SARFA(Target("output", index), distance=4, width=2.0).wrap(Scaled())(td.clone().reshape(3, 1))
     torch.testing.assert_close(shaped["attr", "input"][:, 0], found["attr", "input"])
+
+
+@pytest.mark.parametrize("index", ["argmax", 1])
+def test_values_that_the_target_computes(index: str | int) -> None:
+    net, td = policy(), frames(2)
+
+    def found(method: PerturbationSaliency | SARFA) -> Tensor:
+        return method.wrap(net)(td.clone())["attr", "input"]
+
+    # A softmax over advantages is that over values.
+    torch.testing.assert_close(
+        found(SARFA(Advantage("output", index))), found(SARFA(Target("output", index)))
+    )
+    spread = Computed(lambda outputs, _: outputs["output"].std(-1))
+    twice = Computed(lambda outputs, _: 2 * outputs["output"].std(-1))
+    torch.testing.assert_close(found(PerturbationSaliency(twice)), 4 * found(PerturbationSaliency(spread)))
+    with pytest.raises(ValueError, match="SARFA explains one action"):
+        found(SARFA(spread))
 
 
 def test_masked_actions_take_no_part() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.attribution.games import Game
@@ -17,6 +18,7 @@ from tdhook.perturbing.baselines import blurred
 from tdhook.perturbing.windows import Spots, height_and_width, over_channels
 from tdhook.targets import TargetLike
 from tdhook.targets.base import Around, Seeder
+from tdhook.targets.computed import Derived
 from tdhook.targets.outputs import Target
 
 if TYPE_CHECKING:
@@ -123,5 +125,8 @@ def every_output(target: Seeder, run: Run, *, always: bool = False) -> Seeder:
     if isinstance(target, Target):
         return Target(target.key, "all") if always or target.index is None else target
     seeds = run.seeds(target)
+    if seeds.keys[0] in map(unravel_key, target.writes):  # which only that target computes
+        picks = always and isinstance(target, Derived) and target.index is not None
+        return cast(Seeder, replace(cast(Any, target), index="all")) if picks else target
     whole = len(seeds.keys) == 1 and (always or (seeds.several is None and bool((seeds.grads[0] == 1).all())))
     return Target(seeds.keys[0], "all") if whole else target
