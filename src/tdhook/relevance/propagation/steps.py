@@ -18,6 +18,7 @@ from tdhook.relevance.propagation.forms import ClosedForm
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.relevance.propagation.weights import WeightCache
 from tdhook.tape.dependence import leaf
+from tdhook.tape.layouts import lay_out
 from tdhook.tape.sharded import added_up
 
 __all__ = ["Affine", "Grads", "LinearStep", "Modify", "ModuleStep", "Step", "unmodified"]
@@ -101,6 +102,7 @@ def _pull_back(inputs: Sequence[Tensor], outputs: Sequence[Tensor], grads: Seque
     live = [(z, g) for z, g in zip(outputs, grads, strict=True) if z.requires_grad]
     result: list[Tensor | None] = [None] * len(inputs)
     if wanted and live:
+        lay_out([z for z, _ in live])
         pulled: Sequence[Tensor | None] = torch.autograd.grad(
             [z for z, _ in live],
             [inputs[i] for i in wanted],

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tdhook.tape.dependence import leaf
 from tdhook.tape.functions import parts
 from tdhook.tape.internals import transformed
+from tdhook.tape.layouts import lay_out
 from tdhook.tape.trees import Shape, tree_leaves, tree_unflatten
 
 __all__ = ["Grads", "Pair", "Pull", "difference", "inner", "pull_back", "pulled"]
@@ -137,6 +138,7 @@ def pulled(inputs: Sequence[Tensor], outputs: Sequence[Tensor], grads: Sequence[
     live = [(z, g) for z, g in zip(outputs, grads, strict=True) if z.requires_grad]
     if not live:
         return (None,) * len(inputs)
+    lay_out([z for z, _ in live])
     return torch.autograd.grad(
         [z for z, _ in live], list(inputs), [g for _, g in live], retain_graph=True, allow_unused=True
     )
