@@ -47,7 +47,7 @@ class PullBack:
             keep: whether the graph is needed again.
         """
         if self._lays_out and not torch.compiler.is_compiling():
-            self._lays_out = lay_out(seeds.tensors)
+            self._lays_out = lay_out(z.grad_fn for z in seeds.tensors)
         if seeds.several is None:
             return _pull(seeds.tensors, sources, seeds.grads, keep=keep)
         if seeds.several == 0:

@@ -8,11 +8,12 @@ stay, and only where a shape leaves the layout open anything is copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from tdhook.tape.internals import gradients_of, input_kept_by
 
@@ -22,15 +23,15 @@ _NODE = "NativeBatchNormBackward0"
 _DONE = "laid_out"
 
 
-def lay_out(tensors: Sequence[Tensor]) -> bool:
-    """See to it on the tape behind some tensors.
+def lay_out(nodes: Iterable[Node | None]) -> bool:
+    """See to it at some nodes of the tape, and at all that lead there.
 
     Returns:
         Whether there is any batch norm.
     """
     found = False
     seen: set[object] = set()
-    ahead: list[Any] = [x.grad_fn for x in tensors]
+    ahead: list[Any] = list(nodes)
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:
