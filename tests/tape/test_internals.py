@@ -62,6 +62,20 @@ def test_nodes_of_the_tape():
     assert internals.gradients_of(x.sum(0).grad_fn) == [([3], torch.float32)]
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_backward_passes_return_what_autograd_does(keep):
+    x, other = torch.randn(2, 3, requires_grad=True), torch.ones(1, requires_grad=True)
+    z, grad = x.exp(), torch.randn(2, 3)
+    expected = torch.autograd.grad([z], [x, other], [grad], retain_graph=True, allow_unused=True)
+    found = internals.pulled_back([z], [grad], [x, other], keep=keep)
+    assert torch.equal(found[0], expected[0]) and found[1] is None is expected[1]
+    assert x.grad is None
+    if keep:
+        internals.pulled_back([z], [grad], [x], keep=False)
+    with pytest.raises(RuntimeError, match="second time"):
+        internals.pulled_back([z], [grad], [x], keep=False)
+
+
 def test_the_stack_of_modes():
     class Mode(TorchFunctionMode):
         pass
@@ -293,3 +307,13 @@ def test_forward_mode_is_loaded_without_a_word() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "tensor(1.)" in done.stdout
+
+
+def test_the_input_that_is_kept_can_be_given_hooks():
+    x = torch.randn(2, 3, requires_grad=True)
+    z = torch.nn.functional.batch_norm(x, None, None, training=True)
+    seen = []
+    internals.input_kept_by(z.grad_fn).register_hooks(
+        lambda kept: seen.append(kept) or kept, lambda kept: kept
+    )
+    assert torch.equal(seen[0], x)

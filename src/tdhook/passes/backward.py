@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from tdhook.tape.internals import gradients_of, warn_of_loops
+from tdhook.tape.internals import gradients_of, pulled_back, transformed, warn_of_loops
+from tdhook.tape.layouts import lay_out
 from tdhook.tape.undoing import lock, undone
 from tdhook.targets import Seeds
 
@@ -38,6 +39,7 @@ class PullBack:
     def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
         self._batches = True
+        self._lays_out = True  # until a tape was seen in which there was nothing to lay out
 
     def __call__(self, seeds: Seeds, sources: Sequence[End], *, keep: bool = False) -> list[Tensor | None]:
         """What arrives at each source, ``None`` where nothing does; with several targets after a leading axis.
@@ -59,6 +61,8 @@ class PullBack:
         keep: bool = False,
     ) -> list[Tensor | None]:
         """The same from any places on the tape, with what flows into each."""
+        if self._lays_out and not torch.compiler.is_compiling():
+            self._lays_out = lay_out(map(_node_of, starts))
         if several is None:
             return _pull(starts, sources, grads, keep=keep)
         if several == 0:
@@ -132,7 +136,19 @@ def _pull(
     tensors: Sequence[End], sources: Sequence[End], grads: Sequence[Tensor], *, keep: bool
 ) -> list[Tensor | None]:
     starts, ends = cast("Sequence[Tensor]", tensors), cast("Sequence[Tensor]", sources)  # either, or both
+    if _fit(starts, grads) and _fit(ends, ends) and not transformed():
+        return list(pulled_back(starts, grads, ends, keep=keep))
     return list(torch.autograd.grad(starts, ends, grads, retain_graph=keep, allow_unused=True))
+
+
+def _fit(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+    """Whether some tensors are plain and on the tape, and others of their shapes."""
+    if torch.compiler.is_compiling() or not tensors:
+        return False
+    for z, grad in zip(tensors, grads, strict=True):
+        if type(z) is not Tensor or type(grad) is not Tensor or not z.requires_grad or z.shape != grad.shape:
+            return False
+    return True
 
 
 def _pull_batched(
@@ -174,10 +190,14 @@ def _without_a_word_of_loops() -> Iterator[None]:
         yield
 
 
+def _node_of(z: End) -> Node | None:
+    return z.grad_fn if isinstance(z, Tensor) else z.node
+
+
 def sizes_behind(tensors: Sequence[End]) -> Iterator[int]:
     """Bytes of each gradient that travels through the graph of some tensors, but for those of parameters."""
     seen = set()
-    ahead = [z.grad_fn if isinstance(z, Tensor) else z.node for z in tensors]
+    ahead = [_node_of(z) for z in tensors]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:

@@ -41,6 +41,7 @@ __all__ = [
     "hook_tables_of",
     "hooks_on_saved_tensors",
     "in_backward_pass",
+    "input_kept_by",
     "inside",
     "is_batched",
     "is_view",
@@ -54,6 +55,7 @@ __all__ = [
     "number_of",
     "parameters_of",
     "pop_mode",
+    "pulled_back",
     "push_mode",
     "saved_by",
     "saved_tensors_hooks_on_top",
@@ -175,12 +177,33 @@ def gradients_of(node: Any) -> list[tuple[Sequence[int], torch.dtype]]:
     return [(meta.shape, meta.dtype) for meta in node._input_metadata]
 
 
+def pulled_back(
+    tensors: Sequence[Tensor], grads: Sequence[Tensor], sources: Sequence[Tensor], *, keep: bool
+) -> Sequence[Tensor | None]:
+    """What ``torch.autograd.grad`` returns, which looks at shapes and types before: here they are known to fit."""
+    found: Sequence[Tensor | None] = torch.autograd.graph._engine_run_backward(
+        tuple(tensors),
+        tuple(grads),
+        keep,
+        False,
+        tuple(sources),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+    return found
+
+
 def saved_by(node: object) -> Iterator[Any]:
     """What a node of the tape keeps for the backward pass: each can be given hooks (``register_hooks``)."""
     for name in dir(node):
         if name.startswith("_raw_saved_"):
             kept = getattr(node, name)
             yield from kept if isinstance(kept, tuple | list) else (kept,)
+
+
+def input_kept_by(node: Any) -> Any:
+    """What a node keeps of the first argument of the operation that made it; it can be given hooks."""
+    return node._raw_saved_input
 
 
 _modes_on: Callable[[], int] = _C._len_torch_function_stack
