@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tdhook import Target
 from tdhook.attribution import SARFA, PerturbationSaliency
+from tdhook.evaluation import explained_by
 from tdhook.perturbing.baselines import blurred
 from tdhook.targets import Advantage, AtStep, Computed, Contrast
 
@@ -118,6 +119,9 @@ def test_values_that_the_target_computes(index: str | int) -> None:
     torch.testing.assert_close(
         found(SARFA(Advantage("output", index))), found(SARFA(Target("output", index)))
     )
+    method = SARFA(Advantage("output", index))
+    same = explained_by({"sarfa": method}, net, td, target=method.target)["sarfa"]
+    torch.testing.assert_close(same["attr", "input"], found(method))
     spread = Computed(lambda outputs, _: outputs["output"].std(-1))
     twice = Computed(lambda outputs, _: 2 * outputs["output"].std(-1))
     torch.testing.assert_close(found(PerturbationSaliency(twice)), 4 * found(PerturbationSaliency(spread)))

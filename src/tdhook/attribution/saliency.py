@@ -126,7 +126,10 @@ def every_output(target: Seeder, run: Run, *, always: bool = False) -> Seeder:
         return Target(target.key, "all") if always or target.index is None else target
     seeds = run.seeds(target)
     if seeds.keys[0] in map(unravel_key, target.writes):  # which only that target computes
-        picks = always and isinstance(target, Derived) and target.index is not None
-        return cast(Seeder, replace(cast(Any, target), index="all")) if picks else target
+        computed = target
+        while isinstance(computed, Around):
+            computed = computed.inner()
+        picks = always and isinstance(computed, Derived) and computed.index is not None
+        return cast(Seeder, replace(cast(Any, computed), index="all")) if picks else target
     whole = len(seeds.keys) == 1 and (always or (seeds.several is None and bool((seeds.grads[0] == 1).all())))
     return Target(seeds.keys[0], "all") if whole else target
