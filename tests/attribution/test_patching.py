@@ -359,7 +359,7 @@ def test_a_head_is_patched_as_its_piece_of_the_layer() -> None:
             torch.testing.assert_close(found["attr", at][:, token, head], expected, **EXACT)
 
 
-@pytest.mark.parametrize("by", ["atp", "relp", "eap_ig", "exact"])
+@pytest.mark.parametrize("by", ["atp", "relp", "eap_ig", "by_share", "exact"])
 @pytest.mark.parametrize("batch", [(), (1,), (4,), (2, 3), (2, 1, 3)])
 def test_any_batch_shape(by: str, batch: tuple[int, ...]) -> None:
     model, td = network(), states(*batch)
@@ -372,7 +372,7 @@ def test_any_batch_shape(by: str, batch: tuple[int, ...]) -> None:
         torch.testing.assert_close(found[key].reshape(flat[key].shape), flat[key], **EXACT)
 
 
-@pytest.mark.parametrize("by", ["atp", "epsilon", "eap_ig", "exact"])
+@pytest.mark.parametrize("by", ["atp", "epsilon", "eap_ig", "by_share", "exact"])
 def test_several_outputs_are_explained_side_by_side(by: str) -> None:
     model, td = network(), states(2, 3)
     options = {"at": ["1", "2:input"], "axis": -1, "heads": 1} if by == "exact" else {"at": ["1", "2:input"]}
@@ -491,7 +491,7 @@ def test_a_policy_that_holds_state_is_run_as_from_the_start() -> None:
 
     torch.manual_seed(0)
     td = states(3)
-    for by in ("atp", "eap_ig", "exact"):
+    for by in ("atp", "eap_ig", "by_share", "exact"):
         model = Counting()
         found = Patching(by, Target("output", 0), at="layer").wrap(model)(td.clone())
         rise = (model.layer(td["clean", "input"]) - model.layer(td["corrupt", "input"]))[:, 0].detach()
@@ -518,7 +518,7 @@ def test_asked_and_explaining_ask_the_method() -> None:
     torch.testing.assert_close(other["effect", "1"], expected["attr", "1"], **EXACT)
 
 
-@pytest.mark.parametrize("by", ["atp", "epsilon", "eap_ig", "exact"])
+@pytest.mark.parametrize("by", ["atp", "epsilon", "eap_ig", "by_share", "exact"])
 def test_compiled_equals_eager(by: str) -> None:
     model, td = network(), states(3)
     options = {"at": ["1", "2:input"], "axis": -1}
@@ -534,7 +534,7 @@ def test_compiled_equals_eager(by: str) -> None:
         (lambda: Patching("atp"), "nothing is patched: name places"),
         (
             lambda: Patching("nothing", at="1"),
-            "no coefficients are named 'nothing': there are atp, eap_ig, exact",
+            "no coefficients are named 'nothing': there are atp, by_share, eap_ig, exact",
         ),
         (lambda: Patching("atp", at="1", patch="both"), "patch is 'clean' or 'corrupt'"),
         (lambda: Patching("atp", edges=[("1", "2")]), "ends at '2', .* write '2:input'"),
@@ -652,7 +652,7 @@ def test_what_is_infinite_in_both_runs_has_no_effect() -> None:
 
     torch.manual_seed(0)
     model, td = Masked().double(), states(3)
-    for by in ("atp", "exact"):
+    for by in ("atp", "by_share", "exact"):
         found = Patching(by, Target("output", 0), at="mask").wrap(model)(td.clone())["attr", "mask"]
         assert found.isfinite().all() and (found[:, 2] == 0).all() and found[:, :2].all()
 
@@ -660,7 +660,7 @@ def test_what_is_infinite_in_both_runs_has_no_effect() -> None:
 def test_nothing_is_left_behind() -> None:
     model, td = network(), states(3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    for by in ("atp", "epsilon", "eap_ig", "exact"):
+    for by in ("atp", "epsilon", "eap_ig", "by_share", "exact"):
         Patching(by, Target("output", 0), at=["1", "2:input"]).wrap(model)(td.clone())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

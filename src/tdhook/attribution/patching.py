@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -16,6 +15,7 @@ from tdhook.attribution.gradient import Gradient
 from tdhook.attribution.integrated_gradients import IntegratedGradients
 from tdhook.attribution.lrp import LRP
 from tdhook.attribution.parts import Parts
+from tdhook.attribution.patches import Patches
 from tdhook.attribution.sides import CLEAN, CORRUPT, SIDES, sides
 from tdhook.contexts.attribution import Attribution, Shared
 from tdhook.conventions import relevance_of
@@ -27,6 +27,7 @@ from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Question
 from tdhook.passes.variants import Variants, values_of
 from tdhook.relevance.composites.composite import PRESETS
+from tdhook.relevance.secants.pair import difference
 from tdhook.targets import TargetLike
 from tdhook.targets.base import Seeder
 from tdhook.targets.pinned import ASKED
@@ -41,8 +42,12 @@ EDGE = "edge"
 
 Edge: TypeAlias = tuple[NestedKey, str]
 
+BY_SHARE = "by_share"
+"""The name of relevance patching by share."""
+
 _NAMED: Mapping[str, Callable[[TargetLike], Attribution]] = {
     "atp": Gradient,
+    BY_SHARE: lambda target: LRP("deeplift", target=target, baseline=0.0).in_gradients(),
     "eap_ig": lambda target: IntegratedGradients(target, steps=5, rule="middle"),
     "exact": Gradient,
 }
@@ -57,6 +62,12 @@ class Patching(Attribution):
     gradient on the way from one run to the other EAP-IG (Hanna et al. 2024). With ``exact=True`` each part is
     patched, in a forward pass of its own.
 
+    No coefficient is right for every part. Of a part that changes next to nothing the effect is by the gradient in the
+    run that is patched, and of one that changes all by the secant between both runs. ``by_share=True`` goes from the
+    one to the other by the part's share of the whole change, ``|effect_secant / change of the target|``, at most 1:
+    ``effect = (1 - share) * effect_gradient + share * effect_secant``. That is exact where the target is quadratic on
+    the way from one run to the other, and the part goes its share of that way.
+
     The model reads ``key``, and the explained module ``("clean", key)`` and ``("corrupt", key)``, or ``key`` where that
     is the same in both. Effects are written under ``("attr", place)``, ``[*batch, *parts]``; what is explained as it is
     in both runs under ``("ledger", "clean")`` and ``("ledger", "corrupt")``, its difference under
@@ -65,8 +76,9 @@ class Patching(Attribution):
 
     Args:
         by: the method that gives coefficients, which says what is explained too: ``Gradient``, ``LRP``,
-            ``IntegratedGradients``. Or a name: ``"atp"``, ``"eap_ig"``, that of a preset of LRP (``"relp"``), or
-            ``"exact"``. A method that compares with a reference compares with the other run.
+            ``IntegratedGradients``. Or a name: ``"atp"``, ``"eap_ig"``, that of a preset of LRP (``"relp"``),
+            ``"by_share"`` (LRP by ``deeplift`` between both runs, and ``by_share``), or ``"exact"``. A method that
+            compares with a reference compares with the other run.
         target: what is explained, if not what the method says.
         at: places: paths of modules, for their outputs, ``"path:input"`` for what they are given, or keys.
         edges: pairs of a place and a ``"path:input"`` behind it: the effect that the one has through that input alone,
@@ -80,6 +92,9 @@ class Patching(Attribution):
             corrupt run (denoising), or ``"corrupt"``, what the corrupt value destroys in the clean one (noising). What
             speaks for the target of the clean run is positive in both.
         exact: whether to patch for real.
+        by_share: whether effects go from those by the gradient to those by the method, each by its share of the whole
+            change. It is for methods whose effects are complete between both runs: LRP with a baseline, and
+            integrated gradients.
         **options: those of :class:`~tdhook.contexts.attribution.Attribution`, if not as the method has them.
 
     Raises:
@@ -102,6 +117,7 @@ class Patching(Attribution):
         heads: int | None = None,
         patch: Literal["clean", "corrupt"] = "clean",
         exact: bool = False,
+        by_share: bool = False,
         **options: Unpack[Shared],
     ) -> None:
         if patch not in SIDES:
@@ -112,6 +128,7 @@ class Patching(Attribution):
         method = method.asked(**options) if options else method
         super().__init__(**method.shared)
         self.method, self.patch, self.exact = method, patch, exact or by == "exact"
+        self.by_share = by_share or by == BY_SHARE
         self.at = tuple(map(unravel_key, [at] if isinstance(at, str) else at))
         self.edges = tuple((unravel_key(source), end) for source, end in edges)
         self.parts = Parts.of(axis, heads)
@@ -125,7 +142,7 @@ class Patching(Attribution):
                 )
 
     def __repr__(self) -> str:
-        how = "exact" if self.exact else repr(self.method)
+        how = "exact" if self.exact else f"{self.method!r}{', by_share=True' if self.by_share else ''}"
         return f"Patching({how}, at={list(self.at)!r}, patch={self.patch!r})"
 
     @property
@@ -165,15 +182,22 @@ class Patching(Attribution):
             here = asked
         on = runner.on(here, target)
         with runner.from_the_start():
-            written = self._exact(on, there) if self.exact else self._approximate(on, there)
+            small = {}
+            if self.by_share and not self.exact:
+                small = self._approximate(on, there, Gradient())
+            written = self._exact(on, there) if self.exact else self._approximate(on, there, self.method)
         values[CORRUPT] = _value(on.as_it_is() if self.patch == CLEAN else run, target)
         _tell(runner, runner.base, values)
+        change = runner.beside["ledger", "target"]
         runner.beside.update(written)
+        runner.beside.update({key: _by_share(small[key], written[key], change) for key in small})
         on.base = first.base = None  # their graphs
         return {}
 
-    def _approximate(self, on: Runner, there: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
-        coefficients = self.method.explaining(on.setup.question.target).coefficients(on, on.td, there)
+    def _approximate(
+        self, on: Runner, there: Mapping[NestedKey, Tensor], method: Attribution
+    ) -> dict[NestedKey, Tensor]:
+        coefficients = method.explaining(on.setup.question.target).coefficients(on, on.td, there)
         run = on.as_it_is()
         _require_alike(there, _values(run))
         written: dict[NestedKey, Tensor] = {}
@@ -193,9 +217,9 @@ class Patching(Attribution):
             for name, source, end in self._pairs(run):
                 x, into = (run.sources([key])[key].detach() for key in (source, end))
                 lead = run.batch_dims([source])[source]
-                change = _difference(there[source], x)
+                change = difference(there[source], x)
                 put = there[source] if source == end else into + change
-                patches = _Patches(change, into, put, self.parts, lead, source)
+                patches = Patches(change, into, put, self.parts, lead, source)
                 effects = patches.effects(variants, end)
                 written[name] = effects if self.patch == CLEAN else -effects
         return written
@@ -223,7 +247,7 @@ class Patching(Attribution):
 
     def _rise(self, run: Run, source: NestedKey, there: Mapping[NestedKey, Tensor]) -> Tensor:
         """``a_clean - a_corrupt``."""
-        rise = _difference(there[source], run.sources([source])[source].detach())
+        rise = difference(there[source], run.sources([source])[source].detach())
         return rise if self.patch == CLEAN else -rise
 
     @property
@@ -267,45 +291,6 @@ class Patching(Attribution):
         return self.method.learnt(state)
 
 
-class _Patches:
-    """The patches of one place, a part each.
-
-    Args:
-        change: what a patch of all of it changes, ``[*lead, *features]``.
-        into: what is there.
-        put: what is put there.
-        parts: tells its parts apart.
-        lead: how many of its axes are those of the batch.
-        name: of the place.
-    """
-
-    def __init__(
-        self, change: Tensor, into: Tensor, put: Tensor, parts: Parts, lead: int, name: NestedKey
-    ) -> None:
-        features = change.shape[lead:]
-        self._into, self._put = into, put
-        self._numbers = parts.numbers(features, name, change.device)
-        self._shape = parts.shape(features, name)
-        self._wanted = torch.arange(prod(self._shape), device=change.device)
-        if not torch.compiler.is_compiling():  # where both runs are the same, nothing changes
-            differs = (change != 0).reshape(-1, *features).any(0)
-            self._wanted = self._numbers[differs].unique()
-
-    def effects(self, variants: Variants, key: NestedKey) -> Tensor:
-        """What each does to the target, ``[*batch, *parts]`` or ``[*batch, outputs, *parts]``."""
-        before = variants.values
-        found = before.new_zeros(prod(self._shape), *before.shape)
-
-        def changed(some: range) -> dict[NestedKey, Tensor]:
-            chosen = self._wanted[some.start : some.stop].reshape(-1, *(1,) * self._into.dim())
-            return {key: torch.where(self._numbers == chosen, self._put, self._into)}
-
-        for answer in variants.answers(len(self._wanted), changed):
-            found[self._wanted[answer.numbers.start : answer.numbers.stop]] = answer.values - before
-        found = found.movedim(0, -1).reshape(*before.shape, *self._shape)
-        return found.movedim(0, len(variants.batch)) if variants.several else found
-
-
 def _method(by: Attribution | str, target: TargetLike) -> Attribution:
     """The method that gives coefficients."""
     if isinstance(by, str):
@@ -329,11 +314,6 @@ def _method(by: Attribution | str, target: TargetLike) -> Attribution:
 
 def _name(key: NestedKey) -> str:
     return key if isinstance(key, str) else key[0]
-
-
-def _difference(x: Tensor, start: Tensor) -> Tensor:
-    """``x - start``, and zero where both are the same, as masks are that are infinite."""
-    return torch.where(x == start, 0.0, x - start)
 
 
 def _values(run: Run) -> dict[NestedKey, Tensor]:
@@ -381,6 +361,19 @@ def _require_alike(there: Mapping[NestedKey, Tensor], here: Mapping[NestedKey, T
                 f"{_name(key)!r} has the shape {list(x.shape)} in one run and {list(here[key].shape)} in the other: "
                 "one is put in the place of the other, so choose or pad inputs to be of one length"
             )
+
+
+def _by_share(small: Tensor, large: Tensor, change: Tensor) -> Tensor:
+    """From effects as of small changes to those as of all of it, by the share of each in the change of the target.
+
+    Args:
+        small: ``[*batch, *parts]`` or ``[*batch, outputs, *parts]``.
+        large: of the same shape.
+        change: ``[*batch]`` or ``[*batch, outputs]``.
+    """
+    change = change.reshape(*change.shape, *(1,) * (large.dim() - change.dim()))
+    share = torch.where(large == 0, 0.0, (large / change).abs().clamp(max=1.0))
+    return torch.lerp(small, large, share)
 
 
 def _written(run: Run, key: NestedKey, value: Tensor, several: bool) -> Tensor:
