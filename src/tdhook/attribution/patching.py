@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -31,6 +32,7 @@ from tdhook.relevance.secants.pair import difference
 from tdhook.targets import TargetLike
 from tdhook.targets.base import Seeder
 from tdhook.targets.pinned import ASKED
+from tdhook.targets.through import OfOperations, Place
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -80,7 +82,8 @@ class Patching(Attribution):
             ``"by_share"`` (LRP by ``deeplift`` between both runs, and ``by_share``), or ``"exact"``. A method that
             compares with a reference compares with the other run.
         target: what is explained, if not what the method says.
-        at: places: paths of modules, for their outputs, ``"path:input"`` for what they are given, or keys.
+        at: places: paths of modules, for their outputs, ``"path:input"`` for what they are given, keys, or selectors of
+            a single operation, ``First(Op("relu"))``, whose effects are written under ``("attr", repr(selector))``.
         edges: pairs of a place and a ``"path:input"`` behind it: the effect that the one has through that input alone,
             where what is patched is added to it (EAP; Syed et al. 2023). For modules that add to a residual
             stream which others read.
@@ -111,7 +114,7 @@ class Patching(Attribution):
         by: Attribution | str,
         target: TargetLike = None,
         *,
-        at: Sequence[NestedKey] | NestedKey = (),
+        at: Sequence[Place] | Place = (),
         edges: Sequence[Edge] = (),
         axis: int | Sequence[int] | None = None,
         heads: int | None = None,
@@ -129,7 +132,9 @@ class Patching(Attribution):
         super().__init__(**method.shared)
         self.method, self.patch, self.exact = method, patch, exact or by == "exact"
         self.by_share = by_share or by == BY_SHARE
-        self.at = tuple(map(unravel_key, [at] if isinstance(at, str) else at))
+        self.at = tuple(map(_place, [at] if isinstance(at, str | OfOperations) else at))
+        if any(isinstance(place, OfOperations) for edge in edges for place in edge):
+            raise TypeError(f"edges begin at modules and keys, and end at 'path:input'; got {list(edges)!r}")
         self.edges = tuple((unravel_key(source), end) for source, end in edges)
         self.parts = Parts.of(axis, heads)
         if not self.at and not self.edges:
@@ -160,8 +165,11 @@ class Patching(Attribution):
     def question(self) -> Question:
         """What the method asks, at the places."""
         ends = [place for edge in self.edges for place in edge]
-        places = dict.fromkeys((*self.method.input_modules, *self.at, *ends))
-        return self.method.asked(input_modules=tuple(places)).question
+        operations = tuple(dict.fromkeys(place for place in self.at if isinstance(place, OfOperations)))
+        named = (place for place in self.at if not isinstance(place, OfOperations))
+        places = dict.fromkeys((*self.method.input_modules, *named, *ends))
+        question = self.method.asked(input_modules=tuple(places)).question
+        return replace(question, operations=operations)
 
     def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
         """One run to be put into the other; there the method, or a forward pass for each part, as many as fit."""
@@ -197,6 +205,8 @@ class Patching(Attribution):
     def _approximate(
         self, on: Runner, there: Mapping[NestedKey, Tensor], method: Attribution
     ) -> dict[NestedKey, Tensor]:
+        if on.setup.question.operations:
+            on.as_it_is()  # which operations are meant is told by the model as it is
         coefficients = method.explaining(on.setup.question.target).coefficients(on, on.td, there)
         run = on.as_it_is()
         _require_alike(there, _values(run))
@@ -312,6 +322,21 @@ def _method(by: Attribution | str, target: TargetLike) -> Attribution:
     return by if target is None else by.explaining(target)
 
 
+def _place(place: Place) -> Place:
+    """A place as it is written.
+
+    Raises:
+        TypeError: it selects modules.
+    """
+    if not isinstance(place, OfOperations):
+        return unravel_key(place)
+    if not place.reaches_operations:
+        raise TypeError(
+            f"{place!r} selects modules: name the path of one, or select an operation, First(Op('relu'))"
+        )
+    return place
+
+
 def _name(key: NestedKey) -> str:
     return key if isinstance(key, str) else key[0]
 
@@ -320,7 +345,7 @@ def _values(run: Run) -> dict[NestedKey, Tensor]:
     return {key: x.detach() for key, x in {**run.inputs, **run.sources()}.items()}
 
 
-def _calls(run: Run, place: NestedKey, known: Mapping[NestedKey, Tensor]) -> list[NestedKey]:
+def _calls(run: Run, place: Place, known: Mapping[NestedKey, Tensor]) -> list[NestedKey]:
     """The sources of a place: one for each call of a module."""
     keys = [key for key in run.calls(place) if key in known]
     if not keys:
