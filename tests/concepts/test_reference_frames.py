@@ -125,3 +125,14 @@ def test_what_is_compared_with_is_of_the_whole_source(in_order: bool) -> None:
     torch.testing.assert_close(
         frames["attr", "pixels"].double().flatten(1).sum(-1), frames["amount"], rtol=1e-3, atol=1e-5
     )
+
+
+def test_units_of_what_a_module_is_given() -> None:
+    data, net = steps(120), policy()
+    given = ReferenceSamples(method(), "3:input", axis=1, top=4).fold(net, data)
+    made = ReferenceSamples(method(), "2", axis=1, top=4).fold(net, data)
+    torch.testing.assert_close(given.found.mean(), made.found.mean())
+    frames, expected = given.frames(net, data, 3), made.frames(net, data, 3)
+    assert torch.equal(frames["row"], expected["row"])
+    torch.testing.assert_close(frames["attr", "pixels"], expected["attr", "pixels"])
+    assert torch.equal(frames["field", "pixels"], expected["field", "pixels"])
