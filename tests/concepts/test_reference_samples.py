@@ -151,6 +151,12 @@ def test_a_job_with_several_workers_that_die_is_the_same(tmp_path: Path) -> None
         partial.take(again.result())
     with pytest.raises(ValueError, match="the job counted otherwise, which differs in count: 3 and not 5"):
         samples(top=3).take(again.result())
+    some = samples().job(net, data, tmp_path / "some", rows=slice(64, 96))
+    some.work()
+    with pytest.raises(
+        ValueError, match="numbers these from 0, so that rows of the source would be called otherwise"
+    ):
+        samples().take(some.result())
 
 
 def sources(data: TensorDict, tmp_path: Path) -> Iterable[object]:

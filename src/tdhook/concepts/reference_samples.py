@@ -232,7 +232,7 @@ class ReferenceSamples:
             checkpoint: with whose weights.
 
         Raises:
-            ValueError: the job counted others, or in another way.
+            ValueError: the job counted others, or in another way, or was given some rows of its source alone.
         """
         told, mine = result.stored.folder.told()["reduce"], json.loads(json.dumps(described(self.reducer)))
         of_job = [one for one in told if isinstance(one, dict)] if isinstance(told, list) else []
@@ -240,6 +240,12 @@ class ReferenceSamples:
         if found is not None:
             raise ValueError(
                 f"the job counted otherwise, which differs in {found}: make it by samples.job(...)"
+            )
+        source = result.stored.folder.told()["source"]
+        if isinstance(source, dict) and source.get("chosen") != described(str(None)):
+            raise ValueError(
+                "the job was given some rows of its source, and numbers these from 0, so that rows of the source would "
+                "be called otherwise: give a job all of them, or count some by fold(policy, source, rows)"
             )
         done = result.done.reshape(-1, result.done.shape[-1])[checkpoint]
         part = result.merged_of(checkpoint).get(_NAME)
