@@ -11,8 +11,10 @@ from torch import nn
 
 from tdhook import LRP, Contrast, Key, Target, preset
 from tdhook.composites import PRESETS
+from tdhook.passes import backward
 from tdhook.passes.backward import PullBack
 from tdhook.rules import EpsilonRule
+from tdhook.targets import Seeds
 
 COUNT = 4
 
@@ -146,8 +148,8 @@ def test_masked_outputs_have_no_relevance(flow):
 def test_the_budget_says_how_many_share_a_pass(budget, passes, monkeypatch):
     model, td = case("mlp", 3)
     calls = []
-    grad = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or grad(*a, **k))
+    pull = backward._pull
+    monkeypatch.setattr(backward, "_pull", lambda *a, **k: calls.append(1) or pull(*a, **k))
     found = explained(model, td, "epsilon_plus", Target("q", "all"), memory_budget=budget)[0]
     assert len(calls) == passes
     monkeypatch.undo()
@@ -241,3 +243,17 @@ def test_an_error_of_memory_makes_fewer_targets_at_once_in_that_call_alone():
         module(td.clone())
     OutOfMemory.fits = COUNT
     torch.testing.assert_close(module(td.clone())["attr", "x"], whole)
+
+
+def test_a_seed_of_another_shape_raises_and_is_not_summed():
+    x = torch.ones(2, 3, requires_grad=True)
+    z = 2 * x
+    for grad in (torch.ones(5, 2, 3), torch.ones(3)):
+        with pytest.raises(RuntimeError, match="Mismatch in shape"):
+            PullBack()(Seeds(["z"], [z], [grad]), [x])
+
+
+def test_what_is_not_on_the_tape_raises():
+    x = torch.ones(2, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        PullBack()(Seeds(["z"], [2 * x], [torch.ones(2, 3)]), [torch.ones(2, 3)])

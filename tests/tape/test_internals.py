@@ -62,6 +62,20 @@ def test_nodes_of_the_tape():
     assert internals.gradients_of(x.sum(0).grad_fn) == [([3], torch.float32)]
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_backward_passes_return_what_autograd_does(keep):
+    x, other = torch.randn(2, 3, requires_grad=True), torch.ones(1, requires_grad=True)
+    z, grad = x.exp(), torch.randn(2, 3)
+    expected = torch.autograd.grad([z], [x, other], [grad], retain_graph=True, allow_unused=True)
+    found = internals.pulled_back([z], [grad], [x, other], keep=keep)
+    assert torch.equal(found[0], expected[0]) and found[1] is None is expected[1]
+    assert x.grad is None
+    if keep:
+        internals.pulled_back([z], [grad], [x], keep=False)
+    with pytest.raises(RuntimeError, match="second time"):
+        internals.pulled_back([z], [grad], [x], keep=False)
+
+
 def test_the_stack_of_modes():
     class Mode(TorchFunctionMode):
         pass

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, skip_existing
 from tensordict.utils import NestedKey, unravel_key
@@ -18,6 +19,7 @@ from tdhook.models.holding import modules_of
 from tdhook.models.parallel import running_alone, unwrapped, wrappers_among
 from tdhook.models.reads import written_before
 from tdhook.models.state import restored
+from tdhook.models.writing import WritingPlainly
 
 __all__ = ["Apart", "InKeys", "Model"]
 
@@ -29,8 +31,7 @@ InKeys: TypeAlias = "Sequence[NestedKey] | Mapping[NestedKey, NestedKey]"
 class Wrapped(TensorDictModule):
     """A plain module with keys.
 
-    Tensors are read and written as they are, where a ``TensorDictModule`` asks of each what else it may be: whether it
-    is a data frame, say, for which it looks for pandas on the disk.
+    Tensors are read as they are, where a ``TensorDictModule`` asks of each what else it may be.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -49,24 +50,6 @@ class Wrapped(TensorDictModule):
         if isinstance(made, dict | TensorDictBase) and all(key in made for key in self.out_keys):
             made = tuple(made.get(key) for key in self.out_keys)
         return self._write_to_tensordict(td, made if isinstance(made, tuple) else (made,))
-
-    def _write_to_tensordict(
-        self,
-        tensordict: TensorDictBase,
-        tensors: Sequence[Tensor],
-        tensordict_out: TensorDictBase | None = None,
-        out_keys: Sequence[NestedKey] | None = None,
-    ) -> TensorDictBase:
-        keys = self.out_keys if out_keys is None else out_keys
-        plain = tensordict_out is None and self.inplace is True and len(tensors) == len(keys)
-        if not plain or "_" in keys or not all(isinstance(z, Tensor) for z in tensors):
-            written: TensorDictBase = super()._write_to_tensordict(
-                tensordict, tensors, tensordict_out, out_keys
-            )
-            return written
-        for key, z in zip(keys, tensors, strict=True):
-            tensordict.set(key, z)
-        return tensordict
 
 
 @dataclass(frozen=True)
@@ -107,6 +90,7 @@ class Model:
     made: Mapping[NestedKey, frozenset[NestedKey]] = field(default_factory=dict, repr=False)
     _flattens: dict[int, bool] = field(default_factory=dict, repr=False)
     _wrappers: tuple[nn.Module, ...] = field(default=(), repr=False)
+    _writing: WritingPlainly = field(default_factory=lambda: WritingPlainly(()), repr=False)
     _returns: list[Apart | None] = field(default_factory=lambda: [None], repr=False)
 
     @staticmethod
@@ -122,11 +106,14 @@ class Model:
         if not isinstance(module, nn.Module):
             raise TypeError(f"expected an nn.Module or a TensorDictModule, got {type(module).__name__}")
         module = unwrapped(module)
-        wrappers = wrappers_among(tuple(modules_of(module).values()))
+        modules = tuple(modules_of(module).values())
+        wrappers = wrappers_among(modules)
         if not isinstance(module, TensorDictModuleBase):
             reads = in_keys if isinstance(in_keys, Mapping) else list(in_keys or ["input"])
             runner = Wrapped(module, reads, list(out_keys or ["output"]))
-            return Model(module, runner, tuple(map(unravel_key, runner.in_keys)), _wrappers=wrappers)
+            keys = tuple(map(unravel_key, runner.in_keys))
+            writing = WritingPlainly((runner, *modules))
+            return Model(module, runner, keys, _wrappers=wrappers, _writing=writing)
         for name, given, known in (
             ("in_keys", in_keys, module.in_keys),
             ("out_keys", out_keys, module.out_keys),
@@ -136,13 +123,19 @@ class Model:
                     raise ValueError(f"Key {key} not in module.{name}: {list(known)}")
         attributed = module.in_keys if in_keys is None else in_keys
         keys = tuple(map(unravel_key, attributed))
-        return Model(module, module, keys, written_before(module), _wrappers=wrappers)
+        writing = WritingPlainly(modules)
+        return Model(module, module, keys, written_before(module), _wrappers=wrappers, _writing=writing)
 
     def anew(self) -> Model:
         """The same model, of which nothing is known but what was asked of it."""
-        wrappers = wrappers_among(tuple(modules_of(self.root).values()))
+        modules = tuple(modules_of(self.root).values())
         return replace(
-            self, made=written_before(self.runner), _flattens={}, _wrappers=wrappers, _returns=[None]
+            self,
+            made=written_before(self.runner),
+            _flattens={},
+            _wrappers=wrappers_among(modules),
+            _writing=WritingPlainly((self.runner, *modules)),
+            _returns=[None],
         )
 
     def submodule(self, path: str) -> nn.Module:
@@ -197,11 +190,14 @@ class Model:
 
     def _written(self, td: TensorDictBase) -> TensorDictBase:
         before = objects_of(td)
-        if self._wrappers:
-            with running_alone(self._wrappers):
+        if torch.compiler.is_compiling():
+            result = self.runner(td)
+        elif self._wrappers:
+            with self._writing, running_alone(self._wrappers):
                 result = self.runner(td)
         else:
-            result = self.runner(td)
+            with self._writing:
+                result = self.runner(td)
         after = objects_of(result)
         keys = changed(before, after)
         outputs = plain(result.select(*keys))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from tdhook.tape.internals import gradients_of, warn_of_loops
+from tdhook.tape.internals import gradients_of, pulled_back, transformed, warn_of_loops
 from tdhook.tape.undoing import lock, undone
 from tdhook.targets import Seeds
 
@@ -117,7 +117,19 @@ def _is_of_batching(error: RuntimeError) -> bool:
 def _pull(
     tensors: Sequence[Tensor], sources: Sequence[Tensor], grads: Sequence[Tensor], *, keep: bool
 ) -> list[Tensor | None]:
+    if _fit(tensors, grads) and _fit(sources, sources) and not transformed():
+        return list(pulled_back(tensors, grads, sources, keep=keep))
     return list(torch.autograd.grad(tensors, sources, grads, retain_graph=keep, allow_unused=True))
+
+
+def _fit(tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+    """Whether some tensors are plain and on the tape, and others of their shapes."""
+    if torch.compiler.is_compiling() or not tensors:
+        return False
+    for z, grad in zip(tensors, grads, strict=True):
+        if type(z) is not Tensor or type(grad) is not Tensor or not z.requires_grad or z.shape != grad.shape:
+            return False
+    return True
 
 
 def _pull_batched(

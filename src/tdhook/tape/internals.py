@@ -54,6 +54,7 @@ __all__ = [
     "number_of",
     "parameters_of",
     "pop_mode",
+    "pulled_back",
     "push_mode",
     "saved_by",
     "saved_tensors_hooks_on_top",
@@ -173,6 +174,16 @@ def maker_of(node: object) -> type | None:
 def gradients_of(node: Any) -> list[tuple[Sequence[int], torch.dtype]]:
     """Shape and dtype of each gradient that a node of the tape is given."""
     return [(meta.shape, meta.dtype) for meta in node._input_metadata]
+
+
+def pulled_back(
+    tensors: Sequence[Tensor], grads: Sequence[Tensor], sources: Sequence[Tensor], *, keep: bool
+) -> Sequence[Tensor | None]:
+    """What ``torch.autograd.grad`` returns, which looks at shapes and types before: here they are known to fit."""
+    found: Sequence[Tensor | None] = torch.autograd.graph._engine_run_backward(
+        tuple(tensors), tuple(grads), keep, False, tuple(sources), allow_unreachable=True, accumulate_grad=False
+    )
+    return found
 
 
 def saved_by(node: object) -> Iterator[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from tensordict import TensorDictBase
@@ -165,6 +165,11 @@ class Target(Selection):
     def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
         """The seeds for this target."""
         z = output_of(outputs, self.key)
+        index = self.index
+        if not (self.several or isinstance(index, list)):
+            picked = self._picked(index, z, outputs, inputs)
+            if picked is not None:
+                return Seeds([self.key], [z], [_seed_at(picked, z.detach(), flow)])
         weight = self.weight(z, outputs, inputs)
         return Seeds([self.key], [z], [seed_of(z, weight, flow)], len(weight) if self.several else None)
 
@@ -181,20 +186,29 @@ class Target(Selection):
         return eye.reshape(count, *(1,) * outputs.batch_dims, *event) & (z.detach() != -torch.inf)
 
     def _one(self, index: OneIndex, z: Tensor, outputs: TensorDictBase, inputs: TensorDictBase) -> Tensor:
+        picked = self._picked(index, z, outputs, inputs)
+        if picked is not None:
+            return torch.zeros_like(z, dtype=torch.bool).scatter_(-1, picked, True)
         if index is None:
             return torch.ones_like(z, dtype=torch.bool)
+        return self._at(z, (index,) if isinstance(index, int) else cast("tuple[int, ...]", index))
+
+    def _picked(
+        self, index: OneIndex, z: Tensor, outputs: TensorDictBase, inputs: TensorDictBase
+    ) -> Tensor | None:
+        """Which of the last axis each element of the batch picks, ``[*batch, 1]``; ``None`` where all pick the same."""
+        if index is None:
+            return None
         if z.dim() == 0 or (z.dim() == outputs.batch_dims and outputs.batch_dims):
             raise IndexError(
                 f"the target {self.key!r} of shape {tuple(z.shape)} has one value per batch element; use index=None"
             )
-        if isinstance(index, int):
-            return self._at(z, (index,))
+        if isinstance(index, int) or (isinstance(index, tuple) and all(isinstance(i, int) for i in index)):
+            return None
         if isinstance(index, Tensor):
             return self._from_tensor(index, z, "the index")
-        if isinstance(index, tuple) and all(isinstance(i, int) for i in index):
-            return self._at(z, index)
         if index == "argmax":
-            return _one_hot(z.detach().argmax(-1, keepdim=True), z)
+            return z.detach().argmax(-1, keepdim=True)
         key = index.key if isinstance(index, Key) else unravel_key(index)
         entry = outputs.get(key, None)
         if entry is None:
@@ -242,7 +256,7 @@ class Target(Selection):
                     f"{what} has the shape of {self.key!r} but is not one-hot along the last axis; where it names "
                     "several outputs, explain their sum with Computed, or give index= for one of them"
                 )
-            return _one_hot(first, z)
+            return first
         if entry.is_floating_point():
             raise TypeError(
                 f"{what} of dtype {entry.dtype} and shape {tuple(entry.shape)} is no index of {self.key!r}"
@@ -265,7 +279,7 @@ class Target(Selection):
                 f"target index {int(entry[~inside][0])} from {what} is out of range for {self.key!r}, which has "
                 f"{count} outputs (shape {tuple(z.shape)})"
             )
-        return _one_hot((entry % count).unsqueeze(-1), z)
+        return (entry % count).unsqueeze(-1)
 
 
 def _tied(hot: Tensor, first: Tensor, z: Tensor) -> Tensor:
@@ -273,8 +287,11 @@ def _tied(hot: Tensor, first: Tensor, z: Tensor) -> Tensor:
     return (hot.sum(-1) > 1) & (~hot | (z == z.gather(-1, first))).all(-1)
 
 
-def _one_hot(index: Tensor, z: Tensor) -> Tensor:
-    return torch.zeros_like(z, dtype=torch.bool).scatter_(-1, index, True)
+def _seed_at(picked: Tensor, z: Tensor, flow: Convention) -> Tensor:
+    """The seed of one of the last axis for each element: one, or its value in the relevance convention."""
+    if flow == "gradient":
+        return torch.zeros_like(z).scatter_(-1, picked, 1.0)
+    return torch.zeros_like(z).scatter_(-1, picked, z.gather(-1, picked))
 
 
 def _check_index(index: object) -> None:
