@@ -307,3 +307,13 @@ def test_forward_mode_is_loaded_without_a_word() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "tensor(1.)" in done.stdout
+
+
+def test_the_input_that_is_kept_can_be_given_hooks():
+    x = torch.randn(2, 3, requires_grad=True)
+    z = torch.nn.functional.batch_norm(x, None, None, training=True)
+    seen = []
+    internals.input_kept_by(z.grad_fn).register_hooks(
+        lambda kept: seen.append(kept) or kept, lambda kept: kept
+    )
+    assert torch.equal(seen[0], x)

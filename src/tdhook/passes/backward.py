@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from tdhook.tape.internals import gradients_of, pulled_back, transformed, warn_of_loops
+from tdhook.tape.layouts import lay_out
 from tdhook.tape.undoing import lock, undone
 from tdhook.targets import Seeds
 
@@ -35,6 +36,7 @@ class PullBack:
     def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
         self._batches = True
+        self._lays_out = True  # until a tape was seen in which there was nothing to lay out
 
     def __call__(self, seeds: Seeds, sources: Sequence[Tensor], *, keep: bool = False) -> list[Tensor | None]:
         """What arrives at each source, ``None`` where nothing does; with several targets after a leading axis.
@@ -44,6 +46,8 @@ class PullBack:
             sources: where it ends.
             keep: whether the graph is needed again.
         """
+        if self._lays_out and not torch.compiler.is_compiling():
+            self._lays_out = lay_out(z.grad_fn for z in seeds.tensors)
         if seeds.several is None:
             return _pull(seeds.tensors, sources, seeds.grads, keep=keep)
         if seeds.several == 0:

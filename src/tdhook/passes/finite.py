@@ -138,6 +138,6 @@ def _nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
         seen.add(node)
         yield node
         ahead += [before for before, _ in node.next_functions]
-        graph = getattr(getattr(node, "executed", None), "graph", None)
-        if graph is not None:
-            ahead += [z.grad_fn for z in graph[1]]
+        own = getattr(getattr(node, "executed", None), "tape", None)
+        if own is not None:
+            ahead += own.nodes

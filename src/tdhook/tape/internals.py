@@ -41,6 +41,7 @@ __all__ = [
     "hook_tables_of",
     "hooks_on_saved_tensors",
     "in_backward_pass",
+    "input_kept_by",
     "inside",
     "is_batched",
     "is_view",
@@ -181,7 +182,13 @@ def pulled_back(
 ) -> Sequence[Tensor | None]:
     """What ``torch.autograd.grad`` returns, which looks at shapes and types before: here they are known to fit."""
     found: Sequence[Tensor | None] = torch.autograd.graph._engine_run_backward(
-        tuple(tensors), tuple(grads), keep, False, tuple(sources), allow_unreachable=True, accumulate_grad=False
+        tuple(tensors),
+        tuple(grads),
+        keep,
+        False,
+        tuple(sources),
+        allow_unreachable=True,
+        accumulate_grad=False,
     )
     return found
 
@@ -192,6 +199,11 @@ def saved_by(node: object) -> Iterator[Any]:
         if name.startswith("_raw_saved_"):
             kept = getattr(node, name)
             yield from kept if isinstance(kept, tuple | list) else (kept,)
+
+
+def input_kept_by(node: Any) -> Any:
+    """What a node keeps of the first argument of the operation that made it; it can be given hooks."""
+    return node._raw_saved_input
 
 
 _modes_on: Callable[[], int] = _C._len_torch_function_stack

@@ -40,6 +40,7 @@ lines = st.one_of(
         Line, st.just("in place"), st.sampled_from(sorted(IN_PLACE)), st.integers(0, 7), st.integers(0, 7)
     ),
 )
+EQUALS = {"clamp_", "spread"}
 often = drawing(40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 
 
@@ -119,8 +120,9 @@ def test_random_programs(program: list[Line], batch: tuple[int, ...], composite:
                 assert td["ledger", "gap"].abs().max() <= rounding * scale
     for flow in FLOWS:
         assert (found[flow, True] - found[flow, False]).abs().max() <= rounding * scale
-    # Relevance of a value of zero stops in the gradient convention, at the stabiliser; else the flows agree.
-    if stopped <= 1e-8 * scale:
+    # Relevance of a value of zero stops in the gradient convention, at the stabiliser; else the flows agree, unless
+    # equal values cancel: the relevance convention has nothing there, the other one what each of them had.
+    if stopped <= 1e-8 * scale and not EQUALS & {line.name for line in program}:
         assert (found["relevance", True] - found["gradient", True]).abs().max() <= max(1e-6, rounding) * scale
 
 

@@ -22,6 +22,7 @@ from tdhook.tape.functions import Context, TapeFunction, alias, on_tape
 from tdhook.tape.internals import is_view, transformed
 from tdhook.tape.origins import is_nonnegative
 from tdhook.tape.overwriting import natively
+from tdhook.tape.own import OwnTape
 from tdhook.tape.sharded import added_up, is_sharded
 from tdhook.tape.trees import Shape, tree_flatten, tree_leaves, tree_unflatten
 
@@ -271,7 +272,7 @@ class ExecutedModule:
         of = self.module
         draws = "dropout" in of.name if isinstance(of, Operation) else remembers(of)
         self._again = Again.of(self.module, kwargs) if rule.reruns and draws else None
-        self.graph: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+        self.tape: OwnTape | None = None
         self.out_spec: Shape | None = None
         self.out_leaves: list[Any] = []
 
@@ -311,7 +312,7 @@ class ExecutedModule:
             with torch.enable_grad():
                 leaves = tuple(leaf(x) if x.requires_grad else x for x in inputs)
                 outputs = self._outputs(leaves)
-        self.graph = (leaves, outputs)
+        self.tape = OwnTape(leaves, outputs)
         self.out_leaves = [z.detach() if isinstance(z, Tensor) else z for z in self.out_leaves]
         return tuple(z.detach() for z in outputs)
 
@@ -361,7 +362,7 @@ class ExecutedModule:
         """The call as the rule sees it in the backward pass, given the inputs and outputs that it needs."""
         n_in = len(self.at) if self.keeps[0] else 0
         inputs, outputs = tuple(saved[:n_in]), tuple(saved[n_in:])
-        step = ModuleStep(self.module, self.evaluate, inputs, outputs, self.graph, self._arguments())
+        step = ModuleStep(self.module, self.evaluate, inputs, outputs, self.tape, self._arguments())
         step.report = self.report
         return step
 
@@ -380,8 +381,8 @@ class Ruled(TapeFunction):
         ctx.executed = executed = inputs[0]
         ctx.made_by = type(executed.module).__name__
         inputs_kept, outputs_kept = executed.keeps
-        if executed.graph is not None:
-            off = [z for z, own in zip(output, executed.graph[1], strict=True) if not own.requires_grad]
+        if executed.tape is not None:
+            off = [z for z, end in zip(output, executed.tape.ends, strict=True) if end is None]
             ctx.mark_non_differentiable(*off)
         ctx.save_for_backward(*(inputs[1:] if inputs_kept else ()), *(output if outputs_kept else ()))
 

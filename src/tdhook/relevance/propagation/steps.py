@@ -18,6 +18,7 @@ from tdhook.relevance.propagation.forms import ClosedForm
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.relevance.propagation.weights import WeightCache
 from tdhook.tape.dependence import leaf
+from tdhook.tape.own import OwnTape
 from tdhook.tape.sharded import added_up
 
 __all__ = ["Affine", "Grads", "LinearStep", "Modify", "ModuleStep", "Step", "unmodified"]
@@ -74,43 +75,27 @@ class ModuleStep(Step):
         evaluate: Callable[[Sequence[Tensor], Modify], Sequence[Tensor]],
         inputs: tuple[Tensor, ...],
         outputs: tuple[Tensor, ...],
-        graph: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None,
+        tape: OwnTape | None,
         arguments: tuple[tuple[object, ...], dict[str, object]],
     ) -> None:
         self.module, self.evaluate = module, evaluate
-        self.inputs, self.outputs, self._graph, self.arguments = inputs, outputs, graph, arguments
+        self.inputs, self.outputs, self._tape, self.arguments = inputs, outputs, tape, arguments
 
     def vjp(self, *grads: Tensor) -> Grads:
-        assert self._graph is not None, "the rule did not ask for the graph of the forward pass"
-        return _pull_back(*self._graph, grads)
+        assert self._tape is not None, "the rule did not ask for the tape of the forward pass"
+        return self._tape.pull(grads, zeros=True)
 
     def modified(self, inputs: Sequence[Tensor], modify: Modify) -> tuple[tuple[Tensor, ...], Vjp]:
         leaves = tuple(leaf(x) if x.is_floating_point() else x for x in inputs)
         with torch.enable_grad():
             outputs = tuple(self.evaluate(leaves, modify))
-        return tuple(z.detach() for z in outputs), lambda *grads: _pull_back(leaves, outputs, grads)
+        tape = OwnTape(leaves, outputs)
+        return tuple(z.detach() for z in outputs), lambda *grads: tape.pull(grads, zeros=True)
 
     def constants(self, modify: Modify) -> tuple[Tensor | None, ...]:
         zeros = [torch.zeros_like(x) if x.is_floating_point() else x for x in self.inputs]
         with torch.no_grad():
             return tuple(self.evaluate(zeros, modify))
-
-
-def _pull_back(inputs: Sequence[Tensor], outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Grads:
-    wanted = [i for i, x in enumerate(inputs) if x.requires_grad]
-    live = [(z, g) for z, g in zip(outputs, grads, strict=True) if z.requires_grad]
-    result: list[Tensor | None] = [None] * len(inputs)
-    if wanted and live:
-        pulled: Sequence[Tensor | None] = torch.autograd.grad(
-            [z for z, _ in live],
-            [inputs[i] for i in wanted],
-            [g for _, g in live],
-            retain_graph=True,
-            allow_unused=True,
-        )
-        for i, g in zip(wanted, pulled, strict=True):
-            result[i] = torch.zeros_like(inputs[i]) if g is None else g
-    return tuple(result)
 
 
 def unmodified(name: str, param: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from tdhook.tape.dependence import leaf
 from tdhook.tape.functions import parts
 from tdhook.tape.internals import transformed
+from tdhook.tape.own import OwnTape
 from tdhook.tape.trees import Shape, tree_leaves, tree_unflatten
 
-__all__ = ["Grads", "Pair", "Pull", "difference", "inner", "pull_back", "pulled"]
+__all__ = ["Grads", "Pair", "Pull", "difference", "inner", "pull_back"]
 
 Grads: TypeAlias = "tuple[Tensor | None, ...]"
 Pull: TypeAlias = "Callable[[Pair, Sequence[Tensor]], Grads]"
@@ -119,7 +120,7 @@ def pull_back(
         leaves = [leaf(x) for x in inputs]
         with torch.enable_grad():
             outputs = function(*leaves)
-        return pulled(leaves, outputs, grads)
+        return OwnTape(leaves, outputs).pull(grads)
     kinds: list[bool] = []
 
     def differentiable(*values: Tensor) -> tuple[Tensor, ...]:
@@ -130,16 +131,6 @@ def pull_back(
     pull = torch.func.vjp(differentiable, *inputs)[1]
     found: Grads = pull(tuple(g for g, kind in zip(grads, kinds, strict=True) if kind))
     return found
-
-
-def pulled(inputs: Sequence[Tensor], outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Grads:
-    """The vector-Jacobian product of what was computed on a tape."""
-    live = [(z, g) for z, g in zip(outputs, grads, strict=True) if z.requires_grad]
-    if not live:
-        return (None,) * len(inputs)
-    return torch.autograd.grad(
-        [z for z, _ in live], list(inputs), [g for _, g in live], retain_graph=True, allow_unused=True
-    )
 
 
 def difference(x: Tensor, start: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tdhook.relevance.secants.pair import Grads, Pair, pulled
+from tdhook.relevance.secants.pair import Grads, Pair
 from tdhook.tape.conditions import holds
 from tdhook.tape.dependence import leaf
 from tdhook.tape.functions import may_ask_of
 from tdhook.tape.internals import transformed
+from tdhook.tape.own import OwnTape
 
 __all__ = ["picked_of", "winner"]
 
@@ -123,7 +124,8 @@ def _picked(
     with torch.enable_grad():
         made = pair.run(inputs)
     values = picked_of(inputs, made, other)
-    return lambda grads: pulled(inputs, made, grads), [z.detach() for z in made], values
+    tape = OwnTape(inputs, made)
+    return tape.pull, [z.detach() for z in made], values
 
 
 def picked_of(inputs: Sequence[Tensor], outputs: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
