@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -12,10 +11,12 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
+from tdhook.attribution.games import Learnt, apart, axes_given
 from tdhook.attribution.gradient import Gradient
 from tdhook.attribution.integrated_gradients import IntegratedGradients
 from tdhook.attribution.lrp import LRP
 from tdhook.attribution.parts import Parts
+from tdhook.attribution.patches import Patches
 from tdhook.attribution.sides import CLEAN, CORRUPT, SIDES, sides
 from tdhook.contexts.attribution import Attribution, Shared
 from tdhook.conventions import relevance_of
@@ -152,6 +153,7 @@ class Patching(Attribution):
             raise ValueError(
                 "an effect is one on the value of a target, and relevance through units is none: name the way by edges"
             )
+        of_method, learnt = runner.state
         clean, corrupt = sides(runner.td)
         first = runner.on(clean)
         with first.forward(clean) as run:
@@ -164,8 +166,9 @@ class Patching(Attribution):
                 there = _values(run)
             here = asked
         on = runner.on(here, target)
+        on.state = of_method
         with runner.from_the_start():
-            written = self._exact(on, there) if self.exact else self._approximate(on, there)
+            written = self._exact(on, there, learnt) if self.exact else self._approximate(on, there)
         values[CORRUPT] = _value(on.as_it_is() if self.patch == CLEAN else run, target)
         _tell(runner, runner.base, values)
         runner.beside.update(written)
@@ -185,17 +188,22 @@ class Patching(Attribution):
             written[name] = _written(run, end, summed, amounts.dim() > rise.dim())
         return written
 
-    def _exact(self, on: Runner, there: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
+    def _exact(
+        self, on: Runner, there: Mapping[NestedKey, Tensor], learnt: dict[NestedKey, Learnt]
+    ) -> dict[NestedKey, Tensor]:
         written: dict[NestedKey, Tensor] = {}
         with on.forward(on.td) as run:
             _require_alike(there, _values(run))
             variants = Variants(on, run)
+            own = axes_given(run.td, None, on.setup.question.target)
             for name, source, end in self._pairs(run):
                 x, into = (run.sources([key])[key].detach() for key in (source, end))
                 lead = run.batch_dims([source])[source]
                 change = _difference(there[source], x)
                 put = there[source] if source == end else into + change
-                patches = _Patches(change, into, put, self.parts, lead, source)
+                known = learnt.setdefault(name, Learnt())
+                axes, _ = apart(variants, {end: into}, {end: put}, own, known)
+                patches = Patches(change, into, put, self.parts, lead, source, variants.batch, axes)
                 effects = patches.effects(variants, end)
                 written[name] = effects if self.patch == CLEAN else -effects
         return written
@@ -244,9 +252,9 @@ class Patching(Attribution):
         """What the method reads."""
         return self.method.reads(td)
 
-    def start(self, model: Model) -> Any:
-        """What the method works out."""
-        return self.method.start(model)
+    def start(self, model: Model) -> tuple[Any, dict[NestedKey, Learnt]]:
+        """What the method works out, and what is found out of the model at each place."""
+        return self.method.start(model), {}
 
     def explaining(self, target: TargetLike) -> Patching:
         """The same for another target."""
@@ -262,48 +270,11 @@ class Patching(Attribution):
         Attribution.__init__(other, **other.method.shared)
         return other
 
-    def learnt(self, state: Any) -> str:
-        """What the method has seen."""
-        return self.method.learnt(state)
-
-
-class _Patches:
-    """The patches of one place, a part each.
-
-    Args:
-        change: what a patch of all of it changes, ``[*lead, *features]``.
-        into: what is there.
-        put: what is put there.
-        parts: tells its parts apart.
-        lead: how many of its axes are those of the batch.
-        name: of the place.
-    """
-
-    def __init__(
-        self, change: Tensor, into: Tensor, put: Tensor, parts: Parts, lead: int, name: NestedKey
-    ) -> None:
-        features = change.shape[lead:]
-        self._into, self._put = into, put
-        self._numbers = parts.numbers(features, name, change.device)
-        self._shape = parts.shape(features, name)
-        self._wanted = torch.arange(prod(self._shape), device=change.device)
-        if not torch.compiler.is_compiling():  # where both runs are the same, nothing changes
-            differs = (change != 0).reshape(-1, *features).any(0)
-            self._wanted = self._numbers[differs].unique()
-
-    def effects(self, variants: Variants, key: NestedKey) -> Tensor:
-        """What each does to the target, ``[*batch, *parts]`` or ``[*batch, outputs, *parts]``."""
-        before = variants.values
-        found = before.new_zeros(prod(self._shape), *before.shape)
-
-        def changed(some: range) -> dict[NestedKey, Tensor]:
-            chosen = self._wanted[some.start : some.stop].reshape(-1, *(1,) * self._into.dim())
-            return {key: torch.where(self._numbers == chosen, self._put, self._into)}
-
-        for answer in variants.answers(len(self._wanted), changed):
-            found[self._wanted[answer.numbers.start : answer.numbers.stop]] = answer.values - before
-        found = found.movedim(0, -1).reshape(*before.shape, *self._shape)
-        return found.movedim(0, len(variants.batch)) if variants.several else found
+    def learnt(self, state: tuple[Any, dict[NestedKey, Learnt]]) -> str:
+        """What the method has seen, and along which axes elements depend on each other."""
+        of_method, learnt = state
+        together = {name: one.together for name, one in learnt.items()}
+        return f"{self.method.learnt(of_method)} together {together}"
 
 
 def _method(by: Attribution | str, target: TargetLike) -> Attribution:
