@@ -23,7 +23,7 @@ from tdhook.attribution import (
 from tdhook.attribution.catalogue import method, method_from_dict
 from tdhook.perturbing.quadrature import quadrature
 from tdhook.rules import EpsilonRule
-from tdhook.targets import Through
+from tdhook.targets import AtStep, Through
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -638,6 +638,76 @@ def test_a_tolerance_is_not_one_of_coefficients() -> None:
         ValueError, match=r"a tolerance is of the sum over the inputs, .*: give steps instead"
     ):
         Patching(by, at="1").wrap(network())(states(2))
+
+
+class Summing(nn.Module):
+    """Linear, and each step sees all before it: ``[*batch, time, 3]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).cumsum(-2))
+
+
+@pytest.mark.parametrize("index", [1, "all"])
+@pytest.mark.parametrize("step", [None, "last", 1])
+@pytest.mark.parametrize("patch", ["clean", "corrupt"])
+def test_steps_that_see_each_other_are_patched_one_by_one(index, step, patch: str) -> None:
+    td = two(torch.randn(2, 5, 3).double(), torch.randn(2, 5, 3).double(), [2, 5])
+    target = Target("output", index) if step is None else AtStep(Target("output", index), step)
+    model = Summing().double()
+    td.names = [None, "time"]
+    exact, approximate = (
+        Patching(by, target, at=["first", "input"], patch=patch).wrap(model)(td.clone())
+        for by in ("exact", "atp")
+    )
+    for key in ("first", "input"):
+        torch.testing.assert_close(exact["attr", key], approximate["attr", key], **EXACT)
+    for axis in ((), 1):
+        exact, approximate = (
+            Patching(by, target, at=["first"], axis=axis, patch=patch).wrap(model)(td.clone())
+            for by in ("exact", "atp")
+        )
+        torch.testing.assert_close(exact["attr", "first"], approximate["attr", "first"], **EXACT)
+
+
+def test_what_is_seen_at_one_place_is_not_taken_for_another() -> None:
+    model, td = Summing().double(), two(torch.randn(2, 5, 3).double(), torch.randn(2, 5, 3).double(), [2, 5])
+    compiled = Patching("exact", Target("output", 1), at=["last", "first", "last:input"], compile=True)
+    explained, approximate = compiled.wrap(model), Patching("atp", Target("output", 1), at=["last", "first"])
+    for _ in range(3):
+        found = explained(td.clone())
+    expected = approximate.wrap(model)(td.clone())
+    for key in ("last", "first"):
+        torch.testing.assert_close(found["attr", key], expected["attr", key], **EXACT)
+
+
+def test_elements_of_a_flat_batch_that_see_each_other() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.last((h - h.mean(0)).tanh())
+
+    model = Centred().double()
+    td = two(torch.randn(4, 3).double(), torch.randn(4, 3).double(), [4])
+    found = Patching("exact", Target("output", 1), at=["first"]).wrap(model)(td.clone())["attr", "first"]
+    with torch.no_grad():
+        clean, h = model.first(td["clean", "input"]), model.first(td["corrupt", "input"])
+
+        def value(h: Tensor) -> Tensor:
+            return model.last((h - h.mean(0)).tanh())[:, 1].sum()
+
+        for element in range(4):
+            for unit in range(4):
+                changed = h.clone()
+                changed[element, unit] = clean[element, unit]
+                torch.testing.assert_close(found[element, unit], value(changed) - value(h), **EXACT)
 
 
 def test_what_is_infinite_in_both_runs_has_no_effect() -> None:

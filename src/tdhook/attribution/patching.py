@@ -7,21 +7,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
+from tdhook.attribution.games import Learnt, apart, axes_given
 from tdhook.attribution.gradient import Gradient
 from tdhook.attribution.integrated_gradients import IntegratedGradients
 from tdhook.attribution.lrp import LRP
 from tdhook.attribution.parts import Parts
 from tdhook.attribution.patches import Patches
-from tdhook.attribution.sides import CLEAN, CORRUPT, SIDES, sides
+from tdhook.attribution.sides import CLEAN, CORRUPT, SIDES, mixed_by_share, require_alike, sides
 from tdhook.contexts.attribution import Attribution, Shared
 from tdhook.conventions import relevance_of
 from tdhook.keys import under
-from tdhook.models.capture import INPUT, module_path
+from tdhook.models.capture import INPUT
 from tdhook.models.model import Model
 from tdhook.passes.forward import Run
 from tdhook.passes.runner import Runner
@@ -177,6 +177,7 @@ class Patching(Attribution):
             raise ValueError(
                 "an effect is one on the value of a target, and relevance through units is none: name the way by edges"
             )
+        of_method, learnt = runner.state
         clean, corrupt = sides(runner.td)
         first = runner.on(clean)
         with first.forward(clean) as run:
@@ -189,16 +190,20 @@ class Patching(Attribution):
                 there = _values(run)
             here = asked
         on = runner.on(here, target)
+        on.state = of_method
         with runner.from_the_start():
             small = {}
             if self.by_share and not self.exact:
                 small = self._approximate(on, there, Gradient())
-            written = self._exact(on, there) if self.exact else self._approximate(on, there, self.method)
+            if self.exact:
+                written = self._exact(on, there, learnt)
+            else:
+                written = self._approximate(on, there, self.method)
         values[CORRUPT] = _value(on.as_it_is() if self.patch == CLEAN else run, target)
         _tell(runner, runner.base, values)
         change = runner.beside["ledger", "target"]
         runner.beside.update(written)
-        runner.beside.update({key: _by_share(small[key], written[key], change) for key in small})
+        runner.beside.update({key: mixed_by_share(small[key], written[key], change) for key in small})
         on.base = first.base = None  # their graphs
         return {}
 
@@ -209,7 +214,7 @@ class Patching(Attribution):
             on.as_it_is()  # which operations are meant is told by the model as it is
         coefficients = method.explaining(on.setup.question.target).coefficients(on, on.td, there)
         run = on.as_it_is()
-        _require_alike(there, _values(run))
+        require_alike(there, _values(run))
         written: dict[NestedKey, Tensor] = {}
         for name, source, end in self._pairs(run):
             rise = self._rise(run, source, there)
@@ -219,17 +224,22 @@ class Patching(Attribution):
             written[name] = _written(run, end, summed, amounts.dim() > rise.dim())
         return written
 
-    def _exact(self, on: Runner, there: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
+    def _exact(
+        self, on: Runner, there: Mapping[NestedKey, Tensor], learnt: dict[NestedKey, Learnt]
+    ) -> dict[NestedKey, Tensor]:
         written: dict[NestedKey, Tensor] = {}
         with on.forward(on.td) as run:
-            _require_alike(there, _values(run))
+            require_alike(there, _values(run))
             variants = Variants(on, run)
+            own = axes_given(run.td, None, on.setup.question.target)
             for name, source, end in self._pairs(run):
                 x, into = (run.sources([key])[key].detach() for key in (source, end))
                 lead = run.batch_dims([source])[source]
                 change = difference(there[source], x)
                 put = there[source] if source == end else into + change
-                patches = Patches(change, into, put, self.parts, lead, source)
+                known = learnt.setdefault(name, Learnt())
+                axes, _ = apart(variants, {end: into}, {end: put}, own, known)
+                patches = Patches(change, into, put, self.parts, lead, source, variants.batch, axes)
                 effects = patches.effects(variants, end)
                 written[name] = effects if self.patch == CLEAN else -effects
         return written
@@ -278,9 +288,9 @@ class Patching(Attribution):
         """What the method reads."""
         return self.method.reads(td)
 
-    def start(self, model: Model) -> Any:
-        """What the method works out."""
-        return self.method.start(model)
+    def start(self, model: Model) -> tuple[Any, dict[NestedKey, Learnt]]:
+        """What the method works out, and what is found out of the model at each place."""
+        return self.method.start(model), {}
 
     def explaining(self, target: TargetLike) -> Patching:
         """The same for another target."""
@@ -296,9 +306,11 @@ class Patching(Attribution):
         Attribution.__init__(other, **other.method.shared)
         return other
 
-    def learnt(self, state: Any) -> str:
-        """What the method has seen."""
-        return self.method.learnt(state)
+    def learnt(self, state: tuple[Any, dict[NestedKey, Learnt]]) -> str:
+        """What the method has seen, and along which axes elements depend on each other."""
+        of_method, learnt = state
+        together = {name: one.together for name, one in learnt.items()}
+        return f"{self.method.learnt(of_method)} together {together}"
 
 
 def _method(by: Attribution | str, target: TargetLike) -> Attribution:
@@ -337,10 +349,6 @@ def _place(place: Place) -> Place:
     return place
 
 
-def _name(key: NestedKey) -> str:
-    return key if isinstance(key, str) else key[0]
-
-
 def _values(run: Run) -> dict[NestedKey, Tensor]:
     return {key: x.detach() for key, x in {**run.inputs, **run.sources()}.items()}
 
@@ -369,36 +377,6 @@ def _tell(runner: Runner, run: Run, values: Mapping[str, Tensor]) -> None:
     several = values[CLEAN].dim() > run.outputs.batch_dims
     for name, value in told.items():
         runner.beside["ledger", name] = value.movedim(0, -1) if several else value
-
-
-def _require_alike(there: Mapping[NestedKey, Tensor], here: Mapping[NestedKey, Tensor]) -> None:
-    """The values of one run can take the place of those of the other."""
-    if there.keys() != here.keys():
-        only = next(key for key in (*there, *here) if not (key in there and key in here))
-        name = module_path(_name(only))
-        raise ValueError(
-            f"{name!r} was not run as often in the clean run as in the corrupt one, so that nothing can be patched "
-            f"there: leave out {name!r}"
-        )
-    for key, x in there.items():
-        if x.shape != here[key].shape:
-            raise ValueError(
-                f"{_name(key)!r} has the shape {list(x.shape)} in one run and {list(here[key].shape)} in the other: "
-                "one is put in the place of the other, so choose or pad inputs to be of one length"
-            )
-
-
-def _by_share(small: Tensor, large: Tensor, change: Tensor) -> Tensor:
-    """From effects as of small changes to those as of all of it, by the share of each in the change of the target.
-
-    Args:
-        small: ``[*batch, *parts]`` or ``[*batch, outputs, *parts]``.
-        large: of the same shape.
-        change: ``[*batch]`` or ``[*batch, outputs]``.
-    """
-    change = change.reshape(*change.shape, *(1,) * (large.dim() - change.dim()))
-    share = torch.where(large == 0, 0.0, (large / change).abs().clamp(max=1.0))
-    return torch.lerp(small, large, share)
 
 
 def _written(run: Run, key: NestedKey, value: Tensor, several: bool) -> Tensor:

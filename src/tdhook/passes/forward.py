@@ -23,6 +23,7 @@ from tdhook.passes.performed import Output
 from tdhook.passes.rows import is_close
 from tdhook.passes.setup import Setup
 from tdhook.passes.within import Against
+from tdhook.tape.conditions import holds
 from tdhook.targets.base import Seeder, Seeds, require_dependence
 from tdhook.targets.pinned import pin
 from tdhook.targets.through import OfOperations, Place, Through, outwards
@@ -314,7 +315,7 @@ class Run:
             pulled = self.pull(Seeds(seeds.keys, seeds.tensors, grads, seeds.several), sources)
             for key, grad in pulled.items():
                 one, all_ = (self.in_batch_shape(key, x, sources[key]) for x in (grad, plain[key]))
-                if not bool(is_close(one, weighed(all_, axis))):
+                if not holds(is_close(one, weighed(all_, axis))):
                     found.append(axis)
                     break
         return tuple(found)
