@@ -4,7 +4,8 @@
 
 The clean prompt says `go east ... never north`, the corrupt one `go north ... never east`. For each part of the policy
 at each word it prints what its clean value restores in the corrupt run: of the logit of the clean answer, less that of
-the other, by the preset `relp` for all parts at once, and by a forward pass for each. Needs the transformers library.
+the other, by LRP between both runs for all parts at once, and by a forward pass for each. Needs the transformers
+library.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def compare(td: TensorDict) -> ApproximatedEffects:
     checkpoint = torch.load(CHECKPOINTS / "language.pt", map_location="cpu", weights_only=True)
     model.model.load_state_dict(checkpoint["weights"])
     at = [place for places in KINDS.values() for place in places]
-    relp = Patching("relp", at=at, axis=1, use_inputs=False)
+    places = {"at": at, "axis": 1, "input_modules": ["model.model.embed_tokens"], "use_inputs": False}
+    relp = Patching("by_share", **places)
     keys = ["words", "mask", "right", "wrong"]
     return compare_effects({"RelP": relp}, model, td, kinds=KINDS, in_keys=keys, out_keys=["value"])
 

@@ -41,6 +41,7 @@ METHODS: Mapping[str, Callable[[dict[str, Any]], Attribution]] = {
     "RelP: relp": lambda options: LRP("relp", **options),
     "RelP: relp, against the other run": lambda options: LRP("relp", baseline=0.0, **options),
     "RelP: deeplift, against the other run": lambda options: LRP("deeplift", baseline=0.0, **options),
+    "RelP: deeplift, by share": lambda options: LRP("deeplift", baseline=0.0, **options),
 }
 
 
@@ -49,7 +50,7 @@ def measure(subject: Subject, patch: str) -> dict[str, Any]:
     model = subject.model.requires_grad_(False)
     places = [place for kind in KINDS for place in subject.kinds[kind]]
     methods = {
-        name: Patching(make(subject.options), at=places, axis=1, patch=patch)
+        name: Patching(make(subject.options), at=places, axis=1, patch=patch, by_share="by share" in name)
         for name, make in METHODS.items()
     }
     names: dict[str, Any] = {"in_keys": subject.keys, "out_keys": ["value"]}

@@ -219,6 +219,24 @@ def test_a_model_that_counts_its_runs_is_run_once() -> None:
     assert int(net[1].num_batches_tracked) == 1
 
 
+def test_elements_that_depend_on_each_other_have_no_pairs_of_one() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x - x.mean(0)).tanh()
+
+    net, td = Centred(), two(5)["a"]
+    for method in (LRP("epsilon"), GradientTimesInput()):
+        with pytest.raises(
+            ValueError, match=r"depend on each other along its axis 0.*explain elements one by one"
+        ):
+            BiLRP(method, "output").wrap(net)(td.clone())
+        BiLRP(method, "output").wrap(net)(td[:1].clone())
+
+
 def test_as_one_graph() -> None:
     actor, td = critic(), transitions(5)
     eager = BiLRP(LRP("epsilon"), "phi", "psi").wrap(actor)(td.clone())

@@ -98,7 +98,42 @@ def an_optimiser(model: nn.Sequential) -> None:
     optimiser.step()
 
 
-@pytest.mark.parametrize("change", [in_place, through_data, another_parameter, another_layer, an_optimiser])
+def one_value_through_data(model: nn.Sequential) -> None:
+    model[2].weight.data[3, 5] += 1.0
+
+
+def a_row_of_zeros(model: nn.Sequential) -> None:
+    model[2].weight.data[3] = 0.0
+
+
+def rows_that_change_places(model: nn.Sequential) -> None:
+    model[2].weight.data[[3, 6]] = model[2].weight.data[[6, 3]]
+
+
+def through_numpy(model: nn.Sequential) -> None:
+    model[0].bias.detach().numpy()[5] += 1.0
+
+
+def another_forward(model: nn.Sequential) -> None:
+    inner = model[2].forward
+    model[2].forward = lambda x: 2 * inner(x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        in_place,
+        through_data,
+        another_parameter,
+        another_layer,
+        an_optimiser,
+        one_value_through_data,
+        a_row_of_zeros,
+        rows_that_change_places,
+        through_numpy,
+        another_forward,
+    ],
+)
 def test_what_changes_the_model_is_noticed(change) -> None:
     model = network()
     explained = explained_by(model)
@@ -130,6 +165,56 @@ def test_numbers_and_constants_that_a_model_holds() -> None:
     assert missing(explained, model, x) < 1e-12
     model.tensors[0] = torch.zeros(3)
     assert missing(explained, model, x) < 1e-12
+
+
+def test_numbers_that_a_layer_holds() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.LeakyReLU(0.1), nn.Linear(8, 3)).eval()
+    model[1].running_mean.normal_()
+    explained = explained_by(model)
+    x = torch.randn(4, 6)
+    assert missing(explained, model, x) < 1e-12
+    model[1].eps = 0.5
+    assert missing(explained, model, x) < 1e-12
+    model[2].negative_slope = 0.7
+    assert missing(explained, model, x) < 1e-12
+    model[1].running_mean.data[3] += 1.0
+    assert missing(explained, model, x) < 1e-12
+
+
+class Scaled(nn.Module):
+    """Computes with whole numbers and a large constant that no module holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Linear(6, 200), nn.Linear(200, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.layer(x) * NUMBERS["times"] @ CONSTANTS[0]))
+
+
+NUMBERS, CONSTANTS = {"times": 2}, [torch.randn(200, 200, dtype=torch.float64)]
+
+
+def test_whole_numbers_and_large_constants_that_nobody_holds() -> None:
+    model = Scaled()
+    explained = explained_by(model)
+    x = torch.randn(4, 6)
+    assert missing(explained, model, x) < 1e-12
+    NUMBERS["times"] = 3
+    assert missing(explained, model, x) < 1e-12
+    CONSTANTS[0][7, 9] += 2.0
+    assert missing(explained, model, x) < 1e-12
+
+
+def test_another_precision_of_what_computes() -> None:
+    model = network().float()
+    explained = explained_by(model)
+    x = torch.randn(4, 6, dtype=torch.float32)
+    td = TensorDict({"input": x}, [4])
+    explained(td.clone())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, anew = (one(td.clone())["attr", "input"] for one in (explained, explained_by(model)))
+    torch.testing.assert_close(found, anew, rtol=0, atol=0)
 
 
 class Moded(nn.Module):

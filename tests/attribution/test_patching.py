@@ -23,7 +23,7 @@ from tdhook.attribution import (
 from tdhook.attribution.catalogue import method, method_from_dict
 from tdhook.perturbing.quadrature import quadrature
 from tdhook.rules import EpsilonRule
-from tdhook.targets import Through
+from tdhook.targets import AtStep, Through
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -359,7 +359,7 @@ def test_a_head_is_patched_as_its_piece_of_the_layer() -> None:
             torch.testing.assert_close(found["attr", at][:, token, head], expected, **EXACT)
 
 
-@pytest.mark.parametrize("by", ["atp", "relp", "eap_ig", "exact"])
+@pytest.mark.parametrize("by", ["atp", "relp", "eap_ig", "by_share", "exact"])
 @pytest.mark.parametrize("batch", [(), (1,), (4,), (2, 3), (2, 1, 3)])
 def test_any_batch_shape(by: str, batch: tuple[int, ...]) -> None:
     model, td = network(), states(*batch)
@@ -372,7 +372,7 @@ def test_any_batch_shape(by: str, batch: tuple[int, ...]) -> None:
         torch.testing.assert_close(found[key].reshape(flat[key].shape), flat[key], **EXACT)
 
 
-@pytest.mark.parametrize("by", ["atp", "epsilon", "eap_ig", "exact"])
+@pytest.mark.parametrize("by", ["atp", "epsilon", "eap_ig", "by_share", "exact"])
 def test_several_outputs_are_explained_side_by_side(by: str) -> None:
     model, td = network(), states(2, 3)
     options = {"at": ["1", "2:input"], "axis": -1, "heads": 1} if by == "exact" else {"at": ["1", "2:input"]}
@@ -491,7 +491,7 @@ def test_a_policy_that_holds_state_is_run_as_from_the_start() -> None:
 
     torch.manual_seed(0)
     td = states(3)
-    for by in ("atp", "eap_ig", "exact"):
+    for by in ("atp", "eap_ig", "by_share", "exact"):
         model = Counting()
         found = Patching(by, Target("output", 0), at="layer").wrap(model)(td.clone())
         rise = (model.layer(td["clean", "input"]) - model.layer(td["corrupt", "input"]))[:, 0].detach()
@@ -518,7 +518,7 @@ def test_asked_and_explaining_ask_the_method() -> None:
     torch.testing.assert_close(other["effect", "1"], expected["attr", "1"], **EXACT)
 
 
-@pytest.mark.parametrize("by", ["atp", "epsilon", "eap_ig", "exact"])
+@pytest.mark.parametrize("by", ["atp", "epsilon", "eap_ig", "by_share", "exact"])
 def test_compiled_equals_eager(by: str) -> None:
     model, td = network(), states(3)
     options = {"at": ["1", "2:input"], "axis": -1}
@@ -534,7 +534,7 @@ def test_compiled_equals_eager(by: str) -> None:
         (lambda: Patching("atp"), "nothing is patched: name places"),
         (
             lambda: Patching("nothing", at="1"),
-            "no coefficients are named 'nothing': there are atp, eap_ig, exact",
+            "no coefficients are named 'nothing': there are atp, by_share, eap_ig, exact",
         ),
         (lambda: Patching("atp", at="1", patch="both"), "patch is 'clean' or 'corrupt'"),
         (lambda: Patching("atp", edges=[("1", "2")]), "ends at '2', .* write '2:input'"),
@@ -640,6 +640,76 @@ def test_a_tolerance_is_not_one_of_coefficients() -> None:
         Patching(by, at="1").wrap(network())(states(2))
 
 
+class Summing(nn.Module):
+    """Linear, and each step sees all before it: ``[*batch, time, 3]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).cumsum(-2))
+
+
+@pytest.mark.parametrize("index", [1, "all"])
+@pytest.mark.parametrize("step", [None, "last", 1])
+@pytest.mark.parametrize("patch", ["clean", "corrupt"])
+def test_steps_that_see_each_other_are_patched_one_by_one(index, step, patch: str) -> None:
+    td = two(torch.randn(2, 5, 3).double(), torch.randn(2, 5, 3).double(), [2, 5])
+    target = Target("output", index) if step is None else AtStep(Target("output", index), step)
+    model = Summing().double()
+    td.names = [None, "time"]
+    exact, approximate = (
+        Patching(by, target, at=["first", "input"], patch=patch).wrap(model)(td.clone())
+        for by in ("exact", "atp")
+    )
+    for key in ("first", "input"):
+        torch.testing.assert_close(exact["attr", key], approximate["attr", key], **EXACT)
+    for axis in ((), 1):
+        exact, approximate = (
+            Patching(by, target, at=["first"], axis=axis, patch=patch).wrap(model)(td.clone())
+            for by in ("exact", "atp")
+        )
+        torch.testing.assert_close(exact["attr", "first"], approximate["attr", "first"], **EXACT)
+
+
+def test_what_is_seen_at_one_place_is_not_taken_for_another() -> None:
+    model, td = Summing().double(), two(torch.randn(2, 5, 3).double(), torch.randn(2, 5, 3).double(), [2, 5])
+    compiled = Patching("exact", Target("output", 1), at=["last", "first", "last:input"], compile=True)
+    explained, approximate = compiled.wrap(model), Patching("atp", Target("output", 1), at=["last", "first"])
+    for _ in range(3):
+        found = explained(td.clone())
+    expected = approximate.wrap(model)(td.clone())
+    for key in ("last", "first"):
+        torch.testing.assert_close(found["attr", key], expected["attr", key], **EXACT)
+
+
+def test_elements_of_a_flat_batch_that_see_each_other() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.last((h - h.mean(0)).tanh())
+
+    model = Centred().double()
+    td = two(torch.randn(4, 3).double(), torch.randn(4, 3).double(), [4])
+    found = Patching("exact", Target("output", 1), at=["first"]).wrap(model)(td.clone())["attr", "first"]
+    with torch.no_grad():
+        clean, h = model.first(td["clean", "input"]), model.first(td["corrupt", "input"])
+
+        def value(h: Tensor) -> Tensor:
+            return model.last((h - h.mean(0)).tanh())[:, 1].sum()
+
+        for element in range(4):
+            for unit in range(4):
+                changed = h.clone()
+                changed[element, unit] = clean[element, unit]
+                torch.testing.assert_close(found[element, unit], value(changed) - value(h), **EXACT)
+
+
 def test_what_is_infinite_in_both_runs_has_no_effect() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
@@ -652,7 +722,7 @@ def test_what_is_infinite_in_both_runs_has_no_effect() -> None:
 
     torch.manual_seed(0)
     model, td = Masked().double(), states(3)
-    for by in ("atp", "exact"):
+    for by in ("atp", "by_share", "exact"):
         found = Patching(by, Target("output", 0), at="mask").wrap(model)(td.clone())["attr", "mask"]
         assert found.isfinite().all() and (found[:, 2] == 0).all() and found[:, :2].all()
 
@@ -660,7 +730,7 @@ def test_what_is_infinite_in_both_runs_has_no_effect() -> None:
 def test_nothing_is_left_behind() -> None:
     model, td = network(), states(3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    for by in ("atp", "epsilon", "eap_ig", "exact"):
+    for by in ("atp", "epsilon", "eap_ig", "by_share", "exact"):
         Patching(by, Target("output", 0), at=["1", "2:input"]).wrap(model)(td.clone())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

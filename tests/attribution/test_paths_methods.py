@@ -20,7 +20,9 @@ from tdhook.attribution import (
     Deconvnet,
     ExpectedGradients,
     GuidedBackprop,
+    IntegratedGradients,
     InternalInfluence,
+    ShapleySampling,
 )
 from tdhook.perturbing.baselines import blurred
 from tdhook.perturbing.quadrature import quadrature
@@ -295,3 +297,63 @@ def test_copies(method, make, shape) -> None:
     found = explained(td.clone())
     for other in (copy.deepcopy(explained), pickle.loads(pickle.dumps(explained))):
         assert torch.equal(other(td.clone())["attr", "input"], found["attr", "input"])
+
+
+class Summing(nn.Module):
+    """Each step sees all before it, ``[*batch, time, 4]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).tanh().cumsum(-2)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **options: IntegratedGradients(Target("output", 1), **options),
+        lambda **options: Conductance(Target("output", 1), steps=500, **options),
+        lambda **options: ShapleySampling(Target("output", 1), permutations=2, **options),
+    ],
+)
+def test_accounts_of_elements_that_depend_on_each_other_open_no_gap(make) -> None:
+    torch.manual_seed(0)
+    net, td = Summing().double(), TensorDict({"input": torch.randn(2, 5, 4).double()}, [2, 5])
+    found = make(baseline=0.3, ledger=True).wrap(net)(td.clone())
+    with torch.no_grad():
+        rise = (net(td["input"]) - net(torch.full_like(td["input"], 0.3)))[..., 1]
+    torch.testing.assert_close(found["ledger", "target"], rise, **EXACT)
+    gap, missing = found["ledger", "gap"], rise.sum(1) - found["attr", "input"].sum((1, 2))
+    torch.testing.assert_close(
+        gap.sum(1), missing, **EXACT
+    )  # in sum over the steps, of which each has its share
+    torch.testing.assert_close(gap, gap[:, :1].expand(2, 5), **EXACT)
+    torch.testing.assert_close(found["ledger", "inputs"] + gap, rise, **EXACT)
+
+
+@pytest.mark.parametrize("index", [1, "all"])
+def test_what_inputs_conduct_that_are_not_attributed_is_absorbed(index) -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(3, 4), nn.Linear(2, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return (self.one(x) * self.other(y)).tanh()
+
+    torch.manual_seed(0)
+    net = Product().double()
+    td = TensorDict({"x": torch.randn(3, 3).double(), "y": torch.randn(3, 2).double()}, [3])
+    of_both, of_one = (
+        Conductance(Target("output", index), steps=500, ledger=True, **options).wrap(net, ["x", "y"])(
+            td.clone()
+        )
+        for options in ({}, {"attribute": ["x"]})
+    )
+    assert ("attr", "y") not in of_one.keys(True)
+    torch.testing.assert_close(of_one["attr", "x"], of_both["attr", "x"], **EXACT)
+    torch.testing.assert_close(of_one["ledger", "absorbed"], of_both["attr", "y"].sum(-1), **EXACT)
+    torch.testing.assert_close(of_one["ledger", "gap"], of_both["ledger", "gap"], rtol=1e-6, atol=1e-12)
+    assert of_one["ledger", "gap"].abs().max() < 1e-6

@@ -223,3 +223,9 @@ def test_in_hindsight_and_beside_padding(method: PerturbationSaliency | SARFA) -
         found = rl.Explain(method, module, mask_key=mask)(given.clone())["attr", "input"]
         wanted = expected if mask is None else expected * padded["mask"].reshape(3, 2, 1, 1, 1)
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_sarfa_of_steps_that_depend_on_each_other_asks_for_one() -> None:
+    td = TensorDict({"input": torch.rand(2, 3, 1, 6, 6).double()}, [2, 3])
+    with pytest.raises(ValueError, match=r"batch \[2, 3\] depend on each other along its axis 1.*AtStep"):
+        SARFA(Target("output", 0), distance=3, width=1.0).wrap(Recurrent())(td)

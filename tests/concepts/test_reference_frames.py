@@ -6,6 +6,7 @@ import pytest
 import torch
 from responding import LAYER, method, policy, steps
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictSequential
 
 from tdhook import LRP, Target
 from tdhook.concepts import ReferenceSamples
@@ -92,7 +93,46 @@ def test_steps_of_rows_that_have_several() -> None:
     assert torch.equal(frames["data", "pixels"], expected["data", "pixels"])
     torch.testing.assert_close(frames["attr", "pixels"], expected["attr", "pixels"], rtol=1e-4, atol=1e-6)
     assert torch.equal(frames["field", "pixels"], expected["field", "pixels"])
-    with pytest.raises(
-        NotImplementedError, match="a unit in one step of a trajectory depends on the steps before it"
-    ):
-        counted.frames(net, data.reshape(12, 10), 4, trajectories=True)
+
+
+def test_what_the_inputs_are_compared_with_is_not_a_value_of_the_layer() -> None:
+    data, net = steps(100), policy()
+    linear = TensorDictSequential(
+        TensorDictModule(net.module[:3], ["pixels"], ["hidden"]),
+        TensorDictModule(net.module[3:], ["hidden"], ["action_value"]),
+    )
+    by = LRP("deeplift", target=Target("action_value", "action"), baseline=0.5)
+    found = ReferenceSamples(by, LAYER, axis=1, top=6).fold(net, data).found
+    through = Through(Target("action_value", "action"), LAYER, "all", axis=1)
+    passed = LRP("deeplift", target=through, baseline=0.5).wrap(net)(data.clone())["attr", "pixels"]
+    torch.testing.assert_close(found.mean(), passed.double().flatten(2).sum(-1).mean(0), rtol=1e-4, atol=1e-6)
+    by_key = ReferenceSamples(by, "hidden", axis=1, top=6).fold(linear, data)
+    torch.testing.assert_close(by_key.found.mean(), found.mean(), rtol=1e-4, atol=1e-6)
+    assert torch.equal(by_key.found.best(2)["row"], found.best(2)["row"])
+
+
+@pytest.mark.parametrize("in_order", [False, True], ids=["mean", "previous"])
+def test_what_is_compared_with_is_of_the_whole_source(in_order: bool) -> None:
+    """The mean of all rows, and the row before: not those of the few that a unit responds to."""
+    data, net = steps(200), policy()
+    by = LRP(
+        "deeplift",
+        target=Target("action_value", "action"),
+        baseline="previous" if in_order else "mean",
+    )
+    counted = ReferenceSamples(by, LAYER, axis=1, top=6).fold(net, data, in_order=in_order)
+    frames = counted.frames(net, data, 1, in_order=in_order)
+    torch.testing.assert_close(
+        frames["attr", "pixels"].double().flatten(1).sum(-1), frames["amount"], rtol=1e-3, atol=1e-5
+    )
+
+
+def test_units_of_what_a_module_is_given() -> None:
+    data, net = steps(120), policy()
+    given = ReferenceSamples(method(), "3:input", axis=1, top=4).fold(net, data)
+    made = ReferenceSamples(method(), "2", axis=1, top=4).fold(net, data)
+    torch.testing.assert_close(given.found.mean(), made.found.mean())
+    frames, expected = given.frames(net, data, 3), made.frames(net, data, 3)
+    assert torch.equal(frames["row"], expected["row"])
+    torch.testing.assert_close(frames["attr", "pixels"], expected["attr", "pixels"])
+    assert torch.equal(frames["field", "pixels"], expected["field", "pixels"])

@@ -151,6 +151,12 @@ def test_a_job_with_several_workers_that_die_is_the_same(tmp_path: Path) -> None
         partial.take(again.result())
     with pytest.raises(ValueError, match="the job counted otherwise, which differs in count: 3 and not 5"):
         samples(top=3).take(again.result())
+    some = samples().job(net, data, tmp_path / "some", rows=slice(64, 96))
+    some.work()
+    with pytest.raises(
+        ValueError, match="numbers these from 0, so that rows of the source would be called otherwise"
+    ):
+        samples().take(some.result())
 
 
 def sources(data: TensorDict, tmp_path: Path) -> Iterable[object]:
@@ -341,6 +347,25 @@ def test_a_hundred_thousand_frames(tmp_path: Path) -> None:
     for i in (0, 3, 1):
         merged.merge(shards[i])
     same(merged, whole)
+    _by_a_job(tmp_path, net, whole, count)
+
+
+def _by_a_job(tmp_path: Path, net: nn.Module, whole: ReferenceSamples, count: int) -> None:
+    """By four workers, three of which stop in the midst of it, each begun where the last one left."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    options: dict[str, Any] = {"chunk": 5120, "at_once": 256}
+    for worker, stops in ((2, 3), (0, 8), (3, 14)):
+        job = samples(top=40).job(net, tmp_path / "data", tmp_path / "job", **options)
+        told = job.work(
+            until=lambda job=job, stops=stops: len(job.folder.all_done()) >= stops, place=Place(worker, 4)
+        )
+        assert not told.finished
+        partial = samples(top=40).take(job.result(partial=True))
+        assert int(partial.seen.diff(dim=-1).sum()) >= stops * 5120 - 5120 and len(partial.seen) >= 1
+    job = samples(top=40).job(net, tmp_path / "data", tmp_path / "job", **options)
+    assert job.work(place=Place(1, 4)).finished
+    same(samples(top=40).take(job.result()), whole)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
 def test_steps_of_a_recurrent_policy_without_its_padding() -> None:

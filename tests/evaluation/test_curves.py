@@ -40,6 +40,31 @@ def test_the_curve_of_a_linear_model_is_known() -> None:
     assert curves.to_dict()["most"]["value"] == [4.0, 1.0, -1.0, -1.0, 0.0]
 
 
+class ByTheLargest(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.abs().amax()
+
+
+class ByTheMean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("first", [ByTheLargest(), ByTheMean(), nn.BatchNorm1d(4)])
+def test_rows_that_depend_on_each_other_are_no_copies_of_rows(first: nn.Module, count: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(first, nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).train()
+    td = TensorDict({"input": torch.randn(count, 4)}, [count])
+    if count == 1 and isinstance(first, nn.BatchNorm1d):
+        return  # torch refuses it
+    with pytest.raises(ValueError, match=r"depends on what lies beside it.*eval\(\).*batch_dims="):
+        perturbation_curve(model, td, RandomMap(), target=Target("output", 0))
+    if isinstance(first, nn.BatchNorm1d):
+        curves = perturbation_curve(model.eval(), td, RandomMap(), target=Target("output", 0))
+        assert len(curves.most.value) == 5
+
+
 def test_no_order_beats_that_of_contributions_in_a_linear_model() -> None:
     model, td = linear([0.5, -2.0, 1.5, 1.0]), inputs([1.0, 0.7, -0.3, 2.0])
     best = perturbation_curve(model, td, LRP("epsilon"))

@@ -45,6 +45,18 @@ def test_what_the_page_says_of_relp_is_so() -> None:
             assert all(row["pearson"] >= 0.95 for row in one["rows"] if row["method"] == "RelP: relp")
 
 
+def test_what_the_page_says_of_effects_by_share_is_so() -> None:
+    """At least 0.97 on each model but where all steps are others, and for MLPs of MiniLM from its clean side."""
+    for one in report()["measured"]:
+        if one["subject"] != "Decision Transformer, other window":
+            found = {
+                r["kind"]: r["pearson"] for r in one["rows"] if r["method"] == "RelP: deeplift, by share"
+            }
+            if one["subject"] == "MiniLM" and one["patch"] == "corrupt":
+                assert found.pop("MLP") >= 0.86
+            assert min(found.values()) >= 0.97
+
+
 def test_a_subject_is_measured() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 1), nn.Flatten(0))

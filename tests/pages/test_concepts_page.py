@@ -104,6 +104,38 @@ def test_it_asks_for_nothing_and_runs_nothing(tmp_path: Path) -> None:
         write_concepts_report(samples.found, {}, tmp_path)
 
 
+SAID = (("go", HOSTILE, "north"), ("never", "north"), ("go", "?"))
+
+
+def written_of_texts(path: Path, words: tuple[tuple[str, ...], ...] = SAID) -> tuple[str, Elements]:
+    """Texts of four places, whose first are padding where there are fewer words."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Flatten(), nn.Linear(20, 2))
+    rows = TensorDict({"embedded": torch.randn(30, 4, 3), "action": torch.arange(30) % 2}, [30])
+    policy = TensorDictModule(net, ["embedded"], ["action_value"])
+    method = LRP("epsilon", target=Target("action_value", "action"))
+    samples = ReferenceSamples(method, "1", axis=2, top=3, groups="action").fold(policy, rows)
+    frames = samples.frames(policy, rows, 2, group=1)
+    frames["place"] = torch.tensor([[3], [2], [2]])
+    frames["attr", "embedded"][0] = torch.tensor([0.0, 0.1, 0.0, -1.0]).reshape(4, 1)
+    shown = {1: [UnitShown(2, frames, words)]}
+    page = write_concepts_report(samples.found, shown, path / "texts.html").read_text(encoding="utf-8")
+    return page, Elements(page)
+
+
+def test_texts_have_their_words_on_the_colour_of_their_relevance(tmp_path: Path) -> None:
+    page, elements = written_of_texts(tmp_path)
+    assert page.count('class="words"') == 3 and "Underlined is the word" in elements.words
+    first = page.split('class="words"')[1]
+    assert '<span class="negative s8 place" title="−3">north</span>' in first
+    assert '<span class="positive s1" title="0.3">go</span>' in first and HOSTILE not in page
+    assert '<span class="" title="0">' in first  # without relevance, without colour
+    second = page.split('class="words"')[2]
+    assert second.count("<span") == 2 and second.index("place") < second.index("north")
+    with pytest.raises(ValueError, match="step 1 of unit 2 has 5 words, and its relevance 4 places"):
+        written_of_texts(tmp_path, (("go",), ("a",) * 5, ("?",)))
+
+
 @pytest.mark.skipif(
     not ((shutil.which("chromium") or shutil.which("google-chrome")) and shutil.which("chromedriver")),
     reason="there is no Chromium with its chromedriver on the PATH",
@@ -130,5 +162,13 @@ def test_a_browser_complains_of_nothing(tmp_path: Path) -> None:
             assert len(sizes) == 24 and {natural for natural, _ in sizes} == {3, 9 * 15}
             assert all(wide > 50 for _, wide in sizes)
             assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+        written_of_texts(tmp_path)
+        browser.get((tmp_path / "texts.html").as_uri())
+        assert browser.get_log("browser") == [] and browser.execute_script("return window.hacked") is None
+        grounds = browser.execute_script(
+            "return [...document.querySelectorAll('.words')[0].querySelectorAll('span')]"
+            ".map(s => getComputedStyle(s).backgroundColor)"
+        )
+        assert len(set(grounds)) == 3 and grounds[1].endswith(", 0)")  # for, nothing, against
     finally:
         browser.quit()

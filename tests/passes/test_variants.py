@@ -9,7 +9,7 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 
 from tdhook import Target
-from tdhook.attribution import IntegratedGradients
+from tdhook.attribution import Ablation, Conductance, IntegratedGradients, KernelShap, Occlusion
 from tdhook.attribution.averaged import Averaged
 from tdhook.attribution.gradient import Gradient
 from tdhook.perturbing.draws import Flips, Noise
@@ -107,7 +107,42 @@ class Overwriting(nn.Module):
         return self.layer(x.mul_(2.0)).tanh_()
 
 
+class ByTheLargest(nn.Module):
+    """All is measured in units of the largest value of the batch, which smaller ones beside it leave as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x / (x.abs().amax() + 1e-3)).tanh()
+
+
+class LouderWhereAny(nn.Module):
+    """A condition on all of the batch, which has no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).tanh() * (1.0 + (x.abs() > 0.5).any())
+
+
+class ByHowMany(nn.Module):
+    """Depends on how long the batch is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).tanh() / len(x)
+
+
 CASES = {
+    "by the largest": (ByTheLargest, (5,), "alone"),
+    "a condition on all": (LouderWhereAny, (5,), "alone"),
     "recurrent, [time]": (Recurrent, (5,), "axis"),
     "recurrent, [batch, time]": (Recurrent, (3, 5), "rows"),
     "compared with the mean": (Centred, (5,), "alone"),
@@ -132,6 +167,62 @@ def test_any_layout_gives_what_one_by_one_gives(make, shape, layout, budget) -> 
         assert explained._setup.layout == layout
     if make is Counting:
         assert explained.model.root.calls == 1  # as after a single call of the model
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("make", [ByTheLargest, LouderWhereAny, ByHowMany])
+@pytest.mark.parametrize("baseline", [0.0, 0.1])
+def test_coupling_that_leaves_the_batch_as_it_is_alone_is_seen(make, count, baseline) -> None:
+    torch.manual_seed(count)
+    net, td = make().double(), TensorDict({"x": torch.randn(count, 4).double()}, [count])
+    target = Target("output", 1)
+    methods = {
+        "conductance": lambda **options: Conductance(target, baseline=baseline, steps=4, **options),
+        "ablation": lambda **options: Ablation(target, baseline=baseline, **options),
+        "occlusion": lambda **options: Occlusion(target, baseline=baseline, window=2, **options),
+        "by features": lambda **options: KernelShap(
+            target, baseline=baseline, features=along_last, **options
+        ),
+    }
+    for name, method in methods.items():
+        found, alone = (
+            method(**options).wrap(net, in_keys=["x"])(td.clone())["attr", "x"]
+            for options in ({}, {"memory_budget": 0})
+        )
+        torch.testing.assert_close(
+            found, alone, rtol=1e-9, atol=1e-12, msg=lambda text, of=name: f"{of}: {text}"
+        )
+
+
+def along_last(shape: torch.Size) -> Tensor:
+    return torch.arange(shape[-1]).expand(shape) // 2
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_ablation_of_a_model_whose_size_depends_on_how_many_there_are(count) -> None:
+    # Copies beside a batch may be as many as it has elements, by chance.
+    net, x = ByHowMany().double(), torch.randn(count, 4).double()
+    found = Ablation(Target("output", 1)).wrap(net, in_keys=["x"])(TensorDict({"x": x}, [count]))["attr", "x"]
+    for feature in range(4):
+        without = x.clone()
+        without[:, feature] = 0
+        torch.testing.assert_close(found[:, feature], (net(x) - net(without))[:, 1].detach())
+
+
+def test_large_inputs_are_looked_at_too() -> None:
+    net = nn.Sequential(ByTheLargestOfPictures(), nn.Flatten(), nn.Linear(3 * 64 * 64, 2))
+    x = torch.rand(1, 3, 64, 64)
+    x[0, 2, 60, 60] = 5.0  # in the last of the windows
+    found, alone = (
+        Occlusion(Target("output", 1), window=8, **options).wrap(net)(TensorDict({"input": x.clone()}, [1]))
+        for options in ({}, {"memory_budget": 0})
+    )
+    torch.testing.assert_close(found["attr", "input"], alone["attr", "input"])
+
+
+class ByTheLargestOfPictures(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x.amax() + 1e-3)
 
 
 def test_what_a_model_overwrites_is_made_anew() -> None:
@@ -159,7 +250,8 @@ def test_a_sequence_is_never_cut(tolerance) -> None:
     atol = 1e-6 if tolerance is None else tolerance
     torch.testing.assert_close(found["attr", "x"], by_hand(net, td, ("x", "first")), rtol=0, atol=atol)
     assert found["ledger", "gap"].sum().abs() <= atol  # complete together, and not one by one
-    assert found["ledger", "gap"].abs().max() > 1e-2
+    gap = found["ledger", "gap"]
+    torch.testing.assert_close(gap, gap.mean().expand_as(gap))  # of which each has its share
 
 
 @pytest.mark.filterwarnings("ignore:input 'is_init' is torch.bool")

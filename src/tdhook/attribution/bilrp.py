@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, Literal
 
@@ -16,11 +16,15 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from tdhook.contexts.attribution import Attribution
+from tdhook.conventions import Convention
 from tdhook.keys import under
 from tdhook.models.model import Model
 from tdhook.passes.forward import Run
+from tdhook.passes.rows import beside, is_close
 from tdhook.passes.runner import Runner
+from tdhook.tape.conditions import holds
 from tdhook.targets import Target, TargetLike
+from tdhook.targets.base import Around, Seeder, Seeds
 from tdhook.targets.computed import Derived
 from tdhook.targets.outputs import Index, output_of
 
@@ -71,6 +75,29 @@ class Similarity(Derived):
         return F.cosine_similarity(one, other, dim=-1) if self.cosine else (one * other).sum(-1)
 
 
+@dataclass(frozen=True, eq=False)
+class _Weighed(Around):
+    """A target, each element of the batch so many times.
+
+    Args:
+        target: the target.
+        weights: how many, ``[*batch]``.
+    """
+
+    target: Seeder
+    weights: Tensor
+
+    def inner(self) -> Seeder:
+        """The target."""
+        return self.target
+
+    def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
+        """Where it begins, as often."""
+        seeds = self.target(outputs, inputs, flow)
+        shaped = [beside(self.weights.to(z), z) for z in seeds.tensors]
+        return replace(seeds, grads=[grad * x for grad, x in zip(seeds.grads, shaped, strict=True)])
+
+
 class BiLRP(Attribution):
     """Relevance of pairs of features, one of each input, for the similarity of two embeddings (Eberle et al. 2020).
 
@@ -94,7 +121,8 @@ class BiLRP(Attribution):
 
     Raises:
         TypeError: the method compares with a reference.
-        ValueError: the method writes more than relevance; an axis is the batch's.
+        ValueError: the method writes more than relevance; an axis is the batch's; when it is called: elements of the
+            batch depend on each other.
     """
 
     def __init__(
@@ -136,12 +164,19 @@ class BiLRP(Attribution):
             one, other = (output_of(run.outputs, key) for key in (self.first, self.second))
             sides = _behind(one, sources), _behind(other, sources)
             seeds = run.seeds(self.seeder)
+            meeting = run.joint(seeds, sources) if seeds.tensors[0].requires_grad else ()
+        if meeting and self._mixes(runner, td, run, sources):
+            raise ValueError(
+                f"elements of the batch {list(td.batch_size)} depend on each other along its axis {meeting[0]}, so "
+                "that a similarity is one of features of several elements, and no pair is of one: explain elements "
+                "one by one, or call eval() on a model that normalises over the batch"
+            )
         sums = _Sums(run, sources, self.summed)
         dimensions, size = one.shape[-1], self._at_once(runner, sources)
         for start in range(0, dimensions, size):
             index = list(range(start, min(start + size, dimensions)))
-            found = self._found(runner, td, self.first, index)
-            twin = found if self.second == self.first else self._found(runner, td, self.second, index)
+            found = self._found(runner, td, Target(self.first, index))
+            twin = found if self.second == self.first else self._found(runner, td, Target(self.second, index))
             sums.add({key: found[key] for key in sides[0]}, {key: twin[key] for key in sides[1]})
         (scale,) = seeds.grads
         if self.similarity == "cosine":
@@ -149,13 +184,25 @@ class BiLRP(Attribution):
         runner.beside.update(sums.of_pairs(scale))
         return sums.of_features(scale)
 
-    def _found(
-        self, runner: Runner, td: TensorDictBase, key: NestedKey, index: list[int]
-    ) -> Mapping[NestedKey, Tensor]:
+    def _found(self, runner: Runner, td: TensorDictBase, target: Seeder) -> Mapping[NestedKey, Tensor]:
         """Relevance for dimensions of an embedding, ``[dimensions, *source]`` by source."""
-        target = Target(key, index)
         with runner.from_the_start():
             return self.method.explaining(target).explain(runner.on(td, target), td)
+
+    def _mixes(
+        self, runner: Runner, td: TensorDictBase, run: Run, sources: Mapping[NestedKey, Tensor]
+    ) -> bool:
+        """Whether the method gives an element relevance for the embeddings of others; rules may hold these constant."""
+        weight = torch.rand(td.batch_size.numel(), generator=torch.Generator().manual_seed(0)) + 0.5
+        weight = weight.reshape(td.batch_size).to(td.device)
+        for embedding in {self.first, self.second}:
+            target = Target(embedding, [0])
+            plain = self._found(runner, td, target)
+            for key, x in self._found(runner, td, _Weighed(target, weight)).items():
+                one, all_ = (run.in_batch_shape(key, r[0], sources[key]) for r in (x, plain[key]))
+                if not holds(is_close(one, beside(weight.to(all_), all_) * all_)):
+                    return True
+        return False
 
     def _at_once(self, runner: Runner, sources: Mapping[NestedKey, Tensor]) -> int:
         """How many dimensions fit into the budget."""

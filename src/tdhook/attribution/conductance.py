@@ -70,26 +70,29 @@ class Conductance(Complete):
         with runner.forward(td) as run:
             variants, sources = Variants(runner, run), list(run.sources())
             ends = _inputs(run)
+            accounted = self.ledger and any(key in ends for key in sources)
+            others = [key for key in ends if accounted and key not in sources]
+            wanted = [*sources, *others]
             for way in ways(self, run, ends):
                 found: dict[NestedKey, Tensor] = {}
                 last: dict[NestedKey, Tensor] = {}
-                for answer in variants.gradients(
-                    len(self.places), way.at(self.places), sources, reached=True
-                ):
+                for answer in variants.gradients(len(self.places), way.at(self.places), wanted, reached=True):
                     now = {
                         key: torch.cat([last[key][None], x]) if last else x for key, x in answer.found.items()
                     }
                     last = {key: x[-1] for key, x in now.items()}
-                    for key in sources:
+                    for key in wanted:
                         grad, value = now[key], now[under(REACHED, key)]
                         step = value.diff(dim=0)
                         step = step.unsqueeze(1) if grad.dim() > step.dim() else step
                         share = (step * (grad[1:] + grad[:-1]) / 2).sum(0)
                         found[key] = found[key] + share if key in found else share
                 means.add(found)
+            apart = {key: means.mean.pop(key) for key in others}
             inputs = {key: means.mean[key] for key in ends if key in means.mean}
             rises = self.rises(variants, run, ends) if self.ledger else None
-            self.told(runner, run, inputs, rises, means.deviations())
+            spread = {key: x for key, x in means.deviations().items() if key in sources}
+            self.told(runner, run, inputs, rises, spread, others=apart)
         return means.mean
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -13,7 +14,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.passes.rows import some_rows
-from tdhook.passes.variants import Variants
+from tdhook.passes.variants import Change, Variants
 from tdhook.perturbing.players import Known, Players
 from tdhook.tape.conditions import holds, is_traced
 from tdhook.targets.base import Seeder
@@ -105,6 +106,11 @@ class Game:
     def rise(self) -> Tensor:
         """How far the target is from what it is on the reference, ``[*batch]`` or ``[outputs, *batch]``."""
         return self._variants.values - self._on_reference()
+
+    @property
+    def meeting(self) -> list[int]:
+        """The axes of the batch that belong to the features."""
+        return [axis for axis in range(len(self._variants.batch)) if axis not in self._axes]
 
     def _on_reference(self) -> Tensor:
         if self._empty_by_element is None:
@@ -292,11 +298,10 @@ def apart(
         ValueError: the model does not answer the same to the same.
     """
     batch, device = variants.batch, variants.values.device
+    _look(variants, ends, start)
     if is_traced():
         axes = [axis for axis in axes if axis not in learnt.together]
     looked = [axis for axis in axes if batch[axis] > 1]
-    if not looked:
-        return tuple(axes), None
     chosen, along = [torch.ones(batch, dtype=torch.bool, device=device)], []
     for axis in looked:
         for some in _sets(
@@ -304,6 +309,8 @@ def apart(
         ):
             chosen.append(some.reshape(-1, *(1,) * (len(batch) - axis - 1)).expand(batch))
             along.append(axis)
+    if not looked:
+        return tuple(axes), None
     values = _replaced(variants, ends, start, torch.stack(chosen))
     empty, together = values[0], []
     size = torch.maximum(variants.values.abs(), empty.abs())
@@ -345,7 +352,31 @@ def _replaced(
             found[key] = torch.where(where, other.detach(), x.detach())
         return found
 
-    return torch.cat([answer.values for answer in variants.answers(len(chosen), changed)])
+    # One after the other: side by side they would be taken to leave each other alone, as is yet to be seen.
+    one_by_one = [partial(_one_of, changed, number) for number in range(len(chosen))]
+    return torch.cat([answer.values for one in one_by_one for answer in variants.answers(1, one)])
+
+
+def _look(variants: Variants, ends: Mapping[NestedKey, Tensor], start: Mapping[NestedKey, Tensor]) -> None:
+    """See whether variants leave each other alone, where more entries are replaced than are looked at one by one."""
+    if sum(x.numel() for x in start.values()) <= variants.looked_at:
+        return
+
+    def halves(numbers: range) -> dict[NestedKey, Tensor]:
+        found = {}
+        for key, other in start.items():
+            (half,) = _sets(other.numel(), other.device, pairs=False)
+            where = torch.stack([half, ~half])[numbers.start : numbers.stop].reshape(-1, *other.shape)
+            found[key] = torch.where(where, other.detach(), ends[key].detach())
+        return found
+
+    for _ in variants.answers(2, halves):
+        pass
+
+
+def _one_of(changed: Change, number: int, numbers: range) -> Mapping[NestedKey, Tensor]:
+    """A change of one variant, which is a number of another change."""
+    return changed(range(number, number + 1))
 
 
 def _place(batch: torch.Size, axis: int) -> tuple[int, int, int]:

@@ -86,16 +86,16 @@ class IntegratedGradients(Complete):
             for ends in run.independent_sources():
                 means = Means(self.spreads)
                 rises = self.rises(variants, run, ends) if self.ledger or self.tolerance else None
-                joint = run.joint(run.seeds(runner.setup.question.target), ends) if self.tolerance else ()
+                joint = run.joint(run.seeds(runner.setup.question.target), ends) if self.tolerance else None
                 for number, way in enumerate(ways(self, run, ends)):
                     if self.tolerance is None or rises is None:
                         means.add(along(variants, way, self.places))
                     else:
                         means.add(
-                            until_close(variants, way, rises[number], self.tolerance, self.steps, joint)
+                            until_close(variants, way, rises[number], self.tolerance, self.steps, joint or ())
                         )
                 found.update(means.mean)
-                self.told(runner, run, means.mean, rises, means.deviations())
+                self.told(runner, run, means.mean, rises, means.deviations(), joint)
         return found
 
     def coefficients(

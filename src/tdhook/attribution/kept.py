@@ -9,13 +9,12 @@ import torch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from tdhook.models.holding import held_by
 from tdhook.models.state import slots_of
 from tdhook.relevance.propagation.reference import Place, Reference
 from tdhook.tape.unchanged import Unchanged
 
 __all__ = ["Kept", "There"]
-
-_SAMPLED = 16
 
 
 @dataclass
@@ -37,8 +36,8 @@ class There:
 class Kept:
     """A run on a reference, with what tells whether another one would be the same.
 
-    That is what the model was given, its parameters and buffers, and, call by call, the constants and numbers that were
-    met.
+    That is what the model was given, its parameters and buffers and what else its modules hold, the precision that
+    computes, and, call by call, the constants and numbers that were met.
 
     Attributes:
         there: what it left behind.
@@ -49,7 +48,8 @@ class Kept:
     given: dict[NestedKey, Tensor]
     places: list[Place]
     _state: list[Unchanged]
-    _modes: list[bool]
+    _constants: list[Unchanged]
+    _modes: list[object]
 
     @staticmethod
     def of(
@@ -58,8 +58,9 @@ class Kept:
         """Keep what a run has just left behind."""
         # The places go on being those of the run that is explained; what is kept is no part of its tape.
         places = [place.to_keep() for place in reference.places]
-        state = [Unchanged(x, _SAMPLED) for x in _tensors(modules)]
-        return Kept(there, dict(given), places, state, [m.training for m in modules])
+        own = _tensors(modules)
+        state, constants = map(Unchanged, own), map(Unchanged, _constants(reference.places, own))
+        return Kept(there, dict(given), places, [*state], [*constants], held_by(modules))
 
     def fits(
         self, given: Mapping[NestedKey, Tensor], reference: Reference, modules: Sequence[nn.Module]
@@ -67,10 +68,10 @@ class Kept:
         """Whether the same would come out again; if so, it is filled in."""
         if not _same_entries(self.given, given) or len(self.places) != len(reference.places):
             return False
-        if self._modes != [m.training for m in modules]:
+        if self._modes != held_by(modules):
             return False
-        now = _tensors(modules)
-        if len(now) != len(self._state) or not all(map(Unchanged.is_of, self._state, now)):
+        own = _tensors(modules)
+        if not _are(own, self._state) or not _are(_constants(reference.places, own), self._constants):
             return False
         pairs = list(zip(reference.places, self.places, strict=True))
         if not all(place.meets(kept) for place, kept in pairs):
@@ -82,6 +83,17 @@ class Kept:
 
 def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
     return [registry[name] for registry, name in slots_of(modules)]
+
+
+def _constants(places: Sequence[Place], own: Sequence[Tensor]) -> list[Tensor]:
+    """The large constants that were met and no module holds; of small ones, places keep the values."""
+    known = {x.data_ptr() for x in own}
+    found = {x.data_ptr(): x for place in places for x in place.constants if x.data_ptr() not in known}
+    return list(found.values())
+
+
+def _are(now: Sequence[Tensor], before: Sequence[Unchanged]) -> bool:
+    return len(now) == len(before) and all(map(Unchanged.is_of, before, now))
 
 
 def _same_entries(kept: Mapping[NestedKey, Tensor], now: Mapping[NestedKey, Tensor]) -> bool:

@@ -33,6 +33,7 @@ from tdhook.relevance.ledger.report import ledger_table
 from tdhook.relevance.plans.making import make_plan, observe
 from tdhook.relevance.plans.plan import Merge, Plan
 from tdhook.relevance.plans.rehearsal import Ready, learn_order, rehearse
+from tdhook.relevance.secants.pair import difference
 from tdhook.targets import TargetLike
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ class LRP(Compared):
                     "name what it depends on, LRP(..., input_modules=[...])"
                 )
         here = run.sources(relevance)
-        return {key: per_value(here[key] - there[key], found) for key, found in relevance.items()}
+        return {key: per_value(difference(here[key], there[key]), found) for key, found in relevance.items()}
 
     def in_gradients(self) -> LRP:
         """The same in the gradient flow, if it has a composite, whose rules are converted to it."""

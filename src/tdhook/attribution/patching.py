@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import prod
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
+from tdhook.attribution.games import Learnt, apart, axes_given
 from tdhook.attribution.gradient import Gradient
 from tdhook.attribution.integrated_gradients import IntegratedGradients
 from tdhook.attribution.lrp import LRP
 from tdhook.attribution.parts import Parts
-from tdhook.attribution.sides import CLEAN, CORRUPT, SIDES, sides
+from tdhook.attribution.patches import Patches
+from tdhook.attribution.sides import CLEAN, CORRUPT, SIDES, mixed_by_share, require_alike, sides
 from tdhook.contexts.attribution import Attribution, Shared
 from tdhook.conventions import relevance_of
 from tdhook.keys import under
-from tdhook.models.capture import INPUT, module_path
+from tdhook.models.capture import INPUT
 from tdhook.models.model import Model
 from tdhook.passes.forward import Run
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Question
 from tdhook.passes.variants import Variants, values_of
 from tdhook.relevance.composites.composite import PRESETS
+from tdhook.relevance.secants.pair import difference
 from tdhook.targets import TargetLike
 from tdhook.targets.base import Seeder
 from tdhook.targets.pinned import ASKED
+from tdhook.targets.through import OfOperations, Place
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,8 +44,12 @@ EDGE = "edge"
 
 Edge: TypeAlias = tuple[NestedKey, str]
 
+BY_SHARE = "by_share"
+"""The name of relevance patching by share."""
+
 _NAMED: Mapping[str, Callable[[TargetLike], Attribution]] = {
     "atp": Gradient,
+    BY_SHARE: lambda target: LRP("deeplift", target=target, baseline=0.0).in_gradients(),
     "eap_ig": lambda target: IntegratedGradients(target, steps=5, rule="middle"),
     "exact": Gradient,
 }
@@ -57,6 +64,12 @@ class Patching(Attribution):
     gradient on the way from one run to the other EAP-IG (Hanna et al. 2024). With ``exact=True`` each part is
     patched, in a forward pass of its own.
 
+    No coefficient is right for every part. Of a part that changes next to nothing the effect is by the gradient in the
+    run that is patched, and of one that changes all by the secant between both runs. ``by_share=True`` goes from the
+    one to the other by the part's share of the whole change, ``|effect_secant / change of the target|``, at most 1:
+    ``effect = (1 - share) * effect_gradient + share * effect_secant``. That is exact where the target is quadratic on
+    the way from one run to the other, and the part goes its share of that way.
+
     The model reads ``key``, and the explained module ``("clean", key)`` and ``("corrupt", key)``, or ``key`` where that
     is the same in both. Effects are written under ``("attr", place)``, ``[*batch, *parts]``; what is explained as it is
     in both runs under ``("ledger", "clean")`` and ``("ledger", "corrupt")``, its difference under
@@ -65,10 +78,12 @@ class Patching(Attribution):
 
     Args:
         by: the method that gives coefficients, which says what is explained too: ``Gradient``, ``LRP``,
-            ``IntegratedGradients``. Or a name: ``"atp"``, ``"eap_ig"``, that of a preset of LRP (``"relp"``), or
-            ``"exact"``. A method that compares with a reference compares with the other run.
+            ``IntegratedGradients``. Or a name: ``"atp"``, ``"eap_ig"``, that of a preset of LRP (``"relp"``),
+            ``"by_share"`` (LRP by ``deeplift`` between both runs, and ``by_share``), or ``"exact"``. A method that
+            compares with a reference compares with the other run.
         target: what is explained, if not what the method says.
-        at: places: paths of modules, for their outputs, ``"path:input"`` for what they are given, or keys.
+        at: places: paths of modules, for their outputs, ``"path:input"`` for what they are given, keys, or selectors of
+            a single operation, ``First(Op("relu"))``, whose effects are written under ``("attr", repr(selector))``.
         edges: pairs of a place and a ``"path:input"`` behind it: the effect that the one has through that input alone,
             where what is patched is added to it (EAP; Syed et al. 2023). For modules that add to a residual
             stream which others read.
@@ -80,6 +95,9 @@ class Patching(Attribution):
             corrupt run (denoising), or ``"corrupt"``, what the corrupt value destroys in the clean one (noising). What
             speaks for the target of the clean run is positive in both.
         exact: whether to patch for real.
+        by_share: whether effects go from those by the gradient to those by the method, each by its share of the whole
+            change. It is for methods whose effects are complete between both runs: LRP with a baseline, and
+            integrated gradients.
         **options: those of :class:`~tdhook.contexts.attribution.Attribution`, if not as the method has them.
 
     Raises:
@@ -96,12 +114,13 @@ class Patching(Attribution):
         by: Attribution | str,
         target: TargetLike = None,
         *,
-        at: Sequence[NestedKey] | NestedKey = (),
+        at: Sequence[Place] | Place = (),
         edges: Sequence[Edge] = (),
         axis: int | Sequence[int] | None = None,
         heads: int | None = None,
         patch: Literal["clean", "corrupt"] = "clean",
         exact: bool = False,
+        by_share: bool = False,
         **options: Unpack[Shared],
     ) -> None:
         if patch not in SIDES:
@@ -112,7 +131,10 @@ class Patching(Attribution):
         method = method.asked(**options) if options else method
         super().__init__(**method.shared)
         self.method, self.patch, self.exact = method, patch, exact or by == "exact"
-        self.at = tuple(map(unravel_key, [at] if isinstance(at, str) else at))
+        self.by_share = by_share or by == BY_SHARE
+        self.at = tuple(map(_place, [at] if isinstance(at, str | OfOperations) else at))
+        if any(isinstance(place, OfOperations) for edge in edges for place in edge):
+            raise TypeError(f"edges begin at modules and keys, and end at 'path:input'; got {list(edges)!r}")
         self.edges = tuple((unravel_key(source), end) for source, end in edges)
         self.parts = Parts.of(axis, heads)
         if not self.at and not self.edges:
@@ -125,7 +147,7 @@ class Patching(Attribution):
                 )
 
     def __repr__(self) -> str:
-        how = "exact" if self.exact else repr(self.method)
+        how = "exact" if self.exact else f"{self.method!r}{', by_share=True' if self.by_share else ''}"
         return f"Patching({how}, at={list(self.at)!r}, patch={self.patch!r})"
 
     @property
@@ -143,8 +165,11 @@ class Patching(Attribution):
     def question(self) -> Question:
         """What the method asks, at the places."""
         ends = [place for edge in self.edges for place in edge]
-        places = dict.fromkeys((*self.method.input_modules, *self.at, *ends))
-        return self.method.asked(input_modules=tuple(places)).question
+        operations = tuple(dict.fromkeys(place for place in self.at if isinstance(place, OfOperations)))
+        named = (place for place in self.at if not isinstance(place, OfOperations))
+        places = dict.fromkeys((*self.method.input_modules, *named, *ends))
+        question = self.method.asked(input_modules=tuple(places)).question
+        return replace(question, operations=operations)
 
     def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
         """One run to be put into the other; there the method, or a forward pass for each part, as many as fit."""
@@ -152,6 +177,7 @@ class Patching(Attribution):
             raise ValueError(
                 "an effect is one on the value of a target, and relevance through units is none: name the way by edges"
             )
+        of_method, learnt = runner.state
         clean, corrupt = sides(runner.td)
         first = runner.on(clean)
         with first.forward(clean) as run:
@@ -164,18 +190,31 @@ class Patching(Attribution):
                 there = _values(run)
             here = asked
         on = runner.on(here, target)
+        on.state = of_method
         with runner.from_the_start():
-            written = self._exact(on, there) if self.exact else self._approximate(on, there)
+            small = {}
+            if self.by_share and not self.exact:
+                small = self._approximate(on, there, Gradient())
+            if self.exact:
+                written = self._exact(on, there, learnt)
+            else:
+                written = self._approximate(on, there, self.method)
         values[CORRUPT] = _value(on.as_it_is() if self.patch == CLEAN else run, target)
         _tell(runner, runner.base, values)
+        change = runner.beside["ledger", "target"]
         runner.beside.update(written)
+        runner.beside.update({key: mixed_by_share(small[key], written[key], change) for key in small})
         on.base = first.base = None  # their graphs
         return {}
 
-    def _approximate(self, on: Runner, there: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
-        coefficients = self.method.explaining(on.setup.question.target).coefficients(on, on.td, there)
+    def _approximate(
+        self, on: Runner, there: Mapping[NestedKey, Tensor], method: Attribution
+    ) -> dict[NestedKey, Tensor]:
+        if on.setup.question.operations:
+            on.as_it_is()  # which operations are meant is told by the model as it is
+        coefficients = method.explaining(on.setup.question.target).coefficients(on, on.td, there)
         run = on.as_it_is()
-        _require_alike(there, _values(run))
+        require_alike(there, _values(run))
         written: dict[NestedKey, Tensor] = {}
         for name, source, end in self._pairs(run):
             rise = self._rise(run, source, there)
@@ -185,17 +224,22 @@ class Patching(Attribution):
             written[name] = _written(run, end, summed, amounts.dim() > rise.dim())
         return written
 
-    def _exact(self, on: Runner, there: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
+    def _exact(
+        self, on: Runner, there: Mapping[NestedKey, Tensor], learnt: dict[NestedKey, Learnt]
+    ) -> dict[NestedKey, Tensor]:
         written: dict[NestedKey, Tensor] = {}
         with on.forward(on.td) as run:
-            _require_alike(there, _values(run))
+            require_alike(there, _values(run))
             variants = Variants(on, run)
+            own = axes_given(run.td, None, on.setup.question.target)
             for name, source, end in self._pairs(run):
                 x, into = (run.sources([key])[key].detach() for key in (source, end))
                 lead = run.batch_dims([source])[source]
-                change = _difference(there[source], x)
+                change = difference(there[source], x)
                 put = there[source] if source == end else into + change
-                patches = _Patches(change, into, put, self.parts, lead, source)
+                known = learnt.setdefault(name, Learnt())
+                axes, _ = apart(variants, {end: into}, {end: put}, own, known)
+                patches = Patches(change, into, put, self.parts, lead, source, variants.batch, axes)
                 effects = patches.effects(variants, end)
                 written[name] = effects if self.patch == CLEAN else -effects
         return written
@@ -223,7 +267,7 @@ class Patching(Attribution):
 
     def _rise(self, run: Run, source: NestedKey, there: Mapping[NestedKey, Tensor]) -> Tensor:
         """``a_clean - a_corrupt``."""
-        rise = _difference(there[source], run.sources([source])[source].detach())
+        rise = difference(there[source], run.sources([source])[source].detach())
         return rise if self.patch == CLEAN else -rise
 
     @property
@@ -244,9 +288,9 @@ class Patching(Attribution):
         """What the method reads."""
         return self.method.reads(td)
 
-    def start(self, model: Model) -> Any:
-        """What the method works out."""
-        return self.method.start(model)
+    def start(self, model: Model) -> tuple[Any, dict[NestedKey, Learnt]]:
+        """What the method works out, and what is found out of the model at each place."""
+        return self.method.start(model), {}
 
     def explaining(self, target: TargetLike) -> Patching:
         """The same for another target."""
@@ -262,48 +306,11 @@ class Patching(Attribution):
         Attribution.__init__(other, **other.method.shared)
         return other
 
-    def learnt(self, state: Any) -> str:
-        """What the method has seen."""
-        return self.method.learnt(state)
-
-
-class _Patches:
-    """The patches of one place, a part each.
-
-    Args:
-        change: what a patch of all of it changes, ``[*lead, *features]``.
-        into: what is there.
-        put: what is put there.
-        parts: tells its parts apart.
-        lead: how many of its axes are those of the batch.
-        name: of the place.
-    """
-
-    def __init__(
-        self, change: Tensor, into: Tensor, put: Tensor, parts: Parts, lead: int, name: NestedKey
-    ) -> None:
-        features = change.shape[lead:]
-        self._into, self._put = into, put
-        self._numbers = parts.numbers(features, name, change.device)
-        self._shape = parts.shape(features, name)
-        self._wanted = torch.arange(prod(self._shape), device=change.device)
-        if not torch.compiler.is_compiling():  # where both runs are the same, nothing changes
-            differs = (change != 0).reshape(-1, *features).any(0)
-            self._wanted = self._numbers[differs].unique()
-
-    def effects(self, variants: Variants, key: NestedKey) -> Tensor:
-        """What each does to the target, ``[*batch, *parts]`` or ``[*batch, outputs, *parts]``."""
-        before = variants.values
-        found = before.new_zeros(prod(self._shape), *before.shape)
-
-        def changed(some: range) -> dict[NestedKey, Tensor]:
-            chosen = self._wanted[some.start : some.stop].reshape(-1, *(1,) * self._into.dim())
-            return {key: torch.where(self._numbers == chosen, self._put, self._into)}
-
-        for answer in variants.answers(len(self._wanted), changed):
-            found[self._wanted[answer.numbers.start : answer.numbers.stop]] = answer.values - before
-        found = found.movedim(0, -1).reshape(*before.shape, *self._shape)
-        return found.movedim(0, len(variants.batch)) if variants.several else found
+    def learnt(self, state: tuple[Any, dict[NestedKey, Learnt]]) -> str:
+        """What the method has seen, and along which axes elements depend on each other."""
+        of_method, learnt = state
+        together = {name: one.together for name, one in learnt.items()}
+        return f"{self.method.learnt(of_method)} together {together}"
 
 
 def _method(by: Attribution | str, target: TargetLike) -> Attribution:
@@ -327,20 +334,26 @@ def _method(by: Attribution | str, target: TargetLike) -> Attribution:
     return by if target is None else by.explaining(target)
 
 
-def _name(key: NestedKey) -> str:
-    return key if isinstance(key, str) else key[0]
+def _place(place: Place) -> Place:
+    """A place as it is written.
 
-
-def _difference(x: Tensor, start: Tensor) -> Tensor:
-    """``x - start``, and zero where both are the same, as masks are that are infinite."""
-    return torch.where(x == start, 0.0, x - start)
+    Raises:
+        TypeError: it selects modules.
+    """
+    if not isinstance(place, OfOperations):
+        return unravel_key(place)
+    if not place.reaches_operations:
+        raise TypeError(
+            f"{place!r} selects modules: name the path of one, or select an operation, First(Op('relu'))"
+        )
+    return place
 
 
 def _values(run: Run) -> dict[NestedKey, Tensor]:
     return {key: x.detach() for key, x in {**run.inputs, **run.sources()}.items()}
 
 
-def _calls(run: Run, place: NestedKey, known: Mapping[NestedKey, Tensor]) -> list[NestedKey]:
+def _calls(run: Run, place: Place, known: Mapping[NestedKey, Tensor]) -> list[NestedKey]:
     """The sources of a place: one for each call of a module."""
     keys = [key for key in run.calls(place) if key in known]
     if not keys:
@@ -364,23 +377,6 @@ def _tell(runner: Runner, run: Run, values: Mapping[str, Tensor]) -> None:
     several = values[CLEAN].dim() > run.outputs.batch_dims
     for name, value in told.items():
         runner.beside["ledger", name] = value.movedim(0, -1) if several else value
-
-
-def _require_alike(there: Mapping[NestedKey, Tensor], here: Mapping[NestedKey, Tensor]) -> None:
-    """The values of one run can take the place of those of the other."""
-    if there.keys() != here.keys():
-        only = next(key for key in (*there, *here) if not (key in there and key in here))
-        name = module_path(_name(only))
-        raise ValueError(
-            f"{name!r} was not run as often in the clean run as in the corrupt one, so that nothing can be patched "
-            f"there: leave out {name!r}"
-        )
-    for key, x in there.items():
-        if x.shape != here[key].shape:
-            raise ValueError(
-                f"{_name(key)!r} has the shape {list(x.shape)} in one run and {list(here[key].shape)} in the other: "
-                "one is put in the place of the other, so choose or pad inputs to be of one length"
-            )
 
 
 def _written(run: Run, key: NestedKey, value: Tensor, several: bool) -> Tensor:

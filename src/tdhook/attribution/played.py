@@ -165,7 +165,8 @@ class PlayedOut(Played, Complete):
         rises = None
         if self.ledger:
             rises = torch.stack([game.rise for game in games])
-        self.told(runner, run, means.mean, rises, means.deviations())
+        meeting = {axis for game in games for axis in game.meeting}
+        self.told(runner, run, means.mean, rises, means.deviations(), sorted(meeting))
 
 
 @contextmanager

@@ -61,7 +61,9 @@ class SARFA(Spotted):
         chosen = game.by_element(weight.movedim(-1, 0))
         # Padding, of which nothing is explained, has no action.
         if not holds((chosen == 0) | (chosen == 1)) or not holds(chosen.sum(0) <= 1):
-            raise ValueError(_ONE)
+            raise ValueError(
+                _ONE if not game.meeting else _EACH.format(list(run.td.batch_size), game.meeting[0])
+            )
         masked = (seeds.tensors[0].detach() == -torch.inf).to(weight).movedim(-1, 0)
         game.notes.update(chosen=chosen == 1, masked=game.by_element(masked) > 0)
         return game
@@ -90,4 +92,8 @@ class SARFA(Spotted):
 _ONE = (
     "SARFA explains one action among the values of at least two: Target(key, 'argmax'), Target(key, 'action'), or "
     "Target(key, number)"
+)
+_EACH = (
+    "elements of the batch {} depend on each other along its axis {}, and each has an action of its own, where SARFA "
+    "explains one: name the step, AtStep(target), or explain elements one by one"
 )

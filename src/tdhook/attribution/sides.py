@@ -1,13 +1,18 @@
-"""Sides: a clean and a corrupt batch in one, of which the model is run on either."""
+"""Sides: a clean and a corrupt batch in one, the runs on either, and effects by how far one is from the other."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from tensordict import TensorDictBase, is_tensor_collection
+from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.keys import known_keys, under
+from tdhook.models.capture import module_path
 
-__all__ = ["CLEAN", "CORRUPT", "SIDES", "sides"]
+__all__ = ["CLEAN", "CORRUPT", "SIDES", "mixed_by_share", "require_alike", "sides"]
 
 CLEAN, CORRUPT = SIDES = ("clean", "corrupt")
 
@@ -45,3 +50,37 @@ def sides(td: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:
                 "corrupt one: one is put in the place of the other, so choose or pad them to be of one shape"
             )
     return found[0], found[1]
+
+
+def require_alike(there: Mapping[NestedKey, Tensor], here: Mapping[NestedKey, Tensor]) -> None:
+    """The values of one run can take the place of those of the other."""
+    if there.keys() != here.keys():
+        only = next(key for key in (*there, *here) if not (key in there and key in here))
+        name = module_path(_name(only))
+        raise ValueError(
+            f"{name!r} was not run as often in the clean run as in the corrupt one, so that nothing can be patched "
+            f"there: leave out {name!r}"
+        )
+    for key, x in there.items():
+        if x.shape != here[key].shape:
+            raise ValueError(
+                f"{_name(key)!r} has the shape {list(x.shape)} in one run and {list(here[key].shape)} in the other: "
+                "one is put in the place of the other, so choose or pad inputs to be of one length"
+            )
+
+
+def mixed_by_share(small: Tensor, large: Tensor, change: Tensor) -> Tensor:
+    """From effects as of small changes to those as of all of it, by the share of each in the change of the target.
+
+    Args:
+        small: ``[*batch, *parts]`` or ``[*batch, outputs, *parts]``.
+        large: of the same shape.
+        change: ``[*batch]`` or ``[*batch, outputs]``.
+    """
+    change = change.reshape(*change.shape, *(1,) * (large.dim() - change.dim()))
+    share = torch.where(large == 0, 0.0, (large / change).abs().clamp(max=1.0))
+    return torch.lerp(small, large, share)
+
+
+def _name(key: NestedKey) -> str:
+    return key if isinstance(key, str) else key[0]

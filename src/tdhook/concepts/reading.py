@@ -13,6 +13,7 @@ from tdhook.contexts.attribution import Attribution, Shared
 from tdhook.contexts.explained import ExplainedModule
 from tdhook.datasets.explaining import Explaining, Prepare
 from tdhook.datasets.rows import Rows
+from tdhook.models.capture import module_path
 from tdhook.models.model import InKeys, Model
 from tdhook.models.parallel import unwrapped
 
@@ -59,11 +60,14 @@ def root_of(policy: nn.Module) -> nn.Module:
 
 
 def is_path(policy: nn.Module, layer: NestedKey) -> bool:
-    """Whether a layer is the path of a module of the policy, ``"path:1"`` of its second call, and not a key."""
+    """Whether a layer is the path of a module of the policy, ``"path:1"`` of its second call, and not a key.
+
+    ``"path:input"`` is what the module is given.
+    """
     if not isinstance(layer, str):
         return False
     try:
-        Model.of(root_of(policy)).submodule(path_of(layer))
+        Model.of(root_of(policy)).submodule(module_path(path_of(layer)))
     except ValueError:
         return False
     return True

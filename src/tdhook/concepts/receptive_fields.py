@@ -31,7 +31,7 @@ class AtPlace(Seeder):
 
     Attributes:
         key: what is written, or a module of ``target_modules``, ``("path",)``.
-        entry: the place of each element among its features, one after the other, ``[*batch]``.
+        entry: the place of each element among its features, one after the other, ``[*batch]``; ``-1`` for none.
     """
 
     key: NestedKey
@@ -53,7 +53,7 @@ class AtPlace(Seeder):
         lead = outputs.batch_dims
         place = inputs.get(self.entry).to(z.device).unsqueeze(-1)
         chosen = torch.zeros(*z.shape[:lead], z.shape[lead:].numel(), dtype=torch.bool, device=z.device)
-        chosen = chosen.scatter_(-1, place, True).reshape(z.shape)
+        chosen = chosen.scatter_(-1, place.clamp(min=0), place >= 0).reshape(z.shape)
         return Seeds([self.key], [z], [seed_of(z, chosen, flow)])
 
 
@@ -66,6 +66,7 @@ def receptive_fields(
     is_module: bool = True,
     in_keys: InKeys | None = None,
     out_keys: Sequence[NestedKey] | None = None,
+    at_once: int | None = None,
     draws: int = _DRAWS,
     seed: int = 0,
 ) -> TensorDict:
@@ -77,17 +78,19 @@ def receptive_fields(
     Args:
         policy: the model.
         layer: the path of a module, or a key that is written.
-        td: inputs, ``[rows]``.
-        place: that of the value of each row, counted through all features of the layer, ``[rows]``.
+        td: inputs, ``[rows]``, or trajectories, ``[rows, time]``.
+        place: that of the value of each row, counted through all features of the layer, ``[rows]``; of trajectories
+            ``[rows, time]``, ``-1`` where no value is looked at.
         is_module: whether the layer is a module.
         in_keys: as in ``method.wrap``.
         out_keys: as there.
+        at_once: how many rows are looked at in one pass; by default all.
         draws: how many inputs with noise are looked at: as large as the values of the input spread, and each time twice
             as large, which opens what the data never do.
         seed: of the noise.
 
     Returns:
-        By input, truth values ``[rows, *features]``.
+        By input, truth values ``[rows, *features]``, or ``[rows, time, *features]``.
     """
     key = (str(written_at(layer)),) if is_module else layer
     modules = [path_of(str(layer))] if is_module else None
@@ -105,9 +108,10 @@ def receptive_fields(
             noise = torch.randn(value.shape, generator=chance).to(value)
             size = value.std(correction=0).clamp(min=1e-3) * 2 ** (draw - 1)
             here.set(one, value + noise * size)
-        explained(here)
+        rows = here.split(len(here) if at_once is None else at_once)
+        whole = [explained(some).select(*(under("attr", one) for one in inputs)) for some in rows]
         for one in inputs:
-            depends = here.get(under("attr", one)) != 0
+            depends = torch.cat([some.get(under("attr", one)) for some in whole]) != 0
             found[one] = found[one] | depends if one in found else depends
     return TensorDict({unravel_key(one): value.cpu() for one, value in found.items()}, td.batch_size)
 

@@ -11,6 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
+from tdhook.attribution.lrp import LRP
 from tdhook.concepts.activations import Activations
 from tdhook.concepts.found import Found
 from tdhook.concepts.origins import Origin
@@ -124,11 +125,16 @@ class ReferenceSamples:
             policy: the model, by which it is known whether the layer is a module or a key.
         """
         values = [path_of(self.layer)] if isinstance(self.layer, str) else [self.layer]
+        is_module = is_path(policy, self.layer)
         options: Shared = {
             **asked_of(policy, self.layer),
             "attribution_key": self.method.attribution_key,
-            "values": values if is_path(policy, self.layer) else [self.layer],
+            "values": values if is_module else [self.layer],
         }
+        if isinstance(self.method, LRP) and self.method.references is not None and self.by == "relevance":
+            # It is the inputs that are compared with others, and the layer is what it is then.
+            options["use_inputs"] = True
+            options["attribute"] = None if is_module else "all"
         return Activations(**options) if self.by == "value" else self.method.asked(**options)
 
     def wrap(
@@ -226,7 +232,7 @@ class ReferenceSamples:
             checkpoint: with whose weights.
 
         Raises:
-            ValueError: the job counted others, or in another way.
+            ValueError: the job counted others, or in another way, or was given some rows of its source alone.
         """
         told, mine = result.stored.folder.told()["reduce"], json.loads(json.dumps(described(self.reducer)))
         of_job = [one for one in told if isinstance(one, dict)] if isinstance(told, list) else []
@@ -234,6 +240,12 @@ class ReferenceSamples:
         if found is not None:
             raise ValueError(
                 f"the job counted otherwise, which differs in {found}: make it by samples.job(...)"
+            )
+        source = result.stored.folder.told()["source"]
+        if isinstance(source, dict) and source.get("chosen") != described(str(None)):
+            raise ValueError(
+                "the job was given some rows of its source, and numbers these from 0, so that rows of the source would "
+                "be called otherwise: give a job all of them, or count some by fold(policy, source, rows)"
             )
         done = result.done.reshape(-1, result.done.shape[-1])[checkpoint]
         part = result.merged_of(checkpoint).get(_NAME)
@@ -344,16 +356,17 @@ class ReferenceSamples:
         Returns:
             ``[found]``: what :meth:`Found.best` gives; the rows, ``"data"``; ``("attr", key)``, the relevance of each
             input that passes the unit (:class:`~tdhook.targets.Through`); and ``("field", key)``, ``[found, 2, axes]``,
-            the box around what the unit depends on at the place where there is most of it.
+            the box around what the unit depends on at the place where there is most of it. Of rows that are
+            trajectories, data and relevance are whole trajectories, ``[found, time, ...]``: what each of their steps
+            gave to the unit in that one of them which ``"step"`` tells. The first axis of the box is time.
 
         Raises:
-            NotImplementedError: rows are trajectories.
             ValueError: these are other data than those that were counted, or other weights.
         """
         best = self.found.best(unit, group, against=against, count=count, apart=apart)
         if self._origin.source is not None:
             self._origin.followed_by(Origin.of(root_of(policy), as_rows(source)), len(best))
-        one = UnitOf(self.layer, unit, self.reducer.axis, self.reducer.heads)
+        one = UnitOf(self.layer, unit, self.found.units, self.reducer.axis, self.reducer.heads)
         return reference_frames(self.method, one, policy, source, best, reading, fields=fields)
 
 

@@ -156,7 +156,8 @@ class Complete(Compared):
         samples: how many references are drawn where the baseline is drawn; relevance is the mean over them.
         ledger: whether to account for it, per batch element: ``("ledger", "target")`` is the difference of the target,
             ``("ledger", "inputs")`` the sum of the relevance of the inputs, ``("ledger", "gap")`` what they differ in,
-            and ``("ledger", "absorbed")`` nothing, which rules of propagation may keep.
+            and ``("ledger", "absorbed")`` what inputs have that are not attributed and come from their baselines all
+            the same, as with conductance. Of elements that depend on each other each has its share.
         **options: those of :class:`~tdhook.contexts.attribution.Attribution`: ``attribute``, ``input_modules``, ...
     """
 
@@ -191,6 +192,8 @@ class Complete(Compared):
         found: Mapping[NestedKey, Tensor],
         rises: Tensor | None,
         spread: Mapping[NestedKey, Tensor],
+        meeting: Sequence[int] | None = None,
+        others: Mapping[NestedKey, Tensor] | None = None,
     ) -> None:
         """Write the accounts of the inputs, and how relevance spreads.
 
@@ -200,11 +203,16 @@ class Complete(Compared):
             found: relevance of sources that depend on none of each other, ``[*source]`` or ``[outputs, *source]``.
             rises: the differences that it is to add up to, as :meth:`rises` gives them.
             spread: its standard deviation over references.
+            meeting: the batch axes along which elements depend on each other, by default those where gradients say so:
+                along these relevance adds up in sum, which each element has its share of.
+            others: relevance of inputs that are not attributed, and come from their baselines too.
         """
         write_under(SPREAD, runner, run, spread)
         sources = run.sources(found)
         if self.ledger and rises is not None and found.keys() == run.independent_sources()[0].keys():
-            runner.beside.update(_accounts(run, sources, found, rises.mean(0)))
+            if meeting is None:
+                meeting = run.joint(run.seeds(runner.setup.question.target), found)
+            runner.beside.update(_accounts(run, sources, found, rises.mean(0), others or {}, tuple(meeting)))
 
     def rises(self, variants: Variants, run: Run, ends: Mapping[NestedKey, Tensor]) -> Tensor:
         """How far the target is from what it is on each reference, ``[references, *batch]``.
@@ -223,14 +231,26 @@ def write_under(name: str, runner: Runner, run: Run, values: Mapping[NestedKey, 
 
 
 def _accounts(
-    run: Run, sources: Mapping[NestedKey, Tensor], found: Mapping[NestedKey, Tensor], rise: Tensor
+    run: Run,
+    sources: Mapping[NestedKey, Tensor],
+    found: Mapping[NestedKey, Tensor],
+    rise: Tensor,
+    others: Mapping[NestedKey, Tensor],
+    meeting: tuple[int, ...],
 ) -> dict[NestedKey, Tensor]:
     """Whether relevance adds up, ``[*batch]`` or ``[*batch, outputs]``."""
     several = rise.dim() > run.outputs.batch_dims
     target = rise.movedim(0, -1) if several else rise
-    arrived = torch.zeros_like(target)
-    for key, source in sources.items():
-        shaped = run.in_batch_shape(key, found[key], source)
-        arrived = arrived + shaped.reshape(*target.shape, -1).sum(-1)
-    told = (target, arrived, torch.zeros_like(target), target - arrived)
+
+    def summed(values: Mapping[NestedKey, Tensor], of: Mapping[NestedKey, Tensor]) -> Tensor:
+        shaped = [run.in_batch_shape(key, values[key], x).reshape(*target.shape, -1) for key, x in of.items()]
+        return sum((x.sum(-1) for x in shaped), torch.zeros_like(target))
+
+    arrived = summed(found, sources)
+    absorbed = summed(others, {key: run.inputs[key] for key in others})
+    gap = target - arrived - absorbed
+    if meeting:
+        gap = gap.mean(meeting, keepdim=True).expand_as(target)
+        arrived = target - absorbed - gap
+    told = (target, arrived, absorbed, gap)
     return {cast(NestedKey, ("ledger", name)): value for name, value in zip(_ACCOUNTS, told, strict=True)}

@@ -27,8 +27,9 @@ from tdhook.models.state import restored
 from tdhook.passes.rows import beside, joined
 from tdhook.perturbing.before import PREVIOUS
 from tdhook.targets.hindsight import InHindsight
+from tdhook.targets.pinned import ASKED
 
-__all__ = ["Recorded", "rows_at_once"]
+__all__ = ["Recorded", "recurrent", "rows_at_once"]
 
 _VALID = "_explain_valid"
 _RECURRENT = "torchrl.modules"
@@ -256,12 +257,12 @@ class Recorded:
         if valid is not None:
             work = work.copy()
             for key in self.method.seeder.entries or ():
-                taken = work.get(key, None)
+                taken = None if parts_of(key)[0] == ASKED else work.get(key, None)
                 if taken is not None:  # what stands in the padding may be no action at all
                     work.set(key, torch.where(beside(valid, taken), taken, taken[valid][0]))
             work.set(_VALID, valid)
         rows = work.reshape(-1, batch[-1])
-        with _recurrent():
+        with recurrent():
             whole = joined(rows, self.rows_together(rows), entries)
         return {key: value.reshape(*batch, *value.shape[2:]) for key, value in whole.items()}
 
@@ -294,7 +295,7 @@ class Recorded:
 
 
 @contextmanager
-def _recurrent() -> Iterator[None]:
+def recurrent() -> Iterator[None]:
     """Have torchrl's recurrent modules look along time, if there can be any."""
     torchrl = sys.modules.get(_RECURRENT)
     with nullcontext() if torchrl is None else torchrl.set_recurrent_mode("recurrent"):

@@ -17,13 +17,14 @@ from tdhook.evaluation.similarity import cosine, sign_agreement, spearman
 from tdhook.extras import require
 from tdhook.keys import parts_of, under
 from tdhook.models.model import InKeys
+from tdhook.targets.through import OfOperations, Place
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["ApproximatedEffects", "EffectsAgreement", "compare_effects"]
 
-Kinds = Mapping[str, Sequence[NestedKey]]
+Kinds = Mapping[str, Sequence[Place]]
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,9 @@ def _agreement(
     kind: str,
     effects: Mapping[NestedKey, Tensor],
     exact: Mapping[NestedKey, Tensor],
-    places: Sequence[NestedKey],
+    places: Sequence[Place],
 ) -> EffectsAgreement:
-    keys = [under(place) for place in places]
+    keys = [under(repr(place) if isinstance(place, OfOperations) else place) for place in places]
     for key in keys:
         if key not in exact:
             raise KeyError(

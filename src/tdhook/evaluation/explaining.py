@@ -138,16 +138,22 @@ def explaining(
     batch_dims: int | None,
     chunk_size: int,
     seed: int,
+    changes: bool = True,
 ) -> Iterator[Explaining]:
     """Ask one question about all rows of ``td``, and explain them; the model is left as it was.
 
+    With ``changes`` it is asked about changed copies of them, too.
+
     Raises:
-        ValueError: the batch is empty, or the target explains several outputs.
+        ValueError: the batch is empty, or the target explains several outputs; or what is answered of a row depends on
+            what lies beside it, as copies of rows will.
     """
     target = target_of(method, target)
     axes = axes_of(td, batch_dims, target)
     with quiet(module, seed):
         question, whole = asked(module, td, target, axes, chunk_size)
+        if changes:
+            question.look(whole)
         explain = None if method is None else bound(method, module, question.seeder, whole)
         yield Explaining(td, axes, question, whole, explain, keys, groups, attribution_key, chunk_size)
 
@@ -201,6 +207,7 @@ def explained_by(
             batch_dims=batch_dims,
             chunk_size=chunk_size,
             seed=seed,
+            changes=False,
         ) as each:
             parts = list(each.parts())
         # Written beside the inputs, without what was there before.

@@ -6,14 +6,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from types import FunctionType, MethodType
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tdhook.tape.internals import children_of
 
-__all__ = ["Beside", "Makeup", "modules_of"]
+__all__ = ["Beside", "Makeup", "held_by", "modules_of"]
 
 _CONTAINERS = (list, tuple, set, frozenset, dict)
 _FUNCTIONS = (FunctionType, MethodType, partial)
+_PLAIN = (bool, int, float, str, bytes, type)
+_MOST = 64
 # Parts of every module, which hold none that the model runs.
 _OWN = frozenset(vars(nn.Module())) | {"forward", "_prev_forward"}
 
@@ -35,6 +38,41 @@ class Beside(nn.Module):
             names.setdefault(name, {})[below] = module
         for name, inside in names.items():
             self.add_module(name, inside[""] if "" in inside else Beside(inside))
+
+
+def held_by(modules: Iterable[nn.Module]) -> list[object]:
+    """What modules hold besides tensors and modules, and how they compute, to compare with what they hold later."""
+    found: list[object] = [
+        (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")
+    ]
+    for module in modules:
+        attributes = module.__dict__
+        forward = attributes.get("forward")
+        found += [attributes["training"], getattr(forward, "replaced", (forward,))[0]]
+        found += [(name, _told(value)) for name, value in attributes.items() if name not in _OWN]
+    return found
+
+
+def _told(value: object, depth: int = 3) -> object:
+    """A value so that it does not change with what it holds; by itself where it is no plain one."""
+    if isinstance(value, _PLAIN) or value is None:
+        return type(value), value
+    if depth and type(value) in _CONTAINERS and len(value) <= _MOST:  # type: ignore[arg-type]
+        inside = value.items() if isinstance(value, dict) else value
+        return type(value), [_told(x, depth - 1) for x in inside]  # type: ignore[attr-defined]
+    return Tensor if isinstance(value, Tensor) else _Itself(value)
+
+
+class _Itself:
+    """A value that is the same as itself alone."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and other.value is self.value
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def modules_of(root: nn.Module) -> dict[str, nn.Module]:

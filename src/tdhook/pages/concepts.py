@@ -18,7 +18,7 @@ from tdhook.concepts.graphs import AttributionGraph
 from tdhook.configuration import write_key
 from tdhook.files import write_whole
 from tdhook.keys import parts_of, under
-from tdhook.pages.figures import field_html, heat_html, picture_html
+from tdhook.pages.figures import field_html, heat_html, picture_html, words_html
 from tdhook.pages.names import feature_names
 from tdhook.pages.pictures import frames_of_observation
 from tdhook.pages.preparation import picture_axes
@@ -28,6 +28,11 @@ from tdhook.plots.graphs import relevance_graph
 
 __all__ = ["UnitShown", "write_concepts_report"]
 
+_TEXTS = (
+    '<p class="hint">Below, the texts for which each of these units was worth most, with the relevance that passes '
+    "this unit alone: red speaks for what is explained, blue against it. Underlined is the word at which it was worth "
+    "most.</p>"
+)
 _NOTE = (
     '<p class="hint">Below, the steps in which each of these units was worth most, with the relevance that passes this '
     "unit alone: red speaks for what is explained, blue against it. The box is around all that the unit can see where "
@@ -45,10 +50,13 @@ class UnitShown:
     Attributes:
         unit: its number.
         frames: what :meth:`~tdhook.concepts.ReferenceSamples.frames` gave.
+        words: of each step, if these are texts: what the places along the first axis of its inputs are called. The last
+            of them are named, where there are fewer than places, as in texts that are padded on the left.
     """
 
     unit: int
     frames: TensorDict
+    words: Sequence[Sequence[str]] = ()
 
 
 def write_concepts_report(
@@ -66,7 +74,8 @@ def write_concepts_report(
     """Write what units of a layer respond to as one HTML file that needs nothing else: no network, no script.
 
     The page shows how much each of the units matters in each group, and of each unit the steps in which it mattered
-    most: pictures with the relevance that passes the unit, and the part of them that it sees, or vectors as tables.
+    most: pictures with the relevance that passes the unit, and the part of them that it sees, texts, or vectors as
+    tables.
 
     Args:
         found: of the units, :attr:`~tdhook.concepts.ReferenceSamples.found`.
@@ -85,6 +94,7 @@ def write_concepts_report(
 
     Raises:
         ImportError: there are graphs, and matplotlib is not installed.
+        ValueError: a text has more words than its relevance has places.
         IsADirectoryError: the path is a folder.
     """
     path = Path(path)
@@ -92,7 +102,8 @@ def write_concepts_report(
         raise IsADirectoryError(f"{path} is a folder, where the page is to be a file")
     names = {group: f"group {group}" for group in found.groups} | dict(groups or {})
     units = list(dict.fromkeys(one.unit for several in shown.values() for one in several))
-    sections = [_section(f"Units by mean {by}", _table(found, units, names) + _NOTE)]
+    note = _TEXTS if any(one.words for several in shown.values() for one in several) else _NOTE
+    sections = [_section(f"Units by mean {by}", _table(found, units, names) + note)]
     for group, several in shown.items():
         body = "".join(_unit(found, group, one, names, by, features) for one in several)
         if graphs is not None and group in graphs:
@@ -172,7 +183,9 @@ def _unit(
         axes = picture_axes(relevance.shape[1:])
         if len(_inputs(frames)) > 1:
             parts.append(f"<h4>{text_html(write_key(key))}</h4>")
-        if axes is None:
+        if one.words:
+            parts.append(_texts(one, relevance, captions))
+        elif axes is None:
             parts.append(_vectors(relevance, value, captions, features))
         else:
             parts.append(_pictures(relevance, value, box, captions, axes))
@@ -219,6 +232,23 @@ def _pictures(
         return f'<div class="gallery">{"".join(picture_html(*one) for one in shown)}</div>'
     pairs = (field_html(*one) for one in zip(frames, maps, boxes, captions, strict=True))
     return f'<div class="gallery">{"".join(pairs)}</div>'
+
+
+def _texts(one: UnitShown, relevance: Tensor, captions: Sequence[str]) -> str:
+    """Steps as texts, each word on the colour of its relevance; underlined is the one at which most of it passed."""
+    amounts = relevance.flatten(2).sum(-1) if relevance.dim() > 2 else relevance
+    places = one.frames.get("place")
+    texts = []
+    for i, (words, caption) in enumerate(zip(one.words, captions, strict=True)):
+        first = amounts.shape[1] - len(words)
+        if first < 0:
+            raise ValueError(
+                f"step {i} of unit {one.unit} has {len(words)} words, and its relevance {amounts.shape[1]} places"
+            )
+        along = places.shape[-1] > 0
+        place = int(places[i, 0]) - first if along else None
+        texts.append(words_html(words, amounts[i, first:], place, caption))
+    return "".join(texts)
 
 
 def _vectors(

@@ -12,7 +12,16 @@ from torch import Tensor
 from tdhook.pages.pictures import png
 from tdhook.pages.provenance import number, text_html
 
-__all__ = ["COLOURS", "bars_svg", "cloud_svg", "field_html", "heat_html", "picture_html", "ranges_svg"]
+__all__ = [
+    "COLOURS",
+    "bars_svg",
+    "cloud_svg",
+    "field_html",
+    "heat_html",
+    "picture_html",
+    "ranges_svg",
+    "words_html",
+]
 
 COLOURS = 8
 """How many colours there are for groups and clusters; the ninth has that of the first."""
@@ -22,6 +31,8 @@ _LINE = 2
 _SHOWN = 130
 """Pixels of the screen that a picture in a gallery has about."""
 _SHARPEST = 0.995
+_STRENGTHS = 8
+"""How many strengths of a colour words are shown on."""
 
 
 def ranges_svg(names: Sequence[str], groups: Sequence[str], quantiles: Tensor) -> str:
@@ -158,6 +169,24 @@ def field_html(frame: Tensor, relevance: Tensor, box: Tensor, caption: str) -> s
 def heat_html(relevance: Tensor, caption: str) -> str:
     """Relevance alone, ``[height, width]``, as a picture."""
     return _figure(_painted(relevance, torch.full((*relevance.shape, 3), 245.0)), caption)
+
+
+def words_html(words: Sequence[str], relevance: Tensor, place: int | None, caption: str) -> str:
+    """Words on the colour of their relevance, red for and blue against.
+
+    Args:
+        words: of the text.
+        relevance: ``[words]``.
+        place: the word that is underlined, if one is.
+        caption: what stands below.
+    """
+    top, parts = relevance.abs().max().item() or 1.0, []
+    for i, (word, amount) in enumerate(zip(words, relevance.tolist(), strict=True)):
+        strength = round(_STRENGTHS * abs(amount) / top)
+        colour = f"{'positive' if amount > 0 else 'negative'} s{strength}" if strength else ""
+        kind = f"{colour} place".strip() if i == place else colour
+        parts.append(f'<span class="{kind}" title="{number(amount)}">{text_html(word)}</span>')
+    return f'<figure class="words"><p>{" ".join(parts)}</p><figcaption>{text_html(caption)}</figcaption></figure>'
 
 
 def _painted(relevance: Tensor, ground: Tensor) -> Tensor:

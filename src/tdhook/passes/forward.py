@@ -16,12 +16,14 @@ from tdhook.conventions import Convention
 from tdhook.keys import parts_of
 from tdhook.models.capture import calls_of
 from tdhook.models.entries import entries_of, frames_of, is_flat
+from tdhook.models.sites import Performance
 from tdhook.passes.diagnosis import is_explainable, why_not_finite, why_relevance_is_not
 from tdhook.passes.finite import Disregarding, are_finite
 from tdhook.passes.performed import Output
 from tdhook.passes.rows import is_close
 from tdhook.passes.setup import Setup
 from tdhook.passes.within import Against
+from tdhook.tape.conditions import holds
 from tdhook.targets.base import Seeder, Seeds, require_dependence
 from tdhook.targets.pinned import pin
 from tdhook.targets.through import OfOperations, Place, Through, outwards
@@ -191,11 +193,30 @@ class Run:
             )
             sources.update((k, found[k]) for k in below)
         sources.update({(name,): self.modules[name] for name in self._calls(setup.input_modules)})
+        sources.update({(repr(place),): self._output(place) for place in setup.question.operations})
         chosen = sources if among is None else set(among)
         return {key: x for key, x in sources.items() if x.requires_grad and key in chosen}
 
-    def calls(self, name: NestedKey) -> list[NestedKey]:
-        """The sources that a key names, or the path of a module: one for each of its calls."""
+    def _output(self, place: OfOperations) -> Tensor:
+        """The output of an operation, of which the batch is in front."""
+        layer = self.layer(place)
+        if layer.folded or layer.lead != (1 if self.flat else self.td.batch_dims):
+            raise ValueError(
+                f"{layer.name} gives {list(layer.value.shape)}, in front of which are not the axes of the batch "
+                f"{list(self.td.batch_size)}: choose an operation of values of each element"
+            )
+        return layer.value
+
+    @property
+    def meant(self) -> dict[Performance, OfOperations]:
+        """Which operations are attributed, as far as they are told apart."""
+        found = ((place, self.performed.get(place, ())) for place in self.setup.question.operations)
+        return {outputs[0].performance: place for place, outputs in found if len(outputs) == 1}
+
+    def calls(self, name: Place) -> list[NestedKey]:
+        """The sources that a key names, the path of a module (one for each of its calls), or a selector."""
+        if isinstance(name, OfOperations):
+            return [(repr(name),)]
         key = unravel_key(name)
         if key in self.keys or key in self.inputs:
             return [key]
@@ -294,7 +315,7 @@ class Run:
             pulled = self.pull(Seeds(seeds.keys, seeds.tensors, grads, seeds.several), sources)
             for key, grad in pulled.items():
                 one, all_ = (self.in_batch_shape(key, x, sources[key]) for x in (grad, plain[key]))
-                if not bool(is_close(one, weighed(all_, axis))):
+                if not holds(is_close(one, weighed(all_, axis))):
                     found.append(axis)
                     break
         return tuple(found)

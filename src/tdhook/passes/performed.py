@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -11,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdhook.models.paths import Paths
-from tdhook.models.sites import Site
+from tdhook.models.sites import Performance, Site
 from tdhook.passes.within import Within
 from tdhook.selectors.names import name_of, queries
+from tdhook.tape.cutting import Graph
+from tdhook.tape.dependence import leaf
 from tdhook.tape.entering import entered
 from tdhook.tape.functions import apart
 from tdhook.tape.internals import function_modes, push_mode, set_function_modes
@@ -32,10 +35,12 @@ class Output:
     Attributes:
         site: where it stands in the model.
         value: its output.
+        performance: which operation it is, whether or not those before it depend on what is attributed.
     """
 
     site: Site
     value: Tensor
+    performance: Performance
 
 
 @dataclass
@@ -46,6 +51,9 @@ class Performed:
         selectors: what is asked for.
         modules: the model's modules by path.
         how: the model is run.
+        meant: which operation a selector means, as far as another run has told.
+        replaced: what takes the place of the outputs of these, which are leaves.
+        graph: told of these, and of other leaves that are made.
 
     Attributes:
         found: by selector, in the order in which they were performed; of one that asks when, all that it may mean.
@@ -54,11 +62,16 @@ class Performed:
     selectors: Iterable[OfOperations]
     modules: Mapping[str, nn.Module]
     how: Within
+    meant: Mapping[Performance, OfOperations] = field(default_factory=dict)
+    replaced: Mapping[OfOperations, Tensor] = field(default_factory=dict)
+    graph: Graph = field(default_factory=Graph)
     found: dict[OfOperations, list[Output]] = field(default_factory=dict)
+    _counts: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def clear(self) -> None:
         """Forget them: the model runs once more."""
         self.found.clear()
+        self._counts.clear()
 
     def within(self) -> AbstractContextManager[object]:
         """Look at the operations while the block runs."""
@@ -71,20 +84,40 @@ class Performed:
         Returns:
             What the model goes on with, which it may overwrite.
         """
-        site = Site(path, module, name_of(func), modules=self.modules)
-        wanted = [selector for selector in self.selectors if selector.anywhen.matches(site)]
+        operation = name_of(func)
+        performance = operation, path, self._counts[operation, path]
+        self._counts[operation, path] += 1
+        site = Site(path, module, operation, modules=self.modules)
+        place = self.meant.get(performance)
+        if place is not None:
+            value = self._on_tape(value, self.replaced.get(place))
+            self.found[place] = [Output(site, value, performance)]
+        known = self.meant.values()
+        others = [one for one in self.selectors if one not in known] if value.requires_grad else []
+        wanted = [selector for selector in others if selector.anywhen.matches(site)]
         for selector in wanted:
             found = self.found.setdefault(selector, [])
-            number = sum((one.site.operation, one.site.name) == (site.operation, path) for one in found)
-            found.append(Output(replace(site, number=number), value))
-        if not wanted:
+            number = sum((one.site.operation, one.site.name) == (operation, path) for one in found)
+            found.append(Output(replace(site, number=number), value, performance))
+        if not wanted and place is None:
             return value
         return value.clone() if self.how.overwrites else apart(value)
+
+    def _on_tape(self, value: Tensor, other: Tensor | None) -> Tensor:
+        """The value, or what takes its place; off the tape the graph begins here."""
+        if other is None and value.requires_grad:
+            return value
+        begun = leaf(value if other is None else other)
+        self.graph.grows_from([begun])
+        return begun
 
     def chosen(self) -> dict[OfOperations, list[Output]]:
         """Those that are meant, where all have been performed."""
         chosen = {}
         for selector, found in self.found.items():
+            if selector in self.meant.values():
+                chosen[selector] = found
+                continue
             performed = tuple(one.site.performance for one in found)
             sites = [(replace(one.site, performed=performed), one) for one in found]
             chosen[selector] = [one for site, one in sites if selector.matches(site)]
@@ -125,6 +158,6 @@ class _Looking(Watching):
             finally:
                 set_function_modes(function_modes()[:-1])
         made = func(*args, **kwargs)
-        if isinstance(made, Tensor) and made.is_floating_point() and made.requires_grad and not queries(func):
+        if isinstance(made, Tensor) and made.is_floating_point() and not queries(func):
             return self._performed.add(func, *self._paths.innermost, made)
         return made

@@ -20,6 +20,8 @@ from tdhook.targets.pinned import pin
 
 __all__ = ["Asked", "asked"]
 
+_LOOKED = 8
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -56,6 +58,39 @@ class Asked:
             share = torch.where(weight == 0, 0.0, weight * z).to(torch.float64)
             total = total + share.reshape(len(rows), -1).sum(1)
         return total
+
+    def look(self, rows: TensorDictBase) -> None:
+        """See that what is answered of a row does not depend on what lies beside it, as copies of rows will.
+
+        Some rows lie beside halves of them, and the first and the last of these are asked beside themselves alone.
+        Where a model draws random numbers nothing is seen.
+
+        Raises:
+            ValueError: it does.
+        """
+        some = self.reads(rows[:_LOOKED])
+        halves = some.copy()
+        for key in self.model.runner.in_keys:
+            value = some.get(key, None)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                halves.set(key, value / 2)
+        beside = cast(TensorDictBase, torch.cat([some, halves]))
+        with self.memory.kept(always=True):
+            chance = torch.get_rng_state()
+            outputs = self.seeder.derive(self.model.run(beside.copy())[0], beside)
+            if not torch.equal(chance, torch.get_rng_state()):
+                return
+        together = self.values(outputs, beside)
+        for number in (0, len(beside) - 1):
+            twice = beside[[number, number]]  # by itself: one row alone some layers refuse
+            found = self.values(self.outputs(twice), twice)
+            reach = torch.finfo(torch.float32).eps ** 0.5 * together.abs().max()
+            if bool(((found - together[number]).abs() > reach).any()):
+                raise ValueError(
+                    "what the model answers of a row depends on what lies beside it, where copies of rows are to lie "
+                    "side by side: call eval() on a model that normalises over the batch; say by batch_dims= which "
+                    "axes tell apart what is explained, where the others belong together, as steps of a sequence"
+                )
 
     def reads(self, rows: TensorDictBase) -> TensorDictBase:
         """Those entries of ``rows`` that the answer depends on."""

@@ -124,6 +124,7 @@ class Runner:
         setup, how = self.setup, within or AsItIs()
         given_others, replaced = bool(replaced), {**self.replaced, **(replaced or {})}
         asked = target or self.setup.question.target
+        changed = within is not None or bool(replaced)
         is_base = td is self.td and not given_others and self.base is None
         modules = setup.turn.modules
         prepared = all_of(
@@ -145,7 +146,14 @@ class Runner:
                 captured = Captured(replaced, self.graph, axis, how.overwrites)
                 collecting = setup.collecting(captured)
                 if setup.inside.operations:
-                    performed = Performed(setup.inside.operations, modules_of(setup.model.root), how)
+                    meant = setup.meant if changed else {}
+                    known = modules_of(setup.model.root)
+                    others = {
+                        place: replaced[(repr(place),)]
+                        for place in meant.values()
+                        if (repr(place),) in replaced
+                    }
+                    performed = Performed(setup.inside.operations, known, how, meant, others, self.graph)
                     looking = performed.within()
 
             def forget() -> None:
@@ -174,6 +182,8 @@ class Runner:
             if captured is not None:
                 run.modules, run.keys = captured.modules, captured.keys
                 run.performed = {} if performed is None else performed.chosen()
+                if performed is not None and not changed:
+                    setup.meant = run.meant
             if is_base:
                 self.base, setup.apart = run, setup.model.apart
             yield run

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tdhook.models.capture import Captured, module_path
 from tdhook.models.holding import modules_of
 from tdhook.models.model import Apart, Model
+from tdhook.models.sites import Performance
 from tdhook.models.state import Memory, made_in_inference_mode
 from tdhook.models.turns import Turn
 from tdhook.passes.axes import Axes
@@ -25,6 +26,7 @@ from tdhook.passes.inside import Inside
 from tdhook.passes.leaves import Choose, Leaves
 from tdhook.tape.fronts import Fronts
 from tdhook.targets.base import Seeder
+from tdhook.targets.through import OfOperations
 
 __all__ = ["LAYOUTS", "Attribute", "Question", "Setup", "inner_modules"]
 
@@ -48,6 +50,7 @@ class Question:
         values: paths of modules, and keys, whose values are written; or whether those of what is attributed are.
         memory_budget: bytes that the gradients of several targets may take together.
         changes_inputs: whether inputs are changed even where they are not attributed.
+        operations: selectors of single operations whose outputs are attributed.
     """
 
     target: Seeder
@@ -58,6 +61,7 @@ class Question:
     values: bool | tuple[NestedKey, ...] = False
     memory_budget: int | None = None
     changes_inputs: bool = False
+    operations: tuple[OfOperations, ...] = ()
 
 
 class Setup:
@@ -81,7 +85,8 @@ class Setup:
         keeps_anywhere: whether values of its runs may be kept anywhere, and not only on the model, nor are they young.
         axes: which axes of the outputs of modules are the batch's.
         fronts: whether what variants go back through alike may be gone through once.
-        inside: the places inside the model that the target names.
+        inside: the places inside the model that the target names, and the operations that are attributed.
+        meant: which operations the latter are, as the last run told that was the model's own.
         apart: how the model returns a TensorDict of its own, if it was seen to.
         layout: how variants of a batch leave each other alone, as far as was seen: one of :data:`LAYOUTS`.
 
@@ -95,12 +100,13 @@ class Setup:
         self.attribute, self.input_modules = question.attribute, question.input_modules
         self.target_modules = question.target_modules
         named = () if isinstance(question.values, bool) else question.values
-        places = question.target.places
+        places = (*question.target.places, *question.operations)
         named_keys = bool(named) or isinstance(question.attribute, tuple) or bool(places)
         known = _inner_keys(model) if named_keys else set()
         self.valued_keys = [key for key in named if key in known or key in model.attributed]
         self.valued_modules = [_path(key) for key in named if key not in self.valued_keys]
         self.inside = Inside.of(model, places, known) if places else Inside()
+        self.meant: dict[Performance, OfOperations] = {}
         inside = self.inside.paths
         paths = (*question.input_modules, *question.target_modules, *self.valued_modules, *inside)
         self.paths: Mapping[str, nn.Module] = {path: model.submodule(module_path(path)) for path in paths}
@@ -147,7 +153,7 @@ class Setup:
     @property
     def sources(self) -> list[NestedKey]:
         """The keys that relevance is written for, as far as they are known before the model runs."""
-        return [*self.attributed, *self.input_modules]
+        return [*self.attributed, *self.input_modules, *map(repr, self.question.operations)]
 
 
 def _resolved(model: Model, question: Question) -> Question:

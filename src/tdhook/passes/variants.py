@@ -2,7 +2,10 @@
 
 Methods that ask a model again and again (paths, noise, perturbations) ask here. Variants are laid out as elements of
 one larger batch. That is right where elements of a batch have nothing to do with each other, which is looked at in each
-call: among the first variants lies the batch as it is, and the model must answer there what it answered before.
+call: among the first variants lies the batch as it is, and the model must answer there what it answered before. And
+some of the others must have the answers that they have alone, since the largest of a batch, say, is the same whatever
+smaller values lie beside the batch as it is. It is looked at again where there are as many at once as there were not
+yet.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from tdhook.passes.rows import is_close, some_rows
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import LAYOUTS
 from tdhook.passes.summing import Summing
-from tdhook.tape.conditions import holds
+from tdhook.tape.conditions import holds, is_traced
 from tdhook.targets.base import Seeder, Seeds
 
 __all__ = ["REACHED", "Answer", "Change", "Variants", "values_of"]
@@ -100,7 +103,7 @@ class Variants:
         run.look_at_axes(seeds)
         self.values = values_of(seeds, run.outputs.batch_size)
         self.batch: torch.Size = run.outputs.batch_size
-        self._looked: set[str] = set()
+        self._looked: dict[str, set[int]] = {}
         self._shapes = {key: x.shape for key, x in self._sources.items()}
         self._besides = {under(REACHED, key): x.shape for key, x in self._sources.items()}
         sizes = list(sizes_behind(seeds.tensors))
@@ -112,6 +115,11 @@ class Variants:
     def size(self) -> int:
         """Bytes that one variant takes while it is run forwards and backwards."""
         return self._total + 4 * self._largest
+
+    @property
+    def looked_at(self) -> int:
+        """How many variants are looked at whether they leave each other alone, at most."""
+        return self._few
 
     @property
     def several(self) -> int:
@@ -134,7 +142,7 @@ class Variants:
         Args:
             count: how many variants there are.
             change: makes them.
-            of: the sources whose gradients are wanted; by default those that are changed.
+            of: the sources whose gradients are wanted, or inputs; by default those that are changed.
             reached: whether the values of these are wanted too, under ``(REACHED, key)``.
         """
         ask = partial(self._gradient, of=of, reached=reached)
@@ -187,9 +195,10 @@ class Variants:
         start = 0
         while start < count:
             alone = at_once == 1 or self._setup.layout == LAYOUTS[-1]
-            looks = not alone and kind not in self._looked
-            step = min(at_once, self._few) if looks else at_once  # where one looks, all is copied once more
-            numbers = range(start, start + 1 if alone else min(start + step, count))
+            numbers = range(start, start + 1 if alone else min(start + at_once, count))
+            looks = not alone and self._is_to_be_looked_at(kind, len(numbers))
+            if looks and len(numbers) > self._few:  # where one looks, all is copied once more
+                numbers = range(start, start + self._few)
             try:
                 if alone:
                     changed = {key: value[0] for key, value in change(numbers).items()}
@@ -202,7 +211,7 @@ class Variants:
                         at_once, apart = 1, True
                         continue
                     answer = together
-                    self._looked.add(kind)
+                    self._looked.setdefault(kind, set()).add(len(numbers))
             except torch.OutOfMemoryError:  # too many for the moment: fewer, in this call alone
                 if alone:
                     raise
@@ -212,6 +221,11 @@ class Variants:
                 self._setup.layout = LAYOUTS[-1]
             yield answer
             start = numbers.stop
+
+    def _is_to_be_looked_at(self, kind: str, count: int) -> bool:
+        """Whether it is still to be seen that so many variants leave each other alone."""
+        looked = self._looked.get(kind, set())
+        return count not in looked if count <= self._few else not looked
 
     def _at_once(self, count: int, size: int) -> int:
         budget = self._setup.question.memory_budget
@@ -260,10 +274,10 @@ class Variants:
         alike: bool,
     ) -> Answer | None:
         """What is found in one layout; ``None`` where variants have to do with each other in it."""
-        copies, middle = len(numbers), len(numbers) // 2
+        copies, middle, variants = len(numbers), len(numbers) // 2, changed
         if looks:
             copies += 1 + alike
-            changed = {key: self._with(value, key, middle, alike) for key, value in changed.items()}
+            changed = {key: self._with(value, key, middle, alike) for key, value in variants.items()}
         rows = layout == "rows"
         replaced = {
             key: value.flatten(0, 1) if self._leads[key] and (rows or key not in self._inputs) else value
@@ -277,11 +291,37 @@ class Variants:
             return Answer(numbers, values, apart)
         if not holds(is_close(values[middle], self.values)):
             return None
+        values = _without(values, middle, len(numbers))
+        if not self._as_alone(variants, values):
+            return None
         return Answer(
-            numbers,
-            _without(values, middle, len(numbers)),
-            {key: _without(value, middle, len(numbers)) for key, value in apart.items()},
+            numbers, values, {key: _without(value, middle, len(numbers)) for key, value in apart.items()}
         )
+
+    def _as_alone(self, changed: Mapping[NestedKey, Tensor], values: Tensor) -> bool:
+        """Whether the variants that tell most have the values that they have alone.
+
+        That is the one that changed most, and one whose largest entry is another, and as few others as may be, if it is
+        more than zero, which stays zero in whatever measure it is taken.
+        """
+        apart, tells = values.new_zeros(len(values)), values.new_zeros(len(values))
+        is_zero = values.new_ones(len(values), dtype=torch.bool)
+        for key, value in changed.items():
+            flat, there = value.detach().reshape(len(value), -1), self._sources[key].reshape(-1)
+            size, place = there.abs().max(0, keepdim=True)
+            off = ((flat - there).abs() / size).to(tells).nan_to_num(0.0)
+            apart, is_zero = apart + off.mean(1), is_zero & (flat == 0).all(1)
+            tells = tells + off.index_select(1, place).squeeze(1) - off.mean(1) / 4
+        tells = torch.where(is_zero, -torch.inf, tells)
+        which = torch.stack([apart.argmax(), tells.argmax()])  # tensors, as a graph needs them
+        which = which if is_traced() else which.unique()
+        for number in which.split(1):
+            chosen = {key: value.index_select(0, number).squeeze(0) for key, value in changed.items()}
+            with torch.no_grad():
+                alone, _ = self._value(self._asked, chosen)
+            if not holds(is_close(values.index_select(0, number).squeeze(0), alone)):
+                return False
+        return True
 
     def _with(self, value: Tensor, key: NestedKey, middle: int, alike: bool) -> Tensor:
         """Variants of a source, the batch as it is among them, and after them one that is like none, if so."""
@@ -316,7 +356,7 @@ class Variants:
             return None
         some, count = object.__new__(Variants), self._asked.batch_size[0]
         some.__dict__.update(self.__dict__)
-        some._asked, some._looked = self._asked[rows], set()
+        some._asked, some._looked = self._asked[rows], {}
         some.batch = some._asked.batch_size
         some.values = self.values.index_select(self.several, rows)
         with self._runner.forward(some._asked, target=self.target) as some._run:
@@ -354,6 +394,8 @@ class Variants:
     ) -> tuple[Tensor, dict[NestedKey, Tensor]]:
         with self._runner.forward(td, target=self.target, replaced=replaced) as run:
             seeds, sources = run.seeds(self.target), run.sources(replaced if of is None else of)
+            if of is not None:
+                sources = {**{key: run.inputs[key] for key in of if key in run.inputs}, **sources}
             pulled = run.pull(seeds, sources)
             if reached:
                 pulled.update({under(REACHED, key): x.detach() for key, x in sources.items()})

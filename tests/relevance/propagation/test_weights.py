@@ -84,7 +84,24 @@ def by_shared_memory(net):
         alias.mul_(1.3)
 
 
+def by_one_value(net):
+    net[3].weight.data[5, 7, 2, 1] = 40.0  # no sample of the values tells
+
+
+def by_pruning(net):
+    net[3].weight.data[:, 3] = 0
+
+
+def by_numpy(net):
+    net[0].weight.detach().numpy()[3, 5, 1, 1] = 40.0
+
+
+def by_exchange(net):
+    net[0].weight.data[[3, 4]] = net[0].weight.data[[4, 3]]
+
+
 CHANGES = [
+    by_one_value, by_pruning, by_numpy, by_exchange,
     by_optimiser, by_data, in_place, by_state_dict, by_assignment, by_new_parameter, by_set_data, by_statistics,
     by_tensordict, by_shared_memory, nn.Module.double, nn.Module.bfloat16,
 ]  # fmt: skip

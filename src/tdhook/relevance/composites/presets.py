@@ -216,7 +216,8 @@ def relp(held: float = 0.4) -> Composite:
     length, and its gradient where little is added to it: a part of each serves both. Activations and cosine similarity,
     a normalisation without a weight, are left to their gradients, so that relevance is not conserved there.
 
-    It is what :class:`~tdhook.attribution.Patching` is best given; the paper's own composite is :func:`cp_lrp`.
+    It is for :class:`~tdhook.attribution.Patching` in one gradient, whose ``"by_share"`` comes nearer in two; the
+    paper's own composite is :func:`cp_lrp`.
 
     Args:
         held: how much of the last normalisation is held constant.

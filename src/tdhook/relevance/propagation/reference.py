@@ -34,7 +34,7 @@ class Place:
     Attributes:
         name: what was called, ``path``: where, and ``module``: which one, if it is a module.
         given: the tensors that went in in the first run, ``live``: which of them are attributed.
-        numbers: plain numbers among the arguments.
+        numbers: plain numbers among the arguments, and ``others``: whole ones, truth values and texts.
         made: the shapes of what came out.
         starts: the tensors that went in in the second run; ``None`` for what is the same in both.
         before: those that came out.
@@ -55,11 +55,18 @@ class Place:
     picked: Callable[[Sequence[Tensor], Any], Any] | None = None
     chosen: bool = False
     module: object = None
+    others: list[object] = field(default_factory=list)
+
+    @property
+    def constants(self) -> list[Tensor]:
+        """The large ones among the constants that went in."""
+        fixed = (x for x, live in zip(self.given, self.live, strict=True) if not live)
+        return [x for x in fixed if x.numel() > _SMALL]
 
     def to_keep(self) -> Place:
         """The same for later runs, without what was attributed."""
         given = [
-            torch.empty(x.shape, device="meta") if live else x.clone() if x.numel() <= _SMALL else x
+            torch.empty_like(x, device="meta") if live else x.clone() if x.numel() <= _SMALL else x
             for x, live in zip(self.given, self.live, strict=True)
         ]
         return replace(self, given=given, picked=None)
@@ -68,7 +75,9 @@ class Place:
         """Whether an earlier call went as this one does, as far as that is no matter of attributed values."""
         if (self.name, self.numbers, self.live) != (kept.name, kept.numbers, kept.live):
             return False
-        if self.module is not kept.module:
+        if self.module is not kept.module or self.others != kept.others:
+            return False
+        if [x.dtype for x in self.given] != [x.dtype for x in kept.given]:
             return False
         starts = [
             x.shape if start is None else start.shape
@@ -167,7 +176,7 @@ class Reference:
         given, numbers = _parted(leaves)
         live = [x.requires_grad for x in given]
         place = Place(name, self.path(), [x.detach() for x in given], live, numbers)
-        place.module = module
+        place.module, place.others = module, [x for x in leaves if type(x) in _PLAIN]
         if not self._aside:
             self.places.append(place)
         return place
@@ -256,6 +265,7 @@ _PARTED = (
 
 
 _SMALL = 1 << 14
+_PLAIN = (int, bool, str)
 
 
 def _fits(shape: Sequence[int], other: Sequence[int]) -> bool:

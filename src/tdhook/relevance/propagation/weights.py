@@ -16,14 +16,13 @@ __all__ = ["WeightCache"]
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 # To look whether a small weight is still the same takes as long as to make what is made of it.
 _SMALL = 1 << 16
-_SAMPLED = 1024
 
 
 class WeightCache:
     """Keeps one tensor for each layer and modification.
 
-    Whether a parameter changed is told by its version, its memory, and a sample of its values, since neither writes
-    through ``.data`` nor those of another process raise the version. Weights of up to 65 536 elements are not kept, nor
+    Whether a parameter changed is told by its version, its memory, and sums of its values, since neither writes through
+    ``.data`` nor those of another process raise the version. Weights of up to 65 536 elements are not kept, nor
     are those on a GPU, where modifying is cheap and looking is not. Nor is anything of weights that a layer is only
     lent while it runs, as where parameters are sharded or offloaded: what is kept would be a copy of the whole model.
 
@@ -92,7 +91,7 @@ class _Kept:
 
     def __init__(self, sources: Sequence[Tensor], value: Tensor) -> None:
         self.value = value
-        self._sources = [Unchanged(x, _SAMPLED) for x in sources]
+        self._sources = [Unchanged(x) for x in sources]
 
     def made_of(self, sources: Sequence[Tensor]) -> bool:
         """Whether nothing changed since."""
