@@ -15,8 +15,9 @@ from tdhook.contexts.attribution import Attribution
 from tdhook.contexts.compared import ERROR, SPREAD, Compared, write_under
 from tdhook.models.model import Model
 from tdhook.passes.forward import Run
+from tdhook.passes.rows import values_of
 from tdhook.passes.runner import Runner
-from tdhook.passes.variants import Variants, values_of
+from tdhook.passes.variants import Variants
 from tdhook.perturbing.draws import Draws, Noise
 from tdhook.perturbing.references import Fill, References
 from tdhook.targets import TargetLike

@@ -24,9 +24,10 @@ from tdhook.keys import under
 from tdhook.models.capture import INPUT
 from tdhook.models.model import Model
 from tdhook.passes.forward import Run
+from tdhook.passes.rows import values_of
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Question
-from tdhook.passes.variants import Variants, values_of
+from tdhook.passes.variants import Variants
 from tdhook.relevance.composites.composite import PRESETS
 from tdhook.relevance.secants.pair import difference
 from tdhook.targets import TargetLike

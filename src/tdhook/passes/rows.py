@@ -9,7 +9,9 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-__all__ = ["beside", "is_close", "joined", "rows_of", "shaped_like", "some_rows", "with_rows"]
+from tdhook.targets.base import Seeds
+
+__all__ = ["beside", "is_close", "joined", "rows_of", "shaped_like", "some_rows", "values_of", "with_rows"]
 
 
 def rows_of(td: TensorDictBase, axes: int) -> TensorDictBase:
@@ -70,3 +72,18 @@ def with_rows(x: Tensor, count: int, rows: Tensor, values: Tensor, after: int = 
     apart = x.reshape(*x.shape[:after], count, -1, *x.shape[after + 1 :])
     new = values.reshape(*x.shape[:after], len(rows), *apart.shape[after + 1 :])
     return apart.index_copy(after, rows, new).reshape(x.shape)
+
+
+def values_of(seeds: Seeds, batch: torch.Size) -> Tensor:
+    """What is explained of each element, weights times outputs, ``[*batch]``; or ``[outputs, *batch]``."""
+    lead = () if seeds.several is None else (seeds.several,)
+    found = None
+    for z, weight in zip(seeds.tensors, seeds.grads, strict=True):
+        share = torch.where(weight == 0, 0.0, weight * z.detach())
+        # A layer that is explained may have the axes of the batch as one; or values of no element that could be told.
+        if z.numel() % batch.numel():
+            share = share.reshape(*lead, *(1,) * len(batch), -1).expand(*lead, *batch, -1) / batch.numel()
+        share = share.reshape(*lead, *batch, -1).sum(-1)
+        found = share if found is None else found + share
+    assert found is not None
+    return found

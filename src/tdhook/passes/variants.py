@@ -24,14 +24,15 @@ from torch import Tensor
 from tdhook.keys import under
 from tdhook.passes.backward import sizes_behind
 from tdhook.passes.forward import Run
-from tdhook.passes.rows import is_close, some_rows
+from tdhook.passes.rows import is_close, some_rows, values_of
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import LAYOUTS
 from tdhook.passes.summing import Summing
-from tdhook.tape.conditions import holds, is_traced
-from tdhook.targets.base import Seeder, Seeds
+from tdhook.passes.telling import telling
+from tdhook.tape.conditions import holds
+from tdhook.targets.base import Seeder
 
-__all__ = ["REACHED", "Answer", "Change", "Variants", "values_of"]
+__all__ = ["REACHED", "Answer", "Change", "Variants"]
 
 Change: TypeAlias = "Callable[[range], Mapping[NestedKey, Tensor]]"
 """Given numbers of variants, what takes the place of sources there: ``[variants, *source]`` by key."""
@@ -299,23 +300,8 @@ class Variants:
         )
 
     def _as_alone(self, changed: Mapping[NestedKey, Tensor], values: Tensor) -> bool:
-        """Whether the variants that tell most have the values that they have alone.
-
-        That is the one that changed most, and one whose largest entry is another, and as few others as may be, if it is
-        more than zero, which stays zero in whatever measure it is taken.
-        """
-        apart, tells = values.new_zeros(len(values)), values.new_zeros(len(values))
-        is_zero = values.new_ones(len(values), dtype=torch.bool)
-        for key, value in changed.items():
-            flat, there = value.detach().reshape(len(value), -1), self._sources[key].reshape(-1)
-            size, place = there.abs().max(0, keepdim=True)
-            off = ((flat - there).abs() / size).to(tells).nan_to_num(0.0)
-            apart, is_zero = apart + off.mean(1), is_zero & (flat == 0).all(1)
-            tells = tells + off.index_select(1, place).squeeze(1) - off.mean(1) / 4
-        tells = torch.where(is_zero, -torch.inf, tells)
-        which = torch.stack([apart.argmax(), tells.argmax()])  # tensors, as a graph needs them
-        which = which if is_traced() else which.unique()
-        for number in which.split(1):
+        """Whether the variants that tell most have the values that they have alone."""
+        for number in telling(changed, self._sources, values.dtype).split(1):
             chosen = {key: value.index_select(0, number).squeeze(0) for key, value in changed.items()}
             with torch.no_grad():
                 alone, _ = self._value(self._asked, chosen)
@@ -400,21 +386,6 @@ class Variants:
             if reached:
                 pulled.update({under(REACHED, key): x.detach() for key, x in sources.items()})
             return values_of(seeds, run.outputs.batch_size), pulled
-
-
-def values_of(seeds: Seeds, batch: torch.Size) -> Tensor:
-    """What is explained of each element, weights times outputs, ``[*batch]``; or ``[outputs, *batch]``."""
-    lead = () if seeds.several is None else (seeds.several,)
-    found = None
-    for z, weight in zip(seeds.tensors, seeds.grads, strict=True):
-        share = torch.where(weight == 0, 0.0, weight * z.detach())
-        # A layer that is explained may have the axes of the batch as one; or values of no element that could be told.
-        if z.numel() % batch.numel():
-            share = share.reshape(*lead, *(1,) * len(batch), -1).expand(*lead, *batch, -1) / batch.numel()
-        share = share.reshape(*lead, *batch, -1).sum(-1)
-        found = share if found is None else found + share
-    assert found is not None
-    return found
 
 
 def _needed(runner: Runner, target: Seeder, td: TensorDictBase, reads: Iterable[NestedKey]) -> TensorDictBase:
