@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.supported import libraries
 
-MEMORY = 10 << 30
+MEMORY = 14 << 30
 """How many bytes a worker may take."""
 
 
