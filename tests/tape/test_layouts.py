@@ -15,8 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from tdhook import LRP, Target
 from tdhook.attribution import GradientTimesInput, IntegratedGradients
+from tdhook.passes.backward import PullBack
 from tdhook.rules import EpsilonRule
 from tdhook.tape.layouts import lay_out
+from tdhook.targets import Seeds
 
 SHAPES = [
     (2, 3, 4, 5),
@@ -75,6 +77,20 @@ def test_gradients_are_those_of_the_formula(shape, kind):
 def test_nothing_is_said_where_there_is_no_batch_norm():
     x = torch.randn(2, 3, requires_grad=True)
     assert not lay_out([F.layer_norm(x, (3,)).relu().grad_fn])
+
+
+def test_passes_from_behind_a_norm_do_not_end_the_search():
+    torch.manual_seed(0)
+    pull_back = PullBack()
+    x = torch.randn(5, 4, 3, dtype=torch.float64).permute(2, 0, 1).unsqueeze(0).requires_grad_()
+    norm = norm_of(3).double().eval()
+    expected = (norm.weight / (norm.running_var + norm.eps).sqrt()).view(1, 3, 1, 1).expand_as(x)
+    for _ in range(2):
+        h = 2 * x
+        z = norm(h)
+        seeds = Seeds(["z"], [z], [torch.ones(1, 3, 5, 4, dtype=torch.float64)])
+        torch.testing.assert_close(pull_back(seeds, [x], keep=True)[0], 2 * expected)
+        pull_back(Seeds(["h"], [h], [torch.ones_like(h)]), [x])  # a part of the tape, without the norm
 
 
 def norm_of(channels):

@@ -39,7 +39,9 @@ class PullBack:
     def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
         self._batches = True
-        self._lays_out = True  # until a tape was seen in which there was nothing to lay out
+        self._lays_out: bool | None = (
+            None  # whether there was anything to lay out on the first tape that was seen
+        )
 
     def __call__(self, seeds: Seeds, sources: Sequence[End], *, keep: bool = False) -> list[Tensor | None]:
         """What arrives at each source, ``None`` where nothing does; with several targets after a leading axis.
@@ -61,8 +63,8 @@ class PullBack:
         keep: bool = False,
     ) -> list[Tensor | None]:
         """The same from any places on the tape, with what flows into each."""
-        if self._lays_out and not torch.compiler.is_compiling():
-            self._lays_out = lay_out(map(_node_of, starts))
+        if self._lays_out is not False and not torch.compiler.is_compiling():
+            self._lays_out = lay_out(map(_node_of, starts)) or self._lays_out is True
         if several is None:
             return _pull(starts, sources, grads, keep=keep)
         if several == 0:
