@@ -302,6 +302,8 @@ def apart(
     if is_traced():
         axes = [axis for axis in axes if axis not in learnt.together]
     looked = [axis for axis in axes if batch[axis] > 1]
+    if not looked:
+        return tuple(axes), None
     chosen, along = [torch.ones(batch, dtype=torch.bool, device=device)], []
     for axis in looked:
         for some in _sets(
@@ -309,8 +311,6 @@ def apart(
         ):
             chosen.append(some.reshape(-1, *(1,) * (len(batch) - axis - 1)).expand(batch))
             along.append(axis)
-    if not looked:
-        return tuple(axes), None
     values = _replaced(variants, ends, start, torch.stack(chosen))
     empty, together = values[0], []
     size = torch.maximum(variants.values.abs(), empty.abs())

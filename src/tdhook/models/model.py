@@ -89,9 +89,14 @@ class Model:
     attributed: tuple[NestedKey, ...]
     made: Mapping[NestedKey, frozenset[NestedKey]] = field(default_factory=dict, repr=False)
     _flattens: dict[int, bool] = field(default_factory=dict, repr=False)
-    _wrappers: tuple[nn.Module, ...] = field(default=(), repr=False)
-    _writing: WritingPlainly = field(default_factory=lambda: WritingPlainly(()), repr=False)
     _returns: list[Apart | None] = field(default_factory=lambda: [None], repr=False)
+    _wrappers: tuple[nn.Module, ...] = field(init=False, repr=False)
+    _writing: WritingPlainly = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        modules = tuple(modules_of(self.root).values())
+        object.__setattr__(self, "_wrappers", wrappers_among(modules))
+        object.__setattr__(self, "_writing", WritingPlainly((self.runner, *modules)))
 
     @staticmethod
     def of(
@@ -106,14 +111,10 @@ class Model:
         if not isinstance(module, nn.Module):
             raise TypeError(f"expected an nn.Module or a TensorDictModule, got {type(module).__name__}")
         module = unwrapped(module)
-        modules = tuple(modules_of(module).values())
-        wrappers = wrappers_among(modules)
         if not isinstance(module, TensorDictModuleBase):
             reads = in_keys if isinstance(in_keys, Mapping) else list(in_keys or ["input"])
             runner = Wrapped(module, reads, list(out_keys or ["output"]))
-            keys = tuple(map(unravel_key, runner.in_keys))
-            writing = WritingPlainly((runner, *modules))
-            return Model(module, runner, keys, _wrappers=wrappers, _writing=writing)
+            return Model(module, runner, tuple(map(unravel_key, runner.in_keys)))
         for name, given, known in (
             ("in_keys", in_keys, module.in_keys),
             ("out_keys", out_keys, module.out_keys),
@@ -122,21 +123,11 @@ class Model:
                 if unravel_key(key) not in map(unravel_key, known):
                     raise ValueError(f"Key {key} not in module.{name}: {list(known)}")
         attributed = module.in_keys if in_keys is None else in_keys
-        keys = tuple(map(unravel_key, attributed))
-        writing = WritingPlainly(modules)
-        return Model(module, module, keys, written_before(module), _wrappers=wrappers, _writing=writing)
+        return Model(module, module, tuple(map(unravel_key, attributed)), written_before(module))
 
     def anew(self) -> Model:
         """The same model, of which nothing is known but what was asked of it."""
-        modules = tuple(modules_of(self.root).values())
-        return replace(
-            self,
-            made=written_before(self.runner),
-            _flattens={},
-            _wrappers=wrappers_among(modules),
-            _writing=WritingPlainly((self.runner, *modules)),
-            _returns=[None],
-        )
+        return replace(self, made=written_before(self.runner), _flattens={}, _returns=[None])
 
     def submodule(self, path: str) -> nn.Module:
         """The module at a dotted path; below a TensorDictModule, paths may start inside the module that it wraps."""

@@ -39,9 +39,8 @@ class PullBack:
     def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
         self._batches = True
-        self._lays_out: bool | None = (
-            None  # whether there was anything to lay out on the first tape that was seen
-        )
+        # Whether there was anything to lay out on the first tape that was seen.
+        self._lays_out: bool | None = None
 
     def __call__(self, seeds: Seeds, sources: Sequence[End], *, keep: bool = False) -> list[Tensor | None]:
         """What arrives at each source, ``None`` where nothing does; with several targets after a leading axis.

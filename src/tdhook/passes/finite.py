@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import cmath
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from tdhook.tape.conditions import holds
-from tdhook.tape.functions import may_look_at
+from tdhook.tape.functions import may_look_at, nodes_behind
 from tdhook.tape.internals import maker_of, saved_by
 
 __all__ = ["Disregarding", "are_finite"]
@@ -129,15 +130,9 @@ def _itself(x: Tensor) -> Tensor:
 
 def _nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
     """All nodes of the tape behind some tensors, with those that rules keep apart."""
-    seen: set[object] = set()
-    ahead: list[Any] = [x.grad_fn for x in tensors]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        ahead += [before for before, _ in node.next_functions]
-        own = getattr(getattr(node, "executed", None), "tape", None)
-        if own is not None:
-            ahead += own.nodes
+    return nodes_behind((x.grad_fn for x in tensors), _kept_apart)
+
+
+def _kept_apart(node: Any) -> Iterable[Node]:
+    own = getattr(getattr(node, "executed", None), "tape", None)
+    return () if own is None else own.nodes

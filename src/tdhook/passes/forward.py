@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from tdhook.conventions import Convention
 from tdhook.keys import parts_of
@@ -24,6 +24,7 @@ from tdhook.passes.rows import is_close
 from tdhook.passes.setup import Setup
 from tdhook.passes.within import Against
 from tdhook.tape.conditions import holds
+from tdhook.tape.functions import nodes_behind
 from tdhook.targets.base import Seeder, Seeds, require_dependence
 from tdhook.targets.pinned import pin
 from tdhook.targets.through import OfOperations, Place, Through, outwards
@@ -35,7 +36,7 @@ __all__ = ["Run"]
 def _independent(sources: Mapping[NestedKey, Tensor]) -> list[list[NestedKey]]:
     """Keys of sources in groups, each of which depends on none of its own group, the nearest to the inputs first."""
     nodes = {key: get_gradient_edge(x).node for key, x in sources.items()}
-    before = {key: _nodes_before(node) for key, node in nodes.items()}
+    before = {key: {*nodes_behind([node])} - {node} for key, node in nodes.items()}
     levels: dict[NestedKey, int] = {}
     for key in sorted(sources, key=lambda key: len(before[key])):  # what is behind has more before it
         deeper = [levels[other] for other, node in nodes.items() if other != key and node in before[key]]
@@ -44,18 +45,6 @@ def _independent(sources: Mapping[NestedKey, Tensor]) -> list[list[NestedKey]]:
     for key in sources:
         groups.setdefault(levels[key], []).append(key)
     return [groups[depth] for depth in sorted(groups)]
-
-
-def _nodes_before(node: Node) -> set[Node]:
-    """The nodes of the tape between a node and the leaves, without itself."""
-    seen: set[Node] = set()
-    ahead = [node]
-    while ahead:
-        for parent, _ in ahead.pop().next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                ahead.append(parent)
-    return seen
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar, Protocol
@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
+from torch.autograd.graph import Node
 
 from tdhook.tape.internals import inside, is_batched, is_wrapped, maker_of, transformed
 from tdhook.tape.trees import tree_map_tensors
@@ -25,6 +26,7 @@ __all__ = [
     "live",
     "may_ask_of",
     "may_look_at",
+    "nodes_behind",
     "on_tape",
     "parts",
     "unwrapped",
@@ -48,6 +50,27 @@ def on_tape(x: Tensor) -> bool:
         if x.requires_grad:
             return True
     return False
+
+
+def nodes_behind(
+    starts: Iterable[Node | None], beside: Callable[[Node], Iterable[Node]] = lambda node: ()
+) -> Iterator[Node]:
+    """Some nodes of the tape and all that lead to them, each once.
+
+    Args:
+        starts: the nodes; ``None`` is what a tensor off the tape has.
+        beside: further nodes that one leads on to.
+    """
+    seen: set[Node] = set()
+    ahead = list(starts)
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        ahead += [before for before, _ in node.next_functions]
+        ahead += beside(node)
 
 
 _ATOMS = (type(None), bool, int, float, str)

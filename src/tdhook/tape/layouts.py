@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from tdhook.tape.functions import nodes_behind
 from tdhook.tape.internals import gradients_of, input_kept_by
 
 __all__ = ["lay_out"]
@@ -30,15 +31,8 @@ def lay_out(nodes: Iterable[Node | None]) -> bool:
         Whether there is any batch norm.
     """
     found = False
-    seen: set[object] = set()
-    ahead: list[Any] = list(nodes)
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for before, _ in node.next_functions:
-            ahead.append(before)
+    node: Any
+    for node in nodes_behind(nodes):
         if node.name() == _NODE:
             found = True
             if _DONE not in node.metadata and _is_open(gradients_of(node)[0][0]):
