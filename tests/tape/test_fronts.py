@@ -64,3 +64,14 @@ def test_weights_that_were_overwritten_are_not_looked_at() -> None:
     after = Front.of([y], [x])
     assert before is not None and after is not None and after.breadth == 0
     assert not after.is_as(before, 1)
+
+
+def test_copies_that_no_longer_lie_one_after_the_other_are_none() -> None:
+    def front(x: Tensor, along: int) -> Front:
+        found = Front.of([torch.cat([x, 2 * x], along).tanh()], [x])
+        assert found is not None
+        return found
+
+    assert front(leaf(10, 4), 1).is_as(front(leaf(2, 4), 1), 5)
+    for first in (0, -2):  # all first halves, and then all second ones: of the shape that copies have
+        assert not front(leaf(10, 4), first).is_as(front(leaf(2, 4), first), 5)
