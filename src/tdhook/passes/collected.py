@@ -48,7 +48,9 @@ class Collected:
         self._performed: Performed | None = None
         if setup.inside.operations:
             meant = setup.meant if changed else {}
-            others = {place: replaced[(repr(place),)] for place in meant.values() if (repr(place),) in replaced}
+            others = {
+                place: replaced[(repr(place),)] for place in meant.values() if (repr(place),) in replaced
+            }
             modules = modules_of(setup.model.root)
             self._performed = Performed(setup.inside.operations, modules, how, meant, others, graph)
 
