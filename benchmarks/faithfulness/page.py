@@ -76,15 +76,15 @@ ADVICE = """\
 What follows from the tables:
 
 - **For policies that see a vector, begin with `LRP("deeplift_shapley", baseline="mean")`.** Of eight agents it is worth
-  96 % and more of what Shapley values are on six, for about four gradients, and on every one it is the best of what
-  costs no more. Integrated gradients of 32 steps cost ten times as much, and are worth less.
+  96 % and more of what Shapley values are on six, for about four gradients, and on all but one (`distributional`) it is
+  the best of what costs no more. Integrated gradients of 32 steps cost ten times as much, and are worth less.
 - **Where contributions cancel each other** (`demo`, `dqn`, `distributional`), every method that goes from the reference
   to the input in a straight line falls behind: `deeplift` and integrated gradients alike. `deeplift_shapley` sees what
   cancels within a layer. What depends on each other across layers, which it takes one by one, is left: it reaches 89 %
   on `dqn` and 62 % on `distributional`.
-- **Where a vector has few features, `KernelShap(coalitions=4 * features, baseline="mean")` is the surest:** 98 % and
-  more of what Shapley values are worth on each of the eight agents, for five to seven gradients. It grows with the
-  number of features, and every state is one more run: for one frame of pixels it is no choice.
+- **Where a vector has few features, `KernelShap(coalitions=4 * features, baseline="mean")` is the surest:** 97 % and
+  more of what Shapley values are worth on each of the eight agents, for five to eight gradients. That grows with the
+  number of features (17 for the 42 of `multiagent`): for pixels it is no choice.
 - **RevealCancel is less even.** It has two groups of contributions, and against zero it is sometimes worth less than
   `deeplift` (`dqn`, `td3`).
 - **For pictures, `LRP("deeplift_shapley", baseline=blurred(width))`.** For agents a blur is a better reference than
