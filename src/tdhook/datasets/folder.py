@@ -299,7 +299,8 @@ class JobFolder:
         """The chunks that are on the disk."""
         if not self.done.is_dir():
             return set()
-        return {int(name[:9]) for name in os.listdir(self.done) if name.endswith(".json") and name[0] != "."}
+        numbers = (name.removesuffix(".json") for name in os.listdir(self.done) if name.endswith(".json"))
+        return {int(number) for number in numbers if number.isascii() and number.isdigit()}
 
     def told_of(self, unit: int) -> dict[str, Plain]:
         """What was said when a chunk was committed."""
