@@ -270,8 +270,11 @@ def read_json(path: Path) -> object:
     """What a JSON file says.
 
     Raises:
-        ValueError: it is no JSON, which knows no NaN, or is nested too deeply.
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON, which knows no NaN, or is nested too deeply; or it is a folder, or a pipe.
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # to read a pipe is to wait for ever
+        raise ValueError(f"{path} is no file")
     try:
         found: object = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except RecursionError:
