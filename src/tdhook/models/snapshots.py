@@ -1,15 +1,16 @@
 """Snapshots: all that the modules of a model hold besides the values of its parameters, to be put back later.
 
 Looked into are the attributes of modules, the containers of Python (list, dict, set, deque, tuple) and TensorDicts that
-they lead to, arrays of numpy, random generators, and objects of classes that are the user's. Not looked into, and so
-not put back, are objects of the standard library and of the libraries in :data:`LEFT_ALONE` (a replay buffer, a file),
-iterators, what a function closes over, attributes of classes, lazy modules that were not made yet, what a module
-registers as a hook while it runs, and a parameter whose values are overwritten.
+they lead to, namespaces and queues, arrays, random generators, objects and classes that are the user's, and what
+functions of the user's reach (:mod:`~tdhook.models.reaching`). Not looked into, and so not put back, are other objects
+of the standard library and of the libraries in :data:`LEFT_ALONE` (a replay buffer, a file), iterators, lazy modules
+that were not made yet, what a module registers as a hook while it runs, and a parameter whose values are overwritten.
 """
 
 from __future__ import annotations
 
 import sys
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from operator import is_not
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tdhook.models.generators import By, Held, drawn_by_others, drawn_by_torch, of_generator
-from tdhook.tape.internals import buffers_of, parameters_of, version_of
+from tdhook.models.reaching import is_code, of_class, of_code
+from tdhook.tape.internals import buffers_of, hook_tables_of, parameters_of, version_of
 
 __all__ = ["LEFT_ALONE", "Snapshot"]
 
@@ -41,6 +43,9 @@ LEFT_ALONE = frozenset(
 ) | frozenset(sys.stdlib_module_names)
 """Top-level packages whose objects are not looked into, but for containers, tensors and generators."""
 
+_HOLDING = frozenset(
+    ("argparse", "collections", "queue", "transformers.cache_utils", "types", "weakref")
+)  # modules of Python of these whose objects hold values, and are looked into nevertheless
 _MOST = 10_000  # of objects: beyond, a module has got hold of something that is not its state
 _PLAIN = frozenset(
     (type(None), bool, int, float, complex, str, bytes, type, nn.Parameter)
@@ -118,6 +123,7 @@ class Snapshot:
         self._held: list[tuple[nn.Module, object, Held]] = []
         # What was seen is kept alive, lest something else come to have its id.
         self._seen: dict[int, object] = {id(x): x for x in without}
+        self._kinds: set[type] = set()
         traced = torch.compiler.is_compiling()
         self._drawn = [] if traced else list(drawn_by_torch())
         self._random = [*self._drawn, *([] if traced or torch_alone else drawn_by_others())]
@@ -184,11 +190,33 @@ class Snapshot:
             if held is not None:
                 self._held.append((owner, value, held))
             ahead += [(owner, one) for one in below if type(one) not in _PLAIN]
+            if isinstance(value, nn.Module) and not torch.compiler.is_compiling():
+                ahead += [(owner, hook) for table in hook_tables_of(value)[0] for hook in table.values()]
+            ahead += [(owner, one) for one in self._of_class(owner, value) if type(one) not in _PLAIN]
+
+    def _of_class(self, owner: nn.Module, value: object) -> list[object]:
+        """What the class of an object leads to, which is looked into once."""
+        kind = type(value)
+        if torch.compiler.is_compiling() or kind in self._kinds:
+            return []
+        self._kinds.add(kind)
+        found: list[object] = []
+        for cls, held, below in of_class(value, _is_users):
+            if id(cls) not in self._seen:
+                self._seen[id(cls)] = cls
+                self._held.append((owner, cls, held))
+            found += below
+        return found
 
 
 def _is_traced(value: Tensor) -> bool:
     """Whether it belongs to a graph that is being made, or was left behind by one, and has no values to look at."""
     return torch.compiler.is_compiling() or type(value).__module__.startswith("torch._subclasses.")
+
+
+def _is_users(module: str) -> bool:
+    """Whether a module of Python has code of users."""
+    return module.partition(".")[0] not in LEFT_ALONE
 
 
 def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
@@ -223,7 +251,12 @@ def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
         return generator, ()
     if type(value).__module__ == "numpy" and hasattr(value, "flat"):
         return _array(value), ()
-    if type(value).__module__.partition(".")[0] in LEFT_ALONE or not _is_plain(value):
+    if is_code(value):
+        return (None, ()) if torch.compiler.is_compiling() else of_code(value, _is_users)
+    if isinstance(value, bytearray | array):
+        return _bytes(value), ()
+    module = type(value).__module__
+    if not (_is_users(module) or module in _HOLDING) or not _is_plain(value):
         return None, ()
     return _object(value)
 
@@ -321,6 +354,11 @@ def _equal(one: Tensor, other: Tensor) -> bool:
         return True
     missing = one.isnan()
     return torch.equal(missing, other.isnan()) and torch.equal(one[~missing], other[~missing])
+
+
+def _bytes(value: Any) -> Held:
+    before = value[:]
+    return By(lambda: bool(value != before), lambda: value.__setitem__(slice(None), before))
 
 
 def _array(value: Any) -> Held:
