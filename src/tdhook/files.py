@@ -28,6 +28,7 @@ __all__ = [
     "locked",
     "read_json",
     "replacing",
+    "require_text",
     "room",
     "saved_alone",
     "together",
@@ -107,9 +108,21 @@ def _is_free(handle: int) -> bool:
     return True
 
 
+def require_text(folder: Path) -> None:
+    """Make sure that torch can map what lies in a folder: its path is text, and not any bytes.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{folder} is no text in UTF-8, and torch maps no files there: rename it") from None
+
+
 def _make(folder: Path) -> None:
     for above in (folder, *folder.parents):
-        if above.exists() and not above.is_dir():
+        if os.path.lexists(above) and not above.is_dir():
             raise FileExistsError(f"{above} is a file, where a folder is to be written")
     folder.mkdir(parents=True, exist_ok=True)
 

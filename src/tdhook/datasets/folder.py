@@ -30,7 +30,7 @@ from torch import Tensor
 from tdhook.datasets.identity import Plain, difference
 from tdhook.datasets.layout import Layout, bytes_of, packed, unpacked
 from tdhook.datasets.reducing import Part
-from tdhook.files import read_json
+from tdhook.files import read_json, require_text
 from tdhook.keys import parts_of
 
 __all__ = ["JobFolder"]
@@ -65,6 +65,7 @@ class JobFolder:
             FileExistsError: it holds something else.
             ValueError: it is that of another job; the message names what differs.
         """
+        require_text(self.home)
         if not self.manifest.is_file():
             # Once more the manifest: another worker may have begun meanwhile, and what lies here be its.
             if self._holds_something_else() and not self.manifest.is_file():

@@ -243,7 +243,7 @@ def _told_by(path: Path) -> Iterator[None]:
     """Have what is read there say where it is not as it is to be."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{path} is not as LeRobot writes it: {type(error).__name__}: {error}") from error
 
 
