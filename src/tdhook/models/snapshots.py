@@ -51,7 +51,8 @@ _PLAIN = frozenset(
     (type(None), bool, int, float, complex, str, bytes, type, nn.Parameter)
 )  # nothing to look into
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
-_MACHINERY = frozenset(vars(nn.Module())) - frozenset(_REGISTRIES)
+_FORWARD = "forward"  # where rules take the place of a module's own: it is given back by whoever took it
+_MACHINERY = (frozenset(vars(nn.Module())) - frozenset(_REGISTRIES)) | {_FORWARD, "_prev_forward"}
 
 
 class _Entries:
@@ -231,7 +232,8 @@ def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
     if isinstance(value, nn.Module):
         if any(is_lazy(parameter) for parameter in parameters_of(value).values() if parameter is not None):
             return None, ()
-        return _below(_Entries(value.__dict__, _MACHINERY))
+        held, below = _below(_Entries(value.__dict__, _MACHINERY))
+        return held, [*below, value.__dict__.get(_FORWARD)]
     if isinstance(value, Tensor):
         return _tensor(value), ()
     if isinstance(value, TensorDict):
