@@ -6,7 +6,6 @@ import random
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from queue import Queue
 from types import SimpleNamespace
 from weakref import WeakKeyDictionary
@@ -16,7 +15,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-__all__ = ["KINDS", "SHARED", "Net"]
+__all__ = ["KINDS", "Net"]
 
 
 @dataclass
@@ -66,17 +65,13 @@ class Net(nn.Module):
         return self.head(h)
 
 
+KINDS: dict[str, tuple[Callable[[Net], None], Callable[[Net, Tensor], object]]] = {}
 Remember = Callable[[Net, Tensor], object]
-KINDS: dict[str, tuple[Callable[[Net], None], Remember]] = {}
-SHARED: dict[str, tuple[Callable[[Net], None], Remember]] = {}
-"""What all modules remember together, from the last one that was made on."""
 
 
-def kind(
-    name: str, start: Callable[[Net], None] = lambda net: None, *, shared: bool = False
-) -> Callable[[Remember], Remember]:
+def kind(name: str, start: Callable[[Net], None] = lambda net: None) -> Callable[[Remember], Remember]:
     def register(remember: Remember) -> Remember:
-        (SHARED if shared else KINDS)[name] = start, remember
+        KINDS[name] = start, remember
         return remember
 
     return register
@@ -272,81 +267,6 @@ def of_python(net: Net, x: Tensor) -> object:
     net.bytes[0] += 1
     net.weak[net.head] += 1
     return net.space.count + net.waiting.queue[0] + net.bytes[0] + net.weak[net.head]
-
-
-class Shared:
-    """Remembers for all of its objects."""
-
-    count, past = 0, list[int]()
-
-    def __call__(self) -> int:
-        Shared.count += 1
-        self.past.append(Shared.count)
-        return sum(self.past)
-
-
-def sharing(net: Net) -> None:
-    net.shared = Shared()
-    Shared.count = 0
-    Shared.past.clear()
-
-
-@kind("a class", sharing, shared=True)
-def shared_by_all(net: Net, x: Tensor) -> object:
-    return net.shared()
-
-
-def closing(net: Net) -> None:
-    count, past = 0, list[int]()
-
-    def counted() -> int:
-        nonlocal count
-        count += 1
-        past.append(count)
-        return sum(past)
-
-    net.counted = counted
-
-
-@kind("what a function closes over", closing)
-def closed_over(net: Net, x: Tensor) -> object:
-    return net.counted()
-
-
-def with_attributes(net: Net) -> None:
-    def counted(past: list[int] = []) -> int:  # noqa: B006 (which remembers)
-        counted.count += 1  # type: ignore[attr-defined]
-        past.append(counted.count)  # type: ignore[attr-defined]
-        return sum(past)
-
-    counted.count = 0  # type: ignore[attr-defined]
-    net.counted = partial(counted)
-
-
-@kind("attributes and defaults of a function", with_attributes)
-def of_a_function(net: Net, x: Tensor) -> object:
-    return net.counted()
-
-
-COUNT, PAST = 0, list[int]()
-
-
-def forgetting(net: Net) -> None:
-    global COUNT
-    COUNT = 0
-    PAST.clear()
-
-
-@kind("variables of a file", forgetting, shared=True)
-def in_a_file(net: Net, x: Tensor) -> object:
-    return counted_in_a_file()
-
-
-def counted_in_a_file() -> int:
-    global COUNT
-    COUNT += 1
-    PAST.append(COUNT)
-    return sum(PAST)
 
 
 def generator_of(net: Net) -> None:

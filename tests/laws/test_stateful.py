@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stateful import KINDS, SHARED, Net
+from stateful import KINDS, Net
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdhook import LRP, Target
 
-ALL = {**KINDS, **SHARED}
 OVERWRITING = {"never": None, "from the first call": 0, "from the second call": 2}
 
 
@@ -34,10 +33,10 @@ def outputs(run: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("overwrites", OVERWRITING.values(), ids=OVERWRITING)
 @pytest.mark.parametrize("composite", ["epsilon_plus", "epsilon_plus_flat"])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", KINDS)
 def test_each_call_is_the_plain_one(name: str, composite: str, overwrites: int | None) -> None:
-    expected = outputs(Net(*ALL[name], overwrites))
-    model = Net(*ALL[name], overwrites)
+    expected = outputs(Net(*KINDS[name], overwrites))
+    model = Net(*KINDS[name], overwrites)
     explained = LRP(composite, target=Target("output", 0), on_unmatched="ignore").wrap(model)
     found = outputs(lambda x: explained(TensorDict({"input": x}, [len(x)]))["output"])
     for ours, plain in zip(found, expected, strict=True):

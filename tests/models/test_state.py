@@ -8,7 +8,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from stateful import KINDS, SHARED, Net
+from stateful import KINDS, Net
 from torch import nn
 
 from tdhook.models import snapshots
@@ -51,17 +51,6 @@ def test_what_any_module_remembers_is_forgotten(name: str) -> None:
     assert all(vars(model)[attribute] is value for attribute, value in held.items())
     for ours, plain in zip(ran_alike(model), ran_alike(fresh), strict=True):
         assert torch.equal(ours, plain)
-
-
-@pytest.mark.parametrize("name", SHARED)
-def test_what_modules_remember_together_is_forgotten(name: str) -> None:
-    expected = ran(Net(*SHARED[name], None))
-    model = Net(*SHARED[name], None)
-    for _ in range(2):
-        with restored(model) as held:
-            found = ran(model)
-            assert list(held.moved) == [model]
-        assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("name", KINDS)

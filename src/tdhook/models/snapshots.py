@@ -1,10 +1,10 @@
 """Snapshots: all that the modules of a model hold besides the values of its parameters, to be put back later.
 
 Looked into are the attributes of modules, the containers of Python (list, dict, set, deque, tuple) and TensorDicts that
-they lead to, namespaces and queues, arrays, random generators, objects and classes that are the user's, and what
-functions of the user's reach (:mod:`~tdhook.models.reaching`). Not looked into, and so not put back, are other objects
-of the standard library and of the libraries in :data:`LEFT_ALONE` (a replay buffer, a file), iterators, lazy modules
-that were not made yet, what a module registers as a hook while it runs, and a parameter whose values are overwritten.
+they lead to, namespaces and queues, arrays, random generators, and objects of classes that are the user's. Not looked
+into, and so not put back, are other objects of the standard library and of the libraries in :data:`LEFT_ALONE` (a
+replay buffer, a file), iterators, what a function closes over, attributes of classes, lazy modules that were not made
+yet, what a module registers as a hook while it runs, and a parameter whose values are overwritten.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tdhook.models.generators import By, Held, drawn_by_others, drawn_by_torch, of_generator
-from tdhook.models.reaching import is_code, of_class, of_code
-from tdhook.tape.internals import buffers_of, hook_tables_of, parameters_of, version_of
+from tdhook.tape.internals import buffers_of, parameters_of, version_of
 
 __all__ = ["LEFT_ALONE", "Snapshot"]
 
@@ -51,8 +50,8 @@ _PLAIN = frozenset(
     (type(None), bool, int, float, complex, str, bytes, type, nn.Parameter)
 )  # nothing to look into
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
-_FORWARD = "forward"  # where rules take the place of a module's own: it is given back by whoever took it
-_MACHINERY = (frozenset(vars(nn.Module())) - frozenset(_REGISTRIES)) | {_FORWARD, "_prev_forward"}
+_FORWARD = ("forward", "_prev_forward")  # whose place rules take, and which is given back by whoever took it
+_MACHINERY = (frozenset(vars(nn.Module())) - frozenset(_REGISTRIES)) | frozenset(_FORWARD)
 
 
 class _Entries:
@@ -124,7 +123,6 @@ class Snapshot:
         self._held: list[tuple[nn.Module, object, Held]] = []
         # What was seen is kept alive, lest something else come to have its id.
         self._seen: dict[int, object] = {id(x): x for x in without}
-        self._kinds: set[type] = set()
         traced = torch.compiler.is_compiling()
         self._drawn = [] if traced else list(drawn_by_torch())
         self._random = [*self._drawn, *([] if traced or torch_alone else drawn_by_others())]
@@ -191,33 +189,11 @@ class Snapshot:
             if held is not None:
                 self._held.append((owner, value, held))
             ahead += [(owner, one) for one in below if type(one) not in _PLAIN]
-            if isinstance(value, nn.Module) and not torch.compiler.is_compiling():
-                ahead += [(owner, hook) for table in hook_tables_of(value)[0] for hook in table.values()]
-            ahead += [(owner, one) for one in self._of_class(owner, value) if type(one) not in _PLAIN]
-
-    def _of_class(self, owner: nn.Module, value: object) -> list[object]:
-        """What the class of an object leads to, which is looked into once."""
-        kind = type(value)
-        if torch.compiler.is_compiling() or kind in self._kinds:
-            return []
-        self._kinds.add(kind)
-        found: list[object] = []
-        for cls, held, below in of_class(value, _is_users):
-            if id(cls) not in self._seen:
-                self._seen[id(cls)] = cls
-                self._held.append((owner, cls, held))
-            found += below
-        return found
 
 
 def _is_traced(value: Tensor) -> bool:
     """Whether it belongs to a graph that is being made, or was left behind by one, and has no values to look at."""
     return torch.compiler.is_compiling() or type(value).__module__.startswith("torch._subclasses.")
-
-
-def _is_users(module: str) -> bool:
-    """Whether a module of Python has code of users."""
-    return module.partition(".")[0] not in LEFT_ALONE
 
 
 def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
@@ -232,8 +208,7 @@ def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
     if isinstance(value, nn.Module):
         if any(is_lazy(parameter) for parameter in parameters_of(value).values() if parameter is not None):
             return None, ()
-        held, below = _below(_Entries(value.__dict__, _MACHINERY))
-        return held, [*below, value.__dict__.get(_FORWARD)]
+        return _below(_Entries(value.__dict__, _MACHINERY))
     if isinstance(value, Tensor):
         return _tensor(value), ()
     if isinstance(value, TensorDict):
@@ -253,12 +228,11 @@ def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
         return generator, ()
     if type(value).__module__ == "numpy" and hasattr(value, "flat"):
         return _array(value), ()
-    if is_code(value):
-        return (None, ()) if torch.compiler.is_compiling() else of_code(value, _is_users)
     if isinstance(value, bytearray | array):
         return _bytes(value), ()
     module = type(value).__module__
-    if not (_is_users(module) or module in _HOLDING) or not _is_plain(value):
+    left_alone = module.partition(".")[0] in LEFT_ALONE and module not in _HOLDING
+    if left_alone or not _is_plain(value):
         return None, ()
     return _object(value)
 
