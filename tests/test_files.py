@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tdhook.files import completed, read_json, replacing, together, write_whole
+from tdhook.files import completed, read_json, replacing, require_text, together, write_whole
 
 
 def stopped(path: Path) -> None:
@@ -76,3 +76,25 @@ def test_what_is_no_json_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(ValueError, match=r"a\.json is (nested too deeply|not valid JSON)"):
         read_json(tmp_path / "a.json")
+
+
+def test_what_is_no_file_is_told(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "folder.json").mkdir()
+    for name in ("pipe.json", "folder.json"):
+        with pytest.raises(ValueError, match=f"{name} is no file"):
+            read_json(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "none.json")
+
+
+def test_a_path_that_is_no_text_is_told(tmp_path: Path) -> None:
+    require_text(tmp_path / "ü $x 日本")
+    with pytest.raises(ValueError, match="is no text in UTF-8, and torch maps no files there: rename it"):
+        require_text(tmp_path / "\udcff" / "rollout")
+
+
+def test_a_link_to_nowhere_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="link is a file, where a folder is to be written"):
+        write_whole(tmp_path / "link" / "a.txt", b"")

@@ -28,6 +28,7 @@ __all__ = [
     "locked",
     "read_json",
     "replacing",
+    "require_text",
     "room",
     "saved_alone",
     "together",
@@ -107,9 +108,21 @@ def _is_free(handle: int) -> bool:
     return True
 
 
+def require_text(folder: Path) -> None:
+    """Make sure that torch can map what lies in a folder: its path is text, and not any bytes.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{folder} is no text in UTF-8, and torch maps no files there: rename it") from None
+
+
 def _make(folder: Path) -> None:
     for above in (folder, *folder.parents):
-        if above.exists() and not above.is_dir():
+        if os.path.lexists(above) and not above.is_dir():
             raise FileExistsError(f"{above} is a file, where a folder is to be written")
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -270,8 +283,11 @@ def read_json(path: Path) -> object:
     """What a JSON file says.
 
     Raises:
-        ValueError: it is no JSON, which knows no NaN, or is nested too deeply.
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON, which knows no NaN, or is nested too deeply; or it is a folder, or a pipe.
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # to read a pipe is to wait for ever
+        raise ValueError(f"{path} is no file")
     try:
         found: object = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except RecursionError:

@@ -81,6 +81,30 @@ def test_from_a_buffer_to_numbers() -> None:
     torch.testing.assert_close(result.reduced["moments"]["mean"][0], even.mean(0))
 
 
+def test_what_a_folder_says_is_not_imported() -> None:
+    succeeds(explain("--chunk", "16"))
+    Path("evil.py").write_text(
+        "from pathlib import Path\nfrom tdhook.rl import load_policy\nPath('code-ran').touch()\n"
+        "def make(): return load_policy('policy.pt')\ndef same(rows): return rows\n"
+    )
+    told = json.loads(Path("job/words.json").read_text())
+    for name, named in (("policy", "evil:make"), ("prepare", "evil:same")):
+        Path("job/words.json").write_text(json.dumps({**told, name: named}))
+        for command in (("status",), ("verify",), ("reduce",), ("report",)):
+            succeeds(tdhook(*command, "job"))
+        said = fails(tdhook("verify", "job", "--sample", "1"))
+        assert f"job says that its {name} is {named}, which would be imported" in said
+        assert f"say so, --{name} {named}" in said and not Path("code-ran").exists()
+    Path("job/words.json").write_text(json.dumps({**told, "policy": "evil:make"}))
+    assert "1 were explained again: the same" in succeeds(
+        tdhook("verify", "job", "--sample", "1", "--policy", "evil:make")
+    )
+    assert Path("code-ran").exists()
+    for name, odd in (("policy", 3), ("chunk", "many"), ("key", "x"), ("in_order", None)):
+        Path("job/words.json").write_text(json.dumps({**told, name: odd}))
+        assert f"words.json says {name} is" in fails(tdhook("verify", "job", "--sample", "1"))
+
+
 def test_kept_rows_are_reduced_again() -> None:
     succeeds(explain("--reduce", "none", "--rows", "10:50"))
     assert "has reduced rows to nothing" in fails(tdhook("reduce", "job"))

@@ -168,6 +168,17 @@ def test_a_summary_of_another_shape_is_told(change: dict[str, Any], message: str
     assert message in fails(command, "out")
 
 
+def test_relevance_of_no_entries_is_told() -> None:
+    changed()
+    assert tdhook(*EXPLAIN).exit_code == 0
+    Path("out/manifest.json").unlink()
+    path = Path("out/rollout/attr/meta.json")
+    told = json.loads(path.read_text())
+    told["observation"]["shape"] = [3, 0]
+    path.write_text(json.dumps(told))
+    assert "the rollout has no relevance of anything that the policy read" in tdhook("report", "out").stderr
+
+
 def test_composite_files_that_are_nested_or_odd_are_told_in_one_line() -> None:
     deep = '{"pairs":[{"rule":"PassRule","select":' + '{"not":' * 900 + '{"name":"x"}' + "}" * 900 + "}]}"
     for name, text, message in (

@@ -70,9 +70,10 @@ def test_what_was_changed_is_left_and_told(tmp_path: Path) -> None:
     path.write_bytes(data)
     (folders[1] / "parts" / "000000030.npz").write_bytes(b"PK")
     (folders[1] / "done" / "000000031.json").write_bytes(b"{")
+    (folders[1] / "parts" / "000000032.npz").unlink()
     found = gather(folders, tmp_path / "job")
-    assert found.changed == {str(folders[0]): (1,), str(folders[1]): (30, 31)}
-    assert (found.done, found.finished) == (35, False)
+    assert found.changed == {str(folders[0]): (1,), str(folders[1]): (30, 31, 32)}
+    assert (found.done, found.finished) == (34, False)
     assert a_job(tmp_path / "job").work().finished
     a_job(tmp_path / "whole").work()
     same(tmp_path / "job", tmp_path / "whole")

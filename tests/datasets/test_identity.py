@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from datetime import date
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -30,7 +34,9 @@ torch.manual_seed(0)
 data = torch.randn(3, 4)
 method = LRP("deeplift", target=Contrast(Target("y", 0), Target("y", 1)), baseline={"x": data, "z": "mean"})
 named = LRP("epsilon_plus", target=Target("y", "argmax"))
-print(json.dumps([described(method), described(named), module_identity(nn.Sequential(nn.Linear(4, 2), nn.ReLU()))]))
+within = eval("lambda x: x in {'a', 'b', 'c', 'd', 'e', 'f'}")
+model = nn.Sequential(nn.Linear(4, 2), nn.ReLU())
+print(json.dumps([described(method), described(named), module_identity(model), described(within)]))
 """
 
 
@@ -46,7 +52,7 @@ def test_other_processes_say_the_same() -> None:
         for seed in ("1", "2")
     ]
     outputs = {process.communicate()[0] for process in processes}
-    assert len(outputs) == 1 and len(json.loads(outputs.pop())) == 3
+    assert len(outputs) == 1 and len(json.loads(outputs.pop())) == 4
 
 
 def test_every_preset_is_plain_data() -> None:
@@ -65,6 +71,37 @@ def shifted(x: float, by: float = 2.0) -> float:
     return x + by
 
 
+def among(x: str) -> bool:
+    return x in {"a", "b", "c", "d", "e", "f"}
+
+
+def among_others(x: str) -> bool:
+    return x in {"a", "b", "c", "d", "e", "g"}
+
+
+def calling(factor: float) -> Any:
+    """A function that rests on the variables of a file."""
+    lines = f"FACTOR, CALLS = {factor}, []", "def inner(x): return x * FACTOR"
+    text = "\n".join((*lines, "def outer(x): CALLS.append(1); return inner(x)"))
+    variables: dict[str, Any] = {"__name__": "mine"}
+    exec(text, variables)  # noqa: S102
+    variables["CALLS"].append(factor)
+    return variables["outer"]
+
+
+class OfUsers:
+    """Its code is looked into, as it is no library's."""
+
+    attribute = 1
+
+    @staticmethod
+    def of(function: Any) -> Any:
+        kind = type("Own", (OfUsers,), {"method": function, "__module__": "mine"})
+        made = kind()
+        made.held = 1
+        return made
+
+
 SAME = [
     (lambda: LRP("epsilon", target=Target("y", 0))),
     (lambda: LRP([(Type(nn.Linear), EpsilonRule())], target=Target("y", 0))),
@@ -76,6 +113,11 @@ SAME = [
     (lambda: torch.nn.functional.relu),
     (lambda: torch.zeros_like),
     (lambda: "text".upper),
+    (lambda: np.ones(3)),
+    (lambda: [np.float32(1), 1j, b"a", re.compile("a"), Fraction(1, 2), date(2026, 1, 1)]),
+    (lambda: among),
+    (lambda: calling(2.0)),
+    (lambda: OfUsers.of(lambda: 1)),
 ]
 OTHER = [
     (lambda: LRP("epsilon", target=Target("y", 1))),
@@ -88,6 +130,11 @@ OTHER = [
     (lambda: torch.nn.functional.gelu),
     (lambda: torch.ones_like),
     (lambda: "text".lower),
+    (lambda: np.ones(3) * 2),
+    (lambda: [np.float32(1), 1j, b"a", re.compile("b"), Fraction(1, 2), date(2026, 1, 1)]),
+    (lambda: among_others),
+    (lambda: calling(3.0)),
+    (lambda: OfUsers.of(lambda: 2)),
 ]
 
 
@@ -105,9 +152,12 @@ def test_functions_are_their_code_and_what_they_hold() -> None:
     assert described(made(2.0)) == described(made(2.0)) != described(made(3.0))
 
     def recursive(n: int) -> int:
+        return n and other(n - 1)
+
+    def other(n: int) -> int:
         return n and recursive(n - 1)
 
-    assert described(recursive) == described(recursive)
+    assert described(recursive) == described(recursive) != described(other)
     loop: list[Any] = []
     loop.append(loop)
     with pytest.raises(ValueError, match="a list that holds itself"):
@@ -123,6 +173,16 @@ def test_models_are_their_classes_settings_and_weights() -> None:
     assert same == module_identity(net())
     for other in (net(0.2), net(seed=1), net(bias=False), net().train(False), net().double()):
         assert module_identity(other) != same
+    kept = [lambda x: x, {"slope": 0.1}, torch.ones(2), [np.ones(2)], [nn.Linear(2, 2, bias=False)]]
+    others = [lambda x: -x, {"slope": 0.2}, torch.zeros(2), [np.zeros(2)], [nn.Linear(2, 2)]]
+    for value, other_value in zip(kept, others, strict=True):
+        for name in ("held", "_held"):
+            found = []
+            for one in (value, other_value):
+                model = net()
+                setattr(model, name, one)
+                found.append(module_identity(model))
+            assert found[0] != found[1], (name, value)
     norm = nn.BatchNorm1d(3)
     before = module_identity(norm)
     norm.running_mean += 1

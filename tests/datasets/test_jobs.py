@@ -196,10 +196,14 @@ def test_rows_that_are_chosen(which: Any, expected: list[int], tmp_path: Path) -
 
 
 def test_rows_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(IndexError, match="rows= names row 100, and the source has 100"):
-        job(tmp_path / "job", rows=[3, 100])
-    with pytest.raises(TypeError, match="row numbers, or a truth value for each of the 100 rows"):
-        job(tmp_path / "job", rows=torch.zeros(3, dtype=torch.bool))
+    for which, odd in (([3, 100], 100), ([3, -1], -1), (torch.tensor([-2]), -2)):
+        with pytest.raises(
+            IndexError, match=f"rows= names row {odd}, and the source has 100: rows count from 0"
+        ):
+            job(tmp_path / "job", rows=which)
+    for none in (torch.zeros(3, dtype=torch.bool), torch.tensor(3), 3, "abc", [[1]], [0.5], {1, 2}):
+        with pytest.raises(TypeError, match="row numbers, or a truth value for each of the 100 rows"):
+            job(tmp_path / "job", rows=none)
     with pytest.raises(ValueError, match="the source has no rows"):
         job(tmp_path / "job", rows=slice(0, 0))
     assert not (tmp_path / "job").exists()

@@ -207,3 +207,16 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     (home / "meta" / "info.json").write_text(json.dumps({**told, "codebase_version": "v9"}))
     with pytest.raises(ValueError, match=r"the layout 'v9' is none of v2.0, v2.1, v3.0"):
         LeRobot(home)
+    changes: list[tuple[dict[str, object], str]] = [
+        ({"fps": None}, "TypeError"),
+        ({"features": [1]}, "AttributeError"),
+        ({"features": {"action": {"dtype": "float32"}}}, "KeyError: 'shape'"),
+        ({"data_path": "{nothing}"}, "KeyError: 'nothing'"),
+        ({"data_path": "{episode_index.a}"}, "AttributeError"),
+        ({"data_path": "data/../../{episode_index}.parquet"}, "which is outside of it"),
+        ({"data_path": "/etc/passwd"}, "names the file '/etc/passwd', which is outside of it"),
+    ]
+    for change, text in changes:
+        (home / "meta" / "info.json").write_text(json.dumps({**told, **change}))
+        with pytest.raises(ValueError, match=rf"is not as LeRobot writes it: .*{text}"):
+            LeRobot(home, cameras=[])

@@ -113,3 +113,15 @@ def test_other_checkpoints_are_another_job(tmp_path: Path) -> None:
     torch.save(torch.load(files["step 0"], weights_only=True), files["step 2"])
     with pytest.raises(ValueError, match=r"which differs in checkpoints\.step 2"):
         Job(METHOD, model(), data, tmp_path / "job", checkpoints=files)
+
+
+def test_a_checkpoint_that_is_written_to_meanwhile_is_refused(tmp_path: Path) -> None:
+    data, files, _ = trained(tmp_path)
+    job = Job(METHOD, model(), data, tmp_path / "job", checkpoints=files, chunk=40)
+    kept = files["step 1"].read_bytes()
+    torch.save(model().state_dict(), files["step 1"])
+    with pytest.raises(ValueError, match="checkpoint 'step 1' has other weights than when the job was made"):
+        job.work()
+    assert job.status().chunks_done == 2
+    files["step 1"].write_bytes(kept)
+    assert job.work().finished

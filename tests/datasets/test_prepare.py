@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import nn
 
@@ -62,6 +62,23 @@ def test_transforms_make_numbers_of_frames(mapped: bool, tmp_path: Path) -> None
     torch.testing.assert_close(result.reduced["moments"]["mean"][1], wanted[1::2].double().mean(0))
     if mapped:  # the source is as it was
         assert (TensorDict.load_memmap(source) == frames()).all()
+
+
+def test_a_source_in_memory_is_left_as_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    policy = TensorDictModule(nn.Linear(4, 3), ["observation"], ["action_value"])
+    source = TensorDict({"observation": torch.randn(20, 4)}, [20])
+    kept, method = source.clone(), LRP("epsilon", target=Target("action_value", 0))
+
+    def halved(rows: TensorDictBase) -> TensorDictBase:
+        rows["observation"].mul_(0.5)
+        return rows
+
+    found = Job(method, policy, source, tmp_path / "job", prepare=halved, chunk=6, at_once=4)
+    found.work()
+    assert torch.equal(source["observation"], kept["observation"]) and found.verify(2).ok
+    expected = method.wrap(policy)(TensorDict({"observation": kept["observation"] * 0.5}, [20]))
+    torch.testing.assert_close(found.result().rows["attr", "observation"], expected["attr", "observation"])
 
 
 def test_other_transforms_are_another_job(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, tensorclass
+from torch import Tensor
 
 from tdhook.datasets.rows import as_rows, chosen, rows_identity
 
@@ -20,6 +21,18 @@ def data(count: int = 37) -> TensorDict:
         {"observation": torch.randn(count, 4), "next": {"done": torch.zeros(count, 1, dtype=torch.bool)}},
         [count],
     )
+
+
+@tensorclass
+class Step:
+    observation: Tensor
+    next: TensorDict
+    reward: Tensor | None = None
+
+
+def steps() -> Any:
+    td = data()
+    return Step(td["observation"], td["next"], batch_size=[len(td)])
 
 
 def saved(td: TensorDict, home: Path) -> Path:
@@ -69,6 +82,8 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
     "a storage": lambda home: storage_of(home)._storage,
     "one at a time": lambda home: Alone(data()),
     "a list": lambda home: list(data().unbind(0)),
+    "a tensorclass": lambda home: steps(),
+    "a list of tensorclasses": lambda home: [steps()[i] for i in range(37)],
     "rows": lambda home: as_rows(data()),
 }
 

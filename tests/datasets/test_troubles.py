@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import resource
 import shutil
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from a_job import a_job, same, steps
 from forking import ended, forked
 
-from tdhook.datasets import Job
+from tdhook.datasets import Job, gather, open_result
+from tdhook.datasets.result import status_of
 
 NOBODY = 65534
 
@@ -153,6 +156,17 @@ def test_a_manifest_that_is_none(text: str, whole: Path, tmp_path: Path) -> None
     same(home, whole)
 
 
+@pytest.mark.parametrize("rows", [2**70, -1, "many"])
+def test_a_manifest_of_no_number_of_rows(rows: object, whole: Path) -> None:
+    told = json.loads((whole / "manifest.json").read_text())
+    told["units"]["rows"] = rows
+    (whole / "manifest.json").write_text(json.dumps(told))
+    with pytest.raises(
+        ValueError, match=rf"does not say all of what is in the folder \(.*{rows}'? is no number"
+    ):
+        open_result(whole)
+
+
 @pytest.mark.parametrize(
     "name", ["rows/meta.json", "rows.part/a", "blocks/1.z", "done/1.json", "claims/x", "a.txt"]
 )
@@ -181,6 +195,27 @@ def test_notes_that_are_cut_off(finished: bool, whole: Path, tmp_path: Path) -> 
     ):
         assert job.work().finished
     same(home, whole)
+
+
+def test_notes_that_are_of_no_chunk(whole: Path, tmp_path: Path) -> None:
+    home = tmp_path / "job"
+    job = a_small_job(home)
+    chunks: list[int] = []
+    job.work(on_done=chunks.append, until=lambda: len(chunks) == 3)
+    note = (home / "done" / f"{chunks[0]:09d}.json").read_bytes()
+    for name in ("000000005.json", "000000099.json", "notes.json", "000000004 (copy).json", "-00000001.json"):
+        (home / "done" / name).write_bytes(note)
+    assert (job.status().chunks_done, job.status().finished) == (3, False)
+    assert status_of(home).done == job.result(partial=True).done.sum() == 48
+    with pytest.raises(RuntimeError, match="3 of 5 chunks are done"):
+        job.result()
+    assert job.verify().chunks == 3 and job.verify().ok
+    found = gather([home], tmp_path / "gathered")
+    assert (found.brought, found.finished, found.changed) == (3, False, {})
+    assert job.work().finished
+    assert torch.equal(
+        job.result().rows["attr", "observation"], open_result(whole).rows["attr", "observation"]
+    )
 
 
 @pytest.mark.parametrize("finished", [True, False])

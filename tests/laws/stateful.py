@@ -6,6 +6,9 @@ import random
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from queue import Queue
+from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -249,6 +252,21 @@ def in_a_list(net: Net, x: Tensor) -> object:
     with torch.no_grad():
         net.others[0](x)
     return net.others[0].running_mean.clone()
+
+
+def holding(net: Net) -> None:
+    net.space, net.waiting, net.bytes = SimpleNamespace(count=0), Queue(), bytearray(2)
+    net.waiting.put(0)
+    net.weak = WeakKeyDictionary({net.head: 0})
+
+
+@kind("objects of Python that hold values", holding)
+def of_python(net: Net, x: Tensor) -> object:
+    net.space.count += 1
+    net.waiting.put(net.waiting.get() + 1)
+    net.bytes[0] += 1
+    net.weak[net.head] += 1
+    return net.space.count + net.waiting.queue[0] + net.bytes[0] + net.weak[net.head]
 
 
 def generator_of(net: Net) -> None:

@@ -9,11 +9,20 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tdhook import LRP, Target
-from tdhook.attribution import Ablation, GradientTimesInput, IntegratedGradients
+from tdhook import LRP, References, Target
+from tdhook.attribution import (
+    Ablation,
+    Averaged,
+    Gradient,
+    GradientTimesInput,
+    IntegratedGradients,
+    Noise,
+    Product,
+)
 from tdhook.rules import EpsilonRule, GammaRule, WSquareRule
 
 OUTSIDE: list[Tensor] = []
@@ -25,6 +34,11 @@ METHODS = {
     "gradient": lambda: GradientTimesInput(target=FIRST),
     "integrated": lambda: IntegratedGradients(target=FIRST, steps=3),
     "perturbed": lambda: Ablation(target=FIRST),
+    "averaged": lambda: Averaged(GradientTimesInput(target=FIRST), Noise(0.1, samples=3)),
+    "averaged over references": lambda: Averaged(
+        IntegratedGradients(target=FIRST, steps=2), References("sample", 2)
+    ),
+    "product": lambda: Product(GradientTimesInput(target=FIRST), Gradient(target=FIRST)),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
@@ -288,3 +302,51 @@ def test_what_an_in_place_layer_overwrites_is_overwritten_for_whoever_sees_it(
     for x in inputs(3, 3):
         with torch.no_grad():
             assert torch.equal(explained(TensorDict({"input": x}, [3]))["output"], plain(x))
+
+
+class Carrying(TensorDictModuleBase):
+    """Has its state in the batch, and writes to it in place."""
+
+    in_keys, out_keys = ["input", "steps", ("inner", "state")], ["output"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.relu, self.fc = nn.ReLU(inplace=True), nn.Linear(5, 2)
+
+    def forward(self, td: TensorDict) -> TensorDict:
+        steps, state = td["steps"], td["inner", "state"]
+        steps += 1
+        state.mul_(0.5).add_(steps)
+        return td.set("output", self.fc(self.relu(td["input"] * state)) + steps)
+
+
+@every_method
+def test_state_that_a_batch_carries_is_written_to_once(method: Callable[[], Any]) -> None:
+    explained, plain = method().wrap(Carrying(), in_keys=["input"]), Carrying()
+    torch.manual_seed(1)
+    given = {"input": torch.randn(3, 5), "steps": torch.zeros(3, 1), "inner": {"state": torch.ones(3, 1)}}
+    td = TensorDict(given, [3])
+    expected = td.clone()
+    for _ in range(3):
+        with torch.no_grad():
+            plain(expected)
+        steps, state = td["steps"], td["inner", "state"]
+        explained(td)
+        for key in ("output", "steps", ("inner", "state")):
+            assert torch.equal(td[key], expected[key])
+        assert td["steps"] is steps and td["inner", "state"] is state
+
+
+@every_method
+def test_state_that_a_batch_carries_is_left_where_a_call_fails(method: Callable[[], Any]) -> None:
+    class Failing(Carrying):
+        def forward(self, td: TensorDict) -> TensorDict:
+            super().forward(td)
+            raise ArithmeticError("after the state")
+
+    given = {"input": torch.randn(3, 5), "steps": torch.zeros(3, 1), "inner": {"state": torch.ones(3, 1)}}
+    td = TensorDict(given, [3])
+    with pytest.raises(ArithmeticError):
+        method().wrap(Failing(), in_keys=["input"])(td)
+    assert (td["steps"] == 0).all() and (td["inner", "state"] == 1).all()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from tdhook.models.holding import Beside, Makeup, modules_of
+from tdhook import LRP, Target
+from tdhook.models.holding import Beside, Makeup, held_by, modules_of
 
 
 class Holds(nn.Module):
@@ -79,3 +82,16 @@ def test_modules_beside_those_of_a_model() -> None:
     assert not any(isinstance(module, Beside) for module in found.values())
     assert "more.0.features.weight" in model.state_dict()
     model.load_state_dict(model.state_dict())
+
+
+def test_a_compiled_module_has_the_mode_of_its_own() -> None:
+    linear = nn.Linear(2, 2)
+    compiled = torch.compile(linear, backend="eager")
+    before = held_by([compiled])
+    assert held_by([compiled]) == before
+    linear.eval()
+    assert held_by([compiled]) != before
+    td = TensorDict({"input": torch.ones(3, 2)}, [3])
+    lrp = LRP("epsilon", target=Target("output", 0), baseline=0.0)
+    found, expected = (lrp.wrap(nn.Sequential(one))(td.copy()) for one in (compiled, linear))
+    torch.testing.assert_close(found["attr", "input"], expected["attr", "input"])

@@ -183,3 +183,13 @@ def test_a_snapshot_may_be_put_back_more_than_once() -> None:
         assert model.h.any() and before.moved == (model,)
         before.put_back()
         assert not model.h.any()
+
+
+def test_the_place_that_rules_take_is_left_to_whoever_took_it() -> None:
+    """An explanation that is interrupted while it puts back has taken its rules off before it is asked again."""
+    model = nn.Linear(3, 2)
+    model.forward = lambda x: x
+    during = Snapshot([model])
+    del model.forward
+    during.put_back()
+    assert during.moved == () and "forward" not in vars(model)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from explained_batches import ATTR, CHOSEN, METHOD, collected, of_the_stored, q_actor
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
 from tdhook import LRP, Target
@@ -147,6 +147,35 @@ def test_what_belongs_to_the_caller_is_left_alone() -> None:
         transform(batch)
     with torch.inference_mode():
         transform(batch)
+
+
+class Counting(TensorDictModuleBase):
+    """Counts its steps in an entry of the batch, in place."""
+
+    in_keys, out_keys = ["observation", "steps"], ["value"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, tensordict: TensorDict) -> TensorDict:
+        steps = tensordict["steps"]
+        steps += 1
+        return tensordict.set("value", self.layer(tensordict["observation"]) * steps)
+
+
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_a_module_that_writes_to_what_it_reads_leaves_the_batch_alone(at_once: int | None) -> None:
+    batch = TensorDict({"observation": torch.randn(5, 4), "steps": torch.zeros(5, 1)}, [5])
+    kept = batch.clone()
+    method, module = LRP("epsilon", target="value"), Counting()
+    found = [Explain(method, module, ["observation"], at_once=at_once)(batch) for _ in range(2)]
+    for one in found:
+        assert (batch == kept).all() and (one["steps"] == 0).all()
+        torch.testing.assert_close(
+            one["attr", "observation"],
+            method.wrap(module, ["observation"])(kept.clone())["attr", "observation"],
+        )
 
 
 def test_it_pickles(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -170,6 +171,25 @@ def test_a_module_that_changes_otherwise_is_followed_too() -> None:
     actor.float()
     actor[0].module[0] = nn.Linear(4, 16)
     torch.testing.assert_close(transform(batch)[ATTR], of_the_stored(actor, batch))
+
+
+def test_what_is_no_tensor_is_followed_too() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.LeakyReLU(0.1), nn.Linear(8, 1))
+    critic, batch = ValueOperator(net, in_keys=["observation"]), collected()
+    method = LRP("epsilon", target="state_value")
+    transform = Explain(method, critic)
+    again = pickle.loads(pickle.dumps(transform))
+    first = transform(batch)[ATTR]
+    net[1].negative_slope = 0.9
+    second = transform(batch)[ATTR]
+    net[1] = nn.Tanh()
+    third = transform(batch)[ATTR]
+    torch.testing.assert_close(third, method.wrap(critic)(batch.select("observation"))[ATTR])
+    net[1] = nn.LeakyReLU(0.9)
+    torch.testing.assert_close(second, method.wrap(critic)(batch.select("observation"))[ATTR])
+    assert not torch.allclose(first, second) and not torch.allclose(second, third)
+    with pytest.warns(UserWarning, match="explains with the weights of then"):
+        torch.testing.assert_close(again(batch)[ATTR], first)
 
 
 def test_batch_norm_follows_the_mode_and_keeps_its_statistics() -> None:

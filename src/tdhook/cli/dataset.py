@@ -158,8 +158,15 @@ def verify(
         MaybeText,
         typer.Option(
             "--policy",
-            help="That of the job, by default as it was begun.",
+            help="That of the job; by default the checkpoint that it was begun with. What is imported is to be said.",
             metavar="CKPT_OR_IMPORT",
+        ),
+    ] = None,
+    prepare: Annotated[
+        MaybeText,
+        typer.Option(
+            help="That of the job, if it has one: `package.module:function` is to be said, too.",
+            metavar="IMPORT",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
@@ -168,7 +175,7 @@ def verify(
     from tdhook.cli.jobs import verify
 
     with notes():
-        verify(folder, sample, policy, seed)
+        verify(folder, sample, policy, prepare, seed)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from rich.text import Text
 from tensordict.utils import NestedKey, unravel_key
 
 from tdhook.attribution.lrp import LRP
-from tdhook.cli.policies import default_target, find_policy, imported
+from tdhook.cli.policies import default_target, find_policy, imported, is_imported
 from tdhook.cli.reducing import reduced_tables, reducers_of
 from tdhook.cli.words import Words
 from tdhook.configuration import (
@@ -188,15 +188,16 @@ def _time(seconds: float) -> str:
     )
 
 
-def verify(folder: Path, sample: int | None, policy: str | None, seed: int) -> None:
+def verify(folder: Path, sample: int | None, policy: str | None, prepare: str | None, seed: int) -> None:
     """Print whether a job is as it was written, and end with 1 where it is not."""
     if sample is None:
         home = JobFolder(folder)
-        stored, done = stored_in(home), sorted(home.all_done())
+        stored = stored_in(home)
+        done = sorted(stored.units.among(home.all_done()))
         changed = tuple(unit for unit in done if not stored.is_as_written(unit))
         found = Verified(len(done), changed, (), ())
     else:
-        found = _job_again(folder, policy).verify(sample, seed)
+        found = _job_again(folder, policy, prepare).verify(sample, seed)
     _say(
         f"{found.chunks} chunks were read: {_listed(found.changed, 'not as they were written') or 'as written'}"
     )
@@ -207,15 +208,28 @@ def verify(folder: Path, sample: int | None, policy: str | None, seed: int) -> N
         raise typer.Exit(1)
 
 
-def _job_again(folder: Path, policy: str | None) -> Job:
-    """The job of a folder, in the words that it was begun with."""
+def _job_again(folder: Path, policy: str | None, prepare: str | None) -> Job:
+    """The job of a folder, in the words that it was begun with.
+
+    A folder may be anyone's: what would be imported is taken from the caller alone.
+
+    Raises:
+        ValueError: the folder says what would be imported, and the caller does not.
+    """
     told = told_words(folder)
     if not told:
         JobFolder(folder).told()  # which says if it is none at all
         raise ValueError(
             f"{folder} was not begun with tdhook dataset explain: verify it in Python, job.verify()"
         )
-    words = Words.told(told if policy is None else {**told, "policy": policy})
+    given = {name: text for name, text in (("policy", policy), ("prepare", prepare)) if text is not None}
+    words = Words.told({**told, **given})
+    for name, text in (("policy", words.policy), ("prepare", words.prepare)):
+        if name not in given and text is not None and (name == "prepare" or is_imported(text)):
+            raise ValueError(
+                f"{folder} says that its {name} is {text}, which would be imported: if that is what the job was begun "
+                f"with, say so, --{name} {text}"
+            )
     return _job_of(words, folder)[0]
 
 

@@ -23,7 +23,7 @@ from tdhook.targets import Target
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
 
-__all__ = ["Stage", "default_target", "find_policy", "imported"]
+__all__ = ["Stage", "default_target", "find_policy", "imported", "is_imported"]
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -42,8 +42,7 @@ def find_policy(text: str, env_id: str | None = None, *, need_env: bool = True) 
         TypeError: the function returns no policy.
         ValueError: the file is no checkpoint, or no environment is known.
     """
-    is_import = _IMPORT_PATH.fullmatch(text) is not None and not Path(text).exists()
-    policy = _imported(text) if is_import else load_policy(text, env_id)
+    policy = _imported(text) if is_imported(text) else load_policy(text, env_id)
     if env_id is not None:
         policy = replace(policy, env_id=env_id)
     for names, what in ((policy.features, "features"), (policy.actions, "actions")):
@@ -53,6 +52,11 @@ def find_policy(text: str, env_id: str | None = None, *, need_env: bool = True) 
             f"{text} does not say in which environment it acts: give --env, as in --env CartPole-v1"
         )
     return policy
+
+
+def is_imported(text: str) -> bool:
+    """Whether a policy is taken from a module, ``package.module:function``, and not read from a file."""
+    return _IMPORT_PATH.fullmatch(text) is not None and not Path(text).exists()
 
 
 def _imported(text: str) -> Policy:

@@ -66,7 +66,7 @@ def _explained(rollout: TensorDictBase, label: str) -> list[NestedKey]:
     keys: list[NestedKey] = [
         ("attr", *part)
         for part in sorted(parts)
-        if part != ("frame",) and rollout.get(part, None) is not None
+        if part != ("frame",) and rollout.get(part, None) is not None and relevance.get(part).numel()
     ]
     if not keys:
         raise ValueError("the rollout has no relevance of anything that the policy read")

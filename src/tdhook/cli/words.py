@@ -6,8 +6,20 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 __all__ = ["Words"]
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "str | None": (str, type(None)),
+    "bool": (bool,),
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "tuple[str, ...]": (list, tuple),
+}
+"""What JSON has for each kind of word."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class Words:
         """The words that were noted when a job was begun.
 
         Raises:
-            ValueError: some are missing.
+            ValueError: some are missing, or are no such words.
         """
         names = [one.name for one in fields(cls)]
         missing = [name for name in names if name not in told]
@@ -43,9 +55,14 @@ class Words:
             raise ValueError(
                 f"words.json does not say {', '.join(missing)}: it is of another version of tdhook"
             )
-        key = told["key"]
         given = {name: told[name] for name in names}
-        return cls(**{**given, "key": tuple(key) if isinstance(key, list) else ()})  # type: ignore[arg-type]
+        for one in fields(cls):
+            if type(given[one.name]) not in _KINDS[str(one.type)]:
+                raise ValueError(
+                    f"words.json says {one.name} is {str(given[one.name])[:40]!r}, which it cannot be"
+                )
+        key: Any = given["key"]
+        return cls(**{**given, "key": tuple(map(str, key))})  # type: ignore[arg-type]
 
     def command(self, out: Path) -> str:
         """What to type for the job in a folder."""

@@ -344,6 +344,7 @@ class ExplainedModule(TensorDictModuleBase):
         """The run and what explains it, off the tape."""
         found, base = runner.carefully(lambda: self._explained(runner))
         runner.base = None
+        runner.overwritten.hand_back()
         written = base.written()
         written.update(runner.beside)
         written.update(base.told)

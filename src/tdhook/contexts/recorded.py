@@ -206,6 +206,10 @@ class Recorded:
         fill: Callable[[TensorDictBase], TensorDictBase],
     ) -> dict[NestedKey, Tensor]:
         work = self._read(source)
+        attributed = self._attributed(source)
+        for key, value in work.items(True, True):
+            if isinstance(value, Tensor) and key not in attributed:  # which the module may write to
+                work.set(key, value.clone())
         here = next((x.device for x in work.values(True, True) if isinstance(x, Tensor)), None)
         there = next((x.device for x in self.explained.model.root.parameters()), here)
         if here != there:

@@ -10,7 +10,7 @@ import torch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.datasets.checkpoints import Checkpoint, weights_of
+from tdhook.datasets.checkpoints import Checkpoint, tensors_of, weights_of
 from tdhook.datasets.explaining import Explaining
 from tdhook.datasets.folder import JobFolder
 from tdhook.datasets.identity import digest_of
@@ -19,6 +19,7 @@ from tdhook.datasets.layout import Layout, checksums
 from tdhook.datasets.reducing import Part, Piece, Reducer, add_part
 from tdhook.datasets.stored import Stored, named
 from tdhook.datasets.units import Units
+from tdhook.models.loading import Weights
 
 __all__ = ["Chunks"]
 
@@ -55,6 +56,7 @@ class Chunks:
     units: Units = field(init=False)
     piece: int = field(init=False)
     _loaded: int | None = field(default=None, init=False)
+    _digests: dict[str, str] = field(default_factory=dict, init=False)
 
     @property
     def compressed(self) -> bool:
@@ -129,11 +131,33 @@ class Chunks:
         return self.keep.of(piece.entries, inputs, self.explaining.axes_of(piece.data, piece.entries))
 
     def load(self, checkpoint: int) -> None:
-        """Explain with the weights of a checkpoint from now on."""
+        """Explain with the weights of a checkpoint from now on.
+
+        Raises:
+            ValueError: they are others than when the job was made, as those of a file that was written since.
+        """
         if not self.checkpoints or self._loaded == checkpoint:
             return
-        self.explaining.load(weights_of(list(self.checkpoints.values())[checkpoint]))
+        self._loaded = None
+        self.explaining.load(self._weights(list(self.checkpoints)[checkpoint]))
         self._loaded = checkpoint
+
+    def _weights(self, name: str) -> Weights:
+        found = weights_of(self.checkpoints[name])
+        digest = digest_of(tensors_of(found))
+        if self._digests.setdefault(name, digest) != digest:
+            raise ValueError(
+                f"the checkpoint {name!r} has other weights than when the job was made: give it those of then, in a "
+                "file or a copy that nothing is written to"
+            )
+        return found
+
+    def digests(self) -> dict[str, str]:
+        """The digests of the weights of all checkpoints, by name."""
+        for name in self.checkpoints:
+            if name not in self._digests:
+                self._weights(name)
+        return {name: self._digests[name] for name in self.checkpoints}
 
     @property
     def stored(self) -> Stored:

@@ -87,7 +87,8 @@ class Explaining:
 
     def _read(self, begin: int, end: int) -> TensorDictBase:
         rows = self.rows.read(begin, end)
-        return rows if self.prepare is None else self.prepare(rows)
+        # A copy: what prepares rows may write to them, and they may be those of the source.
+        return rows if self.prepare is None else self.prepare(rows.clone())
 
     def _source(self, rows: TensorDictBase) -> TensorDictBase:
         """What the model reads of rows."""

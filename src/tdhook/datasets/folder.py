@@ -30,7 +30,7 @@ from torch import Tensor
 from tdhook.datasets.identity import Plain, difference
 from tdhook.datasets.layout import Layout, bytes_of, packed, unpacked
 from tdhook.datasets.reducing import Part
-from tdhook.files import read_json
+from tdhook.files import read_json, require_text
 from tdhook.keys import parts_of
 
 __all__ = ["JobFolder"]
@@ -65,6 +65,7 @@ class JobFolder:
             FileExistsError: it holds something else.
             ValueError: it is that of another job; the message names what differs.
         """
+        require_text(self.home)
         if not self.manifest.is_file():
             # Once more the manifest: another worker may have begun meanwhile, and what lies here be its.
             if self._holds_something_else() and not self.manifest.is_file():
@@ -299,7 +300,8 @@ class JobFolder:
         """The chunks that are on the disk."""
         if not self.done.is_dir():
             return set()
-        return {int(name[:9]) for name in os.listdir(self.done) if name.endswith(".json") and name[0] != "."}
+        numbers = (name.removesuffix(".json") for name in os.listdir(self.done) if name.endswith(".json"))
+        return {int(number) for number in numbers if number.isascii() and number.isdigit()}
 
     def told_of(self, unit: int) -> dict[str, Plain]:
         """What was said when a chunk was committed."""

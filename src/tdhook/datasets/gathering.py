@@ -70,11 +70,12 @@ def gather(folders: Sequence[str | os.PathLike[str]], into: str | os.PathLike[st
     target.begin(first.manifest)
     for source in sources:
         target.bring_words(source.folder)
-    there = target.all_done()
+    units = first.stored.units
+    there = units.among(target.all_done())
     brought, changed = 0, {}
     for source in sources:
         wrong = []
-        for unit in sorted(source.folder.all_done() - there):
+        for unit in sorted(units.among(source.folder.all_done()) - there):
             if source.bring(unit, target):
                 there.add(unit)
                 brought += 1
@@ -82,13 +83,13 @@ def gather(folders: Sequence[str | os.PathLike[str]], into: str | os.PathLike[st
                 wrong.append(unit)
         if wrong:
             changed[str(source.folder.home)] = tuple(wrong)
-    changed = {home: tuple(set(wrong) - there) for home, wrong in changed.items()}
-    if len(there) == len(first.stored.units):
+    changed = {home: tuple(sorted(set(wrong) - there)) for home, wrong in changed.items()}
+    if len(there) == len(units):
         target.finish_rows()
     return Gathered(
         brought,
         len(there),
-        len(first.stored.units),
+        len(units),
         {home: wrong for home, wrong in changed.items() if wrong},
     )
 
@@ -115,7 +116,7 @@ class _Source:
         found: dict[NestedKey, Tensor] = {}
         try:
             told = self.folder.told_of(unit)
-            if part.is_file():
+            if self.stored.reducers:
                 self.folder.read_part(unit)
             if block.is_file():
                 found = self.folder.read_block(unit, end - begin, self.stored.layout)

@@ -6,9 +6,12 @@ has as plain data, and numbers that are too many by their digest, so that what d
 
 from __future__ import annotations
 
+import copyreg
+import dis
 import hashlib
+import inspect
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import PurePath
 from typing import TypeAlias
@@ -18,6 +21,8 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdhook.keys import parts_of
+from tdhook.models.holding import modules_of
+from tdhook.models.state import LIBRARIES, slots_of
 
 __all__ = ["Plain", "described", "difference", "digest_of", "module_identity"]
 
@@ -25,6 +30,11 @@ Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | 
 """What JSON can say."""
 
 _BYTES = 16
+_NUMBERS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, partial)
+_DEEPEST = 16
+_MACHINERY = frozenset(vars(nn.Module())) | {"forward", "_prev_forward", "_flat_weights", "_flat_weight_refs"}
+"""Attributes of every module, and those in which it has its parameters once more."""
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:
@@ -37,8 +47,12 @@ def digest_of(tensors: Iterable[Tensor]) -> str:
     return found.hexdigest()
 
 
+def _digest_of_bytes(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=_BYTES).hexdigest()
+
+
 def _digest_of_text(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=_BYTES).hexdigest()
+    return _digest_of_bytes(text.encode())
 
 
 def described(value: object) -> Plain:
@@ -55,7 +69,11 @@ def _described(value: object, above: tuple[int, ...]) -> Plain:
         return value
     if isinstance(value, float):
         return value if value - value == 0 else repr(value)  # JSON has no infinity
+    if isinstance(value, bytes | bytearray):
+        return {"bytes": len(value), "digest": _digest_of_bytes(bytes(value))}
     if id(value) in above:
+        if isinstance(value, types.FunctionType):  # which calls itself, or one that calls it
+            return {"function": _qualified(value)}
         raise ValueError(f"a {type(value).__name__} that holds itself cannot be written down as data")
     above = (*above, id(value))
     if isinstance(value, Tensor):
@@ -88,19 +106,86 @@ def _of_object(value: object, above: tuple[int, ...]) -> Plain:
         return {"method": value.__name__, "of": _described(value.__self__, above)}
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        held = [one for one in cells if one is not value]
+        given = [cells, value.__defaults__ or (), value.__kwdefaults__ or {}, _looked_up(value)]
         return {
             "function": _qualified(value),
             "code": _digest_of_text(_code(value.__code__)),
-            "with": _described([held, value.__defaults__ or ()], above),
+            "with": _described(given, above),
         }
     if callable(value) and hasattr(value, "__name__") and not hasattr(value, "__dict__"):
         return {"function": str(value.__name__)}
-    held_in = _held(value)
+    kind, held_in = type(value), _held(value)
+    if not held_in:
+        return {"class": _qualified(kind), "made of": _described(_made_of(value), above)}
+    written = _written(kind)
     return {
-        "class": _qualified(type(value)),
+        "class": _qualified(kind),
+        **({"code": written} if written else {}),
         **{name: _described(one, above) for name, one in held_in.items()},
     }
+
+
+def _made_of(value: object) -> list[object]:
+    """What a copy of an object is made of that has no attributes: a number or an array of numpy, a pattern, a date."""
+    reduce: Callable[[object], object] | None = copyreg.dispatch_table.get(type(value))
+    try:
+        made = value.__reduce_ex__(2) if reduce is None else reduce(value)
+    except TypeError:  # a lock, say
+        return []
+    return [one for one in made[1:3] if one is not None] if isinstance(made, tuple) else [made]
+
+
+def _looked_up(function: types.FunctionType) -> dict[str, object]:
+    """What a function finds by name in its module, and does not set: numbers, tensors, models, functions beside it."""
+    loaded: set[str] = set()
+    stored: set[str] = set()
+    for one in _instructions(function.__code__):
+        if one.opname == "LOAD_GLOBAL":
+            loaded.add(one.argval)
+        elif one.opname == "STORE_GLOBAL":
+            stored.add(one.argval)
+    known = function.__globals__
+    found = {name: known[name] for name in sorted(loaded - stored) if name in known and name[:2] != "__"}
+    return {name: one for name, one in found.items() if _decides(one, known)}
+
+
+def _decides(value: object, known: Mapping[str, object]) -> bool:
+    """Whether a value of a module is told: not what changes by itself, as a list that is added to."""
+    if isinstance(value, types.FunctionType):
+        return value.__globals__ is known
+    return isinstance(value, nn.Module) or (
+        _is_told(value) and not isinstance(value, list | dict | set | TensorDictBase)
+    )
+
+
+def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
+    yield from dis.get_instructions(code)
+    for one in code.co_consts:
+        if isinstance(one, types.CodeType):
+            yield from _instructions(one)
+
+
+def _is_told(value: object, depth: int = _DEEPEST) -> bool:
+    """Whether a value is data or code, which is the same in every process."""
+    if isinstance(value, (*_NUMBERS, *_FUNCTIONS, Tensor, TensorDictBase)):
+        return True
+    if isinstance(value, list | tuple | set | frozenset):
+        return depth > 0 and all(_is_told(one, depth - 1) for one in value)
+    if isinstance(value, dict):
+        return _is_told([*value], depth) and _is_told([*value.values()], depth)
+    return type(value).__module__ == "numpy"
+
+
+def _written(kind: type) -> str:
+    """The digest of the code of a class, as far as it is the user's; nothing where none of it is."""
+    texts = [
+        (name, _code(inspect.unwrap(one).__code__))
+        for cls in kind.__mro__
+        if cls.__module__.partition(".")[0] not in LIBRARIES | {"tdhook"}
+        for name, one in sorted(vars(cls).items())
+        if isinstance(one, types.FunctionType)
+    ]
+    return _digest_of_text(repr(texts)) if texts else ""
 
 
 def _held(value: object) -> dict[str, object]:
@@ -112,8 +197,16 @@ def _held(value: object) -> dict[str, object]:
 
 
 def _code(code: types.CodeType) -> str:
-    constants = [_code(one) if isinstance(one, types.CodeType) else repr(one) for one in code.co_consts]
-    return repr((code.co_code.hex(), code.co_names, code.co_varnames, constants))
+    return repr((code.co_code.hex(), code.co_names, code.co_varnames, _constant(code.co_consts)))
+
+
+def _constant(value: object) -> str:
+    """A constant of code; ``x in {"a", "b"}`` has a set, whose order is another in each process."""
+    if isinstance(value, types.CodeType):
+        return _code(value)
+    if isinstance(value, frozenset):
+        return f"frozenset {sorted(map(_constant, value))}"
+    return repr(list(map(_constant, value))) if isinstance(value, tuple) else repr(value)
 
 
 def _qualified(value: type | types.FunctionType) -> str:
@@ -129,15 +222,16 @@ def _name(key: object) -> str:
 
 
 def module_identity(module: nn.Module) -> dict[str, Plain]:
-    """Which model it is: its classes and settings, and the digest of its weights, buffers included."""
+    """Which model it is: its classes, their code if it is the user's, settings, and the digest of its weights.
+
+    Weights are all tensors that its modules hold, buffers included, and those of modules that it does not register.
+    """
+    parts = modules_of(module)
     makeup = [
-        [path, _qualified(type(part)), part.training, _settings(part)]
-        for path, part in module.named_modules(remove_duplicate=False)
+        [path, _qualified(type(part)), _written(type(part)), part.training, _settings(part)]
+        for path, part in parts.items()
     ]
-    tensors = [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]
+    tensors = [(name, registry[name]) for registry, name in slots_of(parts.values())]
     shapes = [[name, list(x.shape), str(x.dtype)] for name, x in tensors]
     return {
         "class": _qualified(type(module)),
@@ -147,14 +241,13 @@ def module_identity(module: nn.Module) -> dict[str, Plain]:
     }
 
 
-def _settings(module: nn.Module) -> list[tuple[str, str]]:
-    plain = (bool, int, float, str, type(None))
-    found = []
-    for name, value in sorted(vars(module).items()):
-        flat = value if isinstance(value, tuple | list) else (value,)
-        if not name.startswith("_") and name != "training" and all(isinstance(one, plain) for one in flat):
-            found.append((name, repr(value)))
-    return found
+def _settings(module: nn.Module) -> list[tuple[str, Plain]]:
+    """What a module holds besides tensors and modules, as far as it is data or code."""
+    return [
+        (name, described(value))
+        for name, value in sorted(vars(module).items())
+        if name not in _MACHINERY and not isinstance(value, Tensor) and _is_told(value)
+    ]
 
 
 def difference(ours: Plain, theirs: Plain, at: str = "") -> str | None:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 import tdhook
 from tdhook.contexts.attribution import Attribution
 from tdhook.contexts.explained import ExplainedModule
-from tdhook.datasets.checkpoints import Checkpoint, tensors_of, weights_of
+from tdhook.datasets.checkpoints import Checkpoint
 from tdhook.datasets.chunks import Chunks
 from tdhook.datasets.claims import ClaimFiles, Claims, this_worker
 from tdhook.datasets.explaining import Explaining, Prepare, one_way
 from tdhook.datasets.folder import JobFolder
-from tdhook.datasets.identity import Plain, described, digest_of, module_identity
+from tdhook.datasets.identity import Plain, described, module_identity
 from tdhook.datasets.keeping import Kept, as_kept
 from tdhook.datasets.reducers import as_names
 from tdhook.datasets.reducing import Reducer
@@ -142,6 +142,7 @@ class Job:
         )
         self.chunks = Chunks(explaining, dict(checkpoints or {}), self.folder, self.keep, self.reducers)
         with one_way(threads):
+            torch.manual_seed(seed)  # layers that are made in the first call are the same for all workers
             self.chunks.load(0)
             explaining.settle()
             first = explaining.piece(0, min(2, len(self._rows)))
@@ -219,7 +220,9 @@ class Job:
 
     def _changed(self) -> tuple[int, ...]:
         return tuple(
-            unit for unit in sorted(self.folder.all_done()) if not self.chunks.stored.is_as_written(unit)
+            unit
+            for unit in sorted(self.units.among(self.folder.all_done()))
+            if not self.chunks.stored.is_as_written(unit)
         )
 
     def _lost(self, units: Sequence[int], what: str) -> None:
@@ -257,7 +260,7 @@ class Job:
             mend: whether chunks that are not as they were written, or come out otherwise, count as not done from now
                 on, so that :meth:`work` explains them again.
         """
-        done = sorted(self.folder.all_done())
+        done = sorted(self.units.among(self.folder.all_done()))
         wrong = self._changed()
         again: list[int] = []
         differ: list[int] = []
@@ -286,9 +289,7 @@ class Job:
             "layout": self.chunks.layout.as_data(),
             "source": {**rows_identity(self._rows), "chosen": which},
             "model": dict(module_identity(told.model)),
-            "checkpoints": {
-                name: digest_of(tensors_of(weights_of(one))) for name, one in self.chunks.checkpoints.items()
-            },
+            "checkpoints": {**self.chunks.digests()},
             "method": described(told.method),
             "reads": described(
                 [told.in_keys, told.out_keys, told.at, told.trajectories, told.in_order, told.mask_key]

@@ -7,6 +7,7 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -76,24 +77,26 @@ class LeRobot:
         if not isinstance(told, dict) or version not in _VERSIONS:
             raise ValueError(f"{info}: the layout {version!r} is none of {', '.join(_VERSIONS)}")
         self._parquet = require("pyarrow.parquet", "reading LeRobot")
-        self._told, self._fps = told, float(told["fps"])
-        features: dict[str, dict[str, Any]] = told["features"]
-        pictures = [name for name, one in features.items() if one["dtype"] in ("video", "image")]
+        with _told_by(info):
+            self._told, self._fps = told, float(told["fps"])
+            features: dict[str, dict[str, Any]] = told["features"]
+            kinds = {name: str(one["dtype"]) for name, one in features.items()}
+            shapes = {name: tuple(map(int, features[name]["shape"])) for name in kinds}
+        pictures = [name for name, kind in kinds.items() if kind in ("video", "image")]
         unknown = set(cameras or ()) - set(pictures)
         if unknown:
             raise ValueError(
                 f"there is no camera {', '.join(sorted(unknown))}; there are {', '.join(pictures) or 'none'}"
             )
         wanted = pictures if cameras is None else cameras
-        self._videos = [name for name in wanted if features[name]["dtype"] == "video"]
-        self._images = [name for name in wanted if features[name]["dtype"] == "image"]
-        self._columns = [
-            name for name, one in features.items() if one["dtype"] not in ("video", "image", "string")
-        ]
-        self._shapes = {name: tuple(features[name]["shape"]) for name in self._columns}
+        self._videos = [name for name in wanted if kinds[name] == "video"]
+        self._images = [name for name in wanted if kinds[name] == "image"]
+        self._columns = [name for name, kind in kinds.items() if kind not in ("video", "image", "string")]
+        self._shapes = {name: shapes[name] for name in self._columns}
         if self._videos:
             self._av = require("av", "reading videos of LeRobot")
-        self._episodes = self._in_files() if version == "v3.0" else self._each_a_file()
+        with _told_by(info.parent):
+            self._episodes = self._in_files() if version == "v3.0" else self._each_a_file()
         if not self._episodes:
             raise ValueError(f"{self.folder} has no episodes")
         self._ends = list(accumulate(episode.length for episode in self._episodes))
@@ -120,10 +123,10 @@ class LeRobot:
             number = int(one["episode_index"])
             place = {"episode_chunk": number // int(self._told["chunks_size"]), "episode_index": number}
             videos = {
-                name: (self.folder / self._told["video_path"].format(video_key=name, **place), 0.0)
+                name: (self._inside(self._told["video_path"].format(video_key=name, **place)), 0.0)
                 for name in self._videos
             }
-            table = self.folder / self._told["data_path"].format(**place)
+            table = self._inside(self._told["data_path"].format(**place))
             found.append(_Episode(number, int(one["length"]), table, 0, videos))
         return found
 
@@ -152,7 +155,13 @@ class LeRobot:
 
     def _file(self, what: str, row: Mapping[str, Any], of: str, key: str = "") -> Path:
         place = {name: int(row[f"{of}/{name}"]) for name in ("chunk_index", "file_index")}
-        return self.folder / str(self._told[what]).format(video_key=key, **place)
+        return self._inside(str(self._told[what]).format(video_key=key, **place))
+
+    def _inside(self, path: str) -> Path:
+        """A file of the data set."""
+        if os.path.isabs(path) or os.path.normpath(path).split(os.sep)[0] == os.pardir:
+            raise ValueError(f"{self.folder} names the file {path!r}, which is outside of it")
+        return self.folder / path
 
     def _stretches(self, begin: int, end: int) -> Iterator[tuple[_Episode, int, int]]:
         """Episodes, and which frames of each."""
@@ -201,7 +210,7 @@ class LeRobot:
         return table.slice(begin - (ends[groups[0] - 1] if groups[0] else 0), count)
 
     def _picture(self, stored: Mapping[str, Any]) -> Tensor:
-        data = stored.get("bytes") or (self.folder / str(stored["path"])).read_bytes()
+        data = stored.get("bytes") or self._inside(str(stored["path"])).read_bytes()
         image = require("PIL.Image", "reading pictures of LeRobot")
         return torch.from_numpy(np.asarray(image.open(io.BytesIO(data)).convert("RGB")).copy()).permute(
             2, 0, 1
@@ -227,6 +236,15 @@ class LeRobot:
         raise ValueError(
             f"{path} has no frame at {wanted[len(found)]:.3f} s, where one of the data set is to be"
         )
+
+
+@contextmanager
+def _told_by(path: Path) -> Iterator[None]:
+    """Have what is read there say where it is not as it is to be."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"{path} is not as LeRobot writes it: {type(error).__name__}: {error}") from error
 
 
 def _numbers(column: Any, shape: tuple[int, ...]) -> Tensor:

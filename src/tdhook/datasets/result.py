@@ -61,7 +61,7 @@ class Status:
     @classmethod
     def of(cls, folder: JobFolder, units: Units) -> Status:
         """What a folder says."""
-        done = folder.all_done()
+        done = units.among(folder.all_done())
         spans = {unit: units.span(unit) for unit in done}
         rows = sum(end - begin for begin, end in spans.values())
         worker = this_worker()
@@ -179,7 +179,7 @@ class Result:
     def of(cls, stored: Stored, *, partial: bool) -> Result:
         """What is in a folder."""
         folder, units = stored.folder, stored.units
-        there = folder.all_done()
+        there = units.among(folder.all_done())
         if len(there) < len(units) and not partial:
             raise RuntimeError(
                 f"{len(there)} of {len(units)} chunks are done: call work() until all are, or ask for what there is, "

@@ -18,6 +18,7 @@ from torch import Tensor
 from tdhook.datasets.identity import Plain, digest_of
 from tdhook.files import read_json
 from tdhook.keys import parts_of
+from tdhook.models.entries import is_batch, plain
 from tdhook.rl.saved import load
 
 __all__ = ["InMemory", "Rows", "Saved", "Source", "as_rows", "chosen", "rows_identity"]
@@ -39,8 +40,8 @@ class Rows(Protocol):
 
 
 Source: TypeAlias = "Rows | TensorDictBase | str | os.PathLike[str] | Sequence[TensorDictBase]"
-"""Rows; a TensorDict ``[rows, ...]``; a folder where one is saved, or a replay buffer was dumped; a buffer or storage
-of torchrl; or whatever has a length and gives a TensorDict for each index, or for a slice of them."""
+"""Rows; a TensorDict or tensorclass ``[rows, ...]``; a folder where one is saved, or a replay buffer was dumped; a
+buffer or storage of torchrl; or whatever has a length and gives a TensorDict for each index, or for a slice of them."""
 
 
 class Saved:
@@ -115,10 +116,10 @@ class _Indexed:
         if isinstance(found, TensorDictBase):
             return found
         each = [self._data[i] for i in range(begin, end)]
-        odd = next((one for one in each if not isinstance(one, TensorDictBase)), None)
+        odd = next((one for one in each if not is_batch(one)), None)
         if odd is not None:
             raise TypeError(f"a source gives TensorDicts, and this one gave {type(odd).__name__}")
-        return LazyStackedTensorDict.maybe_dense_stack(each)
+        return LazyStackedTensorDict.maybe_dense_stack([*map(plain, each)])
 
 
 class _Chosen:
@@ -150,8 +151,8 @@ def as_rows(source: Source) -> Rows:
     storage = getattr(source, "_storage", None)
     if isinstance(source, str | os.PathLike):
         return Saved(source)
-    if isinstance(source, TensorDictBase):
-        return InMemory(source)
+    if is_batch(source):
+        return InMemory(plain(source))
     if isinstance(source, Rows):
         return source
     if isinstance(storage, TensorDictBase):  # a storage of torchrl
@@ -188,14 +189,25 @@ def chosen(rows: Rows, which: slice | range | Sequence[int] | Tensor | None) -> 
     count = len(rows)
     if isinstance(which, slice):
         which = range(*which.indices(count))
-    index = torch.as_tensor(which, dtype=torch.int64 if isinstance(which, range) or not len(which) else None)
+    index = _as_index(which)
     if index.dtype is torch.bool and index.shape == (count,):
         index = index.nonzero()[:, 0]
     if index.dim() != 1 or index.is_floating_point() or index.dtype is torch.bool:
         raise TypeError(f"rows= is a slice, row numbers, or a truth value for each of the {count} rows")
-    if len(index) and (int(index.min()) < 0 or int(index.max()) >= count):
-        raise IndexError(f"rows= names row {int(index.max())}, and the source has {count}")
+    odd = index[(index < 0) | (index >= count)]
+    if len(odd):
+        raise IndexError(f"rows= names row {int(odd[0])}, and the source has {count}: rows count from 0")
     return _Chosen(rows, index.long())
+
+
+def _as_index(which: range | Sequence[int] | Tensor) -> Tensor:
+    """Numbers or truth values as a tensor; one without axes where these are none."""
+    try:
+        return torch.as_tensor(
+            which, dtype=torch.int64 if isinstance(which, range) or not len(which) else None
+        )
+    except (TypeError, ValueError, RuntimeError):
+        return torch.tensor(0)
 
 
 def rows_identity(rows: Rows) -> dict[str, Plain]:

@@ -21,6 +21,7 @@ from tdhook.datasets.units import Units
 
 __all__ = ["Stored", "named", "require_same_source", "stored_in"]
 
+_LARGEST = 2**48
 _KNOWN: dict[str, type[Reducer]] = {
     f"{cls.__module__}.{cls.__qualname__}": cls for cls in (Histogram, Moments, Reservoir, TopRows, UnitRows)
 }
@@ -138,8 +139,8 @@ def _list(value: Plain) -> list[Plain]:
 
 
 def _int(value: Plain) -> int:
-    if not isinstance(value, int):
-        raise TypeError(f"{value!r} is no whole number")
+    if not isinstance(value, int) or not 0 <= value <= _LARGEST:
+        raise TypeError(f"{value!r} is no number of rows")
     return value
 
 

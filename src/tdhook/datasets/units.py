@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -31,6 +31,10 @@ class Units:
 
     def __len__(self) -> int:
         return self.chunks * self.checkpoints
+
+    def among(self, numbers: Iterable[int]) -> set[int]:
+        """Those of some numbers that are units."""
+        return {number for number in numbers if 0 <= number < len(self)}
 
     def checkpoint(self, unit: int) -> int:
         """The checkpoint of a unit."""

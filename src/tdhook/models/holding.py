@@ -48,7 +48,7 @@ def held_by(modules: Iterable[nn.Module]) -> list[object]:
     for module in modules:
         attributes = module.__dict__
         forward = attributes.get("forward")
-        found += [attributes["training"], getattr(forward, "replaced", (forward,))[0]]
+        found += [module.training, getattr(forward, "replaced", (forward,))[0]]
         found += [(name, _told(value)) for name, value in attributes.items() if name not in _OWN]
     return found
 

@@ -46,7 +46,7 @@ def initialise(model: Model, td: TensorDictBase) -> None:
     handles += [module.register_forward_hook(here(note)) for module in modules]
     try:
         with inference_mode(False), no_grad(), restored(model.root):
-            model.run(dense_copy(td))
+            model.tried(dense_copy(td))
     finally:
         for handle in handles:
             handle.remove()

@@ -14,7 +14,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Size, Tensor, nn
 
 from tdhook.keys import names_of, put
-from tdhook.models.entries import changed, entries_of, objects_of, plain
+from tdhook.models.entries import changed, entries_of, leaves_of, objects_of, plain
 from tdhook.models.holding import modules_of
 from tdhook.models.parallel import running_alone, unwrapped, wrappers_among
 from tdhook.models.reads import written_before
@@ -174,6 +174,14 @@ class Model:
             return written, True
         self._flattens[axes] = False
         return written, False
+
+    def tried(self, td: TensorDictBase) -> TensorDictBase:
+        """What the model writes for ``td``, which is left as it is, also where the model writes to what it reads."""
+        work = td.copy()
+        for key in self.runner.in_keys:
+            for name, value in leaves_of(key, work.get(key, None)):
+                work.set(name, value.clone())
+        return self.run(work)[0]
 
     def _flat(self, td: TensorDictBase) -> TensorDictBase:
         written = self._written(td.reshape(-1))

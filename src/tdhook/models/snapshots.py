@@ -1,15 +1,16 @@
 """Snapshots: all that the modules of a model hold besides the values of its parameters, to be put back later.
 
 Looked into are the attributes of modules, the containers of Python (list, dict, set, deque, tuple) and TensorDicts that
-they lead to, arrays of numpy, random generators, and objects of classes that are the user's. Not looked into, and so
-not put back, are objects of the standard library and of the libraries in :data:`LEFT_ALONE` (a replay buffer, a file),
-iterators, what a function closes over, attributes of classes, lazy modules that were not made yet, what a module
-registers as a hook while it runs, and a parameter whose values are overwritten.
+they lead to, namespaces and queues, arrays, random generators, and objects of classes that are the user's. Not looked
+into, and so not put back, are other objects of the standard library and of the libraries in :data:`LEFT_ALONE` (a
+replay buffer, a file), iterators, what a function closes over, attributes of classes, lazy modules that were not made
+yet, what a module registers as a hook while it runs, and a parameter whose values are overwritten.
 """
 
 from __future__ import annotations
 
 import sys
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from operator import is_not
@@ -41,12 +42,16 @@ LEFT_ALONE = frozenset(
 ) | frozenset(sys.stdlib_module_names)
 """Top-level packages whose objects are not looked into, but for containers, tensors and generators."""
 
+_HOLDING = frozenset(
+    ("argparse", "collections", "queue", "transformers.cache_utils", "types", "weakref")
+)  # modules of Python of these whose objects hold values, and are looked into nevertheless
 _MOST = 10_000  # of objects: beyond, a module has got hold of something that is not its state
 _PLAIN = frozenset(
     (type(None), bool, int, float, complex, str, bytes, type, nn.Parameter)
 )  # nothing to look into
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
-_MACHINERY = frozenset(vars(nn.Module())) - frozenset(_REGISTRIES)
+_FORWARD = ("forward", "_prev_forward")  # whose place rules take, and which is given back by whoever took it
+_MACHINERY = (frozenset(vars(nn.Module())) - frozenset(_REGISTRIES)) | frozenset(_FORWARD)
 
 
 class _Entries:
@@ -223,7 +228,11 @@ def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
         return generator, ()
     if type(value).__module__ == "numpy" and hasattr(value, "flat"):
         return _array(value), ()
-    if type(value).__module__.partition(".")[0] in LEFT_ALONE or not _is_plain(value):
+    if isinstance(value, bytearray | array):
+        return _bytes(value), ()
+    module = type(value).__module__
+    left_alone = module.partition(".")[0] in LEFT_ALONE and module not in _HOLDING
+    if left_alone or not _is_plain(value):
         return None, ()
     return _object(value)
 
@@ -321,6 +330,11 @@ def _equal(one: Tensor, other: Tensor) -> bool:
         return True
     missing = one.isnan()
     return torch.equal(missing, other.isnan()) and torch.equal(one[~missing], other[~missing])
+
+
+def _bytes(value: Any) -> Held:
+    before = value[:]
+    return By(lambda: bool(value != before), lambda: value.__setitem__(slice(None), before))
 
 
 def _array(value: Any) -> Held:

@@ -88,7 +88,7 @@ def _culprit(model: Model, td: TensorDictBase) -> str:
         hooks.append((module.register_forward_pre_hook, watch.enter(name), {}))
         hooks.append((module.register_forward_hook, watch.leave(name), {}))
     with hooked(*hooks), torch.no_grad(), restored(model.root), watch:
-        model.run(dense_copy(td))
+        model.tried(dense_copy(td))
     return watch.first or "it arises outside of any module"
 
 

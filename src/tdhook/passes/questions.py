@@ -42,7 +42,7 @@ class Asked:
     def outputs(self, rows: TensorDictBase) -> TensorDictBase:
         """What the model writes for ``rows``, and what the target computes of it."""
         with self.memory.kept(always=True):
-            return self.seeder.derive(self.model.run(rows.copy())[0], rows)
+            return self.seeder.derive(self.model.tried(rows), rows)
 
     def seeds(self, outputs: TensorDictBase, rows: TensorDictBase) -> Seeds:
         """What is explained, and its weights."""
@@ -77,7 +77,7 @@ class Asked:
         beside = cast(TensorDictBase, torch.cat([some, halves]))
         with self.memory.kept(always=True):
             chance = torch.get_rng_state()
-            outputs = self.seeder.derive(self.model.run(beside.copy())[0], beside)
+            outputs = self.seeder.derive(self.model.tried(beside), beside)
             if not torch.equal(chance, torch.get_rng_state()):
                 return
         together = self.values(outputs, beside)
@@ -132,7 +132,7 @@ def asked(
     parts: list[Any] = []
     for part in rows.split(chunk_size):
         with memory.kept(always=True):
-            parts.append(model.run(part.copy())[0])
+            parts.append(model.tried(part))
     answers = cast(TensorDictBase, torch.cat(parts))
     outputs = answers.reshape(td.batch_size) if td.batch_dims else answers[0]
     if target is None:

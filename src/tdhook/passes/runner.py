@@ -24,6 +24,7 @@ from tdhook.passes.axes import Misread
 from tdhook.passes.collected import Collected
 from tdhook.passes.forward import Run
 from tdhook.passes.heads import NotBehind, NowKnown
+from tdhook.passes.overwritten import Overwritten
 from tdhook.passes.setup import Setup
 from tdhook.passes.within import AsItIs, Within
 from tdhook.tape.cutting import Graph
@@ -49,6 +50,7 @@ class Runner:
         td: the same as a TensorDict.
         base: the run on ``td`` as it is: its outputs are what the explained module writes.
         beside: further entries to write, by key.
+        overwritten: entries that the model writes to in place.
         graph: what its runs leave on the tape.
         replaced: values of inputs that take the place of those in the batch in every run.
     """
@@ -60,6 +62,9 @@ class Runner:
         self.graph = Graph()
         self.replaced: Mapping[NestedKey, Tensor] = {}
         self._before: Snapshot | None = None
+        self._acted = [False]
+        """Whether the model has run on the batch as it is: of whatever runs it, that run alone is the call's."""
+        self.overwritten = Overwritten(setup.overwritten)
 
     def on(
         self,
@@ -123,14 +128,16 @@ class Runner:
         asked = target or self.setup.question.target
         changed = within is not None or bool(replaced)
         is_base = td is self.td and not given_others and self.base is None
+        own = is_base and not self._acted[0]
         modules = setup.turn.modules
         prepared = all_of(
-            None if is_base else self.from_the_start(),
+            None if own else self.from_the_start(),
             as_normal(modules) if setup.of_inference else None,
             without_backward_hooks(modules),
         )
         with setup.turn, prepared, how.attached():
             work, inputs, integers = setup.leaves(td, replaced)
+            self.overwritten.copy(work, setup.in_keys, {*inputs, *integers}, own=own)
             self.graph.grows_from(inputs.values())
             if how.overwrites:
                 on_tape = torch.is_grad_enabled()
@@ -156,6 +163,8 @@ class Runner:
                 )
                 with inside:
                     outputs, flat = setup.model.run(self._as_given(work), forget)
+                if own:
+                    self.overwritten.see()
                 how.returned(outputs.values(True, True))
                 outputs = asked.derive(outputs, given)
             if outputs.batch_size != td.batch_size:
@@ -168,7 +177,7 @@ class Runner:
             if collected is not None:
                 collected.hand_to(run)
             if is_base:
-                self.base, setup.apart = run, setup.model.apart
+                self.base, self._acted[0], setup.apart = run, True, setup.model.apart
             yield run
 
     def _as_given(self, work: TensorDictBase) -> TensorDictBase:
@@ -202,6 +211,7 @@ class Runner:
         """What the model writes and the target computes of it, off the tape."""
         with torch.no_grad(), self.from_the_start():
             work = self.setup.leaves.readable(td)
+            self.overwritten.copy(work, self.setup.in_keys, (), own=False)
             return self.setup.question.target.derive(self.setup.model.run(work)[0], work)
 
     @contextmanager
@@ -218,8 +228,9 @@ class Runner:
         """Make an attempt, and another where it turns out that the model must be run with more care."""
         setup = self.setup
         while True:
-            self.base = None
+            self.base, self._acted[0] = None, False
             self.beside.clear()
+            self.overwritten.clear()
             try:
                 if setup.memory.is_empty:
                     self._before = None

@@ -19,7 +19,7 @@ from tdhook.contexts.attribution import Attribution
 from tdhook.contexts.explained import ExplainedModule
 from tdhook.contexts.recorded import Recorded
 from tdhook.extras import require
-from tdhook.models.holding import modules_of
+from tdhook.models.holding import held_by, modules_of
 from tdhook.models.loading import Weights, load_weights
 from tdhook.models.model import InKeys
 from tdhook.models.parallel import unwrapped
@@ -104,6 +104,7 @@ class Explain(Transform):
         # Not registered: what moves or saves a buffer must not move or save the policy.
         root = module.model.root if isinstance(module, ExplainedModule) else unwrapped(module)
         self.__dict__["_module"] = root
+        self._makeup = _makeup(root)
         self._recorded = Recorded(
             method,
             self._wrapped,
@@ -184,7 +185,7 @@ class Explain(Transform):
     def __getstate__(self) -> dict[str, object]:
         # What is not updated from here on has the weights of this moment.
         taken = self._taken if self.snapshot or self._given or self._away else time.time()
-        return {**super().__getstate__(), "_lock": None, "_away": True, "_taken": taken}
+        return {**super().__getstate__(), "_lock": None, "_makeup": None, "_away": True, "_taken": taken}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__({**state, "_lock": threading.RLock()})
@@ -223,8 +224,10 @@ class Explain(Transform):
             modules_of(root).values() for root in (self._module, self._recorded.explained.model.root)
         )
         pairs = list(zip(map(_value, slots_of(theirs)), map(_value, slots_of(ours)), strict=False))
-        same = len(theirs) == len(ours) and len(slots_of(theirs)) == len(slots_of(ours))
+        makeup = _makeup(self._module)
+        same = makeup == self._makeup and len(slots_of(theirs)) == len(slots_of(ours))
         if not same or any(_kind(new) != _kind(old) for new, old in pairs):
+            self._makeup = makeup
             self._recorded.anew()
             return
         with torch.no_grad():
@@ -232,6 +235,12 @@ class Explain(Transform):
                 old.copy_(new)
         for their, our in zip(theirs, ours, strict=True):
             our.training = their.training
+
+
+def _makeup(root: nn.Module) -> object:
+    """Of which modules a model consists, and what they hold besides tensors: a slope, a function."""
+    modules = modules_of(root)
+    return [(path, type(module)) for path, module in modules.items()], held_by(modules.values())
 
 
 def _missing(dtype: torch.dtype) -> float:

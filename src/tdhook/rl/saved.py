@@ -14,7 +14,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from tdhook.files import completed, is_plain_file, read_json, saved_alone, together
+from tdhook.files import completed, is_plain_file, read_json, require_text, saved_alone, together
 
 __all__ = ["load", "require_replaceable", "save"]
 
@@ -84,6 +84,7 @@ def load(folder: str | os.PathLike[str]) -> TensorDict:
         ValueError: a file is missing, cut off or not as it is written. The message names it.
     """
     folder = Path(folder)
+    require_text(folder)
     with suppress(OSError):  # where nobody may write, nobody has
         completed(folder.parent)
     if not (folder / "meta.json").is_file():
@@ -178,8 +179,10 @@ def require_replaceable(folder: Path) -> None:
 
     Raises:
         FileExistsError: there is something else.
+        ValueError: its name is no text.
     """
-    above = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    require_text(folder)
+    above = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
     if not above.is_dir():
         raise FileExistsError(f"{above} is a file, where a folder is to be written")
     other = None if above != folder else saved_alone(folder)

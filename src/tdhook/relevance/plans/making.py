@@ -204,7 +204,7 @@ def observe(model: Model, td: TensorDictBase | None) -> Execution:
     if td is None:
         return registered(model.root, model.runner)
     work = dense_copy(td)
-    return traced(model.root, model.runner, lambda: model.run(work))
+    return traced(model.root, model.runner, lambda: model.tried(work))
 
 
 def _ask(
