@@ -13,7 +13,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.passes.rows import some_rows
+from tdhook.passes.rows import parting, some_rows
 from tdhook.passes.variants import Change, Variants
 from tdhook.perturbing.players import Known, Players
 from tdhook.tape.conditions import holds, is_traced
@@ -388,9 +388,9 @@ def _sets(count: int, device: torch.device, *, pairs: bool) -> list[Tensor]:
 
     The same in each call. Of the half, the second place is one, and the first is none.
     """
-    place = torch.arange(count, device=device)
     if pairs:
-        return [(place >> bit) % 2 == side for bit in range((count - 1).bit_length()) for side in (1, 0)]
+        return parting(count, device)
+    place = torch.arange(count, device=device)
     return [((place * place + place) * 2654435761 >> 15) % 2 == 1]
 
 

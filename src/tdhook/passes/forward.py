@@ -92,8 +92,18 @@ class Run:
         seeds = target(self.offered(), self.td, flow if against is None else "gradient")
         for key, z, grad in zip(seeds.keys, seeds.tensors, seeds.grads, strict=True):
             if not is_explainable(z, grad):
-                raise ValueError(why_not_finite(self.setup.model, self.setup.leaves.in_keys, key, self.td))
+                model, in_keys = self.setup.model, self.setup.leaves.in_keys
+                raise ValueError(why_not_finite(model, in_keys, key, self._as_run()))
         return seeds if against is None else against.rises(seeds)
+
+    def _as_run(self) -> TensorDictBase:
+        """What the model was run on, with values that took the place of others."""
+        td = self.td.copy()
+        for key, x in self.inputs.items():
+            value = td.get(key, None)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                td.set(key, x.detach())
+        return td
 
     def pinned(self, target: Seeder) -> tuple[Seeder, dict[NestedKey, Tensor]]:
         """A target that has chosen, and the entries ``[*batch, ...]`` that hold what."""
