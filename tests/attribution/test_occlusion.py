@@ -163,6 +163,20 @@ def test_a_small_budget_changes_nothing() -> None:
     torch.testing.assert_close(found[1], found[2])
 
 
+def test_features_that_a_function_numbers_otherwise_in_a_later_call() -> None:
+    torch.manual_seed(0)
+    net, td = (
+        nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)),
+        TensorDict({"input": torch.randn(3, 4)}, [3]),
+    )
+    numbers = [torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 0])]
+    explained = Ablation(features=lambda shape: numbers[0]).wrap(net)
+    for _ in range(2):
+        wanted = Ablation(features=numbers[0]).wrap(net)(td.clone())["attr", "input"]
+        torch.testing.assert_close(explained(td.clone())["attr", "input"], wanted)
+        numbers.reverse()
+
+
 class Shares(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x / x.sum(-1, keepdim=True)

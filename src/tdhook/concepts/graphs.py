@@ -45,8 +45,8 @@ class AttributionGraph:
     is absorbed on the way there (biases, stabilisers): :meth:`absorbed`. What it was handed is all of its relevance but
     for what it has of the target directly.
 
-    Where elements of the batch depend on each other, as the steps of a recurrent policy do, an edge is what a unit hands
-    on in all elements to the earlier one in that element.
+    Where elements of the batch depend on each other, as the steps of a recurrent policy do, an edge is what a unit
+    hands on in all elements to the earlier one in that element.
 
     Attributes:
         relevance: by layer, inputs first, ``[*batch, units]``.

@@ -12,6 +12,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.keys import under
+from tdhook.tape.conditions import is_traced
 
 __all__ = ["WHOLE", "Grouping", "Numbering", "Players", "as_numbering"]
 
@@ -85,14 +86,14 @@ OneNumbering: TypeAlias = "Numbering | str | Callable[[torch.Size], Tensor]"
 
 @dataclass
 class Known:
-    """Features that were numbered before, by function and shape."""
+    """Features that were numbered before, by function and shape: a graph is traced with these."""
 
     found: dict[tuple[object, tuple[int, ...]], tuple[list[int], int, bool]] = field(default_factory=dict)
 
     def of(self, function: Callable[[torch.Size], Tensor], shape: torch.Size) -> Numbering:
-        """The numbering that a function gives of a shape."""
+        """The numbering that a function gives of a shape, which may be another one in each call."""
         entry = (function, tuple(shape))
-        if entry not in self.found:
+        if entry not in self.found or not is_traced():
             given = function(shape)
             if given.shape != shape:
                 raise ValueError(
