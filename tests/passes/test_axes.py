@@ -7,8 +7,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from tdhook import LRP, Target
+from tdhook import LRP, Key, Target
 from tdhook.attribution import Ablation, GradCAM, GradientTimesInput, IntegratedGradients, Patching
+from tdhook.targets import Through
 
 METHODS = {
     "lrp": lambda **options: LRP("lstm_lrp", **options),
@@ -214,6 +215,20 @@ def test_elements_in_another_order_are_not_taken_for_others(use_inputs: bool) ->
             with pytest.raises(ValueError, match=r"axes of the batch \[\d, 3\] are one, in another order"):
                 explained(pictures(*batch))
     explained(pictures(1, 3))  # there is but one order
+
+
+def test_units_of_each_element_are_not_those_of_another() -> None:
+    """Of a layer that a target passes, elements may lie in any order, unless each has units of its own."""
+    model, td = Encodes(time_first=True), pictures(2, 3)
+    td["unit"] = torch.randint(2, (2, 3))
+    for units in ("top:1", Key("unit"), torch.zeros(2, 3, dtype=torch.int64)):
+        explained = GradientTimesInput(Through(Target("output", 1), "look", units, axis=1)).wrap(model)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"module 'look' .* are one, in another order"):
+                explained(td.clone())
+    each = GradientTimesInput(Through(Target("output", 1), "look", "all", axis=1)).wrap(model)(td.clone())
+    whole = GradientTimesInput(Target("output", 1)).wrap(model)(td.clone())
+    torch.testing.assert_close(each["attr", "input"].sum(2), whole["attr", "input"])
 
 
 def test_as_many_variants_as_features_tell_nothing_of_the_axes() -> None:

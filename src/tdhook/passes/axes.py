@@ -12,7 +12,7 @@ from math import prod
 
 from torch import Size, Tensor
 
-__all__ = ["Axes", "Misread"]
+__all__ = ["Axes", "Misread", "out_of_order"]
 
 
 # What is explained of one element may depend on others by rounding.
@@ -35,13 +35,15 @@ class Axes:
     Attributes:
         unsure: by name, outputs whose batch axis is taken to be the first one, though others have its size too; and of
             how many elements the batch is where that was so.
+        out_of_order: names of outputs that may have none, and have elements in another order.
     """
 
     def __init__(self, folds: Callable[[str], bool] = lambda name: False) -> None:
         self._folds = folds
         self._known: dict[str, int] = {}
         self._taken: dict[str, int] = {}
-        self._in_order: set[tuple[str, int]] = set()
+        self._ordered: set[tuple[str, int]] = set()
+        self.out_of_order: set[str] = set()
         self.unsure: dict[str, int] = {}
 
     def of(self, name: str, kind: str, shape: tuple[int, ...], batch: tuple[int, ...]) -> int:
@@ -91,7 +93,7 @@ class Axes:
         return {
             name: z
             for name, z in modules.items()
-            if (name, dims) not in self._in_order and z.shape[:dims] != batch and len(z) == batch.numel()
+            if (name, dims) not in self._ordered and z.shape[:dims] != batch and len(z) == batch.numel()
         }
 
     def see_order(self, name: str, shape: Size, batch: Size, amounts: Mapping[int, Tensor]) -> None:
@@ -110,15 +112,12 @@ class Axes:
             if not amount.any():
                 return
             if amount[number] == 0:
-                if self._folds(name):
-                    return
-                raise ValueError(
-                    f"module {name!r} returned a tensor of shape {list(shape)}, in which the axes of the batch "
-                    f"{list(batch)} are one, in another order: give a batch of one axis, or name a module whose output "
-                    "has the axes of the batch"
-                )
+                if not self._folds(name):
+                    raise ValueError(out_of_order(name, shape, batch))
+                self.out_of_order.add(name)
+                break
         if amounts:
-            self._in_order.add((name, len(batch)))
+            self._ordered.add((name, len(batch)))
 
     def learn(self, pulled: Mapping[str, Tensor | None], size: int) -> None:
         """Learn axes from what the first element of the batch depends on.
@@ -156,3 +155,11 @@ class Axes:
                 )
         if misread:
             raise Misread
+
+
+def out_of_order(name: str, shape: Size, batch: Size) -> str:
+    """What is said of an output in which elements of the batch lie in another order."""
+    return (
+        f"module {name!r} returned a tensor of shape {list(shape)}, in which the axes of the batch {list(batch)} are "
+        "one, in another order: give a batch of one axis, or name a module whose output has the axes of the batch"
+    )

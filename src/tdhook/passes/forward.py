@@ -17,6 +17,7 @@ from tdhook.keys import parts_of
 from tdhook.models.capture import calls_of
 from tdhook.models.entries import entries_of, frames_of, is_flat
 from tdhook.models.sites import Performance
+from tdhook.passes.axes import out_of_order
 from tdhook.passes.diagnosis import is_explainable, why_not_finite, why_relevance_is_not
 from tdhook.passes.finite import Disregarding, are_finite
 from tdhook.passes.order import look_at_order, pulled_of
@@ -126,11 +127,23 @@ class Run:
         begun = self.seeds(target.inner(), flow, against)
         name: NestedKey = ("through", layer.name)
         found = self.pull(begun, {name: layer.value}, passing=layer.name)
+        if target.by_element:
+            self._require_order(layer)
         rise = None if against is None else against.rise(name, layer.value)
         chosen = target.choose(layer, found[name], self.offered(), self.td, flow, rise)
         if chosen.numbers is not None:
             self.told.update(dict.fromkeys(target.tells[-1:], chosen.numbers))
         return target.onward(begun, layer, found[name], chosen), chosen
+
+    def _require_order(self, layer: Layer) -> None:
+        """See that units of each element are those of that element.
+
+        Raises:
+            ValueError: elements lie in another order.
+        """
+        for name in self.setup.axes.out_of_order:
+            if self.modules.get(name) is layer.value and self._is_folded(layer.value):
+                raise ValueError(out_of_order(name, layer.value.shape, self.td.batch_size))
 
     def layer(self, place: Place) -> Layer:
         """The layer at a place that the target names.
