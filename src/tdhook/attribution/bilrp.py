@@ -281,7 +281,7 @@ class _Sums:
         found: dict[NestedKey, Tensor] = {}
         for (a, b), matrix in self._pairs.items():
             shape = (*self._less_of(a), *self._less_of(b))
-            found[under(PAIRS, a, b)] = _times(matrix, scale).reshape(*self._batch, *shape)
+            found[under(PAIRS, a, b)] = _times(matrix, scale).reshape((*self._batch, *shape))
         return found
 
     def of_features(self, scale: Tensor) -> dict[NestedKey, Tensor]:

@@ -282,7 +282,7 @@ class Run:
             require_dependence(seeds, sources, [False], passing)
         several = () if seeds.several is None else (seeds.several,)
         return {
-            key: value.new_zeros(*several, *value.shape) if grad is None else grad.detach()
+            key: value.new_zeros((*several, *value.shape)) if grad is None else grad.detach()
             for (key, value), grad in zip(sources.items(), pulled, strict=True)
         }
 
@@ -371,7 +371,7 @@ class Run:
         if not self._is_folded(value if of is None else of):
             return value
         lead = value.shape[:after]
-        return value.reshape(*lead, *self.outputs.batch_size, *value.shape[after + 1 :])
+        return value.reshape((*lead, *self.outputs.batch_size, *value.shape[after + 1 :]))
 
     def values(self) -> dict[NestedKey, Tensor]:
         """The values that are wanted, ``[*batch, *features]``, by key or by path and call."""

@@ -147,7 +147,7 @@ def asked(
     _require_one(seeder(derived, td, "gradient"), seeder)
     pinned, chosen = pin(seeder, derived, td)
     for key, value in chosen.items():
-        rows.set(key, value.reshape(*rows.batch_size, *value.shape[td.batch_dims :]))
+        rows.set(key, value.reshape((*rows.batch_size, *value.shape[td.batch_dims :])))
     return Asked(model, seeder, pinned, memory), rows
 
 

@@ -53,7 +53,7 @@ def joined(
 
 def beside(batch: Tensor, x: Tensor) -> Tensor:
     """Values of batch elements, ``[*batch]``, with axes added to go with ``x [*batch, *features]``."""
-    return batch.reshape(*batch.shape, *(1,) * (x.dim() - batch.dim()))
+    return batch.reshape((*batch.shape, *(1,) * (x.dim() - batch.dim())))
 
 
 def is_close(a: Tensor, b: Tensor) -> Tensor:

@@ -66,12 +66,12 @@ class Numbering:
     def each(shape: Sequence[int]) -> Numbering:
         """Each entry a feature."""
         count = torch.Size(shape).numel()
-        return Numbering(torch.arange(count).reshape(*shape), count, False)
+        return Numbering(torch.arange(count).reshape((*shape,)), count, False)
 
     def repeated(self, shape: Sequence[int]) -> Numbering:
         """The same features anew at each place of axes before, ``[*shape, *own]``."""
         times = torch.Size(shape).numel()
-        place = torch.arange(times, device=self.numbers.device).reshape(*shape, *(1,) * self.numbers.dim())
+        place = torch.arange(times, device=self.numbers.device).reshape((*shape, *(1,) * self.numbers.dim()))
         count = times * self.count
         shifted = self.numbers + place * self.count
         return Numbering(

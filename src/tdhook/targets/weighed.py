@@ -40,4 +40,4 @@ class Weighed(Around):
         return replace(seeds, grads=[grad * x for grad, x in zip(seeds.grads, shaped, strict=True)])
 
     def _shaped(self, z: Tensor) -> Tensor:
-        return self.weights.to(z).reshape(*self.weights.shape, *(1,) * (z.dim() - self.weights.dim()))
+        return self.weights.to(z).reshape((*self.weights.shape, *(1,) * (z.dim() - self.weights.dim())))
