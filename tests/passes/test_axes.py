@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tdhook import LRP, Key, Target
 from tdhook.attribution import Ablation, GradCAM, GradientTimesInput, IntegratedGradients, Patching
+from tdhook.concepts.activations import Activations
 from tdhook.targets import Through
 
 METHODS = {
@@ -264,3 +265,15 @@ def test_a_batch_of_one_element_says_nothing_of_a_larger_one() -> None:
         torch.testing.assert_close(
             explained(tokens(*shape))["attr", "emb"], plain(tokens(*shape))["attr", "emb"]
         )
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (5, 5), (1, 1), (3, 3)])
+def test_methods_without_a_backward_pass_look_too(shape: tuple[int, int]) -> None:
+    found, plain = (
+        Activations(use_inputs=False, input_modules=["emb"]).wrap(Reads(time_first=first))
+        for first in (True, False)
+    )
+    for _ in range(2):
+        torch.testing.assert_close(found(tokens(*shape))["attr", "emb"], plain(tokens(*shape))["attr", "emb"])
+    with pytest.raises(ValueError, match=r"module 'look' .* are one, in another order"):
+        Activations(input_modules=["look"]).wrap(Encodes(time_first=True))(pictures(2, 3))

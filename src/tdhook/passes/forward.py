@@ -301,6 +301,19 @@ class Run:
         if not self.flat and self.td.batch_dims > 1 and self.modules and not is_traced():
             look_at_order(axes, self.setup.pull_back, seeds, self.inputs, self.modules, batch)
 
+    @property
+    def is_unsure(self) -> bool:
+        """Whether no backward pass has told yet which axes of values inside the model are the batch's."""
+        axes, batch = self.setup.axes, self.td.batch_size
+        if any(axes.unsure.get(name) == batch.numel() for name in self.modules):
+            return True
+        return not self.flat and len(batch) > 1 and bool(axes.folded(self.modules, batch))
+
+    def everything(self) -> Seeds:
+        """All that the model wrote, as far as it is on the tape."""
+        found = {key: z for key, z in entries_of(self.outputs) if isinstance(z, Tensor) and z.requires_grad}
+        return Seeds(list(found), list(found.values()), [torch.ones_like(z) for z in found.values()])
+
     def joint(self, seeds: Seeds, among: Iterable[NestedKey]) -> tuple[int, ...]:
         """The batch axes along which what is explained of one element depends on values of others.
 
