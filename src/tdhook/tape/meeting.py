@@ -40,15 +40,22 @@ class Meeting(Watching):
         if is_one(func):  # what it computes inside is seen, too
             with self:
                 return inside_of(func)(*args, **(kwargs or {}))
-        for x in tree_leaves((args, kwargs or {})):
-            if isinstance(x, Tensor):
-                if id(x) not in self._known and not isinstance(x, nn.Parameter):
-                    self.others.append(x)
-                self._known[id(x)] = x
-            elif type(x) in _PLAIN:
-                self.others.append(x)
+        for x in (*args, *kwargs.values()) if kwargs else args:
+            self._take_down(x)
         made = func(*args, **(kwargs or {}))
         for x in (made,) if isinstance(made, Tensor) else tree_leaves(made):
             if isinstance(x, Tensor):
                 self._known[id(x)] = x
         return made
+
+    def _take_down(self, x: object) -> None:
+        if isinstance(x, Tensor):
+            if id(x) not in self._known:
+                self._known[id(x)] = x
+                if not isinstance(x, nn.Parameter):
+                    self.others.append(x)
+        elif type(x) in _PLAIN:
+            self.others.append(x)
+        elif isinstance(x, list | tuple | dict):
+            for below in tree_leaves(x):
+                self._take_down(below)
