@@ -21,6 +21,7 @@ from benchmarks.faithfulness.games import (
 from benchmarks.faithfulness.subjects import Subject
 from tdhook import LRP, preset
 from tdhook.attribution.integrated_gradients import IntegratedGradients
+from tdhook.attribution.kernel_shap import KernelShap
 from tdhook.contexts.attribution import Attribution
 from tdhook.evaluation import Gradient, GradientTimesInput
 from tdhook.evaluation.runs import quiet
@@ -31,7 +32,7 @@ from tdhook.perturbing.references import References
 from tdhook.relevance.composites.composite import Composite
 from tdhook.rules import EpsilonRule, GammaRule
 
-__all__ = ["FLOOR", "SAMPLES", "Maps", "Method", "composite", "methods"]
+__all__ = ["FEW_COALITIONS", "FLOOR", "SAMPLES", "Maps", "Method", "composite", "methods"]
 
 SAMPLES = 8
 """How many references are drawn where a method has drawn ones."""
@@ -41,6 +42,9 @@ _WAY = {
     32: "integrated gradients, 32 steps",
 }
 """By how many gradients it takes: those of several references share them."""
+FEW = 4
+"""Coalitions for each feature, where few are asked for."""
+FEW_COALITIONS = f"Kernel SHAP, {FEW} coalitions a feature"
 FLOOR = "gradient x input"
 """What the cost of a method is told in."""
 
@@ -107,6 +111,9 @@ def methods(subject: Subject) -> Iterator[Method]:
         for kind in ("occlusion", "Shapley values"):
             for baseline in subject.baselines:
                 yield Method(kind, baseline, _played(subject, baseline, kind), "removal")
+        for baseline in subject.baselines if subject.kind == "vector" else ():
+            if baseline != "sample":
+                yield Method(FEW_COALITIONS, baseline, _asked_little(subject, baseline), "removal")
     yield Method("random", None, lambda td, seed: _random(subject, td, seed), "chance")
 
 
@@ -185,6 +192,19 @@ def _played(subject: Subject, baseline: str, kind: str) -> Callable[[TensorDictB
             return game.as_relevance(game.shares(coalitions, drawn))
 
     return explain
+
+
+def _asked_little(subject: Subject, baseline: str) -> Callable[[TensorDictBase, int], Maps]:
+    count = Features.of(subject.draw(0), list(subject.keys), subject.groups).count
+    method = KernelShap(
+        subject.target,
+        coalitions=FEW * count,
+        baseline=subject.baselines[baseline],
+        features=subject.groups,
+        attribute=subject.keys,
+    )
+    explained = method.wrap(subject.model)
+    return lambda td, seed: _maps(subject, explained(td.clone()))
 
 
 def _random(subject: Subject, td: TensorDictBase, seed: int) -> Maps:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -46,12 +48,40 @@ def test_weights_are_those_of_the_kernel() -> None:
     size = present.sum(1)
     kernel = torch.tensor([0, 4 / (5 * 4), 4 / (10 * 2 * 3), 4 / (10 * 3 * 2), 4 / (5 * 4)]).double()[size]
     torch.testing.assert_close(weight / weight.sum(), kernel / kernel.sum(), rtol=1e-6, atol=0)
-    drawn, ones = kernel_coalitions(20, 4000, 0)
-    assert len(drawn) == len(ones) == 4000
-    assert torch.equal(drawn[::2], ~drawn[1::2])
-    share = drawn.sum(1).bincount(minlength=21)[1:20] / 4000
-    expected = torch.tensor([1 / (k * (20 - k)) for k in range(1, 20)])
-    torch.testing.assert_close(share, expected / expected.sum(), rtol=0, atol=0.02)
+    for most in (40, 1000, 4000):
+        drawn, weight = kernel_coalitions(20, most, 0)
+        assert len(drawn) == len(weight) == most
+        share = torch.zeros(21).double().index_add(0, drawn.sum(1), weight)[1:20]
+        expected = torch.tensor([1 / (k * (20 - k)) for k in range(1, 20)]).double()
+        known = (
+            share > 0
+        )  # of 40 coalitions those of one feature and of all but one, as in all of them together
+        expected = expected / expected.sum()
+        torch.testing.assert_close(share[known], expected[known], rtol=0, atol=0.02)
+    assert torch.equal(drawn[2700::2], ~drawn[2701::2])
+
+
+@pytest.mark.parametrize("count", range(2, 9))
+def test_sizes_that_fit_are_there_whole(count: int) -> None:
+    """From one feature and all but one inwards, each coalition once."""
+    for most in range(2 * count, 2**count):
+        present, weight = kernel_coalitions(count, most, 0)
+        assert len(present) == len(weight) <= most
+        assert weight.sum() <= 1 + 1e-12
+        sizes, left = present.sum(1), most
+        for size in range(1, count // 2 + 1):
+            both = {size, count - size}
+            left -= len(both) * math.comb(count, size)
+            if left < 0:
+                break
+            for each in both:
+                assert len(present[sizes == each].unique(dim=0)) == math.comb(count, each)
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 20])
+def test_twice_as_many_as_features_tell_these_apart(count: int) -> None:
+    found = KernelShap(Target("output", 0), coalitions=2 * count).wrap(mlp(count))(observations(2, count))
+    assert found["attr", "input"].isfinite().all()
 
 
 def test_mistakes() -> None:

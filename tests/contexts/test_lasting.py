@@ -54,6 +54,31 @@ def test_what_comes_back_is_detached_and_the_graph_is_freed():
     assert seen and seen[0]() is None, "an activation is still alive"
 
 
+@pytest.mark.parametrize("composite, baseline", [("epsilon", None), ("attn_lrp", None), ("deeplift", 0.0)])
+@pytest.mark.parametrize("ledger", [False, True])
+def test_no_cycles_of_references_are_left(composite, baseline, ledger):
+    """What a call has made is given back at once, and not when Python next looks through all objects."""
+    layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(18, 2)).eval()
+    method = LRP(composite, target=Target("output", 0), baseline=baseline, ledger=ledger)
+    explained = method.wrap(model)
+    td = TensorDict({"input": torch.randn(2, 3, 6)}, [2])
+    for _ in range(3):
+        explained(td)
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        explained(td)
+        gc.collect()
+        left = [x for x in gc.garbage if str(getattr(x, "__module__", "")).startswith(("torch", "tdhook"))]
+        assert not left
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
 def test_inputs_without_gradient_get_no_entry_and_say_so_once(dtype):
     class Masked(nn.Module):

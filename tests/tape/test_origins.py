@@ -105,3 +105,17 @@ def test_nothing_is_looked_at_behind_a_relu():
     with torch.profiler.profile() as profile:
         explained(td)
     assert [event.name for event in profile.events()].count("aten::amin") == 1  # of the model's own input
+
+
+@pytest.mark.parametrize("negative, products", [(False, 6), (True, 8)], ids=["non-negative", "signed"])
+def test_a_graph_skips_terms_that_are_zero(negative, products):
+    """It is made for inputs of which none is negative, and for others another one."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 3), nn.Flatten())
+    method = LRP("epsilon_plus", target=Target("output", 0), compile={"backend": "aot_eager"})
+    explained = method.wrap(net)
+    td = TensorDict({"input": torch.rand(2, 3, 5, 5) - (0.5 if negative else 0.0)}, batch_size=[2])
+    explained(td)
+    with torch.profiler.profile() as profile:
+        explained(td)
+    names = [event.name for event in profile.events()]
+    assert names.count("aten::convolution") + names.count("aten::convolution_backward") == products

@@ -22,13 +22,14 @@ __all__ = ["KernelShap"]
 class KernelShap(PlayedOut):
     """Shapley values by weighted least squares over coalitions (Lundberg and Lee 2017, theorem 2).
 
-    That the values add up to the difference from the reference is a constraint, and holds exactly. Coalitions come in
-    pairs with their complements (Covert and Lee 2021, section 3.2), and all batch elements are asked about the same.
-    Where all coalitions fit, the values are exact.
+    That the values add up to the difference from the reference is a constraint, and holds exactly. Coalitions of one
+    feature and of all but one, which weigh the most, are all there, those of two and of all but two if these fit as
+    well, and so on; what is left is drawn, in pairs with complements (Covert and Lee 2021, section 3.2). All batch
+    elements are asked about the same. Where all coalitions fit, the values are exact.
 
     Args:
         target: what is explained (:mod:`tdhook.targets`); by default the only output there is.
-        coalitions: how many at most, besides none and all of the features.
+        coalitions: how many at most, besides none and all of the features; twice as many as features tell these apart.
         seed: of the coalitions.
         **options: those of :class:`~tdhook.attribution.played.PlayedOut`: ``baseline``, ``features``, ...
 
@@ -63,8 +64,8 @@ class KernelShap(PlayedOut):
         square = x.T @ x
         if not holds(torch.linalg.matrix_rank(square, hermitian=True) == game.count - 1):
             raise ValueError(
-                f"{len(present)} coalitions do not tell {game.count} features apart: give more coalitions, or group "
-                "features, by features="
+                f"{len(present)} coalitions do not tell {game.count} features apart: give more coalitions "
+                f"({2 * game.count} do), or group features, by features="
             )
         worth = game.worth(len(present), lambda numbers: present[numbers.start : numbers.stop])
         y = ((worth.double() - empty).flatten(1) - last * rise.flatten()) * root

@@ -216,7 +216,7 @@ def _explain(
         if not isinstance(value, Tensor):
             raise TypeError(f"the model writes {key!r}, which is no tensor")
     device = values[0].device
-    holds = (
-        torch.stack([c.to(device) for c in conditions]).all() if conditions else torch.ones((), device=device)
-    )
+    holds = torch.ones((), dtype=torch.bool, device=device)
+    for condition in conditions:
+        holds = holds & condition.to(device)
     return written, changed, holds

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,15 +17,13 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.models.capture import Captured
 from tdhook.models.entries import plain
-from tdhook.models.holding import modules_of
 from tdhook.models.snapshots import Snapshot
 from tdhook.models.state import as_normal, without_backward_hooks
 from tdhook.passes.axes import Misread
+from tdhook.passes.collected import Collected
 from tdhook.passes.forward import Run
 from tdhook.passes.heads import NotBehind, NowKnown
-from tdhook.passes.performed import Performed
 from tdhook.passes.setup import Setup
 from tdhook.passes.within import AsItIs, Within
 from tdhook.tape.conditions import is_traced
@@ -154,28 +151,17 @@ class Runner:
                 for key, value in inputs.items():
                     if key not in integers and (on_tape or key not in replaced):
                         work.set(key, value.clone())
-            captured, collecting, performed, looking = None, None, None, None
+            collected = None
             if setup.collects:
-                axis = partial(setup.axis, tuple(td.batch_size))
-                captured = Captured(replaced, self.graph, axis, how.overwrites)
-                collecting = setup.collecting(captured)
-                if setup.inside.operations:
-                    meant = setup.meant if changed else {}
-                    known = modules_of(setup.model.root)
-                    others = {
-                        place: replaced[(repr(place),)]
-                        for place in meant.values()
-                        if (repr(place),) in replaced
-                    }
-                    performed = Performed(setup.inside.operations, known, how, meant, others, self.graph)
-                    looking = performed.within()
+                size = tuple(td.batch_size)
+                collected = Collected(setup, size, how, replaced, self.graph, changed=changed)
 
             def forget() -> None:
-                for taken in (captured, performed, how):
-                    if taken is not None:
-                        taken.clear()
+                how.clear()
+                if collected is not None:
+                    collected.clear()
 
-            with all_of(collecting, how.running(), looking):
+            with how.running() if collected is None else collected.within():
                 given = work.copy() if asked.writes else work  # what the model writes goes into it
                 heads = setup.heads.possible and not how.whole and torch.is_grad_enabled()
                 inside = all_of(
@@ -193,11 +179,8 @@ class Runner:
                     "the new axes behind those of the batch"
                 )
             run = Run(setup, td, inputs, outputs, flat)
-            if captured is not None:
-                run.modules, run.keys = captured.modules, captured.keys
-                run.performed = {} if performed is None else performed.chosen()
-                if performed is not None and not changed:
-                    setup.meant = run.meant
+            if collected is not None:
+                collected.hand_to(run)
             if is_base:
                 self.base, setup.apart = run, setup.model.apart
             yield run

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Collection
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -86,7 +88,8 @@ def kernel_sizes(count: int) -> list[float]:
 def kernel_coalitions(count: int, most: int, seed: int) -> tuple[Tensor, Tensor]:
     """Coalitions and their weights in the regression of Kernel SHAP (Lundberg and Lee 2017, theorem 2).
 
-    Where all fit, it is all of them; else coalitions drawn by their weights, each with its complement.
+    Sizes of which all coalitions fit are there whole, from those of one feature and of all but one inwards, which weigh
+    the most; what is left is drawn from the other sizes by their weights, each coalition with its complement.
 
     Args:
         count: how many features, at least two.
@@ -96,18 +99,29 @@ def kernel_coalitions(count: int, most: int, seed: int) -> tuple[Tensor, Tensor]
     Returns:
         Truth values ``[coalitions, count]``, none of them empty or full; and weights ``[coalitions]``.
     """
-    likely = kernel_sizes(count)
-    if 2**count - 2 <= most:
-        present = all_coalitions(count)[1:-1]
-        each = [share / math.comb(count, size) for size, share in enumerate(likely, start=1)]
-        return present, torch.tensor([0.0, *each], dtype=torch.float64)[present.sum(1)]
-    chance = random.Random(seed)
+    rest = dict(enumerate(kernel_sizes(count), start=1))
     found: list[list[bool]] = []
-    for size in chance.choices(range(1, count), likely, k=max(1, most // 2)):
-        chosen = set(chance.sample(range(count), size))
-        there = [feature in chosen for feature in range(count)]
-        found += [there, [not one for one in there]]
-    return torch.tensor(found), torch.ones(len(found), dtype=torch.float64)
+    weights: list[float] = []
+    for size in range(1, count // 2 + 1):
+        sizes = {size, count - size}
+        number = math.comb(count, size)
+        if len(found) + len(sizes) * number > most:
+            break
+        for each in sorted(sizes):
+            found += [_of(chosen, count) for chosen in combinations(range(count), each)]
+            weights += [rest.pop(each) / number] * number
+    pairs = (most - len(found)) // 2 if found else max(1, most // 2)
+    if rest and pairs:
+        chance = random.Random(seed)
+        for size in chance.choices(list(rest), list(rest.values()), k=pairs):
+            there = _of(chance.sample(range(count), size), count)
+            found += [there, [not one for one in there]]
+        weights += [sum(rest.values()) / (2 * pairs)] * (2 * pairs)
+    return torch.tensor(found), torch.tensor(weights, dtype=torch.float64)
+
+
+def _of(chosen: Collection[int], count: int) -> list[bool]:
+    return [feature in chosen for feature in range(count)]
 
 
 def interaction_weights(count: int) -> Tensor:

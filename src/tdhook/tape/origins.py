@@ -47,10 +47,7 @@ def is_nonnegative(x: Tensor) -> bool:
 
 
 def _made_by(x: Tensor, names: Set[str], through: tuple[str, ...], marked: bool = False) -> bool:
-    x = unwrapped(x)
-    node: Any = x.grad_fn
-    if node is None:
-        return marked and hasattr(x, _MARK)
+    node: Any = unwrapped(x).grad_fn
     while node is not None:
         kind = type(node).__name__
         made = maker_of(node)
@@ -67,7 +64,7 @@ def _made_by(x: Tensor, names: Set[str], through: tuple[str, ...], marked: bool 
     return False
 
 
-def mark_nonnegative(x: Tensor) -> Tensor:
-    """Note of a leaf of the tape that none of its values is negative."""
-    setattr(x, _MARK, True)
-    return x
+def mark_nonnegative(x: Tensor) -> None:
+    """Note of a leaf of a pass (:func:`~tdhook.tape.dependence.leaf`) that none of its values is negative."""
+    node: Any = x.grad_fn
+    setattr(node.next_functions[0][0].variable, _MARK, True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from itertools import repeat
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 __all__ = ["Shape", "tree_flatten", "tree_leaves", "tree_map_tensors", "tree_unflatten"]
 
+_ATOMS = (type(None), bool, int, float, str)
 # What has no tensors in it, and what is none of its container.
 _LEAVES = (
     *(
@@ -54,16 +56,28 @@ class _Packed:
     opened: Mapping[int, _Opened]
 
 
-Shape: TypeAlias = "pytree.TreeSpec | _Packed"
+@dataclass(frozen=True)
+class _Plain:
+    """A tree of lists, tuples and dictionaries alone: the same with ``None`` at its leaves."""
+
+    tree: Any
+
+
+Shape: TypeAlias = "pytree.TreeSpec | _Packed | _Plain"
 
 
 def tree_flatten(tree: object) -> tuple[list[object], Shape]:
     """The leaves of a tree, and what it is built of them with."""
+    leaves: list[object] = []
+    if _gather(tree, leaves):
+        return leaves, _Plain(_filled(tree, repeat(None)))
     return _flatten(tree, frozenset())
 
 
 def tree_unflatten(leaves: Iterable[object], shape: Shape) -> Any:
     """A tree of the same shape with other leaves. What holds tensors as attributes is a shallow copy."""
+    if isinstance(shape, _Plain):
+        return _filled(shape.tree, iter(leaves))
     if isinstance(shape, pytree.TreeSpec):
         return pytree.tree_unflatten(leaves, shape)
     remaining = iter(leaves)
@@ -80,11 +94,48 @@ def tree_unflatten(leaves: Iterable[object], shape: Shape) -> Any:
 
 def tree_leaves(tree: object) -> list[object]:
     """The leaves of a tree."""
-    return tree_flatten(tree)[0]
+    leaves: list[object] = []
+    return leaves if _gather(tree, leaves) else _flatten(tree, frozenset())[0]
 
 
-def tree_map_tensors(function: Callable[[Tensor], object], tree: object) -> Any:
-    """The tree with ``function`` applied to all its tensors."""
+def _gather(tree: Any, leaves: list[object]) -> bool:
+    """Add the leaves of a plain tree to others, and say whether it is one.
+
+    PyTorch's own walk leaves cycles of references behind, for which Python has to look through all objects there are.
+    """
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        return all(_gather(value, leaves) for value in tree)
+    if kind is dict:
+        return all(_gather(value, leaves) for value in tree.values())
+    leaves.append(tree)
+    return kind in _ATOMS or isinstance(tree, Tensor)
+
+
+def _filled(tree: Any, leaves: Iterator[object]) -> Any:
+    """A plain tree with other leaves."""
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        return kind([_filled(value, leaves) for value in tree])
+    if kind is dict:
+        return {key: _filled(value, leaves) for key, value in tree.items()}
+    return next(leaves)
+
+
+def tree_map_tensors(function: Callable[[Tensor], object], tree: Any) -> Any:
+    """The tree with ``function`` applied to all its tensors; what stays as it was, and its containers, are the same."""
+    kind = type(tree)
+    if kind in _ATOMS:
+        return tree
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if kind is tuple or kind is list:
+        made = [tree_map_tensors(function, value) for value in tree]
+        same = all(before is after for before, after in zip(tree, made, strict=True))
+        return tree if same else kind(made)
+    if kind is dict:
+        entries = {key: tree_map_tensors(function, value) for key, value in tree.items()}
+        return tree if all(entries[key] is value for key, value in tree.items()) else entries
     leaves, shape = tree_flatten(tree)
     changed = [function(x) if isinstance(x, Tensor) else x for x in leaves]
     same = all(before is after for before, after in zip(leaves, changed, strict=True))
