@@ -6,10 +6,14 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from tdhook import LRP, Target
+from tdhook import LRP, Target, preset
+from tdhook.rules import EpsilonRule
+from tdhook.selectors import Type
+from tdhook.targets import as_one
 
 pytestmark = pytest.mark.usefixtures("doubles")
 
@@ -319,3 +323,72 @@ def test_other_experts_on_the_reference(flow: str) -> None:
         wanted = (model(x) - model.as_chosen(start.expand_as(x), chosen))[:, 1]
     torch.testing.assert_close(td["attr", "input"].sum(1), wanted)
     assert td["ledger", "gap"].abs().max() < 1e-12
+
+
+AROUND: dict[str, object] = {}
+"""What modules read that is nowhere in them."""
+
+
+class FromAround(nn.Module):
+    """Under a rule of its own, so that nothing looks at the functions inside it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        large = (torch.tanh(x @ AROUND["wide"]) @ AROUND["back"]) if "wide" in AROUND else 0.0
+        return torch.tanh(x @ AROUND["weight"] + AROUND["shift"]) + large
+
+
+@as_one
+def from_around(x: Tensor) -> Tensor:
+    return torch.tanh(x @ AROUND["weight"] + AROUND["shift"])
+
+
+class AsOne(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return from_around(x)
+
+
+class ScaledWeight(nn.Module):
+    """Its weight is made in each call, of a parameter and of what nothing holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.inner.weight * AROUND["weight"]).tanh()
+
+
+@pytest.mark.parametrize("change", ["weight", "shift", "wide", "back"])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("kind", [FromAround, AsOne, ScaledWeight])
+def test_what_a_unit_reads_that_nothing_holds(kind: type[nn.Module], in_place: bool, change: str) -> None:
+    AROUND.update(
+        weight=torch.randn(6, 6) / 6, shift=0.5, wide=torch.randn(6, 4000), back=torch.randn(4000, 6)
+    )
+    model = nn.Sequential(kind(), nn.Linear(6, 3))
+    composite = [(Type(FromAround), EpsilonRule(1e-9)), *preset("deeplift")]
+    explained = LRP(composite, target=Target("output", 1), baseline=0.5).wrap(model)
+    for _ in range(2):
+        assert missing(explained, model, torch.randn(4, 6)) < 1e-6
+    if in_place and isinstance(AROUND[change], Tensor):
+        AROUND[change].mul_(1.5)
+    else:
+        AROUND[change] = AROUND[change] * 1.5
+    for _ in range(2):
+        assert missing(explained, model, torch.randn(4, 6)) < 1e-6
+
+
+def test_a_unit_that_reads_the_same_is_run_once_on_the_reference() -> None:
+    class Rows(FromAround):
+        def forward(self, x: Tensor) -> Tensor:
+            ROWS.append(len(x))
+            return super().forward(x)
+
+    AROUND.update(weight=torch.randn(6, 6), shift=0.5)
+    model = nn.Sequential(Rows(), nn.Linear(6, 3))
+    composite = [(Type(Rows), EpsilonRule(1e-9)), *preset("deeplift")]
+    explained = LRP(composite, target=Target("output", 1), baseline=0.5).wrap(model)
+    ROWS.clear()
+    for _ in range(3):
+        explained(TensorDict({"input": torch.randn(4, 6)}, [4]))
+    assert ROWS.count(1) == 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -158,6 +161,44 @@ def test_a_small_budget_changes_nothing() -> None:
     ]
     torch.testing.assert_close(found[0], found[2])
     torch.testing.assert_close(found[1], found[2])
+
+
+def test_features_that_a_function_numbers_otherwise_in_a_later_call() -> None:
+    torch.manual_seed(0)
+    net, td = (
+        nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)),
+        TensorDict({"input": torch.randn(3, 4)}, [3]),
+    )
+    numbers = [torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 0])]
+    explained = Ablation(features=lambda shape: numbers[0]).wrap(net)
+    for _ in range(2):
+        wanted = Ablation(features=numbers[0]).wrap(net)(td.clone())["attr", "input"]
+        torch.testing.assert_close(explained(td.clone())["attr", "input"], wanted)
+        numbers.reverse()
+
+
+class Shares(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("method", [Ablation, partial(Occlusion, window=1)])
+def test_a_target_that_is_not_finite_on_the_baseline_is_told_with_the_way_out(method: Any) -> None:
+    torch.manual_seed(0)
+    net, td = (
+        nn.Sequential(Shares(), nn.Linear(3, 2)).double(),
+        TensorDict({"input": torch.rand(4, 3).double()}, [4]),
+    )
+    with pytest.raises(
+        ValueError, match=r"'0' \(Shares\) is the first .* are the baseline.*batch_dims=1 if all do"
+    ):
+        method(Target("output", 0)).wrap(net)(td.clone())
+    found = method(Target("output", 0), batch_dims=1).wrap(net)(td.clone())["attr", "input"]
+    for entry in range(3):
+        without = td["input"].clone()
+        without[:, entry] = 0
+        lost = (net(td["input"]) - net(without))[:, 0].detach()
+        torch.testing.assert_close(found[:, entry], lost)
 
 
 def test_mistakes() -> None:

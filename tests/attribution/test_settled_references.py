@@ -7,9 +7,11 @@ import random
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import nn
 
 from tdhook import LRP, References, Target
+from tdhook.rl import Explain
 
 
 def model():
@@ -177,3 +179,30 @@ def test_measures_compare_with_all_that_they_explain():
         for count in (3, 10)
     ]
     torch.testing.assert_close(*curves)
+
+
+class Told(nn.Module):
+    """A number for each of some words, and a vector."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.last = nn.Embedding(5, 3), nn.Linear(3, 2)
+
+    def forward(self, ids, x):
+        return self.last(torch.tanh(self.words(ids) * x))
+
+
+@pytest.mark.filterwarnings("ignore:input .ids. is")
+@pytest.mark.parametrize("given", ["data", "entry"])
+def test_an_index_that_no_baseline_is_given_for_is_held_fixed_in_parts_too(given):
+    policy = TensorDictModule(Told().double(), ["ids", "x"], ["output"])
+    td = TensorDict({"ids": torch.randint(5, (6,)), "x": torch.randn(6, 3).double()}, [6])
+    td["baseline", "x"] = torch.randn(6, 3).double()
+    data = TensorDict({"x": torch.randn(1, 3).double()}, [1])
+    asked = method("baseline" if given == "entry" else data)
+    whole = asked.wrap(policy)(td.clone())
+    parts = Explain(asked, policy, under="parts", at_once=2)(td.clone())
+    torch.testing.assert_close(parts["parts", "attr", "x"], whole["attr", "x"])
+    with pytest.raises(KeyError, match="baseline 'other' is neither"):
+        Explain(method({"ids": "other"}), policy)(td.clone())

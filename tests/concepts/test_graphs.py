@@ -149,6 +149,33 @@ def test_the_fewest_units_that_have_a_share_are_kept(residual):
     assert len(everything.links()) == nonzero
 
 
+class Remembers(nn.Module):
+    """``[*batch, time, features]``: each step is made of those before it, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.inside, self.leave = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.leave(self.inside(self.enter(x).tanh().cumsum(-2)).tanh())
+
+
+@pytest.mark.parametrize("batch", [(4,), (2, 4)], ids=str)
+def test_of_elements_that_meet_each_has_its_share_of_what_is_absorbed(batch):
+    model, td = Remembers().double(), TensorDict({"input": torch.randn(*batch, 4).double()}, batch)
+    graph = attribution_graph(LRP("epsilon", target=Target("output", 1)), model, td, LAYERS)
+    for layer in LAYERS:
+        edges = [x for (later, _), x in graph.edges.items() if later == layer]
+        handed_on = sum(x.sum(-1) for x in edges).sum(-2)
+        close(graph.absorbed(layer).sum(-2), graph.relevance[layer].sum(-2) - handed_on)
+        close(graph.absorbed(layer), graph.absorbed(layer).mean(-2, keepdim=True).expand(*batch, -1))
+        one = (0,) * len(batch)
+        close(graph[one].absorbed(layer), graph.absorbed(layer)[one])
+        close(graph.direct("enter"), torch.zeros_like(graph.relevance["enter"]), 1e-6)
+    alone = attribution_graph(LRP("epsilon", target=Target("output", 1)), Residual().double(), td, LAYERS)
+    assert not alone.kept_back
+
+
 def test_as_data(residual):
     model, td = residual
     graph = attribution_graph(GradientTimesInput(Target("output", 1)), model, td, LAYERS)

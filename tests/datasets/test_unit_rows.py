@@ -14,6 +14,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from tdhook import LRP, Target
+from tdhook.concepts import Found
 from tdhook.datasets import Job, UnitRows, open_result
 from tdhook.datasets.reducing import Piece
 
@@ -71,6 +72,29 @@ def test_lists_and_averages_are_those_of_each_unit_and_group(pooled: str) -> Non
                 where = flat[ordered, unit]
                 place = where.argmax(-1) if side == 0 else where.argmin(-1)
                 assert torch.equal(found["position"][g, side, unit], place)
+
+
+def test_lists_that_are_not_full_are_as_wide_as_the_longest_however_they_were_cut() -> None:
+    values, _ = example(rows=20)
+    labels = torch.tensor([0] * 8 + [1] * 3 + [0] * 4 + [1] * 5)
+    reducer = UnitRows(30, "layer", axis=1, by="action")
+    whole = reducer.part(piece(values, action=labels))
+    parts = [reducer.part(piece(values[a:b], a, action=labels[a:b])) for a, b in ((11, 20), (0, 11))]
+    found = reducer.merged(parts)
+    assert whole["row"].shape[-1] == 12
+    for name, value in whole.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_the_best_of_all_groups_are_all_that_are_listed_where_no_list_left_any_out() -> None:
+    values, labels = example()
+    amounts = values.double().flatten(2).sum(-1)
+    for count, listed in ((5, 5), (60, 60)):
+        reducer = UnitRows(count, "layer", axis=1, by="action")
+        found = Found(reducer.result(reducer.part(piece(values, action=labels))))
+        for unit in range(6):
+            ordered = torch.sort(amounts[:, unit], descending=True, stable=True).indices[:listed]
+            assert torch.equal(found.best(unit)["row"], ordered)
 
 
 def test_where_there_are_fewer_steps_than_are_listed() -> None:

@@ -65,6 +65,21 @@ def test_rows_that_depend_on_each_other_are_no_copies_of_rows(first: nn.Module, 
         assert len(curves.most.value) == 5
 
 
+class TwoThatMeet(nn.Module):
+    """Of several elements, two in the midst."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:2], (x[2] + x[5])[None], x[3:]]) if len(x) > 5 else x
+
+
+def test_any_two_rows_that_depend_on_each_other_are_seen() -> None:
+    model = nn.Sequential(TwoThatMeet(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="depends on what lies beside it"):
+        perturbation_curve(
+            model, TensorDict({"input": torch.randn(7, 4)}, [7]), RandomMap(), target=Target("output", 0)
+        )
+
+
 def test_no_order_beats_that_of_contributions_in_a_linear_model() -> None:
     model, td = linear([0.5, -2.0, 1.5, 1.0]), inputs([1.0, 0.7, -0.3, 2.0])
     best = perturbation_curve(model, td, LRP("epsilon"))

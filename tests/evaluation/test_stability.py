@@ -98,6 +98,16 @@ def test_sensitivity_is_that_of_explaining_each_noisy_input(batch: tuple[int, ..
     torch.testing.assert_close(again.maximum, found.maximum, rtol=1e-4, atol=1e-6)
 
 
+def test_what_a_method_compares_with_stays_beside_noisy_inputs() -> None:
+    model, td = nn.Linear(5, 3), random_inputs(4)
+    td["baseline", "input"] = td["input"] + torch.randn(4, 5)
+    found, plain = (
+        sensitivity(model, td, LRP("deeplift", target=OUTPUT, baseline=baseline), relative=False)
+        for baseline in ("baseline", 0.0)
+    )
+    torch.testing.assert_close(found.maximum, plain.maximum, rtol=1e-4, atol=1e-6)
+
+
 def test_noise_does_not_change_what_is_asked() -> None:
     # Noise turns the order of the outputs over, whose gradients differ.
     model = nn.Linear(2, 2, bias=False)

@@ -7,8 +7,10 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from tdhook import LRP, Target
-from tdhook.attribution import GradientTimesInput, IntegratedGradients
+from tdhook import LRP, Key, Target
+from tdhook.attribution import Ablation, GradCAM, GradientTimesInput, IntegratedGradients, Patching
+from tdhook.concepts.activations import Activations
+from tdhook.targets import Through
 
 METHODS = {
     "lrp": lambda **options: LRP("lstm_lrp", **options),
@@ -152,3 +154,126 @@ def test_tokens_as_many_as_the_batch_are_not_taken_for_it(method: str) -> None:
             explained(td.clone())
     with pytest.raises(ValueError, match="none of whose axes is that of the batch"):
         explained(td[:5].clone())
+
+
+class Encodes(nn.Module):
+    """Pictures ``[*batch, 1, 3, 3]`` by a convolution that sees them in one line, and then one after the other."""
+
+    def __init__(self, *, time_first: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.time_first = time_first
+        self.look, self.gru, self.head = nn.Conv2d(1, 2, 2), nn.GRU(8, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = x.shape[:-3]
+        if self.time_first:
+            seen = (
+                self.look(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (batch[1], batch[0])).transpose(0, 1)
+            )
+        else:
+            seen = self.look(x.reshape(-1, 1, 3, 3)).reshape(*batch, 2, 2, 2)
+        return self.head(self.gru(seen.flatten(-3))[0] if len(batch) == 2 else seen.flatten(-3)[..., :4])
+
+
+def pictures(*batch: int) -> TensorDict:
+    return TensorDict({"input": torch.randn(*batch, 1, 3, 3)}, batch)
+
+
+@pytest.mark.parametrize("batch", [(2, 1, 3), (1, 1, 1), (2, 3), (3, 3), (1, 4)])
+def test_a_model_that_makes_the_batch_one_axis_itself(batch: tuple[int, ...]) -> None:
+    model, td = Encodes(), pictures(*batch)
+    seen = model.look(td["input"].reshape(-1, 1, 3, 3)).reshape(*batch, 2, 2, 2).detach()
+    for target, lead in ((Target("output", 1), ()), (Target("output", "all"), (3,))):
+        for method in (
+            LRP("lstm_lrp", target=target, ledger=True, input_modules=["look"], values=True),
+            IntegratedGradients(target, steps=2, input_modules=["look"], values=True),
+            Ablation(target, input_modules=["look"], values=True, use_inputs=False),
+        ):
+            out = method.wrap(model)(td.clone())
+            assert out["attr", "look"].shape == (*batch, *lead, 2, 2, 2)
+            torch.testing.assert_close(out["value", "look"], seen)
+    out = GradCAM("look", Target("output", 1)).wrap(model)(td.clone())
+    assert out["attr", "input"].shape == td["input"].shape
+    both = TensorDict({"clean": td.to_tensordict(), "corrupt": pictures(*batch).to_tensordict()}, batch)
+    out = Patching("exact", Target("output", 1), at="look", axis=1).wrap(model)(both)
+    assert out["attr", "look"].shape == (*batch, 2)
+
+
+def test_what_belongs_to_each_element_is_its_own() -> None:
+    model, td = Encodes(), pictures(2, 1, 3)
+    one = GradientTimesInput(Target("output", "argmax"), input_modules=["look"]).wrap(model)
+    found, flat = one(td.clone())["attr", "look"], one(td.reshape(-1).clone())["attr", "look"]
+    torch.testing.assert_close(found, flat.reshape(2, 1, 3, 2, 2, 2))
+
+
+@pytest.mark.parametrize("use_inputs", [True, False])
+def test_elements_in_another_order_are_not_taken_for_others(use_inputs: bool) -> None:
+    method = GradientTimesInput(Target("output", 1), input_modules=["look"], use_inputs=use_inputs)
+    explained = method.wrap(Encodes(time_first=True))
+    for batch in ((2, 3), (3, 3)):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"axes of the batch \[\d, 3\] are one, in another order"):
+                explained(pictures(*batch))
+    explained(pictures(1, 3))  # there is but one order
+
+
+def test_units_of_each_element_are_not_those_of_another() -> None:
+    """Of a layer that a target passes, elements may lie in any order, unless each has units of its own."""
+    model, td = Encodes(time_first=True), pictures(2, 3)
+    td["unit"] = torch.randint(2, (2, 3))
+    for units in ("top:1", Key("unit"), torch.zeros(2, 3, dtype=torch.int64)):
+        explained = GradientTimesInput(Through(Target("output", 1), "look", units, axis=1)).wrap(model)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"module 'look' .* are one, in another order"):
+                explained(td.clone())
+    each = GradientTimesInput(Through(Target("output", 1), "look", "all", axis=1)).wrap(model)(td.clone())
+    whole = GradientTimesInput(Target("output", 1)).wrap(model)(td.clone())
+    torch.testing.assert_close(each["attr", "input"].sum(2), whole["attr", "input"])
+
+
+def test_as_many_variants_as_features_tell_nothing_of_the_axes() -> None:
+    """Of a batch without axes: variants side by side have one, of whatever size."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x).tanh()).sum(-2)
+
+    model = Tokens()
+    explained = Patching("exact", Target("output", 0), edges=[("first", "last:input")], axis=1).wrap(model)
+    clean, corrupt = torch.randn(5, 4), torch.randn(5, 4)
+    td = TensorDict({"clean": {"input": clean}, "corrupt": {"input": corrupt}}, [])
+    for _ in range(2):
+        found = explained(td.clone())["edge", "first", "last:input"]
+        wanted = (model.first(clean) - model.first(corrupt)) @ model.last.weight[0]
+        torch.testing.assert_close(found, wanted.detach())
+
+
+def test_a_batch_of_one_element_says_nothing_of_a_larger_one() -> None:
+    explained, plain = (
+        GradientTimesInput(Target("output", 0), use_inputs=False, input_modules=["emb"]).wrap(
+            Reads(time_first=first)
+        )
+        for first in (True, False)
+    )
+    for shape in ((1, 1), (5, 5)):
+        torch.testing.assert_close(
+            explained(tokens(*shape))["attr", "emb"], plain(tokens(*shape))["attr", "emb"]
+        )
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (5, 5), (1, 1), (3, 3)])
+def test_methods_without_a_backward_pass_look_too(shape: tuple[int, int]) -> None:
+    found, plain = (
+        Activations(use_inputs=False, input_modules=["emb"]).wrap(Reads(time_first=first))
+        for first in (True, False)
+    )
+    for _ in range(2):
+        torch.testing.assert_close(found(tokens(*shape))["attr", "emb"], plain(tokens(*shape))["attr", "emb"])
+    with pytest.raises(ValueError, match=r"module 'look' .* are one, in another order"):
+        Activations(input_modules=["look"]).wrap(Encodes(time_first=True))(pictures(2, 3))

@@ -673,3 +673,29 @@ def test_the_model_is_left_as_it_was_after_an_error():
         relevance(LRP("epsilon", target=Through(OUTPUT, "1", 9, axis=1)), model, td)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert torch.overrides._get_current_function_mode() is None
+
+
+class WeightsToo(nn.Module):
+    """Weights go through the same operation as values, before these."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, 2, bias=False)
+
+    def forward(self, x):
+        scale = torch.relu(self.inner.weight.sum(1) + 1)
+        h = torch.relu(self.inner(x))
+        return self.head(torch.relu(h + 0.1) * scale)
+
+
+@pytest.mark.parametrize("selector", [First(Op("relu")), Last(Op("relu"))])
+def test_operations_on_weights_are_none_of_those_that_are_counted(selector):
+    torch.manual_seed(0)
+    model, td = WeightsToo().double(), TensorDict({"input": torch.rand(5, 3).double()}, [5])
+    target = Through(Target("output", 0), selector, "all")
+    found = [
+        method(target).wrap(model)(td.clone())["attr", "input"]
+        for method in (GradientTimesInput, lambda target: LRP("epsilon", target=target))
+    ]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    assert found[0].shape == (5, 4, 3)

@@ -51,6 +51,13 @@ def test_advantages(batch, flow, baseline):
         torch.testing.assert_close(each["attr", "obs"][..., i, :], expected)
 
 
+def test_the_mean_of_values_in_double_precision_is_one():
+    model, td = model_of("action_value"), observation(7)
+    out = explain(model, td, Advantage(index="all"), "relevance")
+    q = out["action_value"]
+    torch.testing.assert_close(out["action_advantage"], q - q.mean(-1, keepdim=True), rtol=1e-14, atol=1e-14)
+
+
 @FLOWS
 def test_an_advantage_over_a_critic_is_a_contrast(flow):
     model, td = model_of("action_value", "state_value"), observation(2, 3)

@@ -95,7 +95,8 @@ class ActivationMap(Attribution):
         value, shape = self._places(value, lead)
         units = self.weighed(self._places(gradient, lead + after)[0], value)
         seen = units.sum(-2).clamp(min=0) if self.relu else units.sum(-2)
-        seen = run.shaped(seen.reshape(*seen.shape[:-1], *(self.grid or shape)), after=bool(after))
+        seen = seen.reshape((*seen.shape[:-1], *(self.grid or shape)))
+        seen = run.shaped(seen, of=sources[key], after=bool(after))
         axes = self._along(len(self.grid or shape))
         resized = {
             name: self._resized(seen, sources[name].shape[run.td.batch_dims :], axes) for name in inputs
@@ -163,4 +164,4 @@ class ActivationMap(Attribution):
         flat = seen.reshape(-1, 1, *seen.shape[len(batch) :])
         large = F.interpolate(flat, size, **(how if self.smooth else {"mode": "nearest"}))
         ones = [shape[axis] if axis in axes else 1 for axis in range(-len(shape), 0)]
-        return large.reshape(*batch, *ones).expand(*batch, *shape).clone()
+        return large.reshape((*batch, *ones)).expand((*batch, *shape)).clone()

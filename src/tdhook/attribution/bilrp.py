@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal
 
@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from tdhook.contexts.attribution import Attribution
-from tdhook.conventions import Convention
 from tdhook.keys import under
 from tdhook.models.model import Model
 from tdhook.passes.forward import Run
@@ -24,9 +23,10 @@ from tdhook.passes.rows import beside, is_close
 from tdhook.passes.runner import Runner
 from tdhook.tape.conditions import holds
 from tdhook.targets import Target, TargetLike
-from tdhook.targets.base import Around, Seeder, Seeds
+from tdhook.targets.base import Seeder
 from tdhook.targets.computed import Derived
 from tdhook.targets.outputs import Index, output_of
+from tdhook.targets.weighed import Weighed
 
 __all__ = ["BiLRP"]
 
@@ -73,29 +73,6 @@ class Similarity(Derived):
                     f"{[*outputs.batch_size, 'dimensions']}"
                 )
         return F.cosine_similarity(one, other, dim=-1) if self.cosine else (one * other).sum(-1)
-
-
-@dataclass(frozen=True, eq=False)
-class _Weighed(Around):
-    """A target, each element of the batch so many times.
-
-    Args:
-        target: the target.
-        weights: how many, ``[*batch]``.
-    """
-
-    target: Seeder
-    weights: Tensor
-
-    def inner(self) -> Seeder:
-        """The target."""
-        return self.target
-
-    def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
-        """Where it begins, as often."""
-        seeds = self.target(outputs, inputs, flow)
-        shaped = [beside(self.weights.to(z), z) for z in seeds.tensors]
-        return replace(seeds, grads=[grad * x for grad, x in zip(seeds.grads, shaped, strict=True)])
 
 
 class BiLRP(Attribution):
@@ -198,7 +175,7 @@ class BiLRP(Attribution):
         for embedding in {self.first, self.second}:
             target = Target(embedding, [0])
             plain = self._found(runner, td, target)
-            for key, x in self._found(runner, td, _Weighed(target, weight)).items():
+            for key, x in self._found(runner, td, Weighed(target, weight)).items():
                 one, all_ = (run.in_batch_shape(key, r[0], sources[key]) for r in (x, plain[key]))
                 if not holds(is_close(one, beside(weight.to(all_), all_) * all_)):
                     return True
@@ -304,7 +281,7 @@ class _Sums:
         found: dict[NestedKey, Tensor] = {}
         for (a, b), matrix in self._pairs.items():
             shape = (*self._less_of(a), *self._less_of(b))
-            found[under(PAIRS, a, b)] = _times(matrix, scale).reshape(*self._batch, *shape)
+            found[under(PAIRS, a, b)] = _times(matrix, scale).reshape((*self._batch, *shape))
         return found
 
     def of_features(self, scale: Tensor) -> dict[NestedKey, Tensor]:

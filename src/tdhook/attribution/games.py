@@ -13,7 +13,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.passes.rows import some_rows
+from tdhook.passes.rows import parting, some_rows
 from tdhook.passes.variants import Change, Variants
 from tdhook.perturbing.players import Known, Players
 from tdhook.tape.conditions import holds, is_traced
@@ -166,10 +166,10 @@ class Game:
             lead = worth.shape[: worth.dim() - 2]
             if key in self._ends:
                 spread = self.players.spread_out(key, worth)
-                own = self._as_source(spread.reshape(*lead, *self._ends[key].shape), shape, len(lead))
+                own = self._as_source(spread.reshape((*lead, *self._ends[key].shape)), shape, len(lead))
                 found[key] = own.to(self._ends[key].dtype)
             else:
-                found[key] = worth.new_zeros(*lead, *shape)
+                found[key] = worth.new_zeros((*lead, *shape))
         return found
 
     def by_place(self, pictures: Tensor, key: NestedKey) -> Tensor:
@@ -177,8 +177,8 @@ class Game:
         shape = self._ends[key].shape[1:]
         channels = shape[self.others : -2]
         lead = pictures.shape[: pictures.dim() - self.others - 2]
-        apart = pictures.reshape(*lead, *shape[: self.others], *(1,) * len(channels), *shape[-2:])
-        return (apart / channels.numel()).expand(*lead, *shape).flatten(len(lead))
+        apart = pictures.reshape((*lead, *shape[: self.others], *(1,) * len(channels), *shape[-2:]))
+        return (apart / channels.numel()).expand((*lead, *shape)).flatten(len(lead))
 
     def among(self, rows: Tensor) -> Game | None:
         """The same for some elements along the first axis; ``None`` where these are not told apart by it."""
@@ -205,7 +205,7 @@ class Game:
         found = {}
         for key, end in self._ends.items():
             share = self.players.present(key, present.to(end.device))
-            found[key] = share.reshape(*share.shape[:-1], *end.shape[1:])
+            found[key] = share.reshape((*share.shape[:-1], *end.shape[1:]))
         return found
 
     def _mixed(self, there: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
@@ -242,17 +242,17 @@ class Game:
         """``[rows, *others, *shape]`` as a source is, after so many more axes."""
         axes, batch = self._axes, self._variants.batch
         lead = x.shape[:after]
-        apart = x.reshape(*lead, *(batch[axis] for axis in axes), *x.shape[after + 1 :])
+        apart = x.reshape((*lead, *(batch[axis] for axis in axes), *x.shape[after + 1 :]))
         places = [after + axis for axis in axes]
         moved = apart.movedim(list(range(after, after + len(axes))), places)
-        return moved.reshape(*lead, *shape)
+        return moved.reshape((*lead, *shape))
 
     @staticmethod
     def _in_batch_shape(x: Tensor, after: int, batch: torch.Size) -> Tensor:
         """A source with the axes of the batch apart, which inner values may have in one."""
         if x.shape[after : after + len(batch)] == batch:
             return x
-        return x.reshape(*x.shape[:after], *batch, *x.shape[after + 1 :])
+        return x.reshape((*x.shape[:after], *batch, *x.shape[after + 1 :]))
 
 
 def axes_given(td: TensorDictBase, batch_dims: int | None, target: Seeder) -> tuple[int, ...]:
@@ -348,7 +348,7 @@ def _replaced(
             x = ends[key]
             dims = len(variants.batch)
             where = some if x.shape[:dims] == variants.batch else some.flatten(1)
-            where = where.reshape(*where.shape, *(1,) * (x.dim() + 1 - where.dim()))
+            where = where.reshape((*where.shape, *(1,) * (x.dim() + 1 - where.dim())))
             found[key] = torch.where(where, other.detach(), x.detach())
         return found
 
@@ -388,9 +388,9 @@ def _sets(count: int, device: torch.device, *, pairs: bool) -> list[Tensor]:
 
     The same in each call. Of the half, the second place is one, and the first is none.
     """
-    place = torch.arange(count, device=device)
     if pairs:
-        return [(place >> bit) % 2 == side for bit in range((count - 1).bit_length()) for side in (1, 0)]
+        return parting(count, device)
+    place = torch.arange(count, device=device)
     return [((place * place + place) * 2654435761 >> 15) % 2 == 1]
 
 

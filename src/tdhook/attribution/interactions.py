@@ -134,6 +134,6 @@ def _write_matrix(runner: Runner, run: Run, games: Sequence[Game]) -> None:
         )
     matrix = torch.stack([game.notes["interaction"] for game in games]).mean(0)
     matrix = matrix.movedim(0, 1) if games[0].several else matrix
-    runner.beside["interaction"] = matrix.reshape(*run.outputs.batch_size, *matrix.shape[1:]).to(
+    runner.beside["interaction"] = matrix.reshape((*run.outputs.batch_size, *matrix.shape[1:])).to(
         games[0].full
     )

@@ -83,7 +83,7 @@ class Parts:
         """The part that each value belongs to, ``[*features]``."""
         shape = self.shape(features, name)
         if self.axes is None:
-            return torch.arange(prod(features), device=device).reshape(*features)
+            return torch.arange(prod(features), device=device).reshape((*features,))
         axes, headed = self._axes(features, name)
         numbers = torch.arange(prod(shape), device=device).reshape(shape)
         if headed is not None:
@@ -91,7 +91,7 @@ class Parts:
                 features[headed] // shape[axes.index(headed)], axes.index(headed)
             )
         ones = [features[axis] if axis in axes else 1 for axis in range(len(features))]
-        return numbers.reshape(ones).expand(*features)
+        return numbers.reshape(ones).expand((*features,))
 
     def _axes(self, features: Sequence[int], name: NestedKey) -> tuple[list[int], int | None]:
         """The axes among those of the features, in their order, and that of the heads."""

@@ -49,7 +49,7 @@ class Patches:
         self._batch, self._meeting = batch, [axis for axis in range(len(batch)) if axis not in axes]
         places = [size if axis in self._meeting else 1 for axis, size in enumerate(batch)]
         place = torch.arange(prod(places), device=change.device).reshape(places).expand(batch)
-        place = place.reshape(*change.shape[:lead], *(1,) * len(features))
+        place = place.reshape((*change.shape[:lead], *(1,) * len(features)))
         self._numbers = place * prod(self._shape) + parts.numbers(features, name, change.device)
         self._count = prod(places) * prod(self._shape)
         self._wanted = torch.arange(self._count, device=change.device)
@@ -75,5 +75,5 @@ class Patches:
         found = found.reshape(*places, prod(self._shape), *rest.shape).movedim(len(places), -1)
         found = found.movedim(len(places), 0) if variants.several else found
         found = found.movedim(list(range(variants.several, variants.several + len(places))), meeting)
-        found = found.reshape(*before.shape, *self._shape)
+        found = found.reshape((*before.shape, *self._shape))
         return found.movedim(0, len(variants.batch)) if variants.several else found

@@ -382,5 +382,5 @@ def _tell(runner: Runner, run: Run, values: Mapping[str, Tensor]) -> None:
 
 def _written(run: Run, key: NestedKey, value: Tensor, several: bool) -> Tensor:
     """``[*batch, *parts]``, or ``[*batch, outputs, *parts]``."""
-    value = value if key in run.inputs else run.shaped(value, after=several)
+    value = value if key in run.inputs else run.shaped(value, of=run.sources([key])[key], after=several)
     return value.movedim(0, run.outputs.batch_dims) if several else value

@@ -19,6 +19,7 @@ from tdhook.contexts.compared import SPREAD, Compared, Complete, write_under
 from tdhook.extras import require
 from tdhook.keys import under
 from tdhook.models.model import Model
+from tdhook.passes.diagnosis import NOT_FINITE
 from tdhook.passes.forward import Run
 from tdhook.passes.runner import Runner
 from tdhook.passes.variants import Variants
@@ -133,7 +134,17 @@ class Played(Compared):
             )
         axes, values = axes_given(run.td, self.batch_dims, self.seeder), None
         if self.batch_dims is None:
-            axes, values = apart(variants, ends, start, axes, learnt)
+            try:
+                axes, values = apart(variants, ends, start, axes, learnt)
+            except ValueError as error:
+                if NOT_FINITE not in str(error):
+                    raise
+                raise ValueError(
+                    f"{error}. It is so where elements of the batch are the baseline, by which it is seen whether they "
+                    "depend on each other: give a baseline on which the target is finite; or say which axes tell "
+                    f"elements apart, batch_dims={run.td.batch_dims} if all do, to a method that asks of no element "
+                    "that is all baseline"
+                ) from error
         return Game(variants, ends, start, axes, self.players(learnt), told, values)
 
     def players(self, learnt: Learnt) -> Callable[[Mapping[NestedKey, Tensor], int], Players]:

@@ -77,7 +77,7 @@ def mixed_by_share(small: Tensor, large: Tensor, change: Tensor) -> Tensor:
         large: of the same shape.
         change: ``[*batch]`` or ``[*batch, outputs]``.
     """
-    change = change.reshape(*change.shape, *(1,) * (large.dim() - change.dim()))
+    change = change.reshape((*change.shape, *(1,) * (large.dim() - change.dim())))
     share = torch.where(large == 0, 0.0, (large / change).abs().clamp(max=1.0))
     return torch.lerp(small, large, share)
 

@@ -101,7 +101,9 @@ class Found:
         order = torch.argsort(lists["step"], stable=True)
         order = order[torch.argsort(lists["row"][order], stable=True)]
         order = order[torch.argsort(lists["amount"][order], descending=not against, stable=True)]
-        order = order[: listed.shape[-1]]
+        # Where a list has left steps out, one that no list has may come behind these.
+        if bool((self.count[where] > listed.shape[-1]).any()):
+            order = order[: listed.shape[-1]]
         order = order[_apart(lists["row"][order], apart)][: len(order) if count is None else count]
         found = TensorDict({}, [len(order)])
         for name, value in lists.items():

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from tdhook.contexts.attribution import Attribution
 from tdhook.keys import parts_of
+from tdhook.passes.rows import beside, is_close
 from tdhook.targets import Seeder, Through, Units
 from tdhook.targets.units import Layer
+from tdhook.targets.weighed import Weighed
 
 __all__ = ["AttributionGraph", "Node", "attribution_graph"]
 
@@ -43,6 +45,9 @@ class AttributionGraph:
     is absorbed on the way there (biases, stabilisers): :meth:`absorbed`. What it was handed is all of its relevance but
     for what it has of the target directly.
 
+    Where elements of the batch depend on each other, as the steps of a recurrent policy do, an edge is what a unit
+    hands on in all elements to the earlier one in that element.
+
     Attributes:
         relevance: by layer, inputs first, ``[*batch, units]``.
         edges: by layer and earlier layer, ``[*batch, units, units of the earlier layer]``, of relevance that passes no
@@ -52,6 +57,7 @@ class AttributionGraph:
         batch: the batch size.
         inputs: which of the layers are inputs.
         kept: by layer, the units that are in the graph, ``[units]`` truth values.
+        kept_back: by layer, what each unit does not hand on, ``[*batch, units]``; by default what its edges leave.
     """
 
     relevance: dict[str, Tensor]
@@ -60,6 +66,7 @@ class AttributionGraph:
     batch: torch.Size
     inputs: tuple[str, ...] = ()
     kept: dict[str, Tensor] = field(default_factory=dict)
+    kept_back: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[str]:
@@ -67,9 +74,14 @@ class AttributionGraph:
         return list(self.relevance)
 
     def absorbed(self, layer: str) -> Tensor:
-        """What each unit of a layer does not hand on, ``[*batch, units]``; nothing of inputs, where relevance ends."""
+        """What each unit of a layer does not hand on, ``[*batch, units]``; nothing of inputs, where relevance ends.
+
+        Of elements that depend on each other each has its share of what the unit does not hand on in all of them.
+        """
         if layer in self.inputs:
             return torch.zeros_like(self.relevance[layer])
+        if layer in self.kept_back:
+            return self.kept_back[layer]
         found = self.relevance[layer].clone()
         for (later, _), amounts in self.edges.items():
             if later == layer:
@@ -102,6 +114,7 @@ class AttributionGraph:
             batch,
             self.inputs,
             self.kept,
+            {key: change(x) for key, x in self.kept_back.items()},
         )
 
     def pruned(self, share: float) -> AttributionGraph:
@@ -254,7 +267,13 @@ def attribution_graph(
                 edges[path, name] = amounts
     given = tuple(name for name in whole.amounts if name not in paths)
     relevance = {name: whole.amounts[name] for name in (*given, *paths)}
-    return AttributionGraph(relevance, edges, gap, td.batch_size, given)
+    graph = AttributionGraph(relevance, edges, gap, td.batch_size, given)
+    meeting = asking.meeting(whole)
+    if not meeting:
+        return graph
+    kept_back = {path: graph.absorbed(path) for path in paths}
+    shared = {path: x.mean(meeting, keepdim=True).expand_as(x) for path, x in kept_back.items()}
+    return replace(graph, kept_back=shared)
 
 
 @dataclass
@@ -289,6 +308,27 @@ class _Asking:
     td: TensorDictBase
     layers: Mapping[str, Units]
     inputs: Mapping[str, Units]
+
+    def meeting(self, whole: _Pulled) -> list[int]:
+        """The batch axes along which elements depend on each other.
+
+        Where they do not, relevance of weighted elements is weighted relevance.
+
+        Args:
+            whole: what the target brings to all layers and inputs.
+        """
+        batch, found = self.td.batch_size, []
+        for axis, count in enumerate(batch):
+            if count < 2:
+                continue
+            weight = torch.rand(count, generator=torch.Generator().manual_seed(0)) + 0.5
+            weight = weight.reshape(-1, *(1,) * (len(batch) - axis - 1)).expand(batch).to(self.td.device)
+            amounts = self.pulled(Weighed(self.method.seeder, weight), list(self.layers)).amounts
+            if not all(
+                is_close(x, beside(weight.to(x), x) * whole.amounts[name]) for name, x in amounts.items()
+            ):
+                found.append(axis)
+        return found
 
     def pulled(self, target: Seeder, paths: Sequence[str]) -> _Pulled:
         """The relevance of the units of some layers, and of the inputs."""

@@ -133,7 +133,7 @@ def box_of(depends: Tensor) -> Tensor:
     Args:
         depends: ``[rows, *features]``; a row without any is in the box of all of it.
     """
-    depends = depends | ~depends.flatten(1).any(-1).reshape(-1, *(1,) * (depends.dim() - 1))
+    depends = depends | ~depends.reshape(len(depends), -1).any(-1).reshape(-1, *(1,) * (depends.dim() - 1))
     ends = []
     for axis in range(1, depends.dim()):
         others = [other for other in range(1, depends.dim()) if other != axis]

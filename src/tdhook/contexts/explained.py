@@ -355,6 +355,7 @@ class ExplainedModule(TensorDictModuleBase):
 
     def _explained(self, runner: Runner) -> tuple[Mapping[NestedKey, Tensor], Run]:
         found = self._method.explain(runner, runner.td)
+        runner.look_at_axes()
         return found, runner.as_it_is()  # some methods do not run the model on the inputs as they are
 
     def _relevance(self, base: Run, found: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:

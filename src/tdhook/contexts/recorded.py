@@ -149,7 +149,7 @@ class Recorded:
         source = self._source(td)
         valid = None if self.mask_key is None else td.get(self.mask_key, None)
         if valid is not None:
-            valid = valid.reshape(*td.batch_size, *(1,) * (source.batch_dims - td.batch_dims))
+            valid = valid.reshape((*td.batch_size, *(1,) * (source.batch_dims - td.batch_dims)))
             valid = valid.expand(source.batch_size)
         ours = self._method_here()
         whole = self._beside_trajectories(td, source, ours)
@@ -248,7 +248,7 @@ class Recorded:
         for key, value in joined(rows, self.rows_together(rows), entries).items():
             if there is not None:
                 value = value.new_zeros(batch.numel(), *value.shape[1:]).index_copy_(0, there, value)
-            found[key] = value.reshape(*batch, *value.shape[1:])
+            found[key] = value.reshape((*batch, *value.shape[1:]))
         return found
 
     def _by_trajectory(
@@ -268,7 +268,7 @@ class Recorded:
         rows = work.reshape(-1, batch[-1])
         with recurrent():
             whole = joined(rows, self.rows_together(rows), entries)
-        return {key: value.reshape(*batch, *value.shape[2:]) for key, value in whole.items()}
+        return {key: value.reshape((*batch, *value.shape[2:])) for key, value in whole.items()}
 
     def rows_together(self, rows: TensorDictBase) -> int:
         """How many rows, or trajectories, are explained in one pass.

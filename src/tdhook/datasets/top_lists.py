@@ -126,7 +126,9 @@ def both(
             found[name][changes] = few[name]
         return found
     joined = _joined([{name: x.flatten(0, 2) for name, x in part.items()} for part in lists], count)
-    return {name: joined[name].reshape(groups, sides, units, -1) for name in names}
+    # As wide as the longest list is, of however many parts it was made.
+    width = int((joined["row"] >= 0).sum(-1).max()) if joined["row"].numel() else 0
+    return {name: joined[name][:, :width].reshape(groups, sides, units, width) for name in names}
 
 
 def _joined(parts: Sequence[Mapping[str, Tensor]], count: int) -> dict[str, Tensor]:

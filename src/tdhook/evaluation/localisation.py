@@ -97,9 +97,9 @@ def localisation(
         relevance = part.rows.get(key).to(torch.float64)
         mask = _fitting(given[key], key, relevance)
         added = relevance.sum_to_size(len(relevance), *mask.shape[1:])
-        values.append(added.flatten(1))
-        inside.append(mask.expand(added.shape).flatten(1))
-        near.append(_grown(mask, tolerance, key).expand(added.shape).flatten(1))
+        values.append(added.reshape(len(added), -1))
+        inside.append(mask.expand(added.shape).reshape(len(added), -1))
+        near.append(_grown(mask, tolerance, key).expand(added.shape).reshape(len(added), -1))
     value, within, close = (torch.cat(parts, 1) for parts in (values, inside, near))
     size = within.sum(1)
     if not bool((size > 0).all()):

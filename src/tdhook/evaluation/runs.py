@@ -58,7 +58,7 @@ def seed_globally(seed: int) -> None:
 
 def normal(shape: Sequence[int], chance: torch.Generator) -> Tensor:
     """Normal numbers in double precision, the same ones in however many parts they are drawn."""
-    even = torch.rand(*shape, generator=chance, dtype=torch.float64)
+    even = torch.rand((*shape,), generator=chance, dtype=torch.float64)
     found: Tensor = torch.special.ndtri(even.clamp(min=1e-12))
     return found
 

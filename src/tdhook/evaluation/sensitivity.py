@@ -112,12 +112,11 @@ def sensitivity(
             before = features.flat(part.relevance).to(torch.float64)
             inputs = features.flat({key: rows.get(key) for key in features.keys})
             reach = reach_of(radius, features, rows)
-            small = each.question.reads(rows)
             units = torch.rand(len(rows), draws, inputs.shape[1], generator=noise, dtype=torch.float64)
             changes, ratios = [], []
             for unit in units.unbind(1):
                 moved = inputs + ((2 * unit - 1).to(reach) * reach)
-                noisy = small.copy()
+                noisy = rows.copy()
                 for key, value in zip(features.keys, moved.split(features.sizes, 1), strict=True):
                     noisy.set(key, value.reshape(rows.get(key).shape).to(rows.get(key).dtype))
                 after = features.flat(relevance_of(each.explain(noisy), attribution_key)).to(torch.float64)

@@ -1,7 +1,8 @@
 """Axes: the outputs of modules with the axes of the batch first, where a model puts another one there.
 
 Recurrent networks and transformers of torch take time first by default. Which axis is the batch's is told by its size;
-where several axes have that size, by what the first element of the batch alone depends on.
+where several axes have that size, by what the first element of the batch alone depends on. Where a model makes several
+axes of the batch one, as one of convolutions does, it is seen that elements lie there in their order.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import prod
 
-from torch import Tensor
+from torch import Size, Tensor
 
-__all__ = ["Axes", "Misread"]
+__all__ = ["Axes", "Misread", "out_of_order"]
 
 
 # What is explained of one element may depend on others by rounding.
@@ -32,14 +33,18 @@ class Axes:
         folds: ``name ->`` whether an output may have none, and is then left as it is.
 
     Attributes:
-        unsure: names of outputs whose batch axis is taken to be the first one, though others have its size too.
+        unsure: by name, outputs whose batch axis is taken to be the first one, though others have its size too; and of
+            how many elements the batch is where that was so.
+        out_of_order: names of outputs that may have none, and have elements in another order.
     """
 
     def __init__(self, folds: Callable[[str], bool] = lambda name: False) -> None:
         self._folds = folds
         self._known: dict[str, int] = {}
         self._taken: dict[str, int] = {}
-        self.unsure: set[str] = set()
+        self._ordered: set[tuple[str, int]] = set()
+        self.out_of_order: set[str] = set()
+        self.unsure: dict[str, int] = {}
 
     def of(self, name: str, kind: str, shape: tuple[int, ...], batch: tuple[int, ...]) -> int:
         """The axis that is to be the first one.
@@ -69,11 +74,50 @@ class Axes:
             return known
         taken = 0 if 0 in able else able[0]
         if size > 1 and (len(able) > 1 or taken):
-            self.unsure.add(name)
+            self.unsure[name] = size
             self._taken[name] = taken
-        else:
+        elif len(able) == 1:
             self._known[name] = taken
         return taken
+
+    def folded(self, modules: Mapping[str, Tensor], batch: Size) -> dict[str, Tensor]:
+        """Outputs in which several axes of the batch are one, and of which it was not seen in which order.
+
+        Args:
+            modules: by path and call, outputs with the axis of the batch first.
+            batch: the batch size.
+        """
+        if sum(length > 1 for length in batch) < 2:
+            return {}
+        dims = len(batch)
+        return {
+            name: z
+            for name, z in modules.items()
+            if (name, dims) not in self._ordered and z.shape[:dims] != batch and len(z) == batch.numel()
+        }
+
+    def see_order(self, name: str, shape: Size, batch: Size, amounts: Mapping[int, Tensor]) -> None:
+        """See that elements of the batch lie in their order, where an output has its axes as one.
+
+        Args:
+            name: path and call of the module.
+            shape: that of the output.
+            batch: the batch size.
+            amounts: by the number of an element, how much what lies there has to do with each, ``[elements]``.
+
+        Raises:
+            ValueError: they do not: it has nothing to do with the element that would be there.
+        """
+        for number, amount in amounts.items():
+            if not amount.any():
+                return
+            if amount[number] == 0:
+                if not self._folds(name):
+                    raise ValueError(out_of_order(name, shape, batch))
+                self.out_of_order.add(name)
+                break
+        if amounts:
+            self._ordered.add((name, len(batch)))
 
     def learn(self, pulled: Mapping[str, Tensor | None], size: int) -> None:
         """Learn axes from what the first element of the batch depends on.
@@ -89,7 +133,7 @@ class Axes:
         """
         misread = False
         for name, found in pulled.items():
-            self.unsure.discard(name)
+            self.unsure.pop(name, None)
             taken = self._taken.pop(name, 0)
             self._known[name] = taken
             if found is None or not found.any():
@@ -111,3 +155,11 @@ class Axes:
                 )
         if misread:
             raise Misread
+
+
+def out_of_order(name: str, shape: Size, batch: Size) -> str:
+    """What is said of an output in which elements of the batch lie in another order."""
+    return (
+        f"module {name!r} returned a tensor of shape {list(shape)}, in which the axes of the batch {list(batch)} are "
+        "one, in another order: give a batch of one axis, or name a module whose output has the axes of the batch"
+    )

@@ -21,7 +21,10 @@ from tdhook.tape.conditions import holds
 from tdhook.tape.trees import tree_leaves
 from tdhook.tape.undoing import Hook, hooked
 
-__all__ = ["is_explainable", "why_not_finite", "why_relevance_is_not"]
+__all__ = ["NOT_FINITE", "is_explainable", "why_not_finite", "why_relevance_is_not"]
+
+NOT_FINITE = "is NaN or infinite though all inputs are finite"
+"""What is said of a target where it is the model's doing."""
 
 
 def is_explainable(z: Tensor, seed: Tensor) -> bool:
@@ -44,10 +47,7 @@ def why_not_finite(model: Model, in_keys: Sequence[NestedKey], target: NestedKey
         if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
             count = int((~value.isfinite()).sum())
             return f"input {key!r} has {count} NaN or infinite values among its {value.numel()}"
-    return (
-        f"the value of the target {target!r} is NaN or infinite though all inputs are finite: "
-        f"{_culprit(model, td)}"
-    )
+    return f"the value of the target {target!r} {NOT_FINITE}: {_culprit(model, td)}"
 
 
 def why_relevance_is_not(model: Model, keys: Sequence[NestedKey], dtype: torch.dtype, node: Any) -> str:

@@ -17,13 +17,15 @@ from tdhook.keys import parts_of
 from tdhook.models.capture import calls_of
 from tdhook.models.entries import entries_of, frames_of, is_flat
 from tdhook.models.sites import Performance
+from tdhook.passes.axes import out_of_order
 from tdhook.passes.diagnosis import is_explainable, why_not_finite, why_relevance_is_not
 from tdhook.passes.finite import Disregarding, are_finite
+from tdhook.passes.order import look_at_order, pulled_of
 from tdhook.passes.performed import Output
 from tdhook.passes.rows import is_close
 from tdhook.passes.setup import Setup
 from tdhook.passes.within import Against
-from tdhook.tape.conditions import holds
+from tdhook.tape.conditions import holds, is_traced
 from tdhook.tape.functions import nodes_behind
 from tdhook.targets.base import Seeder, Seeds, require_dependence
 from tdhook.targets.pinned import pin
@@ -91,8 +93,18 @@ class Run:
         seeds = target(self.offered(), self.td, flow if against is None else "gradient")
         for key, z, grad in zip(seeds.keys, seeds.tensors, seeds.grads, strict=True):
             if not is_explainable(z, grad):
-                raise ValueError(why_not_finite(self.setup.model, self.setup.leaves.in_keys, key, self.td))
+                model, in_keys = self.setup.model, self.setup.leaves.in_keys
+                raise ValueError(why_not_finite(model, in_keys, key, self._as_run()))
         return seeds if against is None else against.rises(seeds)
+
+    def _as_run(self) -> TensorDictBase:
+        """What the model was run on, with values that took the place of others."""
+        td = self.td.copy()
+        for key, x in self.inputs.items():
+            value = td.get(key, None)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                td.set(key, x.detach())
+        return td
 
     def pinned(self, target: Seeder) -> tuple[Seeder, dict[NestedKey, Tensor]]:
         """A target that has chosen, and the entries ``[*batch, ...]`` that hold what."""
@@ -115,11 +127,23 @@ class Run:
         begun = self.seeds(target.inner(), flow, against)
         name: NestedKey = ("through", layer.name)
         found = self.pull(begun, {name: layer.value}, passing=layer.name)
+        if target.by_element:
+            self._require_order(layer)
         rise = None if against is None else against.rise(name, layer.value)
         chosen = target.choose(layer, found[name], self.offered(), self.td, flow, rise)
         if chosen.numbers is not None:
             self.told.update(dict.fromkeys(target.tells[-1:], chosen.numbers))
         return target.onward(begun, layer, found[name], chosen), chosen
+
+    def _require_order(self, layer: Layer) -> None:
+        """See that units of each element are those of that element.
+
+        Raises:
+            ValueError: elements lie in another order.
+        """
+        for name in self.setup.axes.out_of_order:
+            if self.modules.get(name) is layer.value and self._is_folded(layer.value):
+                raise ValueError(out_of_order(name, layer.value.shape, self.td.batch_size))
 
     def layer(self, place: Place) -> Layer:
         """The layer at a place that the target names.
@@ -258,24 +282,37 @@ class Run:
             require_dependence(seeds, sources, [False], passing)
         several = () if seeds.several is None else (seeds.several,)
         return {
-            key: value.new_zeros(*several, *value.shape) if grad is None else grad.detach()
+            key: value.new_zeros((*several, *value.shape)) if grad is None else grad.detach()
             for (key, value), grad in zip(sources.items(), pulled, strict=True)
         }
 
     def look_at_axes(self, seeds: Seeds) -> None:
-        """Find the batch axes that sizes do not tell, by a backward pass of the first element of the batch."""
-        if not self.setup.axes.unsure:
-            return
-        unsure = {name: self.modules[name] for name in self.setup.axes.unsure if name in self.modules}
-        grads = [torch.zeros_like(z) for z in seeds.tensors]
-        first = (0,) * self.td.batch_dims
-        lead = (0, *first) if seeds.several is not None else first
-        for only, grad in zip(grads, seeds.grads, strict=True):
-            only[first] = grad[lead]
-        pulled = self.setup.pull_back(
-            Seeds(seeds.keys, seeds.tensors, grads), list(unsure.values()), keep=True
-        )
-        self.setup.axes.learn(dict(zip(unsure, pulled, strict=True)), self.td.batch_size.numel())
+        """Find the batch axes that sizes do not tell, by a backward pass of the first element of the batch.
+
+        Raises:
+            ValueError: the model has made several of them one, in another order.
+        """
+        axes, batch = self.setup.axes, self.td.batch_size
+        if axes.unsure:
+            size = batch.numel()
+            unsure = {name: z for name, z in self.modules.items() if axes.unsure.get(name) == size}
+            first = (0,) * self.td.batch_dims
+            axes.learn(pulled_of(self.setup.pull_back, seeds, first, unsure), size)
+        if not self.flat and self.td.batch_dims > 1 and self.modules and not is_traced():
+            look_at_order(axes, self.setup.pull_back, seeds, self.inputs, self.modules, batch)
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether no backward pass has told yet which axes of values inside the model are the batch's."""
+        axes, batch = self.setup.axes, self.td.batch_size
+        if any(axes.unsure.get(name) == batch.numel() for name in self.modules):
+            return True
+        return not self.flat and len(batch) > 1 and bool(axes.folded(self.modules, batch))
+
+    def everything(self) -> Seeds:
+        """All that the model wrote, as far as it is on the tape."""
+        found = {key: z for key, z in entries_of(self.outputs) if isinstance(z, Tensor) and z.requires_grad}
+        return Seeds(list(found), list(found.values()), [torch.ones_like(z) for z in found.values()])
 
     def joint(self, seeds: Seeds, among: Iterable[NestedKey]) -> tuple[int, ...]:
         """The batch axes along which what is explained of one element depends on values of others.
@@ -319,20 +356,35 @@ class Run:
         """
         several = value.dim() > source.dim()
         if key not in self.inputs:
-            value = self.shaped(value, after=several)
+            value = self.shaped(value, of=source, after=several)
         return value.movedim(0, self.outputs.batch_dims) if several else value
 
     def batch_dims(self, sources: Iterable[NestedKey]) -> dict[NestedKey, int]:
         """How many leading axes of each source are those of the batch."""
-        own = self.td.batch_dims
-        return {key: 1 if self.flat and key not in self.inputs else own for key in sources}
+        own, inner = self.td.batch_dims, {(name,): z for name, z in self.modules.items()}
+        return {
+            key: own if key in self.inputs or not self._is_folded(inner.get(key)) else 1 for key in sources
+        }
 
-    def shaped(self, value: Tensor, *, after: bool = False) -> Tensor:
-        """A value from inside the model in the batch shape of ``td``; ``after`` a leading axis if so."""
-        if not self.flat:
+    def _is_folded(self, value: Tensor | None) -> bool:
+        """Whether a value from inside the model has the axes of the batch as one."""
+        batch = self.td.batch_size
+        if self.flat or value is None or len(batch) < 2:
+            return self.flat
+        return bool(value.shape[: len(batch)] != batch and value.shape[0] == batch.numel())
+
+    def shaped(self, value: Tensor, *, of: Tensor | None = None, after: bool = False) -> Tensor:
+        """A value from inside the model in the batch shape of ``td``.
+
+        Args:
+            value: with the axes of the batch as they are there.
+            of: what it belongs to there; by default it is that itself.
+            after: whether it has one more leading axis.
+        """
+        if not self._is_folded(value if of is None else of):
             return value
         lead = value.shape[:after]
-        return value.reshape(*lead, *self.outputs.batch_size, *value.shape[after + 1 :])
+        return value.reshape((*lead, *self.outputs.batch_size, *value.shape[after + 1 :]))
 
     def values(self) -> dict[NestedKey, Tensor]:
         """The values that are wanted, ``[*batch, *features]``, by key or by path and call."""

@@ -16,7 +16,7 @@ from tdhook.models.sites import Performance, Site
 from tdhook.passes.within import Within
 from tdhook.selectors.names import name_of, queries
 from tdhook.tape.cutting import Graph
-from tdhook.tape.dependence import leaf
+from tdhook.tape.dependence import Dependence, leaf
 from tdhook.tape.entering import entered
 from tdhook.tape.functions import apart
 from tdhook.tape.internals import function_modes, push_mode, set_function_modes
@@ -67,11 +67,13 @@ class Performed:
     graph: Graph = field(default_factory=Graph)
     found: dict[OfOperations, list[Output]] = field(default_factory=dict)
     _counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _dependence: Dependence = field(default_factory=Dependence.looking_back)
 
     def clear(self) -> None:
         """Forget them: the model runs once more."""
         self.found.clear()
         self._counts.clear()
+        self._dependence = Dependence.looking_back()
 
     def within(self) -> AbstractContextManager[object]:
         """Look at the operations while the block runs."""
@@ -95,6 +97,8 @@ class Performed:
         known = self.meant.values()
         others = [one for one in self.selectors if one not in known] if value.requires_grad else []
         wanted = [selector for selector in others if selector.anywhen.matches(site)]
+        if wanted and not self._dependence.has(value):  # what weights alone go into is none
+            wanted = []
         for selector in wanted:
             found = self.found.setdefault(selector, [])
             number = sum((one.site.operation, one.site.name) == (operation, path) for one in found)

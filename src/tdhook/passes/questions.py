@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tdhook.models.entries import dense_copy, plain
 from tdhook.models.model import Model
 from tdhook.models.state import Memory
-from tdhook.passes.rows import rows_of
+from tdhook.passes.rows import parting, rows_of
 from tdhook.targets import AtStep, Contrast, Seeder, Seeds, Target, TargetLike, as_seeder
 from tdhook.targets.outputs import Selection
 from tdhook.targets.pinned import pin
@@ -62,8 +62,9 @@ class Asked:
     def look(self, rows: TensorDictBase) -> None:
         """See that what is answered of a row does not depend on what lies beside it, as copies of rows will.
 
-        Some rows lie beside halves of them, and the first and the last of these are asked beside themselves alone.
-        Where a model draws random numbers nothing is seen.
+        Some rows lie beside halves of them, and the first and the last of these are asked beside themselves alone. Then
+        some of them are halves, in sets that have each of them and not another one, for each pair. Where a model draws
+        random numbers nothing is seen.
 
         Raises:
             ValueError: it does.
@@ -74,18 +75,22 @@ class Asked:
             value = some.get(key, None)
             if isinstance(value, Tensor) and value.is_floating_point():
                 halves.set(key, value / 2)
-        beside = cast(TensorDictBase, torch.cat([some, halves]))
+        together = cast(TensorDictBase, torch.cat([some, halves]))
         with self.memory.kept(always=True):
             chance = torch.get_rng_state()
-            outputs = self.seeder.derive(self.model.tried(beside), beside)
+            outputs = self.seeder.derive(self.model.tried(together), together)
             if not torch.equal(chance, torch.get_rng_state()):
                 return
-        together = self.values(outputs, beside)
-        for number in (0, len(beside) - 1):
-            twice = beside[[number, number]]  # by itself: one row alone some layers refuse
-            found = self.values(self.outputs(twice), twice)
-            reach = torch.finfo(torch.float32).eps ** 0.5 * together.abs().max()
-            if bool(((found - together[number]).abs() > reach).any()):
+        values, count = self.values(outputs, together), len(some)
+        reach = torch.finfo(torch.float32).eps ** 0.5 * values.abs().max()
+        # Each by itself, though twice: one row alone some layers refuse.
+        twice = [[number, number] for number in (0, 2 * count - 1)]
+        place = torch.arange(count)
+        parted = [torch.where(where, place + count, place).tolist() for where in parting(count)]
+        for numbers in (*twice, *parted):
+            asked = together[numbers]
+            found = self.values(self.outputs(asked), asked)
+            if bool(((found - values[numbers]).abs() > reach).any()):
                 raise ValueError(
                     "what the model answers of a row depends on what lies beside it, where copies of rows are to lie "
                     "side by side: call eval() on a model that normalises over the batch; say by batch_dims= which "
@@ -141,7 +146,7 @@ def asked(
     _require_one(seeder(derived, td, "gradient"), seeder)
     pinned, chosen = pin(seeder, derived, td)
     for key, value in chosen.items():
-        rows.set(key, value.reshape(*rows.batch_size, *value.shape[td.batch_dims :]))
+        rows.set(key, value.reshape((*rows.batch_size, *value.shape[td.batch_dims :])))
     return Asked(model, seeder, pinned, memory), rows
 
 

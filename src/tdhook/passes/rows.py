@@ -11,7 +11,17 @@ from torch import Tensor
 
 from tdhook.targets.base import Seeds
 
-__all__ = ["beside", "is_close", "joined", "rows_of", "shaped_like", "some_rows", "values_of", "with_rows"]
+__all__ = [
+    "beside",
+    "is_close",
+    "joined",
+    "parting",
+    "rows_of",
+    "shaped_like",
+    "some_rows",
+    "values_of",
+    "with_rows",
+]
 
 
 def rows_of(td: TensorDictBase, axes: int) -> TensorDictBase:
@@ -43,7 +53,7 @@ def joined(
 
 def beside(batch: Tensor, x: Tensor) -> Tensor:
     """Values of batch elements, ``[*batch]``, with axes added to go with ``x [*batch, *features]``."""
-    return batch.reshape(*batch.shape, *(1,) * (x.dim() - batch.dim()))
+    return batch.reshape((*batch.shape, *(1,) * (x.dim() - batch.dim())))
 
 
 def is_close(a: Tensor, b: Tensor) -> Tensor:
@@ -52,6 +62,12 @@ def is_close(a: Tensor, b: Tensor) -> Tensor:
         return torch.ones((), dtype=torch.bool, device=a.device)
     reach: float = torch.finfo(a.dtype).eps ** 0.5
     return torch.le((a - b).abs(), reach * b.abs().amax()).all()
+
+
+def parting(count: int, device: torch.device | None = None) -> list[Tensor]:
+    """Sets of so many places, ``[places]`` truth values: for each two places one that has the one and not the other."""
+    place = torch.arange(count, device=device)
+    return [(place >> bit) % 2 == side for bit in range((count - 1).bit_length()) for side in (1, 0)]
 
 
 def some_rows(x: Tensor, count: int, rows: Tensor, after: int = 0) -> Tensor:

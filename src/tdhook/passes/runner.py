@@ -27,6 +27,7 @@ from tdhook.passes.heads import NotBehind, NowKnown
 from tdhook.passes.overwritten import Overwritten
 from tdhook.passes.setup import Setup
 from tdhook.passes.within import AsItIs, Within
+from tdhook.tape.conditions import is_traced
 from tdhook.tape.cutting import Graph
 from tdhook.tape.overwriting import Mutated
 from tdhook.tape.undoing import all_of, undone
@@ -97,6 +98,19 @@ class Runner:
                 pass
         assert self.base is not None
         return self.base
+
+    def look_at_axes(self) -> None:
+        """See which axes of values inside the model are the batch's, where the method had no backward pass to tell.
+
+        Raises:
+            Misread: they are others than they were taken for.
+        """
+        if is_traced() or not self.as_it_is().is_unsure:
+            return
+        with torch.enable_grad(), self.forward(self.td) as run:
+            everything = run.everything()
+            if everything.tensors:
+                run.look_at_axes(everything)
 
     def check(self) -> None:
         """Raise where the model cannot be run on ``td``, as :meth:`forward` does."""

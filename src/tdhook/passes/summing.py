@@ -122,7 +122,7 @@ class Summing:
         arrived = pull_back.between(edges, grads, sources, self._seeds.several, keep=True)
         lead = () if self._seeds.several is None else (self._seeds.several,)
         return {
-            key: x.new_zeros(*lead, *x.shape) if grad is None else grad.detach()
+            key: x.new_zeros((*lead, *x.shape)) if grad is None else grad.detach()
             for (key, x), grad in zip(self._sources.items(), arrived, strict=True)
         }
 

@@ -95,7 +95,8 @@ class Replacements:
             value = rows.get(key)
             if isinstance(given, str):
                 assert drawn is not None
-                source = self._data.get(key).flatten(1)
+                source = self._data.get(key)
+                source = source.reshape(len(source), -1)
                 made = source.gather(0, drawn[key].to(source.device)).reshape(value.shape)
             elif callable(given):
                 made = given(value)

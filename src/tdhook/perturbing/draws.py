@@ -87,7 +87,7 @@ class Noise:
         noise = noise.reshape(len(numbers), *(1,) * dims, *shape)
         if self.relative and shape.numel():
             flat = value.reshape(*value.shape[:dims], -1)
-            noise = noise * (flat.amax(-1) - flat.amin(-1)).reshape(*value.shape[:dims], *(1,) * len(shape))
+            noise = noise * (flat.amax(-1) - flat.amin(-1)).reshape((*value.shape[:dims], *(1,) * len(shape)))
         return value + noise
 
     def undone(self, key: NestedKey, relevance: Tensor, dims: int, numbers: range) -> Tensor:

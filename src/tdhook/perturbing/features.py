@@ -42,7 +42,7 @@ def patches(shape: Sequence[int], size: int | tuple[int, int]) -> Tensor:
     height, width = shape[-2:]
     across = -(-width // wide)
     rows, columns = torch.arange(height) // tall, torch.arange(width) // wide
-    return (rows[:, None] * across + columns).expand(*shape)
+    return (rows[:, None] * across + columns).expand((*shape,))
 
 
 def along(shape: Sequence[int], *axes: int) -> Tensor:
@@ -130,7 +130,7 @@ class Features:
 
     def flat(self, values: Mapping[NestedKey, Tensor]) -> Tensor:
         """Values by key, ``[rows, *shape]``, in one line: ``[rows, entries]``."""
-        return torch.cat([values[key].flatten(1) for key in self.keys], 1)
+        return torch.cat([values[key].reshape(len(values[key]), -1) for key in self.keys], 1)
 
     @property
     def extent(self) -> Tensor:

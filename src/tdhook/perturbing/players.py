@@ -12,6 +12,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.keys import under
+from tdhook.tape.conditions import is_traced
 
 __all__ = ["WHOLE", "Grouping", "Numbering", "Players", "as_numbering"]
 
@@ -65,12 +66,12 @@ class Numbering:
     def each(shape: Sequence[int]) -> Numbering:
         """Each entry a feature."""
         count = torch.Size(shape).numel()
-        return Numbering(torch.arange(count).reshape(*shape), count, False)
+        return Numbering(torch.arange(count).reshape((*shape,)), count, False)
 
     def repeated(self, shape: Sequence[int]) -> Numbering:
         """The same features anew at each place of axes before, ``[*shape, *own]``."""
         times = torch.Size(shape).numel()
-        place = torch.arange(times, device=self.numbers.device).reshape(*shape, *(1,) * self.numbers.dim())
+        place = torch.arange(times, device=self.numbers.device).reshape((*shape, *(1,) * self.numbers.dim()))
         count = times * self.count
         shifted = self.numbers + place * self.count
         return Numbering(
@@ -85,14 +86,14 @@ OneNumbering: TypeAlias = "Numbering | str | Callable[[torch.Size], Tensor]"
 
 @dataclass
 class Known:
-    """Features that were numbered before, by function and shape."""
+    """Features that were numbered before, by function and shape: a graph is traced with these."""
 
     found: dict[tuple[object, tuple[int, ...]], tuple[list[int], int, bool]] = field(default_factory=dict)
 
     def of(self, function: Callable[[torch.Size], Tensor], shape: torch.Size) -> Numbering:
-        """The numbering that a function gives of a shape."""
+        """The numbering that a function gives of a shape, which may be another one in each call."""
         entry = (function, tuple(shape))
-        if entry not in self.found:
+        if entry not in self.found or not is_traced():
             given = function(shape)
             if given.shape != shape:
                 raise ValueError(

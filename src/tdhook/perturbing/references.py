@@ -205,18 +205,23 @@ class References:
         td = td.copy()
         for key, one in named.items():
             value = td.get(key)
-            if key in keys and not value.is_floating_point():
+            whole = key in keys and not value.is_floating_point()
+            if whole:
                 value = value.to(torch.get_default_dtype())
-            if isinstance(one, str) and one == "sample":
-                drawn[key] = self._source(key, value, td.batch_dims, valid)
-            elif isinstance(one, str) and one == "mean":
-                given[key] = _mean(self._source(key, value, td.batch_dims, valid))
-            elif _is_one_row(one, value.dim() - td.batch_dims):
-                given[key] = one
-            else:
-                made = self._made(one, key, value, td.batch_dims, td, Chosen(self.seed, 0))
-                put(td, (_GIVEN, *parts_of(key)), made, key)
-                given[key] = (_GIVEN,)
+            try:
+                if isinstance(one, str) and one == "sample":
+                    drawn[key] = self._source(key, value, td.batch_dims, valid)
+                elif isinstance(one, str) and one == "mean":
+                    given[key] = _mean(self._source(key, value, td.batch_dims, valid))
+                elif _is_one_row(one, value.dim() - td.batch_dims):
+                    given[key] = one
+                else:
+                    made = self._made(one, key, value, td.batch_dims, td, Chosen(self.seed, 0))
+                    put(td, (_GIVEN, *parts_of(key)), made, key)
+                    given[key] = (_GIVEN,)
+            except KeyError:  # of what may be an index, which is compared with nothing
+                if not whole or isinstance(self.baseline, Mapping):
+                    raise
         for number in range(self.samples if drawn else 0):
             chosen = Chosen(self.seed, number)
             for count in {len(source) for source in drawn.values()}:
@@ -412,8 +417,9 @@ def _entry(name: NestedKey, key: NestedKey, value: Tensor, td: TensorDictBase) -
     """The baseline of a value that an entry of the TensorDict holds, under its own name or as it is."""
     under = unravel_key((*parts_of(name), *parts_of(key)))
     for candidate in (under, unravel_key(name)):
-        if candidate in td.keys(True):
-            return fitting(cast(Tensor, td.get(candidate)), key, value)
+        found = td.get(candidate) if candidate in td.keys(True) else None
+        if isinstance(found, Tensor):
+            return fitting(found, key, value)
     raise KeyError(
         f"baseline {name!r} is neither {', '.join(map(repr, NAMES))} nor an entry of the TensorDict, which has "
         f"{', '.join(map(repr, td.keys(True, True)))}"

@@ -170,7 +170,7 @@ class _Carried(Seeder):
             if flow == "gradient":
                 last = z.detach().select(self.axis, -1)
                 relevance = torch.where(last == 0, 0.0, relevance / torch.where(last == 0, 1.0, last))
-            grad = z.new_zeros(*relevance.shape[: self.several], *z.shape)
+            grad = z.new_zeros((*relevance.shape[: self.several], *z.shape))
             grad.select(self.axis + self.several, -1).copy_(relevance)
             grads.append(grad)
         count = len(grads[0]) if self.several else None

@@ -76,7 +76,7 @@ def raw_relevance(
         raise ValueError(f"the relevances are of different numbers of outputs: {sorted(map(list, extras))}")
     for extra in extras:
         for key, value in chain.back(rows, td, extra, by_weight).items():
-            value = value.reshape(*batch, *extra, *value.shape[1:])
+            value = value.reshape((*batch, *extra, *value.shape[1:]))
             result.set(key, value if key not in result else result.get(key) + value)
     return result
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["as_one", "as_one_that_keeps", "is_one", "kept_by"]
+__all__ = ["as_one", "as_one_that_keeps", "inside_of", "is_one", "kept_by"]
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 _MARK = "tdhook_as_one"
@@ -24,6 +24,11 @@ def is_one(function: Callable[..., object]) -> bool:
 def kept_by(function: Callable[..., object]) -> str:
     """The reason for which a function keeps what its linearisation leaves of its value."""
     return str(getattr(function, _MARK, "constant"))
+
+
+def inside_of(function: Callable[..., object]) -> Callable[..., object]:
+    """What was made one operation."""
+    return cast("Callable[..., object]", getattr(function, "__wrapped__"))  # noqa: B009 (no attribute of its type)
 
 
 def as_one(function: F) -> F:

@@ -53,6 +53,13 @@ class Dependence:
         self._first = first
         self._reached: dict[Node, bool] | None = None
 
+    @staticmethod
+    def looking_back() -> Dependence:
+        """What looks back from each value to where the tape begins, whatever else is on it."""
+        made = Dependence()
+        made._reached = {}
+        return made
+
     def __getstate__(self) -> dict[str, object]:
         return {"_first": 0, "_reached": None}
 

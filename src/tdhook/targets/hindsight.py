@@ -60,7 +60,7 @@ class InHindsight(Around):
         if valid is None:
             return seeds
         grads = [
-            grad.masked_fill(~valid.reshape(*valid.shape, *(1,) * (z.dim() - valid.dim())), 0.0)
+            grad.masked_fill(~valid.reshape((*valid.shape, *(1,) * (z.dim() - valid.dim()))), 0.0)
             for z, grad in zip(seeds.tensors, seeds.grads, strict=True)
         ]
         return replace(seeds, grads=grads)

@@ -149,6 +149,11 @@ class Through(Around):
         return units.key if isinstance(units, Key) else None
 
     @property
+    def by_element(self) -> bool:
+        """Whether each element of the batch has units of its own."""
+        return top_count(self.units) is not None or self.key is not None or isinstance(self.units, Tensor)
+
+    @property
     def entries(self) -> list[NestedKey] | None:
         """Those of the target, and the one that names units."""
         entries = self.inner().entries

@@ -106,7 +106,7 @@ class AtStep(Around):
         grads = []
         for z, grad in zip(seeds.tensors, seeds.grads, strict=True):
             event = z.dim() - outputs.batch_dims
-            at = marks.to(z.device).reshape(*marks.shape, *(1,) * event)
+            at = marks.to(z.device).reshape((*marks.shape, *(1,) * event))
             grads.append(torch.where(at, grad, torch.zeros((), dtype=grad.dtype, device=grad.device)))
         return Seeds(seeds.keys, seeds.tensors, grads, len(marks) if self.several else seeds.several)
 
@@ -150,7 +150,7 @@ class AtStep(Around):
             sequences = torch.Size([*batch[:axis], *batch[axis + 1 :]])
             steps = _shaped(steps, sequences, "the tensor of steps, one for each sequence,").unsqueeze(axis)
         time = torch.arange(count, device=steps.device).reshape(-1, *(1,) * (len(batch) - axis - 1))
-        return (time == steps).expand(*steps.shape[: self.several], *batch)
+        return (time == steps).expand((*steps.shape[: self.several], *batch))
 
 
 def time_axis(td: TensorDictBase, time_dim: int | None = None) -> int:

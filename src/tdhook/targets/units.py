@@ -135,7 +135,7 @@ class Units:
         axis, size = self.along(layer), layer.value.shape[self.along(layer)]
         marks = marks.repeat_interleave(size // self.count(layer), -1) if self.heads is not None else marks
         ones = [size if i == axis else 1 for i in range(layer.lead, layer.value.dim())]
-        return marks.reshape(*marks.shape[:before], *layer.value.shape[: layer.lead], *ones)
+        return marks.reshape((*marks.shape[:before], *layer.value.shape[: layer.lead], *ones))
 
     def choose(
         self, units: UnitsLike, layer: Layer, amounts: Tensor, outputs: TensorDictBase, inputs: TensorDictBase

@@ -75,7 +75,8 @@ class Advantage(Derived):
         if self.baseline == "max":
             weights = torch.zeros_like(values).scatter_(-1, values.argmax(-1, keepdim=True), 1.0)
         elif self.baseline == "mean":
-            weights = allowed / allowed.sum(-1, keepdim=True)
+            shares = allowed.to(torch.promote_types(values.dtype, torch.float32))
+            weights = shares / shares.sum(-1, keepdim=True)
         else:
             weights = (values / self.temperature).masked_fill(~allowed, -torch.inf).softmax(-1)
         return q - (q.masked_fill(~allowed, 0.0) * weights).sum(-1, keepdim=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tdhook.conventions import Convention
@@ -19,6 +20,7 @@ from tdhook.relevance.propagation.stabilisers import Stabilizer, quotient, round
 from tdhook.relevance.secants.pair import difference
 from tdhook.tape.functions import Identity, alias, on_tape, parts, whole
 from tdhook.tape.masks import unmasked
+from tdhook.tape.meeting import Meeting
 from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
 
 __all__ = ["OfDifference", "between", "damped", "moving", "noted", "numbered", "there"]
@@ -47,12 +49,25 @@ def noted(first: Callable[[Call, Place], Any], second: Run = Call.natively) -> R
         if reference.running:
             return reference.follow(name, given, lambda: second(call), module)
         place = reference.place(name, given, module)
-        outputs = first(call, place)
+        if _is_of_torch(call):
+            outputs = first(call, place)
+        else:
+            with Meeting(given) as met:
+                outputs = first(call, place)
+            place.met_within(met.others)
         made = (outputs,) if isinstance(outputs, Tensor) else tree_leaves(outputs)
         place.made = [z.shape for z in made if isinstance(z, Tensor)]
         return outputs
 
     return run
+
+
+def _is_of_torch(call: Call) -> bool:
+    """Whether what is called is torch's own, which reads nothing but its arguments and what modules hold."""
+    if torch.compiler.is_compiling():
+        return True
+    code = call.function if isinstance(call.module, Operation) else type(call.module)
+    return str(getattr(code, "__module__", None) or "torch").partition(".")[0] == "torch"
 
 
 def moving(call: Call) -> Any:

@@ -39,6 +39,9 @@ class Place:
         starts: the tensors that went in in the second run; ``None`` for what is the same in both.
         before: those that came out.
         other: whether plain numbers were others in the second run.
+        within: tensors that the call met besides its arguments.
+        made_anew: of what is kept, which of ``given`` are constants that each run makes of others, as a weight that is
+            scaled: they were equal in both.
         picked: what comes out for other inputs where the first run decides what is picked, if it picks, and
             ``chosen``: whether it did.
     """
@@ -56,12 +59,19 @@ class Place:
     chosen: bool = False
     module: object = None
     others: list[object] = field(default_factory=list)
+    within: list[Tensor] = field(default_factory=list)
+    made_anew: list[bool] = field(default_factory=list)
 
     @property
     def constants(self) -> list[Tensor]:
-        """The large ones among the constants that went in."""
+        """The large ones among the constants that went in, or were met within."""
         fixed = (x for x, live in zip(self.given, self.live, strict=True) if not live)
-        return [x for x in fixed if x.numel() > _SMALL]
+        return [x for x in (*fixed, *self.within) if x.numel() > _SMALL]
+
+    def met_within(self, values: Sequence[object]) -> None:
+        """Take down what the call met besides its arguments, as what a module reads that is nowhere in it."""
+        self.within = [x.detach() for x in values if isinstance(x, Tensor)]
+        self.others = [*self.others, *(x for x in values if not isinstance(x, Tensor))]
 
     def to_keep(self) -> Place:
         """The same for later runs, without what was attributed."""
@@ -69,7 +79,12 @@ class Place:
             torch.empty_like(x, device="meta") if live else x.clone() if x.numel() <= _SMALL else x
             for x, live in zip(self.given, self.live, strict=True)
         ]
-        return replace(self, given=given, picked=None)
+        within = [x.clone() if x.numel() <= _SMALL else x for x in self.within]
+        made_anew = [
+            not live and start is not None and x.shape == start.shape and torch.equal(x, start)
+            for x, live, start in zip(self.given, self.live, self.starts, strict=True)
+        ]
+        return replace(self, given=given, within=within, made_anew=made_anew, picked=None)
 
     def meets(self, kept: Place) -> bool:
         """Whether an earlier call went as this one does, as far as that is no matter of attributed values."""
@@ -77,7 +92,10 @@ class Place:
             return False
         if self.module is not kept.module or self.others != kept.others:
             return False
-        if [x.dtype for x in self.given] != [x.dtype for x in kept.given]:
+        for ours, theirs in ((self.given, kept.given), (self.within, kept.within)):
+            if [x.dtype for x in ours] != [x.dtype for x in theirs]:
+                return False
+        if not all(_is_alike(x, other) for x, other in zip(self.within, kept.within, strict=True)):
             return False
         starts = [
             x.shape if start is None else start.shape
@@ -89,9 +107,10 @@ class Place:
         )
         if len(shapes) != len(others) or not all(map(_fits, shapes, others)):
             return False
+        each = zip(self.given, kept.given, self.live, kept.starts, kept.made_anew, strict=True)
         return all(
-            live or start is not None or _is_same(x, other) or (x.numel() <= _SMALL and torch.equal(x, other))
-            for x, other, live, start in zip(self.given, kept.given, self.live, kept.starts, strict=True)
+            live or (torch.equal(x, other) if anew else start is not None or _is_alike(x, other))
+            for x, other, live, start, anew in each
         )
 
     def fill_as(self, kept: Place) -> None:
@@ -290,6 +309,11 @@ def _as_decided(first: Any, second: Any, *, truths: bool) -> Any:
 def _parted(leaves: Sequence[object]) -> tuple[list[Tensor], list[float]]:
     """The tensors, and the plain numbers."""
     return [x for x in leaves if isinstance(x, Tensor)], [x for x in leaves if type(x) is float]
+
+
+def _is_alike(x: Tensor, other: Tensor) -> bool:
+    """Whether a constant is the same as in an earlier run, as far as that is seen here."""
+    return _is_same(x, other) or (x.numel() <= _SMALL and x.shape == other.shape and torch.equal(x, other))
 
 
 def _is_same(x: Tensor, start: Tensor) -> bool:
