@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +118,61 @@ def _held(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [*found, *reached.modules("forward", forward_put_on(module))]
 
 
+class _Attributes:
+    """What a module has besides its tree, in order to tell at a glance whether it still reaches the same modules.
+
+    Args:
+        module: the module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._found = module, _held(module)
+        self._note()
+
+    def _note(self) -> None:
+        attributes = self._module.__dict__
+        self._count = len(attributes)
+        own = [(name, value) for name, value in attributes.items() if name not in _OWN]
+        self._plain = [name for name, value in own if type(value) in _LEADS_NOWHERE]
+        self._others: list[tuple[str, Any, int | None]] = [
+            (name, value, _size(value)) for name, value in own if type(value) not in _LEADS_NOWHERE
+        ]
+
+    def hold(self) -> bool:
+        """Whether it does.
+
+        Of a module that reached none, it is not seen that other values are in a container that is as large as before.
+        """
+        if not self._found and self._are_same():
+            return True
+        if _held(self._module) != self._found:
+            return False
+        self._note()
+        return True
+
+    def _are_same(self) -> bool:
+        attributes = self._module.__dict__
+        if len(attributes) != self._count:
+            return False
+        now = attributes.get
+        for name in self._plain:
+            if type(now(name)) not in _LEADS_NOWHERE:
+                return False
+        for name, value, size in self._others:
+            if (size is not None and len(value) != size) or now(name) is not value:
+                return False
+        return True
+
+
+_LEADS_NOWHERE = frozenset(
+    (type(None), bool, int, float, complex, str, bytes, Tensor, torch.Size, torch.dtype)
+)
+
+
+def _size(value: Any) -> int | None:
+    return len(value) if isinstance(value, _CONTAINERS) else None
+
+
 class Makeup:
     """Of which modules a model consists, in order to tell whether that has changed.
 
@@ -129,16 +185,17 @@ class Makeup:
         self._parts = [
             (m, type(m), forward_put_on(m), children_of(m), list(children_of(m).items())) for m in modules
         ]
-        self._held = [(m, _held(m)) for m in modules if not is_of_torch(m)]
-        self._besides = [(m, found) for m in modules if (found := _unregistered(m))]
+        self._attributes = [_Attributes(m) for m in modules if not is_of_torch(m)]
+        kinds = {type(m) for m in modules if not is_of_torch(m)}
+        self._besides = [(kind, found) for kind in kinds if (found := [*Reached().of_class(kind)])]
 
     def holds(self) -> bool:
         """Whether the model consists of the same modules, of the same classes and under the same names."""
         for module, kind, forward, now, children in self._parts:
             if type(module) is not kind or ((now or children) and list(now.items()) != children):
                 return False
-            if forward_put_on(module) is not forward:
+            if module.__dict__.get("forward") is not forward and forward_put_on(module) is not forward:
                 return False
-        if any(_held(module) != found for module, found in self._held):
+        if not all(attributes.hold() for attributes in self._attributes):
             return False
-        return all(_unregistered(module) == found for module, found in self._besides)
+        return all([*Reached().of_class(kind)] == found for kind, found in self._besides)
