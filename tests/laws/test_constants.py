@@ -361,6 +361,57 @@ def test_rules_do_not_stand_in_for_derivatives_that_a_model_takes() -> None:
     assert found["ledger", "gap"].abs().max() < 1e-9
 
 
+class Transforms(nn.Module):
+    """Gates its input by what a transform makes of an energy."""
+
+    def __init__(self, made: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.energy = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+        self.head, self.made = nn.Linear(5, 2, bias=False).double(), made
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x * self.made(lambda y: self.energy(y).sum(), x))
+
+
+# The first derivative in forward mode loads functions that torch itself deprecates.
+of_torch = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "grad": lambda energy, x: torch.func.grad(energy)(x),
+    "grad of each": lambda energy, x: torch.vmap(torch.func.grad(energy))(x),
+    "vjp": lambda energy, x: torch.func.vjp(energy, x)[1](torch.ones((), dtype=x.dtype))[0],
+    "jvp": lambda energy, x: torch.func.jvp(energy, (x,), (torch.ones_like(x),))[1],
+    "jacobian": lambda energy, x: torch.vmap(torch.func.jacrev(energy))(x),
+    "functionalize": lambda energy, x: torch.func.functionalize(energy)(x),
+}
+
+
+@of_torch
+@pytest.mark.parametrize("flow", ["relevance", "gradient"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_nor_for_those_by_torch_func(name: str, flow: str) -> None:
+    model = Transforms(TRANSFORMS[name])
+    with pytest.raises(NotImplementedError, match=r"differentiates in its forward pass by torch\.func"):
+        explained(model, "epsilon", flow)
+    if name == "functionalize":
+        return
+    unit = LRP([(Transforms, EpsilonRule())], target=Target("output", 0), flow=flow, ledger=True)
+    found = explained(model, unit)
+    torch.testing.assert_close(found["output"], model(X.clone()).detach())
+    assert found["ledger", "gap"].abs().max() < 1e-9
+
+
+@of_torch
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_derivatives_of_constants_by_torch_func(name: str) -> None:
+    """They are numbers."""
+    model = Transforms(lambda energy, x: TRANSFORMS[name](energy, x.detach()))
+    factor = TRANSFORMS[name](lambda y: model.energy(y).sum(), X).detach()
+    wanted = explained(read_as(lambda x: model.head(x * factor)), "epsilon_plus")["attr", "input"]
+    found = explained(model, "epsilon_plus")["attr", "input"]
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # what torch computed of a leaf makes no graph, which is said
 @pytest.mark.parametrize("hold", ["a leaf", "computed once and kept"])
