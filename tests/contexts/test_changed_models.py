@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -121,6 +122,81 @@ def test_layers_in_a_list() -> None:
     model.layers.append(nn.Linear(2, 2).double())
     model.layers[0] = nn.Linear(4, 8, bias=False).double()
     compare(explained, lrp, model)
+
+
+class Swapped(nn.Module):
+    """Layers that are given another forward, and a list of adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.act = nn.Conv1d(1, 3, 3), nn.BatchNorm1d(3), nn.ReLU()
+        self.linear, self.softmax, self.adapters = nn.Linear(6, 5), nn.Softmax(1), []
+        self.scale: object = None
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.norm(self.conv(x[:, None]))).flatten(1)
+        y = self.linear(h)
+        for adapter in self.adapters:
+            y = y + adapter(h)
+        return y if self.scale is None else self.scale(y)
+
+
+def _other_forward(self: nn.Linear, x: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, 2 * self.weight.abs(), self.bias)
+
+
+class Squared(nn.Linear):
+    """What a layer computes that was given that forward."""
+
+    forward = _other_forward
+
+
+def _through(layer: nn.Linear, y: Tensor) -> Tensor:
+    return layer(y)
+
+
+def _adapted() -> nn.Linear:
+    torch.manual_seed(1)
+    return nn.Linear(6, 5).double()
+
+
+PUT_ON: dict[str, tuple[Callable[[Swapped], object], Callable[[Swapped], object]]] = {
+    "a forward of a layer": (
+        lambda model: setattr(model.linear, "forward", _other_forward.__get__(model.linear)),
+        lambda model: setattr(model.linear, "__class__", Squared),
+    ),
+    "a forward of an activation": (
+        lambda model: setattr(model.act, "forward", torch.tanh),
+        lambda model: setattr(model, "act", nn.Tanh()),
+    ),
+    "the first of a list": (
+        lambda model: model.adapters.append(_adapted()),
+        lambda model: setattr(model, "adapters", [_adapted()]),
+    ),
+    "a function of a layer": (
+        lambda model: setattr(model, "scale", partial(_through, nn.Linear(5, 5).double())),
+        lambda model: None,
+    ),
+}
+
+
+@pytest.mark.parametrize("preset", ["epsilon", "epsilon_plus", "excitation_backprop", "attn_lrp"])
+@pytest.mark.parametrize("change", PUT_ON)
+def test_what_is_put_on_a_model_is_explained(change: str, preset: str) -> None:
+    lrp, model, other = LRP(preset, target=Target("output", 0), ledger=True), Swapped(), Swapped()
+    explained = lrp.wrap(model)
+    explained(TensorDict({"input": X}, [3]))
+    put, same = PUT_ON[change]
+    put(model)
+    same(other)
+    compare(explained, lrp, model)
+    found = explained(TensorDict({"input": X}, [3]))
+    assert found["ledger", "gap"].abs().max() < 1e-9 * (1 + found["ledger", "target"].abs().max())
+    if change != "a function of a layer":
+        wanted = lrp.wrap(other)(TensorDict({"input": X}, [3]))
+        torch.testing.assert_close(found["attr", "input"], wanted["attr", "input"], rtol=1e-9, atol=1e-12)
 
 
 def test_paths_name_the_modules_that_are_there_now() -> None:

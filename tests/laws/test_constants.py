@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import deque
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial, reduce
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -34,6 +38,34 @@ def read_as(function: Callable[[Tensor], Tensor]) -> TensorDictModule:
     return TensorDictModule(function, ["input"], ["output"])
 
 
+class Holder:
+    """No module, but something that has one."""
+
+    def __init__(self, inside: object) -> None:
+        self.inside = inside
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.inside(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.inside(x)
+
+
+class Slotted:
+    __slots__ = ("inside",)
+
+    def __init__(self, inside: nn.Module) -> None:
+        self.inside = inside
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.inside(x)
+
+
+@dataclass
+class Config:
+    inside: nn.Module
+
+
 class Plain(nn.Module):
     """Layers in an attribute that does not register them."""
 
@@ -48,11 +80,68 @@ class Plain(nn.Module):
         return x
 
 
+class Calls(nn.Module):
+    """Calls what is at the end of a way through its attributes."""
+
+    def __init__(self, held: object, call: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.__dict__.update(held=held, call=call)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.held, x)
+
+
 GLOBAL = net()
+LAYERS = list(net())
+NAMED = {"inside": net()}
+HELD = Holder(net())
 
 
 def _defaults(x: Tensor, layers: nn.Module = GLOBAL) -> Tensor:
     return layers(x)
+
+
+def _global(x: Tensor) -> Tensor:
+    return GLOBAL(x)
+
+
+def _global_list(x: Tensor) -> Tensor:
+    return reduce(lambda value, layer: layer(value), LAYERS, x)
+
+
+class OfTheClass(nn.Module):
+    layers: ClassVar[list[nn.Module]] = list(net())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.through(x)
+
+    def through(self, x: Tensor) -> Tensor:
+        return reduce(lambda value, layer: layer(value), self.layers, x)
+
+
+class NamesAGlobal(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.helper(x)
+
+    @staticmethod
+    def helper(x: Tensor) -> Tensor:
+        return _global(x)
+
+
+def _local_class() -> nn.Module:
+    inner = net()
+
+    class Local(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return inner(x)
+
+    return Local()
+
+
+def _given_a_forward() -> nn.Module:
+    inner, module = net(), Plain(())
+    module.forward = lambda x: inner(x)
+    return module
 
 
 def _in_a_closure() -> Callable[[Tensor], Tensor]:
@@ -74,6 +163,27 @@ HOLDERS: dict[str, Callable[[], nn.Module]] = {
     "default": lambda: read_as(_defaults),
     "partial": lambda: read_as(partial(lambda layers, x: layers(x), net())),
     "bound method": lambda: read_as(net().forward),
+    "bound method of an object": lambda: read_as(Holder(net()).run),
+    "object that is called": lambda: read_as(Holder(net())),
+    "object with slots": lambda: read_as(Slotted(net())),
+    "object in an object": lambda: Calls(Holder(Holder(net())), lambda held, x: held.inside.inside(x)),
+    "objects in a list": lambda: Plain([Holder(layer) for layer in net()]),
+    "dataclass": lambda: Calls(Config(net()), lambda held, x: held.inside(x)),
+    "namespace": lambda: Calls(SimpleNamespace(inside=net()), lambda held, x: held.inside(x)),
+    "weak reference": lambda: Calls(weakref.ref(GLOBAL), lambda held, x: held()(x)),
+    "deque": lambda: Plain(deque(net())),
+    "global function": lambda: read_as(_global),
+    "function that calls another": lambda: read_as(lambda x: _global(x)),
+    "global list": lambda: read_as(_global_list),
+    "global dictionary": lambda: read_as(lambda x: NAMED["inside"](x)),
+    "global object": lambda: read_as(lambda x: HELD.inside(x)),
+    "function with a cache": lambda: read_as(lru_cache(_global)),
+    "partial method": lambda: read_as(partial(Holder.run, Holder(net()))),
+    "attribute of a class": OfTheClass,
+    "global in a method": NamesAGlobal,
+    "method of a module": lambda: read_as(NamesAGlobal().helper),
+    "class in a function": _local_class,
+    "forward that was put on": _given_a_forward,
     "list": lambda: Plain(list(net())),
     "tuple": lambda: Plain(tuple(net())),
     "dict": lambda: Plain({str(i): layer for i, layer in enumerate(net())}),
@@ -249,6 +359,57 @@ def test_rules_do_not_stand_in_for_derivatives_that_a_model_takes() -> None:
     found = explained(model, LRP([(Inner, EpsilonRule())], target=Target("output", 0), ledger=True))
     torch.testing.assert_close(found["output"], model(X.clone()).detach())
     assert found["ledger", "gap"].abs().max() < 1e-9
+
+
+class Transforms(nn.Module):
+    """Gates its input by what a transform makes of an energy."""
+
+    def __init__(self, made: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.energy = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+        self.head, self.made = nn.Linear(5, 2, bias=False).double(), made
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x * self.made(lambda y: self.energy(y).sum(), x))
+
+
+# The first derivative in forward mode loads functions that torch itself deprecates.
+of_torch = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "grad": lambda energy, x: torch.func.grad(energy)(x),
+    "grad of each": lambda energy, x: torch.vmap(torch.func.grad(energy))(x),
+    "vjp": lambda energy, x: torch.func.vjp(energy, x)[1](torch.ones((), dtype=x.dtype))[0],
+    "jvp": lambda energy, x: torch.func.jvp(energy, (x,), (torch.ones_like(x),))[1],
+    "jacobian": lambda energy, x: torch.vmap(torch.func.jacrev(energy))(x),
+    "functionalize": lambda energy, x: torch.func.functionalize(energy)(x),
+}
+
+
+@of_torch
+@pytest.mark.parametrize("flow", ["relevance", "gradient"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_nor_for_those_by_torch_func(name: str, flow: str) -> None:
+    model = Transforms(TRANSFORMS[name])
+    with pytest.raises(NotImplementedError, match=r"differentiates in its forward pass by torch\.func"):
+        explained(model, "epsilon", flow)
+    if name == "functionalize":
+        return
+    unit = LRP([(Transforms, EpsilonRule())], target=Target("output", 0), flow=flow, ledger=True)
+    found = explained(model, unit)
+    torch.testing.assert_close(found["output"], model(X.clone()).detach())
+    assert found["ledger", "gap"].abs().max() < 1e-9
+
+
+@of_torch
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_derivatives_of_constants_by_torch_func(name: str) -> None:
+    """They are numbers."""
+    model = Transforms(lambda energy, x: TRANSFORMS[name](energy, x.detach()))
+    factor = TRANSFORMS[name](lambda y: model.energy(y).sum(), X).detach()
+    wanted = explained(read_as(lambda x: model.head(x * factor)), "epsilon_plus")["attr", "input"]
+    found = explained(model, "epsilon_plus")["attr", "input"]
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.slow

@@ -14,6 +14,12 @@ from tdhook.relevance.propagation.conversions import Damped, Ratio, TimesValue, 
 from tdhook.rules import PassRule, ZPlusRule
 from tdhook.tape.origins import is_nonnegative, made_by
 
+
+@torch.no_grad()
+def _less(x):
+    return x.sub_(1)
+
+
 STEPS = {
     "relu": torch.relu,
     "sigmoid": torch.sigmoid,
@@ -34,6 +40,10 @@ STEPS = {
     "average": lambda x: F.avg_pool1d(x, 3, 1, 1),
     "sum": lambda x: x.sum(-1, keepdim=True).expand(4, 8),
     "upsampled": lambda x: F.interpolate(x[None], scale_factor=2.0)[0, :, ::2],
+    "bicubic": lambda x: F.interpolate(x[None, None], scale_factor=2.0, mode="bicubic")[0, 0, ::2, ::2],
+    "row put in": lambda x: torch.select_scatter(x, torch.full((8,), -1.0), 0, 1),
+    "rows put in": lambda x: torch.slice_scatter(x, torch.full((2, 8), -1.0), 0, 1, 3),
+    "written to": lambda x: _less(x * 1),
     "two": lambda x: torch.stack([x, -x]).amax(0) - 1,
     "times value": TimesValue.apply,
     "damped": lambda x: Damped.apply(x, 1e-6),
@@ -61,6 +71,32 @@ def test_it_is_known_behind_what_keeps_the_sign(name, then):
     assert is_nonnegative(STEPS[then](STEPS[name](x)))
     assert not is_nonnegative(STEPS[then](x))
     assert not is_nonnegative(STEPS["minus one"](STEPS[name](x)))
+
+
+@pytest.mark.parametrize("name", ["ReLU", "Softplus", "Sigmoid"])
+@pytest.mark.parametrize("flow", ["relevance", "gradient"])
+def test_a_class_that_is_called_like_one_of_torch_is_another(name, flow):
+    """z-plus behind it is that of any other class that computes the same."""
+
+    def model(kind):
+        torch.manual_seed(0)
+        made = type(kind, (nn.Module,), {"forward": lambda self, x: torch.sigmoid(x) - 0.5})()
+        return nn.Sequential(nn.Linear(5, 6), made, nn.Linear(6, 2)).double()
+
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).double()
+    found = []
+    for kind in (name, "Centred"):
+        lrp = LRP([(kind, PassRule()), (nn.Linear, ZPlusRule())], target=Target("output", 0), flow=flow)
+        with lrp.prepare(model(kind)) as explained:
+            found.append(explained(TensorDict({"input": x}, [3]))["attr", "input"])
+    torch.testing.assert_close(*found)
+
+
+def test_a_gate_is_one_whoever_wrote_it():
+    made = type("Sigmoid", (nn.Module,), {"forward": lambda self, x: x.sigmoid()})()
+    x = torch.randn(4, 8, requires_grad=True)
+    y = PassRule().bound(made, "gradient")(Call(made, made.forward, (x,), {}))
+    assert made_by(1 - y, frozenset(["sigmoid"])) and not is_nonnegative(y)
 
 
 def test_it_is_known_under_vmap():

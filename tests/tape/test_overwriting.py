@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from tdhook import LRP, Target
 from tdhook.models.families import Activation
-from tdhook.rules import PassRule
+from tdhook.rules import PassRule, ZPlusRule
+from tdhook.selectors import Op
 
 
 class Overwrites(nn.Module):
@@ -196,3 +197,28 @@ def test_a_layer_in_place_overwrites_what_is_used_again(composite, flow: str) ->
     td, module = explained(model, x, flow, composite)
     assert torch.equal(td["output"], plainly(model, x))
     assert_balanced(td, module)
+
+
+@either_ledger
+def test_weights_that_are_overwritten_after_they_were_used(ledger: bool) -> None:
+    """Rules that modify the weights of an operation modify those that it computed with."""
+
+    class Fast(nn.Module):
+        def __init__(self, *, keeps: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.keeps, self.head = keeps, nn.Linear(5, 2, bias=False).double()
+            self.weight = torch.randn(5, 6, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight.clone()
+            y = torch.nn.functional.linear(x, weight.clone() if self.keeps else weight)
+            weight.mul_(-1)
+            return self.head(y) + y @ weight[:, :2]
+
+    x = torch.randn(3, 6, dtype=torch.float64)
+    composite = [(Op("linear"), ZPlusRule()), *TINY]
+    found = [
+        explained(Fast(keeps=keeps), x, "relevance", composite, ledger=ledger)[0] for keeps in (False, True)
+    ]
+    assert_same(found[0]["attr", "input"], found[1]["attr", "input"], 1e-9)

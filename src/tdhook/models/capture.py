@@ -15,7 +15,7 @@ from tdhook.models.entries import is_batch
 from tdhook.models.turns import here
 from tdhook.tape.cutting import Graph
 from tdhook.tape.dependence import leaf
-from tdhook.tape.functions import alias, apart
+from tdhook.tape.functions import alias, apart, copy_of
 from tdhook.tape.undoing import Hook, hooked
 
 __all__ = ["INPUT", "Captured", "call_name", "calls_of", "module_path"]
@@ -147,7 +147,7 @@ class Captured:
 
     def _apart(self, value: Tensor) -> Tensor:
         """What the model goes on with, so that a value that was taken down stays what it is."""
-        return value.clone() if self.overwrites else apart(value)
+        return copy_of(value) if self.overwrites else apart(value)
 
     def _on_tape(self, value: Tensor, key: NestedKey) -> Tensor:
         """The value, or what takes its place; off the tape the graph begins here."""

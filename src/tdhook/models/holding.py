@@ -1,20 +1,20 @@
-"""What modules a model holds, in its tree and besides: in lists, in functions that it calls, in attributes."""
+"""What modules a model holds, in its tree and besides: in lists, objects and functions that it reaches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from types import FunctionType, MethodType
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tdhook.models.parallel import forward_put_on, is_of_torch
+from tdhook.models.reaching import Reached
 from tdhook.tape.internals import children_of
 
 __all__ = ["Beside", "Makeup", "held_by", "modules_of"]
 
 _CONTAINERS = (list, tuple, set, frozenset, dict)
-_FUNCTIONS = (FunctionType, MethodType, partial)
 _PLAIN = (bool, int, float, str, bytes, type)
 _MOST = 64
 # Parts of every module, which hold none that the model runs.
@@ -102,57 +102,75 @@ def modules_of(root: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _unregistered(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that a module holds without registering them, by name."""
-    seen: set[int] = set()
+def _unregistered(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules that a module reaches without registering them, by name."""
+    return [*_held(module), *Reached().of_class(type(module))]
+
+
+def _held(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Those among them that it holds itself, and its class does not."""
+    reached = Reached()
+    found: list[tuple[str, nn.Module]] = []
     # A copy: another thread may put something on the module meanwhile.
     for name, value in list(vars(module).items()):
-        if name not in _OWN:
-            yield from _inside(name, value, seen)
+        if name not in _OWN and type(value) not in _PLAIN:
+            found += reached.modules(name, value)
+    return [*found, *reached.modules("forward", forward_put_on(module))]
 
 
-def _inside(name: str, value: object, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(value, nn.Module):
-        yield name, value
-    elif isinstance(value, _CONTAINERS):
-        if id(value) not in seen:
-            seen.add(id(value))
-            entries = value.items() if isinstance(value, dict) else enumerate(value)
-            for key, below in list(entries):
-                yield from _inside(f"{name}.{key}", below, seen)
-    elif isinstance(value, _FUNCTIONS) and id(value) not in seen:
-        seen.add(id(value))
-        for key, below in _referred_to(value):
-            yield from _inside(f"{name}.{key}", below, seen)
+class _Attributes:
+    """What a module has besides its tree, in order to tell at a glance whether it still reaches the same modules.
 
+    Args:
+        module: the module.
+    """
 
-def _referred_to(function: Callable[..., object]) -> Iterable[tuple[str, object]]:
-    """What a function calls, as far as it can be seen from outside, by the names that it has there."""
-    if isinstance(function, partial):
-        return [
-            ("func", function.func),
-            *_numbered(function.args),
-            *function.keywords.items(),
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._found = module, _held(module)
+        self._note()
+
+    def _note(self) -> None:
+        attributes = self._module.__dict__
+        self._count = len(attributes)
+        own = [(name, value) for name, value in attributes.items() if name not in _OWN]
+        self._plain = [name for name, value in own if type(value) in _LEADS_NOWHERE]
+        self._others: list[tuple[str, Any, int | None]] = [
+            (name, value, _size(value)) for name, value in own if type(value) not in _LEADS_NOWHERE
         ]
-    if isinstance(function, MethodType):
-        return [("self", function.__self__)] if isinstance(function.__self__, nn.Module) else []
-    if not isinstance(function, FunctionType):
-        return []
-    code = function.__code__
-    found: list[tuple[str, object]] = []
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            found.append((name, cell.cell_contents))
-        except ValueError:  # nothing was assigned yet
-            continue
-    known = function.__globals__
-    found += [(name, known[name]) for name in code.co_names if isinstance(known.get(name), nn.Module)]
-    return [*found, *_numbered(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items()]
+
+    def hold(self) -> bool:
+        """Whether it does.
+
+        Of a module that reached none, it is not seen that other values are in a container that is as large as before.
+        """
+        if not self._found and self._are_same():
+            return True
+        if _held(self._module) != self._found:
+            return False
+        self._note()
+        return True
+
+    def _are_same(self) -> bool:
+        attributes = self._module.__dict__
+        if len(attributes) != self._count:
+            return False
+        now = attributes.get
+        for name in self._plain:
+            if type(now(name)) not in _LEADS_NOWHERE:
+                return False
+        for name, value, size in self._others:
+            if (size is not None and len(value) != size) or now(name) is not value:
+                return False
+        return True
 
 
-def _numbered(values: Iterable[object]) -> Iterator[tuple[str, object]]:
-    """Values by their number, in words."""
-    return ((str(i), value) for i, value in enumerate(values))
+_LEADS_NOWHERE = frozenset(
+    (type(None), bool, int, float, complex, str, bytes, Tensor, torch.Size, torch.dtype)
+)
+
+
+def _size(value: Any) -> int | None:
+    return len(value) if isinstance(value, _CONTAINERS) else None
 
 
 class Makeup:
@@ -164,12 +182,20 @@ class Makeup:
 
     def __init__(self, root: nn.Module) -> None:
         modules = modules_of(root).values()
-        self._parts = [(m, type(m), children_of(m), list(children_of(m).items())) for m in modules]
-        self._besides = [(m, found) for m in modules if (found := list(_unregistered(m)))]
+        self._parts = [
+            (m, type(m), forward_put_on(m), children_of(m), list(children_of(m).items())) for m in modules
+        ]
+        self._attributes = [_Attributes(m) for m in modules if not is_of_torch(m)]
+        kinds = {type(m) for m in modules if not is_of_torch(m)}
+        self._besides = [(kind, found) for kind in kinds if (found := [*Reached().of_class(kind)])]
 
     def holds(self) -> bool:
         """Whether the model consists of the same modules, of the same classes and under the same names."""
-        for module, kind, now, children in self._parts:
+        for module, kind, forward, now, children in self._parts:
             if type(module) is not kind or ((now or children) and list(now.items()) != children):
                 return False
-        return all(list(_unregistered(module)) == found for module, found in self._besides)
+            if module.__dict__.get("forward") is not forward and forward_put_on(module) is not forward:
+                return False
+        if not all(attributes.hold() for attributes in self._attributes):
+            return False
+        return all([*Reached().of_class(kind)] == found for kind, found in self._besides)

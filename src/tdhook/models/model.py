@@ -20,6 +20,7 @@ from tdhook.models.parallel import running_alone, unwrapped, wrappers_among
 from tdhook.models.reads import written_before
 from tdhook.models.state import restored
 from tdhook.models.writing import WritingPlainly
+from tdhook.tape.copies import copied
 
 __all__ = ["Apart", "InKeys", "Model"]
 
@@ -180,7 +181,7 @@ class Model:
         work = td.copy()
         for key in self.runner.in_keys:
             for name, value in leaves_of(key, work.get(key, None)):
-                work.set(name, value.clone())
+                work.set(name, copied(value))
         return self.run(work)[0]
 
     def _flat(self, td: TensorDictBase) -> TensorDictBase:

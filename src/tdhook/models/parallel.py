@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -12,7 +12,16 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from tdhook.tape.internals import children_of
 from tdhook.tape.sharded import is_sharded
 
-__all__ = ["home_of", "is_elsewhere", "lends_weights", "running_alone", "unwrapped", "wrappers_among"]
+__all__ = [
+    "forward_put_on",
+    "home_of",
+    "is_elsewhere",
+    "is_of_torch",
+    "lends_weights",
+    "running_alone",
+    "unwrapped",
+    "wrappers_among",
+]
 
 # Where a module keeps what its own `compile()` made of its calls.
 _COMPILED = "_compiled_call_impl"
@@ -78,9 +87,25 @@ def is_elsewhere(module: nn.Module) -> bool:
     return any(is_sharded(x) or x.is_meta for x in (*module.parameters(), *module.buffers()))
 
 
+def forward_put_on(module: nn.Module) -> Callable[..., object] | None:
+    """The forward pass that somebody put on a module in the place of that of its class, if anybody did."""
+    forward: Any = module.__dict__.get("forward")
+    while hasattr(forward, "replaced"):  # a rule is on
+        forward = forward.replaced[0]
+    return cast("Callable[..., object] | None", forward)
+
+
 def home_of(module: nn.Module) -> str:
     """Where the forward pass of a module is written: the name of a file of Python.
 
     What is mixed into its class besides, as ``fully_shard`` does, is of no account.
     """
+    own = forward_put_on(module)
+    if own is not None:
+        return str(getattr(own, "__module__", ""))
     return next(cls.__module__ for cls in type(module).__mro__ if "forward" in cls.__dict__)
+
+
+def is_of_torch(module: nn.Module) -> bool:
+    """Whether a module is a layer of torch, and computes what its class does."""
+    return forward_put_on(module) is None and home_of(module).startswith("torch.nn.modules.")

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from tdhook.models.holding import modules_of
 from tdhook.models.snapshots import LEFT_ALONE, Snapshot
 from tdhook.models.turns import Turn
+from tdhook.tape.copies import copied
 from tdhook.tape.internals import buffers_of, hook_tables_of, parameters_of
 from tdhook.tape.undoing import undone
 
@@ -86,7 +87,7 @@ def as_normal(modules: Collection[nn.Module]) -> Iterator[None]:
         return
     originals: list[Tensor] = [registry[name] for registry, name in found]
     with torch.no_grad():
-        stand_ins = [value.clone() for value in originals]
+        stand_ins = [copied(value) for value in originals]
     # Recurrent layers hold their parameters in a list besides, which they make anew where these are others.
     lists = [(m.__dict__, name) for m in modules if isinstance(m, nn.RNNBase) for name in _LISTS]
     listed = [attributes.get(name) for attributes, name in lists]

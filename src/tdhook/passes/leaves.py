@@ -16,6 +16,7 @@ from tdhook.models.entries import dense_copy, is_ragged, leaves_of
 from tdhook.models.model import Model
 from tdhook.tape.casts import Casts, as_numbers
 from tdhook.tape.conditions import assumed_nonnegative
+from tdhook.tape.copies import copied
 from tdhook.tape.dependence import leaf as leaf_of
 from tdhook.tape.origins import mark_nonnegative
 
@@ -163,7 +164,7 @@ class Leaves:
             for name, value in leaves_of(key, work.get(key, None)):
                 read, full = True, full or value.numel() != 0
                 if value.is_inference() and not torch.compiler.is_compiling():
-                    work.set(name, value.clone())  # else it could not be saved for the backward pass
+                    work.set(name, copied(value))  # else it could not be saved for the backward pass
                 elif value.requires_grad:
                     work.set(name, value.detach())
         if empty or (read and not full):  # one of several entries may well have no features

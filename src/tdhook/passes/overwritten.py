@@ -14,6 +14,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.models.entries import leaves_of
+from tdhook.tape.copies import copied
 from tdhook.tape.internals import version_of
 
 __all__ = ["Overwritten"]
@@ -28,7 +29,7 @@ class Overwritten:
 
     def __init__(self, keys: set[NestedKey]) -> None:
         self._keys = keys
-        self._own: list[tuple[NestedKey, Tensor, Tensor]] = []
+        self._own: list[tuple[NestedKey, Tensor, Tensor, int]] = []
 
     def clear(self) -> None:
         """Forget the call: it is made again."""
@@ -45,25 +46,26 @@ class Overwritten:
             inputs: those that are attributed, which are leaves of their own.
             own: whether the run is the call's own; elsewhere only what was overwritten there is copied.
         """
-        if torch.compiler.is_compiling():
+        besides = [key for key in reads if key not in inputs]
+        if not besides or torch.compiler.is_compiling():
             return
-        for key in reads:
+        for key in besides:
             for name, value in leaves_of(key, work.get(key, None)):
                 if name in inputs or not (own or name in self._keys):
                     continue
-                copied = value.clone()
-                work.set(name, copied)
+                copy = copied(value)
+                work.set(name, copy)
                 if own:
-                    self._own.append((name, value, copied))
+                    self._own.append((name, value, copy, version_of(copy)))
 
     def see(self) -> None:
         """See what the call's own run has overwritten."""
-        self._keys.update(name for name, _, copied in self._own if version_of(copied))
+        self._keys.update(name for name, _, copy, made in self._own if version_of(copy) != made)
 
     def hand_back(self) -> None:
         """Write what was overwritten to where it came from."""
         with torch.no_grad():
-            for _, value, copied in self._own:
-                if version_of(copied):
-                    value.copy_(copied)
+            for _, value, copy, made in self._own:
+                if version_of(copy) != made:
+                    value.copy_(copy)
         self._own.clear()

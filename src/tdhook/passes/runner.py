@@ -29,6 +29,7 @@ from tdhook.passes.setup import Setup
 from tdhook.passes.within import AsItIs, Within
 from tdhook.tape.conditions import is_traced
 from tdhook.tape.cutting import Graph
+from tdhook.tape.functions import copy_of
 from tdhook.tape.overwriting import Mutated
 from tdhook.tape.undoing import all_of, undone
 from tdhook.targets.base import Seeder
@@ -157,7 +158,7 @@ class Runner:
                 on_tape = torch.is_grad_enabled()
                 for key, value in inputs.items():
                     if key not in integers and (on_tape or key not in replaced):
-                        work.set(key, value.clone())
+                        work.set(key, copy_of(value))
             collected = None
             if setup.collects:
                 size = tuple(td.batch_size)

@@ -28,12 +28,12 @@ MOVES = _names(
     fft_ifftshift fill flatten flip fliplr flipud float gather getitem half hsplit
     hstack im2col imag index index_copy index_fill index_put index_select mH mT
     masked_fill masked_scatter masked_select max_unpool1d max_unpool2d max_unpool3d meshgrid
-    movedim nan_to_num narrow native_channel_shuffle one_hot pack_padded_sequence pad pad_packed_sequence permute
-    pixel_shuffle pixel_unshuffle positive ravel real repeat repeat_interleave requires_grad reshape reshape_as
-    resolve_conj resolve_neg roll rot90 row_stack scatter select select_scatter setitem slice slice_scatter split
-    split_with_sizes squeeze stack swapaxes t take take_along_dim tensor_split tile to transpose tril triu type
-    type_as unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze upsample_nearest upsample_nearest1d
-    upsample_nearest2d upsample_nearest3d upsample_nearest_exact1d upsample_nearest_exact2d
+    movedim nan_to_num narrow native_channel_shuffle one_hot pack_padded_sequence pad pad_packed_sequence
+    pad_sequence permute pixel_shuffle pixel_unshuffle positive ravel real repeat repeat_interleave requires_grad
+    reshape reshape_as resolve_conj resolve_neg roll rot90 row_stack scatter select select_scatter setitem slice
+    slice_scatter split split_with_sizes squeeze stack swapaxes t take take_along_dim tensor_split tile to transpose
+    tril triu type type_as unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze upsample_nearest
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_nearest_exact1d upsample_nearest_exact2d
     upsample_nearest_exact3d view view_as view_as_complex view_as_real vsplit vstack where zero
     """
 )

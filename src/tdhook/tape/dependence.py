@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from tdhook.tape.internals import inside, is_batched, nodes_made, number_of, transformed
+from tdhook.tape.internals import (
+    inside,
+    is_batched,
+    is_wrapped,
+    nodes_made,
+    number_of,
+    transformed,
+)
 from tdhook.tape.trees import tree_leaves, tree_map_tensors
 
 __all__ = ["Dependence", "leaf"]
@@ -106,6 +113,22 @@ class Dependence:
                 below = self.look(value.values() if isinstance(value, dict) else value)
                 live, foreign = live or below[0], foreign or below[1]
         return live, foreign
+
+    def is_hidden(self, values: Iterable[object]) -> bool:
+        """Whether anything among some values depends on the leaves that a transform other than ``torch.vmap`` wrapped.
+
+        Derivatives by ``torch.func`` do so: what they compute comes onto the tape as none of the operations inside.
+        """
+        if not transformed():
+            return False
+        for x in tree_leaves(list(values)):
+            hidden = False
+            while isinstance(x, Tensor) and is_wrapped(x):
+                hidden = hidden or not is_batched(x)
+                x = inside(x)
+            if hidden and isinstance(x, Tensor) and self.has(x):
+                return True
+        return False
 
     def look_at_call(self, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[bool, bool]:
         """The same of what a module is called with, however it is packed."""

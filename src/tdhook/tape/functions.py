@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 from torch.autograd.graph import Node
 
+from tdhook.tape.copies import clones, copied
 from tdhook.tape.internals import inside, is_batched, is_wrapped, maker_of, transformed
 from tdhook.tape.trees import tree_map_tensors
 from tdhook.tape.undoing import set_to
@@ -22,6 +23,7 @@ __all__ = [
     "TapeFunction",
     "alias",
     "apart",
+    "copy_of",
     "copying",
     "live",
     "may_ask_of",
@@ -120,14 +122,22 @@ def copying() -> Iterator[None]:
         yield
 
 
+def copy_of(x: Tensor) -> Tensor:
+    """A copy that lies in memory as ``x`` does (:func:`~tdhook.tape.copies.copied`), on the tape if ``x`` is."""
+    if clones(x):
+        return x.clone()
+    made: Tensor = _Copied.apply(x)
+    return made
+
+
 def apart(x: Tensor) -> Tensor:
     """The tensor itself, or within :func:`copying` a copy, so that ``x`` stays what it is whatever is overwritten."""
-    return x.clone() if _COPIES.get() else x
+    return copy_of(x) if _COPIES.get() else x
 
 
 def alias(x: Tensor) -> Tensor:
     """Another tensor of the same values: a view, or a copy within :func:`copying`."""
-    return x.clone() if _COPIES.get() else x.view_as(x)
+    return copy_of(x) if _COPIES.get() else x.view_as(x)
 
 
 class Context(Protocol):
@@ -210,3 +220,19 @@ class Identity(TapeFunction):
                 return node, passed
             passed.append(node)
             node = node.next_functions[0][0]
+
+
+class _Copied(Identity):
+    """A copy that lies in memory as its argument does."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return copied(x)
+
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> object:
+        return grad

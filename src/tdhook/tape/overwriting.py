@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -11,11 +11,20 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from tdhook.tape.functions import copying
-from tdhook.tape.internals import children_of, has_storage, inside, is_wrapped, storage_of
+from tdhook.tape.functions import apart, copying
+from tdhook.tape.internals import (
+    children_of,
+    has_storage,
+    inside,
+    is_wrapped,
+    storage_of,
+    transformed,
+    version_of,
+)
 from tdhook.tape.undoing import undone
 
 __all__ = [
+    "Constants",
     "Guard",
     "Mutated",
     "Outdated",
@@ -125,6 +134,48 @@ class Outdated:
                     raise Mutated
             elif isinstance(value, list | tuple):
                 self.check(value)
+
+
+class Constants:
+    """Constants that a call computes with, and that are read once more on the way back.
+
+    They are saved as no input is. So copies are kept where the model is known to overwrite, and elsewhere it is looked
+    whether they were.
+
+    Args:
+        values: the constants by their place among the leaves of the call, as it is about to be made.
+    """
+
+    __slots__ = ("_values", "_versions")
+
+    def __init__(self, values: Mapping[int, Tensor]) -> None:
+        self._values = {i: apart(x) for i, x in values.items()}
+        self._versions: list[int] = []
+
+    def hold(self, leaves: list[Any]) -> None:
+        """Have them among the leaves of the call, which has been made, maybe with a new state of its own."""
+        for i, x in self._values.items():
+            leaves[i] = x
+        self._versions = list(map(_version, self._values.values()))
+
+    def require(self, name: str) -> None:
+        """Raise, as torch does, where one was overwritten since; then the model is run again, and copies are kept.
+
+        Args:
+            name: what was called.
+        """
+        for x, version in zip(self._values.values(), self._versions, strict=True):
+            if _version(x) != version:
+                raise RuntimeError(
+                    f"a constant that {name} computed with has been modified by an inplace operation before its "
+                    "relevance was computed: give it a copy"
+                )
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was overwritten, if that is counted."""
+    counted = not (transformed() or torch.compiler.is_compiling() or x.is_inference())
+    return version_of(x) if counted else 0
 
 
 def _give_back(kept: _Kept) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .cases import (
     ORDER,
@@ -64,6 +65,7 @@ def moves_cases() -> list[Case]:
         "mH": lambda h: sequences(h).mH,
         "mT": lambda h: sequences(h).mT,
         "pad": lambda h: F.pad(sequences(h), (1, 2)),
+        "pad_sequence": lambda h: pad_sequence(sequences(h).unbind(0), batch_first=True),
         "pixel_shuffle": lambda h: F.pixel_shuffle(h.view(-1, 4, 2, 3), 2),
         "pixel_unshuffle": lambda h: F.pixel_unshuffle(h.view(-1, 1, 4, 6), 2),
         "positive": lambda h: +h,

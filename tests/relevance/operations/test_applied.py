@@ -248,3 +248,104 @@ def test_nothing_of_torch_stays_replaced_and_no_class_is_held() -> None:
     gc.collect()
     assert gone() is None
     assert torch.autograd.Function.__mro__[1].__dict__.get("apply") is apply
+
+
+class Either(torch.autograd.Function):
+    """One function or another, as a word says."""
+
+    @staticmethod
+    def forward(ctx, x, how):
+        ctx.how = how
+        y = x**2 if how == "square" else x.softmax(-1)
+        ctx.save_for_backward(x, y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y = ctx.saved_tensors
+        if ctx.how == "square":
+            return 2 * x * grad, None
+        return y * (grad - (y * grad).sum(-1, keepdim=True)), None
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+class Overflows(torch.autograd.Function):
+    """Each value gets what overflows from its neighbour, if anything does."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x + (x.roll(1, -1) - 1).relu()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad + ((x.roll(1, -1) > 1) * grad).roll(-1, -1)
+
+
+class Overflowing(Overflows):
+    """The same, of which nothing was learned by a call before."""
+
+
+@every_flow
+@pytest.mark.parametrize("order", [("square", "softmax"), ("softmax", "square")])
+def test_a_word_that_says_what_a_function_does(order, flow):
+    apart = {"square": Square.apply, "softmax": lambda h: Softmax.apply(h, -1)}
+    one, other = order
+    wanted = relevance_of(lambda h: apart[other](apart[one](h)), flow)
+    assert_same(relevance_of(lambda h: Either.apply(Either.apply(h, one), other), flow), wanted, 1e-9)
+
+
+@every_flow
+def test_that_one_is_element_wise_may_hold_for_some_values_alone(flow):
+    def twice(second):
+        return lambda h: second(3 + Overflows.apply(h.tanh()))
+
+    assert_same(
+        relevance_of(twice(Overflows.apply), flow), relevance_of(twice(Overflowing.apply), flow), 1e-9
+    )
+
+
+@every_flow
+@pytest.mark.parametrize("constant_first", [False, True])
+def test_a_product_with_a_constant_is_none_of_two_activations(constant_first, flow):
+    weight = torch.linspace(0.5, 1.5, 6, dtype=torch.float64).expand(3, 6)
+
+    def computed(product):
+        def function(h):
+            once = product(h, weight) if constant_first else product(h, h.roll(1, -1))
+            return product(once, h.roll(1, -1)) if constant_first else product(once, weight)
+
+        return function
+
+    wanted = relevance_of(computed(torch.mul), flow)
+    assert_same(relevance_of(computed(Product.apply), flow), wanted, 1e-9)
+
+
+@every_flow
+def test_whole_numbers_beside_values(flow):
+    class Picks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            values, places = x.topk(2, -1)
+            ctx.mark_non_differentiable(places)
+            ctx.save_for_backward(places)
+            ctx.shape = x.shape
+            return values, places
+
+        @staticmethod
+        def backward(ctx, grad, _):
+            return grad.new_zeros(ctx.shape).scatter(-1, ctx.saved_tensors[0], grad)
+
+    wanted = relevance_of(lambda h: h.topk(2, -1)[0], flow)
+    assert_same(relevance_of(lambda h: Picks.apply(h)[0], flow), wanted, 1e-9)

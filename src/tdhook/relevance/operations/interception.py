@@ -22,6 +22,7 @@ from tdhook.relevance.operations.parties import (
     COMPILED,
     DIFFERENTIATES,
     OVERWRITES,
+    TRANSFORMS,
     Entered,
     Found,
     Observer,
@@ -278,6 +279,8 @@ class Interception(Watching):
             return func(*args, **kwargs)
         dependence = self.dependence
         live, foreign = dependence.look(args)
+        if not self._paused and dependence.is_hidden((*args, *kwargs.values())):
+            raise NotImplementedError(TRANSFORMS.format(self.paths.current or "(model)"))
         if kwargs:
             below = dependence.look(kwargs.values())
             live, foreign = live or below[0], foreign or below[1]

@@ -28,6 +28,7 @@ from tdhook.selectors.names import (
     writes_in_place,
 )
 from tdhook.tape.as_one import is_one, kept_by
+from tdhook.tape.functions import copy_of
 from tdhook.tape.internals import schema_of
 
 __all__ = ["Known", "learned", "on_a_copy"]
@@ -111,7 +112,7 @@ def on_a_copy(function: Callable[..., object]) -> Callable[..., Any]:
     """The out-of-place form of a function that overwrites its argument: it overwrites a copy."""
 
     def form(x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        copy = x.clone()
+        copy = copy_of(x)
         function(copy, *args, **kwargs)
         return copy
 

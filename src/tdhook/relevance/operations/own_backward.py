@@ -12,10 +12,17 @@ from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.rules.epsilon import EpsilonRule
 from tdhook.tape.functions import may_look_at, parts, whole
+from tdhook.tape.trees import tree_leaves
 
 __all__ = ["own_backward"]
 
-Key: TypeAlias = "tuple[tuple[torch.Size, torch.dtype], ...]"
+Shapes: TypeAlias = "tuple[tuple[torch.Size, torch.dtype], ...]"
+Beside: TypeAlias = "tuple[object, ...] | None"
+Key: TypeAlias = "tuple[Shapes, tuple[bool, ...], Beside]"
+
+# Of how many different calls of one function it is kept what it is.
+_MOST = 256
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 # By how much products of numbers may differ that are the same but for rounding.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -34,7 +41,8 @@ class _OwnBackward(EpsilonRule):
 
     An element-wise function passes relevance on, as activations do. Another one shares it by the generic epsilon rule,
     ``R_i = x_i (J^T (R / stab(z)))_i``, and a product of several arguments gives each an equal part of that. Which it
-    is, pull-backs of two cotangents tell in the first backward pass. The answer is kept for arguments of those shapes.
+    is, pull-backs of two cotangents tell. An answer is kept for arguments of those shapes and with those numbers and
+    words beside, but that it is element-wise is looked at each time: that may hold for some values alone.
     """
 
     def __init__(self) -> None:
@@ -45,11 +53,11 @@ class _OwnBackward(EpsilonRule):
         return "by its own backward pass"
 
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
-        kind = self._kind_of(step)
-        if kind is _Kind.ELEMENTWISE:
-            return relevance
         per_output = tuple(map(_per_unit, relevance, step.outputs))
         grads = step.vjp(*per_output)
+        kind = self._kind_of(step, tuple(g is not None for g in grads))
+        if kind is _Kind.ELEMENTWISE:
+            return relevance
         share = 1 / len(step.inputs) if kind is _Kind.MULTILINEAR else 1.0
         shares = tuple(
             None if g is None else whole(share * parts(x) * parts(g), x)
@@ -57,6 +65,8 @@ class _OwnBackward(EpsilonRule):
         )
         if step.report is not None:
             for r, z, s in zip(relevance, step.outputs, per_output, strict=True):
+                if not (z.is_floating_point() or z.is_complex()):
+                    continue
                 step.report("stabiliser", parts(r) - parts(z) * parts(s))
                 step.report("constant", parts(z) * parts(s))
             for given in shares:
@@ -64,19 +74,29 @@ class _OwnBackward(EpsilonRule):
                     step.report("constant", -parts(given))
         return shares
 
-    def _kind_of(self, step: Step) -> _Kind:
-        key = tuple((x.shape, x.dtype) for x in step.inputs)
+    def _kind_of(self, step: Step, live: tuple[bool, ...]) -> _Kind:
+        shapes = tuple((x.shape, x.dtype) for x in step.inputs)
+        beside = _beside(step)
+        key = shapes, live, beside
         known = self._kinds.get(key)
-        if known is not None:
+        if known not in (None, _Kind.ELEMENTWISE):
             return known
         if not all(map(may_look_at, step.inputs)):
             return next(
-                (kind for other, kind in self._kinds.items() if _ranks(other) == _ranks(key)), _Kind.OTHER
+                (
+                    kind
+                    for (other, *rest), kind in self._kinds.items()
+                    if _ranks(other) == _ranks(shapes) and rest == [live, beside]
+                ),
+                _Kind.OTHER,
             )
         found = _kind(step)
         if found is None:
             return _Kind.OTHER
-        self._kinds[key] = found
+        if beside is not None:
+            if len(self._kinds) >= _MOST:  # seeds, say, which are others each time
+                self._kinds.clear()
+            self._kinds[key] = found
         return found
 
 
@@ -85,7 +105,13 @@ def own_backward() -> EpsilonRule:
     return _OwnBackward()
 
 
-def _ranks(key: Key) -> list[tuple[int, torch.dtype]]:
+def _beside(step: Step) -> Beside:
+    """What a function is called with besides tensors; ``None`` if that is something else than numbers and words."""
+    plain = tuple(x for x in tree_leaves(step.arguments) if not isinstance(x, Tensor))
+    return tuple(map(repr, plain)) if all(type(x) in _PLAIN for x in plain) else None
+
+
+def _ranks(key: Shapes) -> list[tuple[int, torch.dtype]]:
     return [(len(shape), dtype) for shape, dtype in key]
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "COMPILED",
     "DIFFERENTIATES",
     "OVERWRITES",
+    "TRANSFORMS",
     "Entered",
     "Found",
     "Lookup",
@@ -37,6 +38,10 @@ COMPILED = (
 DIFFERENTIATES = (
     "the model differentiates in its forward pass, in module `{}`, where rules stand in for derivatives; give that "
     "module a rule, EpsilonRule say, so that it runs as one unit"
+)
+TRANSFORMS = (
+    "the model differentiates in its forward pass by torch.func, around module `{}`, where rules stand in for "
+    "derivatives; give the module that calls torch.func a rule, EpsilonRule say, so that it runs as one unit"
 )
 
 

@@ -14,7 +14,7 @@ from tdhook.relevance.propagation.binding import Bound
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule, PassRule
-from tdhook.selectors.kinds import ELEMENTWISE, FUSED, MOVES, RECURRENT
+from tdhook.selectors.kinds import ELEMENTWISE, MOVES, RECURRENT
 from tdhook.tape.functions import on_tape
 
 __all__ = ["DIFFERENCES", "VALUES", "Reading"]
@@ -65,7 +65,7 @@ class _Differences:
             # Else it depends on the call, or is nothing to be left alone.
             return _MOVES if name in _STAYS else None
         if name in MOVES:
-            return _MOVES
+            return default_rule(name, args, kwargs)  # sums, where that is said
         if name in ELEMENTWISE and _is_of_one(args, kwargs):
             return _PASSES
         if statistics_written_out(name) is not None:
@@ -76,8 +76,7 @@ class _Differences:
             return OPERATIONS[name]
         if name in ("batch_norm", "instance_norm") and len(args) < 6:
             return None
-        known = name in OPERATIONS or name in FUSED
-        return ARITHMETIC if known else default_rule(name, args, kwargs)
+        return ARITHMETIC if name in OPERATIONS else default_rule(name, args, kwargs)
 
     def written_out(self, name: str) -> Callable[..., Any] | None:
         return statistics_written_out(name) or written_out(name)

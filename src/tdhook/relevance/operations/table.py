@@ -156,6 +156,13 @@ def _reduces(index: int) -> _Dependence:
     return rule_of
 
 
+def _embedding(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
+    """Rows that are picked; what its derivative leaves out, or divides by how often they are, is written out."""
+    padding = _given(args, kwargs, 2, "padding_idx", None)
+    rarely = _given(args, kwargs, 5, "scale_grad_by_freq", False)
+    return rule if (padding is None or padding == -1) and not rarely else None
+
+
 def _dropout(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
     """In training it passes: to run it again, as arithmetic is, would drop others."""
     training = _given(args, kwargs, 2, "training", True)
@@ -183,7 +190,7 @@ def _of_two(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, obje
     return rule if _of_one(args, kwargs) else ARITHMETIC
 
 
-_SCALES = frozenset(("rsqrt", "reciprocal", "rdiv", "exp"))
+_SCALES = frozenset(("rsqrt", "reciprocal", "rdiv", "exp", "exp2"))
 
 _DEPENDS: Mapping[str, _Dependence] = {
     **dict.fromkeys(FUSED, _fused),
@@ -197,6 +204,7 @@ _DEPENDS: Mapping[str, _Dependence] = {
     **dict.fromkeys(("batch_norm", "instance_norm"), _batch_norm),
     **dict.fromkeys(("float_power", "floor_divide", "pow", "xlogy"), _of_two),
     "div": _div,
+    "embedding": _embedding,
     "lerp": _lerp,
     "linalg_solve": _solve,
     "linear": _linear,

@@ -122,6 +122,10 @@ def _xlogy(input: Tensor, other: Tensor, out: object = None) -> Tensor:
     return torch.where(input == 0, 0.0, input * other.log())
 
 
+def _embedding(input: Tensor, weight: Tensor, *others: object, **named: object) -> Tensor:
+    return weight[input]
+
+
 def _axes(input: Tensor, dim: Axes) -> tuple[int, ...]:
     if dim is None:
         return tuple(range(input.dim()))
@@ -169,6 +173,7 @@ _WRITTEN: dict[str, Function] = {
     "addcmul": _sum_and_product(torch.mul),
     "addcdiv": _sum_and_product(torch.div),
     "cosine_similarity": _cosine_similarity,
+    "embedding": _embedding,
     "float_power": _of_the_first(torch.float_power),
     "floor_divide": _of_the_first(torch.floor_divide),
     "glu": _glu,
@@ -204,8 +209,12 @@ def _vector_norm(
         return x.square().sum(axes, keepdim=keepdim).sqrt()
     if ord == 1:
         return x.abs().sum(axes, keepdim=keepdim)
-    if ord == float("inf"):
+    if ord == math.inf:
         return x.abs().amax(axes, keepdim=keepdim)
+    if ord == -math.inf:
+        return x.abs().amin(axes, keepdim=keepdim)
+    if ord == 0:
+        return (x != 0).to(x.dtype).sum(axes, keepdim=keepdim)
     total: Tensor = (x.abs() ** ord).sum(axes, keepdim=keepdim) ** (1 / ord)
     return total
 

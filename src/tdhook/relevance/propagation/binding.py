@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tdhook.conventions import Convention
 from tdhook.keys import named_tensors
 from tdhook.models.entries import is_batch, leaves_of
-from tdhook.models.parallel import home_of
+from tdhook.models.parallel import is_of_torch
 from tdhook.models.turns import elsewhere
 from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
 from tdhook.tape.internals import children_of
@@ -88,7 +88,7 @@ class Binding:
         setting: what the calls of one plan share.
 
     Attributes:
-        closed: whether the module is a layer of torch's own.
+        closed: whether the module is a layer of torch's own, as it is there.
         enters: whether the rule is that of the linear operation inside the module.
         original: the module's own forward, while attached.
     """
@@ -105,7 +105,7 @@ class Binding:
         self.around = None if rule.opens else around
         self.flow: Convention = flow or rule.convention
         self._on_tensordict = isinstance(module, TensorDictModuleBase)
-        self.closed = home_of(module).startswith("torch.nn.modules.") and not children_of(module)
+        self.closed = is_of_torch(module) and not children_of(module)
         self.enters = rule.enters(module)
         self.original: Callable[..., Any] | None = None
         self.thread: int | None = None

@@ -20,7 +20,7 @@ from tdhook.relevance.propagation.conversions import Substituted
 from tdhook.relevance.propagation.executed import ExecutedLayer, ExecutedModule, Formula, RuledLayer
 from tdhook.relevance.propagation.forms import closed_form
 from tdhook.relevance.propagation.lent import Lent
-from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.operation import Operation, known_as
 from tdhook.relevance.propagation.reference import Place
 from tdhook.relevance.propagation.steps import Grads, Modify, ModuleStep, Step
 from tdhook.relevance.secants.pair import Pair, Pull, difference
@@ -90,6 +90,7 @@ class DifferencedModule(ExecutedModule):
         if self.spec is None:
             self.leaves, self.spec = tree_flatten((call.args, call.kwargs))
         self._indices = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
+        self._fixed = [i for i in self._indices if i not in self.at]
 
     def run(self) -> Any:
         inputs = [self.leaves[i].detach() for i in self.at]
@@ -123,6 +124,7 @@ class DifferencedModule(ExecutedModule):
             return self._function(*args, **kwargs)
 
     def step(self, saved: Sequence[Tensor]) -> Step:
+        self.require_constants()
         count = len(self.at)
         inputs, outputs = tuple(saved[:count]), tuple(saved[count:])
         leaves = list(self.leaves)
@@ -136,7 +138,7 @@ class DifferencedModule(ExecutedModule):
         before = tuple(z0.expand_as(z) for z, z0 in zip(outputs, self.place.before, strict=True))
         assert self.spec is not None
         pair = Pair(
-            type(self.module).__name__,
+            known_as(self.module),
             None if isinstance(self.module, Operation) else self.module,
             self._once_more,
             leaves,
@@ -157,7 +159,7 @@ class DifferencedModule(ExecutedModule):
 
 def formula_of_module(rule: Formula, module: nn.Module, own: Convention, flow: Convention) -> Run:
     """How any call runs under a rule's formula, of differences."""
-    pull = secant_of(type(module).__name__, is_module=not isinstance(module, Operation))
+    pull = secant_of(known_as(module), is_module=not isinstance(module, Operation))
 
     def first(call: Call, place: Place) -> Any:
         return DifferencedModule(rule, pull, call, place).run()

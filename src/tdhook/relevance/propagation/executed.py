@@ -14,14 +14,14 @@ from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.forms import ClosedForm, closed_form
 from tdhook.relevance.propagation.lent import Lent, are_lent
 from tdhook.relevance.propagation.merges import Place
-from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.operation import Operation, maker_in
 from tdhook.relevance.propagation.params import ParamModifier
 from tdhook.relevance.propagation.steps import Affine, Grads, LinearStep, Modify, ModuleStep, Step
 from tdhook.tape.dependence import leaf
 from tdhook.tape.functions import Context, TapeFunction, alias, on_tape
 from tdhook.tape.internals import is_view, transformed
 from tdhook.tape.origins import is_nonnegative
-from tdhook.tape.overwriting import natively
+from tdhook.tape.overwriting import Constants, natively
 from tdhook.tape.own import OwnTape
 from tdhook.tape.sharded import added_up, is_sharded
 from tdhook.tape.trees import Shape, tree_flatten, tree_leaves, tree_unflatten
@@ -257,6 +257,7 @@ class ExecutedModule:
         self.rule = rule
         self.keeps, self.on_tape = (rule.needs_inputs, rule.needs_outputs), rule.needs_vjp
         self.module, self._function, args, kwargs, setting = call
+        self.made_by = maker_in(self.module, args, kwargs)
         self.report = setting.report
         self.spec: Shape | None = None
         self.leaves: list[Any] = list(args)
@@ -272,6 +273,8 @@ class ExecutedModule:
         of = self.module
         draws = "dropout" in of.name if isinstance(of, Operation) else remembers(of)
         self._again = Again.of(self.module, kwargs) if rule.reruns and draws else None
+        self._fixed = [i for i, x in tensors.items() if i not in self.at and not isinstance(x, nn.Parameter)]
+        self._constants: Constants | None = None
         self.tape: OwnTape | None = None
         self.out_spec: Shape | None = None
         self.out_leaves: list[Any] = []
@@ -284,8 +287,11 @@ class ExecutedModule:
             result = self._invoke(inputs)
             rule.check(self.module, inputs, [z for z in tree_leaves(result) if isinstance(z, Tensor)])
             return result
+        self._constants = Constants({i: self.leaves[i] for i in self._fixed}) if self._fixed else None
         outputs = Ruled.apply(self, *inputs)
         rule.check(self.module, inputs, outputs)
+        if self._constants is not None:
+            self._constants.hold(self.leaves)
         # The call outlives the forward pass; its arguments and its result need not.
         for i in self.at:
             self.leaves[i] = None
@@ -342,9 +348,15 @@ class ExecutedModule:
                 f"{self.rule!r} modifies parameters of {type(self.module).__name__}, which are offloaded and only lent "
                 "to it while it runs: keep this module in memory, or give it a rule that leaves parameters alone"
             )
+        self.require_constants()
         modifier = ParamModifier(lambda name, p: modify(name, p.detach()), ParamModifier.select_all)
         with self._as_before(), modifier(self.module):
             return tuple(z for z in tree_leaves(self._invoke(inputs, modify)) if isinstance(z, Tensor))
+
+    def require_constants(self) -> None:
+        """Raise where constants that are still needed were overwritten."""
+        if self._constants is not None:
+            self._constants.require(type(self.module).__name__)
 
     @contextmanager
     def _as_before(self) -> Iterator[None]:
@@ -379,7 +391,7 @@ class Ruled(TapeFunction):
     def setup_context(ctx: _OfModule, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep what the rule reads."""
         ctx.executed = executed = inputs[0]
-        ctx.made_by = type(executed.module).__name__
+        ctx.made_by = executed.made_by
         inputs_kept, outputs_kept = executed.keeps
         if executed.tape is not None:
             off = [z for z, end in zip(output, executed.tape.ends, strict=True) if end is None]

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
+from tdhook.models.parallel import forward_put_on, is_of_torch
+from tdhook.relevance.propagation.lent import are_lent
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.tape.internals import children_of
 
@@ -177,22 +179,29 @@ def makes_weights(module: nn.Module) -> bool:
 
     So may all that are no layers of torch: they standardise their weights, say, or are parametrised.
     """
-    if children_of(module) and not is_parametrized(module):
+    parametrized = is_parametrized(module)
+    if isinstance(module, Operation) or (is_of_torch(module) and not parametrized):
         return False
-    if isinstance(module, Operation) or type(module).__module__.startswith("torch.nn.modules."):
+    layer = parametrized or isinstance(module, nn.Linear | _ConvNd)
+    if (
+        children_of(module) and not layer
+    ):  # what makes weights for a layer is none of the layers that it consists of
         return False
     return closed_form(module) is None and any(parameter.dim() > 1 for parameter in module.parameters())
 
 
 def closed_form(module: nn.Module) -> ClosedForm | None:
-    """The closed form of a module, or ``None``: a subclass that computes in its own way is differentiated.
+    """The closed form of a module, or ``None``: what computes in its own way is differentiated.
 
-    So is a parametrised layer, which makes its weight each time that it is read.
+    That is a subclass, a layer that was given another forward, and a parametrised one, which makes its weight each time
+    that it is read. The forward that offloading puts on a layer brings the weight that it computes with.
     """
     cls = type(module)
     # Modules that torch.jit compiled have no forward that could be asked for.
     forward = getattr(cls, "forward", None)
     if children_of(module) and is_parametrized(module):
+        return None
+    if forward_put_on(module) is not None and not are_lent(module):
         return None
     if forward is nn.Linear.forward:
         return _DENSE

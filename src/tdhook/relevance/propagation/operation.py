@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Operation"]
+from tdhook.models.parallel import is_of_torch
+from tdhook.tape.functions import on_tape
+
+__all__ = ["Operation", "known_as", "maker_in"]
 
 
 _BIAS_FIRST = frozenset(("addmm", "addmv", "addbmm", "baddbmm"))
@@ -73,3 +76,28 @@ class Operation(nn.Module):
 
 def _count(argument: object) -> int:
     return 1 if isinstance(argument, Tensor) else len(tree_leaves(argument))
+
+
+def known_as(module: nn.Module) -> str:
+    """The name by which what a module computes is known: that of an operation, or of the class of a layer of torch.
+
+    Any other class may be called like one of these and compute something else: its name says where it is written.
+    """
+    kind = type(module)
+    if isinstance(module, Operation) or is_of_torch(module):
+        return kind.__name__
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def maker_in(module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> str:
+    """The name by which the value of a call is known: a negative power is a reciprocal, and a constant by it too."""
+    name = known_as(module)
+    if name in _POWERS:
+        exponent = args[1] if len(args) > 1 else kwargs.get("exponent")
+        return "reciprocal" if isinstance(exponent, int | float) and exponent < 0 else name
+    if name == "div" and args and not (isinstance(args[0], Tensor) and on_tape(args[0])):
+        return "reciprocal"
+    return name
+
+
+_POWERS = ("float_power", "pow")

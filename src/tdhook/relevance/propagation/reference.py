@@ -245,8 +245,11 @@ class Reference:
             return
         place = self._next(name)
         self._check(place, [x.shape for x in place.given], places)
-        if not self.decided and not all(
-            _is_same(x, y) or holds(x == y) for x, y in zip(place.given, places, strict=True)
+        # Whole numbers are taken over first, truth values (masks) only then.
+        taken = [self.decided > (x.dtype is torch.bool) for x in places]
+        if not all(
+            over or _is_same(x, y) or holds(x == y)
+            for x, y, over in zip(place.given, places, taken, strict=True)
         ):
             raise Parted(_PARTED.format(f"{place} moves other values there"))
 

@@ -15,7 +15,7 @@ from tdhook.relevance.propagation.differences import DifferencedLayer, Differenc
 from tdhook.relevance.propagation.executed import Formula, Ruled, RuledLayer
 from tdhook.relevance.propagation.forms import closed_form
 from tdhook.relevance.propagation.handles import Behind, Handle
-from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.operation import Operation, known_as
 from tdhook.relevance.propagation.reference import Place
 from tdhook.relevance.propagation.sharing import secant
 from tdhook.relevance.propagation.steps import Grads, Step
@@ -117,7 +117,7 @@ def revealed(rule: Revealing, module: nn.Module, flow: Convention) -> Run:
         module: what is called.
         flow: the convention in which values arrive.
     """
-    pull = secant_of(type(module).__name__, is_module=not isinstance(module, Operation))
+    pull = secant_of(known_as(module), is_module=not isinstance(module, Operation))
     has_form = closed_form(module) is not None
 
     def first(call: Call, place: Place) -> Any:

@@ -16,13 +16,13 @@ from tdhook.relevance.propagation.conversions import NotOneTensor, finite_produc
 from tdhook.relevance.propagation.differences import DifferencedModule
 from tdhook.relevance.propagation.executed import Formula
 from tdhook.relevance.propagation.forms import closed_form
-from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.operation import Operation, known_as
 from tdhook.relevance.propagation.reference import Place
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.secants.pair import Pull, difference
 from tdhook.relevance.secants.slopes import slope, slopes
 from tdhook.relevance.secants.table import LINEAR, secant_of
-from tdhook.tape.functions import TapeFunction, alias, on_tape
+from tdhook.tape.functions import TapeFunction, alias, on_tape, parts
 from tdhook.tape.internals import is_view
 from tdhook.tape.trees import tree_leaves
 
@@ -58,7 +58,7 @@ class _Secant:
             ]
             reason = step.module.keeps if isinstance(step.module, Operation) else "constant"
             for amount in amounts:
-                step.report(reason, amount)
+                step.report(reason, parts(amount))
         return found
 
 
@@ -76,7 +76,7 @@ def secant(module: nn.Module, flow: Convention, pull: Pull | None = None, *, kee
         keeps: whether it leaves a part out on purpose, which is reported as constant.
     """
     rule = _SECANTS[keeps]
-    name, is_module = type(module).__name__, not isinstance(module, Operation)
+    name, is_module = known_as(module), not isinstance(module, Operation)
     chosen = pull or secant_of(name, is_module=is_module)
     linear = pull is None and (name in LINEAR if not is_module else closed_form(module) is not None)
     if chosen is slopes:
@@ -170,7 +170,7 @@ class _Handing(TapeFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, _, _, call, ctx.where = inputs
-        ctx.made_by = type(call.module).__name__
+        ctx.made_by = known_as(call.module)
         ctx.save_for_backward(x, output)
 
     @staticmethod
@@ -229,7 +229,7 @@ class _Passed(TapeFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, call, ctx.where = inputs
-        ctx.report, ctx.made_by = call.setting.report, type(call.module).__name__
+        ctx.report, ctx.made_by = call.setting.report, known_as(call.module)
         ctx.save_for_backward(output)
 
     @staticmethod

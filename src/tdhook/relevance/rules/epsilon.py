@@ -6,12 +6,14 @@ takes its share, which is thereby absorbed. ``zero_params`` names parameters to 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
+from tdhook.models.parallel import is_of_torch
 from tdhook.relevance.propagation.beside import between, damped
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import with_constants
@@ -25,6 +27,8 @@ from tdhook.relevance.propagation.sharing import secant
 from tdhook.relevance.propagation.stabilisers import Stabilizer, checked, kept_number, rounding
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.rules.shares import itself, modified_by, per_unit, report_bias, share_of
+from tdhook.relevance.secants.shares import softmax_axis, softmax_axis_of
+from tdhook.tape.conditions import holds
 from tdhook.tape.functions import live
 from tdhook.tape.masks import unmasked
 
@@ -168,7 +172,7 @@ class NormRule(EpsilonRule):
 class SoftmaxEpsilonRule(EpsilonRule):
     """Softmax: ``R_i = x_i (R_i - s_i sum_j R_j)`` (AttnLRP, Achtibat et al. 2024, Prop. 3.1).
 
-    The sum goes over the ``dim`` of an ``nn.Softmax``, over the last axis of anything else.
+    The sum goes over the axis of a softmax of torch, over the last one of anything else.
 
     Args:
         epsilon: kept for the signature; the formula has no denominator.
@@ -195,6 +199,18 @@ class SoftmaxEpsilonRule(EpsilonRule):
         """On a layer it is as on any module."""
         return
 
+    def check(self, module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Raise where a module of one's own does not normalise along its last axis."""
+        super().check(module, inputs, outputs)
+        if isinstance(module, Operation) or is_of_torch(module):
+            return
+        total = outputs[0].detach().sum(-1)
+        if not holds(((total - 1).abs() < _FAR) | (total == 0) | total.isnan()):
+            raise ValueError(
+                f"SoftmaxEpsilonRule goes along the last axis, where what {type(module).__name__} returns does not sum "
+                "to one: leave the module to its operations, which have rules of their own"
+            )
+
     def shortcut(self, module: nn.Module, flow: Convention) -> Run | None:
         """In the gradient convention the formula is the plain backward pass."""
         if flow == "relevance":
@@ -204,11 +220,13 @@ class SoftmaxEpsilonRule(EpsilonRule):
     abbreviates = propagate
 
 
+_FAR = 0.05
+"""Farther off than rounding to bfloat16 makes a sum of weights."""
+
+
 def _axis(step: Step) -> int:
     """The axis of a softmax."""
-    args, kwargs = step.arguments
-    if isinstance(step.module, Operation):
-        given = kwargs.get("dim", args[1] if len(args) > 1 else None)
-    else:
-        given = step.module.dim if isinstance(step.module, nn.Softmax) else None
-    return given if isinstance(given, int) else -1
+    module, (args, kwargs) = step.module, step.arguments
+    if isinstance(module, Operation):
+        return softmax_axis(kwargs.get("dim", args[1] if len(args) > 1 else None), step.outputs[0].dim())
+    return softmax_axis_of(module, step.outputs[0].dim())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
+from tdhook.models.parallel import is_of_torch
 from tdhook.relevance.propagation.call import Run
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.sharing import secant
@@ -90,7 +91,7 @@ class LayerNormRule(GradientRule):
             raise ValueError(
                 f"LayerNormRule fits modules with `weight`, `bias` and `eps`, which {type(module).__name__} has not"
             )
-        if not type(module).__module__.startswith("torch."):
+        if not is_of_torch(module):
             _require_same(module, inputs[0], outputs[0])
 
 

@@ -14,7 +14,7 @@ from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import with_masks
 from tdhook.relevance.propagation.conversions import NotOneTensor, Ratio, Unchanged
 from tdhook.relevance.propagation.formula import PropagationRule
-from tdhook.relevance.propagation.operation import Operation
+from tdhook.relevance.propagation.operation import Operation, known_as, maker_in
 from tdhook.relevance.propagation.rule import RemovableRuleHandle, RunningRule
 from tdhook.relevance.propagation.sharing import handing, secant
 from tdhook.relevance.propagation.steps import Grads, Step
@@ -59,7 +59,7 @@ class PassRule(PropagationRule):
 
     def shortcut(self, module: nn.Module, flow: Convention) -> Run:
         """A function of one tensor: relevance is handed on; in the gradient convention, ``g_x = g_z * z / x``."""
-        name, formula = type(module).__name__, self.by_formula(module, flow)
+        name, formula = known_as(module), self.by_formula(module, flow)
         children = children_of(module)
         if flow == "gradient" and name in _HOMOGENEOUS:
             return lambda call: call.natively() if _takes_one_on_tape(call) else formula(call)
@@ -81,9 +81,10 @@ class PassRule(PropagationRule):
 
             try:
                 if flow == "relevance":
-                    z = Unchanged.apply(call.args[0], function, name)
-                    return z if call.setting.report is None else with_masks(call, call.args[0], z)
-                return Ratio.apply(call.args[0], function, name, call.setting.report)
+                    z = Unchanged.apply(args[0], function, maker_in(module, args, kwargs))
+                    return z if call.setting.report is None else with_masks(call, args[0], z)
+                maker = maker_in(module, args, kwargs)
+                return Ratio.apply(args[0], function, maker, call.setting.report)
             except NotOneTensor:
                 return formula(call)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdhook.relevance.secants.averages import average
 from tdhook.relevance.secants.pair import Grads, Pair
 
-__all__ = ["log_softmax", "logsumexp", "softmax"]
+__all__ = ["log_softmax", "logsumexp", "softmax", "softmax_axis", "softmax_axis_of"]
 
 
 def softmax(pair: Pair, grads: Sequence[Tensor]) -> Grads:
@@ -46,9 +46,10 @@ def logsumexp(pair: Pair, grads: Sequence[Tensor]) -> Grads:
 
 
 def _axis(pair: Pair) -> int:
-    module = pair.module
-    given = pair.argument(1, "dim") if module is None else getattr(module, "dim", None)
-    return given if isinstance(given, int) else -1
+    module, n_axes = pair.module, pair.ends[0].dim()
+    if module is None:
+        return softmax_axis(pair.argument(1, "dim"), n_axes)
+    return softmax_axis_of(module, n_axes)
 
 
 def _means(pair: Pair) -> tuple[Tensor, Tensor]:
@@ -64,3 +65,19 @@ def _means(pair: Pair) -> tuple[Tensor, Tensor]:
     means = (more.exp() * torch.where(gap.isinf(), 0.0, part)).nan_to_num(0.0)
     total = means.sum(axis, keepdim=True)
     return means, torch.where(total == 0, 1.0, total)
+
+
+def softmax_axis(dim: object, n_axes: int) -> int:
+    """The axis that a softmax goes along: the one that is given, or the one that torch takes without."""
+    if isinstance(dim, int):
+        return dim
+    return 0 if n_axes in (0, 1, 3) else 1
+
+
+def softmax_axis_of(module: nn.Module, n_axes: int) -> int:
+    """The axis that a module goes along: the last one, unless it is a softmax of torch."""
+    if isinstance(module, nn.Softmax2d):
+        return -3
+    if isinstance(module, nn.Softmax | nn.LogSoftmax | nn.Softmin):
+        return softmax_axis(module.dim, n_axes)
+    return -1

@@ -42,7 +42,8 @@ def quotient(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     numerator, denominator = pair.argument(0, "input"), pair.argument(1, "other")
     both = [x for x in (numerator, denominator) if any(x is end for end in pair.ends)]
     if len(both) < 2 or pair.argument(2, "rounding_mode") is not None:
-        return scaled(pair, grads) if numerator is not None and both == [numerator] else average(pair, grads)
+        alone = len(both) == 1 and both[0] is numerator
+        return scaled(pair, grads) if alone else average(pair, grads)
     (a, b), (a0, b0), (g,) = pair.ends, pair.starts, grads
     over = (a + a0) / (2 * b * b0)
     shares = (g * (1 / b + 1 / b0) / 2, -g * over)
@@ -125,13 +126,16 @@ def _chosen(
     values = [_both(pair, i, name, g) for i, name in zip(at, (first, second), strict=True)]
     (a, a0, _), (b, b0, _) = values
     da, db = a - a0, b - b0
+    # Along what is no number on one of its ends nothing can be followed: the other one takes the jump.
+    known = da.isfinite() & db.isfinite()
+    da, db = (torch.where(d.isfinite(), d, 0.0) for d in (da, db))
     # How much of its way each has gone where the other one takes over.
     meets = (b0 - a0) / (da - db)
     along = torch.where(now, 1 - meets, meets), torch.where(now, meets, 1 - meets)
     rise = pair.rises[0]
     length = da.square() + db.square()
     jump = torch.where(length == 0, 0.0, rise / torch.where(length == 0, 1.0, length))
-    fits = (meets >= 0) & (meets <= 1)
+    fits = known & (meets >= 0) & (meets <= 1)
     flips = now != before
     shares = [
         torch.where(flips, torch.where(fits, part, jump * d), chosen.to(g.dtype))

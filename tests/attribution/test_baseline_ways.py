@@ -1,0 +1,95 @@
+"""All of a difference arrives, however a model computes: overwriting constants, in groups, behind masks, in pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from tdhook import LRP, Target
+
+pytestmark = pytest.mark.usefixtures("doubles")
+
+GROUPS = torch.tensor([0, 0, 1, 2, 2, 2])
+
+
+def const(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) + 0.5
+
+
+def _groups(h: Tensor) -> Tensor:
+    return GROUPS.expand_as(h)
+
+
+def _overwritten_later(h: Tensor) -> Tensor:
+    factor = const(6)
+    made = (h * factor).relu()
+    factor.mul_(-3)
+    return made + h * factor
+
+
+WAYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "added to a constant": lambda h: const(*h.shape).add_(h),
+    "times a constant": lambda h: const(*h.shape).mul_(h),
+    "product added to a constant": lambda h: const(len(h), 4).addmm_(h, const(6, 4), beta=0.5, alpha=2),
+    "scattered over a constant": lambda h: const(len(h), 3).scatter_add_(1, _groups(h), h),
+    "means with a constant": lambda h: const(len(h), 3).scatter_reduce_(1, _groups(h), h, "mean"),
+    "products with a constant": lambda h: const(len(h), 3).scatter_reduce_(1, _groups(h), h + 3, "prod"),
+    "a constant as output": lambda h: torch.add(h, const(*h.shape), out=torch.empty_like(h)),
+    "a constant that is overwritten later": _overwritten_later,
+    "sums by index": lambda h: const(3, len(h)).index_put((GROUPS,), h.T, accumulate=True).T,
+    "constant over it": lambda h: torch.div(torch.full_like(h, 1.5), h + 4),
+    "least norm": lambda h: torch.linalg.vector_norm(h + 3, -math.inf, dim=-1, keepdim=True),
+    "roots where there are any": lambda h: torch.where(h > 0, h.sqrt(), h),
+    "complex product": lambda h: torch.view_as_real(
+        torch.view_as_complex(h.reshape(-1, 3, 2)) * torch.polar(const(3), const(3, seed=1))
+    ),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function, self.first = function, nn.Linear(6, 6, bias=False)
+        self.last = nn.Linear(function(torch.rand(2, 6)).numel() // 2, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.function(self.first(x)).reshape(len(x), -1))
+
+
+@pytest.mark.parametrize("flow", ["relevance", "gradient"])
+@pytest.mark.parametrize("ledger", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_all_of_the_difference_arrives(way: str, flow: str, ledger: bool) -> None:
+    model = Net(WAYS[way])
+    x, start = torch.randn(4, 6, generator=torch.Generator().manual_seed(2)), torch.linspace(0.2, 0.6, 6)
+    lrp = LRP("deeplift", target=Target("output", 0), baseline=start, flow=flow, ledger=ledger)
+    with lrp.prepare(model) as explained:
+        for _ in range(2):
+            td = explained(TensorDict({"input": x.clone()}, [4]))
+            with torch.no_grad():
+                ends = model(x), model(start.expand_as(x))
+            assert torch.equal(td["output"], ends[0])
+            torch.testing.assert_close(td["attr", "input"].sum(-1), (ends[0] - ends[1])[:, 0])
+            if ledger:
+                assert td["ledger", "gap"].abs().max() < 1e-9
+
+
+def test_values_put_where_it_is_negative_are_those_of_the_input() -> None:
+    """A mask that the model makes of its values is a decision, which is told of, and nothing is lost by it."""
+
+    def clipped(h: Tensor) -> Tensor:
+        h = h.clone()
+        h[h < 0] = 0.5
+        return h
+
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    lrp = LRP("deeplift", target=Target("output", 0), baseline=torch.linspace(0.2, 0.6, 6), ledger=True)
+    with lrp.prepare(Net(clipped)) as explained, pytest.warns(UserWarning, match="decisions"):
+        td = explained(TensorDict({"input": x}, [4]))
+    assert td["ledger", "gap"].abs().max() < 1e-9
