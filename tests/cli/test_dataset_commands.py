@@ -100,6 +100,7 @@ def test_what_a_folder_says_is_not_imported() -> None:
         tdhook("verify", "job", "--sample", "1", "--policy", "evil:make")
     )
     assert Path("code-ran").exists()
+    del sys.modules["evil"]
     for name, odd in (("policy", 3), ("chunk", "many"), ("key", "x"), ("in_order", None)):
         Path("job/words.json").write_text(json.dumps({**told, name: odd}))
         assert f"words.json says {name} is" in fails(tdhook("verify", "job", "--sample", "1"))

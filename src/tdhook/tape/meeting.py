@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tdhook.tape.as_one import inside_of, is_one
@@ -37,6 +38,10 @@ class Meeting(Watching):
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if (
+            torch.compiler.is_compiling()
+        ):  # torch compiles some of its operators itself, which it could not with this
+            return func(*args, **(kwargs or {}))
         if is_one(func):  # what it computes inside is seen, too
             with self:
                 return inside_of(func)(*args, **(kwargs or {}))
