@@ -5,6 +5,7 @@ The upper bound on torch in ``pyproject.toml`` follows from this file: with a ne
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -72,6 +73,7 @@ __all__ = [
     "set_torch_functions_seen",
     "storage_of",
     "through_transforms",
+    "told_when_compiling",
     "top_mode",
     "torch_functions_seen",
     "transformed",
@@ -369,6 +371,34 @@ def set_script_call(call: object) -> None:
     """Have functions compiled by ``torch.jit.script`` called in another way."""
     kind: Any = _C.ScriptFunction
     kind.__call__ = call
+
+
+def told_when_compiling(function: Callable[[str], None]) -> None:
+    """Have a function called, with the name of what it is, before ``torch.compile`` compiles anything, in any thread.
+
+    Nothing happens where nobody has imported what compiles.
+    """
+    if "torch._dynamo.callback" not in sys.modules:
+        return
+    handler = sys.modules["torch._dynamo.callback"].callback_handler
+    if all(getattr(known, "tells", None) is not function for known in handler.start_callbacks):
+
+        def tell(arguments: object) -> None:
+            function(_about_to_be_compiled())
+
+        tell.tells = function  # type: ignore[attr-defined]
+        handler.register_start_callback(tell)
+
+
+def _about_to_be_compiled() -> str:
+    """The name of the function that ``torch.compile`` looks at, up the stack."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        code = getattr(frame.f_locals.get("frame"), "f_code", None)
+        if code is not None and frame.f_code.co_filename.endswith("convert_frame.py"):
+            return str(code.co_name)
+        frame = frame.f_back
+    return "a function"
 
 
 def written_in_python(function: object) -> Callable[..., object] | None:

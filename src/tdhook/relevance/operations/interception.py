@@ -40,6 +40,7 @@ from tdhook.relevance.propagation.entering import is_linear, no_operation
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule
 from tdhook.selectors.names import relabels, writes_in_place
+from tdhook.tape.compiling import refuse_compiling
 from tdhook.tape.dependence import Dependence
 from tdhook.tape.entering import entered
 from tdhook.tape.internals import (
@@ -115,6 +116,7 @@ class Interception(Watching):
         while_alive(self)
 
     def __enter__(self) -> Interception:
+        refuse_compiling()
         self._outer.append(function_modes())
         push_mode(self)
         return self
