@@ -113,7 +113,9 @@ def methods(subject: Subject) -> Iterator[Method]:
                 yield Method(kind, baseline, _played(subject, baseline, kind), "removal")
         for baseline in subject.baselines if subject.kind == "vector" else ():
             if baseline != "sample":
-                yield Method(FEW_COALITIONS, baseline, _asked_little(subject, baseline), "removal")
+                yield _attribution(
+                    subject, FEW_COALITIONS, _asked_little(subject, baseline), "removal", baseline
+                )
     yield Method("random", None, lambda td, seed: _random(subject, td, seed), "chance")
 
 
@@ -131,9 +133,11 @@ def _references(subject: Subject, baseline: str, seed: int) -> References:
     return References(subject.baselines[baseline], samples, seed=seed)
 
 
-def _attribution(subject: Subject, name: str, method: Attribution, family: str = "lrp") -> Method:
+def _attribution(
+    subject: Subject, name: str, method: Attribution, family: str = "lrp", baseline: str | None = None
+) -> Method:
     explained = method.wrap(subject.model)
-    return Method(name, None, lambda td, seed: _maps(subject, explained(td.clone())), family)
+    return Method(name, baseline, lambda td, seed: _maps(subject, explained(td.clone())), family)
 
 
 def _maps(subject: Subject, explained: TensorDictBase) -> Maps:
@@ -194,17 +198,15 @@ def _played(subject: Subject, baseline: str, kind: str) -> Callable[[TensorDictB
     return explain
 
 
-def _asked_little(subject: Subject, baseline: str) -> Callable[[TensorDictBase, int], Maps]:
+def _asked_little(subject: Subject, baseline: str) -> KernelShap:
     count = Features.of(subject.draw(0), list(subject.keys), subject.groups).count
-    method = KernelShap(
+    return KernelShap(
         subject.target,
         coalitions=FEW * count,
         baseline=subject.baselines[baseline],
         features=subject.groups,
         attribute=subject.keys,
     )
-    explained = method.wrap(subject.model)
-    return lambda td, seed: _maps(subject, explained(td.clone()))
 
 
 def _random(subject: Subject, td: TensorDictBase, seed: int) -> Maps:

@@ -19,8 +19,9 @@ from tdhook.contexts.attribution import Attribution
 from tdhook.keys import under
 from tdhook.models.model import Model
 from tdhook.passes.forward import Run
-from tdhook.passes.rows import beside, is_close
+from tdhook.passes.rows import is_close
 from tdhook.passes.runner import Runner
+from tdhook.tape.axes import beside
 from tdhook.tape.conditions import holds
 from tdhook.targets import Target, TargetLike
 from tdhook.targets.base import Seeder

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tdhook.contexts.compared import Compared
 from tdhook.passes.forward import Run
-from tdhook.passes.rows import beside, some_rows, with_rows
+from tdhook.passes.rows import some_rows, with_rows
 from tdhook.passes.variants import Change, Variants
 from tdhook.perturbing.quadrature import quadrature
+from tdhook.tape.axes import beside
 
 __all__ = ["Way", "along", "until_close", "ways", "weighed"]
 

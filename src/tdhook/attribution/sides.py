@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tdhook.keys import known_keys, under
 from tdhook.models.capture import module_path
+from tdhook.tape.axes import beside
 
 __all__ = ["CLEAN", "CORRUPT", "SIDES", "mixed_by_share", "require_alike", "sides"]
 
@@ -77,7 +78,7 @@ def mixed_by_share(small: Tensor, large: Tensor, change: Tensor) -> Tensor:
         large: of the same shape.
         change: ``[*batch]`` or ``[*batch, outputs]``.
     """
-    change = change.reshape((*change.shape, *(1,) * (large.dim() - change.dim())))
+    change = beside(change, large)
     share = torch.where(large == 0, 0.0, (large / change).abs().clamp(max=1.0))
     return torch.lerp(small, large, share)
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tdhook.contexts.attribution import Attribution
 from tdhook.keys import parts_of
-from tdhook.passes.rows import beside, is_close
+from tdhook.passes.rows import is_close
+from tdhook.tape.axes import beside
 from tdhook.targets import Seeder, Through, Units
 from tdhook.targets.units import Layer
 from tdhook.targets.weighed import Weighed

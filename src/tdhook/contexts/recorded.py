@@ -24,8 +24,9 @@ from tdhook.keys import known_keys, parts_of, under
 from tdhook.models.entries import leaves_of
 from tdhook.models.model import Model
 from tdhook.models.state import restored
-from tdhook.passes.rows import beside, joined
+from tdhook.passes.rows import joined
 from tdhook.perturbing.before import PREVIOUS
+from tdhook.tape.axes import beside
 from tdhook.targets.hindsight import InHindsight
 from tdhook.targets.pinned import ASKED
 

@@ -46,10 +46,8 @@ def held_by(modules: Iterable[nn.Module]) -> list[object]:
         (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")
     ]
     for module in modules:
-        attributes = module.__dict__
-        forward = attributes.get("forward")
-        found += [module.training, getattr(forward, "replaced", (forward,))[0]]
-        found += [(name, _told(value)) for name, value in attributes.items() if name not in _OWN]
+        found += [module.training, forward_put_on(module)]
+        found += [(name, _told(value)) for name, value in module.__dict__.items() if name not in _OWN]
     return found
 
 

@@ -16,7 +16,7 @@ from weakref import ReferenceType
 
 from torch import Tensor, nn
 
-from tdhook.models.snapshots import LEFT_ALONE
+from tdhook.models.snapshots import is_of_a_library
 
 __all__ = ["Reached"]
 
@@ -90,7 +90,7 @@ class Reached:
 def _is_own(value: type | FunctionType | ModuleType) -> bool:
     """Whether a class, function or file is the user's."""
     home = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-    return isinstance(home, str) and home.partition(".")[0] not in LEFT_ALONE
+    return isinstance(home, str) and not is_of_a_library(home)
 
 
 def _function_in(value: object) -> object:

@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 from tdhook.models.generators import By, Held, drawn_by_others, drawn_by_torch, of_generator
 from tdhook.tape.internals import buffers_of, parameters_of, version_of
 
-__all__ = ["LEFT_ALONE", "Snapshot"]
+__all__ = ["LEFT_ALONE", "Snapshot", "is_of_a_library"]
 
 LEFT_ALONE = frozenset(
     (
@@ -191,6 +191,11 @@ class Snapshot:
             ahead += [(owner, one) for one in below if type(one) not in _PLAIN]
 
 
+def is_of_a_library(home: str) -> bool:
+    """Whether a file of Python, by its name, is in one of :data:`LEFT_ALONE`, and has no code of users."""
+    return home.partition(".")[0] in LEFT_ALONE
+
+
 def _is_traced(value: Tensor) -> bool:
     """Whether it belongs to a graph that is being made, or was left behind by one, and has no values to look at."""
     return torch.compiler.is_compiling() or type(value).__module__.startswith("torch._subclasses.")
@@ -231,8 +236,7 @@ def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
     if isinstance(value, bytearray | array):
         return _bytes(value), ()
     module = type(value).__module__
-    left_alone = module.partition(".")[0] in LEFT_ALONE and module not in _HOLDING
-    if left_alone or not _is_plain(value):
+    if (is_of_a_library(module) and module not in _HOLDING) or not _is_plain(value):
         return None, ()
     return _object(value)
 

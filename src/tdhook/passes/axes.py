@@ -12,7 +12,7 @@ from math import prod
 
 from torch import Size, Tensor
 
-__all__ = ["Axes", "Misread", "out_of_order"]
+__all__ = ["Axes", "Misread", "is_folded", "out_of_order"]
 
 
 # What is explained of one element may depend on others by rounding.
@@ -93,7 +93,7 @@ class Axes:
         return {
             name: z
             for name, z in modules.items()
-            if (name, dims) not in self._ordered and z.shape[:dims] != batch and len(z) == batch.numel()
+            if (name, dims) not in self._ordered and is_folded(z, batch)
         }
 
     def see_order(self, name: str, shape: Size, batch: Size, amounts: Mapping[int, Tensor]) -> None:
@@ -155,6 +155,11 @@ class Axes:
                 )
         if misread:
             raise Misread
+
+
+def is_folded(z: Tensor, batch: Size) -> bool:
+    """Whether a value has the axes of a batch as one, its first."""
+    return z.shape[: len(batch)] != batch and len(z) == batch.numel()
 
 
 def out_of_order(name: str, shape: Size, batch: Size) -> str:

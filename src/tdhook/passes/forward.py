@@ -17,7 +17,7 @@ from tdhook.keys import parts_of
 from tdhook.models.capture import calls_of
 from tdhook.models.entries import entries_of, frames_of, is_flat
 from tdhook.models.sites import Performance
-from tdhook.passes.axes import out_of_order
+from tdhook.passes.axes import is_folded, out_of_order
 from tdhook.passes.diagnosis import is_explainable, why_not_finite, why_relevance_is_not
 from tdhook.passes.finite import Disregarding, are_finite
 from tdhook.passes.order import look_at_order, pulled_of
@@ -371,7 +371,7 @@ class Run:
         batch = self.td.batch_size
         if self.flat or value is None or len(batch) < 2:
             return self.flat
-        return bool(value.shape[: len(batch)] != batch and value.shape[0] == batch.numel())
+        return is_folded(value, batch)
 
     def shaped(self, value: Tensor, *, of: Tensor | None = None, after: bool = False) -> Tensor:
         """A value from inside the model in the batch shape of ``td``.

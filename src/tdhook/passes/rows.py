@@ -12,7 +12,6 @@ from torch import Tensor
 from tdhook.targets.base import Seeds
 
 __all__ = [
-    "beside",
     "is_close",
     "joined",
     "parting",
@@ -49,11 +48,6 @@ def joined(
     """
     each = [found(part) for part in rows.split(max(1, at_once))]
     return {key: torch.cat([part[key] for part in each]) for key in each[0]}
-
-
-def beside(batch: Tensor, x: Tensor) -> Tensor:
-    """Values of batch elements, ``[*batch]``, with axes added to go with ``x [*batch, *features]``."""
-    return batch.reshape((*batch.shape, *(1,) * (x.dim() - batch.dim())))
 
 
 def is_close(a: Tensor, b: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Axes: where on the tape an axis of a tensor was before its values were moved."""
+"""Axes: those that are added to go with others, and where on the tape an axis was before its values were moved."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+from torch import Tensor
+
 from tdhook.tape.internals import noted_by
 
-__all__ = ["before_moves"]
+__all__ = ["before_moves", "beside"]
 
 _RESHAPES = frozenset(("ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0"))
 _COPIES = frozenset(("CloneBackward0",))
+
+
+def beside(batch: Tensor, x: Tensor) -> Tensor:
+    """Values of batch elements, ``[*batch]``, with axes added to go with ``x [*batch, *features]``."""
+    return batch.reshape((*batch.shape, *(1,) * (x.dim() - batch.dim())))
 
 
 def before_moves(node: Any, axis: int, shape: Sequence[int]) -> tuple[Any, int, Sequence[int]] | None:

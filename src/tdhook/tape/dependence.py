@@ -114,14 +114,14 @@ class Dependence:
                 live, foreign = live or below[0], foreign or below[1]
         return live, foreign
 
-    def is_hidden(self, values: Iterable[object]) -> bool:
-        """Whether anything among some values depends on the leaves that a transform other than ``torch.vmap`` wrapped.
+    def is_hidden(self, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
+        """Whether anything in a call depends on the leaves that a transform other than ``torch.vmap`` wrapped.
 
         Derivatives by ``torch.func`` do so: what they compute comes onto the tape as none of the operations inside.
         """
         if not transformed():
             return False
-        for x in tree_leaves(list(values)):
+        for x in tree_leaves((args, kwargs)):
             hidden = False
             while isinstance(x, Tensor) and is_wrapped(x):
                 hidden = hidden or not is_batched(x)

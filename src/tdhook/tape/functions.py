@@ -75,20 +75,8 @@ def nodes_behind(
         ahead += beside(node)
 
 
-_ATOMS = (type(None), bool, int, float, str)
-
-
 def live(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """Apply ``function`` to all tensors of a nested structure that gradients flow to."""
-    if isinstance(tree, Tensor):
-        return function(tree) if on_tape(tree) else tree
-    kind = type(tree)
-    if kind in _ATOMS:
-        return tree
-    if kind is tuple or kind is list:
-        return kind([live(function, value) for value in tree])
-    if kind is dict:
-        return {key: live(function, value) for key, value in tree.items()}
     return tree_map_tensors(lambda x: function(x) if on_tape(x) else x, tree)
 
 

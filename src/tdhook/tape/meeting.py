@@ -38,9 +38,7 @@ class Meeting(Watching):
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if (
-            torch.compiler.is_compiling()
-        ):  # torch compiles some of its operators itself, which it could not with this
+        if torch.compiler.is_compiling():  # as torch does of some of its operators, which it cannot with this
             return func(*args, **(kwargs or {}))
         if is_one(func):  # what it computes inside is seen, too
             with self:

@@ -24,6 +24,7 @@ _KEEPS_GATE = f"{_MOVED}|Rsub|Sub"
 _KEEPS_SIGN = (
     f"{_MOVED}|(?:Adaptive)?(?:Max|Avg)Pool\\w*|Mean|Sum|Upsample(?:Nearest|Linear|Bilinear|Trilinear)\\w*"
 )
+_COPIES = "CopyBackwards"
 _MARK = "_nonnegative"
 _NONNEGATIVE = frozenset(
     ("abs", "exp", "relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "sqrt")
@@ -54,7 +55,7 @@ def _made_by(x: Tensor, names: Set[str], through: str, marked: bool = False) -> 
         if marked and hasattr(getattr(node, "variable", None), _MARK):
             return True
         parents = [parent for parent, _ in node.next_functions if parent is not None]
-        if kind == "CopyBackwards":  # what is overwritten is of no account
+        if kind == _COPIES:  # what is overwritten is of no account
             parents = parents[-1:]
         if len(parents) != 1 or not (identity or _is_of(kind, through)):
             return False
@@ -65,7 +66,7 @@ def _made_by(x: Tensor, names: Set[str], through: str, marked: bool = False) -> 
 @cache
 def _is_of(kind: str, names: str) -> bool:
     """Whether a node of the tape is of one of these kinds, which a pattern tells."""
-    return kind == "CopyBackwards" or re.fullmatch(f"(?:{names})Backward\\d+", kind) is not None
+    return re.fullmatch(f"(?:{names})Backward\\d+|{_COPIES}", kind) is not None
 
 
 def mark_nonnegative(x: Tensor) -> None:

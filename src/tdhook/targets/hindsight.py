@@ -9,6 +9,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 
 from tdhook.conventions import Convention
+from tdhook.tape.axes import beside
 from tdhook.targets.base import Around, Seeder, Seeds
 from tdhook.targets.pinned import is_choice
 
@@ -60,7 +61,7 @@ class InHindsight(Around):
         if valid is None:
             return seeds
         grads = [
-            grad.masked_fill(~valid.reshape((*valid.shape, *(1,) * (z.dim() - valid.dim()))), 0.0)
+            grad.masked_fill(~beside(valid, z), 0.0)
             for z, grad in zip(seeds.tensors, seeds.grads, strict=True)
         ]
         return replace(seeds, grads=grads)

@@ -8,6 +8,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdhook.conventions import Convention
+from tdhook.tape.axes import beside
 from tdhook.targets.base import Around, Seeder, Seeds
 
 __all__ = ["Weighed"]
@@ -36,8 +37,5 @@ class Weighed(Around):
     def __call__(self, outputs: TensorDictBase, inputs: TensorDictBase, flow: Convention) -> Seeds:
         """Where it begins, as often."""
         seeds = self.target(outputs, inputs, flow)
-        shaped = [self._shaped(z) for z in seeds.tensors]
+        shaped = [beside(self.weights.to(z), z) for z in seeds.tensors]
         return replace(seeds, grads=[grad * x for grad, x in zip(seeds.grads, shaped, strict=True)])
-
-    def _shaped(self, z: Tensor) -> Tensor:
-        return self.weights.to(z).reshape((*self.weights.shape, *(1,) * (z.dim() - self.weights.dim())))

@@ -281,7 +281,7 @@ class Interception(Watching):
             return func(*args, **kwargs)
         dependence = self.dependence
         live, foreign = dependence.look(args)
-        if not self._paused and dependence.is_hidden((*args, *kwargs.values())):
+        if not self._paused and dependence.is_hidden(args, kwargs):
             raise NotImplementedError(TRANSFORMS.format(self.paths.current or "(model)"))
         if kwargs:
             below = dependence.look(kwargs.values())

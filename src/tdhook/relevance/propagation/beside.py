@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tdhook.conventions import Convention
-from tdhook.models.snapshots import LEFT_ALONE
+from tdhook.models.snapshots import is_of_a_library
 from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
 from tdhook.relevance.propagation.conversions import finite_product
 from tdhook.relevance.propagation.operation import Operation
@@ -50,7 +50,7 @@ def noted(first: Callable[[Call, Place], Any], second: Run = Call.natively) -> R
         if reference.running:
             return reference.follow(name, given, lambda: second(call), module)
         place = reference.place(name, given, module)
-        if _is_of_a_library(call):
+        if _reads_nothing_else(call):
             outputs = first(call, place)
         else:
             with Meeting(given) as met:
@@ -63,12 +63,12 @@ def noted(first: Callable[[Call, Place], Any], second: Run = Call.natively) -> R
     return run
 
 
-def _is_of_a_library(call: Call) -> bool:
-    """Whether what is called is no code of users, and reads nothing but its arguments and what modules hold."""
+def _reads_nothing_else(call: Call) -> bool:
+    """Whether what is called reads nothing but its arguments and what modules hold, as code of libraries does."""
     if torch.compiler.is_compiling():
         return True
     code = call.function if isinstance(call.module, Operation) else type(call.module)
-    return str(getattr(code, "__module__", None) or "torch").partition(".")[0] in LEFT_ALONE
+    return is_of_a_library(str(getattr(code, "__module__", None) or "torch"))
 
 
 def moving(call: Call) -> Any:

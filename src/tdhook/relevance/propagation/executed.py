@@ -14,7 +14,7 @@ from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.forms import ClosedForm, closed_form
 from tdhook.relevance.propagation.lent import Lent, are_lent
 from tdhook.relevance.propagation.merges import Place
-from tdhook.relevance.propagation.operation import Operation, maker_in
+from tdhook.relevance.propagation.operation import Operation, known_as, maker_in
 from tdhook.relevance.propagation.params import ParamModifier
 from tdhook.relevance.propagation.steps import Affine, Grads, LinearStep, Modify, ModuleStep, Step
 from tdhook.tape.dependence import leaf
@@ -257,7 +257,7 @@ class ExecutedModule:
         self.rule = rule
         self.keeps, self.on_tape = (rule.needs_inputs, rule.needs_outputs), rule.needs_vjp
         self.module, self._function, args, kwargs, setting = call
-        self.made_by = maker_in(self.module, args, kwargs)
+        self.made_by = maker_in(known_as(self.module), args, kwargs)
         self.report = setting.report
         self.spec: Shape | None = None
         self.leaves: list[Any] = list(args)

@@ -89,9 +89,14 @@ def known_as(module: nn.Module) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def maker_in(module: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> str:
-    """The name by which the value of a call is known: a negative power is a reciprocal, and a constant by it too."""
-    name = known_as(module)
+def maker_in(name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> str:
+    """The name by which the value of a call is known: a negative power is a reciprocal, and a constant by it too.
+
+    Args:
+        name: what is called is known by it.
+        args: with what.
+        kwargs: likewise.
+    """
     if name in _POWERS:
         exponent = args[1] if len(args) > 1 else kwargs.get("exponent")
         return "reciprocal" if isinstance(exponent, int | float) and exponent < 0 else name

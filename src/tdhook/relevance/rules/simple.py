@@ -79,11 +79,11 @@ class PassRule(PropagationRule):
                     self.check(module, (x,), (z,))
                 return z
 
+            maker = maker_in(name, args, kwargs)
             try:
                 if flow == "relevance":
-                    z = Unchanged.apply(args[0], function, maker_in(module, args, kwargs))
+                    z = Unchanged.apply(args[0], function, maker)
                     return z if call.setting.report is None else with_masks(call, args[0], z)
-                maker = maker_in(module, args, kwargs)
                 return Ratio.apply(args[0], function, maker, call.setting.report)
             except NotOneTensor:
                 return formula(call)
