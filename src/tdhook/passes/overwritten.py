@@ -64,6 +64,8 @@ class Overwritten:
 
     def hand_back(self) -> None:
         """Write what was overwritten to where it came from."""
+        if not self._own:
+            return
         with torch.no_grad():
             for _, value, copy, made in self._own:
                 if version_of(copy) != made:
