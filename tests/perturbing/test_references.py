@@ -37,8 +37,17 @@ def test_references_lie_in_memory_as_what_they_stand_for() -> None:
         torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
     ):
         for baseline in (0.0, torch.zeros(x.shape[1:]), "mean", torch.zeros_like):
-            (found,) = drawn(baseline, x, data=TensorDict({"x": x}, x.shape[:1]))
+            references = References(baseline, data=TensorDict({"x": x}, x.shape[:1]))
+            (one,) = references.of({"x": x}, {"x": 1}, TensorDict({"x": x}, x.shape[:1]))
+            found = one.laid_out_as({"x": x})["x"]
             assert found.stride() == x.stride() and found.dtype == x.dtype
+            torch.testing.assert_close(found, one.replaced["x"])
+
+
+def test_a_row_for_all_is_no_copy_of_itself() -> None:
+    for baseline in (0.5, torch.zeros(4)):
+        (found,) = drawn(baseline, torch.randn(3, 4))
+        assert found.shape == (3, 4) and found.stride(0) == 0
 
 
 def test_samples_are_rows_of_the_batch_or_of_data_and_the_same_each_time() -> None:

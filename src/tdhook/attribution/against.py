@@ -156,7 +156,7 @@ class _Runs:
             return False
         if not set(self.runner.setup.in_keys) <= set(one.replaced):
             return False
-        return all(torch.equal(value, value[:1].expand_as(value)) for value in one.replaced.values())
+        return all(_is_one_row(value) for value in one.replaced.values())
 
     def _is_alike(self, one: Drawn) -> bool:
         """Whether a run on one row does to it what one on all of the batch did to each."""
@@ -181,7 +181,7 @@ class _Runs:
             given = given.copy()
             for key, value in one.entries.items():
                 given.set(key, value)
-        replaced = one.replaced
+        replaced = one.laid_out_as(self.run.independent_sources()[0])
         if alone:
             given, replaced = given[:1], {key: value[:1] for key, value in replaced.items()}
         reference.one = alone
@@ -206,6 +206,11 @@ class _Runs:
         offered = run.offered().detach()
         passed = {key: x.detach() for key, x in run.passed().items()}
         return There(lambda key: passed[key] if key in passed else offered.get(key), sources, inputs)
+
+
+def _is_one_row(value: Tensor) -> bool:
+    """Whether all rows of a tensor are the same."""
+    return value.stride(0) == 0 or torch.equal(value, value[:1].expand_as(value))
 
 
 def _are_close(full: Sequence[Tensor | None], one: Sequence[Tensor | None]) -> bool:

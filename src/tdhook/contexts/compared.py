@@ -114,7 +114,7 @@ class Compared(Attribution):
                     f"the baseline names {key!r}, which is not attributed, so that its part of the difference would be "
                     "nobody's: name it in attribute, or leave it out"
                 )
-        return drawn.replaced
+        return drawn.laid_out_as(ends)
 
     def begun(self, run: Run) -> list[NestedKey]:
         """The sources that differ from run to run by themselves, where others are sources too: what is asked of it.

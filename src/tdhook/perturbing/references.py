@@ -31,12 +31,16 @@ class Drawn:
     """One reference.
 
     Attributes:
-        replaced: what takes the place of attributed values, of the same shapes.
+        replaced: what takes the place of attributed values, of the same shapes; one row for all lies in memory once.
         entries: what takes the place of entries that are read and not attributed.
     """
 
     replaced: dict[NestedKey, Tensor] = field(default_factory=dict)
     entries: dict[NestedKey, Tensor] = field(default_factory=dict)
+
+    def laid_out_as(self, values: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
+        """What replaces values, with their strides."""
+        return {key: _laid_out_as(values[key], made) for key, made in self.replaced.items()}
 
 
 class References:
@@ -128,7 +132,8 @@ class References:
                 drawn.replaced[key] = self._made(given, name, values[key], batch_dims[key], td, chosen)
             else:
                 value = td.get(name)
-                drawn.entries[name] = self._made(given, name, value, td.batch_dims, td, chosen)
+                made = self._made(given, name, value, td.batch_dims, td, chosen)
+                drawn.entries[name] = _laid_out_as(value, made)
         return drawn
 
     def only(self, number: int) -> References:
@@ -217,7 +222,7 @@ class References:
                     given[key] = one
                 else:
                     made = self._made(one, key, value, td.batch_dims, td, Chosen(self.seed, 0))
-                    put(td, (_GIVEN, *parts_of(key)), made, key)
+                    put(td, (_GIVEN, *parts_of(key)), _laid_out_as(value, made), key)
                     given[key] = (_GIVEN,)
             except KeyError:  # of what may be an index, which is compared with nothing
                 if not whole or isinstance(self.baseline, Mapping):
@@ -268,10 +273,10 @@ class References:
     ) -> Tensor:
         rows = value.reshape(-1, *value.shape[dims:])
         if isinstance(given, str | tuple) and not (isinstance(given, str) and given in NAMES):
-            return _laid_out_as(value, _entry(cast(NestedKey, given), key, value, td))
+            return _entry(cast(NestedKey, given), key, value, td)
         if isinstance(given, str):
             if given == PREVIOUS:
-                return _laid_out_as(value, fitting(step_before(key, value, td), key, value))
+                return fitting(step_before(key, value, td), key, value)
             source = self._source(key, value, dims, None)
             drawn = given == "sample"
             made = source[chosen(source.shape[0], rows.shape[0], source.device)] if drawn else _mean(source)
@@ -279,7 +284,7 @@ class References:
             made = given(rows) if callable(given) else as_values(given)
             if made.dim() > 1 and made.shape == value.shape:
                 made = made.reshape(rows.shape)  # a row each
-        return _laid_out_as(value, fitting(made, key, rows).reshape(value.shape))
+        return fitting(made, key, rows).reshape(value.shape)
 
     def _rows(self, key: NestedKey, rows: Tensor) -> Tensor:
         assert self.data is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cmath import isfinite
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -83,6 +84,14 @@ def live(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 def may_look_at(x: Tensor) -> bool:
     """Whether what is done may depend on values of ``x``: not in a graph that is traced, nor on a batch of tensors."""
     return may_ask_of(x) and not torch.compiler.is_compiling()
+
+
+def seen_finite(x: Tensor) -> bool:
+    """Whether all values are seen to be finite, where one can look without waiting: a sum tells, and costs little.
+
+    On a processor, choosing by a condition takes as long as ten sums, so that it is left to those who need it.
+    """
+    return x.is_cpu and may_look_at(x) and isfinite(x.sum().item())
 
 
 def may_ask_of(*tensors: Tensor) -> bool:

@@ -10,6 +10,7 @@ from tdhook.relevance.propagation.stabilisers import (
     checked,
     moved_away,
     number,
+    plain_quotient,
     quotient,
     rounding,
     stabilize,
@@ -117,3 +118,16 @@ def test_numbers_are_numbers(value):
 def test_numbers_of_numpy_become_plain_ones():
     found = checked(numpy.float32(0.25))
     assert type(found) is float and found == 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_what_is_not_stabilised_has_no_share_where_the_denominator_is_zero(dtype):
+    over, under = (
+        torch.tensor([[6.0, 0.0, 2.0], [6.0, 1.0, 2.0]], dtype=dtype),
+        torch.tensor([3.0, 0.0, -0.0]),
+    )
+    under = under.to(dtype)
+    wanted = torch.tensor([2.0, 0.0, 0.0], dtype=dtype).expand(2, 3)
+    assert torch.equal(plain_quotient(over, under), wanted)
+    assert torch.equal(plain_quotient(over[:, :1], under[:1]), wanted[:, :1])
+    assert torch.equal(torch.func.vmap(plain_quotient, in_dims=(0, None))(over, under), wanted)

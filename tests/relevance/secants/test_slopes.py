@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tdhook.relevance.secants.pair import difference
 from tdhook.relevance.secants.slopes import choice, filled, quotient, scaled, slopes
 
 from .pairs import assert_all_arrives, integrated, pair_of, random_grads
@@ -66,6 +67,24 @@ def test_masked_values_are_no_difference() -> None:
     assert torch.allclose(found[1], (torch.tensor(1.0).exp() - torch.tensor(0.5).exp()) / 0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_of_a_relu_it_is_what_lies_above_zero_of_the_way(dtype: torch.dtype) -> None:
+    ends = torch.tensor([2.0, -2.0, 1.0, -1.0, 0.0, 0.0, 3.0, 6e-8, 60000.0, 0.0, torch.inf], dtype=dtype)
+    starts = torch.tensor([1.0, -1.0, -3.0, 3.0, 0.0, 1.0, 3.0, -6e-8, 50000.0, -1.0, torch.inf], dtype=dtype)
+    (found,) = slopes(pair_of("relu", torch.relu, [ends], [starts]), [torch.ones_like(ends)])
+    assert found.tolist() == [1, 0, 0.25, 0.75, 0, 1, 1, 0.5, 1, 0, 0]
+
+
+def test_differences_of_what_is_no_number_stay_so_but_for_equal_infinities() -> None:
+    x, start = (
+        torch.tensor([torch.nan, torch.inf, -torch.inf, torch.inf, 1.0]),
+        torch.tensor([0.0, torch.inf, -torch.inf, 1.0, 0.5]),
+    )
+    found = difference(x, start)
+    assert found[0].isnan() and found[1:].tolist() == [0.0, 0.0, torch.inf, 0.5]
+    assert difference(x[-1:], start[-1:]).tolist() == [0.5]
+
+
 def test_a_quotient_shares_as_the_product_with_the_reciprocal() -> None:
     (a, a0), (b, b0) = draw(3, 4), (1.0 + torch.rand(3, 4).double(), 1.0 + torch.rand(3, 4).double())
     pair = pair_of("div", torch.div, [a, b], [a0, b0])
@@ -105,6 +124,14 @@ def test_choices_take_turns_where_the_two_meet() -> None:
     (found,) = choice(pair, [torch.ones_like(x)])
     relu = slopes(pair_of("relu", torch.relu, [x], [start]), [torch.ones_like(x)])[0]
     assert torch.allclose(found, relu)
+
+
+def test_a_choice_that_is_the_same_hands_on_and_nothing_is_made_of_what_is_masked() -> None:
+    (a, a0), mask = draw(6), torch.tensor([True, False, True, False, True, False])
+    g = torch.tensor([1.0, torch.inf, 2.0, torch.nan, 3.0, 4.0], dtype=a.dtype)
+    for before in (mask, mask.clone()):
+        pair = pair_of("masked_fill", torch.masked_fill, [a, ~mask, 0.0], [a0, ~before, 0.0], live=[0])
+        assert filled(pair, [g])[0].tolist() == [1.0, 0.0, 2.0, 0.0, 3.0, 0.0]
 
 
 def test_choices_that_jump_share_the_jump() -> None:

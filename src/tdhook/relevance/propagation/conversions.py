@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -12,8 +11,15 @@ from torch import Tensor
 from tdhook.relevance.propagation.call import ALONE, Setting
 from tdhook.relevance.propagation.merges import Place
 from tdhook.relevance.propagation.reporting import Report
-from tdhook.relevance.propagation.stabilisers import Stabilizer, quotient, rounding, saturated, stabilize
-from tdhook.tape.functions import Context, Identity, TapeFunction, alias, may_look_at, parts, whole
+from tdhook.relevance.propagation.stabilisers import (
+    Stabilizer,
+    plain_quotient,
+    quotient,
+    rounding,
+    saturated,
+    stabilize,
+)
+from tdhook.tape.functions import Context, Identity, TapeFunction, alias, parts, seen_finite, whole
 from tdhook.tape.internals import is_view
 from tdhook.tape.masks import unmasked
 
@@ -91,18 +97,19 @@ class PerValue(Identity):
             ctx.place = Place()
 
     @staticmethod
-    def stabilised(ctx: _OfPerValue, x: Tensor) -> Tensor:
-        """The denominator ``stab(x)``."""
+    def over_stabilised(ctx: _OfPerValue, numerator: Tensor, x: Tensor) -> Tensor:
+        """``numerator / stab(x)``."""
         merges = ctx.setting.merges
-        postponed = merges is not None and merges.is_postponed(ctx.place)
-        return stabilize(x, rounding if postponed else ctx.stabilizer)
+        if ctx.stabilizer is rounding or (merges is not None and merges.is_postponed(ctx.place)):
+            return plain_quotient(numerator, x)
+        return quotient(numerator, stabilize(x, ctx.stabilizer))
 
     @staticmethod
     def backward(ctx: _OfPerValue, relevance: Tensor) -> object:
         """Divide."""
         (value,) = ctx.saved_tensors
         x, relevance = parts(value), parts(relevance)
-        grad = quotient(relevance, PerValue.stabilised(ctx, x))
+        grad = PerValue.over_stabilised(ctx, relevance, x)
         if ctx.setting.report is not None:
             ctx.setting.report("stabiliser", unmasked(relevance - finite_product(x, grad), x))
         return whole(grad, value), *(None,) * ctx.n_rest
@@ -116,7 +123,7 @@ class Damped(PerValue):
         """Multiply by a factor of at most one."""
         (value,) = ctx.saved_tensors
         z, grad = parts(value), parts(grad)
-        damped = grad * (z / PerValue.stabilised(ctx, z))
+        damped = grad * PerValue.over_stabilised(ctx, z, z)
         if ctx.setting.report is not None:
             lost = finite_product(z, grad) - finite_product(z, damped)
             ctx.setting.report("stabiliser", unmasked(lost, z))
@@ -237,7 +244,7 @@ class Ratio(TapeFunction):
     def backward(ctx: _OfFunction, grad: Tensor) -> object:
         """Multiply by the slope of the secant through the origin."""
         x, z = ctx.saved_tensors
-        pulled = saturated(grad * quotient(z, rounding(x)))
+        pulled = saturated(grad * plain_quotient(z, x))
         if ctx.report is not None:
             pulled = torch.where(grad == 0, 0.0, pulled)
             kept = unmasked(finite_product(z, grad), z) - unmasked(finite_product(x, pulled), x)
@@ -275,8 +282,6 @@ def finite_product(x: Tensor, grad: Tensor) -> Tensor:
     product = x * grad
     if not x.is_floating_point():
         return product
-    # One sum tells that there is nothing to mask, where a value can be looked at without waiting for it.
-    looks = product.is_cpu and not product.requires_grad and may_look_at(product)
-    if looks and math.isfinite(product.sum()):
+    if not product.requires_grad and seen_finite(product):
         return product
     return product.masked_fill_(x.isinf() | (grad == 0), 0.0)

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tdhook.tape.functions import on_tape
+from tdhook.tape.functions import on_tape, seen_finite
 
 __all__ = [
     "Stabilizer",
@@ -23,6 +23,7 @@ __all__ = [
     "kept_number",
     "moved_away",
     "number",
+    "plain_quotient",
     "quotient",
     "rounding",
     "saturated",
@@ -99,6 +100,12 @@ def _is_nothing(tensor: Tensor) -> Tensor:
 def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Their quotient, :func:`saturated`."""
     return saturated(numerator / denominator)
+
+
+def plain_quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Their quotient where nothing is stabilised, by :func:`rounding`."""
+    found = numerator / denominator
+    return saturated(found) if seen_finite(found) else quotient(numerator, rounding(denominator))
 
 
 def saturated(tensor: Tensor) -> Tensor:

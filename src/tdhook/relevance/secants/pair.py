@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tdhook.tape.dependence import leaf
-from tdhook.tape.functions import parts
+from tdhook.tape.functions import parts, seen_finite
 from tdhook.tape.internals import transformed
 from tdhook.tape.own import OwnTape
 from tdhook.tape.trees import Shape, tree_leaves, tree_unflatten
@@ -137,7 +137,8 @@ def difference(x: Tensor, start: Tensor) -> Tensor:
     """``x - start``; nothing where both are infinite, as masks are, or whole numbers."""
     if not (x.is_floating_point() or x.is_complex()):
         return torch.zeros_like(x)
-    return torch.where(x == start, 0.0, x - start)
+    step = x - start
+    return step if seen_finite(step) else torch.where(x == start, 0.0, step)
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

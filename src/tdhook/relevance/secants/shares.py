@@ -57,12 +57,11 @@ def _means(pair: Pair) -> tuple[Tensor, Tensor]:
     (x,), (start,), axis = pair.ends, pair.starts, _axis(pair)
     now, before = x.log_softmax(axis), start.log_softmax(axis)
     more, less = torch.maximum(now, before), torch.minimum(now, before)
-    gap = more - less
-    gap = torch.where(gap.isnan(), 0.0, gap)  # masked in both
+    gap = (more - less).nan_to_num(0.0, torch.inf)  # nothing where both are masked
     near = gap < 1e-3 if x.dtype == torch.float32 else gap < 1e-5
     # (1 - exp(-d)) / d, by its series where d is small.
-    part = torch.where(near, 1 - gap / 2 + gap.square() / 6, -torch.expm1(-gap) / torch.where(near, 1.0, gap))
-    means = (more.exp() * torch.where(gap.isinf(), 0.0, part)).nan_to_num(0.0)
+    part = torch.where(near, 1 - gap / 2 + gap.square() / 6, -torch.expm1(-gap) / gap)
+    means = (more.exp() * part).nan_to_num(0.0)
     total = means.sum(axis, keepdim=True)
     return means, torch.where(total == 0, 1.0, total)
 

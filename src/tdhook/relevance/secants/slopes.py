@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tdhook.relevance.secants.averages import average, product
 from tdhook.relevance.secants.pair import Grads, Pair, pull_back
+from tdhook.tape.functions import may_look_at, seen_finite
 
 __all__ = ["choice", "filled", "quotient", "scaled", "slope", "slopes"]
 
@@ -67,23 +68,21 @@ def slope(
         before: ``f(start)``.
     """
     step = x - start
-    same = step == 0
-    ratio = (z - before) / step
-    if name in _KINKED:
-        # Its pieces are lines through zero: on each of them the quotient is exact.
-        near = torch.where(same, z.sign(), ratio)
+    if name in _RELU:
+        near = torch.maximum(x, start).div(step.abs()).clamp(0.0, 1.0)  # how much of the way lies above zero
     else:
-        middle = _derivative(function, torch.where(x == start, x, (x + start) / 2))
+        ratio = (z - before) / step
+        middle = _derivative(function, x / 2 + start / 2)
         far = torch.maximum(x.abs(), start.abs())
         # What functions compute on their way is of the size of their argument, up to one.
         size = torch.maximum(z.abs(), before.abs()) + middle.abs() * far + far.clamp(max=1.0)
         noise = 8 * torch.finfo(x.dtype).eps * size / step.abs()
-        near = torch.where(same | ((ratio - middle).abs() <= noise), middle, ratio)
+        near = torch.where((step == 0) | ((ratio - middle).abs() <= noise), middle, ratio)
     # Where both are infinite, as masks are, nothing is different.
     return near.nan_to_num(0.0, 0.0, 0.0)
 
 
-_KINKED = frozenset(("relu", "ReLU"))
+_RELU = frozenset(("relu", "ReLU"))
 
 
 def _derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
@@ -104,8 +103,8 @@ def filled(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     """Of ``masked_fill(a, mask, value)``."""
     mask = pair.argument(1, "mask")
     index = next(i for i, value in enumerate(pair.leaves) if value is mask)
-    before = pair.beside.get(index, mask)
-    return _chosen(pair, grads, ~mask, ~before, "input", "value", (0, 2))
+    now, before = ~mask, pair.beside.get(index)
+    return _chosen(pair, grads, now, now if before is None else ~before, "input", "value", (0, 2))
 
 
 def _chosen(
@@ -117,37 +116,58 @@ def _chosen(
     second: str,
     at: tuple[int, int],
 ) -> Grads:
-    """The way goes along one of the two, and where the choice is another on the reference along both.
-
-    It turns from one to the other where they meet. Where they do not, the jump is shared in proportion.
-    """
+    """The way goes along one of the two, and where the choice is another on the reference along both."""
     (g,) = grads
     shape = pair.outputs[0].shape
     values = [_both(pair, i, name, g) for i, name in zip(at, (first, second), strict=True)]
-    (a, a0, _), (b, b0, _) = values
-    da, db = a - a0, b - b0
-    # Along what is no number on one of its ends nothing can be followed: the other one takes the jump.
-    known = da.isfinite() & db.isfinite()
-    da, db = (torch.where(d.isfinite(), d, 0.0) for d in (da, db))
-    # How much of its way each has gone where the other one takes over.
-    meets = (b0 - a0) / (da - db)
-    along = torch.where(now, 1 - meets, meets), torch.where(now, meets, 1 - meets)
-    rise = pair.rises[0]
-    length = da.square() + db.square()
-    jump = torch.where(length == 0, 0.0, rise / torch.where(length == 0, 1.0, length))
-    fits = known & (meets >= 0) & (meets <= 1)
-    flips = now != before
-    shares = [
-        torch.where(flips, torch.where(fits, part, jump * d), chosen.to(g.dtype))
-        for part, d, chosen in zip(along, (da, db), (now, ~now), strict=True)
-    ]
+    shares = [now.to(g.dtype), (~now).to(g.dtype)]
+    if not _is_same(now, before):
+        steps = [value - start for value, start, _ in values]
+        apart = values[1][1] - values[0][1]
+        flips = now != before
+        shares = [
+            torch.where(flips, turning, share)
+            for turning, share in zip(_turning(now, steps, apart, pair.rises[0]), shares, strict=True)
+        ]
     found: dict[int, Tensor] = {}
     for share, (_, _, index) in zip(shares, values, strict=True):
         if index is not None:
-            amount = torch.where(share == 0, 0.0, g * share).expand(shape)
-            summed = amount.sum_to_size(pair.shape_of(index))
+            amount = g * share
+            if not seen_finite(amount):
+                amount = torch.where(share == 0, 0.0, amount)
+            summed = amount.expand(shape).sum_to_size(pair.shape_of(index))
             found[index] = found[index] + summed if index in found else summed
     return tuple(found.get(i) for i in pair.live)
+
+
+def _is_same(now: Tensor, before: Tensor) -> bool:
+    """Whether a choice is seen to be the same."""
+    return now is before or (now.is_cpu and may_look_at(now) and torch.equal(now, before))
+
+
+def _turning(now: Tensor, steps: Sequence[Tensor], apart: Tensor, rise: Tensor) -> tuple[Tensor, Tensor]:
+    """What of its way each of the two counts where the choice turns from one to the other.
+
+    It turns where they meet. Where they do not, the jump is shared in proportion.
+
+    Args:
+        now: whether the first is chosen at the end.
+        steps: how far each goes.
+        apart: how far the second is from the first on the reference.
+        rise: of what is chosen.
+    """
+    # Along what is no number on one of its ends nothing can be followed: the other one takes the jump.
+    known = steps[0].isfinite() & steps[1].isfinite()
+    da, db = (torch.where(d.isfinite(), d, 0.0) for d in steps)
+    # How much of its way each has gone where the other one takes over.
+    meets = apart / (da - db)
+    length = da.square() + db.square()
+    jump = torch.where(length == 0, 0.0, rise / torch.where(length == 0, 1.0, length))
+    fits = known & (meets >= 0) & (meets <= 1)
+    return (
+        torch.where(fits, torch.where(now, 1 - meets, meets), jump * da),
+        torch.where(fits, torch.where(now, meets, 1 - meets), jump * db),
+    )
 
 
 def _both(pair: Pair, index: int, name: str, like: Tensor) -> tuple[Tensor, Tensor, int | None]:
