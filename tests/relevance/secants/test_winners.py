@@ -88,3 +88,32 @@ def test_what_is_picked_is_picked_of_others() -> None:
     values, indices = x.sort()
     found = picked_of([x], [values, indices], [torch.tensor([30.0, 10.0, 20.0])])
     assert found[0].tolist() == [10.0, 20.0, 30.0] and torch.equal(found[1], indices)
+
+
+@pytest.mark.parametrize("name", ["maximum", "minimum", "fmax", "fmin"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_constant_that_wins_leaves_the_rest_to_the_other(name: str, first: bool) -> None:
+    torch.manual_seed(0)
+    x, start, constant = (torch.randn(40, dtype=torch.float64) for _ in range(3))
+    pair = pair_of(name, getattr(torch, name), *_in_order(first, x, start, constant), live=[int(first)])
+    grads = random_grads(pair)
+    found = winner(pair, grads)
+    assert_all_arrives(pair, grads, found)
+    torch.testing.assert_close(found[0] * (x - start), grads[0] * pair.rises[0])
+
+
+def _in_order(first: bool, x: Tensor, start: Tensor, constant: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    return ([constant, x], [constant, start]) if first else ([x, constant], [start, constant])
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_each_row_counts_as_it_does_alone(name: str) -> None:
+    """The way is cut into pieces for values that need it, and for no others."""
+    pair, grads = pair_for(name, (8, 2, 6))
+    function, _, rest = CALLS[name]
+    found = winner(pair, grads)
+    for i in range(8):
+        ends, starts = ([x[i : i + 1] for x in values] for values in (pair.ends, pair.starts))
+        alone = pair_of(name, function, [*ends, *rest], [*starts, *rest])
+        for share, wanted in zip(found, winner(alone, [g[i : i + 1] for g in grads]), strict=True):
+            torch.testing.assert_close(share[i : i + 1], wanted)
