@@ -60,3 +60,27 @@ def test_unused_inputs_get_nothing() -> None:
     a, b = torch.randn(3), torch.randn(3)
     pair = pair_of("own", lambda a, b: a.exp(), [a, b], [b, a])
     assert average(pair, [torch.ones(3)])[1] is None
+
+
+MIRRORED = {
+    "in other elements": lambda x: x,
+    "in the same element": lambda x: x.reshape(1, -1),
+}
+
+
+@pytest.mark.parametrize("where", sorted(MIRRORED))
+@pytest.mark.parametrize("name", ["pow", "atan2"])
+def test_what_is_mirrored_hides_no_miss(name: str, where: str) -> None:
+    """Sums are right by chance where what one misses another makes: more nodes are taken all the same."""
+    torch.manual_seed(0)
+    functions = {"pow": lambda a, b: (b.abs() + 0.5) ** a - (b.abs() + 0.5) ** -a, "atan2": torch.atan2}
+
+    def both(x: torch.Tensor, sign: float) -> torch.Tensor:
+        return MIRRORED[where](torch.stack([x, sign * x]))
+
+    a, a0, b, b0 = (torch.rand(6).double() + 0.1 for _ in range(4))
+    ends, starts = [both(a, -1), both(b, 1)], [both(a0, -1), both(b0, 1)]
+    pair = pair_of(name, functions[name], ends, starts)
+    grads = [torch.ones_like(pair.outputs[0])]
+    shares = [g * d for g, d in zip(average(pair, grads), pair.steps, strict=True)]
+    torch.testing.assert_close(sum(shares), pair.rises[0], rtol=1e-10, atol=1e-10)
