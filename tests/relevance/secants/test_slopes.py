@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tdhook.relevance.secants.pair import difference
-from tdhook.relevance.secants.slopes import choice, filled, quotient, scaled, slopes
+from tdhook.relevance.secants.slopes import choice, filled, quotient, rounded, scaled, slopes
 
 from .pairs import assert_all_arrives, integrated, pair_of, random_grads
 
@@ -176,3 +176,25 @@ def test_what_is_filled_in_elsewhere_on_the_reference_still_arrives() -> None:
     pair = pair_of("masked_fill", torch.masked_fill, [x, now, 0.0], [start, before, 0.0])
     grads = random_grads(pair)
     assert_all_arrives(pair, grads, filled(pair, grads))
+
+
+ROUNDED = {
+    "remainder": torch.remainder,
+    "fmod": torch.fmod,
+    "floor_divide": torch.floor_divide,
+    "div": lambda a, b: torch.div(a, b, rounding_mode="trunc"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(ROUNDED))
+@pytest.mark.parametrize("shape", [(3, 4), (3, 1), (4,)])
+def test_steps_of_a_rounded_quotient_are_those_of_the_quotient(name: str, shape: tuple[int, ...]) -> None:
+    (a, a0), (b, b0) = draw(3, 4), (0.3 + torch.rand(shape).double(), 0.3 + torch.rand(shape).double())
+    pair = pair_of(name, ROUNDED[name], [3 * a, b], [3 * a0, b0])
+    grads = random_grads(pair)
+    found = rounded(pair, grads)
+    assert_all_arrives(pair, grads, found)
+    assert [share.shape for share in found] == [a.shape, b.shape]
+    if name in ("remainder", "fmod"):  # what is left of a number by one that does not change
+        alone = pair_of(name, ROUNDED[name], [3 * a, b], [3 * a0, b], live=[0])
+        torch.testing.assert_close(rounded(alone, grads)[0] * 3 * (a - a0), grads[0] * alone.rises[0])

@@ -11,7 +11,7 @@ from tdhook.relevance.secants.averages import average, product
 from tdhook.relevance.secants.pair import Grads, Pair, pull_back
 from tdhook.tape.functions import may_look_at, seen_finite
 
-__all__ = ["choice", "filled", "quotient", "scaled", "slope", "slopes"]
+__all__ = ["choice", "filled", "quotient", "rounded", "scaled", "slope", "slopes"]
 
 
 def slopes(pair: Pair, grads: Sequence[Tensor]) -> Grads:
@@ -42,13 +42,49 @@ def quotient(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     """``a / b - a0 / b0 = (a - a0) (1/b + 1/b0) / 2 - (b - b0) (a + a0) / (2 b b0)``."""
     numerator, denominator = pair.argument(0, "input"), pair.argument(1, "other")
     both = [x for x in (numerator, denominator) if any(x is end for end in pair.ends)]
-    if len(both) < 2 or pair.argument(2, "rounding_mode") is not None:
+    if pair.argument(2, "rounding_mode") is not None:
+        return rounded(pair, grads)
+    if len(both) < 2:
         alone = len(both) == 1 and both[0] is numerator
         return scaled(pair, grads) if alone else average(pair, grads)
     (a, b), (a0, b0), (g,) = pair.ends, pair.starts, grads
     over = (a + a0) / (2 * b * b0)
     shares = (g * (1 / b + 1 / b0) / 2, -g * over)
     return tuple(share.sum_to_size(x.shape) for share, x in zip(shares, pair.ends, strict=True))
+
+
+def rounded(pair: Pair, grads: Sequence[Tensor]) -> Grads:
+    """Of a quotient that is rounded, ``n = floor(a / b)`` or ``trunc(a / b)``, and of what it leaves, ``a - n b``.
+
+    The steps of ``n`` are those of the quotient, in proportion, which is shared as any quotient.
+    """
+    if len(pair.live) == 1 and pair.ends[0].shape == pair.outputs[0].shape:
+        return slopes(pair, grads)
+    (g,) = grads
+    (a, a0, _), (b, b0, _) = values = [_both(pair, i, name, g) for i, name in enumerate(("input", "other"))]
+    z, z0 = pair.outputs[0], pair.before[0]
+    leaves = pair.name in ("remainder", "fmod")
+    n, n0 = ((a - z) / b, (a0 - z0) / b0) if leaves else (z, z0)
+    step = a / b - a0 / b0
+    steep = torch.where(step == 0, 0.0, (n - n0) / torch.where(step == 0, 1.0, step))
+    shares = [steep * (1 / b + 1 / b0) / 2, -steep * (a + a0) / (2 * b * b0)]
+    if leaves:
+        middle = (b + b0) / 2
+        shares = [1 - middle * shares[0], -(n + n0) / 2 - middle * shares[1]]
+    return _given_to(pair, g, shares, [index for _, _, index in values])
+
+
+def _given_to(pair: Pair, g: Tensor, shares: Sequence[Tensor], indices: Sequence[int | None]) -> Grads:
+    """What each leaf that is attributed gets of a gradient, by the shares of arguments."""
+    found: dict[int, Tensor] = {}
+    for share, index in zip(shares, indices, strict=True):
+        if index is not None:
+            amount = g * share
+            if not seen_finite(amount):
+                amount = torch.where(share == 0, 0.0, amount)
+            summed = amount.expand(pair.outputs[0].shape).sum_to_size(pair.shape_of(index))
+            found[index] = found[index] + summed if index in found else summed
+    return tuple(found.get(i) for i in pair.live)
 
 
 def slope(
@@ -118,7 +154,6 @@ def _chosen(
 ) -> Grads:
     """The way goes along one of the two, and where the choice is another on the reference along both."""
     (g,) = grads
-    shape = pair.outputs[0].shape
     values = [_both(pair, i, name, g) for i, name in zip(at, (first, second), strict=True)]
     shares = [now.to(g.dtype), (~now).to(g.dtype)]
     if not _is_same(now, before):
@@ -129,15 +164,7 @@ def _chosen(
             torch.where(flips, turning, share)
             for turning, share in zip(_turning(now, steps, apart, pair.rises[0]), shares, strict=True)
         ]
-    found: dict[int, Tensor] = {}
-    for share, (_, _, index) in zip(shares, values, strict=True):
-        if index is not None:
-            amount = g * share
-            if not seen_finite(amount):
-                amount = torch.where(share == 0, 0.0, amount)
-            summed = amount.expand(shape).sum_to_size(pair.shape_of(index))
-            found[index] = found[index] + summed if index in found else summed
-    return tuple(found.get(i) for i in pair.live)
+    return _given_to(pair, g, shares, [index for _, _, index in values])
 
 
 def _is_same(now: Tensor, before: Tensor) -> bool:

@@ -9,7 +9,7 @@ from tdhook.relevance.secants.norms import normalised
 from tdhook.relevance.secants.pair import Pull
 from tdhook.relevance.secants.products import matrix_product, pointwise_product
 from tdhook.relevance.secants.shares import log_softmax, logsumexp, softmax
-from tdhook.relevance.secants.slopes import choice, filled, quotient, scaled, slopes
+from tdhook.relevance.secants.slopes import choice, filled, quotient, rounded, scaled, slopes
 from tdhook.relevance.secants.winners import winner
 from tdhook.selectors.kinds import AFFINE, ELEMENTWISE, NORMS, PRODUCTS, WINNER
 
@@ -27,6 +27,7 @@ _SECANTS: Mapping[str, Pull] = {
     "mul": pointwise_product,
     **dict.fromkeys(("matmul", "bmm", "mm"), matrix_product),
     "div": quotient,
+    **dict.fromkeys(("floor_divide", "fmod", "remainder"), rounded),
     "softmax": softmax,
     "log_softmax": log_softmax,
     "logsumexp": logsumexp,
