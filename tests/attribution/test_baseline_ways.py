@@ -45,6 +45,12 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "constant over it": lambda h: torch.div(torch.full_like(h, 1.5), h + 4),
     "least norm": lambda h: torch.linalg.vector_norm(h + 3, -math.inf, dim=-1, keepdim=True),
     "roots where there are any": lambda h: torch.where(h > 0, h.sqrt(), h),
+    "remainders": lambda h: torch.remainder(3 * h, h.flip(-1).abs() + 0.5),
+    "remainders towards zero": lambda h: torch.fmod(3 * h, h[:, :1].abs() + 0.5),
+    "remainders of a constant": lambda h: torch.remainder(const(6), h[:, :1].abs() + 0.5),
+    "rounded quotients": lambda h: torch.div(3 * h, h.flip(-1).abs() + 0.5, rounding_mode="trunc"),
+    "whole quotients": lambda h: (3 * h) // (h[:, :1].abs() + 0.5),
+    "mask as numbers like others": lambda h: (h > 0).to(h) * h.flip(-1) + (h > 0.1).type_as(h),
     "complex product": lambda h: torch.view_as_real(
         torch.view_as_complex(h.reshape(-1, 3, 2)) * torch.polar(const(3), const(3, seed=1))
     ),
@@ -93,3 +99,37 @@ def test_values_put_where_it_is_negative_are_those_of_the_input() -> None:
     with lrp.prepare(Net(clipped)) as explained, pytest.warns(UserWarning, match="decisions"):
         td = explained(TensorDict({"input": x}, [4]))
     assert td["ledger", "gap"].abs().max() < 1e-9
+
+
+MOVED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "joined with a mask": lambda h, copy: torch.cat([h, (copy > 0).double()], -1),
+    "joined with what is there": lambda h, copy: torch.stack([h, copy.isfinite() * 2.0], -1),
+    "joined with a choice": lambda h, copy: torch.cat([h, copy.argmax(-1, keepdim=True)], -1),
+    "joined with a copy": lambda h, copy: torch.cat([h, copy.square()], -1),
+    "overwritten by a mask": lambda h, copy: h.index_copy(-1, COLUMN, (copy[:, :1] > 0).double()),
+    "overwritten by a copy": lambda h, copy: h.scatter(-1, COLUMN.expand(len(h), 1), copy[:, 3:4]),
+    "complex with a copy": lambda h, copy: torch.view_as_real(torch.complex(h, copy.flip(-1))),
+}
+COLUMN = torch.tensor([2])
+
+
+@pytest.mark.parametrize("flow", ["relevance", "gradient"])
+@pytest.mark.parametrize("way", MOVED)
+def test_what_is_moved_beside_the_tape_is_absorbed(way: str, flow: str) -> None:
+    """Nothing leads from a mask made into numbers, or from a copy, to the inputs: their share is a constant's."""
+    model = Net(lambda h: MOVED[way](h, h.detach()))
+    x, start = torch.randn(4, 6, generator=torch.Generator().manual_seed(2)), torch.linspace(0.2, 0.6, 6)
+    found = []
+    for ledger in (False, True):
+        lrp = LRP("deeplift", target=Target("output", 0), baseline=start, flow=flow, ledger=ledger)
+        td = lrp.wrap(model)(TensorDict({"input": x}, [4]))
+        found.append(td["attr", "input"])
+    torch.testing.assert_close(*found)
+    with torch.no_grad():
+        h, h0 = model.first(x), model.first(start.expand_as(x))
+        made, beside, there = (MOVED[way](*given).reshape(4, -1) for given in ((h, h), (h, h0), (h0, h0)))
+        rise, rest = ((model.last(made) - model.last(other))[:, 0] for other in (there, beside))
+    torch.testing.assert_close(td["ledger", "target"], rise)
+    torch.testing.assert_close(td["ledger", "absorbed"], rest)
+    torch.testing.assert_close(td["ledger", "inputs"], rise - rest)
+    assert td["ledger", "gap"].abs().max() < 1e-12

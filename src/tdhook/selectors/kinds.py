@@ -7,6 +7,7 @@ __all__ = [
     "ELEMENTWISE",
     "FUSED",
     "HOMOGENEOUS",
+    "INDEXED",
     "MOVES",
     "NORMS",
     "PRODUCTS",
@@ -35,6 +36,13 @@ MOVES = _names(
     tril triu type type_as unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze upsample_nearest
     upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_nearest_exact1d upsample_nearest_exact2d
     upsample_nearest_exact3d view view_as view_as_complex view_as_real vsplit vstack where zero
+    """
+)
+INDEXED = _names(
+    """
+    embedding gather getitem index index_copy index_fill index_put index_select masked_fill masked_scatter
+    masked_select max_unpool1d max_unpool2d max_unpool3d repeat_interleave scatter select_scatter setitem
+    slice_scatter take take_along_dim where
     """
 )
 WINNER = _names(

@@ -14,7 +14,7 @@ from torch import Tensor
 from tdhook.conventions import Convention
 from tdhook.keys import parts_of as parts_of_key
 from tdhook.markup import html_table
-from tdhook.relevance.ledger.metered import metered_arguments, metered_outputs
+from tdhook.relevance.ledger.metered import metered_arguments, metered_outputs, moved_beside
 from tdhook.relevance.propagation.again import Again
 from tdhook.relevance.propagation.beside import noted
 from tdhook.relevance.propagation.binding import Bindable, Bound
@@ -268,6 +268,11 @@ class Ledger:
                 outputs = run(call)
             finally:
                 self._within = outer
+            if rule.native and isinstance(module, Operation) and module.moves:
+                if flow == "relevance":
+                    outputs = with_constants(call, outputs, moves=True)
+                else:
+                    outputs = moved_beside(call, outputs, place, note)
             return metered_outputs(outputs, place, note, flow)
 
         return noted(first, run)(call)

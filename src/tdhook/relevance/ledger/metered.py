@@ -12,10 +12,12 @@ from tdhook.conventions import Convention
 from tdhook.relevance.propagation.beside import OfDifference, numbered
 from tdhook.relevance.propagation.call import Call
 from tdhook.relevance.propagation.reference import Place
-from tdhook.tape.functions import parts
+from tdhook.relevance.secants.pair import difference
+from tdhook.tape.functions import Identity, alias, on_tape, parts
 from tdhook.tape.masks import masks_in
+from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
 
-__all__ = ["metered_arguments", "metered_outputs"]
+__all__ = ["metered_arguments", "metered_outputs", "moved_beside"]
 
 Note: TypeAlias = "Callable[[str, Tensor], None]"
 
@@ -32,6 +34,48 @@ def metered_arguments(call: Call, place: Place, note: Note, flow: Convention) ->
 def metered_outputs(outputs: Any, place: Place, note: Note, flow: Convention) -> Any:
     """What a call returned, which tells what arrives."""
     return numbered(lambda z, at: _meter(z, place, ~at, (note, "arrived"), flow), outputs)
+
+
+def moved_beside(call: Call, outputs: Any, place: Place, note: Note) -> Any:
+    """What a call returned that moves data, which tells what goes to those off the tape that differ on the reference.
+
+    These are numbers that were made of a mask, or detached copies: nothing leads from them to the inputs.
+    """
+    leaves, spec = tree_flatten((call.args, call.kwargs))
+    tensors = {i: on_tape(x) for i, x in enumerate(leaves) if isinstance(x, Tensor)}
+    if all(tensors.values()):
+        return outputs
+
+    def there() -> list[Tensor]:
+        """What is returned where those off the tape are as on the reference."""
+        given = list(leaves)
+        for (i, live), x, start in zip(tensors.items(), place.given, place.starts, strict=True):
+            given[i] = x if live or start is None else start.expand_as(x)
+        args, kwargs = tree_unflatten(given, spec)
+        made = Call(call.module, call.function, args, kwargs).natively()
+        return [z for z in tree_leaves(made) if isinstance(z, Tensor)]
+
+    return numbered(lambda z, at: _Beside.apply(z, there, at, note), outputs)
+
+
+class _Beside(Identity):
+    """Identity that tells what is shared out to what differs beside the values on the tape."""
+
+    @staticmethod
+    def forward(z: Tensor, there: Callable[[], list[Tensor]], at: int, note: Note) -> Tensor:
+        return alias(z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        z, ctx.there, ctx.at, ctx.note = inputs
+        ctx.save_for_backward(z)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> object:
+        (z,) = ctx.saved_tensors
+        rest, g = parts(difference(z.detach(), ctx.there()[ctx.at])), parts(grad)
+        ctx.note("constant", torch.where(g == 0, 0.0, rest * g))
+        return grad, None, None, None
 
 
 def _meter(x: Tensor, place: Place, at: int, tell: tuple[Note, str], flow: Convention) -> Tensor:

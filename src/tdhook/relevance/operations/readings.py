@@ -14,7 +14,7 @@ from tdhook.relevance.propagation.binding import Bound
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule, PassRule
-from tdhook.selectors.kinds import ELEMENTWISE, MOVES, RECURRENT
+from tdhook.selectors.kinds import ELEMENTWISE, INDEXED, MOVES, RECURRENT
 from tdhook.tape.functions import on_tape
 
 __all__ = ["DIFFERENCES", "VALUES", "Reading"]
@@ -94,12 +94,7 @@ DIFFERENCES: Reading = _Differences()
 _MOVES, _PASSES = IgnoreRule(), PassRule()
 _PICKS = frozenset(("where", "masked_fill"))
 # Where the others move data to may be told by values, and be another place on the reference.
-_STAYS = MOVES - {
-    *("embedding", "gather", "getitem", "index", "index_copy", "index_fill", "index_put", "index_select"),
-    *("masked_fill", "masked_scatter", "masked_select", "max_unpool1d", "max_unpool2d", "max_unpool3d"),
-    *("repeat_interleave", "scatter", "select_scatter", "setitem", "slice_scatter", "take"),
-    *("take_along_dim", "where"),
-}
+_STAYS = MOVES - INDEXED
 
 
 def _is_of_one(args: Sequence[object], kwargs: Mapping[str, object]) -> bool:

@@ -19,7 +19,7 @@ from tdhook.relevance.propagation.rule import RemovableRuleHandle, RunningRule
 from tdhook.relevance.propagation.sharing import handing, secant
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.secants.slopes import slopes
-from tdhook.selectors.kinds import WINNER
+from tdhook.selectors.kinds import INDEXED, WINNER
 from tdhook.tape.functions import on_tape
 from tdhook.tape.internals import children_of
 from tdhook.tape.trees import tree_leaves
@@ -165,4 +165,6 @@ class IgnoreRule(RunningRule):
         # Each operation in a module has a rule of its own. Dropout that is off returns what it is given.
         if not isinstance(module, Operation) or "dropout" in module.name:
             return Call.execute
-        return moving if module.moves and module.name not in WINNER else secant(module, flow)
+        if not module.moves or module.name in WINNER:
+            return secant(module, flow)
+        return moving if module.name in INDEXED else Call.execute
