@@ -25,6 +25,7 @@ from tdhook.relevance.plans.plan import Plan
 from tdhook.relevance.plans.rehearsal import Ready
 from tdhook.relevance.propagation.reference import Parted
 from tdhook.relevance.secants.pair import difference
+from tdhook.tape.conditions import is_traced
 from tdhook.tape.internals import is_wrapped
 from tdhook.targets.base import Seeder, Seeds
 from tdhook.targets.through import begun_at
@@ -133,7 +134,10 @@ class _Runs:
             self.ready.one_row = self._is_alike(one)
             first = first if self.ready.one_row else given
         else:
-            made = self._there(self._forward(one, alone=True))
+            try:
+                made = self._there(self._forward(one, alone=True))
+            except Parted:  # what one row decides is not what each row of the batch does
+                made, first = self._there(self._forward(one)), given
         if not self.reference.decided:
             self.ready.kept = Kept.of(made, first, self.reference, self.plan.modules)
         return made
@@ -185,6 +189,8 @@ class _Runs:
         if alone:
             given, replaced = given[:1], {key: value[:1] for key, value in replaced.items()}
         reference.one = alone
+        if not is_traced():
+            reference.decided = 0  # a graph takes what was found out before
         while True:
             within = Beside(self.plan)
             try:
@@ -194,7 +200,7 @@ class _Runs:
                 if alone or reference.decided == 2:
                     raise
                 reference.decided += 1
-                _tell(error)
+                _tell(error, reference.told)
                 continue
             if not reference.overwritten:
                 return run
@@ -229,7 +235,10 @@ def _is_close(a: Tensor, b: Tensor) -> bool:
     return bool(torch.allclose(a, b.expand_as(a), tolerance, tolerance, equal_nan=True))
 
 
-def _tell(error: Parted) -> None:
+def _tell(error: Parted, told: set[str]) -> None:
+    if str(error) in told:
+        return
+    told.add(str(error))
     warnings.warn(
         f"{str(error).split('. ')[0]}; on the reference it is run with the decisions that it takes on the input, and "
         "the difference from there is explained",

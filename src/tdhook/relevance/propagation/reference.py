@@ -17,7 +17,9 @@ from torch import Tensor
 
 from tdhook.relevance.propagation.handles import Handles
 from tdhook.tape.conditions import holds
+from tdhook.tape.functions import may_look_at
 from tdhook.tape.internals import storage_of, version_of
+from tdhook.tape.masks import masking, masks_in
 from tdhook.tape.trees import tree_leaves
 
 __all__ = ["Parted", "Place", "Reference"]
@@ -107,6 +109,8 @@ class Place:
         )
         if len(shapes) != len(others) or not all(map(_fits, shapes, others)):
             return False
+        if _masks_others(self, kept.starts):
+            return False
         each = zip(self.given, kept.given, self.live, kept.starts, kept.made_anew, strict=True)
         return all(
             live or (torch.equal(x, other) if anew else start is not None or _is_alike(x, other))
@@ -129,6 +133,7 @@ class Reference:
         running: whether the second run is on.
         decided: how far the second run takes the decisions of the first: whole numbers (1), such as which values were
             picked, and truth values as well (2), that were computed of what is attributed there.
+        told: what parted the second run from the first, as far as a warning said so.
         path: tells where in the model the present call is.
         one: whether the second run has one row, which stands for all of the batch.
         handles: where functions hand over to the layers before them, in the first run.
@@ -138,6 +143,7 @@ class Reference:
         self.handles = Handles()
         self.running = self.one = False
         self.decided = 0
+        self.told: set[str] = set()
         self.decisions: list[Any] = []
         self.path: Callable[[], str] = str
         self.places: list[Place] = []
@@ -213,6 +219,8 @@ class Reference:
             None if not live and _is_same(x, start) else self._kept(start)
             for x, live, start in zip(place.given, place.live, given, strict=True)
         ]
+        if self.decided < 2 and _masks_others(place, place.starts):
+            raise Parted(_PARTED.format(f"{place} masks other values there"))
         outputs = run()
         if self.decided and place.picked is not None:
             outputs, place.chosen = place.picked(given, outputs), True
@@ -317,6 +325,32 @@ def _parted(leaves: Sequence[object]) -> tuple[list[Tensor], list[float]]:
 def _is_alike(x: Tensor, other: Tensor) -> bool:
     """Whether a constant is the same as in an earlier run, as far as that is seen here."""
     return _is_same(x, other) or (x.numel() <= _SMALL and x.shape == other.shape and torch.equal(x, other))
+
+
+def _masks_others(place: Place, starts: Sequence[Tensor | None]) -> bool:
+    """Whether other values are masked in the first run than in the second: no way leads from infinity to a number."""
+    each = zip(place.given, place.live, starts, strict=True)
+    beside = [(x, start) for x, live, start in each if not live and start is not None]
+    for x, start in beside:
+        if x.dtype is torch.bool:
+            filled = place.name in _FILLS and may_look_at(x)
+            if filled and not bool((x == start).all()) and _has_masks(place):
+                return True
+        elif x.is_floating_point() and may_look_at(x):
+            masks = masks_in(x), masks_in(start)
+            if masks != (None, None) and not bool((masking(x) == masking(start)).all()):
+                return True
+    return False
+
+
+_FILLS = ("masked_fill", "where")
+
+
+def _has_masks(place: Place) -> bool:
+    """Whether what is put in somewhere, or what is there, is infinite or nearly so."""
+    if any(abs(number) > torch.finfo(torch.float16).max / 2 for number in place.numbers):
+        return True
+    return any(x.is_floating_point() and bool(masking(x).any()) for x in place.given)
 
 
 def _is_same(x: Tensor, start: Tensor) -> bool:
