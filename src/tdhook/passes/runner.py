@@ -26,7 +26,7 @@ from tdhook.passes.forward import Run
 from tdhook.passes.heads import NotBehind, NowKnown
 from tdhook.passes.overwritten import Overwritten
 from tdhook.passes.setup import Setup
-from tdhook.passes.within import AsItIs, Within
+from tdhook.passes.within import AsItIs, Learnt, Within
 from tdhook.tape.conditions import is_traced
 from tdhook.tape.cutting import Graph
 from tdhook.tape.functions import copy_of
@@ -252,7 +252,7 @@ class Runner:
                     return attempt()
                 with setup.memory.kept(always=False) as self._before:
                     return attempt()
-            except (Mutated, NotBehind, NowKnown, Misread):
+            except (Learnt, Misread, Mutated, NotBehind, NowKnown):
                 continue
             except RuntimeError as error:
                 if setup.of_inference or "nference tensor" not in str(error):

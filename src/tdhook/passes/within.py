@@ -11,7 +11,14 @@ from torch import Tensor
 
 from tdhook.targets.base import Seeds
 
-__all__ = ["Against", "AsItIs", "Within"]
+__all__ = ["Against", "AsItIs", "Learnt", "Within"]
+
+
+class Learnt(BaseException):
+    """A run has shown that the model is to be run another way: it is run again.
+
+    Not an ``Exception``, so that the model's own handlers let it pass.
+    """
 
 
 class Within(Protocol):
@@ -39,7 +46,11 @@ class Within(Protocol):
         """Forget what was seen of the forward pass: the model runs once more."""
 
     def returned(self, values: Iterable[object]) -> None:
-        """Be told what the model returned."""
+        """Be told what the model returned.
+
+        Raises:
+            Learnt: it is to be run another way.
+        """
 
 
 class Against(Protocol):

@@ -12,7 +12,12 @@ from tdhook.tape.internals import noted_by
 
 __all__ = ["before_moves", "beside"]
 
-_RESHAPES = frozenset(("ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0"))
+_RESHAPES = frozenset(
+    (
+        *("ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0"),
+        *("SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2"),
+    )
+)
 _COPIES = frozenset(("CloneBackward0",))
 
 
@@ -46,13 +51,21 @@ def before_moves(node: Any, axis: int, shape: Sequence[int]) -> tuple[Any, int, 
         )
         old = next(at, None)
         return None if old is None else (before, old, sizes)
-    if name == "TransposeBackward0":
+    if name == "UnsqueezeBackward0":
+        new = _signed(noted_by(node, "dim")) % len(shape)
+        return None if axis == new else (before, axis - (axis > new), [*shape[:new], *shape[new + 1 :]])
+    if name in ("TransposeBackward0", "TBackward0"):
         order = list(range(len(shape)))
-        first, second = (noted_by(node, key) % 2**64 for key in ("dim0", "dim1"))
-        first, second = (dim - 2**64 if dim >= 2**63 else dim for dim in (first, second))
+        dims = (noted_by(node, key) for key in ("dim0", "dim1")) if name != "TBackward0" else (0, -1)
+        first, second = map(_signed, dims)
         order[first], order[second] = order[second], order[first]
     elif name == "PermuteBackward0":
-        order = [(dim - 2**64 if dim >= 2**63 else dim) % len(shape) for dim in noted_by(node, "dims")]
+        order = [_signed(dim) % len(shape) for dim in noted_by(node, "dims")]
     else:
         return None
     return before, order[axis], [shape[order.index(old)] for old in range(len(shape))]
+
+
+def _signed(dim: int) -> int:
+    """An axis as a call gave it, that counted from behind if it did: nodes note a large number then."""
+    return dim - 2**64 if dim >= 2**63 else dim

@@ -16,6 +16,7 @@ from tdhook.markup import html_table
 from tdhook.models.families import BatchNorm
 from tdhook.models.parallel import home_of, lends_weights
 from tdhook.models.tracing import Execution
+from tdhook.passes.within import Learnt
 from tdhook.relevance.ledger.ledger import Ledger
 from tdhook.relevance.operations.interception import Interception
 from tdhook.relevance.operations.parties import Observer, Unmatched
@@ -140,10 +141,17 @@ class RulesOn:
             self.plan.reference.begin()
 
     def returned(self, values: Iterable[object]) -> None:
-        """See whether the model returns what should have been overwritten."""
-        interception = self.plan.interception
+        """See whether the model returns what should have been overwritten, and whether what was merged can be.
+
+        Raises:
+            Learnt: some of it cannot.
+        """
+        interception, merges = self.plan.interception, self.plan.setting.merges
+        found = list(values) if merges is not None else values
         if interception is not None and interception.outdated.any:
-            interception.outdated.check(values)
+            interception.outdated.check(found)
+        if merges is not None and not merges.settle(z.grad_fn for z in found if isinstance(z, Tensor)):
+            raise Learnt
 
 
 COLUMNS = ("module", "type", "rule", "convention", "because")
@@ -262,6 +270,8 @@ class Plan:
             self._weights.begin()
         if self.reference is not None:
             self.reference.begin()
+        if self.setting.merges is not None:
+            self.setting.merges.forget()
         Binding.attach_all(self._bindings, get_ident())
         if not (overwriting or self._lent or self._custom):
             return None
@@ -298,6 +308,8 @@ class Plan:
             self._weights.end()
         if self.reference is not None:
             self.reference.begin()
+        if self.setting.merges is not None:
+            self.setting.merges.forget()
 
     def rules_on(self, ledger: Ledger | None = None, *, observer: Observer | None = None) -> RulesOn:
         """How to run the model under its rules.

@@ -31,6 +31,9 @@ class _MergedBatchNormRule(PassRule):
     The layer is found on the tape: the one whose output came in, reshaped or transposed at most. In training, where the
     statistics are those of the batch and no fixed map exists, this is the pass rule alone.
 
+    Where something else reads what the layer returns, too (a sum around the batch norm, another batch norm), there is
+    no one layer that both amount to: the batch norm is explained as the weighted sum that it is.
+
     Args:
         linears: the layers to merge into, if something else lies between them and the batch norm.
     """
@@ -41,7 +44,7 @@ class _MergedBatchNormRule(PassRule):
 
     def running(self, module: nn.Module, flow: Convention) -> Run:
         """As the pass rule does, once the layer is told; behind one that runs as it is, as the epsilon rule does."""
-        passed = super().running(module, flow)
+        passed, weighted = super().running(module, flow), EpsilonRule(rounding).bound(module, flow)
 
         def run(call: Call) -> Any:
             merges = call.setting.merges
@@ -54,12 +57,14 @@ class _MergedBatchNormRule(PassRule):
             if maker.is_plain:
                 # Merging amounts to the epsilon rule, stabilised once.
                 stabilizing = maker.stabilizing
-                epsilon = rounding if not stabilizing else stabilizing[0].stabilizer
+                if not stabilizing or merges.is_apart(module):
+                    return weighted(call)
+                merges.look_at(module, maker.way)
                 for identity in stabilizing:
                     merges.postpone(identity.place)
-                return EpsilonRule(epsilon).bound(module, flow)(call)
-            self._tell(merges, module, maker)
-            return passed(call)
+                return EpsilonRule(stabilizing[0].stabilizer).bound(module, flow)(call)
+            told = self._tell(merges, module, maker)
+            return passed(call) if told else weighted(call)
 
         return run
 
@@ -89,11 +94,18 @@ class _MergedBatchNormRule(PassRule):
 
         return run
 
-    def _tell(self, merges: Merges, module: nn.Module, maker: _Maker) -> None:
+    def _tell(self, merges: Merges, module: nn.Module, maker: _Maker) -> bool:
+        """Tell the layers before it of a batch norm, unless something else reads what these return."""
         for layer in self._producers(maker.node):
             # On [N, C, L] a batch norm scales the rows of what a fully connected layer made, not its features.
-            if self.linears or maker.axis == layer.form.output_axis(maker.n_axes):
-                merges.merge(module, layer)
+            if not self.linears and maker.axis != layer.form.output_axis(maker.n_axes):
+                continue
+            if not self.linears:
+                if merges.is_apart(module):
+                    return False
+                merges.look_at(module, maker.way)
+            merges.merge(module, layer)
+        return True
 
     def _producers(self, node: Any) -> list[ExecutedLayer]:
         if not self.linears:
@@ -138,6 +150,7 @@ class _Maker:
         node: the node of the tape.
         axis: which axis of what it made the batch norm scales, and ``n_axes``: of how many.
         moved: whether they were moved since.
+        way: the nodes from what the batch norm is given to ``node``.
         stabilizing: the identities since, the last one first, at which relevance is stabilised.
     """
 
@@ -145,13 +158,14 @@ class _Maker:
         self.axis, self.moved = 1, False
         shape: Sequence[int] = x.shape
         self.node, passed = Identity.before(x.grad_fn)
-        identities = list(passed)
+        identities, way = list(passed), [*passed, self.node]
         while len(shape) > 1 and (moved := before_moves(self.node, self.axis, shape)) is not None:
             self.moved = True
             self.node, self.axis, shape = moved
             self.node, passed = Identity.before(self.node)
             identities += passed
-        self.n_axes = len(shape)
+            way += [*passed, self.node]
+        self.n_axes, self.way = len(shape), way
         self.stabilizing: list[Any] = [
             each for each in identities if getattr(each, "place", None) is not None
         ]
