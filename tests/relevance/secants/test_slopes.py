@@ -96,6 +96,28 @@ def test_a_quotient_shares_as_the_product_with_the_reciprocal() -> None:
     assert torch.allclose(quotient(pair, grads)[0], grads[0] / b)
 
 
+def test_a_quotient_whose_denominators_are_far_apart_is_integrated() -> None:
+    """As the norm of zero is, ``F.normalize`` clamps it to 1e-12: ``log(1e12)`` and not ``1e12`` of each other."""
+    (a, _), b = draw(3, 4), 1.0 + torch.rand(3, 1).double()
+    zero, least = torch.zeros_like(a), torch.full_like(b, 1e-12)
+    for ends, starts in (([a, b], [zero, least]), ([zero, least], [a, b])):
+        pair = pair_of("div", torch.div, ends, starts)
+        grads = random_grads(pair)
+        found = quotient(pair, grads)
+        assert torch.allclose(found[0], grads[0] * (b / 1e-12).log() / b)
+        assert_all_arrives(pair, grads, found)
+
+
+def test_a_quotient_of_large_numbers_is_not_lost() -> None:
+    (a, a0), (b, b0) = draw(3, 4), (1.0 + torch.rand(3, 4).double(), 1.0 + torch.rand(3, 4).double())
+    values = [1e25 * x.float() for x in (a, b, a0, b0)]
+    pair = pair_of("div", torch.div, values[:2], values[2:])
+    grads = random_grads(pair)
+    expected = pair_of("div", torch.div, [a, b], [a0, b0])
+    for got, want in zip(quotient(pair, grads), quotient(expected, [grads[0].double()]), strict=True):
+        torch.testing.assert_close(1e25 * got.double(), want, rtol=1e-5, atol=1e-5)
+
+
 def test_quotients_broadcast() -> None:
     (a, a0), b, b0 = draw(3, 4), torch.full((3, 1), 2.0).double(), torch.rand(3, 1).double() + 1
     pair = pair_of("div", torch.div, [a, b], [a0, b0])

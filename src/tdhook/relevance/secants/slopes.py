@@ -39,7 +39,11 @@ def scaled(pair: Pair, grads: Sequence[Tensor]) -> Grads:
 
 
 def quotient(pair: Pair, grads: Sequence[Tensor]) -> Grads:
-    """``a / b - a0 / b0 = (a - a0) (1/b + 1/b0) / 2 - (b - b0) (a + a0) / (2 b b0)``."""
+    """``a / b - a0 / b0 = (a - a0) (1/b + 1/b0) / 2 - (b - b0) (a + a0) / (2 b b0)``.
+
+    Where one of the denominators is next to nothing beside the other (what a norm of zero is clamped to), the two terms
+    are large and cancel. There it is the integral on the way, ``(a - a0) log(b / b0) / (b - b0)`` and what is left.
+    """
     numerator, denominator = pair.argument(0, "input"), pair.argument(1, "other")
     both = [x for x in (numerator, denominator) if any(x is end for end in pair.ends)]
     if pair.argument(2, "rounding_mode") is not None:
@@ -48,9 +52,20 @@ def quotient(pair: Pair, grads: Sequence[Tensor]) -> Grads:
         alone = len(both) == 1 and both[0] is numerator
         return scaled(pair, grads) if alone else average(pair, grads)
     (a, b), (a0, b0), (g,) = pair.ends, pair.starts, grads
-    over = (a + a0) / (2 * b * b0)
-    shares = (g * (1 / b + 1 / b0) / 2, -g * over)
+    of_a, of_b = (1 / b + 1 / b0) / 2, -(a + a0) / 2 / b / b0
+    if not g.is_complex():
+        ratio = b / b0
+        apart = (ratio > _APART) | ((ratio > 0) & (ratio < 1 / _APART))
+        db = torch.where(apart, b - b0, 1.0)
+        on_the_way = torch.where(apart, ratio, 1.0).log() / db
+        of_a = torch.where(apart, on_the_way, of_a)
+        of_b = torch.where(apart, (pair.rises[0] - (a - a0) * on_the_way) / db, of_b)
+    shares = (g * of_a, g * of_b)
     return tuple(share.sum_to_size(x.shape) for share, x in zip(shares, pair.ends, strict=True))
+
+
+_APART = 1e6
+"""From where on single precision tells nothing of what two terms of that size sum to."""
 
 
 def rounded(pair: Pair, grads: Sequence[Tensor]) -> Grads:
