@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -100,15 +101,42 @@ def test_against_a_baseline_it_scales_differences(name: str, rule: object, flow:
     torch.testing.assert_close(td["attr", "input"], apart["attr", "input"])
 
 
+def merged(layer: nn.Linear, norm: nn.BatchNorm1d) -> nn.Linear:
+    """The one layer that both amount to."""
+    one, scale = copy.deepcopy(layer), norm.weight / (norm.running_var + norm.eps).sqrt()
+    with torch.no_grad():
+        one.weight.mul_(scale[:, None])
+        one.bias.copy_((layer.bias - norm.running_mean) * scale + norm.bias)
+    return one
+
+
+class Merged(nn.Module):
+    """:class:`Shared` with layers that are merged by hand, of which each is called."""
+
+    def __init__(self, model: Shared) -> None:
+        super().__init__()
+        model = copy.deepcopy(model).double()
+        self.one, self.two = merged(model.first, model.norm), merged(model.first, model.other)
+        self.last, self.read = model.last, model.read
+
+    def forward(self, x: Tensor) -> Tensor:
+        # What stands for the layer hands on what it is given.
+        self.first, self.norm, self.other = (lambda y: y), self.one, self.two
+        return self.last(self.read(self, x, lambda: x))
+
+
+@pytest.mark.parametrize("baseline", [None, 0.5])
 @pytest.mark.parametrize("flow", ["relevance", "gradient"])
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 @pytest.mark.parametrize("name", MERGED)
-def test_where_nothing_else_reads_it_is_merged(name: str, rule: object, flow: str) -> None:
-    """The layer is called once for each that reads what it returns, each of them merged by its name."""
+def test_where_nothing_else_reads_it_is_merged(
+    name: str, rule: object, flow: str, baseline: float | None
+) -> None:
     model = Shared(MERGED[name], 1)
-    named = [(Linear, rule)], {"flow": flow, "merge_batch_norm": [("first", "norm"), ("first", "other")]}
-    found = explain(model, [(Linear, rule)], flow=flow)["attr", "input"]
-    expected = explain(Shared(MERGED[name], 2), named[0], **named[1])["attr", "input"]
+    options = {"flow": flow, "baseline": baseline}
+    found, expected = (
+        explain(each, [(Linear, rule)], **options)["attr", "input"] for each in (model, Merged(model))
+    )
     torch.testing.assert_close(found, expected)
 
 

@@ -15,6 +15,7 @@ from tdhook.conventions import Convention
 from tdhook.models.snapshots import is_of_a_library
 from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
 from tdhook.relevance.propagation.conversions import finite_product
+from tdhook.relevance.propagation.merges import Place as Merging
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reference import Place, Reference
 from tdhook.relevance.propagation.stabilisers import Stabilizer, quotient, rounding, stabilize
@@ -24,7 +25,7 @@ from tdhook.tape.masks import unmasked
 from tdhook.tape.meeting import Meeting
 from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
 
-__all__ = ["OfDifference", "between", "damped", "moving", "noted", "numbered", "there"]
+__all__ = ["OfDifference", "between", "damped", "damped_at", "moving", "noted", "numbered", "there"]
 
 
 def _reference(call: Call) -> Reference:
@@ -111,10 +112,12 @@ def damped(run: Run, epsilon: Stabilizer) -> Run:
     if epsilon is rounding or epsilon == 0:
         return run
 
-    def first(call: Call, place: Place) -> Any:
-        return _behind(run(call), _Damped, place, epsilon, call.setting)
+    return noted(lambda call, place: damped_at(run(call), place, epsilon, call.setting), run)
 
-    return noted(first, run)
+
+def damped_at(outputs: Any, place: Place, epsilon: Stabilizer, setting: Setting) -> Any:
+    """Outputs at which the stabiliser's share is taken off."""
+    return _behind(outputs, _Damped, place, epsilon, setting)
 
 
 def _behind(outputs: Any, identity: Any, place: Place, epsilon: Stabilizer, setting: Setting) -> Any:
@@ -147,7 +150,9 @@ class OfDifference(Identity):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.where, ctx.at, ctx.epsilon, ctx.setting = inputs
+        x, ctx.where, ctx.at, ctx.stabilizer, ctx.setting = inputs
+        if ctx.setting.merges is not None:
+            ctx.place = Merging()
         ctx.save_for_backward(x)
 
     @staticmethod
@@ -157,6 +162,13 @@ class OfDifference(Identity):
         place: Place = ctx.where
         start = place.before[~ctx.at] if ctx.at < 0 else place.starts[ctx.at]
         return x, parts(difference(x, there(start, x)))
+
+    @staticmethod
+    def stabilised(ctx: Any, d: Tensor) -> Tensor:
+        """The denominator ``stab(d)``, unless a batch norm behind it stabilises instead."""
+        merges = ctx.setting.merges
+        postponed = merges is not None and merges.is_postponed(ctx.place)
+        return stabilize(d, rounding if postponed else ctx.stabilizer)
 
 
 class _Times(OfDifference):
@@ -174,7 +186,7 @@ class _Per(OfDifference):
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> object:
         (x, d), r = OfDifference.difference(ctx), parts(relevance)
-        grad = quotient(r, stabilize(d, ctx.epsilon))
+        grad = quotient(r, OfDifference.stabilised(ctx, d))
         if ctx.setting.report is not None:
             ctx.setting.report("stabiliser", unmasked(r - finite_product(d, grad), d))
         return whole(grad, x), *_NONE
@@ -186,7 +198,7 @@ class _Damped(OfDifference):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> object:
         (x, d), g = OfDifference.difference(ctx), parts(grad)
-        less = g * quotient(d, stabilize(d, ctx.epsilon))
+        less = g * quotient(d, OfDifference.stabilised(ctx, d))
         if ctx.setting.report is not None:
             lost = finite_product(d, g) - finite_product(d, less)
             ctx.setting.report("stabiliser", unmasked(lost, d))

@@ -8,10 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
+from tdhook.relevance.propagation.beside import damped_at, noted
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.executed import ExecutedLayer
 from tdhook.relevance.propagation.lent import are_lent
 from tdhook.relevance.propagation.merges import Merges
+from tdhook.relevance.propagation.reference import Place as Beside
 from tdhook.relevance.propagation.sharing import secant
 from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.relevance.propagation.steps import Affine
@@ -70,8 +72,8 @@ class _MergedBatchNormRule(PassRule):
 
     def against(self, module: nn.Module, flow: Convention) -> Run:
         """Likewise: a batch norm scales differences, and its mean and bias are none."""
-        passed = super().running(module, flow)
-        scaled = secant(module, flow, product)
+        passed, scaled = super().running(module, flow), secant(module, flow, product)
+        scales = passed if flow == "relevance" else self._stabilised(module, scaled)
 
         def run(call: Call) -> Any:
             x = call.args[0] if call.args else call.kwargs.get("input")
@@ -82,7 +84,6 @@ class _MergedBatchNormRule(PassRule):
                 return scaled(call)
             if are_lent(module):
                 raise NotImplementedError(_LENT.format(type(module).__name__))
-            scales = passed if flow == "relevance" else scaled
             if reference is None or reference.running:
                 return scales(call)
             self._tell(merges, module, _Maker(x))
@@ -93,6 +94,21 @@ class _MergedBatchNormRule(PassRule):
             return z
 
         return run
+
+    def _stabilised(self, module: nn.Module, scaled: Run) -> Run:
+        """Scaling, stabilised where the layer before it would be, as one that runs as it is."""
+
+        def first(call: Call, place: Beside) -> Any:
+            merges, x = call.setting.merges, call.args[0] if call.args else call.kwargs["input"]
+            z, maker = scaled(call), _Maker(x)
+            if not maker.is_plain or not maker.stabilizing or merges is None or merges.is_apart(module):
+                return z
+            merges.look_at(module, maker.way)
+            for identity in maker.stabilizing:
+                merges.postpone(identity.place)
+            return damped_at(z, place, maker.stabilizing[0].stabilizer, call.setting)
+
+        return noted(first, scaled)
 
     def _tell(self, merges: Merges, module: nn.Module, maker: _Maker) -> bool:
         """Tell the layers before it of a batch norm, unless something else reads what these return."""
