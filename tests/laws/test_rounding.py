@@ -150,6 +150,35 @@ def test_half_precision_is_finite_where_single_precision_is(name: str, dtype: to
     assert half.isfinite().all()
 
 
+NORMS = {
+    "layer norm": nn.LayerNorm(8),
+    "rms norm": nn.RMSNorm(8, eps=1e-5),
+    "group norm": nn.Sequential(nn.Unflatten(1, (4, 2)), nn.GroupNorm(2, 4), nn.Flatten()),
+    "instance norm": nn.Sequential(nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2), nn.Flatten()),
+}
+
+
+class Divided(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+
+
+@each_flow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", [*NORMS.values(), Divided()], ids=[*NORMS, "by hand"])
+def test_half_precision_is_that_of_single_precision_against_equal_values(
+    norm: nn.Module, dtype: torch.dtype, flow: str
+) -> None:
+    """Whose deviation is nothing, and the inverse of it large."""
+    torch.manual_seed(0)
+    model = nn.Sequential(norm, nn.Linear(8, 2)).to(dtype)
+    x = torch.randn(16, 8).to(dtype)
+    half = relevance(model, x, "epsilon", flow, baseline=0.25)
+    single = relevance(copy.deepcopy(model).float(), x.float(), "epsilon", flow, baseline=0.25)
+    off = (half - single).norm(dim=1) / single.norm(dim=1)
+    assert off.median() < (0.01 if dtype is torch.float16 else 0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_normalisation_in_half_precision_squares_in_single(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from tdhook.relevance.propagation.sharing import secant
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.rules.gradient import GradientRule
 from tdhook.relevance.secants.norms import Normalisation, held, normalised
-from tdhook.relevance.secants.pair import Pair
+from tdhook.relevance.secants.pair import Pair, wide
 from tdhook.tape.conditions import holds
 
 __all__ = ["LayerNormRule"]
@@ -53,8 +53,8 @@ class LayerNormRule(GradientRule):
         (x, *others), (g, *_) = step.inputs, relevance
         module = None if isinstance(step.module, Operation) else step.module
         norm = Normalisation.of(type(step.module).__name__, module, x, *step.arguments)
-        # As torch does: squares are soon too large for float16, and sums too long for bfloat16.
-        rows, g = norm.rows(x.to(_wide(x.dtype))), g.to(_wide(g.dtype))
+        # As torch does.
+        rows, g = norm.rows(wide(x)), wide(g)
         if step.report is not None and norm.bias is not None:
             step.report("bias", g * norm.bias)
         g = norm.rows(g if norm.weight is None else g * norm.weight.detach())
@@ -99,7 +99,7 @@ def _require_same(module: nn.Module, x: Tensor, z: Tensor) -> None:
     """A module that is written by hand computes what the rule takes it to: looked at in the first element."""
     x, z = x[:1].detach(), z[:1].detach()
     norm = Normalisation.of(type(module).__name__, module, x, (x,), {})
-    rows = norm.rows(x.to(_wide(x.dtype)))
+    rows = norm.rows(wide(x))
     rows = rows - rows.mean(-1, keepdim=True) if norm.centred else rows
     expected = norm.back(rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + norm.eps), x)
     expected = expected if norm.weight is None else expected * norm.weight.detach()
@@ -109,8 +109,3 @@ def _require_same(module: nn.Module, x: Tensor, z: Tensor) -> None:
             f"LayerNormRule takes {type(module).__name__} to return `weight * y + bias`, y being normalised, and it "
             "returns something else, `(1 + weight) * y` say: leave it to its operations, which have rules of their own"
         )
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The precision to sum up in."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

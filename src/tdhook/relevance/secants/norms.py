@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tdhook.relevance.secants.averages import average
-from tdhook.relevance.secants.pair import Grads, Pair
+from tdhook.relevance.secants.pair import Grads, Pair, wide
 
 __all__ = ["Normalisation", "held", "normalised"]
 
@@ -122,8 +122,8 @@ def held(pair: Pair, grads: Sequence[Tensor]) -> Grads:
 
 
 def _pulled(pair: Pair, grad: Tensor, *, deviation: bool) -> Tensor:
-    x, start = pair.ends[0], pair.starts[0]
-    norm = Normalisation.of(pair.name, pair.module, x, *pair.arguments())
+    norm = Normalisation.of(pair.name, pair.module, pair.ends[0], *pair.arguments())
+    x, start, grad = wide(pair.ends[0]), wide(pair.starts[0]), wide(grad)
     g = norm.rows(grad if norm.weight is None else grad * norm.weight.detach())
     c, before = _centred(norm, x), _centred(norm, start.expand_as(x))
     r, r0 = (torch.rsqrt(v.square().mean(-1, keepdim=True) + norm.eps) for v in (c, before))
@@ -134,7 +134,7 @@ def _pulled(pair: Pair, grad: Tensor, *, deviation: bool) -> Tensor:
         pulled = pulled - shared * middle * (2 / x.numel() * c[..., 0].numel())
     if norm.centred:
         pulled = pulled - pulled.mean(-1, keepdim=True)
-    return norm.back(pulled, x)
+    return norm.back(pulled, x).to(pair.ends[0].dtype)
 
 
 def _centred(norm: Normalisation, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from tdhook.tape.internals import transformed
 from tdhook.tape.own import OwnTape
 from tdhook.tape.trees import Shape, tree_leaves, tree_unflatten
 
-__all__ = ["Grads", "Pair", "Pull", "difference", "inner", "pull_back"]
+__all__ = ["Grads", "Pair", "Pull", "difference", "inner", "pull_back", "wide"]
 
 Grads: TypeAlias = "tuple[Tensor | None, ...]"
 Pull: TypeAlias = "Callable[[Pair, Sequence[Tensor]], Grads]"
@@ -145,6 +145,14 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     """Products of two tensors, of complex ones as pairs of real ones; nothing where either is not finite."""
     product = parts(a) * parts(b)
     return torch.where(product.isfinite(), product, 0.0)
+
+
+def wide(x: Tensor) -> Tensor:
+    """The same values in the precision to compute in, which is single where they are in half.
+
+    Squares are soon too large for float16, and sums too long for bfloat16.
+    """
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _mixed(start: Tensor, end: Tensor, place: float) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tdhook.relevance.secants.averages import average, product
-from tdhook.relevance.secants.pair import Grads, Pair, pull_back
+from tdhook.relevance.secants.pair import Grads, Pair, pull_back, wide
 from tdhook.tape.functions import may_look_at, seen_finite
 
 __all__ = ["choice", "filled", "quotient", "rounded", "scaled", "slope", "slopes"]
@@ -51,7 +51,7 @@ def quotient(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     if len(both) < 2:
         alone = len(both) == 1 and both[0] is numerator
         return scaled(pair, grads) if alone else average(pair, grads)
-    (a, b), (a0, b0), (g,) = pair.ends, pair.starts, grads
+    (a, b), (a0, b0), (g,) = (tuple(map(wide, values)) for values in (pair.ends, pair.starts, grads))
     of_a, of_b = (1 / b + 1 / b0) / 2, -(a + a0) / 2 / b / b0
     if not g.is_complex():
         ratio = b / b0
@@ -59,9 +59,9 @@ def quotient(pair: Pair, grads: Sequence[Tensor]) -> Grads:
         db = torch.where(apart, b - b0, 1.0)
         on_the_way = torch.where(apart, ratio, 1.0).log() / db
         of_a = torch.where(apart, on_the_way, of_a)
-        of_b = torch.where(apart, (pair.rises[0] - (a - a0) * on_the_way) / db, of_b)
+        of_b = torch.where(apart, (a / b - a0 / b0 - (a - a0) * on_the_way) / db, of_b)
     shares = (g * of_a, g * of_b)
-    return tuple(share.sum_to_size(x.shape) for share, x in zip(shares, pair.ends, strict=True))
+    return tuple(share.sum_to_size(x.shape).to(x.dtype) for share, x in zip(shares, pair.ends, strict=True))
 
 
 _APART = 1e6
