@@ -123,3 +123,55 @@ def test_activations_of_small_numbers_keep_relevance(flow: str) -> None:
         low = explained(td.clone())
     total, target = low["attr", "input"].double().sum(-1), low["output"].double()[:, 0]
     assert (total - target).abs().max() < 0.05 * target.abs().max()
+
+
+class Casting(nn.Module):
+    """A model that says itself in which precision it computes, and has products of any two precisions."""
+
+    def __init__(self, enabled: bool, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enabled, self.dtype = enabled, dtype
+        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.attention, self.weight = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8).weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", self.dtype, enabled=self.enabled):
+            tokens = self.first(x)
+            wide = tokens.to(x.dtype)
+            mixed = (wide @ wide.mT / 3).softmax(-1) @ wide + self.attention(wide, wide, wide)[0]
+            return self.last((self.second(tokens).relu() + mixed @ self.weight).mean(1))
+
+
+def of_casting(model: nn.Module, composite: str, flow: str, **options: object) -> TensorDict:
+    x = torch.randn(16, 3, 6, generator=torch.Generator().manual_seed(0)).to(model.last.weight.dtype)
+    with LRP(composite, target=Target("output", 0), flow=flow, **options).prepare(model) as explained:
+        return explained(TensorDict({"input": x}, [16]))
+
+
+@each_flow
+@pytest.mark.parametrize("baseline", [None, 0.25])
+@pytest.mark.parametrize("composite", ["attn_lrp", "epsilon_plus"])
+@pytest.mark.parametrize("dtype, most", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_of_a_model_that_casts_by_itself(
+    dtype: torch.dtype, most: float, composite: str, baseline: float | None, flow: str
+) -> None:
+    model = Casting(True, dtype)
+    low = of_casting(model, composite, flow, baseline=baseline, ledger=True)
+    full = of_casting(Casting(False).double(), composite, flow, baseline=baseline)["attr", "input"].flatten(1)
+    off = (low["attr", "input"].flatten(1) - full).norm(dim=1) / full.norm(dim=1)
+    assert off.median() < most
+    assert low["ledger", "gap"].abs().median() < most * low["ledger", "target"].abs().median()
+
+
+@each_flow
+@pytest.mark.parametrize("baseline", [None, 0.25])
+@pytest.mark.parametrize("composite", ["attn_lrp", "epsilon_plus", "excitation_backprop"])
+def test_what_is_computed_in_single_precision_is_explained_in_it(
+    composite: str, baseline: float | None, flow: str
+) -> None:
+    """Autocast that is on around an explanation says nothing of what the model computes without it."""
+    alone = of_casting(Casting(False), composite, flow, baseline=baseline)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = of_casting(Casting(False), composite, flow, baseline=baseline)
+    assert torch.equal(within["attr", "input"], alone["attr", "input"])

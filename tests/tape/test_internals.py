@@ -317,3 +317,11 @@ def test_the_input_that_is_kept_can_be_given_hooks():
         lambda kept: seen.append(kept) or kept, lambda kept: kept
     )
     assert torch.equal(seen[0], x)
+
+
+def test_autocast_is_told() -> None:
+    assert not internals.autocasting()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert internals.autocasting()
+        with torch.autocast("cpu", enabled=False):
+            assert not internals.autocasting()

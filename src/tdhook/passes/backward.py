@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from tdhook.tape.internals import gradients_of, pulled_back, transformed, warn_of_loops
+from tdhook.tape.internals import autocasting, gradients_of, pulled_back, transformed, warn_of_loops
 from tdhook.tape.layouts import lay_out
+from tdhook.tape.precision import PLAIN, as_computed
 from tdhook.tape.undoing import lock, undone
 from tdhook.targets import Seeds
 
@@ -64,6 +65,9 @@ class PullBack:
         """The same from any places on the tape, with what flows into each."""
         if self._lays_out is not False and not torch.compiler.is_compiling():
             self._lays_out = lay_out(map(_node_of, starts)) or self._lays_out is True
+        if autocasting():
+            with as_computed(PLAIN):
+                return self.between(starts, grads, sources, several, keep=keep)
         if several is None:
             return _pull(starts, sources, grads, keep=keep)
         if several == 0:

@@ -30,6 +30,7 @@ __all__ = [
     "CHECKPOINTING",
     "applying_of",
     "attention_in_parts",
+    "autocasting",
     "base_of",
     "buffers_of",
     "called",
@@ -134,6 +135,10 @@ def base_of(x: Tensor) -> Tensor:
 def version_of(x: Tensor) -> int:
     """How often a tensor, or one of the same memory, was overwritten."""
     return x._version
+
+
+autocasting: Callable[[], bool] = _C._is_any_autocast_enabled
+"""Whether autocast is on, for any kind of device."""
 
 
 def in_backward_pass() -> bool:

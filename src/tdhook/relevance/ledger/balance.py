@@ -17,6 +17,7 @@ from tdhook.relevance.ledger.ledger import Entry, Ledger, Note
 from tdhook.relevance.secants.pair import difference
 from tdhook.tape.functions import parts
 from tdhook.tape.masks import masking
+from tdhook.tape.precision import PLAIN, as_computed
 from tdhook.targets import Seeds
 
 __all__ = ["Counterpart", "balance"]
@@ -225,7 +226,7 @@ class _Books:
     def _pass(self, weights: Tensor, take: Note) -> None:
         """One backward pass with what is put in for each element multiplied by its weight, ``[count]``."""
         grads = [self._weighted(grad, weights) for grad in self.seeds.grads]
-        with self.ledger.telling(take):
+        with self.ledger.telling(take), as_computed(PLAIN):
             pulled: Sequence[Tensor | None] = torch.autograd.grad(
                 self.seeds.tensors, self.ends, grads, retain_graph=True, allow_unused=True
             )

@@ -23,6 +23,7 @@ from tdhook.tape.internals import is_view, transformed
 from tdhook.tape.origins import is_nonnegative
 from tdhook.tape.overwriting import Constants, natively
 from tdhook.tape.own import OwnTape
+from tdhook.tape.precision import PLAIN, as_computed, precision
 from tdhook.tape.sharded import added_up, is_sharded
 from tdhook.tape.trees import Shape, tree_flatten, tree_leaves, tree_unflatten
 
@@ -273,6 +274,7 @@ class ExecutedModule:
         of = self.module
         draws = "dropout" in of.name if isinstance(of, Operation) else remembers(of)
         self._again = Again.of(self.module, kwargs) if rule.reruns and draws else None
+        self._precision = precision() if rule.reruns else PLAIN
         self._fixed = [i for i, x in tensors.items() if i not in self.at and not isinstance(x, nn.Parameter)]
         self._constants: Constants | None = None
         self.tape: OwnTape | None = None
@@ -361,7 +363,8 @@ class ExecutedModule:
     @contextmanager
     def _as_before(self) -> Iterator[None]:
         """Run the module once more, as it was run, but for what it would overwrite."""
-        with nullcontext() if self._again is None else self._again.as_before(), natively(self.module):
+        again = nullcontext() if self._again is None else self._again.as_before()
+        with again, natively(self.module), as_computed(self._precision):
             yield
 
     def _arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
