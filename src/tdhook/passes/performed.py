@@ -20,7 +20,7 @@ from tdhook.tape.dependence import Dependence, leaf
 from tdhook.tape.entering import entered
 from tdhook.tape.functions import apart, copy_of
 from tdhook.tape.internals import function_modes, push_mode, set_function_modes
-from tdhook.tape.modes import Watching
+from tdhook.tape.modes import Watching, answered
 from tdhook.targets.through import OfOperations
 
 __all__ = ["Performed"]
@@ -161,6 +161,8 @@ class _Looking(Watching):
                 return inside(*args, **kwargs)
             finally:
                 set_function_modes(function_modes()[:-1])
+        if types and (found := answered(self, func, types, args, kwargs)) is not NotImplemented:
+            return found
         made = func(*args, **kwargs)
         if isinstance(made, Tensor) and made.is_floating_point() and not queries(func):
             return self._performed.add(func, *self._paths.innermost, made)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tdhook.tape.as_one import inside_of, is_one
-from tdhook.tape.modes import Watching
+from tdhook.tape.modes import Watching, answered
 from tdhook.tape.trees import tree_leaves
 
 __all__ = ["Meeting"]
@@ -36,13 +36,15 @@ class Meeting(Watching):
         self._known: dict[int, object] = {id(x): x for x in given if isinstance(x, Tensor)}
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: Any = (), kwargs: Any = None
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if torch.compiler.is_compiling():  # as torch does of some of its operators, which it cannot with this
             return func(*args, **(kwargs or {}))
         if is_one(func):  # what it computes inside is seen, too
             with self:
                 return inside_of(func)(*args, **(kwargs or {}))
+        if types and (found := answered(self, func, types, args, kwargs)) is not NotImplemented:
+            return found
         for x in (*args, *kwargs.values()) if kwargs else args:
             self._take_down(x)
         made = func(*args, **(kwargs or {}))

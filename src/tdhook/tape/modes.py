@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from inspect import ismethod
+from typing import Any
 
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from tdhook.tape.internals import pop_mode, push_mode, top_mode
+from tdhook.tape.internals import function_modes, pop_mode, push_mode, set_function_modes, top_mode
 
-__all__ = ["Watching", "beneath", "unwatched"]
+__all__ = ["ONLY_TENSORS", "Watching", "answered", "beneath", "unwatched"]
+
+ONLY_TENSORS = (Tensor,)
+"""The types that a mode is given with a function of plain tensors that is written in Python."""
 
 
 class Watching(TorchFunctionMode):
@@ -50,3 +56,34 @@ def beneath(mode: TorchFunctionMode) -> Iterator[None]:
         push_mode(mode)
         for other in reversed(above):
             push_mode(other)
+
+
+def answered(
+    mode: TorchFunctionMode, func: Callable[..., Any], types: Iterable[type], args: Any, kwargs: Any
+) -> Any:
+    """What a class that is no tensor, such as TensorDict, makes of a torch function, in sight of the mode that got it.
+
+    Such a class computes it with torch functions on tensors. Left to torch, these would run in sight of no mode.
+
+    Args:
+        mode: sees what is computed.
+        func: the function.
+        types: those that the mode was given with the function; none of plain tensors.
+        args: its arguments by place.
+        kwargs: its arguments by name.
+
+    Returns:
+        ``NotImplemented`` where there is no such class, or none that knows the function.
+    """
+    for kind in types:
+        if issubclass(kind, Tensor) or not ismethod(ask := getattr(kind, "__torch_function__", None)):
+            continue
+        outer = function_modes()
+        push_mode(mode)
+        try:
+            found = ask(func, types, args, kwargs or {})
+        finally:
+            set_function_modes(outer)
+        if found is not NotImplemented:
+            return found
+    return NotImplemented

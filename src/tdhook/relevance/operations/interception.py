@@ -54,7 +54,7 @@ from tdhook.tape.internals import (
     through_transforms,
     top_mode,
 )
-from tdhook.tape.modes import Watching, beneath
+from tdhook.tape.modes import ONLY_TENSORS, Watching, answered, beneath
 from tdhook.tape.overwriting import Guard, Outdated
 from tdhook.tape.sharded import moves_between_processes
 
@@ -259,6 +259,10 @@ class Interception(Watching):
         return args[0].copy_(result)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if types and types != ONLY_TENSORS and not self._paused:
+            found = answered(self, func, types, args, kwargs)
+            if found is not NotImplemented:
+                return found
         known = self._known.get(func)
         if known is None:
             known = self._known[func] = self._learn(func)
