@@ -107,6 +107,23 @@ def test_images_have_regions_and_no_list_of_features():
     )
 
 
+@pytest.mark.parametrize("baseline", [None, "mean"])
+def test_padding_does_not_count(baseline):
+    """Numbers of a padded batch are those of its steps."""
+    model, region = linear([[1.0, -2.0, 3.0]]), torch.tensor([True, False, False])
+    method = LRP("epsilon", target="value", baseline=baseline, ledger=True)
+    obs, mask = torch.arange(24.0).reshape(2, 4, 3).sin(), torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+    padded = TensorDict(obs=obs, collector=TensorDict(mask=mask, batch_size=[2, 4]), batch_size=[2, 4])
+    found, expected = (
+        AttributionTracker(method, model, regions={"first": region}).update(td)
+        for td in (padded, padded[mask])
+    )
+    assert found == pytest.approx(expected, abs=1e-5)
+    tracker = AttributionTracker(method, model)
+    assert tracker.update(padded[:, 3:]) is None and tracker.history == {"step": []}
+    assert tracker.update(padded[0, :3]) is not None
+
+
 def test_every_so_many_batches_to_a_logger():
     logger, model = Logger(), linear([[1.0, 1.0, 0.0]])
     td = batch_of([1.0, 2.0, 3.0])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tdhook.contexts.attribution import Attribution
 from tdhook.evaluation.similarity import drift
+from tdhook.models.entries import leaves_of
 from tdhook.models.holding import modules_of
 from tdhook.models.state import restored
 from tdhook.rl.policies import require_names
@@ -58,6 +59,8 @@ class AttributionTracker:
         every: explain every n-th batch, beginning with the first.
         logger: a logger of torchrl, or whatever has ``log_scalar(name, value, step=step)``.
         prefix: what the names begin with that are logged.
+        mask_key: truth values ``[*batch]``, if the batch has them: steps where they are false are padding, which does
+            not count.
 
     Attributes:
         history: the numbers of all checks by name, with the steps under ``"step"``, in lists of the same length.
@@ -79,18 +82,19 @@ class AttributionTracker:
         every: int = 1,
         logger: Logger | None = None,
         prefix: str = "attribution",
+        mask_key: NestedKey | None = ("collector", "mask"),
     ) -> None:
         if every < 1:
             raise ValueError(f"every={every}: every how many batches to explain, at least 1")
         require_names(features or (), "features")
-        self.explained = method.wrap(module)
+        self._method, self.explained = method, method.wrap(module)
         inputs = self.explained.attributed
         if key is None and len(inputs) != 1:
             raise ValueError(f"the policy reads {', '.join(map(repr, inputs))}: say with key= which to track")
         self.key: NestedKey = inputs[0] if key is None else unravel_key(key)
         self.features = None if features is None else tuple(features)
         self.regions = dict(regions or {})
-        self.every, self.logger, self.prefix = every, logger, prefix
+        self.every, self.logger, self.prefix, self.mask_key = every, logger, prefix, mask_key
         self.history: dict[str, list[float]] = {"step": []}
         self._entry = self.explained.entry(self.key)
         self._root = module
@@ -108,17 +112,17 @@ class AttributionTracker:
             step: what the numbers are noted under, frames say; by default how many batches there were before.
 
         Returns:
-            The numbers by name, or ``None`` if it was not its turn.
+            The numbers by name, or ``None`` if it was not its turn, or nothing but padding.
 
         Raises:
             ValueError: there is a number of names that is not that of the features, or a region of another shape.
             TypeError: a region is not boolean.
         """
         count, self._count = self._count, self._count + 1
-        if count % self.every:
+        valid = self._valid(batch)
+        if count % self.every or (valid is not None and not valid.any()):
             return None
-        out = self._explain(batch)
-        values = self._of_batch(out, batch)
+        values = self._of_batch(self._explain(batch, valid), batch, valid)
         if self._probe is not None:
             values |= self._drift(self._explain(self._probe))
         self._note(values, count if step is None else step)
@@ -168,17 +172,35 @@ class AttributionTracker:
             raise ValueError(f"this is no state of a tracker: its history has the lengths {lengths}")
         self._count, self.history, self._first, self._previous = count, history, first, previous
 
-    def _explain(self, batch: TensorDictBase) -> TensorDictBase:
-        with restored(self._root), _evaluating(self._root):
-            out: TensorDictBase = self.explained(batch.copy())
+    def _explain(self, batch: TensorDictBase, valid: Tensor | None = None) -> TensorDictBase:
+        """A batch, explained: compared with what is made of steps that are no padding."""
+        work, module = batch.copy(), self.explained
+        if valid is not None:
+            keys = [key for of in module.attributed for key, _ in leaves_of(of, work.get(of, None))]
+            method, work, fill = self._method.settled(keys, work, valid)
+            module.explain_by(method)
+            work = fill(work)
+        try:
+            with restored(self._root), _evaluating(self._root):
+                out: TensorDictBase = module(work)
+        finally:
+            module.explain_by(self._method)
         return out
 
-    def _of_batch(self, out: TensorDictBase, batch: TensorDictBase) -> dict[str, float]:
+    def _valid(self, batch: TensorDictBase) -> Tensor | None:
+        """Which steps are none of padding, ``[*batch]``, where there is any."""
+        mask = None if self.mask_key is None else batch.get(self.mask_key, None)
+        if not isinstance(mask, Tensor) or mask.numel() != batch.batch_size.numel() or bool(mask.all()):
+            return None
+        return mask.reshape(batch.batch_size)
+
+    def _of_batch(self, out: TensorDictBase, batch: TensorDictBase, valid: Tensor | None) -> dict[str, float]:
+        counting = slice(None) if valid is None else valid.flatten()
         relevance = out[self._entry].double().abs()
         shape = out.get(self.key).shape[out.batch_dims :]
         # Where several outputs are explained, theirs are between the batch's axes and those of the features.
         each = relevance.reshape(out.batch_size.numel(), -1, *shape).mean(1)
-        mean = each.mean(0).flatten()
+        mean = each[counting].mean(0).flatten()
         total = mean.sum().item()
         values: dict[str, float] = {}
         for name, value in zip(self._names(shape), mean.tolist(), strict=False):
@@ -186,11 +208,14 @@ class AttributionTracker:
             values[f"share/{name}"] = value / total if total else 0.0
         for name, region in self.regions.items():
             mask = self._mask(name, region, batch, each.shape, len(out.batch_size))
-            inside = each.masked_fill(~mask, 0.0).mean(0).sum().item()
+            inside = each.masked_fill(~mask, 0.0)[counting].mean(0).sum().item()
             values[f"region/{name}"] = inside / total if total else 0.0
         if ("ledger", "gap") in out.keys(True):
-            size = out["ledger", "target"].double().abs().mean().clamp(min=torch.finfo(torch.float64).tiny)
-            values["gap"] = (out["ledger", "gap"].double().abs().max() / size).item()
+            target, gap = (
+                out["ledger", name].double().reshape(len(each), -1)[counting].abs()
+                for name in ("target", "gap")
+            )
+            values["gap"] = (gap.max() / target.mean().clamp(min=torch.finfo(torch.float64).tiny)).item()
         return values
 
     def _names(self, shape: torch.Size) -> Sequence[str]:
