@@ -138,6 +138,17 @@ def test_trajectories_with_padding(tmp_path: Path) -> None:
         Job(method, policy(), steps(), tmp_path / "flat", trajectories=True)
 
 
+def test_chunks_of_padding(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    valid = torch.arange(8) < torch.tensor([8, 2, 0])[:, None]
+    data = TensorDict({"observation": torch.randn(3, 8, 4), "collector": {"mask": valid}}, [3, 8])
+    method = LRP("epsilon", target=Target("action_value", 0))
+    expected = Explain(method, policy())(data)[ATTR]
+    for source, chunk in ((data, 1), (data.reshape(-1), 4)):
+        done = Job(method, policy(), source, tmp_path / str(chunk), chunk=chunk)
+        torch.testing.assert_close(rows_of(done)[ATTR].reshape(3, 8, 4), expected)
+
+
 def test_frames_are_prepared(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from explained_batches import ATTR, CHOSEN, METHOD, collected, of_the_stored, q_actor
-from tensordict import TensorDict
+from tensordict import TensorDict, tensorclass
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
 
@@ -18,6 +18,7 @@ from tdhook import LRP, Target
 pytest.importorskip("torchrl")
 
 from torchrl.collectors.utils import split_trajectories
+from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
 from torchrl.envs import SerialEnv, TransformedEnv
 from torchrl.modules import LSTMModule, MultiAgentMLP, set_recurrent_mode
 
@@ -61,6 +62,29 @@ def test_padding_is_not_explained() -> None:
     found = Explain(METHOD, actor, at_once=7)(split)[ATTR]
     assert bool((found[~mask] == 0).all())
     torch.testing.assert_close(found[mask], of_the_stored(actor, split[mask]))
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["steps", "trajectories"])
+@pytest.mark.parametrize("action", ["one-hot", "categorical"])
+@pytest.mark.parametrize("baseline", [None, "mean"])
+def test_padding_alone_has_no_relevance(baseline: str | None, action: str, whole: bool) -> None:
+    """However the padding is filled, and whatever is written beside relevance."""
+    shape = (3, 4) if action == "categorical" else (3, 4, 2)
+    entries = {
+        "observation": torch.full((3, 4, 4), torch.nan),
+        "action": torch.zeros(shape, dtype=torch.long),
+    }
+    batch = TensorDict({**entries, "collector": {"mask": torch.zeros(3, 4, dtype=torch.bool)}}, [3, 4])
+    method = LRP("epsilon_plus", target=CHOSEN, baseline=baseline, ledger=True, values=True)
+    transform = Explain(method, q_actor(), trajectories=whole)
+    found = transform(batch)
+    assert torch.equal(found[ATTR], torch.zeros(3, 4, 4))
+    batch["observation"], batch["collector", "mask"] = torch.randn(3, 4, 4), torch.ones(3, 4).bool()
+    if action == "one-hot":
+        batch["action"][..., 1] = 1
+    expected = transform(batch)
+    assert set(found.keys(True, True)) == set(expected.keys(True, True))
+    assert all(found[key].shape == value.shape for key, value in expected.items(True, True))
 
 
 def recurrent() -> TensorDictModule:
@@ -125,7 +149,9 @@ def test_many_agents() -> None:
             for parameter in policy.parameters():
                 parameter.mul_(1.3)
         expected = method.wrap(policy)(batch.clone())["attr", "agents", "observation"]
-        torch.testing.assert_close(transform(batch)["attr", "agents", "observation"], expected)
+        found = transform(batch)["attr", "agents"]
+        torch.testing.assert_close(found["observation"], expected)
+        assert found.batch_size == (5, 3)
 
 
 def test_what_belongs_to_the_caller_is_left_alone() -> None:
@@ -265,6 +291,39 @@ def test_as_one_graph() -> None:
                 parameter.mul_(1.3)
 
 
+@tensorclass
+class Step:
+    observation: torch.Tensor
+    action: torch.Tensor
+    attr: TensorDict | None = None
+
+
+@tensorclass
+class Bare:
+    observation: torch.Tensor
+    action: torch.Tensor
+
+
+def test_tensorclasses() -> None:
+    actor, batch = q_actor(), collected(6)
+    step = Step(batch["observation"], batch["action"], batch_size=[6])
+    expected = of_the_stored(actor, batch)
+    found = Explain(METHOD, actor)(step)
+    assert isinstance(found, Step) and step.attr is None
+    torch.testing.assert_close(found.attr["observation"], expected)
+    buffer = ReplayBuffer(storage=LazyTensorStorage(6), sampler=SamplerWithoutReplacement(), batch_size=6)
+    buffer.append_transform(Explain(METHOD, actor))
+    buffer.extend(step)
+    sample = buffer.sample()
+    torch.testing.assert_close(sample.attr["observation"], of_the_stored(actor, sample.to_tensordict()))
+    below = Explain(METHOD, actor, at="now")(TensorDict({"now": step, "action": step.action}, [6]))
+    torch.testing.assert_close(below["attr", "now", "observation"], expected)
+    with pytest.raises(
+        ValueError, match=r"Bare has no field 'attr', where \('attr', 'observation'\) is written"
+    ):
+        Explain(METHOD, actor)(Bare(batch["observation"], batch["action"], batch_size=[6]))
+
+
 def test_keys_are_told() -> None:
     transform = Explain(LRP("epsilon_plus", target=CHOSEN, ledger=True), q_actor(), at="next", under="x")
     assert transform.in_keys == [("next", "observation")]
@@ -283,6 +342,10 @@ def test_errors_say_what_to_do() -> None:
         Explain(METHOD, actor)(batch.exclude("observation"))
     with pytest.raises(KeyError, match="the batch has no 'after' to read from"):
         Explain(METHOD, actor, at="after")(batch)
+    with pytest.raises(
+        ValueError, match=r"there is nothing to explain: the batch is empty \(batch size \[0\]\)"
+    ):
+        Explain(METHOD, actor)(batch[:0])
     with pytest.raises(ValueError, match="a batch of trajectories has an axis for time"):
         Explain(METHOD, actor, trajectories=True)(batch[0])
     env = TransformedEnv(make_env("CartPole-v1"), Explain(METHOD, actor), auto_unwrap=False)

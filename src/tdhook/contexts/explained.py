@@ -14,7 +14,7 @@ from torch import Tensor
 from tdhook.contexts.acting import in_an_objective, require_none_besides, takes_one_argument
 from tdhook.keys import named_tensors, parts_of, put, under
 from tdhook.markup import html_table, shown
-from tdhook.models.entries import is_batch
+from tdhook.models.entries import is_batch, require_fields
 from tdhook.models.holding import Makeup
 from tdhook.models.lazy import initialise, is_unmade
 from tdhook.models.model import Model
@@ -247,7 +247,8 @@ class ExplainedModule(TensorDictModuleBase):
         if kwargs or len(args) > 1:
             require_none_besides(args, kwargs)
         td = given
-        self._check_fields(td if tensordict_out is None else tensordict_out)
+        if type(into := td if tensordict_out is None else tensordict_out) is not TensorDict:
+            require_fields(into, self.out_keys)
         if not compiling and not self._makeup.holds():
             self._begin(self._model.anew())
         if self._unmade:
@@ -260,9 +261,8 @@ class ExplainedModule(TensorDictModuleBase):
         else:
             written = self.explain(td)
         apart = self._setup.apart
-        into = tensordict_out
-        if into is None:
-            into = td if apart is None else apart.fresh(td)
+        if tensordict_out is None and apart is not None:
+            into = apart.fresh(td)
         self._write(written, into)
         return into
 
@@ -285,20 +285,6 @@ class ExplainedModule(TensorDictModuleBase):
             if key[: len(name)] == name:
                 return key[len(name) :] or None
         return key
-
-    def _check_fields(self, td: TensorDictBase) -> None:
-        """A tensorclass has the fields that are written to."""
-        if type(td) is TensorDict or isinstance(td, TensorDictBase):
-            return
-        known = set(type(td).__expected_keys__)
-        for key in self.out_keys:
-            name, *below = parts_of(key)
-            if name not in known:
-                kind = "TensorDict" if below else "Tensor"
-                raise ValueError(
-                    f"{type(td).__name__} has no field {name!r}, where {key!r} is written; declare `{name}: {kind} | "
-                    "None = None`, or explain its TensorDict, to_tensordict()"
-                )
 
     def reads(self, td: TensorDictBase) -> list[NestedKey]:
         """The entries of ``td`` that a call depends on."""

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from tdhook.contexts.attribution import Attribution
 from tdhook.contexts.explained import ExplainedModule
 from tdhook.keys import known_keys, parts_of, under
-from tdhook.models.entries import leaves_of
+from tdhook.models.entries import is_batch, leaves_of, plain
 from tdhook.models.model import Model
 from tdhook.models.state import restored
 from tdhook.passes.rows import joined
@@ -127,6 +127,7 @@ class Recorded:
 
     def reads(self, td: TensorDictBase) -> list[NestedKey]:
         """Entries of a batch that anything depends on."""
+        td = plain(td)
         source = self._source(td)
         found = [unravel_key((*self.at, *parts_of(key))) for key in self.explained.reads(source)]
         found += [key for key in self._method_here().reads(td) if td.get(key, None) is not None]
@@ -146,12 +147,20 @@ class Recorded:
 
         Raises:
             KeyError: the batch lacks what the module reads.
+            ValueError: the batch is empty.
         """
+        td = plain(td)
         source = self._source(td)
+        if not source.batch_size.numel():
+            raise ValueError(
+                f"there is nothing to explain: the batch is empty (batch size {list(source.batch_size)})"
+            )
         valid = None if self.mask_key is None else td.get(self.mask_key, None)
         if valid is not None:
             valid = valid.reshape((*td.batch_size, *(1,) * (source.batch_dims - td.batch_dims)))
             valid = valid.expand(source.batch_size)
+            if not (valid[skip:] if skip else valid).any():
+                return self._of_padding(td[skip:] if skip else td)
         ours = self._method_here()
         whole = self._beside_trajectories(td, source, ours)
         method, whole, fill = ours.settled(self._attributed(source), whole, valid)
@@ -163,11 +172,25 @@ class Recorded:
         finally:
             self.explained.explain_by(ours)
 
+    def _of_padding(self, td: TensorDictBase) -> dict[NestedKey, Tensor]:
+        """What is added to padding alone: zeros, of the shapes that are found of steps with nothing in them."""
+        assert self.mask_key is not None
+        blank, chosen = td.clone(), set(map(parts_of, self.method.seeder.entries or ()))
+        for key, value in td.items(True, True):
+            if isinstance(value, Tensor):
+                nothing = torch.full_like(value, value.dtype is torch.bool)  # a mask of actions has some
+                several = value.dim() > td.batch_dims and value.shape[-1] > 1
+                if several and parts_of(key) in chosen and not value.is_floating_point():
+                    nothing.zero_()[..., 0] = 1  # one-hot
+                blank.set(key, nothing)
+        blank.set(self.mask_key, torch.ones_like(td.get(self.mask_key)))
+        return {key: torch.zeros_like(value) for key, value in self.entries(blank).items()}
+
     def _source(self, td: TensorDictBase) -> TensorDictBase:
         source = td.get(self.at, None) if self.at else td
-        if not isinstance(source, TensorDictBase):
+        if not is_batch(source):
             raise KeyError(f"the batch has no {unravel_key(self.at)!r} to read from; it has {known_keys(td)}")
-        return source
+        return plain(source)
 
     def _method_here(self) -> Attribution:
         ours = self.explained.method
@@ -293,10 +316,18 @@ class Recorded:
             beside = beside or key[: len(valued)] == valued
         return key[: len(name)] == name or beside
 
+    def told_by(self, key: NestedKey) -> tuple[str, ...] | None:
+        """What of the batch an entry that is added tells of."""
+        parts = parts_of(key)[len(self.under) :]
+        return parts[self._length_of_name(parts) :] or None
+
     def _destination(self, key: tuple[str, ...]) -> NestedKey:
-        name = parts_of(self.method.attribution_key)
-        count = len(name) if key[: len(name)] == name else 1
+        count = self._length_of_name(key)
         return unravel_key((*self.under, *key[:count], *self.at, *key[count:]))
+
+    def _length_of_name(self, key: tuple[str, ...]) -> int:
+        name = parts_of(self.method.attribution_key)
+        return len(name) if key[: len(name)] == name else 1
 
 
 @contextmanager

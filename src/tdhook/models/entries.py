@@ -35,6 +35,7 @@ __all__ = [
     "leaves_of",
     "objects_of",
     "plain",
+    "require_fields",
 ]
 
 Entry: TypeAlias = "object | tuple[object, ...]"
@@ -123,6 +124,25 @@ def plain(td: TensorDictBase) -> TensorDictBase:
         if value is not None:
             found.set(key, value)
     return found
+
+
+def require_fields(td: TensorDictBase, keys: Iterable[NestedKey]) -> None:
+    """See that a tensorclass has the fields that are written to.
+
+    Raises:
+        ValueError: it lacks one.
+    """
+    if type(td) is TensorDict or isinstance(td, TensorDictBase):
+        return
+    known = set(type(td).__expected_keys__)
+    for key in keys:
+        name, *below = parts_of(key)
+        if name not in known:
+            kind = "TensorDict" if below else "Tensor"
+            raise ValueError(
+                f"{type(td).__name__} has no field {name!r}, where {key!r} is written; declare `{name}: {kind} | "
+                "None = None`, or explain its TensorDict, to_tensordict()"
+            )
 
 
 def dense_copy(td: TensorDictBase) -> TensorDictBase:

@@ -19,6 +19,8 @@ from tdhook.contexts.attribution import Attribution
 from tdhook.contexts.explained import ExplainedModule
 from tdhook.contexts.recorded import Recorded
 from tdhook.extras import require
+from tdhook.keys import put
+from tdhook.models.entries import require_fields
 from tdhook.models.holding import held_by, modules_of
 from tdhook.models.loading import Weights, load_weights
 from tdhook.models.model import InKeys
@@ -158,6 +160,7 @@ class Explain(Transform):
         Returns:
             A TensorDict with the same entries, and relevance.
         """
+        require_fields(tensordict, self.out_keys)
         with self._lock:  # buffers that prefetch call from several threads
             found = self._found(tensordict)
             self._calls += 1
@@ -168,7 +171,7 @@ class Explain(Transform):
                     f"the batch already has {key!r}, which is not overwritten: give LRP another attribution_key, or "
                     "Explain a key to put its entries under, under=..."
                 )
-            result.set(key, value)
+            put(result, key, value, self._recorded.told_by(key))
         return result
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
