@@ -228,3 +228,8 @@ def test_mistakes() -> None:
         ValueError, match="writes more than relevance, which a product has not: leave out ledger"
     ):
         Product(Gradient(), accounted)
+
+
+def test_guided_grad_cam_begins_with_the_map() -> None:
+    with pytest.raises(ValueError, match=r"leaves out '1', of which GradCAM.* is: put that one first"):
+        Product(GuidedBackprop(), GradCAM("1"))

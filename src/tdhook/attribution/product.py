@@ -28,7 +28,7 @@ class Product(Attribution):
 
     Raises:
         TypeError: one of them compares with a reference.
-        ValueError: one of them writes more than relevance.
+        ValueError: one of them writes more than relevance, or the second is of a module that the first leaves out.
     """
 
     def __init__(self, first: Attribution, second: Attribution) -> None:
@@ -42,6 +42,12 @@ class Product(Attribution):
                 raise ValueError(
                     f"{method!r} writes more than relevance, which a product has not: leave out ledger"
                 )
+        lost = [path for path in second.input_modules or () if path not in (first.input_modules or ())]
+        if lost:
+            raise ValueError(
+                f"the first method says what gets relevance, and {first!r} leaves out {lost[0]!r}, of which "
+                f"{second!r} is: put that one first"
+            )
         self.methods = (first, second.asked(**first.shared))
 
     def __repr__(self) -> str:
