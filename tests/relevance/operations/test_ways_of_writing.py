@@ -62,6 +62,37 @@ WAYS: dict[str, dict[str, Function]] = {
         "embedding with padding": lambda h: F.embedding(torch.tensor([0, 0, 2]), h, padding_idx=2),
         "by frequency": lambda h: F.embedding(torch.tensor([0, 0, 2]), h, scale_grad_by_freq=True),
     },
+    "norm": {
+        "root of squares": lambda h: h.square().sum(-1, keepdim=True).sqrt(),
+        "method": lambda h: h.norm(dim=-1, keepdim=True),
+        "function": lambda h: torch.norm(h, 2, -1, True),
+        "Frobenius": lambda h: torch.norm(h, dim=(-1,), keepdim=True),
+        "linalg": lambda h: torch.linalg.norm(h, dim=-1, keepdim=True),
+        "vector_norm": lambda h: torch.linalg.vector_norm(h, dim=-1, keepdim=True),
+        "distance": lambda h: F.pairwise_distance(h, torch.zeros_like(h), eps=0.0, keepdim=True),
+    },
+    "norm of all": {
+        "root of squares": lambda h: h * h.square().sum().sqrt(),
+        "method": lambda h: h * h.norm(),
+        "distance": lambda h: h * torch.dist(h, torch.zeros_like(h)),
+    },
+    "norm of another order": {
+        "root of powers": lambda h: (h.abs() ** 3).sum(-1, keepdim=True) ** (1 / 3),
+        "method": lambda h: h.norm(3, -1, True),
+        "linalg": lambda h: torch.linalg.norm(h, 3, -1, keepdim=True),
+    },
+    "largest size": {
+        "maximum": lambda h: h.abs().amax(-1, keepdim=True),
+        "method": lambda h: h.norm(math.inf, -1, True),
+    },
+    "hypotenuse": {
+        "root of squares": lambda h: (h.square() + h.roll(1, -1).square()).sqrt(),
+        "hypot": lambda h: torch.hypot(h, h.roll(1, -1)),
+    },
+    "normalised": {
+        "quotient": lambda h: h / h.square().sum(-1, keepdim=True).sqrt(),
+        "normalize": lambda h: F.normalize(h, dim=-1),
+    },
     "matrix product": {
         "operator": lambda h: h @ torch.ones(6, 2, dtype=h.dtype),
         "linalg": lambda h: torch.linalg.matmul(h, torch.ones(6, 2, dtype=h.dtype)),
@@ -80,7 +111,7 @@ def test_ways_of_writing(what: str, flow: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Implicit dimension choice")
-@pytest.mark.parametrize("what", ["softmax over channels", "log-softmax over channels", "rows of a table"])
+@pytest.mark.parametrize("what", [what for what in WAYS if what not in ("root mean square", "decay")])
 @every_flow
 def test_ways_of_writing_against_a_baseline(what: str, flow: str) -> None:
     start = torch.linspace(-0.5, 0.5, 6, dtype=torch.float64)

@@ -219,4 +219,48 @@ def _vector_norm(
     return total
 
 
-_STATISTICS: dict[str, Function] = {"std": _std, "linalg_vector_norm": _vector_norm}
+def _norm(
+    input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Any = None, dtype: Any = None
+) -> Tensor:
+    if p == "nuc":
+        found: Tensor = torch.linalg.matrix_norm(
+            input, p, (-2, -1) if dim is None else dim, keepdim, dtype=dtype
+        )
+        return found
+    return _vector_norm(input, 2 if p in ("fro", None) else p, dim, keepdim, dtype)
+
+
+def _linalg_norm(
+    A: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, out: Any = None, dtype: Any = None
+) -> Tensor:
+    of_matrices = A.dim() == 2 if dim is None else isinstance(dim, Sequence) and len(dim) == 2
+    if of_matrices and ord not in (None, "fro"):
+        axes = (-2, -1) if dim is None else dim
+        found: Tensor = torch.linalg.matrix_norm(A, ord, axes, keepdim, dtype=dtype)
+        return found
+    return _vector_norm(A, 2 if ord in (None, "fro") else ord, dim, keepdim, dtype)
+
+
+def _dist(input: Tensor, other: Tensor, p: float = 2) -> Tensor:
+    return _vector_norm(input - other, p)
+
+
+def _pairwise_distance(
+    x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
+) -> Tensor:
+    return _vector_norm(x1 - x2 + eps, p, -1, keepdim)
+
+
+def _hypot(input: Tensor, other: Tensor, out: Any = None) -> Tensor:
+    return (input.square() + other.square()).sqrt()
+
+
+_STATISTICS: dict[str, Function] = {
+    "dist": _dist,
+    "hypot": _hypot,
+    "linalg_norm": _linalg_norm,
+    "linalg_vector_norm": _vector_norm,
+    "norm": _norm,
+    "pairwise_distance": _pairwise_distance,
+    "std": _std,
+}
