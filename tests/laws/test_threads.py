@@ -6,6 +6,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Event, Thread, get_ident
 
@@ -18,7 +19,7 @@ from torch.nn.modules import module as torch_modules
 from unchanged import Boom, Unchanged
 
 from tdhook import LRP, Target
-from tdhook.attribution import Ablation
+from tdhook.attribution import Ablation, GradientTimesInput
 from tdhook.models.turns import Turn
 from tdhook.rules import EpsilonRule, StopRule
 from tdhook.selectors import Name, Op, Type
@@ -290,3 +291,31 @@ def test_modules_that_are_made_on_the_way_are_named_by_their_makers() -> None:
     for selector, stops in stopped.values():
         found = LRP([(selector, StopRule())], target=Target("output", 0)).wrap(model)(td.copy())
         assert (found["attr", "input"] == 0).all().item() is stops
+
+
+class InThreads(nn.Module):
+    """Has a branch run in a thread of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.here, self.there, self.last = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as threads:
+            there = threads.submit(lambda: self.there(x).sigmoid()).result()
+        return self.last(self.here(x).tanh() * there)
+
+
+@pytest.mark.parametrize("baseline", [None, 0.0])
+def test_a_model_that_computes_in_a_thread_of_its_own_is_told(baseline: float | None) -> None:
+    """What no rule sees is no constant."""
+    model, td = InThreads(), TensorDict({"input": torch.randn(2, 4)}, [2])
+    with (
+        LRP("epsilon", target="output", baseline=baseline).prepare(model) as explained,
+        pytest.raises(NotImplementedError, match="computes with its inputs in another thread"),
+    ):
+        explained(td)
+    expected = model(td["input"])
+    torch.testing.assert_close(
+        GradientTimesInput(target="output").wrap(model)(td)["output"], expected.detach()
+    )

@@ -27,6 +27,10 @@ __all__ = ["Dependence", "leaf"]
 
 T = TypeVar("T")
 _LEAF, _OWN = "_leaf_of_a_pass", "_own_of_a_model"
+_IN_A_THREAD = (
+    "the model computes with its inputs in another thread, where no rule sees what it does: have it run in one thread, "
+    "or explain it by a method that needs its gradients or outputs alone"
+)
 
 
 def leaf(x: Tensor) -> Tensor:
@@ -147,13 +151,35 @@ class Dependence:
         Args:
             tree: the structure.
             own: whether that includes what the model has put on the tape by itself, in order to differentiate.
+
+        Raises:
+            NotImplementedError: what looks like a constant came onto the tape in another thread.
         """
 
         def off(x: Tensor) -> Tensor:
             on = x.requires_grad or (transformed() and is_batched(x))
-            return x.detach() if on and not self.has(x) and (own or not self._is_own(x)) else x
+            if not on or self.has(x) or (not own and self._is_own(x)):
+                return x
+            if x.grad_fn is not None and self._is_of_another_thread(x.grad_fn):
+                raise NotImplementedError(_IN_A_THREAD)
+            return x.detach()
 
         return cast(T, tree_map_tensors(off, tree))
+
+    def _is_of_another_thread(self, node: Node) -> bool:
+        """Whether a node of a number from before the pass leads to its leaves: threads count each for itself."""
+        ahead, seen = [node], {node}
+        while ahead:
+            now = ahead.pop()
+            for parent, _ in now.next_functions:
+                variable = getattr(parent, "variable", None)
+                if isinstance(variable, Tensor):
+                    if _is_leaf(variable) and number_of(now) >= self._first:
+                        return True
+                elif parent is not None and parent not in seen:
+                    seen.add(parent)
+                    ahead.append(parent)
+        return False
 
     def _is_own(self, x: Tensor) -> bool:
         node = x.grad_fn
