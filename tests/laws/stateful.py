@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, lazy_stack
 from torch import Tensor, nn
 
 __all__ = ["KINDS", "Net"]
@@ -237,6 +237,13 @@ def tensordict(net: Net, x: Tensor) -> object:
     net.td["b", "c"].add_(2)
     net.td["b", f"d{len(net.td['b'].keys())}"] = torch.ones(1)
     return net.td["a"].sum() + net.td["b", "c"].sum().clone() + len(net.td["b"].keys())
+
+
+@kind("a lazy stack", lambda net: setattr(net, "past", lazy_stack([TensorDict(a=torch.zeros(1))])))
+def stack(net: Net, x: Tensor) -> object:
+    net.past.append(TensorDict(a=torch.ones(1)))
+    net.past.tensordicts[0]["a"] += 1
+    return net.past["a"].sum() + net.past.batch_size[0]
 
 
 @kind("layers that are made when they are needed", lambda net: setattr(net, "extra", None))

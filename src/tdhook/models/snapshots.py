@@ -219,7 +219,7 @@ def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
     if isinstance(value, TensorDict):
         return _below(_Entries(value._tensordict))
     if isinstance(value, LazyStackedTensorDict):
-        return None, value.tensordicts
+        return _stack(value), list(value.tensordicts)
     if isinstance(value, dict):
         return _dictionary(value)
     if isinstance(value, list | deque):
@@ -262,6 +262,17 @@ def _sequence(held: list[object] | deque[object]) -> Held:
         held.extend(before)
 
     return By(lambda: len(held) != len(before) or any(map(is_not, held, before)), restore)
+
+
+def _stack(value: LazyStackedTensorDict) -> Held:
+    """A lazy stack, to which elements are added."""
+    elements, size = _sequence(value.tensordicts), value.batch_size
+
+    def restore() -> None:
+        elements.restore()
+        value._batch_size = size
+
+    return By(elements.changed, restore)
 
 
 def _set(held: set[object]) -> Held:
