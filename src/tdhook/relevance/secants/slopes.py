@@ -56,10 +56,11 @@ def quotient(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     if not g.is_complex():
         ratio = b / b0
         apart = (ratio > _APART) | ((ratio > 0) & (ratio < 1 / _APART))
-        db = torch.where(apart, b - b0, 1.0)
-        on_the_way = torch.where(apart, ratio, 1.0).log() / db
-        of_a = torch.where(apart, on_the_way, of_a)
-        of_b = torch.where(apart, (a / b - a0 / b0 - (a - a0) * on_the_way) / db, of_b)
+        if not (apart.is_cpu and may_look_at(apart)) or bool(apart.any()):
+            db = torch.where(apart, b - b0, 1.0)
+            on_the_way = torch.where(apart, ratio, 1.0).log() / db
+            of_a = torch.where(apart, on_the_way, of_a)
+            of_b = torch.where(apart, (a / b - a0 / b0 - (a - a0) * on_the_way) / db, of_b)
     shares = (g * of_a, g * of_b)
     return tuple(share.sum_to_size(x.shape).to(x.dtype) for share, x in zip(shares, pair.ends, strict=True))
 
