@@ -84,3 +84,48 @@ def test_what_is_mirrored_hides_no_miss(name: str, where: str) -> None:
     grads = [torch.ones_like(pair.outputs[0])]
     shares = [g * d for g, d in zip(average(pair, grads), pair.steps, strict=True)]
     torch.testing.assert_close(sum(shares), pair.rises[0], rtol=1e-10, atol=1e-10)
+
+
+def test_functions_of_each_place_are_right_at_each_where_they_jump() -> None:
+    """What nodes do not see of steps and kinks is shared at each place: nothing of it by others."""
+    torch.manual_seed(0)
+    a, a0, b, b0 = (2 * torch.randn(5, 4).double() for _ in range(4))
+    for function in (lambda a, b: torch.round(a * b), torch.copysign, lambda a, b: torch.complex(a, b).abs()):
+        pair = pair_of("own", function, [a, b], [a0, b0])
+        grads = random_grads(pair)
+        shares = [g * d for g, d in zip(average(pair, grads), pair.steps, strict=True)]
+        torch.testing.assert_close(sum(shares), grads[0] * pair.rises[0])
+    pair = pair_of("abs", torch.abs, [torch.complex(a, b)], [torch.complex(a0, b0)], live=[0])
+    (found,) = average(pair, grads := random_grads(pair))
+    share = (torch.view_as_real(found) * torch.view_as_real(pair.steps[0])).sum(-1)
+    torch.testing.assert_close(share, grads[0] * pair.rises[0])
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (3, 4)])
+def test_the_first_axis_may_be_none_of_elements(shape: tuple[int, ...]) -> None:
+    """Features that meet are no rows: a batch of one and what has no batch are shared alike."""
+    torch.manual_seed(0)
+    weights = torch.randn(4, 4).double()
+
+    def functions(x: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.linalg.solve(weights, x.mT if x.dim() > 1 else x), x / x.abs().amax(-1, keepdim=True)]
+
+    x, start = torch.randn(shape).double(), torch.randn(shape).double()
+    for i in range(2):
+        pair = pair_of("own", lambda x, i=i: functions(x)[i], [x], [start])
+        grads = random_grads(pair)
+        found = average(pair, grads)
+        assert_all_arrives(pair, grads, found)
+        if i == 0:
+            torch.testing.assert_close(found[0], pair.pull(0.5, grads)[0][0])
+
+
+def test_what_has_no_derivative_beside_is_held() -> None:
+    torch.manual_seed(0)
+    x, start, weight = torch.randn(3, 4).double(), torch.randn(3, 4).double(), torch.rand(4).double()
+    to = torch.tensor([0, 2, 1])
+    pair = pair_of(
+        "cross_entropy_loss", F.cross_entropy, [x, to, weight], [start, to, weight.clone()], live=[0]
+    )
+    grads = random_grads(pair)
+    assert_all_arrives(pair, grads, average(pair, grads), 1e-10)

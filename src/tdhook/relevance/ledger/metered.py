@@ -42,38 +42,45 @@ def moved_beside(call: Call, outputs: Any, place: Place, note: Note) -> Any:
     These are numbers that were made of a mask, or detached copies: nothing leads from them to the inputs.
     """
     leaves, spec = tree_flatten((call.args, call.kwargs))
-    tensors = {i: on_tape(x) for i, x in enumerate(leaves) if isinstance(x, Tensor)}
-    if all(tensors.values()):
+    tensors = {i: x for i, x in enumerate(leaves) if isinstance(x, Tensor)}
+    # What the model overwrites afterwards is kept.
+    fixed = {i: x.detach().clone() for i, x in tensors.items() if not on_tape(x)}
+    if not fixed:
         return outputs
 
-    def there() -> list[Tensor]:
-        """What is returned where those off the tape are as on the reference."""
-        given = list(leaves)
-        for (i, live), x, start in zip(tensors.items(), place.given, place.starts, strict=True):
-            given[i] = x if live or start is None else start.expand_as(x)
-        args, kwargs = tree_unflatten(given, spec)
-        made = Call(call.module, call.function, args, kwargs).natively()
-        return [z for z in tree_leaves(made) if isinstance(z, Tensor)]
+    def differs() -> list[Tensor]:
+        """What is returned of the differences."""
+        starts = dict(zip(tensors, place.starts, strict=True))
+        before = {i: x if (start := starts[i]) is None else start.expand_as(x) for i, x in fixed.items()}
+        made = []
+        for values in (fixed, before):
+            # It is linear in all that it moves.
+            given = [
+                values[i] if i in values else torch.zeros_like(x) if isinstance(x, Tensor) else x
+                for i, x in enumerate(leaves)
+            ]
+            args, kwargs = tree_unflatten(given, spec)
+            returned = Call(call.module, call.function, args, kwargs).natively()
+            made.append([z for z in tree_leaves(returned) if isinstance(z, Tensor)])
+        return [difference(z, z0) for z, z0 in zip(*made, strict=True)]
 
-    return numbered(lambda z, at: _Beside.apply(z, there, at, note), outputs)
+    return numbered(lambda z, at: _Beside.apply(z, differs, at, note), outputs)
 
 
 class _Beside(Identity):
     """Identity that tells what is shared out to what differs beside the values on the tape."""
 
     @staticmethod
-    def forward(z: Tensor, there: Callable[[], list[Tensor]], at: int, note: Note) -> Tensor:
+    def forward(z: Tensor, differs: Callable[[], list[Tensor]], at: int, note: Note) -> Tensor:
         return alias(z)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        z, ctx.there, ctx.at, ctx.note = inputs
-        ctx.save_for_backward(z)
+        _, ctx.differs, ctx.at, ctx.note = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> object:
-        (z,) = ctx.saved_tensors
-        rest, g = parts(difference(z.detach(), ctx.there()[ctx.at])), parts(grad)
+        rest, g = parts(ctx.differs()[ctx.at].to(grad.dtype)), parts(grad)
         ctx.note("constant", torch.where(g == 0, 0.0, rest * g))
         return grad, None, None, None
 

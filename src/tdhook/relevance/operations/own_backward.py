@@ -11,6 +11,7 @@ from torch import Tensor
 from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.rules.epsilon import EpsilonRule
+from tdhook.tape.cotangents import cotangent, equal_but_for_rounding, rounding_of
 from tdhook.tape.functions import may_look_at, parts, whole
 from tdhook.tape.trees import tree_leaves
 
@@ -23,9 +24,6 @@ Key: TypeAlias = "tuple[Shapes, tuple[bool, ...], Beside]"
 # Of how many different calls of one function it is kept what it is.
 _MOST = 256
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
-
-# By how much products of numbers may differ that are the same but for rounding.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 class _Kind(Enum):
@@ -124,7 +122,7 @@ def _per_unit(relevance: Tensor, z: Tensor) -> Tensor:
 def _kind(step: Step) -> _Kind | None:
     """What the function of a step is, unless the derivative is zero, which tells nothing."""
     inputs, outputs = step.inputs, step.outputs
-    cotangents = [[_cotangent(z, seed) for z in outputs] for seed in (1, 2)]
+    cotangents = [[cotangent(z, seed) for z in outputs] for seed in (1, 2)]
     pulled = [step.vjp(*those) for those in cotangents]
     if not any(g is not None and bool(g.any()) for g in pulled[0]):
         return None
@@ -142,23 +140,9 @@ def _kind(step: Step) -> _Kind | None:
     (((v,), (w,)), ((g,), (h,)), (x,)) = cotangents, pulled, inputs
     if x.shape != z.shape or x.is_complex() or z.is_complex() or g is None or h is None:
         return _Kind.OTHER
-    return _Kind.ELEMENTWISE if _same(g * w, h * v) else _Kind.OTHER
-
-
-def _cotangent(z: Tensor, seed: int) -> Tensor:
-    """Numbers between 1/2 and 3/2 without a pattern, of which the generator of random numbers knows nothing."""
-    count = torch.arange(z.numel(), dtype=torch.float64, device=z.device)
-    return (1 + 0.5 * torch.sin((count + 1) * (12.9898 * seed))).to(z.dtype).reshape(z.shape)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return bool(((a - b).abs() <= _tolerance(a) * (a.abs() + b.abs())).all())
+    return _Kind.ELEMENTWISE if equal_but_for_rounding(g * w, h * v) else _Kind.OTHER
 
 
 def _same_sum(a: Tensor, b: Tensor) -> bool:
     scale = a.abs().sum() + b.abs().sum()
-    return bool((a.sum() - b.sum()).abs() <= _tolerance(a) * scale)
-
-
-def _tolerance(x: Tensor) -> float:
-    return _TOLERANCE.get(x.dtype, 2e-2)
+    return bool((a.sum() - b.sum()).abs() <= rounding_of(a) * scale)

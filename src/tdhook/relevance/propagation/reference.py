@@ -348,9 +348,9 @@ _FILLS = ("masked_fill", "where")
 
 def _has_masks(place: Place) -> bool:
     """Whether what is put in somewhere, or what is there, is infinite or nearly so."""
-    if any(abs(number) > torch.finfo(torch.float16).max / 2 for number in place.numbers):
-        return True
-    return any(x.is_floating_point() and bool(masking(x).any()) for x in place.given)
+    values = [x for x in place.given if x.is_floating_point()]
+    most = min((torch.finfo(x.dtype).max / 2 for x in values), default=torch.inf)
+    return any(abs(number) > most for number in place.numbers) or any(bool(masking(x).any()) for x in values)
 
 
 def _is_same(x: Tensor, start: Tensor) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tdhook.perturbing.quadrature import gauss_legendre
 from tdhook.relevance.secants.pair import Grads, Pair, inner
 from tdhook.tape.conditions import holds
+from tdhook.tape.cotangents import cotangent, equal_but_for_rounding
 from tdhook.tape.functions import may_ask_of, parts, whole
 
 __all__ = ["average", "product"]
@@ -44,32 +45,52 @@ def average(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     compiling = torch.compiler.is_compiling()
     found: Grads = (None,) * len(pair.live)
     rest: Mapping[int, Tensor] = {}
-    scale = torch.zeros((), device=grads[0].device)
     before: Grads | None = None
-    alike = all(x.shape == grads[0].shape for x in (*pair.ends, *pair.outputs))
     for count in (_UNSEEN,) if compiling else _NODES:
         found, rest = _quadrature(pair, grads, count)
-        missed, size = _missed(pair, grads, found, rest)
-        scale = torch.maximum(scale, size)
-        # Sums may be right by chance, where what two outputs miss cancels, as in what is mirrored.
-        looks = not compiling and (alike or before is not None)
-        if looks and holds(missed.abs() <= _tolerance(pair.ends[0]) * scale):
-            if alike and _is_right_at_each(pair, grads, found, rest):
-                return found
-            if before is not None and _is_nearly(pair, found, before, scale):
-                return found
+        if not compiling and _is_right(pair, grads, found, rest, before):
+            return found
         before = found
     return _scaled(pair, grads, found, rest)
 
 
-def _is_right_at_each(pair: Pair, grads: Sequence[Tensor], found: Grads, rest: Mapping[int, Tensor]) -> bool:
-    """Whether shares sum to what they should at each place, as those of a function of each place do."""
-    if any(pair.leaves[i].shape != grads[0].shape for i in rest):
+def _is_right(
+    pair: Pair, grads: Sequence[Tensor], found: Grads, rest: Mapping[int, Tensor], before: Grads | None
+) -> bool:
+    """Whether shares sum to what they should: at each place, or in each element and next to what fewer nodes gave.
+
+    Sums may be right by chance, where what two outputs miss cancels, as in what is mirrored.
+    """
+    if _is_pointwise(pair) and not rest and _is_right_at_each(pair, grads, found):
+        return True
+    if before is None:
         return False
-    shares = torch.stack([inner(g, d) for g, d in _shares(pair, found, rest)])
-    wanted = torch.stack([inner(g, d) for g, d in zip(grads, pair.rises, strict=True)])
-    scale = shares.abs().sum(0) + wanted.abs().sum(0)
-    return holds((shares.sum(0) - wanted.sum(0)).abs() <= _tolerance(pair.ends[0]) * scale)
+    tolerance = _tolerance(pair.ends[0])
+    missed, scale = _missed(pair, grads, found, rest, _rows(pair, rest))
+    if not holds(missed.abs() <= tolerance * scale):
+        # Maybe the first axis is none of elements.
+        total = missed.sum().abs() <= tolerance * scale.sum()
+        if len(missed) == 1 or not holds(total) or _are_apart(pair, len(missed)):
+            return False
+    return _is_nearly(pair, found, before, scale)
+
+
+def _is_pointwise(pair: Pair) -> bool:
+    """Whether the value may be a function of each place: all is of one shape."""
+    return len(pair.outputs) == 1 and all(x.shape == pair.outputs[0].shape for x in pair.ends)
+
+
+def _is_right_at_each(pair: Pair, grads: Sequence[Tensor], found: Grads) -> bool:
+    """Whether shares sum to what they should at each place, as those of a function of each place do."""
+    shares = [_at_each(g, d) for g, d in zip(found, pair.steps, strict=True) if g is not None]
+    wanted = _at_each(grads[0], pair.rises[0])
+    scale = _sum([share.abs() for share in shares]) + wanted.abs()
+    return holds((_sum(shares) - wanted).abs() <= _tolerance(pair.ends[0]) * scale)
+
+
+def _at_each(g: Tensor, d: Tensor) -> Tensor:
+    """Products of two tensors, one real number at each place."""
+    return inner(g, d).reshape(*d.shape, -1).sum(-1)
 
 
 def _is_nearly(pair: Pair, found: Grads, before: Grads, scale: Tensor) -> bool:
@@ -86,17 +107,36 @@ def _shares(pair: Pair, found: Grads, rest: Mapping[int, Tensor]) -> list[tuple[
 
 
 def _rows(pair: Pair, rest: Mapping[int, Tensor]) -> int:
-    """How many elements of the batch there are, if that is seen: what one misses is not made up by another."""
+    """How long the first axis of all there is is: maybe that of the elements of a batch."""
     count = pair.ends[0].shape[0] if pair.ends[0].dim() else 1
     tensors = [*pair.ends, *pair.outputs, *(pair.leaves[i] for i in rest)]
     return count if count and all(x.dim() and x.shape[0] == count for x in tensors) else 1
 
 
+def _are_apart(pair: Pair, rows: int) -> bool:
+    """Whether no output depends on an input at another place of the first axis: pull-backs of two cotangents tell."""
+    if rows == 1:
+        return False
+    kinds = [z.is_floating_point() or z.is_complex() for z in pair.outputs]
+    one = [cotangent(z, 1) if kind else z for z, kind in zip(pair.outputs, kinds, strict=True)]
+    weights = cotangent(one[0].new_empty(rows, dtype=pair.ends[0].dtype), 2)
+    other = [_times(v, weights) if kind else v for v, kind in zip(one, kinds, strict=True)]
+    (first, _), (second, _) = pair.pull(0.5, one), pair.pull(0.5, other)
+    return all(
+        (g is None) is (h is None)
+        and (g is None or h is None or equal_but_for_rounding(parts(_times(g, weights)), parts(h)))
+        for g, h in zip(first, second, strict=True)
+    )
+
+
+def _times(x: Tensor, weights: Tensor) -> Tensor:
+    return x * weights.reshape(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+
+
 def _missed(
-    pair: Pair, grads: Sequence[Tensor], found: Grads, rest: Mapping[int, Tensor]
+    pair: Pair, grads: Sequence[Tensor], found: Grads, rest: Mapping[int, Tensor], rows: int
 ) -> tuple[Tensor, Tensor]:
-    """What shares do not sum to of what they should, and of which size the terms are, of each batch element."""
-    rows = _rows(pair, rest)
+    """What shares do not sum to of what they should, and of which size the terms are, at each place of an axis."""
     wanted = [inner(g, d).reshape(rows, -1) for g, d in zip(grads, pair.rises, strict=True)]
     shares = [inner(g, d).reshape(rows, -1) for g, d in _shares(pair, found, rest)]
     missed = _sum([share.sum(1) for share in shares]) - _sum([amount.sum(1) for amount in wanted])
@@ -105,9 +145,16 @@ def _missed(
 
 
 def _scaled(pair: Pair, grads: Sequence[Tensor], found: Grads, rest: Mapping[int, Tensor]) -> Grads:
-    """What quadrature leaves, where a function has kinks on the way, shared in proportion by each batch element."""
+    """What quadrature leaves, where a function has kinks on the way, shared in proportion by each batch element.
+
+    Of a function of each place it is shared there, all of it.
+    """
     rows = _rows(pair, rest)
-    missed, _ = _missed(pair, grads, found, rest)
+    if may_ask_of(*grads, *pair.ends) and not torch.compiler.is_compiling():
+        if not rest and _is_elementwise(pair):
+            return _scaled_at_each(pair, grads, found)
+        rows = rows if _are_apart(pair, rows) else 1
+    missed, _ = _missed(pair, grads, found, rest, rows)
     size = _sum([inner(g, d).abs().reshape(rows, -1).sum(1) for g, d in _shares(pair, found, rest)])
     part = -missed / torch.where(size == 0, 1.0, size)
     part = torch.where(part.abs() < _SCALES, part, 0.0)
@@ -118,6 +165,36 @@ def _scaled(pair: Pair, grads: Sequence[Tensor], found: Grads, rest: Mapping[int
         return whole(parts(g) * factor.to(parts(g).dtype), g)
 
     return tuple(None if g is None else scaled(g, d) for g, d in zip(found, pair.steps, strict=True))
+
+
+def _scaled_at_each(pair: Pair, grads: Sequence[Tensor], found: Grads) -> Grads:
+    """Shares of a function of each place, which sum to what they should: in proportion, or to the differences."""
+    steps = pair.steps
+    slopes = [torch.zeros_like(d) if g is None else g for g, d in zip(found, steps, strict=True)]
+    pairs = list(zip(slopes, steps, strict=True))
+    missed = _at_each(grads[0], pair.rises[0]) - _sum([_at_each(g, d) for g, d in pairs])
+    shares = _sum([inner(g, d).abs().reshape(*d.shape, -1).sum(-1) for g, d in pairs])
+    size = torch.where(shares == 0, _sum([_at_each(d, d) for d in steps]), shares)
+    part = torch.where(size == 0, 0.0, missed / torch.where(size == 0, 1.0, size)).unsqueeze(-1)
+
+    def more(g: Tensor, d: Tensor) -> Tensor:
+        slope, step, product = (x.reshape(*d.shape, -1) for x in (parts(g), parts(d), inner(g, d)))
+        made = slope + part * torch.where(shares.unsqueeze(-1) == 0, step, product.sign() * slope)
+        return whole(made.reshape(parts(g).shape), g)
+
+    return tuple(more(g, d) for g, d in pairs)
+
+
+def _is_elementwise(pair: Pair) -> bool:
+    """Whether each entry of the one value is a function of those at its place: pull-backs of two cotangents tell."""
+    if not _is_pointwise(pair):
+        return False
+    one, other = (cotangent(pair.outputs[0], seed) for seed in (1, 2))
+    (first, _), (second, _) = (pair.pull(0.5, [v]) for v in (one, other))
+    return all(
+        (g is None) is (h is None) and (g is None or h is None or equal_but_for_rounding(g * other, h * one))
+        for g, h in zip(first, second, strict=True)
+    )
 
 
 def _sum(amounts: Sequence[Tensor]) -> Tensor:

@@ -107,7 +107,13 @@ class Pair:
         def run(*values: Tensor) -> tuple[Tensor, ...]:
             return self.run(values[: len(inputs)], dict(zip(others, values[len(inputs) :], strict=True)))
 
-        found = pull_back(run, [*inputs, *others.values()], grads)
+        try:
+            found = pull_back(run, [*inputs, *others.values()], grads)
+        except RuntimeError as error:
+            if not others or "not differentiable with respect to" not in str(error):
+                raise
+            # Torch has no derivative of what is beside: of the weights of classes in a loss, say.
+            return pull_back(lambda *values: self.run(values, others), inputs, grads), {}
         rest = {i: g for i, g in zip(others, found[len(inputs) :], strict=True) if g is not None}
         return found[: len(inputs)], rest
 

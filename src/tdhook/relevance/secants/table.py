@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from tdhook.relevance.secants.averages import average, product
 from tdhook.relevance.secants.norms import normalised
-from tdhook.relevance.secants.pair import Pull
+from tdhook.relevance.secants.pair import Grads, Pair, Pull
 from tdhook.relevance.secants.products import matrix_product, pointwise_product
 from tdhook.relevance.secants.shares import log_softmax, logsumexp, softmax
 from tdhook.relevance.secants.slopes import choice, filled, quotient, rounded, scaled, slopes
@@ -17,6 +19,13 @@ __all__ = ["LINEAR", "secant_of"]
 
 LINEAR = AFFINE - {"batch_norm", "embedding_bag", "lerp", "scatter_reduce", "index_reduce", "segment_reduce"}
 """Linear in what is attributed, where that is one argument or a sum."""
+
+
+def _reduced(pair: Pair, grads: Sequence[Tensor]) -> Grads:
+    """Of what is reduced by groups: the largest or least of each is picked, and all else is arithmetic."""
+    picks = pair.argument(4, "reduce") in ("amax", "amin")
+    return winner(pair, grads) if picks else average(pair, grads)
+
 
 _SECANTS: Mapping[str, Pull] = {
     **dict.fromkeys(ELEMENTWISE, slopes),
@@ -33,6 +42,7 @@ _SECANTS: Mapping[str, Pull] = {
     "logsumexp": logsumexp,
     "where": choice,
     "masked_fill": filled,
+    **dict.fromkeys(("index_reduce", "scatter_reduce"), _reduced),
 }
 # Modules have the secant of the function that they are named after.
 _BY_CLASS = {name.replace("_", ""): secant for name, secant in _SECANTS.items()}
