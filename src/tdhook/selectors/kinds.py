@@ -81,7 +81,7 @@ HOMOGENEOUS = _names(
 TAYLOR = _names(
     """
     atan2 cross_entropy_loss det inverse linalg_det linalg_inv linalg_slogdet log_softmax logaddexp logaddexp2
-    logcumsumexp logdet logsumexp polar slogdet softmin
+    logcumsumexp logdet logsumexp polar slogdet
     """
 )
 PRODUCTS = _names(

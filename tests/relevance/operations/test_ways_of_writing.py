@@ -50,11 +50,20 @@ WAYS: dict[str, dict[str, Function]] = {
         "module": lambda h: nn.Softmax(1)(_maps(h)),
         "module without an axis": lambda h: nn.Softmax()(_maps(h)),
         "module of maps": lambda h: nn.Softmax2d()(_maps(h)),
+        "softmin": lambda h: F.softmin(-_maps(h), 1),
+        "module of softmin": lambda h: nn.Softmin(1)(-_maps(h)),
         "transposed": lambda h: _maps(h).transpose(1, 3).softmax(-1).transpose(1, 3),
     },
     "log-softmax over channels": {
         "function": lambda h: F.log_softmax(_maps(h), 1),
         "without an axis": lambda h: F.log_softmax(_maps(h), _stacklevel=0),
+    },
+    "length": {
+        "vector_norm": lambda h: h / torch.linalg.vector_norm(h, dim=-1, keepdim=True),
+        "norm": lambda h: h / h.norm(dim=-1, keepdim=True),
+        "norm of matrices": lambda h: h / torch.norm(_maps(h).squeeze(-1), "fro", (1, 2)).unsqueeze(-1),
+        "linalg": lambda h: h / torch.linalg.norm(h, dim=-1, keepdim=True),
+        "normalised": lambda h: F.normalize(h, dim=-1),
     },
     "rows of a table": {
         "index": lambda h: h[torch.tensor([0, 0, 2])],

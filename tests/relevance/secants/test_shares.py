@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdhook.perturbing.quadrature import gauss_legendre
-from tdhook.relevance.secants.shares import log_softmax, logsumexp, softmax
+from tdhook.relevance.secants.shares import log_softmax, logsumexp, softmax, softmin
 
 from .pairs import assert_all_arrives, pair_of, random_grads
 
@@ -33,6 +34,7 @@ def test_softmax_by_its_matrix() -> None:
 
 
 CALLS = [
+    ("softmin", F.softmin, softmin),
     ("softmax", torch.softmax, softmax),
     ("log_softmax", torch.log_softmax, log_softmax),
     ("logsumexp", torch.logsumexp, logsumexp),

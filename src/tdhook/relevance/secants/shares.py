@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from tdhook.relevance.secants.averages import average
 from tdhook.relevance.secants.pair import Grads, Pair
 
-__all__ = ["log_softmax", "logsumexp", "softmax", "softmax_axis", "softmax_axis_of"]
+__all__ = ["log_softmax", "logsumexp", "softmax", "softmax_axis", "softmax_axis_of", "softmin"]
 
 
 def softmax(pair: Pair, grads: Sequence[Tensor]) -> Grads:
@@ -24,6 +25,14 @@ def softmax(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     (g,) = grads
     centre = (means * g).sum(_axis(pair), keepdim=True) / total
     return (means * (g - centre),)
+
+
+def softmin(pair: Pair, grads: Sequence[Tensor]) -> Grads:
+    """The softmax of what is turned round."""
+    if len(pair.live) != 1:
+        return average(pair, grads)
+    ends, starts = (tuple(-x for x in values) for values in (pair.ends, pair.starts))
+    return tuple(None if g is None else -g for g in softmax(replace(pair, ends=ends, starts=starts), grads))
 
 
 def log_softmax(pair: Pair, grads: Sequence[Tensor]) -> Grads:

@@ -10,7 +10,7 @@ from tdhook.relevance.secants.averages import average, product
 from tdhook.relevance.secants.norms import normalised
 from tdhook.relevance.secants.pair import Grads, Pair, Pull
 from tdhook.relevance.secants.products import matrix_product, pointwise_product
-from tdhook.relevance.secants.shares import log_softmax, logsumexp, softmax
+from tdhook.relevance.secants.shares import log_softmax, logsumexp, softmax, softmin
 from tdhook.relevance.secants.slopes import choice, filled, quotient, rounded, scaled, slopes
 from tdhook.relevance.secants.winners import winner
 from tdhook.selectors.kinds import AFFINE, ELEMENTWISE, NORMS, PRODUCTS, WINNER
@@ -38,6 +38,7 @@ _SECANTS: Mapping[str, Pull] = {
     "div": quotient,
     **dict.fromkeys(("floor_divide", "fmod", "remainder"), rounded),
     "softmax": softmax,
+    "softmin": softmin,
     "log_softmax": log_softmax,
     "logsumexp": logsumexp,
     "where": choice,
