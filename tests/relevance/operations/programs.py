@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 
 N = 4
 MASK = torch.tensor([True, False, False, True])
+GROUPS = torch.tensor([2, 0, 2, 1])
 
 
 def _fixed(*shape: int) -> Tensor:
@@ -148,6 +149,18 @@ class Squared(torch.autograd.Function):
         return 2 * x * grad
 
 
+class Rounded(torch.autograd.Function):
+    """Rounds, and lets gradients through as if it did not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.round(4 * x) / 4
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(N, N),
     "unbiased": lambda: nn.Linear(N, N, bias=False),
@@ -214,6 +227,12 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "detached sum": lambda x: x + x.detach() * 0.1,
     "foreach": lambda x: torch._foreach_mul([x], 0.5)[0],
     "own backward": Squared.apply,
+    "rounded": Rounded.apply,
+    "fraction": lambda x: x - x.floor(),
+    "at least": lambda x: torch.maximum(x, torch.linspace(-0.5, 0.6, N, dtype=x.dtype)),
+    "above the median": lambda x: x - x.median(-1, keepdim=True)[0],
+    "largest of groups": lambda x: x.scatter_reduce(-1, GROUPS.expand_as(x), 1.5 * x, "amax"),
+    "mask as numbers": lambda x: (x > 0).to(x) * x.flip(-1),
     "spectrum": lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=-1), n=N, dim=-1) * 1.5,
     "single precision": lambda x: (x.float() * 1.5).double(),
     "scaled by a leaf": lambda x: x * LEAF,
@@ -233,6 +252,10 @@ BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "lerp": lambda x, y: torch.lerp(x, y, 0.3),
     "addcmul": lambda x, y: torch.addcmul(x, x, y, value=0.5),
     "pair": _pair,
+    "remainder": lambda x, y: torch.remainder(x, y.square() + 0.5),
+    "hypotenuse": torch.hypot,
+    "angle": lambda x, y: torch.atan2(x, y.abs() + 0.2),
+    "exchanged": lambda x, y: torch.where(x > y, x, 0.5 * y),
 }
 IN_PLACE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add_": lambda x, y: x.add_(y),
