@@ -110,6 +110,30 @@ def test_of_a_model_in_bfloat16(name: str, flow: str) -> None:
 
 
 @each_flow
+@pytest.mark.parametrize("baseline", [None, 0.25])
+@pytest.mark.parametrize("composite", ["epsilon_plus", "excitation_backprop", "epsilon_alpha2_beta1_flat"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_of_batch_norms_that_are_kept_in_single_precision(
+    dtype: torch.dtype, composite: str, baseline: float | None, flow: str
+) -> None:
+    torch.manual_seed(0)
+    model = batch_normed().eval().to(dtype)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()
+    x = torch.randn(8, *IMAGE).to(dtype)
+
+    def relevance(model: nn.Module, x: Tensor) -> Tensor:
+        method = LRP(composite, target=Target("output", 0), flow=flow, baseline=baseline)
+        with method.prepare(model) as explained:
+            return explained(TensorDict({"input": x}, [len(x)]))["attr", "input"].flatten(1)
+
+    low, full = relevance(model, x), relevance(copy.deepcopy(model).double(), x.double())
+    off = (low - full).norm(dim=1) / full.norm(dim=1)
+    assert off.median() < (0.02 if dtype is torch.float16 else 0.15), off
+
+
+@each_flow
 def test_activations_of_small_numbers_keep_relevance(flow: str) -> None:
     # A stabiliser of 1e-3, which rounding in bfloat16 does not ask for, would take most of it.
     model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 3)).bfloat16()

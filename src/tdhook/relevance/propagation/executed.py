@@ -173,6 +173,8 @@ class ExecutedLayer(Place):
             merged = Affine.of(norm)
         # What is relevance per unit of output is soon too large for float16.
         dtype = torch.float32 if self.dtype is torch.float16 else self.dtype
+        if merged is not None and dtype is not None:  # batch norms may be kept in single precision
+            dtype = torch.promote_types(dtype, merged.scale.dtype)
         if dtype is not None and (weight.dtype != dtype or dtype != self.dtype):
             # Under autocast the layer computed in another precision than it is kept in.
             cache = None
