@@ -87,6 +87,37 @@ def test_backward_hooks_of_modules_are_not_given_relevance(method: Callable[[], 
     assert fired
 
 
+class Scaled(nn.Module):
+    """Scales the gradient of what it computes, as unrolled models of the world do."""
+
+    def __init__(self, fired: list[Tensor]) -> None:
+        super().__init__()
+        self.net, self.fired = network(), fired
+
+    def scaled(self, gradient: Tensor) -> Tensor:
+        self.fired.append(gradient)
+        return gradient / 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, middle, last = self.net
+        hidden = middle(first(x))
+        if hidden.requires_grad:
+            hidden.register_hook(self.scaled)
+        return last(hidden)
+
+
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if name not in ("mapper", "gradient", "integrated")]
+)
+def test_hooks_of_tensors_are_not_given_relevance(method: str) -> None:
+    fired: list[Tensor] = []
+    model = Scaled(fired)
+    assert_same(explained(METHODS[method], model), explained(METHODS[method], network()))
+    assert fired == []
+    model(torch.randn(3, 4, requires_grad=True)).sum().backward()
+    assert len(fired) == 1
+
+
 @every_method
 def test_forward_hooks_that_change_values_are_a_part_of_the_model(method: Callable[[], Any]) -> None:
     class Written(nn.Module):

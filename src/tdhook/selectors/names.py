@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 __all__ = [
+    "hooks",
     "initialises",
     "name_of",
     "out_of_place_form",
@@ -164,6 +165,11 @@ def begins_tape(function: Callable[..., object]) -> bool:
     name = raw_name(function)
     owner = getattr(getattr(function, "__self__", None), "__name__", "")
     return name == "requires_grad_" or (name == "__set__" and owner == "requires_grad")
+
+
+def hooks(function: Callable[..., object]) -> bool:
+    """Whether a function has a tensor call a hook with its gradient."""
+    return raw_name(function) == "register_hook"
 
 
 def initialises(function: Callable[..., object]) -> bool:

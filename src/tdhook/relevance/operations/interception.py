@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
@@ -10,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from tdhook.conventions import Convention
 from tdhook.models.paths import Paths
@@ -270,6 +272,8 @@ class Interception(Watching):
         if known.aside:
             if known.begins_tape:
                 self.dependence.look_closely(args[0])
+            if known.hooks and self.dependence.has(args[0]):
+                return RemovableHandle(OrderedDict())  # what comes by is relevance, and no gradient
             return func(*args, **kwargs)
         if known.parts is not None:
             with self:

@@ -21,6 +21,7 @@ from tdhook.relevance.propagation.rule import Rule
 from tdhook.selectors.kinds import ELEMENTWISE, MOVES, PRODUCTS, WINNER
 from tdhook.selectors.names import (
     begins_tape,
+    hooks,
     initialises,
     name_of,
     out_of_place_form,
@@ -49,6 +50,7 @@ class Known:
         schema: its signature, of an overload of an operator.
         refused: whether it overwrites an argument and has a derivative of its own.
         begins_tape: whether it puts a tensor on the tape, and ``differentiates``: whether it runs a backward pass.
+        hooks: whether it has a tensor call a hook with its gradient.
         own: the rule that it has whatever its name.
         selector: what a composite says of it, and ``rule``: with which rule.
         bounds: rules on the operation, by id.
@@ -63,6 +65,7 @@ class Known:
     refused: bool = False
     begins_tape: bool = False
     differentiates: bool = False
+    hooks: bool = False
     own: Rule | None = None
     selector: object = None
     rule: Rule | None = None
@@ -92,7 +95,8 @@ def learned(func: Any) -> Known:
     known = Known(operation, in_place, own=own, parts=one_by_one(func), schema=schema)
     known.begins_tape, known.differentiates = begins_tape(func), func in _DERIVATIVES
     known.refused = own is not None and overwrites_arguments(func)
-    known.aside = known.begins_tape or queries(func) or initialises(func)
+    known.hooks = hooks(func)
+    known.aside = known.begins_tape or known.hooks or queries(func) or initialises(func)
     return known
 
 
