@@ -97,6 +97,8 @@ def test_samples_are_of_something() -> None:
     for samples in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="how many references"):
             References("sample", samples)
+    with pytest.raises(TypeError, match="a TensorDict of rows by key, got Tensor"):
+        References("sample", data=torch.randn(3, 4))
     with pytest.raises(ValueError, match="drawn of data"):
         References(0.0, 2)
     with pytest.raises(ValueError, match="give baseline too"):

@@ -14,6 +14,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.keys import parts_of, put
+from tdhook.models.entries import is_batch
 from tdhook.perturbing.baselines import Baseline, OneBaseline, as_values, fitting
 from tdhook.perturbing.before import PREVIOUS, markers, step_before
 from tdhook.perturbing.chosen import Chosen
@@ -49,7 +50,7 @@ class References:
     Args:
         baseline: as :class:`~tdhook.attribution.lrp.LRP` takes it.
         samples: how many are drawn where ``"sample"`` is asked for.
-        data: the rows that ``"mean"`` and ``"sample"`` are taken of; by default those of the batch.
+        data: a TensorDict of the rows that ``"mean"`` and ``"sample"`` are taken of; by default those of the batch.
         seed: of what is drawn.
         values: whether what is explained is written as it is on the reference, on the mean of several of them: under
             ``("reference", key)``, of the shape of the output ``key``.
@@ -58,6 +59,7 @@ class References:
 
     Raises:
         ValueError: ``samples`` is not positive, nothing is drawn, or there is no spread of one reference.
+        TypeError: ``data`` has no keys.
     """
 
     def __init__(
@@ -74,6 +76,11 @@ class References:
             raise ValueError(f"samples is how many references are drawn, at least one, got {samples!r}")
         if spread and samples == 1:
             raise ValueError("one reference has no spread: draw several, by samples")
+        if data is not None and not is_batch(data):
+            raise TypeError(
+                f"data is a TensorDict of rows by key, got {type(data).__name__}: "
+                "data=TensorDict({key: rows}, [len(rows)])"
+            )
         self.baseline: Baseline = dict(baseline) if isinstance(baseline, Mapping) else baseline
         self.samples, self.data, self.seed, self.first = samples, data, seed, 0
         self.values, self.spread = values, spread
