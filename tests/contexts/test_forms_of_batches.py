@@ -13,7 +13,7 @@ from tensordict import (
     lazy_stack,
     tensorclass,
 )
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential, WrapModule
 from torch import nn
 
 from tdhook import LRP, Target
@@ -438,6 +438,21 @@ def test_entries_that_the_model_cannot_do_without():
         KeyError, match="keys 'observation', 'other' are missing from the TensorDict, which has nothing"
     ):
         explain(model, TensorDict({}, [5]))
+
+
+def test_functions_in_a_sequence_say_what_they_read(layer):
+    def function(td):
+        return td.set("h", td["observation"] * 2)
+
+    told = WrapModule(function, in_keys=["observation"], out_keys=["h"])
+    model = TensorDictSequential(told, TensorDictModule(layer, ["h"], ["q"]))
+    assert same_without(model, batch)["attr", "observation"].shape == (5, 4)
+    untold = TensorDictSequential(function, TensorDictModule(layer, ["h"], ["q"]))
+    text = "the function at 'module.0' of the model does not say what it reads and writes: make it WrapModule"
+    with pytest.raises(KeyError, match=text):
+        explain(untold, batch())
+    with pytest.raises(ValueError, match=text):
+        LRP("epsilon", target="q").wrap(untold, in_keys=["observation"])
 
 
 def test_a_sequence_of_which_parts_may_be_left_out(layer):

@@ -17,7 +17,7 @@ from tdhook.keys import names_of, put
 from tdhook.models.entries import changed, entries_of, leaves_of, objects_of, plain
 from tdhook.models.holding import modules_of
 from tdhook.models.parallel import running_alone, unwrapped, wrappers_among
-from tdhook.models.reads import written_before
+from tdhook.models.reads import keys_that_nobody_tells, written_before
 from tdhook.models.state import restored
 from tdhook.models.writing import WritingPlainly
 from tdhook.tape.copies import copied
@@ -122,7 +122,9 @@ class Model:
         ):
             for key in given or ():
                 if unravel_key(key) not in map(unravel_key, known):
-                    raise ValueError(f"Key {key} not in module.{name}: {list(known)}")
+                    raise ValueError(
+                        f"Key {key} not in module.{name}: {list(known)}{keys_that_nobody_tells(module)}"
+                    )
         attributed = module.in_keys if in_keys is None else in_keys
         return Model(module, module, tuple(map(unravel_key, attributed)), written_before(module))
 

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential, WrapModule
 from tensordict.utils import NestedKey, unravel_key
 from torch import nn
 
 from tdhook.keys import is_below
 
-__all__ = ["written_before"]
+__all__ = ["keys_that_nobody_tells", "written_before"]
+
+
+def keys_that_nobody_tells(model: nn.Module) -> str:
+    """What to say beside a key that is missing: of a function in a sequence, which does not say what it writes."""
+    for path, module in model.named_modules():
+        if isinstance(module, WrapModule) and not module.out_keys:
+            return (
+                f"; the function at {path or 'the root'!r} of the model does not say what it reads and writes: make it "
+                "WrapModule(function, in_keys=[...], out_keys=[...])"
+            )
+    return ""
 
 
 def written_before(model: TensorDictModuleBase) -> dict[NestedKey, frozenset[NestedKey]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tdhook.models.entries import dense_copy, is_ragged, leaves_of
 from tdhook.models.model import Model
+from tdhook.models.reads import keys_that_nobody_tells
 from tdhook.tape.casts import Casts, as_numbers
 from tdhook.tape.conditions import assumed_nonnegative
 from tdhook.tape.copies import copied
@@ -188,7 +189,7 @@ class Leaves:
         names, verb = ", ".join(map(repr, absent)), "key {} is" if len(absent) == 1 else "keys {} are"
         return (
             f"{verb.format(names)} missing from the TensorDict, which has {known}; the explained module reads "
-            f"{self.in_keys}"
+            f"{self.in_keys}{keys_that_nobody_tells(self.model.root)}"
         )
 
     def _tell_once(self, key: NestedKey, value: Tensor) -> None:
