@@ -17,7 +17,7 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequ
 from torch import nn
 
 from tdhook import LRP, Target
-from tdhook.attribution import GradientTimesInput, IntegratedGradients
+from tdhook.attribution import Ablation, GradientTimesInput, IntegratedGradients
 
 OBSERVATION = torch.arange(20.0).reshape(5, 4).sin()
 
@@ -272,10 +272,12 @@ def test_a_tensorclass(layer, model, composite):
     assert step.ledger["gap"].abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("method", [GradientTimesInput, IntegratedGradients])
+@pytest.mark.parametrize("method", [GradientTimesInput, IntegratedGradients, Ablation])
 def test_a_tensorclass_and_other_methods(layer, method):
-    step = method(target=Target("q", "argmax")).wrap(q_of(layer))(Step(OBSERVATION.clone(), batch_size=[5]))
-    assert step.attr["observation"].shape == (5, 4)
+    for model in (q_of, ByAttribute):
+        explained = method(target=Target("q", "argmax")).wrap(model(layer))
+        step = explained(Step(OBSERVATION.clone(), batch_size=[5]))
+        assert step.attr["observation"].shape == (5, 4)
 
 
 def test_a_nested_tensorclass(layer):
@@ -438,6 +440,31 @@ def test_entries_that_the_model_cannot_do_without():
         KeyError, match="keys 'observation', 'other' are missing from the TensorDict, which has nothing"
     ):
         explain(model, TensorDict({}, [5]))
+
+
+class AllThereIs(TensorDictModuleBase):
+    """Reads whatever it is given."""
+
+    in_keys, out_keys = ["observation"], ["q"]
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, td):
+        return td.set("q", self.layer(torch.cat(list(td.values()), -1)).tanh())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [LRP("epsilon", baseline=0.0), IntegratedGradients(), Ablation()],
+    ids=["LRP", "path", "perturbed"],
+)
+def test_a_model_that_reads_all_there_is_is_given_nothing_more(layer, method):
+    method = method.explaining(Target("q", "argmax"))
+    found = method.wrap(AllThereIs(layer))(batch())
+    expected = method.wrap(q_of(nn.Sequential(layer, nn.Tanh())))(batch())
+    assert torch.equal(found["attr", "observation"], expected["attr", "observation"])
 
 
 def test_functions_in_a_sequence_say_what_they_read(layer):

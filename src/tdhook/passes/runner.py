@@ -33,6 +33,7 @@ from tdhook.tape.functions import copy_of
 from tdhook.tape.overwriting import Mutated
 from tdhook.tape.undoing import all_of, undone
 from tdhook.targets.base import Seeder
+from tdhook.targets.pinned import ASKED
 
 __all__ = ["Runner"]
 
@@ -177,7 +178,7 @@ class Runner:
                     setup.leaves.made(inputs, integers, exact=not replaced) if integers else None,
                 )
                 with inside:
-                    outputs, flat = setup.model.run(self._as_given(work), forget)
+                    outputs, flat = setup.model.run(self._as_given(work, td), forget)
                 if own:
                     self.overwritten.see()
                 how.returned(outputs.values(True, True))
@@ -195,10 +196,13 @@ class Runner:
                 self.base, self._acted[0], setup.apart = run, True, setup.model.apart
             yield run
 
-    def _as_given(self, work: TensorDictBase) -> TensorDictBase:
-        """What the model is run on: a tensorclass if the explained module was called with one."""
+    def _as_given(self, work: TensorDictBase, td: TensorDictBase) -> TensorDictBase:
+        """What the model is run on: a tensorclass if the explained module was called with one.
+
+        What a target keeps in ``td`` while inputs change is no business of the model.
+        """
         if self.given is self.td:
-            return work
+            return work if td is self.td or ASKED not in work.keys() else work.exclude(ASKED)  # noqa: SIM118
         kind = type(self.given)
         known = set(kind.__expected_keys__)
         return kind.from_tensordict(work.select(*known.intersection(work.keys())))
@@ -227,7 +231,8 @@ class Runner:
         with torch.no_grad(), self.from_the_start():
             work = self.setup.leaves.readable(td)
             self.overwritten.copy(work, self.setup.in_keys, (), own=False)
-            return self.setup.question.target.derive(self.setup.model.run(work)[0], work)
+            given = self._as_given(work, td)
+            return self.setup.question.target.derive(self.setup.model.run(given)[0], work)
 
     @contextmanager
     def from_the_start(self) -> Iterator[None]:
