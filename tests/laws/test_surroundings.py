@@ -10,6 +10,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 
 from tdhook import LRP, Target
 from tdhook.attribution import Ablation, GradientTimesInput, IntegratedGradients
@@ -85,6 +86,32 @@ def test_backward_hooks_of_modules_are_not_given_relevance(method: Callable[[], 
     assert fired == [] and hooks == [dict(module._backward_hooks) for module in model.modules()]
     model(torch.randn(3, 4, requires_grad=True)).sum().backward()
     assert fired
+
+
+@pytest.mark.filterwarnings("ignore:For backward hooks to be called")  # of TensorDicts, torch says
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "compiled"])
+def test_nor_are_hooks_of_all_modules(method: str) -> None:
+    fired: list[nn.Module] = []
+
+    def changes(module: nn.Module, into: Any, out: Any) -> Any:
+        fired.append(module)
+        return tuple(None if grad is None else 5 * grad for grad in into)
+
+    expected = explained(METHODS[method], network())
+    handles = [
+        torch_modules.register_module_full_backward_hook(changes),
+        torch_modules.register_module_full_backward_pre_hook(lambda module, out: fired.append(module)),
+    ]
+    try:
+        model = network()
+        held = [set(vars(module)) for module in model.modules()]
+        assert_same(explained(METHODS[method], model), expected)
+        assert fired == [] and held == [set(vars(module)) for module in model.modules()]
+        model(torch.randn(3, 4, requires_grad=True)).sum().backward()
+        assert fired
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Scaled(nn.Module):

@@ -325,3 +325,16 @@ def test_autocast_is_told() -> None:
         assert internals.autocasting()
         with torch.autocast("cpu", enabled=False):
             assert not internals.autocasting()
+
+
+def test_modules_find_their_hooks_and_those_of_all():
+    layer = nn.Linear(2, 2)
+    for name, nothing in internals.FINDING_HOOKS.items():
+        assert getattr(layer, name)() == nothing
+    assert not any(internals.HOOKS_OF_ALL_MODULES)
+    handle = nn.modules.module.register_module_full_backward_hook(lambda *_: None)
+    try:
+        assert any(internals.HOOKS_OF_ALL_MODULES)
+        assert len(layer._get_backward_hooks()[0]) == 1
+    finally:
+        handle.remove()

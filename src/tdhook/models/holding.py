@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tdhook.models.parallel import forward_put_on, is_of_torch
 from tdhook.models.reaching import Reached
-from tdhook.tape.internals import children_of
+from tdhook.tape.internals import FINDING_HOOKS, children_of
 
 __all__ = ["Beside", "Makeup", "held_by", "modules_of"]
 
@@ -18,7 +18,7 @@ _CONTAINERS = (list, tuple, set, frozenset, dict)
 _PLAIN = (bool, int, float, str, bytes, type)
 _MOST = 64
 # Parts of every module, which hold none that the model runs.
-_OWN = frozenset(vars(nn.Module())) | {"forward", "_prev_forward"}
+_OWN = frozenset(vars(nn.Module())) | {"forward", "_prev_forward", *FINDING_HOOKS}
 
 
 class Beside(nn.Module):

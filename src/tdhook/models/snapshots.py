@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tdhook.models.generators import By, Held, drawn_by_others, drawn_by_torch, of_generator
-from tdhook.tape.internals import buffers_of, parameters_of, version_of
+from tdhook.tape.internals import FINDING_HOOKS, buffers_of, parameters_of, version_of
 
 __all__ = ["LEFT_ALONE", "Snapshot", "is_of_a_library"]
 
@@ -51,7 +51,7 @@ _PLAIN = frozenset(
 )  # nothing to look into
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
 _FORWARD = ("forward", "_prev_forward")  # whose place rules take, and which is given back by whoever took it
-_MACHINERY = (frozenset(vars(nn.Module())) - frozenset(_REGISTRIES)) | frozenset(_FORWARD)
+_MACHINERY = (frozenset(vars(nn.Module())) - frozenset(_REGISTRIES)) | {*_FORWARD, *FINDING_HOOKS}
 
 
 class _Entries:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +19,13 @@ from tdhook.models.holding import modules_of
 from tdhook.models.snapshots import LEFT_ALONE, Snapshot
 from tdhook.models.turns import Turn
 from tdhook.tape.copies import copied
-from tdhook.tape.internals import buffers_of, hook_tables_of, parameters_of
+from tdhook.tape.internals import (
+    FINDING_HOOKS,
+    HOOKS_OF_ALL_MODULES,
+    buffers_of,
+    hook_tables_of,
+    parameters_of,
+)
 from tdhook.tape.undoing import undone
 
 __all__ = [
@@ -135,6 +143,8 @@ def without_backward_hooks(modules: Collection[nn.Module]) -> AbstractContextMan
 
     ``None`` says that there are none.
     """
+    if any(HOOKS_OF_ALL_MODULES):
+        return _without_backward_hooks(modules, of_all=True)
     for module in modules:
         own = module.__dict__
         if own.get("_backward_hooks") or own.get("_backward_pre_hooks"):
@@ -143,22 +153,29 @@ def without_backward_hooks(modules: Collection[nn.Module]) -> AbstractContextMan
 
 
 @contextmanager
-def _without_backward_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
+def _without_backward_hooks(modules: Collection[nn.Module], *, of_all: bool = False) -> Iterator[None]:
     found: list[Slot] = []
     for module in modules:
         own = module.__dict__
         found += [(own, name) for name in ("_backward_hooks", "_backward_pre_hooks") if own.get(name)]
     theirs = [registry[name] for registry, name in found]
     empty: list[OrderedDict[int, object]] = [OrderedDict() for _ in found]
+    every = [module.__dict__ for module in modules] if of_all else []
+    deaf = [own for own in every if FINDING_HOOKS.keys().isdisjoint(own)]
 
     def put_back() -> None:
         for (registry, name), hooks, added in zip(found, theirs, empty, strict=True):
             hooks.update(added)
             registry[name] = hooks
+        for own in deaf:
+            for name in FINDING_HOOKS:
+                own.pop(name, None)
 
     with undone(put_back):
         for (registry, name), none in zip(found, empty, strict=True):
             registry[name] = none
+        for own in deaf:
+            own.update({name: partial(copy, nothing) for name, nothing in FINDING_HOOKS.items()})
         yield
 
 

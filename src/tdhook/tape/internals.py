@@ -28,6 +28,8 @@ from torch.overrides import TorchFunctionMode
 __all__ = [
     "APPLIED_IN_TRANSFORMS",
     "CHECKPOINTING",
+    "FINDING_HOOKS",
+    "HOOKS_OF_ALL_MODULES",
     "applying_of",
     "attention_in_parts",
     "autocasting",
@@ -116,6 +118,15 @@ def load_forward_mode() -> None:
 
 attention_in_parts: Callable[..., tuple[Tensor, Tensor]] = torch._scaled_dot_product_attention_math
 """Attention without a fused kernel: its values and its weights."""
+
+HOOKS_OF_ALL_MODULES: tuple[Mapping[int, object], ...] = (
+    torch.nn.modules.module._global_backward_hooks,
+    torch.nn.modules.module._global_backward_pre_hooks,
+)
+"""Backward hooks that are called for each module there is."""
+
+FINDING_HOOKS: Mapping[str, Any] = {"_get_backward_hooks": ([], []), "_get_backward_pre_hooks": []}
+"""How a module finds backward hooks, its own and those of all: methods, and what they find where there are none."""
 
 without_modes: Callable[[], AbstractContextManager[None]] = _C.DisableTorchFunction
 """Runs torch functions in sight of no mode."""
