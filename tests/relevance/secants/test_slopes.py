@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tdhook.relevance.secants.pair import difference
 from tdhook.relevance.secants.slopes import choice, filled, quotient, rounded, scaled, slopes
+from tdhook.relevance.secants.table import secant_of
 
 from .pairs import assert_all_arrives, integrated, pair_of, random_grads
 
@@ -57,6 +58,18 @@ def test_where_both_are_the_same_or_nearly_so_it_is_the_derivative(name: str, dt
         off = (found.double() - derivative).abs()
         # A piece of a line has an exact quotient, up to what rounds its values.
         assert off.max() < (0.6 if name == "relu" and away > 1e-20 else 1e-4), away
+
+
+@pytest.mark.parametrize("name", ["atan2", "copysign"])
+@pytest.mark.parametrize("first", [True, False])
+def test_what_jumps_with_a_sign_is_known_by_its_secant(name: str, first: bool) -> None:
+    (x, start), (constant, _) = draw(40), draw(40)
+    constant = constant.roll(1)
+    ends, starts = ([[y, constant], [constant, y]][not first] for y in (x, start))
+    pair = pair_of(name, getattr(torch, name), ends, starts, live=[int(not first)])
+    grads = random_grads(pair)
+    (found,) = secant_of(name)(pair, grads)
+    torch.testing.assert_close(found * (x - start), grads[0] * pair.rises[0])
 
 
 def test_masked_values_are_no_difference() -> None:

@@ -28,7 +28,8 @@ def _reduced(pair: Pair, grads: Sequence[Tensor]) -> Grads:
 
 
 _SECANTS: Mapping[str, Pull] = {
-    **dict.fromkeys(ELEMENTWISE, slopes),
+    # Those of two values jump as they change sign: of one alone the secant knows it.
+    **dict.fromkeys(ELEMENTWISE | {"atan2", "copysign"}, slopes),
     **dict.fromkeys(PRODUCTS | LINEAR, product),
     **dict.fromkeys(WINNER, winner),
     **dict.fromkeys(NORMS, normalised),
