@@ -253,7 +253,7 @@ BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "addcmul": lambda x, y: torch.addcmul(x, x, y, value=0.5),
     "pair": _pair,
     "remainder": lambda x, y: torch.remainder(x, y.square() + 0.5),
-    "hypotenuse": torch.hypot,
+    "hypotenuse": lambda x, y: torch.hypot(x, y.abs() + 0.1),
     "angle": lambda x, y: torch.atan2(x, y.abs() + 0.2),
     "exchanged": lambda x, y: torch.where(x > y, x, 0.5 * y),
 }

@@ -42,13 +42,17 @@ def average(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     """Of any function: with as many nodes as its sum needs, if that can be looked at."""
     if not may_ask_of(*grads, *pair.ends):
         return _scaled(pair, grads, *_quadrature(pair, grads, _UNSEEN))
-    compiling = torch.compiler.is_compiling()
     found: Grads = (None,) * len(pair.live)
     rest: Mapping[int, Tensor] = {}
+    if torch.compiler.is_compiling():
+        found, rest = _quadrature(pair, grads, _UNSEEN)
+        missed, scale = _missed(pair, grads, found, rest, 1)
+        holds(missed.abs() <= _tolerance(pair.ends[0]) * scale)  # a graph is right where they are enough
+        return _scaled(pair, grads, found, rest)
     before: Grads | None = None
-    for count in (_UNSEEN,) if compiling else _NODES:
+    for count in _NODES:
         found, rest = _quadrature(pair, grads, count)
-        if not compiling and _is_right(pair, grads, found, rest, before):
+        if _is_right(pair, grads, found, rest, before):
             return found
         before = found
     return _scaled(pair, grads, found, rest)

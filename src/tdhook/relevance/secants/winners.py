@@ -40,7 +40,9 @@ def winner(pair: Pair, grads: Sequence[Tensor]) -> Grads:
         if count >= _ENOUGH:
             arrives = (_all_of([piece.arrives[i] for piece in pieces]) for i in range(len(grads)))
             met = [torch.logical_or(*both) for both in zip(met, arrives, strict=True)]
-        ends_here = count == counts[-1] or holds(_all_of([(m | ~n).all() for m, n in _each(met, left)]))
+        # In a graph, whether one piece is enough is what has to hold afterwards.
+        settled = asks and holds(_all_of([(m | ~n).all() for m, n in _each(met, left)]))
+        ends_here = settled or count == counts[-1]
         done = left if ends_here else [m & n for m, n in _each(met, left)]
         for piece in pieces:
             for i, g in enumerate(piece.pull(grads, done)[: len(total)]):
