@@ -13,6 +13,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdhook import LRP, Target
+from tdhook.attribution import Attribution, IntegratedGradients
 
 BATCHES = (3, 3, 3, 4, 4, 3)
 
@@ -130,3 +131,47 @@ def test_a_state_that_is_forgotten_is_begun_again() -> None:
             model.h = plain.h = None
         x = torch.randn(3, 5).double()
         torch.testing.assert_close(explained(TensorDict({"input": x}, [3]))["output"], plain(x))
+
+
+class Training(Net):
+    """Changes what it holds in training alone."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.counts = counts
+        del self.generator  # whose state no graph can look at between two runs
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.counts:
+            self.count += 1
+        return self.head(self.norm(self.cell(x)).tanh()) * (1 + self.count)
+
+
+METHODS: dict[str, Callable[..., Attribution]] = {
+    "lrp": lambda **options: LRP("epsilon", target=Target("output", 0), **options),
+    "lrp against a baseline": lambda **options: LRP(
+        "cp_lrp", target=Target("output", 0), baseline=0.3, **options
+    ),
+    "integrated gradients": lambda **options: IntegratedGradients(
+        target=Target("output", 0), steps=2, **options
+    ),
+}
+
+
+@pytest.mark.parametrize("counts", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_model_does_in_another_mode_is_seen_when_it_comes(name: str, counts: bool) -> None:
+    """The first call is in evaluation, where nothing that the model holds changes."""
+    model, plain = Training(counts), Training(counts)
+    explained = METHODS[name](compile={"backend": "aot_eager"}).wrap(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for training in (False, True, False):
+            x = torch.randn(3, 5).double()
+            output = plain.train(training)(x)
+            model.train(training)
+            torch.testing.assert_close(explained(TensorDict({"input": x}, [3]))["output"], output)
+            assert model.count == plain.count
+            for ours, theirs in zip(model.buffers(), plain.buffers(), strict=True):
+                torch.testing.assert_close(ours, theirs)
+    assert any("one graph" in str(warning.message) for warning in caught) == counts

@@ -52,7 +52,7 @@ def run(graphs: Graphs, td: TensorDictBase) -> dict[NestedKey, Any]:
     keys, values = _inputs(graphs, td)
     if not values or not all(map(Tensor.numel, values)) or not graphs.filled:
         return graphs.explain(td)
-    if td.batch_dims not in graphs.rehearsed:
+    if graphs.way_of(td) not in graphs.rehearsed:
         try:
             stands = graphs.rehearse(td)
         except Remembers as error:

@@ -59,7 +59,7 @@ class Graphs:
         modes: where it is whether each of its modules is in training mode.
         wanted: whether calls are to run as a graph.
         function: the compiled function, once there is one.
-        rehearsed: numbers of batch axes that a call was seen to work with.
+        rehearsed: numbers of batch axes, and modes of the modules, that a call was seen to work with.
         signed: inputs that were seen to have negative values.
         missed: in how many calls after each other what the graph assumes of values did not hold.
     """
@@ -86,7 +86,7 @@ class Graphs:
         self.options = options
         self.wanted = options is not None
         self.function: Callable[..., Any] | None = None
-        self.rehearsed: set[int] = set()
+        self.rehearsed: set[tuple[int, tuple[bool, ...]]] = set()
         self.signed: set[NestedKey] = set()
         self.missed = 0
 
@@ -126,16 +126,24 @@ class Graphs:
         mover = before.moved_besides(slots)
         if mover is not None:
             raise Remembers(type(mover).__name__, written)
-        self.overwritten = frozenset(
+        overwritten = frozenset(
             i
             for i, ((registry, name), value) in enumerate(zip(slots, kept, strict=True))
             if registry[name] is value and before.overwrote(value)
         )
         before.put_back()
-        if slots != self.slots:
-            self.slots, self.function = slots, None
-        self.rehearsed.add(td.batch_dims)
+        if slots == self.slots:
+            # In another mode others may be; where more of them are copied than need be, nothing is wrong.
+            self.overwritten |= overwritten
+        else:
+            self.slots, self.overwritten, self.function = slots, overwritten, None
+            self.rehearsed.clear()
+        self.rehearsed.add(self.way_of(td))
         return None
+
+    def way_of(self, td: TensorDictBase) -> tuple[int, tuple[bool, ...]]:
+        """What says whether a call goes another way than those that were seen."""
+        return td.batch_dims, tuple([attributes[name] for attributes, name in self.modes])
 
     def hold(self, changed: Mapping[str, Tensor]) -> None:
         """Have the model hold what a graph returned of it.
