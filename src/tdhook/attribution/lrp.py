@@ -25,7 +25,8 @@ from tdhook.models.model import InKeys, Model
 from tdhook.passes.heads import NowKnown
 from tdhook.passes.runner import Runner
 from tdhook.passes.setup import Setup, inner_modules
-from tdhook.perturbing.references import Baseline, Elsewhere, References, as_references
+from tdhook.perturbing.elsewhere import Elsewhere
+from tdhook.perturbing.references import Baseline, References, as_references
 from tdhook.relevance.composites.composite import Composite, Pairs, RuleMapper, preset
 from tdhook.relevance.ledger.balance import balance
 from tdhook.relevance.ledger.ledger import Ledger

@@ -19,7 +19,7 @@ from tdhook.perturbing.baselines import Baseline, OneBaseline, as_values, fittin
 from tdhook.perturbing.before import PREVIOUS, markers, step_before
 from tdhook.perturbing.chosen import Chosen
 
-__all__ = ["Baseline", "Drawn", "Elsewhere", "References", "as_references"]
+__all__ = ["Baseline", "Drawn", "References", "as_references"]
 
 NAMES = ("mean", "sample", PREVIOUS)
 _GIVEN = "_reference"
@@ -370,33 +370,6 @@ def _is_one_row(given: OneBaseline, dims: int) -> bool:
 
 def _mean(rows: Tensor) -> Tensor:
     return rows.to(rows.dtype if rows.is_floating_point() else torch.get_default_dtype()).mean(0)
-
-
-class Elsewhere(References):
-    """One reference: the values that sources have elsewhere, of their shapes.
-
-    Args:
-        values: by source.
-    """
-
-    def __init__(self, values: Mapping[NestedKey, Tensor]) -> None:
-        super().__init__(0.0)
-        self._elsewhere = dict(values)
-
-    @property
-    def constant(self) -> bool:
-        """They are others in each call."""
-        return False
-
-    def one(
-        self,
-        number: int,
-        values: Mapping[NestedKey, Tensor],
-        batch_dims: Mapping[NestedKey, int],
-        td: TensorDictBase,
-    ) -> Drawn:
-        """Those values."""
-        return Drawn({key: self._elsewhere[key] for key in values})
 
 
 def as_references(baseline: Baseline | References | None, samples: int) -> References | None:
