@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -67,3 +68,6 @@ def test_how_a_plain_tensor_is_spread_follows_from_what_it_was_computed_of(mesh:
 def test_what_moves_values_between_processes() -> None:
     assert moves_between_processes(Scatter)
     assert not moves_between_processes(Identity)
+    ours, theirs = partial(added_up), partial(partial(Scatter.forward), None)
+    assert moves_between_processes(theirs) and moves_between_processes(Scatter.apply.__self__.forward)
+    assert not moves_between_processes(ours) and not moves_between_processes(lambda grad: grad)

@@ -6,6 +6,7 @@ torch's name for them is ``DTensor``; tensor parallelism computes with them.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -121,6 +122,8 @@ def _makes_sharded(node: object) -> bool:
     return made is not None and made.__name__ == "_FromTorchTensor"
 
 
-def moves_between_processes(function: type) -> bool:
-    """Whether an autograd function is one of torch's that move values between processes, or between devices."""
-    return function.__module__.startswith(_PLUMBING)
+def moves_between_processes(function: Any) -> bool:
+    """Whether an autograd function, or a hook, is one of torch's that move values between processes, or devices."""
+    while isinstance(function, partial):
+        function = function.func
+    return str(getattr(function, "__module__", None)).startswith(_PLUMBING)

@@ -273,7 +273,9 @@ class Interception(Watching):
             if known.begins_tape:
                 self.dependence.look_closely(args[0])
             if known.hooks and self.dependence.has(args[0]):
-                return RemovableHandle(OrderedDict())  # what comes by is relevance, and no gradient
+                hook = kwargs["hook"] if kwargs else args[1]
+                if not moves_between_processes(hook):
+                    return RemovableHandle(OrderedDict())  # what comes by is relevance, and no gradient
             return func(*args, **kwargs)
         if known.parts is not None:
             with self:

@@ -30,7 +30,8 @@ def _reduced(pair: Pair, grads: Sequence[Tensor]) -> Grads:
 _SECANTS: Mapping[str, Pull] = {
     # Those of two values jump as they change sign: of one alone the secant knows it.
     **dict.fromkeys(ELEMENTWISE | {"atan2", "copysign"}, slopes),
-    **dict.fromkeys(PRODUCTS | LINEAR, product),
+    # What a dictionary leaves out is added to what is restored: held constant, and shared out to nobody.
+    **dict.fromkeys(PRODUCTS | LINEAR | {"restored"}, product),
     **dict.fromkeys(WINNER, winner),
     **dict.fromkeys(NORMS, normalised),
     **dict.fromkeys(("add", "sub", "rsub"), scaled),
