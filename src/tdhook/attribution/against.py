@@ -13,6 +13,7 @@ from torch import Tensor
 from tdhook.attribution.kept import Kept, There
 from tdhook.attribution.means import Means
 from tdhook.contexts.compared import SPREAD, write_under
+from tdhook.conventions import relevance_of
 from tdhook.keys import under
 from tdhook.models.families import BatchNorm
 from tdhook.passes.forward import Run
@@ -272,7 +273,7 @@ class _Rises:
         if self.plan.flow == "gradient":
             return seeds
         grads = [
-            torch.where(grad == 0, 0.0, grad * self.rise(key, z))
+            relevance_of(self.rise(key, z), grad, "gradient")
             for key, z, grad in zip(seeds.keys, seeds.tensors, seeds.grads, strict=True)
         ]
         return replace(seeds, grads=grads)

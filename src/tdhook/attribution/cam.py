@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tdhook.attribution.activation_maps import ActivationMap
+from tdhook.conventions import per_value
 
 __all__ = ["GradCAM", "GradCAMPlusPlus", "HiResCAM", "LayerCAM", "XGradCAM"]
 
@@ -28,8 +29,7 @@ class GradCAMPlusPlus(ActivationMap):
         """Values times the weighted sum of positive gradients."""
         square = gradient.square()
         bottom = 2 * square + value.sum(-1, keepdim=True) * square * gradient
-        share = torch.where(bottom == 0, 0.0, square / torch.where(bottom == 0, 1.0, bottom))
-        return (share * gradient.clamp(min=0)).sum(-1, keepdim=True) * value
+        return (per_value(bottom, square) * gradient.clamp(min=0)).sum(-1, keepdim=True) * value
 
 
 class HiResCAM(ActivationMap):

@@ -10,6 +10,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from tdhook.conventions import per_value
 from tdhook.evaluation.explaining import Explaining, Part, explaining
 from tdhook.evaluation.intervals import Figures
 from tdhook.evaluation.runs import Method, normal
@@ -181,8 +182,7 @@ class _Changes:
             after = self._after(some, before, before if self._kept else origin, len(copies))
             taken = (before - after).to(torch.float64)
             if self._multiplied:
-                way = (before - origin).to(torch.float64)
-                taken = torch.where(way == 0, 0.0, taken / torch.where(way == 0, 1.0, way))
+                taken = per_value((before - origin).to(torch.float64), taken)
             told.append((taken * slope).sum(-1))
             changed = each.copies(some.rows, len(copies))
             parts = after.flatten(0, 1).split(features.sizes, 1)
@@ -205,11 +205,9 @@ class _Changes:
 
 def _figures(told: Tensor, drop: Tensor) -> dict[str, Tensor]:
     """What is foretold, and what happens, ``[rows, draws]``: figures of each row."""
-    power = told.square().mean(1)
-    scale = torch.where(power == 0, 0.0, (told * drop).mean(1) / torch.where(power == 0, 1.0, power))
+    scale = per_value(told.square().mean(1), (told * drop).mean(1))
     scaled = (scale[:, None] * told - drop).square().mean(1)
-    dropped = drop.square().mean(1)
-    unexplained = torch.where(dropped == 0, 0.0, scaled / torch.where(dropped == 0, 1.0, dropped))
+    unexplained = per_value(drop.square().mean(1), scaled)
     return {
         "infidelity": (told - drop).square().mean(1),
         "scaled": scaled,

@@ -9,6 +9,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.conventions import relevance_of
 from tdhook.targets.base import Seeds
 
 __all__ = [
@@ -89,7 +90,7 @@ def values_of(seeds: Seeds, batch: torch.Size) -> Tensor:
     lead = () if seeds.several is None else (seeds.several,)
     found = None
     for z, weight in zip(seeds.tensors, seeds.grads, strict=True):
-        share = torch.where(weight == 0, 0.0, weight * z.detach())
+        share = relevance_of(z, weight, "gradient")
         # A layer that is explained may have the axes of the batch as one; or values of no element that could be told.
         if z.numel() % batch.numel():
             share = share.reshape(*lead, *(1,) * len(batch), -1).expand(*lead, *batch, -1) / batch.numel()

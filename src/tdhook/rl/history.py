@@ -13,7 +13,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.attribution.lrp import LRP
-from tdhook.conventions import Convention
+from tdhook.conventions import Convention, per_value
 from tdhook.extras import require
 from tdhook.keys import next_key
 from tdhook.targets import Seeder, Seeds
@@ -168,8 +168,7 @@ class _Carried(Seeder):
         grads = []
         for z, relevance in zip(tensors, self.relevance.values(), strict=True):
             if flow == "gradient":
-                last = z.detach().select(self.axis, -1)
-                relevance = torch.where(last == 0, 0.0, relevance / torch.where(last == 0, 1.0, last))
+                relevance = per_value(z.select(self.axis, -1), relevance)
             grad = z.new_zeros((*relevance.shape[: self.several], *z.shape))
             grad.select(self.axis + self.several, -1).copy_(relevance)
             grads.append(grad)

@@ -119,8 +119,10 @@ class AttributionTracker:
             TypeError: a region is not boolean.
         """
         count, self._count = self._count, self._count + 1
+        if count % self.every:
+            return None
         valid = self._valid(batch)
-        if count % self.every or (valid is not None and not valid.any()):
+        if valid is not None and not valid.any():
             return None
         values = self._of_batch(self._explain(batch, valid), batch, valid)
         if self._probe is not None:

@@ -86,12 +86,17 @@ def may_look_at(x: Tensor) -> bool:
     return may_ask_of(x) and not torch.compiler.is_compiling()
 
 
+def may_look_at_once(x: Tensor) -> bool:
+    """Whether values can be looked at without waiting for them: on a processor."""
+    return x.is_cpu and may_look_at(x)
+
+
 def seen_finite(x: Tensor) -> bool:
     """Whether all values are seen to be finite, where one can look without waiting: a sum tells, and costs little.
 
     On a processor, choosing by a condition takes as long as ten sums, so that it is left to those who need it.
     """
-    return x.is_cpu and may_look_at(x) and isfinite(x.sum().item())
+    return may_look_at_once(x) and isfinite(x.sum().item())
 
 
 def may_ask_of(*tensors: Tensor) -> bool:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.conventions import Convention
+from tdhook.conventions import Convention, relevance_of
 from tdhook.keys import parts_of
 from tdhook.targets.base import Around, Seeder, Seeds
 
@@ -70,9 +69,7 @@ class Pinned(Around):
             weights = [weight.movedim(outputs.batch_dims, 0) for weight in weights]
         if flow == "relevance":
             # An output of weight zero may be infinite (masked logits).
-            weights = [
-                torch.where(w == 0, 0.0, w * z.detach()) for w, z in zip(weights, tensors, strict=True)
-            ]
+            weights = [relevance_of(z, w, "gradient") for w, z in zip(weights, tensors, strict=True)]
         return Seeds(list(self.keys), tensors, weights, self.several)
 
 

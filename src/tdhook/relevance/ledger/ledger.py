@@ -11,7 +11,7 @@ import torch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.conventions import Convention
+from tdhook.conventions import Convention, relevance_of
 from tdhook.keys import parts_of as parts_of_key
 from tdhook.markup import html_table
 from tdhook.relevance.ledger.metered import metered_arguments, metered_outputs, moved_beside
@@ -308,7 +308,7 @@ class Metered(Identity):
         x, masks = ctx.saved_tensors
         if x is not None:
             # What is not a number has no relevance where nobody reads it.
-            amount = torch.where(amount == 0, 0.0, parts(x) * amount)
+            amount = relevance_of(parts(x), amount, "gradient")
         if masks is not None:
             amount = torch.where(masks, 0.0, amount)
         ctx.tell(amount)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from tdhook.conventions import Convention
+from tdhook.conventions import Convention, relevance_of
 from tdhook.relevance.propagation.beside import OfDifference, numbered
 from tdhook.relevance.propagation.call import Call
 from tdhook.relevance.propagation.reference import Place
@@ -81,7 +81,7 @@ class _Beside(Identity):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> object:
         rest, g = parts(ctx.differs()[ctx.at].to(grad.dtype)), parts(grad)
-        ctx.note("constant", torch.where(g == 0, 0.0, rest * g))
+        ctx.note("constant", relevance_of(rest, g, "gradient"))
         return grad, None, None, None
 
 
@@ -100,10 +100,8 @@ class _Meter(OfDifference):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> object:
-        amount = parts(grad)
         x, difference = OfDifference.difference(ctx)
-        if ctx.flow == "gradient":
-            amount = torch.where(amount == 0, 0.0, difference * amount)
+        amount = relevance_of(difference, parts(grad), ctx.flow)
         masks = masks_in(parts(x))
         if masks is not None:
             amount = torch.where(masks, 0.0, amount)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tdhook.conventions import Convention
 from tdhook.models.snapshots import is_of_a_library
 from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
-from tdhook.relevance.propagation.conversions import finite_product
+from tdhook.relevance.propagation.conversions import finite_product, stabilizer_at
 from tdhook.relevance.propagation.merges import Place as Merging
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reference import Place, Reference
@@ -163,13 +163,6 @@ class OfDifference(Identity):
         start = place.before[~ctx.at] if ctx.at < 0 else place.starts[ctx.at]
         return x, parts(difference(x, there(start, x)))
 
-    @staticmethod
-    def stabilised(ctx: Any, d: Tensor) -> Tensor:
-        """The denominator ``stab(d)``, unless a batch norm behind it stabilises instead."""
-        merges = ctx.setting.merges
-        postponed = merges is not None and merges.is_postponed(ctx.place)
-        return stabilize(d, rounding if postponed else ctx.stabilizer)
-
 
 class _Times(OfDifference):
     """Relevance per unit of difference becomes relevance."""
@@ -186,7 +179,7 @@ class _Per(OfDifference):
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> object:
         (x, d), r = OfDifference.difference(ctx), parts(relevance)
-        grad = quotient(r, OfDifference.stabilised(ctx, d))
+        grad = quotient(r, stabilize(d, stabilizer_at(ctx)))
         if ctx.setting.report is not None:
             ctx.setting.report("stabiliser", unmasked(r - finite_product(d, grad), d))
         return whole(grad, x), *_NONE
@@ -198,7 +191,7 @@ class _Damped(OfDifference):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> object:
         (x, d), g = OfDifference.difference(ctx), parts(grad)
-        less = g * quotient(d, OfDifference.stabilised(ctx, d))
+        less = g * quotient(d, stabilize(d, stabilizer_at(ctx)))
         if ctx.setting.report is not None:
             lost = finite_product(d, g) - finite_product(d, less)
             ctx.setting.report("stabiliser", unmasked(lost, d))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from tdhook.conventions import relevance_of
 from tdhook.relevance.propagation.call import Call
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reporting import Report
@@ -93,7 +94,7 @@ class Difference(Identity):
         pulled = torch.autograd.grad(made, inputs, grad, retain_graph=True, allow_unused=True)
         for x, g, sign in ((made, grad, 1), *((x, g, -1) for x, g in zip(inputs, pulled, strict=True))):
             if g is not None:
-                ctx.report("constant", sign * torch.where(parts(g) == 0, 0.0, parts(x.detach()) * parts(g)))
+                ctx.report("constant", sign * relevance_of(parts(x), parts(g), "gradient"))
         return grad, None, None, None
 
 

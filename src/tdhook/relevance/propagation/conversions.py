@@ -34,14 +34,18 @@ __all__ = [
     "TimesValue",
     "Unchanged",
     "finite_product",
+    "stabilizer_at",
 ]
 
 
-class _OfPerValue(Context, Protocol):
-    n_rest: int
+class _OfStabilised(Protocol):
     stabilizer: Stabilizer
     setting: Setting
     place: Place
+
+
+class _OfPerValue(Context, _OfStabilised, Protocol):
+    n_rest: int
 
 
 class _OfScaled(Context, Protocol):
@@ -74,6 +78,12 @@ class TimesValue(Identity):
         return finite_product(x, grad)
 
 
+def stabilizer_at(ctx: _OfStabilised) -> Stabilizer:
+    """That of an identity, unless a batch norm behind it stabilises instead."""
+    merges = ctx.setting.merges
+    return rounding if merges is not None and merges.is_postponed(ctx.place) else ctx.stabilizer
+
+
 class PerValue(Identity):
     """Identity at whose input relevance becomes relevance per unit of activation: ``g = R / stab(x)``.
 
@@ -99,10 +109,10 @@ class PerValue(Identity):
     @staticmethod
     def over_stabilised(ctx: _OfPerValue, numerator: Tensor, x: Tensor) -> Tensor:
         """``numerator / stab(x)``."""
-        merges = ctx.setting.merges
-        if ctx.stabilizer is rounding or (merges is not None and merges.is_postponed(ctx.place)):
+        epsilon = stabilizer_at(ctx)
+        if epsilon is rounding:
             return plain_quotient(numerator, x)
-        return quotient(numerator, stabilize(x, ctx.stabilizer))
+        return quotient(numerator, stabilize(x, epsilon))
 
     @staticmethod
     def backward(ctx: _OfPerValue, relevance: Tensor) -> object:

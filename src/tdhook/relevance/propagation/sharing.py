@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tdhook.conventions import Convention
+from tdhook.conventions import Convention, per_value
 from tdhook.relevance.propagation.beside import between, noted, there
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import with_masks
@@ -179,7 +179,7 @@ class _Handing(TapeFunction):
         place: Place = ctx.where
         # Where nothing differs there is no relevance that could tell what counts.
         at, by = (
-            torch.where(d == 0, 0.0, relevance / torch.where(d == 0, 1.0, d))
+            per_value(d, relevance)
             for d in (difference(z, place.before[0]), difference(x, there(place.starts[0], x)))
         )
         return relevance, at, by, None, None

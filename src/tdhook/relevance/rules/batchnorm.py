@@ -15,7 +15,7 @@ from tdhook.relevance.propagation.lent import are_lent
 from tdhook.relevance.propagation.merges import Merges
 from tdhook.relevance.propagation.reference import Place as Beside
 from tdhook.relevance.propagation.sharing import secant
-from tdhook.relevance.propagation.stabilisers import rounding
+from tdhook.relevance.propagation.stabilisers import Stabilizer, rounding
 from tdhook.relevance.propagation.steps import Affine
 from tdhook.relevance.rules.epsilon import EpsilonRule
 from tdhook.relevance.rules.simple import PassRule
@@ -58,13 +58,8 @@ class _MergedBatchNormRule(PassRule):
             maker = _Maker(x)
             if maker.is_plain:
                 # Merging amounts to the epsilon rule, stabilised once.
-                stabilizing = maker.stabilizing
-                if not stabilizing or merges.is_apart(module):
-                    return weighted(call)
-                merges.look_at(module, maker.way)
-                for identity in stabilizing:
-                    merges.postpone(identity.place)
-                return EpsilonRule(stabilizing[0].stabilizer).bound(module, flow)(call)
+                epsilon = _taken_over(merges, module, maker)
+                return weighted(call) if epsilon is None else EpsilonRule(epsilon).bound(module, flow)(call)
             told = self._tell(merges, module, maker)
             return passed(call) if told else weighted(call)
 
@@ -101,22 +96,18 @@ class _MergedBatchNormRule(PassRule):
         def first(call: Call, place: Beside) -> Any:
             merges, x = call.setting.merges, call.args[0] if call.args else call.kwargs["input"]
             z, maker = scaled(call), _Maker(x)
-            if not maker.is_plain or not maker.stabilizing or merges is None or merges.is_apart(module):
-                return z
-            merges.look_at(module, maker.way)
-            for identity in maker.stabilizing:
-                merges.postpone(identity.place)
-            return damped_at(z, place, maker.stabilizing[0].stabilizer, call.setting)
+            epsilon = _taken_over(merges, module, maker) if maker.is_plain and merges is not None else None
+            return z if epsilon is None else damped_at(z, place, epsilon, call.setting)
 
         return noted(first, scaled)
 
     def _tell(self, merges: Merges, module: nn.Module, maker: _Maker) -> bool:
         """Tell the layers before it of a batch norm, unless something else reads what these return."""
         for layer in self._producers(maker.node):
-            # On [N, C, L] a batch norm scales the rows of what a fully connected layer made, not its features.
-            if not self.linears and maker.axis != layer.form.output_axis(maker.n_axes):
-                continue
             if not self.linears:
+                # On [N, C, L] a batch norm scales the rows of what a fully connected layer made, not its features.
+                if maker.axis != layer.form.output_axis(maker.n_axes):
+                    continue
                 if merges.is_apart(module):
                     return False
                 merges.look_at(module, maker.way)
@@ -174,17 +165,14 @@ class _Maker:
         self.axis, self.moved = 1, False
         shape: Sequence[int] = x.shape
         self.node, passed = Identity.before(x.grad_fn)
-        identities, way = list(passed), [*passed, self.node]
+        way = [*passed, self.node]
         while len(shape) > 1 and (moved := before_moves(self.node, self.axis, shape)) is not None:
             self.moved = True
             self.node, self.axis, shape = moved
             self.node, passed = Identity.before(self.node)
-            identities += passed
             way += [*passed, self.node]
         self.n_axes, self.way = len(shape), way
-        self.stabilizing: list[Any] = [
-            each for each in identities if getattr(each, "place", None) is not None
-        ]
+        self.stabilizing: list[Any] = [each for each in way if getattr(each, "place", None) is not None]
 
     @property
     def is_plain(self) -> bool:
@@ -193,6 +181,17 @@ class _Maker:
         if not name.startswith(_PLAIN):
             return False
         return not self.moved or self.axis == (1 if name.startswith("Conv") else self.n_axes - 1)
+
+
+def _taken_over(merges: Merges, norm: nn.Module, maker: _Maker) -> Stabilizer | None:
+    """The stabiliser of a layer that runs as it is, which from now on is behind the batch norm, if it can be merged."""
+    if not maker.stabilizing or merges.is_apart(norm):
+        return None
+    merges.look_at(norm, maker.way)
+    for identity in maker.stabilizing:
+        merges.postpone(identity.place)
+    stabilizer: Stabilizer = maker.stabilizing[0].stabilizer
+    return stabilizer
 
 
 def merging(linears: Sequence[nn.Module] = ()) -> PassRule:

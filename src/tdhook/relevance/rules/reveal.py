@@ -23,7 +23,7 @@ from tdhook.relevance.propagation.sharing import SECANT
 from tdhook.relevance.propagation.steps import Grads, Step, unmodified
 from tdhook.relevance.rules.shares import magnitude, modified_by, squared
 from tdhook.relevance.secants.slopes import slope
-from tdhook.tape.functions import may_look_at
+from tdhook.tape.functions import may_look_at_once
 
 __all__ = ["RevealCancelRule", "ShapleyRule"]
 
@@ -192,7 +192,7 @@ def _least_where(nothing: Tensor, slopes: Tensor, behind: Behind, *ends: tuple[T
         behind: the function.
         ends: its arguments and values.
     """
-    looks = nothing.is_cpu and may_look_at(nothing)
+    looks = may_look_at_once(nothing)
     if looks and not bool(nothing.any()):
         return slopes
     assert behind.name is not None

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from tdhook.conventions import per_value
 from tdhook.perturbing.quadrature import gauss_legendre
 from tdhook.relevance.secants.pair import Grads, Pair, inner
 from tdhook.tape.conditions import holds
@@ -179,7 +180,7 @@ def _scaled_at_each(pair: Pair, grads: Sequence[Tensor], found: Grads) -> Grads:
     missed = _at_each(grads[0], pair.rises[0]) - _sum([_at_each(g, d) for g, d in pairs])
     shares = _sum([inner(g, d).abs().reshape(*d.shape, -1).sum(-1) for g, d in pairs])
     size = torch.where(shares == 0, _sum([_at_each(d, d) for d in steps]), shares)
-    part = torch.where(size == 0, 0.0, missed / torch.where(size == 0, 1.0, size)).unsqueeze(-1)
+    part = per_value(size, missed).unsqueeze(-1)
 
     def more(g: Tensor, d: Tensor) -> Tensor:
         slope, step, product = (x.reshape(*d.shape, -1) for x in (parts(g), parts(d), inner(g, d)))

@@ -150,7 +150,7 @@ def difference(x: Tensor, start: Tensor) -> Tensor:
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Products of two tensors, of complex ones as pairs of real ones; nothing where either is not finite."""
     product = parts(a) * parts(b)
-    return torch.where(product.isfinite(), product, 0.0)
+    return product if seen_finite(product) else torch.where(product.isfinite(), product, 0.0)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -27,11 +27,8 @@ def matrix_product(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     if not _is_of_two(pair) or min(x.dim() for x in pair.ends) < 2:
         return product(pair, grads)
     a, b = _middles(pair)
-    if a.dtype != b.dtype or grads[0].dtype != a.dtype:  # under autocast
-        dtype = torch.promote_types(a.dtype, b.dtype)
-        a, b, g = a.to(dtype), b.to(dtype), grads[0].to(dtype)
-    else:
-        g = grads[0]
+    dtype = torch.promote_types(a.dtype, b.dtype)  # under autocast they may be others
+    a, b, g = (x.to(dtype) for x in (a, b, grads[0]))
     return (g @ b.mT).sum_to_size(a.shape), (a.mT @ g).sum_to_size(b.shape)
 
 

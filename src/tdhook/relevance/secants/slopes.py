@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from tdhook.conventions import per_value
 from tdhook.relevance.secants.averages import average, product
 from tdhook.relevance.secants.pair import Grads, Pair, pull_back, wide
-from tdhook.tape.functions import may_look_at, seen_finite
+from tdhook.tape.functions import may_look_at_once, seen_finite
 
 __all__ = ["choice", "filled", "quotient", "rounded", "scaled", "slope", "slopes"]
 
@@ -34,8 +35,7 @@ def scaled(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     if not alone or not pair.differs or pair.ends[0].is_complex():
         return product(pair, grads)
     step, rise = pair.steps[0], pair.rises[0]
-    taken = torch.where(step == 0, 0.0, rise / torch.where(step == 0, 1.0, step))
-    return (grads[0] * taken,)
+    return (grads[0] * per_value(step, rise),)
 
 
 def quotient(pair: Pair, grads: Sequence[Tensor]) -> Grads:
@@ -56,7 +56,7 @@ def quotient(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     if not g.is_complex():
         ratio = b / b0
         apart = (ratio > _APART) | ((ratio > 0) & (ratio < 1 / _APART))
-        if not (apart.is_cpu and may_look_at(apart)) or bool(apart.any()):
+        if not may_look_at_once(apart) or bool(apart.any()):
             db = torch.where(apart, b - b0, 1.0)
             on_the_way = torch.where(apart, ratio, 1.0).log() / db
             of_a = torch.where(apart, on_the_way, of_a)
@@ -81,8 +81,7 @@ def rounded(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     z, z0 = pair.outputs[0], pair.before[0]
     leaves = pair.name in ("remainder", "fmod")
     n, n0 = ((a - z) / b, (a0 - z0) / b0) if leaves else (z, z0)
-    step = a / b - a0 / b0
-    steep = torch.where(step == 0, 0.0, (n - n0) / torch.where(step == 0, 1.0, step))
+    steep = per_value(a / b - a0 / b0, n - n0)
     shares = [steep * (1 / b + 1 / b0) / 2, -steep * (a + a0) / (2 * b * b0)]
     if leaves:
         middle = (b + b0) / 2
@@ -185,7 +184,7 @@ def _chosen(
 
 def _is_same(now: Tensor, before: Tensor) -> bool:
     """Whether a choice is seen to be the same."""
-    return now is before or (now.is_cpu and may_look_at(now) and torch.equal(now, before))
+    return now is before or (may_look_at_once(now) and torch.equal(now, before))
 
 
 def _turning(now: Tensor, steps: Sequence[Tensor], apart: Tensor, rise: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,8 +203,7 @@ def _turning(now: Tensor, steps: Sequence[Tensor], apart: Tensor, rise: Tensor) 
     da, db = (torch.where(d.isfinite(), d, 0.0) for d in steps)
     # How much of its way each has gone where the other one takes over.
     meets = apart / (da - db)
-    length = da.square() + db.square()
-    jump = torch.where(length == 0, 0.0, rise / torch.where(length == 0, 1.0, length))
+    jump = per_value(da.square() + db.square(), rise)
     fits = known & (meets >= 0) & (meets <= 1)
     return (
         torch.where(fits, torch.where(now, 1 - meets, meets), jump * da),
