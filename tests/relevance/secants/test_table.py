@@ -16,6 +16,8 @@ from tdhook.relevance.secants.winners import winner
     "name, secant",
     [
         ("tanh", slopes),
+        ("atan2", slopes),
+        ("copysign", slopes),
         ("softmax", softmax),
         ("amax", winner),
         ("layer_norm", normalised),
