@@ -106,6 +106,16 @@ def _in_order(first: bool, x: Tensor, start: Tensor, constant: Tensor) -> tuple[
     return ([constant, x], [constant, start]) if first else ([x, constant], [start, constant])
 
 
+def test_a_constant_that_differs_on_the_reference_wins_where_it_does_on_the_way() -> None:
+    torch.manual_seed(0)
+    x, start, constant, before = (torch.randn(40, dtype=torch.float64) for _ in range(4))
+    pair = pair_of("maximum", torch.maximum, [x, constant], [start, before], live=[0])
+    (found,) = winner(pair, [torch.ones_like(x)])
+    at = ((torch.arange(4000, dtype=torch.float64) + 0.5) / 4000).unsqueeze(-1)
+    wins = torch.lerp(start, x, at) > torch.lerp(before, constant, at)
+    torch.testing.assert_close(found, wins.double().mean(0), atol=1e-3, rtol=0.0)
+
+
 @pytest.mark.parametrize("name", sorted(CALLS))
 def test_each_row_counts_as_it_does_alone(name: str) -> None:
     """The way is cut into pieces for values that need it, and for no others."""
