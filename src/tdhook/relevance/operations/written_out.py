@@ -113,10 +113,6 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return product if bias is None else product + bias
 
 
-def _softmin(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
-    return F.softmax(-input, dim, _stacklevel, dtype)
-
-
 def _of_the_first(function: Function) -> Function:
     """The first argument takes all: it is what is raised to a power, or divided."""
     return lambda input, other, **kwargs: function(input, other.detach(), **kwargs)
@@ -187,7 +183,6 @@ _WRITTEN: dict[str, Function] = {
     "linear": _linear,
     "mse_loss": _of_difference(F.mse_loss),
     "pow": _of_the_first(torch.pow),
-    "softmin": _softmin,
     "smooth_l1_loss": _of_difference(F.smooth_l1_loss),
     "std_mean": _std_mean,
     "var": _var,
