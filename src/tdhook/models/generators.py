@@ -45,7 +45,7 @@ def of_generator(value: Any) -> Held | None:
         value = value.bit_generator
     if numpy is not None and isinstance(value, numpy.BitGenerator):
         its = value.state
-        return By(lambda: repr(value.state) != repr(its), lambda: setattr(value, "state", its))
+        return By(lambda: not _alike(value.state, its), lambda: setattr(value, "state", its))
     if numpy is not None and isinstance(value, numpy.RandomState):
         return _legacy(value.get_state, value.set_state)
     return None
@@ -82,4 +82,11 @@ def drawn_by_others() -> Iterator[Held]:
 def _legacy(get_state: Callable[..., Any], set_state: Callable[[Any], None]) -> Held:
     """The state of one of numpy's older generators."""
     before = get_state(legacy=False)
-    return By(lambda: repr(get_state(legacy=False)) != repr(before), lambda: set_state(before))
+    return By(lambda: not _alike(get_state(legacy=False), before), lambda: set_state(before))
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two states of a generator of numpy's are the same: numbers, arrays, and dictionaries of them."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_alike(one[name], other[name]) for name in one)
+    return bool((one == other).all()) if hasattr(one, "all") else bool(one == other)
