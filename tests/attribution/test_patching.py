@@ -523,7 +523,8 @@ def test_compiled_equals_eager(by: str) -> None:
     model, td = network(), states(3)
     options = {"at": ["1", "2:input"], "axis": -1}
     eager = Patching(by, Target("output", 0), **options).wrap(model)(td.clone())
-    compiled = Patching(by, Target("output", 0), compile=True, **options).wrap(model)(td.clone())
+    quickly = {"backend": "aot_eager"}
+    compiled = Patching(by, Target("output", 0), compile=quickly, **options).wrap(model)(td.clone())
     for key in (("attr", "1"), ("attr", "2:input"), ("ledger", "target"), "output"):
         torch.testing.assert_close(compiled[key], eager[key], **EXACT)
 
@@ -675,7 +676,8 @@ def test_steps_that_see_each_other_are_patched_one_by_one(index, step, patch: st
 
 def test_what_is_seen_at_one_place_is_not_taken_for_another() -> None:
     model, td = Summing().double(), two(torch.randn(2, 5, 3).double(), torch.randn(2, 5, 3).double(), [2, 5])
-    compiled = Patching("exact", Target("output", 1), at=["last", "first", "last:input"], compile=True)
+    at, quickly = ["last", "first", "last:input"], {"backend": "aot_eager"}
+    compiled = Patching("exact", Target("output", 1), at=at, compile=quickly)
     explained, approximate = compiled.wrap(model), Patching("atp", Target("output", 1), at=["last", "first"])
     for _ in range(3):
         found = explained(td.clone())

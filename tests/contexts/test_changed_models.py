@@ -224,7 +224,7 @@ def test_a_sequence_of_modules_with_keys() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by torch
 def test_graphs_are_made_again() -> None:
     model = net()
-    lrp = LRP("epsilon_plus", target=Target("output", 0), compile=True)
+    lrp = LRP("epsilon_plus", target=Target("output", 0), compile={"backend": "aot_eager"})
     explained = lrp.wrap(model)
     explained(TensorDict({"input": X}, [3]))
     model[3] = nn.Linear(6, 2, bias=False).double()

@@ -34,6 +34,6 @@ def test_all_but_one_machine_die() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES[:4], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES[2:4], ids=lambda case: case.name)
 def test_a_thousand_workers(case: Case) -> None:
     assert simulate(case).efficiency > 0.95

@@ -51,13 +51,16 @@ def missing(name: str) -> list[str]:
     return sorted(root for root in roots - siblings if importlib.util.find_spec(root) is None)
 
 
+MISSING = sorted({package for name in SCRIPTS for package in missing(name)})
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(
+    bool(MISSING),
+    reason=f"{', '.join(MISSING)} not installed: `nox -s examples` installs what the scripts need",
+)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_explains_its_agent(name: str, tmp_path: Path) -> None:
-    if missing(name):
-        pytest.skip(
-            f"{', '.join(missing(name))} not installed: `nox -s examples` installs what the scripts need"
-        )
     before = checkpoint_of(name).read_bytes()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(

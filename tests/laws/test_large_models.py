@@ -11,6 +11,14 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("accelerate") is None,
+        reason="accelerate is not installed: `nox -s examples` installs what the scripts need",
+    ),
+]
+
 LARGE = Path(__file__).parents[2] / "examples" / "large"
 
 
@@ -23,15 +31,11 @@ def output_of(*command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 def test_two_processes_explain_what_they_hold_together() -> None:
     run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     said = output_of(*run, str(LARGE / "two_processes.py"))
     assert len(re.findall(r"e[-+]\d+ from the model held whole", said)) == 3
 
 
-@pytest.mark.slow
 def test_what_lies_on_the_disk_is_explained() -> None:
-    if importlib.util.find_spec("accelerate") is None:
-        pytest.skip("accelerate is not installed: `nox -s examples` installs what the scripts need")
     assert "from the model held in memory" in output_of(str(LARGE / "offloaded.py"))
