@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tdhook.models.holding import held_by
 from tdhook.models.state import slots_of
 from tdhook.relevance.propagation.reference import Place, Reference
+from tdhook.tape.sparse import parts_of
 from tdhook.tape.unchanged import Unchanged
 
 __all__ = ["Kept", "There"]
@@ -87,9 +88,13 @@ def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
 
 def _constants(places: Sequence[Place], own: Sequence[Tensor]) -> list[Tensor]:
     """The large constants that were met and no module holds; of small ones, places keep the values."""
-    known = {x.data_ptr() for x in own}
-    found = {x.data_ptr(): x for place in places for x in place.constants if x.data_ptr() not in known}
+    known = set(map(_address, own))
+    found = {_address(x): x for place in places for x in place.constants if _address(x) not in known}
     return list(found.values())
+
+
+def _address(x: Tensor) -> int:
+    return parts_of(x)[-1].data_ptr()
 
 
 def _are(now: Sequence[Tensor], before: Sequence[Unchanged]) -> bool:

@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from tdhook.models.generators import By, Held, drawn_by_others, drawn_by_torch, of_generator
 from tdhook.tape.internals import FINDING_HOOKS, buffers_of, parameters_of, version_of
+from tdhook.tape.sparse import equal, parts_of
 
 __all__ = ["LEFT_ALONE", "Snapshot", "is_of_a_library"]
 
@@ -341,8 +342,12 @@ def _tensor(value: Tensor) -> Held:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     """Whether they have the same values, of which some may be no numbers."""
-    if torch.equal(one, other):
+    if equal(one, other):
         return True
+    return one.layout is other.layout and all(map(_equal_but_for_nan, parts_of(one), parts_of(other)))
+
+
+def _equal_but_for_nan(one: Tensor, other: Tensor) -> bool:
     missing = one.isnan()
     return torch.equal(missing, other.isnan()) and torch.equal(one[~missing], other[~missing])
 

@@ -20,6 +20,7 @@ from torch.autograd.graph import Node
 from tdhook.tape.conditions import holds
 from tdhook.tape.functions import may_look_at, nodes_behind
 from tdhook.tape.internals import maker_of, saved_by
+from tdhook.tape.sparse import SPARSE
 
 __all__ = ["Disregarding", "are_finite"]
 
@@ -107,21 +108,26 @@ def _where_given(found: Tensor | None, given: Sequence[Tensor | None]) -> Tensor
 
 def _numbers(x: Tensor) -> Tensor:
     """What is kept of a tensor: zeros for NaN, and for infinities the largest number."""
-    if not x.is_floating_point() or _is_elsewhere(x):
+    if not _is_here(x):
         return x
     return x if bool(x.isfinite().all()) else x.nan_to_num(0.0)
 
 
 def _known(x: Tensor) -> Tensor:
     """Likewise, with infinities as they are."""
-    if not x.is_floating_point() or _is_elsewhere(x):
+    if not _is_here(x):
         return x
     return x.nan_to_num(0.0, torch.inf, -torch.inf)
 
 
-def _is_elsewhere(x: Tensor) -> bool:
-    """Whether the memory of a tensor is given back until it is needed, as that of sharded parameters is."""
-    return type(x) in (Tensor, nn.Parameter) and x.numel() > 0 and x.untyped_storage().size() == 0
+def _is_here(x: Tensor) -> bool:
+    """Whether a tensor is of numbers that lie in memory, all of them.
+
+    That of sharded parameters is given back until it is needed; sparse tensors hold some of their elements alone.
+    """
+    if not x.is_floating_point() or x.layout in SPARSE:
+        return False
+    return type(x) not in (Tensor, nn.Parameter) or x.numel() == 0 or x.untyped_storage().size() > 0
 
 
 def _itself(x: Tensor) -> Tensor:

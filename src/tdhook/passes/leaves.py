@@ -20,6 +20,7 @@ from tdhook.tape.conditions import assumed_nonnegative
 from tdhook.tape.copies import copied
 from tdhook.tape.dependence import leaf as leaf_of
 from tdhook.tape.origins import mark_nonnegative
+from tdhook.tape.sparse import SPARSE
 
 __all__ = ["Choose", "Leaves"]
 
@@ -77,7 +78,7 @@ class Leaves:
             if key in integers:
                 inputs[key] = leaf_of(replaced[key]) if key in replaced else as_numbers(value)
                 continue
-            if not value.is_floating_point():
+            if not value.is_floating_point() or value.layout in SPARSE:
                 self._tell_once(key, value)
                 continue
             leaf = leaf_of(replaced.get(key, value))
@@ -195,7 +196,5 @@ class Leaves:
     def _tell_once(self, key: NestedKey, value: Tensor) -> None:
         if key not in self.integers:
             self.integers.add(key)
-            warnings.warn(
-                f"input {key!r} is {value.dtype}, which has no gradient: it gets no relevance entry",
-                stacklevel=2,
-            )
+            why = "sparse" if value.layout in SPARSE else f"{value.dtype}, which has no gradient"
+            warnings.warn(f"input {key!r} is {why}: it gets no relevance entry", stacklevel=2)

@@ -69,8 +69,9 @@ AFFINE = _names(
     feature_dropout fft_c2c fft_c2r fft_fft fft_fft2 fft_fftn fft_hfft fft_hfft2 fft_hfftn fft_ifft fft_ifft2
     fft_ifftn fft_ihfft fft_ihfft2 fft_ihfftn fft_irfft fft_irfft2 fft_irfftn fft_r2c fft_rfft fft_rfft2 fft_rfftn
     index_add index_reduce istft lerp linear mean nanmean nansum neg rad2deg rsub scatter_add
-    scatter_reduce segment_reduce stft sub sum sum_to_size trace trapezoid upsample_bicubic2d upsample_bicubic2d_aa
-    upsample_bilinear upsample_bilinear2d upsample_bilinear2d_aa upsample_linear1d upsample_trilinear3d
+    scatter_reduce segment_reduce sparse_addmm sparse_mm stft sub sum sum_to_size trace trapezoid
+    upsample_bicubic2d upsample_bicubic2d_aa upsample_bilinear upsample_bilinear2d upsample_bilinear2d_aa
+    upsample_linear1d upsample_trilinear3d
     """
 )
 HOMOGENEOUS = _names(

@@ -21,6 +21,7 @@ from tdhook.tape.internals import (
     number_of,
     transformed,
 )
+from tdhook.tape.sparse import SPARSE, Live
 from tdhook.tape.trees import tree_leaves, tree_map_tensors
 
 __all__ = ["Dependence", "leaf"]
@@ -104,12 +105,18 @@ class Dependence:
         return number_of(node) >= self._first and (self._reached is None or self._reaches(node))
 
     def look(self, values: Iterable[object]) -> tuple[bool, bool]:
-        """Whether any of some values depends on the leaves, and whether any is on the tape that does not."""
+        """Whether any of some values depends on the leaves, and whether any is on the tape that does not.
+
+        Raises:
+            Live: one that depends on the leaves is a sparse tensor.
+        """
         live = foreign = False
         for value in values:
             if isinstance(value, Tensor):
                 if value.requires_grad or (transformed() and is_batched(value)):
                     if self.has(value):
+                        if value.layout in SPARSE:
+                            raise Live(value)
                         live = True
                     else:
                         foreign = True

@@ -25,6 +25,8 @@ from torch._higher_order_ops import utils as higher_order
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.overrides import TorchFunctionMode
 
+from tdhook.tape.sparse import parts_of
+
 __all__ = [
     "APPLIED_IN_TRANSFORMS",
     "CHECKPOINTING",
@@ -174,7 +176,7 @@ def storage_of(x: Tensor) -> int:
     """What tells the memory of a tensor from that of others."""
     while is_wrapped(x):
         x = inside(x)
-    return int(x.untyped_storage()._cdata)
+    return int(parts_of(x)[-1].untyped_storage()._cdata)
 
 
 nodes_made: Callable[[], int] = _autograd._get_sequence_nr

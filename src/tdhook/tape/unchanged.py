@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tdhook.tape.internals import version_of
+from tdhook.tape.sparse import SPARSE, parts_of
 
 __all__ = ["Unchanged"]
 
@@ -39,6 +40,8 @@ class Unchanged:
 def _values(x: Tensor) -> list[Tensor]:
     """What tells the values of a tensor."""
     x = x.detach()
+    if x.layout in SPARSE:
+        return [values for part in parts_of(x) for values in _values(part)]
     if x.numel() <= _WHOLE or x.is_complex():
         return [x]
     dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.int64
@@ -49,4 +52,6 @@ def _values(x: Tensor) -> list[Tensor]:
 
 
 def _state(x: Tensor) -> tuple[object, ...]:
+    if x.layout in SPARSE:
+        return version_of(x), x.layout, x.shape, *map(_state, parts_of(x))
     return version_of(x), x.data_ptr(), x.dtype, x.shape, x.stride()

@@ -59,6 +59,7 @@ from tdhook.tape.internals import (
 from tdhook.tape.modes import ONLY_TENSORS, Watching, answered, beneath
 from tdhook.tape.overwriting import Guard, Outdated
 from tdhook.tape.sharded import moves_between_processes
+from tdhook.tape.sparse import Live, without_places
 
 __all__ = ["Interception"]
 
@@ -290,12 +291,15 @@ class Interception(Watching):
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
         dependence = self.dependence
-        live, foreign = dependence.look(args)
+        try:
+            live, foreign = dependence.look(args)
+            if kwargs:
+                below = dependence.look(kwargs.values())
+                live, foreign = live or below[0], foreign or below[1]
+        except Live as error:
+            raise Live(error.x, known.operation.name, self.paths.current) from None
         if not self._paused and dependence.is_hidden(args, kwargs):
             raise NotImplementedError(TRANSFORMS.format(self.paths.current or "(model)"))
-        if kwargs:
-            below = dependence.look(kwargs.values())
-            live, foreign = live or below[0], foreign or below[1]
         given, given_by_name = args, kwargs
         if foreign:
             args, kwargs = dependence.constants_off((args, kwargs), own=live and not self._paused)
@@ -415,7 +419,11 @@ class Interception(Watching):
                 with self:
                     return inside(*args, **kwargs)
             result = func(*args, **kwargs)
-            if not self.dependence.look((result,))[0]:
+            try:
+                live = self.dependence.look((result,))[0]
+            except Live as error:
+                raise Live(error.x, operation.name, self.paths.current) from None
+            if not live:
                 reference = self.setting.reference
                 return result if reference is None else reference.decision(result)
             self._unmatched(operation.name, self.paths.current)
@@ -423,9 +431,15 @@ class Interception(Watching):
             rule = ARITHMETIC
         bound = known.bound(rule, self.flow, self._reading)
         call = Call(operation, func, args, kwargs, self.setting)
-        if self._reading.opens(rule):
-            with self:
-                return bound.run(call)
-        if self.observer is not None:
-            return self.observer.call(self.paths.current, selector, bound, call)
-        return bound.run(call)
+        try:
+            if self._reading.opens(rule):
+                with self:
+                    return bound.run(call)
+            if self.observer is not None:
+                return self.observer.call(self.paths.current, selector, bound, call)
+            return bound.run(call)
+        except RuntimeError as error:
+            odd = None if isinstance(error, Live) else without_places((args, kwargs))
+            if odd is None:
+                raise
+            raise Live(odd, operation.name, self.paths.current) from error

@@ -20,6 +20,7 @@ from tdhook.tape.conditions import holds
 from tdhook.tape.functions import may_look_at
 from tdhook.tape.internals import storage_of, version_of
 from tdhook.tape.masks import masking, masks_in
+from tdhook.tape.sparse import SPARSE, equal
 from tdhook.tape.trees import tree_leaves
 
 __all__ = ["Parted", "Place", "Reference"]
@@ -83,7 +84,7 @@ class Place:
         ]
         within = [x.clone() if x.numel() <= _SMALL else x for x in self.within]
         made_anew = [
-            not live and start is not None and x.shape == start.shape and torch.equal(x, start)
+            not live and start is not None and x.shape == start.shape and equal(x, start)
             for x, live, start in zip(self.given, self.live, self.starts, strict=True)
         ]
         return replace(self, given=given, within=within, made_anew=made_anew, picked=None)
@@ -113,7 +114,7 @@ class Place:
             return False
         each = zip(self.given, kept.given, self.live, kept.starts, kept.made_anew, strict=True)
         return all(
-            live or (torch.equal(x, other) if anew else start is not None or _is_alike(x, other))
+            live or (equal(x, other) if anew else start is not None or _is_alike(x, other))
             for x, other, live, start, anew in each
         )
 
@@ -219,6 +220,8 @@ class Reference:
             None if not live and _is_same(x, start) else self._kept(start)
             for x, live, start in zip(place.given, place.live, given, strict=True)
         ]
+        if any(x is not None and x.layout in SPARSE for x in place.starts):
+            raise Parted(_PARTED.format(f"{place} reads another sparse tensor there"))
         if self.decided < 2 and _masks_others(place, place.starts):
             raise Parted(_PARTED.format(f"{place} masks other values there"))
         outputs = run()
@@ -324,7 +327,7 @@ def _parted(leaves: Sequence[object]) -> tuple[list[Tensor], list[float]]:
 
 def _is_alike(x: Tensor, other: Tensor) -> bool:
     """Whether a constant is the same as in an earlier run, as far as that is seen here."""
-    return _is_same(x, other) or (x.numel() <= _SMALL and x.shape == other.shape and torch.equal(x, other))
+    return _is_same(x, other) or (x.numel() <= _SMALL and x.shape == other.shape and equal(x, other))
 
 
 def _masks_others(place: Place, starts: Sequence[Tensor | None]) -> bool:
@@ -357,4 +360,6 @@ def _is_same(x: Tensor, start: Tensor) -> bool:
     """Whether a tensor is the very same in both runs: a weight, say."""
     if start.requires_grad or x.shape != start.shape or x.dtype != start.dtype:
         return False
+    if x.layout in SPARSE:
+        return equal(x, start)
     return storage_of(x) == storage_of(start) and x.storage_offset() == start.storage_offset()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tdhook.tape.internals import parameters_of
+from tdhook.tape.sparse import SPARSE
 from tdhook.tape.unchanged import Unchanged
 
 __all__ = ["WeightCache"]
@@ -81,7 +82,9 @@ def _may_be_large(layer: nn.Module) -> bool:
 def _own_weight(layer: nn.Module) -> Tensor | None:
     """The weight of a layer, if it is a large one that lies in memory, whole."""
     weight = parameters_of(layer).get("weight")
-    if weight is None or type(weight) not in _PLAIN or not weight.is_cpu or weight.numel() <= _SMALL:
+    if weight is None or type(weight) not in _PLAIN or weight.layout in SPARSE:
+        return None
+    if not weight.is_cpu or weight.numel() <= _SMALL:
         return None
     return weight if weight.untyped_storage().size() else None
 

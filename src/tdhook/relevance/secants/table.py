@@ -17,7 +17,15 @@ from tdhook.selectors.kinds import AFFINE, ELEMENTWISE, NORMS, PRODUCTS, WINNER
 
 __all__ = ["LINEAR", "secant_of"]
 
-LINEAR = AFFINE - {"batch_norm", "embedding_bag", "lerp", "scatter_reduce", "index_reduce", "segment_reduce"}
+LINEAR = AFFINE - {
+    "batch_norm",
+    "embedding_bag",
+    "index_reduce",
+    "lerp",
+    "scatter_reduce",
+    "segment_reduce",
+    "sparse_mm",
+}
 """Linear in what is attributed, where that is one argument or a sum."""
 
 

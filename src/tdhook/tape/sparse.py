@@ -1,0 +1,65 @@
+"""Sparse tensors, which hold some of their elements alone.
+
+As constants they take part in products as any matrix does. Where they depend on what is explained, no rule can follow:
+what they are computed of and into are no tensors with an element at each place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tdhook.tape.trees import tree_leaves
+
+__all__ = ["SPARSE", "Live", "equal", "parts_of", "without_places"]
+
+SPARSE = frozenset((torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc))
+"""Their layouts."""
+
+
+class Live(NotImplementedError):
+    """A sparse or nested tensor depends on what is explained.
+
+    Args:
+        x: the tensor.
+        operation: which reads or makes it.
+        path: of the module in which it runs.
+    """
+
+    def __init__(self, x: Tensor, operation: str = "", path: str = "") -> None:
+        self.x = x
+        by = f"`{operation}` in module `{path or '(model)'}`" if operation else "the model"
+        what = "nested tensor" if x.is_nested else f"sparse tensor ({list(x.shape)}, {x.layout})"
+        super().__init__(
+            f"{by} makes or reads a {what} that depends on what is explained, and no rule follows what is computed of "
+            "one; make a dense one there (by `index_put`, `scatter_add`, `where`, say, or padded; to make it dense "
+            "again comes too late), or explain by a method that takes gradients or outputs alone"
+        )
+
+
+def without_places(tree: object) -> Tensor | None:
+    """The first tensor in a nested structure, if there is any, that is sparse or nested."""
+    tensors = (x for x in tree_leaves(tree) if isinstance(x, Tensor))
+    return next((x for x in tensors if x.is_nested or x.layout in SPARSE), None)
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same values; sparse ones, in the same order."""
+    if one.layout not in SPARSE and other.layout not in SPARSE:
+        return torch.equal(one, other)
+    return (
+        one.layout is other.layout
+        and one.shape == other.shape
+        and all(map(torch.equal, parts_of(one), parts_of(other)))
+    )
+
+
+def parts_of(x: Tensor) -> tuple[Tensor, ...]:
+    """What a tensor holds: itself, or if it is sparse, places and values."""
+    if x.layout not in SPARSE:
+        return (x,)
+    if x.layout is torch.sparse_coo:
+        return x._indices(), x._values()
+    if x.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return x.crow_indices(), x.col_indices(), x.values()
+    return x.ccol_indices(), x.row_indices(), x.values()
