@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -338,3 +339,14 @@ def test_modules_find_their_hooks_and_those_of_all():
         assert len(layer._get_backward_hooks()[0]) == 1
     finally:
         handle.remove()
+
+
+def test_an_operator_without_a_derivative() -> None:
+    x = torch.ones(2, 4, requires_grad=True)
+    layer = nn.Linear(4, 3)
+    layer.qconfig = torch.ao.quantization.default_dynamic_qconfig
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that quantised layers will move
+        quantised = torch.ao.nn.quantized.dynamic.Linear.from_float(layer)
+        assert internals.is_without_derivative(quantised(x))
+    assert not internals.is_without_derivative(layer(x)) and not internals.is_without_derivative(x)

@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from tdhook.models.generators import By, Held, drawn_by_others, drawn_by_torch, of_generator
 from tdhook.tape.internals import FINDING_HOOKS, buffers_of, parameters_of, version_of
-from tdhook.tape.sparse import equal, parts_of
+from tdhook.tape.sparse import equal
 
 __all__ = ["LEFT_ALONE", "Snapshot", "is_of_a_library"]
 
@@ -325,13 +325,13 @@ def _tensor(value: Tensor) -> Held:
     version = None if value.is_inference() else version_of(value)
 
     def changed() -> bool:
-        if value.shape != before.shape or (version is not None and version_of(value) != version):
+        if _shape(value) != _shape(before) or (version is not None and version_of(value) != version):
             return True
         # Writes through `.data`, of numpy, and of layers in a graph that is traced raise no version.
-        return not _equal(value.detach(), before) if looked_at else torch.compiler.is_compiling()
+        return not equal(value.detach(), before) if looked_at else torch.compiler.is_compiling()
 
     def restore() -> None:
-        if value.shape != before.shape:
+        if _shape(value) != _shape(before):
             value.data = before
             return
         with torch.inference_mode(value.is_inference()):
@@ -340,16 +340,8 @@ def _tensor(value: Tensor) -> Held:
     return By(changed, restore)
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether they have the same values, of which some may be no numbers."""
-    if equal(one, other):
-        return True
-    return one.layout is other.layout and all(map(_equal_but_for_nan, parts_of(one), parts_of(other)))
-
-
-def _equal_but_for_nan(one: Tensor, other: Tensor) -> bool:
-    missing = one.isnan()
-    return torch.equal(missing, other.isnan()) and torch.equal(one[~missing], other[~missing])
+def _shape(x: Tensor) -> torch.Size | None:
+    return None if x.is_nested else x.shape
 
 
 def _bytes(value: Any) -> Held:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from tdhook.tape.internals import gradients_of, noted_by
-from tdhook.tape.sparse import SPARSE, equal
+from tdhook.tape.sparse import equal, is_plain
 
 __all__ = ["Front", "Fronts"]
 
@@ -263,7 +263,7 @@ def _equal(one: Any, other: Any) -> bool:
         return type(one) is type(other) and bool(one == other)
     if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
         return False
-    if one.layout in SPARSE or other.layout in SPARSE:
+    if not (is_plain(one) and is_plain(other)):
         return equal(one, other)
     if one.numel() and 0 in (one.untyped_storage().size(), other.untyped_storage().size()):
         return False  # a sharded parameter, which is elsewhere

@@ -43,7 +43,6 @@ __all__ = [
     "function_inside",
     "function_modes",
     "gradients_of",
-    "has_storage",
     "hook_tables_of",
     "hooks_on_saved_tensors",
     "in_backward_pass",
@@ -51,6 +50,7 @@ __all__ = [
     "inside",
     "is_batched",
     "is_view",
+    "is_without_derivative",
     "is_wrapped",
     "load_forward_mode",
     "maker_of",
@@ -167,9 +167,10 @@ def called(frame: FrameType) -> nn.Module | None:
 _CALL = nn.Module._call_impl.__code__
 
 
-def has_storage(x: Tensor) -> bool:
-    """Whether a tensor has memory of its own, and is not made of other tensors, say."""
-    return x.layout is torch.strided and not x.is_nested
+def is_without_derivative(result: object) -> bool:
+    """Whether a function of what is on the tape returned a tensor that torch only pretends to differentiate."""
+    node = result.grad_fn if isinstance(result, Tensor) else None
+    return node is not None and node.name() == "torch::autograd::WarnNotImplemented"
 
 
 def storage_of(x: Tensor) -> int:

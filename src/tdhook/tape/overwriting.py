@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from tdhook.tape.functions import apart, copying
 from tdhook.tape.internals import (
     children_of,
-    has_storage,
     inside,
     is_wrapped,
     storage_of,
     transformed,
     version_of,
 )
+from tdhook.tape.sparse import is_plain
 from tdhook.tape.undoing import undone
 
 __all__ = [
@@ -129,7 +129,7 @@ class Outdated:
             return
         for value in values:
             if isinstance(value, Tensor):
-                if has_storage(value) and storage_of(value) in self._memory:
+                if is_plain(value) and storage_of(value) in self._memory:
                     self.heeded = self._guard.active = True
                     raise Mutated
             elif isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Sparse tensors, which hold some of their elements alone.
+"""Sparse tensors, which hold some of their elements alone, and nested ones, whose rows are of any length.
 
 As constants they take part in products as any matrix does. Where they depend on what is explained, no rule can follow:
 what they are computed of and into are no tensors with an element at each place.
@@ -6,12 +6,14 @@ what they are computed of and into are no tensors with an element at each place.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tdhook.tape.trees import tree_leaves
 
-__all__ = ["SPARSE", "Live", "equal", "parts_of", "without_places"]
+__all__ = ["SPARSE", "Live", "equal", "is_plain", "parts_of", "without_places"]
 
 SPARSE = frozenset((torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc))
 """Their layouts."""
@@ -44,20 +46,38 @@ def without_places(tree: object) -> Tensor | None:
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same values; sparse ones, in the same order."""
-    if one.layout not in SPARSE and other.layout not in SPARSE:
-        return torch.equal(one, other)
-    return (
-        one.layout is other.layout
-        and one.shape == other.shape
-        and all(map(torch.equal, parts_of(one), parts_of(other)))
-    )
+    """Whether two tensors have the same values, some of which may be no numbers; sparse ones, in the same order."""
+    if is_plain(one) and is_plain(other):
+        return _equal(one, other)
+    if one.layout is not other.layout or one.is_nested is not other.is_nested:
+        return False
+    parts, others = parts_of(one), parts_of(other)
+    return len(parts) == len(others) and all(map(_equal, parts, others))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if torch.equal(one, other):
+        return True
+    if one.shape != other.shape:
+        return False
+    missing = one.isnan()
+    return torch.equal(missing, other.isnan()) and torch.equal(one[~missing], other[~missing])
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether a tensor has an element at each place of its shape, and its memory holds those."""
+    return x.layout is torch.strided and not x.is_nested
 
 
 def parts_of(x: Tensor) -> tuple[Tensor, ...]:
-    """What a tensor holds: itself, or if it is sparse, places and values."""
-    if x.layout not in SPARSE:
+    """What a tensor holds: itself, or if it is sparse or nested, the tensors that it is made of, its values last."""
+    if is_plain(x):
         return (x,)
+    if x.is_nested:
+        nested: Any = x
+        return (nested.offsets(), nested.values()) if x.layout is torch.jagged else tuple(x.unbind())
+    if x.is_mkldnn:
+        return (x.to_dense(),)
     if x.layout is torch.sparse_coo:
         return x._indices(), x._values()
     if x.layout in (torch.sparse_csr, torch.sparse_bsr):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tdhook.tape.internals import version_of
-from tdhook.tape.sparse import SPARSE, parts_of
+from tdhook.tape.sparse import is_plain, parts_of
 
 __all__ = ["Unchanged"]
 
@@ -40,7 +40,7 @@ class Unchanged:
 def _values(x: Tensor) -> list[Tensor]:
     """What tells the values of a tensor."""
     x = x.detach()
-    if x.layout in SPARSE:
+    if not is_plain(x):
         return [values for part in parts_of(x) for values in _values(part)]
     if x.numel() <= _WHOLE or x.is_complex():
         return [x]
@@ -52,6 +52,6 @@ def _values(x: Tensor) -> list[Tensor]:
 
 
 def _state(x: Tensor) -> tuple[object, ...]:
-    if x.layout in SPARSE:
-        return version_of(x), x.layout, x.shape, *map(_state, parts_of(x))
+    if not is_plain(x):
+        return version_of(x), x.layout, *map(_state, parts_of(x))
     return version_of(x), x.data_ptr(), x.dtype, x.shape, x.stride()

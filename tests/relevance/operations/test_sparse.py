@@ -199,3 +199,36 @@ def test_equal_ones(layout: str) -> None:
     assert one.layout in SPARSE and equal(one, other) and not equal(one, DENSE)
     (other._values() if layout == "coo" else other.values()).mul_(2)
     assert not equal(one, other) and equal(DENSE, DENSE.clone())
+
+
+HELD = {
+    "nested": lambda w: torch.nested.nested_tensor([w[:2], w[2:]]),
+    "jagged": lambda w: torch.nested.nested_tensor([w[:2], w[2:]], layout=torch.jagged),
+    "mkldnn": lambda w: w.float().to_mkldnn(),
+    "quantised": lambda w: torch.quantize_per_tensor(w.float(), 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:torch.quantize")
+@pytest.mark.parametrize("held", HELD)
+def test_a_model_may_hold_a_tensor_of_any_kind(held: str) -> None:
+    """What it holds is compared with what it held, to see whether a run has changed it."""
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).train()
+    td = TensorDict(input=torch.randn(2, 4), batch_size=[2])
+    expected = explained(net, td)["attr", "input"]
+    net[1].register_buffer("held", HELD[held](torch.randn(4, 4)))
+    torch.testing.assert_close(explained(net, td)["attr", "input"], expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_quantised_layer_is_refused() -> None:
+    layer = nn.Linear(4, 3, dtype=torch.float32)
+    layer.qconfig = torch.ao.quantization.default_dynamic_qconfig
+    net = nn.Sequential(
+        nn.Linear(4, 4, dtype=torch.float32), torch.ao.nn.quantized.dynamic.Linear.from_float(layer)
+    )
+    td = TensorDict(input=torch.randn(2, 4, dtype=torch.float32), batch_size=[2])
+    with pytest.raises(
+        NotImplementedError, match=r"`linear_dynamic` in module `1` has no derivative.*quantised"
+    ):
+        LRP("epsilon", target=Target("output", 0)).wrap(net)(td)

@@ -23,6 +23,7 @@ from tdhook.relevance.operations.known import Known, learned, on_a_copy
 from tdhook.relevance.operations.parties import (
     COMPILED,
     DIFFERENTIATES,
+    NO_DERIVATIVE,
     OVERWRITES,
     TRANSFORMS,
     Entered,
@@ -48,6 +49,7 @@ from tdhook.tape.entering import entered
 from tdhook.tape.internals import (
     APPLIED_IN_TRANSFORMS,
     function_modes,
+    is_without_derivative,
     pop_mode,
     push_mode,
     sees,
@@ -426,6 +428,10 @@ class Interception(Watching):
             if not live:
                 reference = self.setting.reference
                 return result if reference is None else reference.decision(result)
+            if is_without_derivative(result):
+                raise NotImplementedError(
+                    NO_DERIVATIVE.format(operation.name, self.paths.current or "(model)")
+                )
             self._unmatched(operation.name, self.paths.current)
             selector = Unmatched()
             rule = ARITHMETIC

@@ -17,6 +17,7 @@ from tdhook.selectors import Selector
 __all__ = [
     "COMPILED",
     "DIFFERENTIATES",
+    "NO_DERIVATIVE",
     "OVERWRITES",
     "TRANSFORMS",
     "Entered",
@@ -38,6 +39,10 @@ COMPILED = (
 DIFFERENTIATES = (
     "the model differentiates in its forward pass, in module `{}`, where rules stand in for derivatives; give that "
     "module a rule, EpsilonRule say, so that it runs as one unit"
+)
+NO_DERIVATIVE = (
+    "`{}` in module `{}` has no derivative, so that no relevance comes through it; explain the model as it was before "
+    "it was quantised, or register a derivative (torch.library.register_autograd)"
 )
 TRANSFORMS = (
     "the model differentiates in its forward pass by torch.func, around module `{}`, where rules stand in for "

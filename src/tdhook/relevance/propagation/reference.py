@@ -20,7 +20,7 @@ from tdhook.tape.conditions import holds
 from tdhook.tape.functions import may_look_at
 from tdhook.tape.internals import storage_of, version_of
 from tdhook.tape.masks import masking, masks_in
-from tdhook.tape.sparse import SPARSE, equal
+from tdhook.tape.sparse import equal, is_plain
 from tdhook.tape.trees import tree_leaves
 
 __all__ = ["Parted", "Place", "Reference"]
@@ -220,8 +220,8 @@ class Reference:
             None if not live and _is_same(x, start) else self._kept(start)
             for x, live, start in zip(place.given, place.live, given, strict=True)
         ]
-        if any(x is not None and x.layout in SPARSE for x in place.starts):
-            raise Parted(_PARTED.format(f"{place} reads another sparse tensor there"))
+        if any(x is not None and not is_plain(x) for x in place.starts):
+            raise Parted(_PARTED.format(f"{place} reads another sparse or nested tensor there"))
         if self.decided < 2 and _masks_others(place, place.starts):
             raise Parted(_PARTED.format(f"{place} masks other values there"))
         outputs = run()
@@ -358,8 +358,10 @@ def _has_masks(place: Place) -> bool:
 
 def _is_same(x: Tensor, start: Tensor) -> bool:
     """Whether a tensor is the very same in both runs: a weight, say."""
-    if start.requires_grad or x.shape != start.shape or x.dtype != start.dtype:
+    if start.requires_grad or x.dtype != start.dtype:
         return False
-    if x.layout in SPARSE:
+    if not is_plain(x):
         return equal(x, start)
+    if x.shape != start.shape:
+        return False
     return storage_of(x) == storage_of(start) and x.storage_offset() == start.storage_offset()
