@@ -350,3 +350,17 @@ def test_an_operator_without_a_derivative() -> None:
         quantised = torch.ao.nn.quantized.dynamic.Linear.from_float(layer)
         assert internals.is_without_derivative(quantised(x))
     assert not internals.is_without_derivative(layer(x)) and not internals.is_without_derivative(x)
+
+
+def test_what_a_tensor_is_made_of() -> None:
+    dense = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
+    coo, nested = dense.to_sparse(), torch.nested.nested_tensor([dense[:1], dense], layout=torch.jagged)
+    assert internals.is_plain(dense) and not internals.is_plain(coo) and not internals.is_plain(nested)
+    assert internals.parts_of(dense)[0] is dense
+    assert [part.tolist() for part in internals.parts_of(coo)] == [[[0, 1], [1, 0]], [2.0, 3.0]]
+    assert [part.tolist() for part in internals.parts_of(nested)] == [
+        [0, 1, 3],
+        [[0.0, 2.0], [0.0, 2.0], [3.0, 0.0]],
+    ]
+    assert internals.storage_of(coo) != internals.storage_of(dense.to_sparse())
+    assert internals.storage_of(coo) == internals.storage_of(coo.detach())

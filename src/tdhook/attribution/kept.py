@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tdhook.models.holding import held_by
 from tdhook.models.state import slots_of
 from tdhook.relevance.propagation.reference import Place, Reference
-from tdhook.tape.sparse import parts_of
+from tdhook.tape.internals import parts_of
 from tdhook.tape.unchanged import Unchanged
 
 __all__ = ["Kept", "There"]

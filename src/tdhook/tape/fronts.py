@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from tdhook.tape.internals import gradients_of, noted_by
-from tdhook.tape.sparse import equal, is_plain
+from tdhook.tape.internals import gradients_of, is_plain, noted_by
+from tdhook.tape.sparse import equal
 
 __all__ = ["Front", "Fronts"]
 

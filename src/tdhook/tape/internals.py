@@ -25,8 +25,6 @@ from torch._higher_order_ops import utils as higher_order
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.overrides import TorchFunctionMode
 
-from tdhook.tape.sparse import parts_of
-
 __all__ = [
     "APPLIED_IN_TRANSFORMS",
     "CHECKPOINTING",
@@ -49,6 +47,7 @@ __all__ = [
     "input_kept_by",
     "inside",
     "is_batched",
+    "is_plain",
     "is_view",
     "is_without_derivative",
     "is_wrapped",
@@ -60,6 +59,7 @@ __all__ = [
     "noted_by",
     "number_of",
     "parameters_of",
+    "parts_of",
     "pop_mode",
     "pulled_back",
     "push_mode",
@@ -165,6 +165,27 @@ def called(frame: FrameType) -> nn.Module | None:
 
 
 _CALL = nn.Module._call_impl.__code__
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether a tensor has an element at each place of its shape, and its memory holds those."""
+    return x.layout is torch.strided and not x.is_nested
+
+
+def parts_of(x: Tensor) -> tuple[Tensor, ...]:
+    """What a tensor holds: itself, or if it is sparse or nested, the tensors that it is made of, its values last."""
+    if is_plain(x):
+        return (x,)
+    if x.is_nested:
+        nested: Any = x
+        return (nested.offsets(), nested.values()) if x.layout is torch.jagged else tuple(x.unbind())
+    if x.is_mkldnn:
+        return (x.to_dense(),)
+    if x.layout is torch.sparse_coo:
+        return x._indices(), x._values()
+    if x.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return x.crow_indices(), x.col_indices(), x.values()
+    return x.ccol_indices(), x.row_indices(), x.values()
 
 
 def is_without_derivative(result: object) -> bool:

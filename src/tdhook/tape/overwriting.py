@@ -15,12 +15,12 @@ from tdhook.tape.functions import apart, copying
 from tdhook.tape.internals import (
     children_of,
     inside,
+    is_plain,
     is_wrapped,
     storage_of,
     transformed,
     version_of,
 )
-from tdhook.tape.sparse import is_plain
 from tdhook.tape.undoing import undone
 
 __all__ = [

@@ -6,14 +6,13 @@ what they are computed of and into are no tensors with an element at each place.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from tdhook.tape.internals import is_plain, parts_of
 from tdhook.tape.trees import tree_leaves
 
-__all__ = ["SPARSE", "Live", "equal", "is_plain", "parts_of", "without_places"]
+__all__ = ["SPARSE", "Live", "equal", "without_places"]
 
 SPARSE = frozenset((torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc))
 """Their layouts."""
@@ -62,24 +61,3 @@ def _equal(one: Tensor, other: Tensor) -> bool:
         return False
     missing = one.isnan()
     return torch.equal(missing, other.isnan()) and torch.equal(one[~missing], other[~missing])
-
-
-def is_plain(x: Tensor) -> bool:
-    """Whether a tensor has an element at each place of its shape, and its memory holds those."""
-    return x.layout is torch.strided and not x.is_nested
-
-
-def parts_of(x: Tensor) -> tuple[Tensor, ...]:
-    """What a tensor holds: itself, or if it is sparse or nested, the tensors that it is made of, its values last."""
-    if is_plain(x):
-        return (x,)
-    if x.is_nested:
-        nested: Any = x
-        return (nested.offsets(), nested.values()) if x.layout is torch.jagged else tuple(x.unbind())
-    if x.is_mkldnn:
-        return (x.to_dense(),)
-    if x.layout is torch.sparse_coo:
-        return x._indices(), x._values()
-    if x.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return x.crow_indices(), x.col_indices(), x.values()
-    return x.ccol_indices(), x.row_indices(), x.values()

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tdhook.tape.internals import version_of
-from tdhook.tape.sparse import is_plain, parts_of
+from tdhook.tape.internals import is_plain, parts_of, version_of
 
 __all__ = ["Unchanged"]
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from tdhook.relevance.propagation.handles import Handles
 from tdhook.tape.conditions import holds
 from tdhook.tape.functions import may_look_at
-from tdhook.tape.internals import storage_of, version_of
+from tdhook.tape.internals import is_plain, storage_of, version_of
 from tdhook.tape.masks import masking, masks_in
-from tdhook.tape.sparse import equal, is_plain
+from tdhook.tape.sparse import equal
 from tdhook.tape.trees import tree_leaves
 
 __all__ = ["Parted", "Place", "Reference"]
