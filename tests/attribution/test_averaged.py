@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from tdhook import LRP, Contrast, References, Target
-from tdhook.attribution import Attribution, Gradient, GradientTimesInput, IntegratedGradients
+from tdhook.attribution import Ablation, Attribution, Gradient, GradientTimesInput, IntegratedGradients
 from tdhook.attribution.averaged import Averaged
 from tdhook.attribution.cam import GradCAM
 from tdhook.attribution.expected_gradients import ExpectedGradients
 from tdhook.attribution.product import Product
+from tdhook.perturbing.baselines import blurred
 from tdhook.perturbing.draws import Flips, Noise, Shifts
+from tdhook.perturbing.features import patches
+from tdhook.rl import Explain
 from tdhook.targets import Entropy, LogProb
 
 COUNT = 7
@@ -171,6 +176,51 @@ def test_pictures_are_moved_back(over, target) -> None:
         expected = one_by_one(method, net, td, over).mean(0)
         torch.testing.assert_close(found["attr", "input"], expected, rtol=1e-9, atol=1e-12)
         assert ("attr", "2") not in found.keys(True)  # nobody knows how to move a layer back
+
+
+PICTURE = torch.rand(2, 8, 8).double()
+COMPARED_WITH = {
+    "one for all": PICTURE,
+    "a row each": torch.rand(3, 2, 8, 8).double(),
+    "a function": blurred(1.0),
+    "mean": References("mean", data=TensorDict({"input": torch.rand(5, 2, 8, 8).double()}, [5])),
+    "sample": References("sample", 2, TensorDict({"input": torch.rand(5, 2, 8, 8).double()}, [5])),
+}
+
+
+@pytest.mark.parametrize("baseline", COMPARED_WITH.values(), ids=COMPARED_WITH)
+@pytest.mark.parametrize("over", [Flips(-1), Shifts(1, (-1,))], ids=repr)
+def test_what_is_compared_with_is_moved_as_the_picture_is(over, baseline) -> None:
+    net, td = cnn(), TensorDict({"input": torch.rand(3, 2, 8, 8).double()}, [3])
+    references = baseline if isinstance(baseline, References) else References(baseline)
+    each = references.of({"input": td["input"]}, {"input": 1}, td)
+    for make in (
+        lambda b, target=TARGET: IntegratedGradients(target, steps=3, baseline=b),
+        lambda b, target=TARGET: LRP("epsilon", target=target, baseline=b),
+        lambda b, target=TARGET: Ablation(target, baseline=b, features=partial(patches, size=4)),
+    ):
+        expected = torch.zeros_like(td["input"])
+        for i in range(over.samples):
+            x = over.changed("input", td["input"], 1, range(i, i + 1))[0]
+            for one in each:
+                there = over.changed("input", one.replaced["input"], 1, range(i, i + 1))[0]
+                found = make(there).wrap(net)(TensorDict({"input": x}, [3]))["attr", "input"]
+                expected += over.undone("input", found.unsqueeze(0), 2, range(i, i + 1))[0]
+        expected /= over.samples * len(each)
+        method = Averaged(make(baseline), over)
+        for around in (method, Averaged(Averaged(make(baseline), Noise(0.0, 2)), over)):
+            found = around.wrap(net)(td.clone())["attr", "input"]
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    several = Averaged(make(baseline, Target("output", "all")), over).wrap(net)(td.clone())
+    torch.testing.assert_close(several["attr", "input"][:, 1], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_settled_references_are_moved_too() -> None:
+    net, td = cnn(), TensorDict({"input": torch.rand(3, 2, 8, 8).double()}, [3])
+    method = Averaged(IntegratedGradients(TARGET, steps=3, baseline=PICTURE), Flips(-1))
+    expected = method.wrap(net)(td.clone())["attr", "input"]
+    found = Explain(method, TensorDictModule(net, ["input"], ["output"]))(td.clone())["attr", "input"]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_layers_are_averaged_over_noise() -> None:

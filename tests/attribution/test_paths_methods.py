@@ -357,3 +357,47 @@ def test_what_inputs_conduct_that_are_not_attributed_is_absorbed(index) -> None:
     torch.testing.assert_close(of_one["ledger", "absorbed"], of_both["attr", "y"].sum(-1), **EXACT)
     torch.testing.assert_close(of_one["ledger", "gap"], of_both["ledger", "gap"], rtol=1e-6, atol=1e-12)
     assert of_one["ledger", "gap"].abs().max() < 1e-6
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer that it computes with."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("calls", torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.net(x) * self.calls
+
+
+@pytest.mark.parametrize(
+    "make, shape, net",
+    [
+        (lambda **o: IntegratedGradients(Target("output", 1), ledger=True, **o), (4,), mlp),
+        (lambda **o: IntegratedGradients(Target("output", 1), tolerance=1e-3, ledger=True, **o), (4,), mlp),
+        (lambda **o: ExpectedGradients(Target("output", 1), samples=4, ledger=True, **o), (4,), mlp),
+        (lambda **o: Conductance(Target("output", 1), steps=8, ledger=True, **o), (4,), mlp),
+        (lambda **o: BlurIntegratedGradients(Target("output", 1), steps=4, ledger=True, **o), (2, 8, 8), cnn),
+    ],
+)
+def test_accounts_of_a_model_that_counts_its_calls(make, shape, net) -> None:
+    net, td = net(), TensorDict({"input": torch.randn(3, *shape).double()}, [3])
+    counting = Counting(net)
+    found, expected = make().wrap(counting)(td.clone()), make().wrap(net)(td.clone())
+    for key in ("target", "inputs", "absorbed", "gap"):
+        torch.testing.assert_close(found["ledger", key], expected["ledger", key], **EXACT)
+    torch.testing.assert_close(found["attr", "input"], expected["attr", "input"], **EXACT)
+    assert counting.calls.item() == 1
+
+
+def test_accounts_in_training() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    td = TensorDict({"input": torch.randn(6, 4).double()}, [6])
+    found = IntegratedGradients(Target("output", 1), steps=64, ledger=True).wrap(net)(td.clone())
+    assert net[1].num_batches_tracked.item() == 1
+    rise = (net(td["input"]) - net(torch.zeros(6, 4).double()))[:, 1].detach()
+    torch.testing.assert_close(found["ledger", "target"], rise, **EXACT)
+    torch.testing.assert_close(found["attr", "input"].sum(), rise.sum(), rtol=1e-2, atol=0)

@@ -19,7 +19,7 @@ from tdhook.passes.rows import values_of
 from tdhook.passes.runner import Runner
 from tdhook.passes.variants import Variants
 from tdhook.perturbing.draws import Draws, Noise
-from tdhook.perturbing.references import Fill, References
+from tdhook.perturbing.references import Fill, References, entries_of_references
 from tdhook.targets import TargetLike
 
 __all__ = ["Averaged"]
@@ -29,7 +29,8 @@ class Averaged(Attribution):
     """A method, averaged: over noise, SmoothGrad (Smilkov et al. 2017); over references; over flips and shifts.
 
     What is chosen (``"argmax"``, an action) is chosen once, on the input as it is, and so is what the method compares
-    with. Relevance of values inside the model is left out where an input is moved, as nobody knows how to move it back.
+    with. Where an input is moved, that is moved with it; and relevance of values inside the model is left out, as
+    nobody knows how to move it back.
 
     Args:
         method: any method, :class:`~tdhook.attribution.lrp.LRP` and those around others included; what is explained
@@ -105,12 +106,17 @@ class Averaged(Attribution):
         assert not isinstance(over, References)
         inputs, dims = _inputs(run), run.td.batch_dims
         keys = [key for key in inputs if key in run.td.keys(True)]
-        method, td, fill = self.method.settled(keys, run.td)
-        variants = Variants(runner, run, td=fill(td), reads=method.reads(td))
+        method, td, fill = self.method.settled(keys, run.td, each=not over.stays)
+        td = fill(td)
+        variants = Variants(runner, run, td=td, reads=method.reads(td))
+        references = {} if over.stays else entries_of_references(td, inputs)
+        moved = {name: (key, td.get(name)) for name, key in references.items()}
+        variants.vary({name: x for name, (_, x) in moved.items()})
         method = method.explaining(variants.target)
 
         def changed(numbers: range) -> dict[NestedKey, Tensor]:
-            return {key: over.changed(key, x, dims, numbers) for key, x in inputs.items()}
+            each = {**{key: (key, x) for key, x in inputs.items()}, **moved}
+            return {name: over.changed(key, x, dims, numbers) for name, (key, x) in each.items()}
 
         def ask(
             td: TensorDictBase, entries: Mapping[NestedKey, Tensor]
@@ -120,7 +126,8 @@ class Averaged(Attribution):
                 value = given.get(key, None)
                 if isinstance(value, Tensor) and value.is_floating_point():  # integers stay what they are
                     given.set(key, x)
-            there = runner.on(given, variants.target, replaced=entries)
+            replaced = {key: x for key, x in entries.items() if key in inputs}
+            there = runner.on(given, variants.target, replaced=replaced)
             found = method.explain(there, given)
             base = there.as_it_is()
             return values_of(base.seeds(variants.target), base.outputs.batch_size), found
@@ -190,13 +197,18 @@ class Averaged(Attribution):
         return max(ours, self.method.steps_before)
 
     def settled(
-        self, keys: Sequence[NestedKey], td: TensorDictBase, valid: Tensor | None = None
+        self,
+        keys: Sequence[NestedKey],
+        td: TensorDictBase,
+        valid: Tensor | None = None,
+        *,
+        each: bool = False,
     ) -> tuple[Averaged, TensorDictBase, Fill]:
         """With references that are entries, where they are means, draws, or the step before."""
         if isinstance(self.over, References):
-            over, td, fill = self.over.settled(keys, td, valid)
+            over, td, fill = self.over.settled(keys, td, valid, each=each)
             return self._around(self.method, over), td, fill
-        method, td, fill = self.method.settled(keys, td, valid)
+        method, td, fill = self.method.settled(keys, td, valid, each=each)
         return self._around(method, self.over), td, fill
 
     def start(self, model: Model) -> Any:

@@ -61,7 +61,8 @@ class BlurIntegratedGradients(Complete):
         """One forward pass to choose, then a forward and a backward pass for each step, as many at once as fit."""
         found: dict[NestedKey, Tensor] = {}
         with runner.forward(td) as run:
-            variants, ends = Variants(runner, run), _pictures(run)
+            ends, meeting = _pictures(run), self.meeting(runner, run)
+            variants = Variants(runner, run)
 
             def points(numbers: range) -> dict[NestedKey, Tensor]:
                 return {key: torch.stack([self._at(i, x) for i in numbers]) for key, x in ends.items()}
@@ -77,7 +78,8 @@ class BlurIntegratedGradients(Complete):
             lead = (len(variants.values),) if variants.several else ()
             found.update({key: x.new_zeros(*lead, *x.shape) for key, x in run.sources(rest).items()})
             rises = self.rises(variants, run, ends) if self.ledger else None
-            self.told(runner, run, {key: found[key] for key in run.independent_sources()[0]}, rises, {})
+            inputs = {key: found[key] for key in run.independent_sources()[0]}
+            self.told(runner, run, inputs, rises, {}, meeting)
         return found
 
     def _at(self, number: int, pictures: Tensor) -> Tensor:

@@ -68,8 +68,8 @@ class Conductance(Complete):
         """One forward pass to choose, then a forward and a backward pass for each step, as many at once as fit."""
         means = Means(self.spreads)
         with runner.forward(td) as run:
-            variants, sources = Variants(runner, run), list(run.sources())
-            ends = _inputs(run)
+            ends, sources, meeting = _inputs(run), list(run.sources()), self.meeting(runner, run)
+            variants = Variants(runner, run)
             accounted = self.ledger and any(key in ends for key in sources)
             others = [key for key in ends if accounted and key not in sources]
             wanted = [*sources, *others]
@@ -92,7 +92,7 @@ class Conductance(Complete):
             inputs = {key: means.mean[key] for key in ends if key in means.mean}
             rises = self.rises(variants, run, ends) if self.ledger else None
             spread = {key: x for key, x in means.deviations().items() if key in sources}
-            self.told(runner, run, inputs, rises, spread, others=apart)
+            self.told(runner, run, inputs, rises, spread, meeting, apart)
         return means.mean
 
 

@@ -68,7 +68,7 @@ class ExpectedGradients(Complete):
         found: dict[NestedKey, Tensor] = {}
         places = self.places
         with runner.forward(td) as run:
-            variants = Variants(runner, run)
+            meeting, variants = self.meeting(runner, run), Variants(runner, run)
             for ends in run.independent_sources():
                 means = Means(self.spreads)
 
@@ -83,5 +83,5 @@ class ExpectedGradients(Complete):
                     means.add_all(way.shares(answer.found), len(answer.numbers))
                 found.update(means.mean)
                 rises = self.rises(variants, run, ends) if self.ledger else None
-                self.told(runner, run, means.mean, rises, means.deviations())
+                self.told(runner, run, means.mean, rises, means.deviations(), meeting)
         return found

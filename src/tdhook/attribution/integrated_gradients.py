@@ -82,20 +82,21 @@ class IntegratedGradients(Complete):
         """One forward pass to choose, then a forward and a backward pass for each step, as many at once as fit."""
         found: dict[NestedKey, Tensor] = {}
         with runner.forward(td) as run:
+            groups, seeds = run.independent_sources(), run.seeds(runner.setup.question.target)
+            joint = [run.joint(seeds, ends) if self.tolerance else () for ends in groups]
+            meeting = joint[0] if self.tolerance else self.meeting(runner, run)
             variants = Variants(runner, run)
-            for ends in run.independent_sources():
+            for place, ends in enumerate(groups):
                 means = Means(self.spreads)
                 rises = self.rises(variants, run, ends) if self.ledger or self.tolerance else None
-                joint = run.joint(run.seeds(runner.setup.question.target), ends) if self.tolerance else None
                 for number, way in enumerate(ways(self, run, ends)):
                     if self.tolerance is None or rises is None:
                         means.add(along(variants, way, self.places))
                     else:
-                        means.add(
-                            until_close(variants, way, rises[number], self.tolerance, self.steps, joint or ())
-                        )
+                        rise, most = rises[number], self.steps
+                        means.add(until_close(variants, way, rise, self.tolerance, most, joint[place]))
                 found.update(means.mean)
-                self.told(runner, run, means.mean, rises, means.deviations(), joint)
+                self.told(runner, run, means.mean, rises, means.deviations(), meeting)
         return found
 
     def coefficients(

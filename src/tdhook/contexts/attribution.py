@@ -239,7 +239,12 @@ class Attribution(ABC):
         return 0
 
     def settled(
-        self: Self, keys: Sequence[NestedKey], td: TensorDictBase, valid: Tensor | None = None
+        self: Self,
+        keys: Sequence[NestedKey],
+        td: TensorDictBase,
+        valid: Tensor | None = None,
+        *,
+        each: bool = False,
     ) -> tuple[Self, TensorDictBase, Callable[[TensorDictBase], TensorDictBase]]:
         """The same for parts of a batch, where what is explained of one depends on more than that part.
 
@@ -247,6 +252,7 @@ class Attribution(ABC):
             keys: the inputs that are attributed.
             td: the whole batch.
             valid: ``[*batch]``, truth values, which of its elements are no padding; all by default.
+            each: whether each element is to have what it is compared with in entries of its own, but for numbers.
 
         Returns:
             The method for parts; the batch to take them of, with what they need; and what makes a part ready.

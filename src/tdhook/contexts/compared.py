@@ -85,12 +85,17 @@ class Compared(Attribution):
         return 0 if self.references is None else self.references.steps_before
 
     def settled(
-        self: Self, keys: Sequence[NestedKey], td: TensorDictBase, valid: Tensor | None = None
+        self: Self,
+        keys: Sequence[NestedKey],
+        td: TensorDictBase,
+        valid: Tensor | None = None,
+        *,
+        each: bool = False,
     ) -> tuple[Self, TensorDictBase, Fill]:
         """With references that are entries, where they are means, draws, or the step before."""
         if self.references is None:
-            return super().settled(keys, td, valid)
-        references, td, fill = self.references.settled(keys, td, valid)
+            return super().settled(keys, td, valid, each=each)
+        references, td, fill = self.references.settled(keys, td, valid, each=each)
         return self.against(references), td, fill
 
     def starts(self, run: Run, ends: Mapping[NestedKey, Tensor], numbers: range) -> dict[NestedKey, Tensor]:
@@ -192,7 +197,7 @@ class Complete(Compared):
         found: Mapping[NestedKey, Tensor],
         rises: Tensor | None,
         spread: Mapping[NestedKey, Tensor],
-        meeting: Sequence[int] | None = None,
+        meeting: Sequence[int],
         others: Mapping[NestedKey, Tensor] | None = None,
     ) -> None:
         """Write the accounts of the inputs, and how relevance spreads.
@@ -203,16 +208,25 @@ class Complete(Compared):
             found: relevance of sources that depend on none of each other, ``[*source]`` or ``[outputs, *source]``.
             rises: the differences that it is to add up to, as :meth:`rises` gives them.
             spread: its standard deviation over references.
-            meeting: the batch axes along which elements depend on each other, by default those where gradients say so:
-                along these relevance adds up in sum, which each element has its share of.
+            meeting: the batch axes along which elements depend on each other: along these relevance adds up in sum,
+                which each element has its share of.
             others: relevance of inputs that are not attributed, and come from their baselines too.
         """
         write_under(SPREAD, runner, run, spread)
         sources = run.sources(found)
         if self.ledger and rises is not None and found.keys() == run.independent_sources()[0].keys():
-            if meeting is None:
-                meeting = run.joint(run.seeds(runner.setup.question.target), found)
             runner.beside.update(_accounts(run, sources, found, rises.mean(0), others or {}, tuple(meeting)))
+
+    def meeting(self, runner: Runner, run: Run) -> tuple[int, ...]:
+        """The batch axes along which gradients say that elements depend on each other, if it is accounted for.
+
+        Asked before other runs, which write over what the graph of this one holds where a model counts its calls.
+        """
+        return (
+            run.joint(run.seeds(runner.setup.question.target), run.independent_sources()[0])
+            if self.ledger
+            else ()
+        )
 
     def rises(self, variants: Variants, run: Run, ends: Mapping[NestedKey, Tensor]) -> Tensor:
         """How far the target is from what it is on each reference, ``[references, *batch]``.

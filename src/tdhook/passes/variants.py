@@ -112,6 +112,12 @@ class Variants:
         given = sum(x.numel() * x.element_size() for x in self._sources.values())
         self._few = max(2, _COPIED // max(1, given))
 
+    def vary(self, entries: Mapping[NestedKey, Tensor]) -> None:
+        """Let changes take in entries of the batch that are no sources, ``[*batch, *shape]``."""
+        self._sources.update(entries)
+        self._leads.update(dict.fromkeys(entries, self._asked.batch_dims))
+        self._inputs.update(entries)
+
     @property
     def size(self) -> int:
         """Bytes that one variant takes while it is run forwards and backwards."""

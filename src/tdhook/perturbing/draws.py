@@ -35,7 +35,10 @@ class Draws(Protocol):
 
     @property
     def stays(self) -> bool:
-        """Whether everything stays where it was, inside the model too, so that nothing has to be undone there."""
+        """Whether everything stays where it was, inside the model too, so that nothing has to be undone there.
+
+        Where it does not, what an input is compared with is changed as the input is.
+        """
 
     def changed(self, key: NestedKey, value: Tensor, dims: int, numbers: range) -> Tensor:
         """An input changed: ``[*batch, *shape]``, with ``dims`` batch axes, to ``[numbers, *batch, *shape]``."""

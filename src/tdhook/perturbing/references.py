@@ -19,7 +19,7 @@ from tdhook.perturbing.baselines import Baseline, OneBaseline, as_values, fittin
 from tdhook.perturbing.before import PREVIOUS, markers, step_before
 from tdhook.perturbing.chosen import Chosen
 
-__all__ = ["Baseline", "Drawn", "References", "as_references"]
+__all__ = ["Baseline", "Drawn", "References", "as_references", "entries_of_references"]
 
 NAMES = ("mean", "sample", PREVIOUS)
 _GIVEN = "_reference"
@@ -199,7 +199,12 @@ class References:
         return 1 if self._asks(PREVIOUS) else 0
 
     def settled(
-        self, keys: Sequence[NestedKey], td: TensorDictBase, valid: Tensor | None = None
+        self,
+        keys: Sequence[NestedKey],
+        td: TensorDictBase,
+        valid: Tensor | None = None,
+        *,
+        each: bool = False,
     ) -> tuple[References, TensorDictBase, Fill]:
         """The same references for parts of a batch, where what they are depends on more than a part.
 
@@ -207,6 +212,7 @@ class References:
             keys: what is attributed. What is no entry of the TensorDict, as a value inside the model, is not settled.
             td: the whole batch.
             valid: ``[*batch]``, which elements may be drawn; all by default.
+            each: whether each element has an entry of its own where one row is for all, too, but for numbers.
 
         Returns:
             References to entries; the batch with those that are known; and what adds those that are drawn to a part.
@@ -223,13 +229,13 @@ class References:
             try:
                 if isinstance(one, str) and one == "sample":
                     drawn[key] = self._source(key, value, td.batch_dims, valid)
-                elif isinstance(one, str) and one == "mean":
-                    given[key] = _mean(self._source(key, value, td.batch_dims, valid))
-                elif _is_one_row(one, value.dim() - td.batch_dims):
+                    continue
+                if isinstance(one, str) and one == "mean":
+                    one = _mean(self._source(key, value, td.batch_dims, valid))
+                if _is_one_row(one, 0 if each else value.dim() - td.batch_dims):
                     given[key] = one
                 else:
-                    made = self._made(one, key, value, td.batch_dims, td, Chosen(self.seed, 0))
-                    put(td, (_GIVEN, *parts_of(key)), _laid_out_as(value, made), key)
+                    self._put(td, key, one, value)
                     given[key] = (_GIVEN,)
             except KeyError:  # of what may be an index, which is compared with nothing
                 if not whole or isinstance(self.baseline, Mapping):
@@ -240,6 +246,11 @@ class References:
                 rows = chosen(count, td.numel(), td.device)
                 td.set((_GIVEN, f"{number}", f"of {count}"), rows.reshape(td.batch_size))
         return _Settled(self, given, tuple(drawn)), td, partial(_fill, drawn, self.samples)
+
+    def _put(self, td: TensorDictBase, key: NestedKey, given: OneBaseline, value: Tensor) -> None:
+        """Write what a key is compared with as an entry."""
+        made = self._made(given, key, value, td.batch_dims, td, Chosen(self.seed, 0))
+        put(td, (_GIVEN, *parts_of(key)), _laid_out_as(value, made), key)
 
     def _source(self, key: NestedKey, value: Tensor, dims: int, valid: Tensor | None) -> Tensor:
         """The rows that a mean or a sample is taken of, ``[rows, *shape]``."""
@@ -319,10 +330,23 @@ class _Settled(References):
         self._given, self._drawn = given, drawn
 
     def settled(
-        self, keys: Sequence[NestedKey], td: TensorDictBase, valid: Tensor | None = None
+        self,
+        keys: Sequence[NestedKey],
+        td: TensorDictBase,
+        valid: Tensor | None = None,
+        *,
+        each: bool = False,
     ) -> tuple[References, TensorDictBase, Fill]:
-        """They are."""
-        return self, td, partial(_fill, {}, 0)
+        """They are, but for one row for all."""
+        rows = [key for key in keys if each and not _is_one_row(self._given.get(key, 0.0), 0)]
+        rows = [key for key in rows if isinstance(self._given[key], Tensor)]
+        if not rows:
+            return self, td, partial(_fill, {}, 0)
+        other, td = copy.copy(self), td.copy()
+        for key in rows:
+            self._put(td, key, self._given[key], td.get(key))
+        other._given = {**self._given, **dict.fromkeys(rows, (_GIVEN,))}
+        return other, td, partial(_fill, {}, 0)
 
     @property
     def constant(self) -> bool:
@@ -344,6 +368,20 @@ class _Settled(References):
                 "batch is cut to be explained; give a number, a tensor, a function of single rows, or an entry"
             )
         return {key: known.get(key, self.baseline) for key in keys}
+
+
+def entries_of_references(td: TensorDictBase, keys: Collection[NestedKey]) -> dict[NestedKey, NestedKey]:
+    """The entries of a TensorDict that hold references to some keys, by their own, with the key that each is one to."""
+    below = td.get(_GIVEN, None)
+    found: dict[NestedKey, NestedKey] = {}
+    for name, value in () if below is None else below.items(True, True):
+        parts = parts_of(name)
+        for own in (parts, parts[1:]):  # those that are drawn have a number before
+            key = unravel_key(own) if own else ""
+            if value.is_floating_point() and key in keys:
+                found[unravel_key((_GIVEN, *parts))] = key
+                break
+    return found
 
 
 def _fill(drawn: Mapping[NestedKey, Tensor], samples: int, part: TensorDictBase) -> TensorDictBase:
