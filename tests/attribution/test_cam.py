@@ -99,6 +99,38 @@ def test_any_batch(shape, target) -> None:
     assert set(explained.out_keys) == {"output", ("attr", "input"), ("attr", "3")}
 
 
+class OwnBatch(nn.Module):
+    """A model that makes a batch of whatever it is given."""
+
+    def __init__(self, net: nn.Module, features: int) -> None:
+        super().__init__()
+        self.net, self.features = net, features
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = x.reshape(-1, *x.shape[-self.features :])
+        return self.net(own).reshape(*x.shape[: -self.features], 3)
+
+
+@pytest.mark.parametrize("name, channel", [("picture", 0), ("tokens", -1)])
+def test_a_batch_of_one_that_the_model_makes(name, channel) -> None:
+    torch.manual_seed(0)
+    net, td, layer = cnn(), pictures(), "net.3"
+    if name == "tokens":
+        net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)).double()
+        td, layer = TensorDict({"input": torch.randn(6, 5).double()}), "net.1"
+    axes = None if name == "picture" else (-2,)
+    explained = GradCAM(layer, Target("output", 0), channel=channel, axes=axes).wrap(
+        OwnBatch(net, td["input"].dim())
+    )
+    with pytest.raises(
+        ValueError, match=rf"{layer!r} has the axes \[1, .* explain a batch of one, td.unsqueeze\(0\)"
+    ):
+        explained(td.clone())
+    one = explained(td.unsqueeze(0))["attr", "input"]
+    plain = GradCAM(layer[4:], Target("output", 0), channel=channel, axes=axes).wrap(net)
+    torch.testing.assert_close(one, plain(td.unsqueeze(0))["attr", "input"], **EXACT)
+
+
 class Tokens(nn.Module):
     """A transformer's layer on patches of a picture, behind a class token."""
 

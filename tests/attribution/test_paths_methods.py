@@ -334,6 +334,32 @@ def test_accounts_of_elements_that_depend_on_each_other_open_no_gap(make) -> Non
 
 
 @pytest.mark.parametrize("index", [1, "all"])
+def test_what_goes_past_layers_is_absorbed(index) -> None:
+    class Past(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.rest = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rest((x + self.two(self.one(x).tanh())).tanh())
+
+    torch.manual_seed(0)
+    net, td = Past().double(), TensorDict({"input": torch.randn(3, 4).double()}, [3])
+    options = {"steps": 500, "ledger": True, "input_modules": ["one", "two"]}
+    both, alone = (
+        Conductance(Target("output", index), use_inputs=used, **options).wrap(net)(td.clone())
+        for used in (True, False)
+    )
+    for layer in ("one", "two"):
+        torch.testing.assert_close(alone["attr", layer], both["attr", layer], **EXACT)
+    of_inputs, of_layer = both["attr", "input"].sum(-1), both["attr", "one"].sum(-1)
+    torch.testing.assert_close(alone["ledger", "target"], both["ledger", "target"], **EXACT)
+    torch.testing.assert_close(alone["ledger", "inputs"], of_layer, **EXACT)
+    torch.testing.assert_close(alone["ledger", "absorbed"], of_inputs - of_layer, **EXACT)
+    torch.testing.assert_close(alone["ledger", "gap"], both["ledger", "gap"], rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("index", [1, "all"])
 def test_what_inputs_conduct_that_are_not_attributed_is_absorbed(index) -> None:
     class Product(nn.Module):
         def __init__(self) -> None:

@@ -45,7 +45,8 @@ class ActivationMap(Attribution):
 
     Raises:
         ValueError: ``input_modules`` names another layer; or, when it is called: no input has the axes of the map, the
-            layer was called several times, or it has other axes.
+            layer was called several times, it has other axes, or one more than inputs, of size one, where the batch has
+            none.
     """
 
     def __init__(
@@ -91,6 +92,8 @@ class ActivationMap(Attribution):
             gradient = run.pull(run.seeds(self.seeder), {key: sources[key]})[key]
             inputs = [name for name in sources if name != key]
             value, lead = sources[key].detach(), run.batch_dims([key])[key]
+            if not lead:
+                self._require_no_batch_of_one(run, value)
         after = gradient.dim() - value.dim()
         value, shape = self._places(value, lead)
         units = self.weighed(self._places(gradient, lead + after)[0], value)
@@ -119,6 +122,17 @@ class ActivationMap(Attribution):
                 f"the layer {self.layer!r} was called {len(keys)} times; name a module that is called once"
             )
         return keys[0]
+
+    def _require_no_batch_of_one(self, run: Run, value: Tensor) -> None:
+        """See that the first axis of the layer is none that the model puts before its input, as a batch of one."""
+        given = [run.td.get(key, None) for key in run.setup.in_keys]
+        axes = max((x.dim() for x in given if isinstance(x, Tensor)), default=0)
+        if self.channel < 1 and value.dim() > max(axes, 2) and value.shape[0] == 1:
+            raise ValueError(
+                f"the layer {self.layer!r} has the axes {list(value.shape)} where the batch has none, so that the "
+                "first may be a batch of one that the model makes itself, and which axes are those of the map is not "
+                "known: explain a batch of one, td.unsqueeze(0)"
+            )
 
     def _places(self, x: Tensor, lead: int) -> tuple[Tensor, tuple[int, ...]]:
         """A value of the layer as ``[..., channels, places]``, and the axes of the map."""

@@ -70,8 +70,7 @@ class Conductance(Complete):
         with runner.forward(td) as run:
             ends, sources, meeting = _inputs(run), list(run.sources()), self.meeting(runner, run)
             variants = Variants(runner, run)
-            accounted = self.ledger and any(key in ends for key in sources)
-            others = [key for key in ends if accounted and key not in sources]
+            others = [key for key in ends if self.ledger and key not in sources]
             wanted = [*sources, *others]
             for way in ways(self, run, ends):
                 found: dict[NestedKey, Tensor] = {}
@@ -89,10 +88,10 @@ class Conductance(Complete):
                         found[key] = found[key] + share if key in found else share
                 means.add(found)
             apart = {key: means.mean.pop(key) for key in others}
-            inputs = {key: means.mean[key] for key in ends if key in means.mean}
+            first = {key: means.mean[key] for key in run.independent_sources()[0]}
             rises = self.rises(variants, run, ends) if self.ledger else None
             spread = {key: x for key, x in means.deviations().items() if key in sources}
-            self.told(runner, run, inputs, rises, spread, meeting, apart)
+            self.told(runner, run, first, rises, spread, meeting, apart)
         return means.mean
 
 

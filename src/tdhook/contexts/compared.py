@@ -162,7 +162,8 @@ class Complete(Compared):
         ledger: whether to account for it, per batch element: ``("ledger", "target")`` is the difference of the target,
             ``("ledger", "inputs")`` the sum of the relevance of the inputs, ``("ledger", "gap")`` what they differ in,
             and ``("ledger", "absorbed")`` what inputs have that are not attributed and come from their baselines all
-            the same, as with conductance. Of elements that depend on each other each has its share.
+            the same, as with conductance, but for what of it goes through layers that are. Of elements that depend on
+            each other each has its share.
         **options: those of :class:`~tdhook.contexts.attribution.Attribution`: ``attribute``, ``input_modules``, ...
     """
 
@@ -262,6 +263,8 @@ def _accounts(
 
     arrived = summed(found, sources)
     absorbed = summed(others, {key: run.inputs[key] for key in others})
+    if others:  # but for what of it goes through layers
+        absorbed = absorbed - summed(found, {key: x for key, x in sources.items() if key not in run.inputs})
     gap = target - arrived - absorbed
     if meeting:
         gap = gap.mean(meeting, keepdim=True).expand_as(target)

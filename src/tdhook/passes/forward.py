@@ -34,6 +34,9 @@ from tdhook.targets.units import Chosen, Layer
 
 __all__ = ["Run"]
 
+_GOLDEN = (5**0.5 - 1) / 2
+"""The multiples of it lie apart from each other, but for whole numbers."""
+
 
 def _independent(sources: Mapping[NestedKey, Tensor]) -> list[list[NestedKey]]:
     """Keys of sources in groups, each of which depends on none of its own group, the nearest to the inputs first."""
@@ -329,7 +332,8 @@ class Run:
         found = []
         for axis in axes:
             count, after = self.td.batch_size[axis], seeds.several is not None
-            weight = torch.rand(count, generator=torch.Generator().manual_seed(0)) + 0.5
+            # One for each element, by arithmetic alone, as a graph of any batch size needs it.
+            weight = torch.arange(count, dtype=torch.float64) * _GOLDEN % 1 + 0.5
 
             def weighed(x: Tensor, at: int, weight: Tensor = weight) -> Tensor:
                 return x * weight.to(x).reshape(-1, *(1,) * (x.dim() - at - 1))
