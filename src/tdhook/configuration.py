@@ -98,7 +98,7 @@ def read_method(text: str | os.PathLike[str], **options: object) -> Attribution:
         **options: more of them.
 
     A ``baseline`` that is text is what :func:`read_baseline` takes; ``features`` are ``whole``, ``patches:SIZE`` or
-    ``along:AXIS,...``, as :mod:`tdhook.perturbing.features` has them.
+    ``along:AXIS,...``, as :mod:`tdhook.perturbing.features` has them, lists of numbers, or a table of these by key.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -124,8 +124,12 @@ def read_method(text: str | os.PathLike[str], **options: object) -> Attribution:
     baseline = data.get("baseline")
     if isinstance(baseline, str) and baseline not in ("mean", "previous", "sample"):
         data["baseline"] = read_baseline(baseline)
-    if isinstance(data.get("features"), str):
-        data["features"] = _read_features(data["features"])
+    features = data.get("features")
+    if isinstance(features, str):
+        data["features"] = _read_features(features)
+    elif isinstance(features, Mapping):
+        read = {key: _read_features(one) if isinstance(one, str) else one for key, one in features.items()}
+        data["features"] = read
     composite = data.get("composite")
     if isinstance(composite, str):
         data["composite"] = read_composite(composite)

@@ -19,6 +19,7 @@ from tdhook.attribution import (
     Gradient,
     IntegratedGradients,
     Product,
+    Shapley,
 )
 from tdhook.attribution.catalogue import METHODS, REQUIRED, method, method_from_dict
 from tdhook.configuration import read_method
@@ -104,6 +105,23 @@ def test_features_from_text() -> None:
         ValueError, match="features 'patches:x' are none; they are whole, patches:SIZE or along:AXIS"
     ):
         read_method("ablation", features="patches:x")
+
+
+def test_features_in_a_file(tmp_path) -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x.flatten(1).square().sum(1, keepdim=True) * y.sum(1, keepdim=True)
+
+    td = TensorDict({"x": torch.rand(3, 2, 4, 4).double(), "y": torch.rand(3, 4).double()}, [3])
+    file = tmp_path / "method.toml"
+    file.write_text('method = "shapley"\n[features]\nx = "patches:2"\ny = [0, 0, 1, -1]\n')
+    expected = Shapley(features={"x": partial(patches, size=2), "y": torch.tensor([0, 0, 1, -1])})
+    found, expected = (
+        one.wrap(Two(), ["x", "y"])(td.clone())["attr"] for one in (read_method(file), expected)
+    )
+    assert (found == expected).all() and (found["y"][:, 3] == 0).all()
+    with pytest.raises(ValueError, match="features=3 is neither 'whole', numbers by entry nor a function"):
+        read_method("ablation:features=3")
 
 
 def test_a_method_from_a_file(tmp_path) -> None:

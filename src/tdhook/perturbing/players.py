@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,12 @@ __all__ = ["WHOLE", "Grouping", "Numbering", "Players", "as_numbering"]
 
 WHOLE = "whole"
 
-OneGrouping: TypeAlias = "Tensor | str | Callable[[torch.Size], Tensor]"
+OneGrouping: TypeAlias = "Tensor | list[Any] | str | Callable[[torch.Size], Tensor]"
 Grouping: TypeAlias = "OneGrouping | Mapping[NestedKey, OneGrouping] | None"
 """For each entry of a value the number of its feature, of the shape of one element of the batch; negative ones are left
-alone, and truth values say which entries count, each as a feature of its own. Or a function of that shape that gives
-the numbers, as ``functools.partial(patches, size=12)``; or ``"whole"``: the value is one feature. Or these by key,
-where equal numbers of different keys are different features. By default each entry is a feature."""
+alone, and truth values say which entries count, each as a feature of its own. Or lists of these; or a function of that
+shape that gives the numbers, as ``functools.partial(patches, size=12)``; or ``"whole"``: the value is one feature. Or
+these by key, where equal numbers of different keys are different features. By default each entry is a feature."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +120,9 @@ def as_numbering(
 def _one(given: OneGrouping) -> OneNumbering:
     if isinstance(given, Tensor):
         return Numbering.of(given)
-    if isinstance(given, str) and given != WHOLE:
+    if isinstance(given, list):  # as files have numbers
+        return Numbering.of(torch.tensor(given))
+    if not callable(given) and given != WHOLE:
         raise ValueError(
             f"features={given!r} is neither {WHOLE!r}, numbers by entry nor a function that gives them"
         )
