@@ -31,14 +31,12 @@ def frames(*batch: int) -> TensorDict:
 def spots(x: Tensor, distance: int, width: float) -> list[list[Tensor]]:
     """``x`` with each of the spots blurred, by its place in the grid."""
     blur, found = blurred(3.0)(x), []
-    rows, columns = torch.arange(12).unsqueeze(1), torch.arange(10)
+    rows, columns = torch.arange(12).double().unsqueeze(1), torch.arange(10).double()
     for i in range(-(-12 // distance)):
         found.append([])
         for j in range(-(-10 // distance)):
             centre = (i * distance + (distance - 1) / 2, j * distance + (distance - 1) / 2)
-            mask = torch.exp(
-                -((rows - centre[0]) ** 2 + (columns - centre[1]) ** 2) / (2 * width**2)
-            ).double()
+            mask = torch.exp(-((rows - centre[0]) ** 2 + (columns - centre[1]) ** 2) / (2 * width**2))
             found[-1].append(x * (1 - mask) + blur * mask)
     return found
 
@@ -62,13 +60,13 @@ def test_squares_of_all_outputs(distance, width) -> None:
         method = PerturbationSaliency(target, distance=distance, width=width)
         found = method.wrap(net)(td.clone())["attr", "input"]
         assert found.shape == (3, 2, 12, 10)
-        torch.testing.assert_close(found.sum(1), expected, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(found.sum(1), expected, rtol=1e-9, atol=1e-12)
     one = PerturbationSaliency(Target("output", 2), distance=distance, width=width).wrap(net)(td.clone())
     each = [
         [(net(x) - base)[:, 2].detach().square() / 2 for x in row]
         for row in spots(td["input"], distance, width)
     ]
-    torch.testing.assert_close(one["attr", "input"].sum(1), upsampled(each, distance), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(one["attr", "input"].sum(1), upsampled(each, distance), rtol=1e-9, atol=1e-12)
 
 
 def by_hand(before: Tensor, after: Tensor, action: int) -> float:
@@ -91,8 +89,9 @@ def test_sarfa_written_out(index) -> None:
                     [
                         by_hand(base[k], 5 * net(x)[k], int(base[k].argmax()) if index == "argmax" else index)
                         for k in range(3)
-                    ]
-                ).double()
+                    ],
+                    dtype=torch.float64,
+                )
                 for x in row
             ]
             for row in spots(td["input"], 4, 2.0)
@@ -103,7 +102,7 @@ def test_sarfa_written_out(index) -> None:
             return 5 * net(x)
 
     found = SARFA(Target("output", index), distance=4, width=2.0).wrap(Scaled())(td.clone())
-    torch.testing.assert_close(found["attr", "input"].sum(1), upsampled(scores, 4), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(found["attr", "input"].sum(1), upsampled(scores, 4), rtol=1e-9, atol=1e-12)
     shaped = SARFA(Target("output", index), distance=4, width=2.0).wrap(Scaled())(td.clone().reshape(3, 1))
     torch.testing.assert_close(shaped["attr", "input"][:, 0], found["attr", "input"])
 
@@ -171,16 +170,16 @@ def test_one_step_of_a_sequence(method) -> None:
     assert not found[:, 2].any()
     assert found[:, 0].any()
     net, x = Recurrent(), td["input"]
-    rows = torch.arange(6)
-    mask = torch.exp(-((rows.unsqueeze(1) - 1) ** 2 + (rows - 1) ** 2) / 2.0).double()
+    rows = torch.arange(6).double()
+    mask = torch.exp(-((rows.unsqueeze(1) - 1) ** 2 + (rows - 1) ** 2) / 2.0)
     changed = x.clone()
     changed[:, 0] = torch.lerp(x[:, 0], blurred(3.0)(x[:, 0]), mask)
     before, after = net(x)[:, 1], net(changed)[:, 1]
     if method is SARFA:
-        expected = torch.tensor([by_hand(before[k], after[k], 0) for k in range(2)]).double()
+        expected = torch.tensor([by_hand(before[k], after[k], 0) for k in range(2)], dtype=torch.float64)
     else:
         expected = (after - before).square().sum(-1) / 2
-    torch.testing.assert_close(found[:, 0, 0, 1, 1], expected, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(found[:, 0, 0, 1, 1], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_one_graph() -> None:

@@ -58,6 +58,16 @@ def test_gradient_times_input_of_a_linear_model_changes_as_much_as_its_input_is_
     assert relative.to_dict()["maximum"] == pytest.approx(relative.maximum.mean().item())
 
 
+def test_a_radius_is_as_exact_as_the_inputs() -> None:
+    model = nn.Linear(2, 1).double()
+    td = TensorDict({"input": torch.rand(4, 2).double()}, batch_size=[4])
+    one, each = (
+        sensitivity(model, td, GradientTimesInput(), radius=radius, relative=False).average
+        for radius in (0.3, torch.full((2,), 0.3, dtype=torch.float64))
+    )
+    torch.testing.assert_close(one, each, rtol=1e-12, atol=0.0)
+
+
 @pytest.mark.parametrize("batch", [(), (3,), (2, 2)])
 def test_sensitivity_is_that_of_explaining_each_noisy_input(batch: tuple[int, ...]) -> None:
     """The noise is seen by an explainer that notes what it is given."""

@@ -213,10 +213,10 @@ class Game:
         found = {}
         for key, share in there.items():
             start, end = self._starts[key], self._ends[key]
-            share = share.to(end.device)
-            by_row = share.unsqueeze(1) if share.dim() == end.dim() else share
             hard = share.dtype is torch.bool
-            mixed = torch.where(by_row, end, start) if hard else torch.lerp(start, end, by_row.to(end.dtype))
+            share = share.to(end.device) if hard else share.to(end)
+            by_row = share.unsqueeze(1) if share.dim() == end.dim() else share
+            mixed = torch.where(by_row, end, start) if hard else torch.lerp(start, end, by_row)
             found[key] = self._as_source(mixed, self._shapes[key], 1)
         return found
 

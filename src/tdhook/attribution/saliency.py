@@ -78,7 +78,7 @@ class Spotted(Played):
                 numbers: range, key: NestedKey = key, spots: Spots = spots, others: torch.Size = others
             ) -> dict[NestedKey, Tensor]:
                 number = torch.arange(numbers.start, numbers.stop)
-                at = (torch.arange(others.numel()) == (number // spots.count).unsqueeze(1)).float()
+                at = (torch.arange(others.numel()) == (number // spots.count).unsqueeze(1)).double()
                 masks = at.reshape(-1, *others, 1, 1) * spots.masks(number % spots.count).reshape(
                     -1, *(1,) * len(others), *spots.shape[-2:]
                 )

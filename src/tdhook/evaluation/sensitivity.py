@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tdhook.evaluation.explaining import explaining
 from tdhook.evaluation.intervals import Figures
 from tdhook.evaluation.runs import Method, relevance_of
+from tdhook.perturbing.baselines import as_values
 from tdhook.perturbing.features import Features
 from tdhook.targets import TargetLike
 
@@ -148,7 +149,7 @@ def reach_of(radius: Radius, features: Features, rows: TensorDictBase) -> Tensor
     parts = []
     for key in features.keys:
         value = rows.get(key)
-        one = torch.as_tensor(named[key]).to(value)
+        one = as_values(named[key]).to(value)
         try:
             parts.append(one.expand(value.shape[1:]).flatten())
         except RuntimeError:

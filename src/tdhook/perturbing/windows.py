@@ -125,11 +125,15 @@ class Spots:
         return self.grid[0] * self.grid[1]
 
     def masks(self, number: Tensor) -> Tensor:
-        """How far each pixel is in spots of these numbers, one at the centre of each: ``[spots, height, width]``."""
+        """How far each pixel is in spots of these numbers, one at the centre of each: ``[spots, height, width]``.
+
+        In double precision; what is blurred rounds them to its own.
+        """
         along = []
         for place, size in zip((number // self.grid[1], number % self.grid[1]), self.shape[-2:], strict=True):
             centre = place * self.distance + (self.distance - 1) / 2
-            along.append(torch.exp(-0.5 * ((torch.arange(size) - centre.unsqueeze(1)) / self.width) ** 2))
+            pixels = torch.arange(size, dtype=torch.float64)
+            along.append(torch.exp(-0.5 * ((pixels - centre.unsqueeze(1)) / self.width) ** 2))
         return along[0].unsqueeze(2) * along[1].unsqueeze(1)
 
     def spread_out(self, worth: Tensor) -> Tensor:
