@@ -280,6 +280,34 @@ def test_a_model_that_mixes_the_batch_has_one_element() -> None:
     torch.testing.assert_close(found, expected)
 
 
+class Shifted(nn.Module):
+    """Each element looks at the one before, whatever lies there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.layer(x.reshape(-1, 4)).tanh()
+        return (own + 0.5 * own.roll(1, 0)).reshape(*x.shape[:-1], 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_dims": 0}], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_variants_do_not_look_at_each_other(seed, options) -> None:
+    torch.manual_seed(seed)
+    net, x = Shifted().double(), torch.randn(3, 4).double()
+    with torch.no_grad():
+        whole = net(x)[:, 0].sum()
+        expected = torch.zeros(3, 4).double()
+        for place in itertools.product(range(3), range(4)):
+            changed = x.clone()
+            changed[place] = 0.2
+            expected[place] = whole - net(changed)[:, 0].sum()
+    found = Ablation(Target("output", 0), baseline=0.2, **options).wrap(net)(TensorDict({"input": x}, [3]))
+    torch.testing.assert_close(found["attr", "input"], expected)
+
+
 def test_too_many_features() -> None:
     with pytest.raises(
         ValueError,

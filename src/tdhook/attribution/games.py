@@ -20,7 +20,7 @@ from tdhook.tape.conditions import holds, is_traced
 from tdhook.targets.base import Seeder
 from tdhook.targets.time import AtStep, time_axis
 
-__all__ = ["Game", "Learnt", "Present", "Told", "apart", "axes_given"]
+__all__ = ["Game", "Learnt", "Present", "Told", "apart", "axes_given", "look"]
 
 Present: TypeAlias = "Callable[[range], Tensor]"
 """Given numbers of coalitions, how far each feature is there: ``[coalitions, features]``, or ``[coalitions, rows,
@@ -298,11 +298,16 @@ def apart(
         ValueError: the model does not answer the same to the same.
     """
     batch, device = variants.batch, variants.values.device
-    _look(variants, ends, start)
+    large = sum(x.numel() for x in start.values()) > variants.looked_at
+    if large:  # more variants than are looked at one by one
+        look(variants, ends, start)
+    looks = not large and not is_traced()
     if is_traced():
         axes = [axis for axis in axes if axis not in learnt.together]
     looked = [axis for axis in axes if batch[axis] > 1]
     if not looked:
+        if looks and batch and 0 not in axes:
+            look(variants, ends, start)
         return tuple(axes), None
     chosen, along = [torch.ones(batch, dtype=torch.bool, device=device)], []
     for axis in looked:
@@ -330,7 +335,10 @@ def apart(
     if not is_traced():
         learnt.together = tuple(together)
         learnt.pairs.update(_place(batch, axis) for axis in looked if axis not in together)
-    return tuple(axis for axis in axes if axis not in together), empty
+    alone = tuple(axis for axis in axes if axis not in together)
+    if looks and 0 not in alone:  # where elements look at each other, variants may
+        look(variants, ends, start)
+    return alone, empty
 
 
 def _replaced(
@@ -357,10 +365,11 @@ def _replaced(
     return torch.cat([answer.values for one in one_by_one for answer in variants.answers(1, one)])
 
 
-def _look(variants: Variants, ends: Mapping[NestedKey, Tensor], start: Mapping[NestedKey, Tensor]) -> None:
-    """See whether variants leave each other alone, where more entries are replaced than are looked at one by one."""
-    if sum(x.numel() for x in start.values()) <= variants.looked_at:
-        return
+def look(variants: Variants, ends: Mapping[NestedKey, Tensor], start: Mapping[NestedKey, Tensor]) -> None:
+    """See whether variants leave each other alone, by two that have half of the entries replaced each.
+
+    A variant in which one entry is replaced tells little of it: the next one may look at another.
+    """
 
     def halves(numbers: range) -> dict[NestedKey, Tensor]:
         found = {}

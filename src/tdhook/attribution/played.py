@@ -12,7 +12,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.attribution.games import Game, Learnt, Told, apart, axes_given
+from tdhook.attribution.games import Game, Learnt, Told, apart, axes_given, look
 from tdhook.attribution.means import Means
 from tdhook.contexts.attribution import Shared
 from tdhook.contexts.compared import SPREAD, Compared, Complete, write_under
@@ -25,6 +25,7 @@ from tdhook.passes.runner import Runner
 from tdhook.passes.variants import Variants
 from tdhook.perturbing.players import Grouping, Players, as_numbering
 from tdhook.perturbing.references import Baseline, References, as_references
+from tdhook.tape.conditions import is_traced
 from tdhook.targets import TargetLike
 from tdhook.targets.base import Seeder
 
@@ -145,6 +146,8 @@ class Played(Compared):
                     f"elements apart, batch_dims={run.td.batch_dims} if all do, to a method that asks of no element "
                     "that is all baseline"
                 ) from error
+        elif run.td.batch_dims and 0 not in axes and not is_traced():
+            look(variants, ends, start)
         return Game(variants, ends, start, axes, self.players(learnt), told, values)
 
     def players(self, learnt: Learnt) -> Callable[[Mapping[NestedKey, Tensor], int], Players]:
