@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -672,6 +674,32 @@ def test_steps_that_see_each_other_are_patched_one_by_one(index, step, patch: st
             for by in ("exact", "atp")
         )
         torch.testing.assert_close(exact["attr", "first"], approximate["attr", "first"], **EXACT)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_patches_do_not_look_at_each_other(seed) -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.of(self.first(x))
+
+        def of(self, hidden: Tensor) -> Tensor:
+            return hidden.tanh() + 0.5 * hidden.tanh().roll(1, 0)
+
+    torch.manual_seed(seed)
+    model, clean, corrupt = Shifted().double(), torch.randn(3, 3).double(), torch.randn(3, 3).double()
+    with torch.no_grad():
+        into, put = model.first(corrupt), model.first(clean)
+        expected = torch.zeros_like(into)
+        for place in itertools.product(range(3), range(4)):
+            changed = into.clone()
+            changed[place] = put[place]
+            expected[place] = (model.of(changed) - model.of(into))[:, 0].sum()
+    found = Patching("exact", Target("output", 0), at="first").wrap(model)(two(clean, corrupt, [3]))
+    torch.testing.assert_close(found["attr", "first"], expected, **EXACT)
 
 
 def test_what_is_seen_at_one_place_is_not_taken_for_another() -> None:

@@ -16,7 +16,8 @@ __all__ = ["Deconvnet", "GuidedBackprop"]
 class GuidedBackprop(LRP):
     """The gradient, of which each ReLU lets pass what is positive and where its input was (Springenberg et al. 2015).
 
-    It sums to nothing, and hardly depends on what is explained (Adebayo et al. 2018): it shows edges.
+    It sums to nothing, and hardly depends on what is explained (Adebayo et al. 2018): it shows edges. ReLUs are
+    ``nn.ReLU`` and torch's ``relu``; what is one by other words, ``clamp(min=0)`` say, lets its gradient through.
 
     Args:
         target: what is explained (:mod:`tdhook.targets`); by default the only output there is.
@@ -29,6 +30,8 @@ class GuidedBackprop(LRP):
 
 class Deconvnet(LRP):
     """The gradient, of which each ReLU lets pass what is positive (Zeiler and Fergus 2014, section 2.1).
+
+    ReLUs are those of :class:`GuidedBackprop`.
 
     Args:
         target: what is explained (:mod:`tdhook.targets`); by default the only output there is.
