@@ -210,3 +210,34 @@ def test_misuse_is_told(residual):
         graph.nodes()
     with pytest.raises(ValueError, match="share=0"):
         graph.pruned(0)
+
+
+def test_layers_in_another_order_are_told(residual):
+    """Its edges would be other ones: those of what goes past a layer that is named too late."""
+    model, td = residual
+    method = GradientTimesInput(target=Target("output", 1))
+    with pytest.raises(ValueError, match=r"'enter', which comes before 'inside', is named after it"):
+        attribution_graph(method, model, td, {"inside": None, "enter": None})
+
+
+class Again(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.leave = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.leave(self.cell(self.cell(x).tanh()).tanh())
+
+
+def test_the_calls_of_a_module_are_layers_of_their_own():
+    model, x = Again().double(), torch.randn(2, 4).double()
+    method = GradientTimesInput(target=Target("output", 1))
+    graph = attribution_graph(method, model, TensorDict({"input": x}, [2]), {"cell:0": None, "cell:1": None})
+    first = model.cell(x)
+    second = model.cell(first.tanh()).detach()
+    back = (1 - second.tanh() ** 2) * model.leave.weight[1]
+    through = (
+        back.unsqueeze(2) * model.cell.weight * (1 - first.tanh() ** 2).unsqueeze(1) * first.unsqueeze(1)
+    )
+    close(graph.edges["cell:1", "cell:0"], through.detach())
+    close(graph.relevance["cell:1"], (second * back).detach())

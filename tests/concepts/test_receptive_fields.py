@@ -76,3 +76,40 @@ def test_a_unit_that_the_data_never_open() -> None:
     x = torch.rand(2, 1, 8, 8)
     assert not net[:2](x).any()
     assert fields(net, "1", x, [(0, 2, 3), (1, 5, 0)], 1) == [[[2, 3], [5, 6]], [[5, 0], [8, 3]]]
+
+
+class Frames(nn.Module):
+    """Scales frames itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 2, 3), nn.Linear(2 * 16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x / 255).relu().flatten(1))
+
+
+def test_integers_that_a_network_makes_numbers_of() -> None:
+    torch.manual_seed(0)
+    x = torch.randint(256, (2, 1, 6, 6), dtype=torch.uint8)
+    found = receptive_fields(Frames(), "conv", TensorDict({"input": x}, [2]), torch.tensor([1, 16 + 11]))
+    assert box_of(found["input"])[:, :, 1:].tolist() == [[[0, 1], [3, 4]], [[2, 3], [5, 6]]]
+
+
+class Named(nn.Module):
+    """Reads an index, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name, self.first, self.head = nn.Embedding(3, 2), nn.Linear(4, 3), nn.Linear(3, 1)
+
+    def forward(self, index: Tensor, x: Tensor) -> Tensor:
+        return self.head(self.first(torch.cat([self.name(index), x], -1)).relu())
+
+
+def test_indices_are_left_alone() -> None:
+    torch.manual_seed(0)
+    td = TensorDict({"index": torch.tensor([0, 2]), "x": torch.randn(2, 2)}, [2])
+    with pytest.warns(UserWarning, match="'index' is torch.int64"):
+        found = receptive_fields(Named(), "first", td, torch.tensor([0, 2]), in_keys=["index", "x"])
+    assert list(found.keys()) == ["x"] and found["x"].all()

@@ -158,6 +158,22 @@ def test_steps_of_trajectories_and_padding() -> None:
             assert found["note:step_count"][g, 0, unit].tolist() == [5 * i + t for i, t in ordered]
 
 
+def test_a_piece_that_is_all_padding_adds_nothing() -> None:
+    torch.manual_seed(0)
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    mask[2:] = False
+    entries = {"action": torch.randint(2, (4, 5)), ("collector", "mask"): mask}
+    data = TensorDict({**entries, "step_count": torch.arange(20).reshape(4, 5)}, [4, 5])
+    values, rows = torch.randn(4, 5, 3), torch.arange(4)
+    reducer = UnitRows(3, "layer", by="action")
+    whole, *parts = (
+        reducer.part(Piece(data[some], rows[some], {"layer": values[some]}, {}))
+        for some in (slice(4), slice(2), slice(2, 4))
+    )
+    for found in (reducer.merged(parts), reducer.merged(reversed(parts))):
+        assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
+
+
 def test_notes_are_those_that_are_there_or_named() -> None:
     values, _ = example(rows=6)
     score = torch.randn(6, 1)

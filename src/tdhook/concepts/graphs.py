@@ -11,6 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from tdhook.concepts.reading import path_of, written_at
 from tdhook.contexts.attribution import Attribution
 from tdhook.keys import parts_of
 from tdhook.passes.rows import is_close
@@ -224,13 +225,14 @@ def attribution_graph(
         method: explains one target; with a ledger, the way of each unit's relevance to the inputs is accounted for.
         model: the model.
         td: what it is run on, ``[*batch]``.
-        layers: paths of modules, in the order in which the model runs them, and the axis along which their units lie
-            (:class:`~tdhook.targets.Units`, or an ``int``; ``None`` where there is but one).
+        layers: paths of modules, ``"path:1"`` of the second call of one, in the order in which the model runs them, and
+            the axis along which their units lie (:class:`~tdhook.targets.Units`, or an ``int``; ``None`` where there
+            is but one).
         inputs: of attributed inputs, the axis along which their units lie; others are one unit each.
 
     Raises:
-        ValueError: the target explains several outputs, or no layer is named; and what :class:`~tdhook.targets.Through`
-            raises.
+        ValueError: the target explains several outputs, no layer is named, or they are in another order; and what
+            :class:`~tdhook.targets.Through` raises.
     """
     if not layers:
         raise ValueError("a graph has at least one layer: name paths of modules")
@@ -251,7 +253,9 @@ def attribution_graph(
     edges: dict[tuple[str, str], Tensor] = {}
     gap: dict[str, Tensor] = {}
     for place, path in enumerate(paths):
-        earlier = list(paths)[:place]
+        earlier, later = list(paths)[:place], list(paths)[place + 1 :]
+        if later:
+            asking.require_behind(path, later, whole.amounts[path].shape[-1], least)
         target = Through(method.seeder, path, "all", paths[path].axis, paths[path].heads)
         found = asking.pulled(target, earlier)
         if found.gap is not None:
@@ -331,9 +335,26 @@ class _Asking:
                 found.append(axis)
         return found
 
+    def require_behind(self, path: str, later: Sequence[str], count: int, least: float) -> None:
+        """Layers that are named after one of ``count`` units are behind it: none of them has relevance of all these.
+
+        Raises:
+            ValueError: one has more than the least that counts.
+        """
+        units = self.layers[path]
+        target = Through(self.method.seeder, path, tuple(range(count)), units.axis, units.heads)
+        amounts = self.pulled(target, later).amounts
+        before = [other for other in later if float(amounts[other].abs().max()) > least]
+        if before:
+            raise ValueError(
+                f"layers are named in the order in which the model runs them, and {before[0]!r}, which comes before "
+                f"{path!r}, is named after it"
+            )
+
     def pulled(self, target: Seeder, paths: Sequence[str]) -> _Pulled:
         """The relevance of the units of some layers, and of the inputs."""
-        method = self.method.asked(target=target, input_modules=paths, use_inputs=True, values=False)
+        modules = list(dict.fromkeys(map(path_of, paths)))
+        method = self.method.asked(target=target, input_modules=modules, use_inputs=True, values=False)
         explained = method.wrap(self.model)
         found = explained(self.td.copy())
         amounts, several = {}, False
@@ -353,7 +374,7 @@ class _Asking:
                 f"inputs name {sorted(unknown)[0]!r}, which is not attributed; there are {', '.join(amounts)}"
             )
         for path in paths:
-            relevance = found.get(explained.entry(path))
+            relevance = found.get(explained.entry(written_at(path)))
             amounts[path] = _pooled(path, self.layers[path], relevance, batch, several)
         return _Pulled(amounts, found.get(("ledger", "gap"), None), several)
 

@@ -86,7 +86,7 @@ def receptive_fields(
         out_keys: as there.
         at_once: how many rows are looked at in one pass; by default all.
         draws: how many inputs with noise are looked at: as large as the values of the input spread, and each time twice
-            as large, which opens what the data never do.
+            as large, which opens what the data never do; of integers, others between the least and the largest.
         seed: of the noise.
 
     Returns:
@@ -97,22 +97,20 @@ def receptive_fields(
     method = Gradient(AtPlace(key, _ENTRY), signed=True, target_modules=modules)
     explained = method.wrap(policy, in_keys, out_keys)
     td, place = on_device_of(policy, td), place.reshape(td.batch_size)
-    inputs = [one for one in explained.attributed if _is_float(td, one)]
     chance = torch.Generator().manual_seed(seed)
     found: dict[NestedKey, Tensor] = {}
     for draw in range(draws + 1):
         here = td.select(*explained.reads(td), strict=False).copy()
         here.set(_ENTRY, place.to(here.device) if here.device is not None else place)
-        for one in inputs if draw else ():
-            value = td.get(one)
-            noise = torch.randn(value.shape, generator=chance).to(value)
-            size = value.std(correction=0).clamp(min=1e-3) * 2 ** (draw - 1)
-            here.set(one, value + noise * size)
+        for one in found:
+            here.set(one, _other(td.get(one), draw, chance))
         rows = here.split(len(here) if at_once is None else at_once)
-        whole = [explained(some).select(*(under("attr", one) for one in inputs)) for some in rows]
-        for one in inputs:
+        whole = [explained(some).select("attr", strict=False) for some in rows]
+        for one in (
+            found if draw else [key for key in explained.attributed if _has(whole[0], under("attr", key))]
+        ):
             depends = torch.cat([some.get(under("attr", one)) for some in whole]) != 0
-            found[one] = found[one] | depends if one in found else depends
+            found[one] = found[one] | depends if draw else depends
     return TensorDict({unravel_key(one): value.cpu() for one, value in found.items()}, td.batch_size)
 
 
@@ -122,9 +120,18 @@ def on_device_of(policy: nn.Module, td: TensorDictBase) -> TensorDictBase:
     return td if weight is None else td.to(weight.device)
 
 
-def _is_float(td: TensorDictBase, key: NestedKey) -> bool:
-    value = td.get(key, None)
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _has(td: TensorDictBase, key: NestedKey) -> bool:
+    return isinstance(td.get(key, None), Tensor)
+
+
+def _other(value: Tensor, draw: int, chance: torch.Generator) -> Tensor:
+    """A value with noise; of integers, which may be indices too, others between the least and the largest."""
+    if not value.is_floating_point():
+        least, most = int(value.min()), int(value.max())
+        return torch.randint(least, most + 1, value.shape, generator=chance).to(value)
+    noise = torch.randn(value.shape, generator=chance).to(value)
+    size: Tensor = value.std(correction=0).clamp(min=1e-3) * 2 ** (draw - 1)
+    return value + noise * size
 
 
 def box_of(depends: Tensor) -> Tensor:

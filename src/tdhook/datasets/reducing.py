@@ -119,7 +119,7 @@ def labels_of(by: By | None, piece: Piece) -> Tensor:
         ValueError: what rows are told apart by is not one whole number each.
     """
     rows = len(piece.index)
-    if by is None:
+    if by is None or not rows:  # all of a piece may be padding
         return torch.zeros(rows, dtype=torch.int64)
     if callable(by):
         found: object = by(piece.data)

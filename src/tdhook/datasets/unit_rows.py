@@ -281,7 +281,7 @@ def _sums(amount: Tensor, place: Tensor, groups: int) -> Tensor:
 
 def _is_number(data: TensorDictBase, key: NestedKey) -> bool:
     value = data.get(key, None)
-    return isinstance(value, Tensor) and value.numel() == data.numel() and not value.is_complex()
+    return isinstance(value, Tensor) and value.numel() == data.batch_size.numel() and not value.is_complex()
 
 
 def _note(data: TensorDictBase, key: NestedKey) -> Tensor:
