@@ -56,6 +56,14 @@ def test_views_and_memory():
     assert same == [internals.storage_of(x)]
 
 
+def test_arguments_that_nodes_keep():
+    x = torch.zeros(2, 3, requires_grad=True)
+    assert internals.argument_kept_by(x.flip(1).grad_fn, "dims") == (1,)
+    rows, columns = internals.argument_kept_by(x[:, torch.tensor([1])].grad_fn, "indices")
+    assert rows is None and columns.tolist() == [1]
+    assert internals.argument_kept_by(x.sin().grad_fn, "dims") is None
+
+
 def test_nodes_of_the_tape():
     x = torch.zeros(2, 3, requires_grad=True)
     assert internals.maker_of(Doubled.apply(x).grad_fn) is Doubled

@@ -12,7 +12,9 @@ from math import prod
 
 from torch import Size, Tensor
 
-__all__ = ["Axes", "Misread", "is_folded", "out_of_order"]
+from tdhook.tape.picking import Rows
+
+__all__ = ["Axes", "Misread", "is_folded", "out_of_order", "rows_elsewhere"]
 
 
 # What is explained of one element may depend on others by rounding.
@@ -36,6 +38,8 @@ class Axes:
         unsure: by name, outputs whose batch axis is taken to be the first one, though others have its size too; and of
             how many elements the batch is where that was so.
         out_of_order: names of outputs that may have none, and have elements in another order.
+        rows: by name, what a model does with rows, by which those of an output may be those of other elements.
+        elsewhere: names of values that may have elements elsewhere, and have so in this call.
     """
 
     def __init__(self, folds: Callable[[str], bool] = lambda name: False) -> None:
@@ -44,6 +48,8 @@ class Axes:
         self._taken: dict[str, int] = {}
         self._ordered: set[tuple[str, int]] = set()
         self.out_of_order: set[str] = set()
+        self.rows: dict[str, Rows] = {}
+        self.elsewhere: set[str] = set()
         self.unsure: dict[str, int] = {}
 
     def of(self, name: str, kind: str, shape: tuple[int, ...], batch: tuple[int, ...]) -> int:
@@ -119,6 +125,26 @@ class Axes:
         if amounts:
             self._ordered.add((name, len(batch)))
 
+    def see_rows(self, name: str, value: Tensor, batch: Size, *, elsewhere: bool, asked: bool) -> None:
+        """See whether the rows of a value are elements of the batch at their own places.
+
+        Args:
+            name: path and call of a module, or what an operation is called.
+            value: it.
+            batch: the batch size.
+            elsewhere: whether they are not.
+            asked: whether relevance of it is asked for, and not only whether it passes it.
+
+        Raises:
+            ValueError: they are not, and have to be.
+        """
+        if not elsewhere:
+            self.elsewhere.discard(name)
+        elif asked and not self._folds(name):
+            raise ValueError(rows_elsewhere(name, value.shape, batch))
+        else:
+            self.elsewhere.add(name)
+
     def learn(self, pulled: Mapping[str, Tensor | None], size: int) -> None:
         """Learn axes from what the first element of the batch depends on.
 
@@ -160,6 +186,14 @@ class Axes:
 def is_folded(z: Tensor, batch: Size) -> bool:
     """Whether a value has the axes of a batch as one, its first."""
     return z.shape[: len(batch)] != batch and len(z) == batch.numel()
+
+
+def rows_elsewhere(name: str, shape: Size, batch: Size) -> str:
+    """What is said of a value whose rows are other elements of the batch than those of their places."""
+    return (
+        f"{name!r} gives a tensor of shape {list(shape)}, whose rows are not the elements of the batch "
+        f"{list(batch)} at their own places: the model sorts or chooses them; name a module where each is at its own"
+    )
 
 
 def out_of_order(name: str, shape: Size, batch: Size) -> str:

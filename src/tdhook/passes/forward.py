@@ -17,10 +17,10 @@ from tdhook.keys import parts_of
 from tdhook.models.capture import calls_of
 from tdhook.models.entries import entries_of, frames_of, is_flat
 from tdhook.models.sites import Performance
-from tdhook.passes.axes import is_folded, out_of_order
+from tdhook.passes.axes import is_folded, out_of_order, rows_elsewhere
 from tdhook.passes.diagnosis import is_explainable, why_not_finite, why_relevance_is_not
 from tdhook.passes.finite import Disregarding, are_finite
-from tdhook.passes.order import look_at_order, pulled_of
+from tdhook.passes.order import look_at_order, look_at_rows, pulled_of
 from tdhook.passes.performed import Output
 from tdhook.passes.rows import is_close
 from tdhook.passes.setup import Setup
@@ -66,6 +66,7 @@ class Run:
         keys: values of the inner keys that were asked for, on the graph.
         performed: outputs of the operations that were asked for, on the graph.
         told: what the target found out of what it explains, to be written too.
+        looked: whether it was seen which rows of these are which elements.
     """
 
     setup: Setup
@@ -77,6 +78,7 @@ class Run:
     keys: dict[NestedKey, Tensor] = field(default_factory=dict)
     performed: dict[OfOperations, list[Output]] = field(default_factory=dict)
     told: dict[NestedKey, Tensor] = field(default_factory=dict)
+    looked: bool = False
 
     def seeds(self, target: Seeder, flow: Convention = "gradient", against: Against | None = None) -> Seeds:
         """Where the backward pass starts: at outputs, or inside the model, where a target passes some units alone.
@@ -147,6 +149,9 @@ class Run:
         for name in self.setup.axes.out_of_order:
             if self.modules.get(name) is layer.value and self._is_folded(layer.value):
                 raise ValueError(out_of_order(name, layer.value.shape, self.td.batch_size))
+        for name in self.setup.axes.elsewhere:
+            if self._looked_at.get(name) is layer.value:
+                raise ValueError(rows_elsewhere(name, layer.value.shape, self.td.batch_size))
 
     def layer(self, place: Place) -> Layer:
         """The layer at a place that the target names.
@@ -303,11 +308,24 @@ class Run:
             axes.learn(pulled_of(self.setup.pull_back, seeds, first, unsure), size)
         if not self.flat and self.td.batch_dims > 1 and self.modules and not is_traced():
             look_at_order(axes, self.setup.pull_back, seeds, self.inputs, self.modules, batch)
+        if not self.looked and (self.modules or self.performed) and batch.numel() > 1 and not is_traced():
+            self.looked = True
+            passed = {repr(place) for place in self.performed if place not in self.setup.question.operations}
+            look_at_rows(axes, self.setup.pull_back, seeds, self.inputs, self._looked_at, batch, passed)
+
+    @property
+    def _looked_at(self) -> dict[str, Tensor]:
+        """The outputs of modules and operations by name."""
+        single = {repr(place): found[0].value for place, found in self.performed.items() if len(found) == 1}
+        return {**self.modules, **single}
 
     @property
     def is_unsure(self) -> bool:
         """Whether no backward pass has told yet which axes of values inside the model are the batch's."""
         axes, batch = self.setup.axes, self.td.batch_size
+        seen = self.looked or not self.modules or batch.numel() < 2
+        if not seen and any(axes.rows.get(name, True) for name in self.modules):
+            return True
         if any(axes.unsure.get(name) == batch.numel() for name in self.modules):
             return True
         return not self.flat and len(batch) > 1 and bool(axes.folded(self.modules, batch))

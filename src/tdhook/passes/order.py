@@ -1,12 +1,13 @@
-"""Order: whether a model that makes several axes of the batch one leaves the elements in their order.
+"""Order: whether a model leaves the elements of a batch in their order.
 
 A network of convolutions does so by itself, to run on batches of any shape. What its layers give then has elements of
-``[B, T]`` in one line, and where it had put time first they would be taken for others.
+``[B, T]`` in one line, and where it had put time first they would be taken for others. So they would be where a model
+sorts its batch by length, say, or hands some of its rows to an expert, and these are as many as there are elements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import permutations
 
 import torch
@@ -15,9 +16,14 @@ from torch import Size, Tensor
 
 from tdhook.passes.axes import Axes
 from tdhook.passes.backward import PullBack
+from tdhook.tape.axes import beside
+from tdhook.tape.picking import Rows, rows_of
 from tdhook.targets.base import Seeds
 
-__all__ = ["look_at_order", "pulled_of"]
+__all__ = ["look_at_order", "look_at_rows", "pulled_of"]
+
+# Rows that are looked at, where some seem to be of other elements.
+_LOOKED_AT = 3
 
 
 def look_at_order(
@@ -57,6 +63,98 @@ def look_at_order(
                 there = pulled_of(pull_back, seeds, at, {name: z})[name]
                 amounts[number] = _by_element([] if there is None else [there], batch.numel())
         axes.see_order(name, z.shape, batch, amounts)
+
+
+def look_at_rows(
+    axes: Axes,
+    pull_back: PullBack,
+    seeds: Seeds,
+    inputs: Mapping[NestedKey, Tensor],
+    values: Mapping[str, Tensor],
+    batch: Size,
+    passed: Collection[str],
+) -> None:
+    """See that rows of values are elements of the batch at their own places.
+
+    Where the model indexes rows, that is seen in each call. A row is somewhere else if what is explained of the element
+    of that place has nothing to do with it, and it has nothing to do with the inputs of that element.
+
+    Args:
+        axes: knows of which values there is nothing to be seen.
+        pull_back: runs backward passes.
+        seeds: what is explained.
+        inputs: leaves of the graph, ``[*batch, ...]``.
+        values: outputs by path and call, or operation, with the axes of the batch in front, or with one for all.
+        batch: the batch size.
+        passed: names of values that may have rows elsewhere.
+
+    Raises:
+        ValueError: they are not.
+    """
+    count, dims = batch.numel(), len(batch)
+    new = [name for name in values if name not in axes.rows]
+    if new:
+        axes.rows.update(dict.fromkeys(new, rows_of(seeds.tensors, count)))
+    looked = {
+        name: z
+        for name, z in values.items()
+        if (axes.rows[name] is Rows.PICKED or (name in new and axes.rows[name] is Rows.MOVED))
+        and (z.shape[:dims] == batch or z.shape[:1] == (count,))
+    }
+    if not looked or any(x.shape[:dims] != batch for x in seeds.tensors):
+        return
+    weight = torch.rand(count, generator=torch.Generator().manual_seed(0)) + 0.5
+    grads = seeds.grads if seeds.several is None else [grad[0] for grad in seeds.grads]
+    for name, z in looked.items():
+        explained = any(z is x for x in seeds.tensors)
+        if explained and not inputs:
+            continue
+        begun = Seeds([], [z], [torch.ones_like(z)]) if explained else Seeds([], seeds.tensors, grads)
+        ends = list(inputs.values()) if explained else [z]
+        odd = _unlike_weighed(pull_back, begun, ends, weight.reshape(batch))
+        some = sorted({odd[i * (len(odd) - 1) // (_LOOKED_AT - 1)] for i in range(_LOOKED_AT)}) if odd else []
+        elsewhere = any(
+            (explained or not _is_reached(pull_back, seeds, z, number, batch))
+            and not _reaches(pull_back, inputs, z, number, batch)
+            for number in some
+        )
+        axes.see_rows(name, z, batch, elsewhere=elsewhere, asked=name not in passed)
+
+
+def _unlike_weighed(pull_back: PullBack, seeds: Seeds, ends: list[Tensor], weight: Tensor) -> list[int]:
+    """The elements at which something else arrives than what is weighted there, if what begins at each is weighted.
+
+    Where elements lie at their own places, and leave others alone, there are none.
+    """
+    heavy = [grad * beside(weight.to(grad), grad) for grad in seeds.grads]
+    plain, weighed = (
+        pull_back(Seeds([], seeds.tensors, some), ends, keep=True) for some in (seeds.grads, heavy)
+    )
+    odd = torch.zeros(weight.numel(), dtype=torch.bool)
+    for a, b in zip(plain, weighed, strict=True):
+        if a is not None and b is not None:
+            a, b = (x.detach().reshape(len(odd), -1) for x in (a, b))
+            apart = (b - a * weight.reshape(-1, 1).to(a)).abs().amax(-1)
+            odd |= (apart > torch.finfo(a.dtype).eps ** 0.5 * b.abs().amax()).cpu()
+    return odd.nonzero().flatten().tolist()
+
+
+def _is_reached(pull_back: PullBack, seeds: Seeds, z: Tensor, number: int, batch: Size) -> bool:
+    """Whether what is explained of an element has to do with the row of its number, or with none."""
+    at = tuple(int(i) for i in torch.unravel_index(torch.tensor(number), batch))
+    there = pulled_of(pull_back, seeds, at, {"": z})[""]
+    amount = _by_element([] if there is None else [there], batch.numel())
+    return not amount.any() or bool(amount[number] != 0)
+
+
+def _reaches(
+    pull_back: PullBack, inputs: Mapping[NestedKey, Tensor], z: Tensor, number: int, batch: Size
+) -> bool:
+    """Whether a row of a value has to do with the inputs of the element of its number."""
+    grad = torch.zeros_like(z, memory_format=torch.contiguous_format)
+    grad.reshape(batch.numel(), -1)[number] = 1
+    pulled = pull_back(Seeds([], [z], [grad]), list(inputs.values()), keep=True) if inputs else []
+    return bool(_by_element([x for x in pulled if x is not None], batch.numel())[number] != 0)
 
 
 def pulled_of(

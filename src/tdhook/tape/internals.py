@@ -31,6 +31,7 @@ __all__ = [
     "FINDING_HOOKS",
     "HOOKS_OF_ALL_MODULES",
     "applying_of",
+    "argument_kept_by",
     "attention_in_parts",
     "autocasting",
     "base_of",
@@ -241,6 +242,11 @@ def saved_by(node: object) -> Iterator[Any]:
         if name.startswith("_raw_saved_"):
             kept = getattr(node, name)
             yield from kept if isinstance(kept, tuple | list) else (kept,)
+
+
+def argument_kept_by(node: Any, name: str) -> Any:
+    """What a node keeps of an argument of the operation that made it; ``None`` if nothing of that name."""
+    return getattr(node, f"_saved_{name}", None)
 
 
 def input_kept_by(node: Any) -> Any:
