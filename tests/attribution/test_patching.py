@@ -757,6 +757,55 @@ def test_what_is_infinite_in_both_runs_has_no_effect() -> None:
         assert found.isfinite().all() and (found[:, 2] == 0).all() and found[:, :2].all()
 
 
+def test_what_is_infinite_in_one_run_alone_is_patched_and_not_approximated() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores, self.mask = nn.Linear(4, 3), nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            masked = (x[:, :1] > 0) & torch.tensor([False, False, True])
+            return self.mask(self.scores(x).masked_fill(masked, -torch.inf)).softmax(-1)
+
+    torch.manual_seed(0)
+    model, x = Masked().double(), torch.randn(2, 4).double()
+    td = two(x.abs(), -x.abs(), [2])
+    for by in ("atp", "by_share"):
+        with pytest.raises(ValueError, match="effects of 'mask' are not finite: its difference is infinite"):
+            Patching(by, Target("output", 0), at="mask").wrap(model)(td.clone())
+    exact = Patching("exact", Target("output", 0), at="mask").wrap(model)(td.clone())["attr", "mask"]
+    whole = model.scores(-x.abs()).detach()
+    without = whole[:, :2].softmax(-1)[:, 0] - whole.softmax(-1)[:, 0]
+    torch.testing.assert_close(exact[:, 2], without, **EXACT)
+
+
+def test_steps_that_decide_by_all_are_patched_beside_none() -> None:
+    """Which row an element takes is told by the mean of all, which variants of a batch would share with it."""
+
+    class Deciding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.decided(self.first(x)))
+
+        def decided(self, h: Tensor) -> Tensor:
+            return torch.where(h[:, :1] > h[:, :1].mean(), h, h.roll(1, 0))
+
+    torch.manual_seed(1)
+    model = Deciding().double()
+    td = two(torch.randn(2, 4).double(), torch.randn(2, 4).double(), [2])
+    found = Patching("exact", Target("output", 1), at=["first"]).wrap(model)(td.clone())["attr", "first"]
+    with torch.no_grad():
+        clean, h = model.first(td["clean", "input"]), model.first(td["corrupt", "input"])
+        for element, unit in itertools.product(range(2), range(3)):
+            changed = h.clone()
+            changed[element, unit] = clean[element, unit]
+            gained = model.last(model.decided(changed)) - model.last(model.decided(h))
+            torch.testing.assert_close(found[element, unit], gained[:, 1].sum(), **EXACT)
+
+
 def test_nothing_is_left_behind() -> None:
     model, td = network(), states(3)
     before = {name: value.clone() for name, value in model.state_dict().items()}

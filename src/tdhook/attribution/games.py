@@ -302,6 +302,7 @@ def apart(
     if large:  # more variants than are looked at one by one
         look(variants, ends, start)
     looks = not large and not is_traced()
+    variants.meeting = 0 in learnt.together
     if is_traced():
         axes = [axis for axis in axes if axis not in learnt.together]
     looked = [axis for axis in axes if batch[axis] > 1]
@@ -334,6 +335,7 @@ def apart(
             )
     if not is_traced():
         learnt.together = tuple(together)
+        variants.meeting = 0 in together
         learnt.pairs.update(_place(batch, axis) for axis in looked if axis not in together)
     alone = tuple(axis for axis in axes if axis not in together)
     if looks and 0 not in alone:  # where elements look at each other, variants may

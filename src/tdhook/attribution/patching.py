@@ -20,9 +20,10 @@ from tdhook.attribution.patches import Patches
 from tdhook.attribution.sides import CLEAN, CORRUPT, SIDES, mixed_by_share, require_alike, sides
 from tdhook.contexts.attribution import Attribution, Shared
 from tdhook.conventions import relevance_of
-from tdhook.keys import under
+from tdhook.keys import parts_of, under
 from tdhook.models.capture import INPUT
 from tdhook.models.model import Model
+from tdhook.passes.finite import are_finite
 from tdhook.passes.forward import Run
 from tdhook.passes.rows import values_of
 from tdhook.passes.runner import Runner
@@ -103,7 +104,7 @@ class Patching(Attribution):
 
     Raises:
         ValueError: there is no place, none of that name, or an edge that does not end at an input; when it is called:
-            a place is never run, or differs in shape.
+            a place is never run, or differs in shape, or by what is infinite.
         KeyError: when it is called: an entry is missing on one side.
         TypeError: the method gives no coefficients.
     """
@@ -222,6 +223,12 @@ class Patching(Attribution):
             amounts = relevance_of(rise, coefficients[end], "gradient")
             features = rise.shape[run.batch_dims([source])[source] :]
             summed = self.parts.summed(amounts, features, source)
+            if not are_finite([summed]):
+                raise ValueError(
+                    f"effects of {'.'.join(parts_of(source))!r} are not finite: its difference is infinite where a "
+                    "mask of one run is none of the other; patch for real, exact=True, or name a place in front of the "
+                    "mask"
+                )
             written[name] = _written(run, end, summed, amounts.dim() > rise.dim())
         return written
 

@@ -82,6 +82,8 @@ class Variants:
         target: what is explained, with its choice made.
         values: what is explained of each element of the batch as it is, ``[*batch]`` or ``[outputs, *batch]``.
         batch: the batch size.
+        meeting: whether elements depend on each other along the first axis of the batch, as far as is known: then
+            variants would, too, if they were further rows of it.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Variants:
         run.look_at_axes(seeds)
         self.values = values_of(seeds, run.outputs.batch_size)
         self.batch: torch.Size = run.outputs.batch_size
+        self.meeting = False
         self._looked: dict[str, set[int]] = {}
         self._shapes = {key: x.shape for key, x in self._sources.items()}
         self._besides = {under(REACHED, key): x.shape for key, x in self._sources.items()}
@@ -255,8 +258,8 @@ class Variants:
         changed = change(numbers)
         inner = self._asked.batch_dims > 0 and not changed.keys() <= self._inputs
         for layout in LAYOUTS[LAYOUTS.index(self._setup.layout) : -1]:
-            if layout == "axis" and inner:
-                continue  # whether modules then see a flat batch is not known
+            if (layout == "axis" and inner) or (layout == "rows" and self.meeting):
+                continue  # whether modules then see a flat batch is not known; rows are elements of it
             try:
                 changed = changed or change(numbers)
                 answer = self._laid_out(layout, numbers, changed, ask, looks=looks, alike=alike)
