@@ -271,6 +271,9 @@ def test_units_from_entries_and_tensors():
     torch.testing.assert_close(marks, every[:, 0] + every[rows, [1, 2, 3]])
     given = relevance(GradientTimesInput(Through(OUTPUT, "inside", td["two"])), model, td)
     torch.testing.assert_close(given, two)
+    td["bytes"] = torch.tensor([0, 5, 2], dtype=torch.uint8)
+    found = relevance(GradientTimesInput(Through(OUTPUT, "inside", Key("bytes"))), model, td)
+    torch.testing.assert_close(found, every[rows, [0, 5, 2]])
 
 
 def test_heads_are_equal_parts_of_an_axis():

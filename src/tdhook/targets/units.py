@@ -211,16 +211,17 @@ class Units:
                     f"{list(entry.shape)}"
                 )
             return Chosen(entry.expand(*batch, count))
+        entry = entry.long()  # which has room for -count
         if not holds((entry >= -count) & (entry < count)):
             wrong = entry[(entry < -count) | (entry >= count)][0]
             raise IndexError(f"unit {int(wrong)} of {what} is out of range: {layer.name} has {count} units")
         if entry.shape == batch:
-            hot = (entry.long() % count).unsqueeze(-1)
+            hot = (entry % count).unsqueeze(-1)
             return Chosen(
                 torch.zeros(*batch, count, dtype=torch.bool, device=entry.device).scatter_(-1, hot, True)
             )
         if (entry.dim() == 1 and not batch) or entry.shape[:-1] == batch:
-            return _numbered(entry.long() % count, count, layer)
+            return _numbered(entry % count, count, layer)
         raise ValueError(
             f"{what} of shape {list(entry.shape)} names units of {layer.name} neither one nor several for each element "
             f"of the batch {list(batch)}"
