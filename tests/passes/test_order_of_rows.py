@@ -115,6 +115,16 @@ def test_so_are_those_that_it_turns_round_and_those_that_an_expert_is_given():
         GradientTimesInput(Through(OUTPUT, "experts.1", "top:1")).wrap(Routed().double())(of(x))
 
 
+def test_a_layer_as_wide_as_the_batch_is_not_taken_to_lie_across():
+    """What the first element depends on is a part of each column, and of one row that is not the first."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x = torch.randn(5, 4).double()
+        x[:, 0] = torch.tensor([0.4, 0.5, 0.3, 0.2, 0.1])
+        with pytest.raises(ValueError, match=r"are not the elements of the batch \[5\] at their own places"):
+            ASKING["relevance of a layer"].wrap(Sorting().double())(of(x))
+
+
 def test_units_that_are_the_same_for_all_elements_may_lie_elsewhere():
     model, td = Sorting().double(), of(torch.randn(4, 4).double())
     straight = Straight().double()

@@ -145,13 +145,15 @@ class Axes:
         else:
             self.elsewhere.add(name)
 
-    def learn(self, pulled: Mapping[str, Tensor | None], size: int) -> None:
+    def learn(self, pulled: Mapping[str, Tensor | None], size: int, *, moved: bool = False) -> None:
         """Learn axes from what the first element of the batch depends on.
 
         Args:
             pulled: by path and call, what a backward pass of that element alone brought to the output, of which the
                 axis that was taken for the batch's stands first.
             size: how many elements the batch has.
+            moved: whether the model gives rows other places. Then the first element may be elsewhere along the first
+                axis, and no other one is told by a part of what was brought.
 
         Raises:
             Misread: an axis is another one.
@@ -167,6 +169,8 @@ class Axes:
             amount = found.detach().abs().movedim(0, taken)
             able = [axis for axis, length in enumerate(amount.shape) if length == size]
             shares = [float(amount.select(axis, 0).sum()) for axis in able]
+            if moved and not taken and max(shares) < (1 - _ELSEWHERE) * float(amount.sum()):
+                continue
             self._known[name] = able[shares.index(max(shares))]
             misread |= self._known[name] != taken
             if taken and max(shares) < (1 - _ELSEWHERE) * float(amount.sum()):

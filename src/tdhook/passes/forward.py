@@ -27,6 +27,7 @@ from tdhook.passes.setup import Setup
 from tdhook.passes.within import Against
 from tdhook.tape.conditions import holds, is_traced
 from tdhook.tape.functions import nodes_behind
+from tdhook.tape.picking import Rows, rows_of
 from tdhook.targets.base import Seeder, Seeds, require_dependence
 from tdhook.targets.pinned import pin
 from tdhook.targets.through import OfOperations, Place, Through, outwards
@@ -305,7 +306,8 @@ class Run:
             size = batch.numel()
             unsure = {name: z for name, z in self.modules.items() if axes.unsure.get(name) == size}
             first = (0,) * self.td.batch_dims
-            axes.learn(pulled_of(self.setup.pull_back, seeds, first, unsure), size)
+            moved = rows_of(seeds.tensors, size) is not Rows.KEPT
+            axes.learn(pulled_of(self.setup.pull_back, seeds, first, unsure), size, moved=moved)
         if not self.flat and self.td.batch_dims > 1 and self.modules and not is_traced():
             look_at_order(axes, self.setup.pull_back, seeds, self.inputs, self.modules, batch)
         if not self.looked and (self.modules or self.performed) and batch.numel() > 1 and not is_traced():
