@@ -29,10 +29,10 @@ HOME = (checkpoint.CheckpointFunction, torch._C.ScriptFunction.__call__)
 
 
 class Interrupted:
-    """Raises ``KeyboardInterrupt`` at the n-th line of the library that runs within."""
+    """Raises ``KeyboardInterrupt`` at the n-th line of the library, or of a file of it, that runs within."""
 
-    def __init__(self, n: int) -> None:
-        self.n, self.where = n, ""
+    def __init__(self, n: int, within: str = SOURCES) -> None:
+        self.n, self.where, self.within = n, "", within
 
     def __enter__(self) -> Interrupted:
         sys.settrace(self._call)
@@ -42,7 +42,7 @@ class Interrupted:
         sys.settrace(None)
 
     def _call(self, frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
-        return self._line if frame.f_code.co_filename.startswith(SOURCES) else None
+        return self._line if frame.f_code.co_filename.startswith(self.within) else None
 
     def _line(self, frame: FrameType, event: str, argument: object) -> Callable[..., Any]:
         if event == "line":
@@ -59,6 +59,18 @@ class Overwriting(nn.Module):
         y = x * 2
         y += 1
         return y
+
+
+class Counting(nn.Linear):
+    """Counts how often it runs."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 2)
+        self.runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return super().forward(x)
 
 
 class Recurrent(nn.Module):
@@ -161,3 +173,39 @@ def test_an_interrupt_at_any_line(
         line += step
     with Turn(model.modules()):  # nobody else has it
         pass
+
+
+@pytest.mark.parametrize("name", ["contexts/recorded.py", "tape/undoing.py"])
+def test_an_interrupt_where_batches_are_explained_against_their_mean(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    """What is put back around an explanation is put back, too: the mean of a batch is not that of the next."""
+    pytest.importorskip("torchrl")
+    from tdhook.rl import AttributionTracker, Explain
+
+    torch.manual_seed(0)
+    model = TensorDictModule(Counting(), ["input"], ["output"])
+    method = LRP("deeplift", target=Target("output", 0), baseline="mean")
+    mask = {"mask": torch.tensor([True, True, True, False])}
+    batch, other = (TensorDict({"input": torch.randn(4, 4), "collector": mask}, [4]) for _ in range(2))
+    explain, tracker = Explain(method, model), AttributionTracker(method, model)
+    expected, numbers = explain(other)["attr", "input"], tracker.update(other)
+    called = explain if name == "contexts/recorded.py" else tracker.update
+    # There are many lines, of which some are enough.
+    line, step = 1, 1 if request.config.getoption("--slow") else 5
+    while True:
+        unchanged, interrupt = Unchanged(model), Interrupted(line, str(Path(SOURCES, name)))
+        runs = model.module.runs
+        try:
+            with interrupt:
+                called(batch)
+        except KeyboardInterrupt:
+            pass
+        if not interrupt.where:
+            break
+        unchanged.check()
+        assert model.module.runs == runs, interrupt.where
+        assert torch.equal(explain(other)["attr", "input"], expected), interrupt.where
+        assert tracker.update(other) == pytest.approx(numbers, abs=1e-6), interrupt.where
+        line += step
+    assert line > 30

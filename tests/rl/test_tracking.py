@@ -124,6 +124,42 @@ def test_padding_does_not_count(baseline):
     assert tracker.update(padded[0, :3]) is not None
 
 
+@pytest.mark.parametrize("baseline", [None, "mean"])
+def test_padding_of_the_probe_does_not_count(baseline):
+    obs, mask = torch.arange(24.0).reshape(2, 4, 3).sin(), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]).bool()
+    padded = TensorDict(obs=obs, collector=TensorDict(mask=mask, batch_size=[2, 4]), batch_size=[2, 4])
+    found = []
+    for probe in (padded, padded[mask]):
+        model = linear([[1.0, -2.0, 3.0]])
+        tracker = AttributionTracker(LRP("epsilon", target="value", baseline=baseline), model, probe=probe)
+        tracker.update(padded)
+        model.module.weight.data = torch.tensor([[-1.0, 1.0, 2.0]])
+        found.append(tracker.update(padded)["drift/first"])
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def test_a_check_that_fails_is_as_if_it_had_not_been():
+    asked = []
+
+    def region(batch):
+        asked.append(batch)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return batch["obs"] > 0
+
+    td = batch_of([1.0, 2.0, 3.0])
+    tracker = AttributionTracker(
+        LRP("epsilon", target="value"), linear([[1.0, 1.0, 1.0]]), probe=td, regions={"some": region}
+    )
+    tracker.update(td)
+    before = tracker.state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        tracker.update(td)
+    assert tracker.state_dict() == before
+    tracker.update(td)
+    assert tracker.history["step"] == [0, 1] and {len(series) for series in tracker.history.values()} == {2}
+
+
 def test_every_so_many_batches_to_a_logger():
     logger, model = Logger(), linear([[1.0, 1.0, 0.0]])
     td = batch_of([1.0, 2.0, 3.0])

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -27,6 +28,7 @@ from tdhook.models.state import restored
 from tdhook.passes.rows import joined
 from tdhook.perturbing.before import PREVIOUS
 from tdhook.tape.axes import beside
+from tdhook.tape.undoing import Undoing, all_of, undone
 from tdhook.targets.hindsight import InHindsight
 from tdhook.targets.pinned import ASKED
 
@@ -166,11 +168,9 @@ class Recorded:
         method, whole, fill = ours.settled(self._attributed(source), whole, valid)
         if skip:
             whole, valid = whole[skip:], valid if valid is None else valid[skip:]
-        self.explained.explain_by(method)
-        try:
+        with Undoing(), undone(partial(self.explained.explain_by, ours)):
+            self.explained.explain_by(method)
             return self._settled(whole, valid, fill)
-        finally:
-            self.explained.explain_by(ours)
 
     def _of_padding(self, td: TensorDictBase) -> dict[NestedKey, Tensor]:
         """What is added to padding alone: zeros, of the shapes that are found of steps with nothing in them."""
@@ -334,7 +334,12 @@ class Recorded:
 def recurrent() -> Iterator[None]:
     """Have torchrl's recurrent modules look along time, if there can be any."""
     torchrl = sys.modules.get(_RECURRENT)
-    with nullcontext() if torchrl is None else torchrl.set_recurrent_mode("recurrent"):
+    if torchrl is None:
+        yield
+        return
+    before = torchrl.recurrent_mode()
+    with undone(lambda: torchrl.set_recurrent_mode(before).__enter__()):
+        torchrl.set_recurrent_mode("recurrent").__enter__()
         yield
 
 
@@ -345,5 +350,6 @@ def _random_state_kept(device: torch.device | None) -> AbstractContextManager[ob
     """
     if threading.current_thread() is not threading.main_thread():
         return nullcontext()
-    cuda = [device] if device is not None and device.type == "cuda" else []
-    return torch.random.fork_rng(devices=cuda)
+    here = undone(partial(torch.set_rng_state, torch.get_rng_state()))
+    there = None if device is None or device.type != "cuda" else torch.random.fork_rng(devices=[device])
+    return all_of(here, there)

@@ -21,6 +21,7 @@ from tdhook.models.model import Model
 from tdhook.passes.questions import asked
 from tdhook.passes.rows import rows_of, shaped_like
 from tdhook.perturbing.features import Features
+from tdhook.tape.undoing import Hook, hooked
 from tdhook.targets import TargetLike
 
 __all__ = ["Randomisation", "Similarity", "layers_of", "randomisation"]
@@ -90,13 +91,11 @@ def layers_of(
         if names[id(layer)] not in ran:
             ran.append(names[id(layer)])
 
-    handles = [layer.register_forward_hook(note) for layer in modules.values() if id(layer) in names]
-    try:
-        with quiet(module):
-            Model.of(module).run(rows_of(td, axes_of(td, batch_dims, None))[:1].copy())
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks: list[Hook] = [
+        (layer.register_forward_hook, note, {}) for layer in modules.values() if id(layer) in names
+    ]
+    with quiet(module), hooked(*hooks):
+        Model.of(module).run(rows_of(td, axes_of(td, batch_dims, None))[:1].copy())
     # Layers whose parameters are used without running them come first: where in the model is not known.
     return [*(name for name in names.values() if name not in ran), *ran]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tdhook.contexts.attribution import Attribution
 from tdhook.models.state import restored
+from tdhook.tape.undoing import Undoing
 from tdhook.targets import AtStep, TargetLike
 from tdhook.targets.pinned import ASKED
 
@@ -44,7 +45,8 @@ def quiet(model: nn.Module, seed: int = 0) -> Iterator[None]:
 
     Within, global random numbers (dropout in training mode) follow ``seed``.
     """
-    with torch.no_grad(), restored(model), set_interaction_type(InteractionType.DETERMINISTIC):
+    deterministic = set_interaction_type(InteractionType.DETERMINISTIC)
+    with Undoing(), torch.no_grad(), restored(model), deterministic:
         seed_globally(seed)
         yield
 

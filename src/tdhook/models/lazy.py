@@ -12,6 +12,7 @@ from tdhook.models.model import Model
 from tdhook.models.snapshots import Snapshot
 from tdhook.models.state import restored, slots_of
 from tdhook.models.turns import here
+from tdhook.tape.undoing import Hook, Undoing, hooked
 
 __all__ = ["initialise", "is_unmade"]
 
@@ -42,16 +43,13 @@ def initialise(model: Model, td: TensorDictBase) -> None:
             made.append(Snapshot((one,), alone=True))
 
     # Behind torch's own hooks, which make the parameters.
-    handles = [module.register_forward_pre_hook(here(note)) for module in waiting.values()]
-    handles += [module.register_forward_hook(here(note)) for module in modules]
-    try:
-        with inference_mode(False), no_grad(), restored(model.root):
+    hooks: list[Hook] = [(module.register_forward_pre_hook, here(note), {}) for module in waiting.values()]
+    hooks += [(module.register_forward_hook, here(note), {}) for module in modules]
+    with Undoing():
+        with hooked(*hooks), inference_mode(False), no_grad(), restored(model.root):
             model.tried(dense_copy(td))
-    finally:
-        for handle in handles:
-            handle.remove()
-    for snapshot in made:
-        snapshot.put_back()
+        for snapshot in made:
+            snapshot.put_back()
 
 
 def _has_lazy(module: nn.Module) -> bool:

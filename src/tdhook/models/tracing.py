@@ -24,7 +24,7 @@ from tdhook.models.state import as_normal, restored
 from tdhook.models.turns import here
 from tdhook.tape.internals import parameters_of
 from tdhook.tape.overwriting import out_of_place
-from tdhook.tape.undoing import Hook, hooked
+from tdhook.tape.undoing import Hook, Undoing, hooked
 
 __all__ = ["Execution", "registered", "traced"]
 
@@ -107,6 +107,7 @@ def traced(root: nn.Module, wrapper: TensorDictModuleBase, run: Callable[[], obj
         hooks.append((keyed.register_forward_pre_hook, here(watch.reading(name)), first))
         hooks.append((keyed.register_forward_hook, here(watch.writing(name)), {}))
     with (
+        Undoing(),
         hooked(*hooks),
         restored(root),
         as_normal(execution.modules.values()),

@@ -230,8 +230,8 @@ class Explain(Transform):
         makeup = _makeup(self._module)
         same = makeup == self._makeup and len(slots_of(theirs)) == len(slots_of(ours))
         if not same or any(_kind(new) != _kind(old) for new, old in pairs):
-            self._makeup = makeup
             self._recorded.anew()
+            self._makeup = makeup
             return
         with torch.no_grad():
             for new, old in pairs:

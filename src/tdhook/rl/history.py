@@ -13,9 +13,11 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.attribution.lrp import LRP
+from tdhook.contexts.recorded import recurrent
 from tdhook.conventions import Convention, per_value
 from tdhook.extras import require
 from tdhook.keys import next_key
+from tdhook.tape.undoing import Undoing
 from tdhook.targets import Seeder, Seeds
 from tdhook.targets.time import time_axis
 
@@ -95,8 +97,8 @@ def _explain(
     if isinstance(wanted := method.attribute, tuple):
         method = copy.copy(method)
         method.attribute = tuple(dict.fromkeys([*wanted, *states]))
-    recurrent = require("torchrl.modules", "tdhook.rl").set_recurrent_mode
-    with recurrent("recurrent"), method.prepare(policy, in_keys=floating) as explained:
+    require("torchrl.modules", "tdhook.rl")
+    with Undoing(), recurrent(), method.prepare(policy, in_keys=floating) as explained:
         result: TensorDictBase = explained(window.copy())
     return result
 

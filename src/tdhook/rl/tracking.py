@@ -18,6 +18,7 @@ from tdhook.models.entries import leaves_of
 from tdhook.models.holding import modules_of
 from tdhook.models.state import restored
 from tdhook.rl.policies import require_names
+from tdhook.tape.undoing import Undoing, undone, undone_where_raised
 
 if TYPE_CHECKING:
     from torchrl.record.loggers.common import Logger
@@ -118,17 +119,14 @@ class AttributionTracker:
             ValueError: there is a number of names that is not that of the features, or a region of another shape.
             TypeError: a region is not boolean.
         """
-        count, self._count = self._count, self._count + 1
-        if count % self.every:
-            return None
-        valid = self._valid(batch)
-        if valid is not None and not valid.any():
-            return None
-        values = self._of_batch(self._explain(batch, valid), batch, valid)
-        if self._probe is not None:
-            values |= self._drift(self._explain(self._probe))
-        self._note(values, count if step is None else step)
-        return values
+        before = (
+            self._count,
+            self._first,
+            self._previous,
+            {name: len(of) for name, of in self.history.items()},
+        )
+        with Undoing(), undone_where_raised(lambda: self._go_back(*before)):
+            return self._counted(batch, step)
 
     def __call__(self, batch: TensorDictBase) -> dict[str, float] | None:
         """What a ``Trainer`` calls with each batch that it collected; it logs what is returned."""
@@ -174,19 +172,39 @@ class AttributionTracker:
             raise ValueError(f"this is no state of a tracker: its history has the lengths {lengths}")
         self._count, self.history, self._first, self._previous = count, history, first, previous
 
+    def _go_back(
+        self, count: int, first: Tensor | None, previous: Tensor | None, lengths: Mapping[str, int]
+    ) -> None:
+        """Forget a check that was not finished."""
+        self._count, self._first, self._previous = count, first, previous
+        for name in [*self.history]:
+            del self.history[name][lengths.get(name, 0) :]
+            if name not in lengths:
+                del self.history[name]
+
+    def _counted(self, batch: TensorDictBase, step: int | None) -> dict[str, float] | None:
+        count, self._count = self._count, self._count + 1
+        if count % self.every:
+            return None
+        valid = self._valid(batch)
+        if valid is not None and not valid.any():
+            return None
+        values = self._of_batch(self._explain(batch, valid), batch, valid)
+        if self._probe is not None:
+            values |= self._drift(self._probe)
+        self._note(values, count if step is None else step)
+        return values
+
     def _explain(self, batch: TensorDictBase, valid: Tensor | None = None) -> TensorDictBase:
         """A batch, explained: compared with what is made of steps that are no padding."""
-        work, module = batch.copy(), self.explained
+        work, module, method = batch.copy(), self.explained, self._method
         if valid is not None:
             keys = [key for of in module.attributed for key, _ in leaves_of(of, work.get(of, None))]
-            method, work, fill = self._method.settled(keys, work, valid)
-            module.explain_by(method)
+            method, work, fill = method.settled(keys, work, valid)
             work = fill(work)
-        try:
-            with restored(self._root), _evaluating(self._root):
-                out: TensorDictBase = module(work)
-        finally:
-            module.explain_by(self._method)
+        with undone(lambda: module.explain_by(self._method)), restored(self._root), _evaluating(self._root):
+            module.explain_by(method)
+            out: TensorDictBase = module(work)
         return out
 
     def _valid(self, batch: TensorDictBase) -> Tensor | None:
@@ -246,8 +264,11 @@ class AttributionTracker:
             ) from None
         return fitting
 
-    def _drift(self, out: TensorDictBase) -> dict[str, float]:
-        now = out[self._entry].detach().double().reshape(out.batch_size.numel(), -1).clone()
+    def _drift(self, probe: TensorDictBase) -> dict[str, float]:
+        valid = self._valid(probe)
+        counting = slice(None) if valid is None else valid.flatten()
+        out = self._explain(probe, valid)
+        now = out[self._entry].detach().double().reshape(out.batch_size.numel(), -1)[counting].clone()
         before = {"previous": self._previous, "first": self._first}
         self._previous, self._first = now, now if self._first is None else self._first
         return {
@@ -272,10 +293,12 @@ class AttributionTracker:
 def _evaluating(root: nn.Module) -> Iterator[None]:
     """Have all modules in evaluation mode, and each as it was afterwards."""
     modes = [(module, module.training) for module in modules_of(root).values()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for module, mode in modes:
             module.training = mode
+
+    with undone(put_back):
+        for module, _ in modes:
+            module.training = False
+        yield

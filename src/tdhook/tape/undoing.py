@@ -79,8 +79,8 @@ def undone(put_back: Callable[[], object]) -> Iterator[None]:
 @contextmanager
 def undone_where_raised(put_back: Callable[[], object]) -> Iterator[None]:
     """Put a change back that is made within, where the block raises."""
-    change = Change(lambda: None if done else put_back())
     done = False
+    change = Change(lambda: None if done else put_back())
     try:
         yield
         done = True
