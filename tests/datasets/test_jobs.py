@@ -206,6 +206,20 @@ def test_rows_that_are_chosen(which: Any, expected: list[int], tmp_path: Path) -
     torch.testing.assert_close(found[ATTR], whole[ATTR][expected])
 
 
+def test_the_step_before_is_that_of_the_source(tmp_path: Path) -> None:
+    data = steps().exclude("next")
+    method = LRP("deeplift", target=Target("action_value", "action"), baseline="previous")
+    whole = rows_of(job(tmp_path / "whole", method, data, in_order=True))
+    part = rows_of(job(tmp_path / "part", method, data, in_order=True, rows=slice(30, 50)))
+    assert bool(part[ATTR][0].any())
+    torch.testing.assert_close(part[ATTR], whole[ATTR][30:50])
+    for which in (slice(0, 50, 3), [7, 3, 4], torch.arange(100) % 9 == 2):
+        with pytest.raises(
+            ValueError, match=r"in_order=True .* give a stretch of them, rows=slice\(10, 50\)"
+        ):
+            job(tmp_path / "none", method, data, in_order=True, rows=which)
+
+
 def test_rows_that_are_not_there(tmp_path: Path) -> None:
     for which, odd in (([3, 100], 100), ([3, -1], -1), (torch.tensor([-2]), -2)):
         with pytest.raises(

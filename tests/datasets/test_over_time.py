@@ -13,6 +13,7 @@ from torch import nn
 
 from tdhook import LRP, Target
 from tdhook.datasets import Job, Moments, OverTime, Reservoir
+from tdhook.evaluation.similarity import drift
 from tdhook.rl import AttributionTracker
 
 METHOD = LRP("epsilon", target=Target("y", 0))
@@ -72,6 +73,30 @@ def test_rows_of_each_checkpoint(tmp_path: Path) -> None:
         net.load_state_dict(torch.load(path, weights_only=True))
         expected = METHOD.wrap(net)(data.clone())
         torch.testing.assert_close(rows["attr", "x"][i], expected["attr", "x"])
+
+
+@pytest.mark.parametrize("keep", ["all", None])
+def test_each_of_several_inputs_has_its_own_drift(keep: str | None, tmp_path: Path) -> None:
+    def net(seed: int) -> TensorDictModule:
+        torch.manual_seed(seed)
+        return TensorDictModule(nn.Bilinear(3, 2, 2), ["x", ("more", "z")], ["y"])
+
+    keys = ["x", ("more", "z")]
+    data = TensorDict({"x": torch.randn(9, 3), "more": {"z": torch.randn(9, 2)}}, [9])
+    reduce = [
+        kind for key in keys for kind in (Moments(key, name=f"m{key}"), Reservoir(9, key, name=f"r{key}"))
+    ]
+    checkpoints = {str(seed): net(seed).state_dict() for seed in range(2)}
+    job = Job(METHOD, net(0), data, tmp_path / "job", checkpoints=checkpoints, keep=keep, reduce=reduce)
+    assert job.work().finished
+    first, second = (METHOD.wrap(net(seed))(data.clone())["attr"] for seed in range(2))
+    for key in keys:
+        expected = drift(first[key], second[key]).mean().item()
+        assert OverTime(job.result(), key).drift(0, 1) == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match=r"there is relevance of 'x', .*: say with key= of which"):
+        OverTime(job.result()).curves()
+    with pytest.raises(ValueError, match=r"there is relevance of 'x', .*: say with key= of which"):
+        OverTime(job.result()).drift(0, 1)
 
 
 def test_what_does_not_tell_of_time(tmp_path: Path) -> None:

@@ -108,11 +108,18 @@ def test_each_value_is_in_its_bin() -> None:
     for value in values[:, 0].tolist():
         alone = reducer.part(piece(torch.tensor([[value]])))["count"][0, 0]
         place = int(alone.argmax())
-        if value == 0:
-            assert place == middle
-        elif 2.0**-64 < abs(value) < 2.0**64:
-            assert edges[place].item() <= value <= edges[place + 1].item()
+        assert (place == middle) is (value == 0)
+        assert edges[place].item() <= value <= edges[place + 1].item()
     assert int(found["count"].sum()) == len(values)
+
+
+def test_quantiles_beyond_all_bins_say_so() -> None:
+    values = torch.tensor([-(2.0**70), -(2.0**-70), 2.0**-70, 2.0**70])[:, None]
+    reducer = Histogram(by=lambda rows: torch.arange(4))
+    found = reducer.result(reducer.part(piece(values)))["quantiles"][:, 0, 2].tolist()
+    assert (
+        found[0] == -torch.inf and -(2.0**-64) < found[1] < 0 < found[2] < 2.0**-64 and found[3] == torch.inf
+    )
 
 
 def test_the_most_extreme_rows() -> None:

@@ -18,6 +18,7 @@ from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 from torchrl.envs import Compose, InitTracker, SerialEnv, TransformedEnv
 from torchrl.modules import GRUModule, set_recurrent_mode
 
+from tdhook.perturbing.before import step_before
 from tdhook.rl import Explain, StepBefore, make_env
 from tdhook.targets import AtStep
 
@@ -228,3 +229,38 @@ def test_agents_are_compared_with_their_own_step_before():
     rise = (net(seen) - net(before))[..., 0].detach()
     assert_close(found["attr", "agents", "observation"].sum(-1), rise)
     assert not found["attr", "agents", "observation"][0, 3].any()
+
+
+@pytest.mark.parametrize("flag", ["done", "is_init"])
+def test_flags_of_a_group_are_those_of_its_agents(flag):
+    """One agent of a team is done, the others and the episode go on."""
+    torch.manual_seed(0)
+    seen, state, done = (
+        torch.randn(2, 6, 3, 4),
+        torch.randn(2, 6, 5),
+        torch.zeros(2, 6, 3, 1, dtype=torch.bool),
+    )
+    done[0, 2, 1] = True
+    own = {"agents": TensorDict({"done": done}, [2, 6, 3]), "done": torch.zeros(2, 6, 1, dtype=torch.bool)}
+    batch = TensorDict({"state": state, "next": own}, [2, 6], names=[None, "time"])
+    batch["agents"] = TensorDict({"observation": seen}, [2, 6, 3])
+    if flag == "is_init":
+        del batch["next"]
+        batch["agents", "is_init"] = torch.cat([torch.zeros_like(done[:, :1]), done[:, :-1]], 1)
+        batch["is_init"] = torch.zeros(2, 6, 1, dtype=torch.bool)
+    before = torch.cat([seen[:, :1], seen[:, :-1]], 1)
+    before[0, 3, 1] = seen[0, 3, 1]
+    assert torch.equal(step_before(("agents", "observation"), seen, batch), before)
+    assert torch.equal(step_before("state", state, batch)[:, 1:], state[:, :-1])
+
+
+def test_an_agent_that_begins_anew_leaves_the_others_their_step_before():
+    torch.manual_seed(0)
+    seen = torch.randn(7, 3, 4)
+    after = seen[1:].clone()
+    after[3, 1] = 0  # where it ended, and not where it begins anew
+    batch = TensorDict({"agents": TensorDict({"observation": seen[:6]}, [6, 3])}, [6], names=["time"])
+    batch["next"] = {"agents": TensorDict({"observation": after}, [6, 3])}
+    before = torch.cat([seen[:1], seen[:5]])
+    before[4, 1] = seen[4, 1]
+    assert torch.equal(step_before(("agents", "observation"), seen[:6], batch), before)

@@ -91,7 +91,10 @@ def explain(
     ] = None,
     rows: Annotated[
         MaybeText,
-        typer.Option(help="Only these rows of the source, as `1000:2000` or `::10`.", metavar="A:B[:STEP]"),
+        typer.Option(
+            help="Only these rows of the source, as `1000:2000` or `::10`; results number them from 0 on.",
+            metavar="A:B[:STEP]",
+        ),
     ] = None,
     keep: Annotated[
         str,

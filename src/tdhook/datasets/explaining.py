@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -17,10 +18,11 @@ from tdhook.contexts.explained import ExplainedModule
 from tdhook.contexts.recorded import Recorded
 from tdhook.datasets.faults import rows_named
 from tdhook.datasets.reducing import Piece
-from tdhook.datasets.rows import Rows
+from tdhook.datasets.rows import Rows, Stretch
 from tdhook.keys import parts_of
 from tdhook.models.loading import Weights, load_weights
 from tdhook.models.model import InKeys
+from tdhook.tape.undoing import Undoing, undone
 
 __all__ = ["Explaining", "Prepare", "one_way"]
 
@@ -127,7 +129,8 @@ class Explaining:
         Raises:
             ValueError: they cannot be explained; the message says which rows.
         """
-        before = min(begin, self.method.steps_before) if self.in_order else 0
+        ahead = begin + (self.rows.before if isinstance(self.rows, Stretch) else 0)
+        before = min(ahead, self.method.steps_before) if self.in_order else 0
         with rows_named(begin, end):
             data = self._read(begin - before, end)
             if self.in_order:
@@ -170,10 +173,12 @@ def one_way(threads: int) -> Iterator[None]:
 
     How a sum is split among threads decides how it is rounded.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        torch.set_num_threads(before)
+    drawn, before = torch.get_rng_state(), torch.get_num_threads()
+    with (
+        Undoing(),
+        undone(partial(torch.set_rng_state, drawn)),
+        undone(partial(torch.set_num_threads, before)),
+        torch.random.fork_rng(),
+    ):
+        torch.set_num_threads(threads)
+        yield

@@ -28,7 +28,7 @@ from tdhook.datasets.keeping import Kept, as_kept
 from tdhook.datasets.reducers import as_names
 from tdhook.datasets.reducing import Reducer
 from tdhook.datasets.result import Result, Status, Verified
-from tdhook.datasets.rows import Source, as_rows, chosen, rows_identity
+from tdhook.datasets.rows import Source, as_rows, chosen, require_in_order, rows_identity
 from tdhook.datasets.turns import Turns
 from tdhook.datasets.units import Place
 from tdhook.keys import parts_of
@@ -53,7 +53,8 @@ class Job:
         policy: the policy or critic. A copy of it is explained, in evaluation mode.
         source: where rows come from (:data:`~tdhook.datasets.rows.Source`).
         out: the job folder.
-        rows: which rows; by default all. A slice, numbers, or a truth value for each.
+        rows: which rows; by default all. A slice, numbers, or a truth value for each. Results number them from 0 on, in
+            this order.
         in_keys: as in ``method.wrap``.
         out_keys: as there.
         at: the entry of a row that the policy reads instead of the row, as ``"next"``.
@@ -61,7 +62,8 @@ class Job:
             frames of bytes.
         trajectories: whether each row is a trajectory, ``[rows, time]``, along which the policy looks.
         in_order: whether rows are steps in order of time, each right after the one before it, but where a trajectory
-            begins, as ``"is_init"`` or ``("next", "done")`` say: for ``baseline="previous"``.
+            begins, as ``"is_init"`` or ``("next", "done")`` say: for ``baseline="previous"``. Of a stretch of rows the
+            first one comes after that before it in the source.
         mask_key: truth values, if rows have them: false where a step is padding, whose relevance is zero.
         at_once: how many steps are explained in one pass; by default by what the policy computes of one.
         chunk: how many rows are explained, written and committed together; by default by their size.
@@ -118,6 +120,8 @@ class Job:
         self._rows = chosen(as_rows(source), rows)
         if not len(self._rows):
             raise ValueError("the source has no rows to explain")
+        if in_order:
+            require_in_order(self._rows)
         self.threads, self._lease = threads, lease
         module = policy.model.root if isinstance(policy, ExplainedModule) else unwrapped(policy)
         if is_elsewhere(module):

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDict
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.datasets.reducers import Moments, Reservoir
+from tdhook.datasets.reducing import Reducer
 from tdhook.datasets.result import Result
 from tdhook.evaluation.similarity import drift
 from tdhook.keys import under
@@ -38,7 +39,7 @@ class OverTime:
     def __init__(self, result: Result, key: NestedKey | None = None) -> None:
         if result.done.dim() < 2:
             raise ValueError("this job has one set of weights: give it checkpoints={name: weights, ...}")
-        self._result, self._key = result, key
+        self._result, self._key = result, None if key is None else unravel_key(key)
         self.names = tuple(result.checkpoints)
 
     def curves(self, features: Sequence[str] | None = None) -> dict[str, list[float]]:
@@ -112,9 +113,21 @@ class OverTime:
     @property
     def _drawn(self) -> str | None:
         """The reducer that drew rows, where none were kept."""
-        if self._result.keeps_rows:
-            return None
-        return next((name for name, one in self._result.reducers.items() if isinstance(one, Reservoir)), None)
+        return None if self._result.keeps_rows else self._reduced_by(Reservoir)
+
+    def _reduced_by(self, kind: type[Reducer]) -> str | None:
+        """The name of the first reducer of a kind that is made of the input, if there is one.
+
+        Raises:
+            ValueError: they are made of several inputs, and none is named.
+        """
+        found = {name: one.key for name, one in self._result.reducers.items() if isinstance(one, kind)}
+        if self._key is not None:
+            found = {name: key for name, key in found.items() if key in (None, self._key)}
+        keys = dict.fromkeys(key for key in found.values() if key is not None)
+        if len(keys) > 1:
+            raise ValueError(f"there is relevance of {', '.join(map(repr, keys))}: say with key= of which")
+        return next(iter(found), None)
 
     def _rows(self, checkpoint: int, begin: int, end: int) -> Tensor:
         rows = self._result.read(begin, end, checkpoint)
@@ -129,10 +142,7 @@ class OverTime:
 
     def _absolute(self, checkpoint: int) -> Tensor:
         """Mean absolute relevance of each feature, whatever the group."""
-        moments = {name: one for name, one in self._result.reducers.items() if isinstance(one, Moments)}
-        name = next(
-            (n for n, one in moments.items() if self._key is None or one.key in (None, self._key)), None
-        )
+        name = self._reduced_by(Moments)
         if name is None:
             raise ValueError("no moments tell of features: give the job reduce=[Moments()]")
         found = self._result.reduced_of(checkpoint)[name]

@@ -83,7 +83,7 @@ def _no_moments(groups: Tensor, features: torch.Size) -> Part:
 _OCTAVE = 8
 _LOWEST, _HIGHEST = -64, 64
 _SIDE = (_HIGHEST - _LOWEST) * _OCTAVE
-"""Bins of one sign, eight for each doubling of the size, from 2^-64 to 2^64."""
+"""Bins of one sign, eight for each doubling of the size, from 2^-64 to 2^64; the outermost have all that is beyond."""
 _MOST_FEATURES = 1024
 
 
@@ -91,7 +91,8 @@ class Histogram(Reducer):
     """How often relevance has which size, on a logarithmic scale with a sign, and quantiles of it.
 
     Bins are exact, and counts are whole numbers: they merge in any order. A quantile is right to within its bin, an
-    eighth of a doubling.
+    eighth of a doubling from 2^-64 to 2^64. What is smaller is in one bin with the first of these, which begins at 0;
+    what is larger is in one with the last, and a quantile there is infinite.
 
     Args:
         pooled: whether all features are counted together, as the pixels of an image; otherwise each for itself.
@@ -165,7 +166,8 @@ def _positive_edges() -> Tensor:
     octaves = torch.arange(_LOWEST, _HIGHEST, dtype=torch.float64)
     inside = 1 + torch.arange(_OCTAVE, dtype=torch.float64) / _OCTAVE
     found = (torch.exp2(octaves)[:, None] * inside).reshape(-1)
-    return torch.cat([found, torch.exp2(torch.tensor([_HIGHEST], dtype=torch.float64))])
+    found[0] = 0
+    return torch.cat([found, torch.tensor([torch.inf], dtype=torch.float64)])
 
 
 def _edges() -> Tensor:

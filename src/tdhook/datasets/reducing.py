@@ -35,7 +35,7 @@ class Piece:
 
     Attributes:
         data: the rows as the source has them, ``[rows, ...]``.
-        index: their numbers in the source, ``[rows]``.
+        index: their numbers among those that are explained, ``[rows]``.
         relevance: by input, ``[rows, *axes, *features]``.
         entries: all that was found, by key, ``[rows, ...]``.
     """

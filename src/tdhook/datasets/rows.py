@@ -21,7 +21,17 @@ from tdhook.keys import parts_of
 from tdhook.models.entries import is_batch, plain
 from tdhook.rl.saved import load
 
-__all__ = ["InMemory", "Rows", "Saved", "Source", "as_rows", "chosen", "rows_identity"]
+__all__ = [
+    "InMemory",
+    "Rows",
+    "Saved",
+    "Source",
+    "Stretch",
+    "as_rows",
+    "chosen",
+    "require_in_order",
+    "rows_identity",
+]
 
 _STORAGE, _FILLED = "storage", "storage_metadata.json"
 _LOOKED_AT = 64
@@ -122,6 +132,28 @@ class _Indexed:
         return LazyStackedTensorDict.maybe_dense_stack([*map(plain, each)])
 
 
+class Stretch:
+    """Rows of a source that follow each other.
+
+    Args:
+        rows: all of them.
+        begin: the number of the first.
+        count: how many there are.
+
+    Attributes:
+        before: how many rows are before the first, which are read by negative numbers.
+    """
+
+    def __init__(self, rows: Rows, begin: int, count: int) -> None:
+        self._rows, self.before, self._count = rows, begin, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, begin: int, end: int) -> TensorDictBase:
+        return self._rows.read(self.before + begin, self.before + end)
+
+
 class _Chosen:
     """Some rows of a source."""
 
@@ -197,7 +229,22 @@ def chosen(rows: Rows, which: slice | range | Sequence[int] | Tensor | None) -> 
     odd = index[(index < 0) | (index >= count)]
     if len(odd):
         raise IndexError(f"rows= names row {int(odd[0])}, and the source has {count}: rows count from 0")
+    if len(index) and not bool((index.diff() != 1).any()):
+        return Stretch(rows, int(index[0]), len(index))
     return _Chosen(rows, index.long())
+
+
+def require_in_order(rows: Rows) -> None:
+    """Make sure that each row is the one after that before it, as far as rows were chosen.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(rows, _Chosen):
+        raise ValueError(
+            "in_order=True compares each row with the one before it, and rows= names rows that do not follow each "
+            "other: give a stretch of them, rows=slice(10, 50), or a source that has them in this order"
+        )
 
 
 def _as_index(which: range | Sequence[int] | Tensor) -> Tensor:

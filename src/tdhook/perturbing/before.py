@@ -10,6 +10,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.keys import parts_of
+from tdhook.models.entries import is_batch
 
 __all__ = ["PREVIOUS", "markers", "step_before"]
 
@@ -30,7 +31,8 @@ def step_before(key: NestedKey, value: Tensor, td: TensorDictBase) -> Tensor:
         value: ``[*batch, *shape]``.
         td: of batch size ``[*batch]``. A step has none before it where ``"is_init"`` says that a trajectory begins,
             where ``("next", "done")``, ``"terminated"`` or ``"truncated"`` said that one ended, where
-            ``("collector", "traj_ids")`` is another one, or where it is not what came ``"next"``.
+            ``("collector", "traj_ids")`` is another one, or where it is not what came ``"next"``. Flags of a group of
+            agents are those of its entries, agent by agent, and of others only where there are no other flags.
 
     Raises:
         ValueError: nothing says which axis is time, or the batch is no trajectory along it.
@@ -40,7 +42,7 @@ def step_before(key: NestedKey, value: Tensor, td: TensorDictBase) -> Tensor:
         return told.to(value)
     axis = _time(td)
     before = _shifted(value, axis)
-    begins = _begins(td, axis)
+    begins = _begins(key, td, axis)
     broken = _broken(key, value, td, axis, begins)
     if broken is not None:
         begins = broken if begins is None else begins | broken
@@ -82,26 +84,49 @@ def _shifted(value: Tensor, axis: int) -> Tensor:
     return torch.cat([first, value.narrow(axis, 0, value.shape[axis] - 1)], axis)
 
 
-def _begins(td: TensorDictBase, axis: int) -> Tensor | None:
-    """Which steps are the first of their trajectory, as far as flags tell, ``[*batch]``."""
+def _begins(key: NestedKey, td: TensorDictBase, axis: int) -> Tensor | None:
+    """Which steps are the first of their trajectory, as far as flags tell, ``[*batch, *agents]``."""
     found: Tensor | None = None
-    for begins in _told(td, axis):
+    for begins in _told(key, td, axis):
         found = begins if found is None else found | begins
     return found
 
 
-def _told(td: TensorDictBase, axis: int) -> Iterator[Tensor]:
-    for key in td.keys(True, True):
-        parts = parts_of(key)
-        if not _is_flag(parts):
-            continue
-        flag = td.get(key).reshape(*td.batch_size, -1)
+def _told(key: NestedKey, td: TensorDictBase, axis: int) -> Iterator[Tensor]:
+    flags = [parts for parts in map(parts_of, td.keys(True, True)) if _is_flag(parts)]
+    ours = [parts for parts in flags if _is_of(parts, parts_of(key))]
+    each = _elements(key, td)
+    for parts in ours or flags:
+        flag = td.get(parts)
         if parts[-1] == "is_init":
-            yield flag.any(-1)
+            yield _by_element(flag, each, td.batch_dims)
         elif parts[-1] == "traj_ids":
-            yield (flag != _shifted(flag, axis)).any(-1)
+            yield _by_element(flag != _shifted(flag, axis), each, td.batch_dims)
         else:
-            yield _shifted(flag.any(-1), axis)
+            yield _shifted(_by_element(flag, each, td.batch_dims), axis)
+
+
+def _is_of(flag: tuple[str, ...], key: tuple[str, ...]) -> bool:
+    """Whether a flag is that of all, or of the group that an entry belongs to."""
+    group = flag[flag[0] in ("next", "collector") : -1]
+    return key[: len(group)] == group
+
+
+def _elements(key: NestedKey, td: TensorDictBase) -> torch.Size:
+    """What has trajectories of its own, ``[*batch]``, or ``[*batch, *agents]`` for an entry of a group of agents."""
+    group = parts_of(key)[:-1]
+    own = td.get(group, None) if group else td
+    size: torch.Size = (own if is_batch(own) else td).batch_size
+    return size
+
+
+def _by_element(flag: Tensor, each: torch.Size, batch_dims: int) -> Tensor:
+    """A flag of each element, ``[*batch, *agents]``: of what is below, it holds where any does."""
+    axes = batch_dims
+    while axes < min(len(each), flag.dim()) and flag.shape[axes] == each[axes]:
+        axes += 1
+    found = flag.reshape(*flag.shape[:axes], -1).any(-1)
+    return found.reshape(*found.shape, *(1,) * (len(each) - axes)).expand(each)
 
 
 def _broken(
@@ -115,7 +140,7 @@ def _broken(
     after = td.get(unravel_key(("next", *parts_of(key))), None)
     if after is None:
         return None
-    differs = (_shifted(after, axis) != value).reshape(*td.batch_size, -1).any(-1)
+    differs = (_shifted(after, axis) != value).reshape(*_elements(key, td), -1).any(-1)
     if torch.compiler.is_compiling():
         return differs
     goes_on = torch.ones_like(differs) if begins is None else ~begins
