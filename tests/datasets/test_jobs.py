@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,6 +257,33 @@ def test_bytes_are_the_same_however_rows_are_met(tmp_path: Path) -> None:
         other = tmp_path / "b" / path.relative_to(tmp_path / "a")
         if path.is_file() and "workers" not in path.parts:
             assert path.read_bytes() == other.read_bytes(), path
+
+
+class Draws(nn.Linear):
+    """Draws noise, and lets other threads run meanwhile."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.001)
+        return super().forward(x + torch.randn_like(x))
+
+
+def test_bytes_are_the_same_beside_another_thread(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = TensorDictModule(Draws(4, 2), ["observation"], ["action_value"])
+
+    def made(name: str) -> Job:
+        method = LRP("epsilon", target=Target("action_value", 0))
+        return Job(method, model, steps(), tmp_path / name, chunk=10, at_once=5)
+
+    alone, jobs = rows_of(made("alone")), [made(name) for name in "ab"]
+    threads, drawn = torch.get_num_threads(), torch.get_rng_state()
+    workers = [threading.Thread(target=one.work) for one in jobs]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(one.result().rows[ATTR], alone[ATTR]) for one in jobs)
+    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), drawn)
 
 
 def test_what_is_not_done_is_no_zero(tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ def test_what_cannot_be_kept() -> None:
         kept(value, summed=[1])
     with pytest.raises(ValueError, match=r"the region 'left' of shape \(5,\) does not fit 'pixels'"):
         kept(value, regions={"left": torch.ones(5)})
+    with pytest.raises(TypeError, match="the region 'left' has other values than 0 and 1"):
+        Kept(regions={"left": torch.tensor([0.5, 1.0])})
     with pytest.raises(ValueError, match="keep='some' is neither 'all', 'compressed', a dtype"):
         as_kept("some")
 

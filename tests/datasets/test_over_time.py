@@ -99,6 +99,16 @@ def test_each_of_several_inputs_has_its_own_drift(keep: str | None, tmp_path: Pa
         OverTime(job.result()).drift(0, 1)
 
 
+def test_what_is_half_done_is_not_compared(tmp_path: Path) -> None:
+    data, files, _ = trained(tmp_path)
+    reduce = [Moments(), Reservoir(40)]
+    job = Job(METHOD, model(), data, tmp_path / "job", checkpoints=files, chunk=16, keep=None, reduce=reduce)
+    done: list[int] = []
+    job.work(on_done=done.append, until=lambda: len(done) == 5)
+    with pytest.raises(RuntimeError, match="on the same rows, and not all are explained yet"):
+        OverTime(job.result(partial=True))
+
+
 def test_what_does_not_tell_of_time(tmp_path: Path) -> None:
     data, files, _ = trained(tmp_path)
     once = Job(METHOD, model(), data, tmp_path / "once")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import RLock
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -29,6 +31,7 @@ __all__ = ["Explaining", "Prepare", "one_way"]
 Prepare = Callable[[TensorDictBase], TensorDictBase]
 """Makes rows of the source what the policy reads, as the transforms of its environment do."""
 
+_ONE = RLock()
 _REFERENCES = 1024
 """Rows, evenly spread over the source, that means and samples are taken of."""
 
@@ -167,17 +170,27 @@ class Explaining:
         return {of: found[key] for key, of in self.inputs_of(found).items()}
 
 
+def _forget() -> None:
+    """In a forked process there are no other threads."""
+    global _ONE
+    _ONE = RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
 @contextmanager
 def one_way(threads: int) -> Iterator[None]:
     """Have torch compute in so many threads, with random numbers of its own: the same bits on every machine of a kind.
 
-    How a sum is split among threads decides how it is rounded.
+    How a sum is split among threads decides how it is rounded. Both are the process's: one thread at a time has them.
     """
-    drawn, before = torch.get_rng_state(), torch.get_num_threads()
     with (
+        _ONE,
         Undoing(),
-        undone(partial(torch.set_rng_state, drawn)),
-        undone(partial(torch.set_num_threads, before)),
+        undone(partial(torch.set_rng_state, torch.get_rng_state())),
+        undone(partial(torch.set_num_threads, torch.get_num_threads())),
         torch.random.fork_rng(),
     ):
         torch.set_num_threads(threads)

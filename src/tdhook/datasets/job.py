@@ -48,8 +48,8 @@ class Job:
     whichever of them dies, however often the work is begun again.
 
     Args:
-        method: what is explained and how; any method, target and baseline. Means and samples are those of 1024 rows,
-            evenly spread over the source, unless the baseline has data of its own.
+        method: what is explained and how; any method, target and baseline. Means and samples are those of 1024 of the
+            rows that are explained, evenly spread over them, unless the baseline has data of its own.
         policy: the policy or critic. A copy of it is explained, in evaluation mode.
         source: where rows come from (:data:`~tdhook.datasets.rows.Source`).
         out: the job folder.
@@ -163,6 +163,9 @@ class Job:
     ) -> Status:
         """Explain chunk after chunk until all are done, by whomever.
 
+        Of the threads of a process one explains a chunk at a time, and torch's random numbers are put back afterwards.
+        Where the policy draws some, no other thread is to draw meanwhile.
+
         Args:
             place: where among the workers this one is; by default what the launcher says (torchrun, Slurm, MPI).
             on_done: called with each chunk that this worker has done.
@@ -176,7 +179,7 @@ class Job:
             ValueError: some rows cannot be explained, and the message says which and why. All others are done.
         """
         place = Place.here() if place is None else place
-        with _resumable(self.folder.home), one_way(self.threads):
+        with _resumable(self.folder.home):
             if not self.chunks.make_room():
                 self._lost(self._changed(), "has lost rows")
             while self._work(place, on_done, until) and (torn := self.folder.torn()):
@@ -206,7 +209,7 @@ class Job:
             try:
                 if until is not None and until():
                     return False
-                with claims.kept_alive(turn.unit):
+                with claims.kept_alive(turn.unit), one_way(self.threads):
                     self.chunks.do(turn.unit)
             except OSError:
                 raise
@@ -272,8 +275,9 @@ class Job:
             chance = torch.Generator().manual_seed(seed)
             drawn = torch.randperm(len(done), generator=chance)[:sample].tolist()
             again = sorted(done[i] for i in drawn)
-            with one_way(self.threads):
-                differ = [unit for unit in again if not self.chunks.same_again(unit)]
+            for unit in again:
+                with one_way(self.threads):
+                    differ += [] if self.chunks.same_again(unit) else [unit]
         if mend and (wrong or differ):
             self.folder.reopen({*wrong, *differ})
         return Verified(len(done), wrong, tuple(again), tuple(differ))

@@ -36,6 +36,7 @@ class Kept:
         Relevance ``[rows, *features]`` is kept as ``[rows, *what is left]``, or ``[rows, regions]``.
 
     Raises:
+        TypeError: a region holds something else than truth values, or ones and zeros.
         ValueError: the dtype is none of these (``float16`` has no room for small relevance: it would be zero), or
             more than one of ``summed``, ``pooled`` and ``regions`` is given.
     """
@@ -59,7 +60,7 @@ class Kept:
             raise ValueError(f"blocks have a side of at least one pixel, got pooled={pooled}")
         self.keys = None if keys is None else tuple(map(unravel_key, keys))
         self.dtype, self.summed, self.pooled, self.compressed = dtype, tuple(summed), pooled, compressed
-        self.regions = {name: mask.bool() for name, mask in (regions or {}).items()}
+        self.regions = {name: _mask(name, mask) for name, mask in (regions or {}).items()}
 
     def of(
         self,
@@ -114,6 +115,15 @@ class Kept:
                 f"{tuple(value.shape[axes:])}"
             ) from None
         return (value * fitting).flatten(axes).sum(-1)
+
+
+def _mask(name: str, mask: Tensor) -> Tensor:
+    there = mask.bool()
+    if bool((there != mask).any()):
+        raise TypeError(
+            f"the region {name!r} has other values than 0 and 1: a mask says what is in it, and weighs nothing"
+        )
+    return there
 
 
 def block_sums(value: Tensor, side: int) -> Tensor:

@@ -33,12 +33,17 @@ class OverTime:
         key: the input; by default the only one.
 
     Raises:
+        RuntimeError: not all is done.
         ValueError: the job has no checkpoints.
     """
 
     def __init__(self, result: Result, key: NestedKey | None = None) -> None:
         if result.done.dim() < 2:
             raise ValueError("this job has one set of weights: give it checkpoints={name: weights, ...}")
+        if not bool(result.done.all()):
+            raise RuntimeError(
+                "checkpoints are compared on the same rows, and not all are explained yet: call work() until they are"
+            )
         self._result, self._key = result, None if key is None else unravel_key(key)
         self.names = tuple(result.checkpoints)
 
