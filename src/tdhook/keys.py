@@ -9,7 +9,17 @@ from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.utils import NestedKey, unravel_key
 from torch import Size, Tensor
 
-__all__ = ["is_below", "known_keys", "named_tensors", "names_of", "next_key", "parts_of", "put", "under"]
+__all__ = [
+    "entry_at",
+    "is_below",
+    "known_keys",
+    "named_tensors",
+    "names_of",
+    "next_key",
+    "parts_of",
+    "put",
+    "under",
+]
 
 
 def parts_of(key: NestedKey | None) -> tuple[str, ...]:
@@ -70,11 +80,11 @@ def _axes(
     td: TensorDictBase, of: tuple[str, ...], below: int, value: object
 ) -> tuple[Size, list[str | None] | None]:
     """The axes of a TensorDict so many parts above a value, which tells of an entry of ``td``."""
-    like: Any = _entry(td, of[:-below]) if len(of) > below else None
+    like: Any = entry_at(td, of[:-below]) if len(of) > below else None
     if not isinstance(value, Tensor) or not is_tensor_collection(like):
         return td.batch_size, names_of(td)
     lead, size, names = td.batch_dims, list(like.batch_size), names_of(like)
-    entry = _entry(td, of)
+    entry = entry_at(td, of)
     if isinstance(entry, Tensor) and value.dim() > entry.dim():  # [*batch, outputs, ...]
         size.insert(lead, value.shape[lead])
         names = names and [*names[:lead], None, *names[lead:]]
@@ -82,7 +92,7 @@ def _axes(
     return (Size(size), names) if fits else (td.batch_size, names_of(td))
 
 
-def _entry(td: TensorDictBase, key: tuple[str, ...]) -> object:
+def entry_at(td: TensorDictBase, key: tuple[str, ...]) -> object:
     """An entry, or ``None``; also where there are tensors on the way to it."""
     found: Any = td
     for part in key:

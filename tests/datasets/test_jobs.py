@@ -16,6 +16,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
+from torchrl.modules import MultiAgentMLP
 
 from tdhook import LRP, Contrast, References, Target
 from tdhook.attribution.gradient import GradientTimesInput
@@ -257,6 +258,27 @@ def test_bytes_are_the_same_however_rows_are_met(tmp_path: Path) -> None:
         other = tmp_path / "b" / path.relative_to(tmp_path / "a")
         if path.is_file() and "workers" not in path.parts:
             assert path.read_bytes() == other.read_bytes(), path
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_agents_with_weights_of_their_own(share: bool, tmp_path: Path) -> None:
+    """Multi-agent networks keep their weights in a TensorDict, and their network on the device "meta"."""
+
+    def team(seed: int) -> TensorDictModule:
+        torch.manual_seed(seed)
+        sizes = {"n_agent_inputs": 4, "n_agent_outputs": 2, "n_agents": 3, "depth": 1, "num_cells": 5}
+        net = MultiAgentMLP(**sizes, centralized=True, share_params=share)
+        return TensorDictModule(net, [("agents", "seen")], [("agents", "value")])
+
+    data = TensorDict({"agents": TensorDict({"seen": torch.randn(6, 3, 4)}, [6, 3])}, [6])
+    method, checkpoints = LRP("epsilon", target=Target(("agents", "value"), 0)), {"a": team(1), "b": team(2)}
+    done = Job(method, team(0), data, tmp_path / "job", chunk=4)
+    with pytest.raises(ValueError, match=r"model\.weights"):
+        Job(method, team(1), data, tmp_path / "job", chunk=4)
+    over_time = Job(method, team(0), data, tmp_path / "both", chunk=4, checkpoints=checkpoints)
+    expected = [method.wrap(team(seed))(data.clone())["attr", "agents", "seen"] for seed in range(3)]
+    torch.testing.assert_close(rows_of(done)["attr", "agents", "seen"], expected[0])
+    torch.testing.assert_close(rows_of(over_time)["attr", "agents", "seen"], torch.stack(expected[1:]))
 
 
 class Draws(nn.Linear):

@@ -229,6 +229,9 @@ def test_agents_are_compared_with_their_own_step_before():
     rise = (net(seen) - net(before))[..., 0].detach()
     assert_close(found["attr", "agents", "observation"].sum(-1), rise)
     assert not found["attr", "agents", "observation"][0, 3].any()
+    batch["agents", "before"] = before
+    entry = against({("agents", "observation"): ("agents", "before")}, Target(("agents", "logits"), 0))
+    assert_close(Explain(entry, policy)(batch)["attr"], found["attr"])
 
 
 @pytest.mark.parametrize("flag", ["done", "is_init"])

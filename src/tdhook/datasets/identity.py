@@ -38,9 +38,11 @@ _MACHINERY = frozenset(vars(nn.Module())) | {"forward", "_prev_forward", "_flat_
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:
-    """A digest of the bytes of tensors, whatever device they are on."""
+    """A digest of the bytes of tensors, whatever device they are on; on the device "meta" there are none."""
     found = hashlib.blake2b(digest_size=_BYTES)
     for x in tensors:
+        if x.is_meta:  # multi-agent networks keep the shape of their network so, and its weights elsewhere
+            continue
         dense = x.detach().resolve_conj().resolve_neg().cpu().contiguous()
         if dense.numel():
             found.update(dense.reshape(-1).view(torch.uint8).numpy().data)
@@ -243,6 +245,8 @@ def module_identity(module: nn.Module) -> dict[str, Plain]:
 
 def _settings(module: nn.Module) -> list[tuple[str, Plain]]:
     """What a module holds besides tensors and modules, as far as it is data or code."""
+    if isinstance(module, TensorDictBase):  # TensorDictParams: tensors, and how it keeps them
+        return []
     return [
         (name, described(value))
         for name, value in sorted(vars(module).items())

@@ -13,7 +13,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
-from tdhook.keys import parts_of, put
+from tdhook.keys import entry_at, parts_of, put
 from tdhook.models.entries import is_batch
 from tdhook.perturbing.baselines import Baseline, OneBaseline, as_values, fitting
 from tdhook.perturbing.before import PREVIOUS, markers, step_before
@@ -166,7 +166,7 @@ class References:
         for given in self._all:
             if isinstance(given, tuple) or (isinstance(given, str) and given not in NAMES):
                 found.append(given)
-        return [key for key in map(unravel_key, found) if key in td.keys(True)]
+        return [key for key in map(unravel_key, found) if entry_at(td, parts_of(key)) is not None]
 
     def among(self, td: TensorDictBase) -> References:
         """The same, with means and samples of ``td`` unless there are data already.
@@ -440,7 +440,7 @@ def _entry(name: NestedKey, key: NestedKey, value: Tensor, td: TensorDictBase) -
     """The baseline of a value that an entry of the TensorDict holds, under its own name or as it is."""
     under = unravel_key((*parts_of(name), *parts_of(key)))
     for candidate in (under, unravel_key(name)):
-        found = td.get(candidate) if candidate in td.keys(True) else None
+        found = entry_at(td, parts_of(candidate))
         if isinstance(found, Tensor):
             return fitting(found, key, value)
     raise KeyError(
