@@ -192,6 +192,8 @@ def test_models_are_their_classes_settings_and_weights() -> None:
 def test_digests_are_of_bytes() -> None:
     x = torch.arange(6.0).reshape(2, 3)
     assert digest_of([x]) == digest_of([x.T.contiguous().T]) != digest_of([x.T])
+    single = torch.arange(6)[::2][1:2]  # contiguous, and its stride is 2
+    assert digest_of([single]) == digest_of([torch.tensor([2])])
     assert digest_of([x.bfloat16()]) != digest_of([x]) and digest_of([torch.zeros(0)]) == digest_of([])
 
 

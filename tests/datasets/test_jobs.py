@@ -209,6 +209,11 @@ def test_rows_that_are_chosen(which: Any, expected: list[int], tmp_path: Path) -
     torch.testing.assert_close(found[ATTR], whole[ATTR][expected])
 
 
+def test_every_other_row_of_a_source_in_memory(tmp_path: Path) -> None:
+    whole, found = (rows_of(job(tmp_path / str(n), source=steps()[::n], chunk=1)) for n in (1, 2))
+    torch.testing.assert_close(found[ATTR], whole[ATTR][::2])
+
+
 def test_the_step_before_is_that_of_the_source(tmp_path: Path) -> None:
     data = steps().exclude("next")
     method = LRP("deeplift", target=Target("action_value", "action"), baseline="previous")

@@ -27,8 +27,8 @@ from tensordict import TensorDict
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.datasets.identity import Plain, difference
-from tdhook.datasets.layout import Layout, bytes_of, packed, unpacked
+from tdhook.datasets.identity import Plain, bytes_of, difference
+from tdhook.datasets.layout import Layout, packed, unpacked
 from tdhook.datasets.reducing import Part
 from tdhook.files import read_json, require_text
 from tdhook.keys import parts_of

@@ -24,7 +24,7 @@ from tdhook.keys import parts_of
 from tdhook.models.holding import modules_of
 from tdhook.models.state import LIBRARIES, slots_of
 
-__all__ = ["Plain", "described", "difference", "digest_of", "module_identity"]
+__all__ = ["Plain", "bytes_of", "described", "difference", "digest_of", "module_identity"]
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 """What JSON can say."""
@@ -43,10 +43,18 @@ def digest_of(tensors: Iterable[Tensor]) -> str:
     for x in tensors:
         if x.is_meta:  # multi-agent networks keep the shape of their network so, and its weights elsewhere
             continue
-        dense = x.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        if dense.numel():
-            found.update(dense.reshape(-1).view(torch.uint8).numpy().data)
+        found.update(bytes_of(x))
     return found.hexdigest()
+
+
+def bytes_of(value: Tensor) -> memoryview:
+    """The bytes of a tensor."""
+    dense = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    if not dense.numel():
+        return memoryview(b"")
+    # A single number counts as contiguous whatever its stride is, with which no bytes can be made of it.
+    flat: memoryview = dense.reshape(-1).as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().data
+    return flat
 
 
 def _digest_of_bytes(data: bytes) -> str:

@@ -11,10 +11,10 @@ import torch
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
-from tdhook.datasets.identity import Plain
+from tdhook.datasets.identity import Plain, bytes_of
 from tdhook.keys import parts_of
 
-__all__ = ["Layout", "bytes_of", "checksums", "name_of", "packed", "unpacked"]
+__all__ = ["Layout", "checksums", "name_of", "packed", "unpacked"]
 
 
 class Layout:
@@ -70,12 +70,6 @@ class Layout:
 def name_of(key: NestedKey) -> str:
     """The name of an entry in plain data."""
     return ".".join(parts_of(key))
-
-
-def bytes_of(value: Tensor) -> memoryview:
-    """The bytes of a tensor."""
-    dense = value.detach().cpu().contiguous()
-    return dense.reshape(-1).view(torch.uint8).numpy().data if dense.numel() else memoryview(b"")
 
 
 def checksums(
