@@ -209,3 +209,21 @@ def test_an_interrupt_where_batches_are_explained_against_their_mean(
         assert tracker.update(other) == pytest.approx(numbers, abs=1e-6), interrupt.where
         line += step
     assert line > 30
+
+
+def test_an_interrupt_where_a_plan_is_made() -> None:
+    torch.manual_seed(0)
+    model, x, line = nn.Sequential(Counting(), nn.BatchNorm1d(2)), torch.randn(3, 4), 1
+    while True:
+        unchanged, interrupt = Unchanged(model), Interrupted(line, str(Path(SOURCES, "tape/undoing.py")))
+        try:
+            with interrupt:
+                LRP("epsilon_plus").plan(model, TensorDict({"input": x}, [3]))
+        except KeyboardInterrupt:
+            pass
+        if not interrupt.where:
+            break
+        unchanged.check()
+        assert model[0].runs == 0, interrupt.where
+        line += 1
+    assert line > 30

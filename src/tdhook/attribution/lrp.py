@@ -35,6 +35,7 @@ from tdhook.relevance.plans.making import make_plan, observe
 from tdhook.relevance.plans.plan import Merge, Plan
 from tdhook.relevance.plans.rehearsal import Ready, learn_order, rehearse
 from tdhook.relevance.secants.pair import difference
+from tdhook.tape.undoing import Undoing
 from tdhook.targets import TargetLike
 
 if TYPE_CHECKING:
@@ -217,8 +218,9 @@ class LRP(Compared):
         plan = self._plan(model, td)
         if td is not None and plan.interception is not None:
             setup = Setup(model, self.question)
-            learn_order(plan, Runner(setup, td))
-            rehearse(plan, Runner(setup, td))
+            with Undoing():
+                learn_order(plan, Runner(setup, td))
+                rehearse(plan, Runner(setup, td))
         return plan
 
     def start(self, model: Model) -> Ready:
