@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tdhook import LRP, Key, Target
 from tdhook.attribution import Ablation, GradCAM, GradientTimesInput, IntegratedGradients, Patching
 from tdhook.concepts.activations import Activations
-from tdhook.targets import Through
+from tdhook.targets import Computed, Through
 
 METHODS = {
     "lrp": lambda **options: LRP("lstm_lrp", **options),
@@ -277,3 +277,27 @@ def test_methods_without_a_backward_pass_look_too(shape: tuple[int, int]) -> Non
         torch.testing.assert_close(found(tokens(*shape))["attr", "emb"], plain(tokens(*shape))["attr", "emb"])
     with pytest.raises(ValueError, match=r"module 'look' .* are one, in another order"):
         Activations(input_modules=["look"]).wrap(Encodes(time_first=True))(pictures(2, 3))
+
+
+class Centred(nn.Module):
+    """Each element less the mean of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.units = nn.Linear(4, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.units(x)
+        return found - found.mean(0)
+
+
+@pytest.mark.parametrize("unit", [0, 1, 2])
+def test_as_many_elements_as_units_that_depend_on_each_other(unit: int) -> None:
+    """What one element reads of all the others lies along a unit, and is more than what it reads of its own."""
+    net, td = Centred(), TensorDict(input=torch.randn(3, 4, dtype=torch.float64), batch_size=[3])
+    target = Computed(lambda outputs, inputs: outputs["output"][..., unit].square())
+    found = GradientTimesInput(target, input_modules=["units"]).wrap(net)(td.clone())["attr", "units"]
+    units = net.units(td["input"]).detach().requires_grad_()
+    explained = (units - units.mean(0))[:, unit].square().sum()
+    torch.testing.assert_close(found, units.detach() * torch.autograd.grad(explained, units)[0])

@@ -146,8 +146,10 @@ class Played(Compared):
                     f"elements apart, batch_dims={run.td.batch_dims} if all do, to a method that asks of no element "
                     "that is all baseline"
                 ) from error
-        elif run.td.batch_dims and 0 not in axes and not is_traced():
-            look(variants, ends, start)
+        elif run.td.batch_dims and 0 not in axes:
+            variants.meeting = True
+            if not is_traced():
+                look(variants, ends, start)
         return Game(variants, ends, start, axes, self.players(learnt), told, values)
 
     def players(self, learnt: Learnt) -> Callable[[Mapping[NestedKey, Tensor], int], Players]:

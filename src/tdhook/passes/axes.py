@@ -1,8 +1,8 @@
 """Axes: the outputs of modules with the axes of the batch first, where a model puts another one there.
 
 Recurrent networks and transformers of torch take time first by default. Which axis is the batch's is told by its size;
-where several axes have that size, by what the first element of the batch alone depends on. Where a model makes several
-axes of the batch one, as one of convolutions does, it is seen that elements lie there in their order.
+where several axes have that size, by what single elements of the batch depend on. Where a model makes several axes of
+the batch one, as one of convolutions does, it is seen that elements lie there in their order.
 """
 
 from __future__ import annotations
@@ -145,43 +145,58 @@ class Axes:
         else:
             self.elsewhere.add(name)
 
-    def learn(self, pulled: Mapping[str, Tensor | None], size: int, *, moved: bool = False) -> None:
-        """Learn axes from what the first element of the batch depends on.
+    def learn(
+        self, pulled: Mapping[int, Mapping[str, Tensor | None]], size: int, *, moved: bool = False
+    ) -> None:
+        """Learn axes from what some elements of the batch depend on.
+
+        One does not tell where elements depend on each other and read the same unit: all along that lie more values
+        than are the element's own. At its own place each of them reads some.
 
         Args:
-            pulled: by path and call, what a backward pass of that element alone brought to the output, of which the
-                axis that was taken for the batch's stands first.
+            pulled: by the number of an element, and by path and call, what a backward pass of that element alone
+                brought to the output, of which the axis that was taken for the batch's stands first.
             size: how many elements the batch has.
-            moved: whether the model gives rows other places. Then the first element may be elsewhere along the first
-                axis, and no other one is told by a part of what was brought.
+            moved: whether the model gives rows other places. Then an element may be elsewhere along the first axis,
+                and no other one is told by a part of what was brought.
 
         Raises:
             Misread: an axis is another one.
-            ValueError: none can be the batch's: the first element depends on values all along it.
+            ValueError: none can be the batch's: an element depends on values all along it.
         """
         misread = False
-        for name, found in pulled.items():
+        for name in next(iter(pulled.values())):
             self.unsure.pop(name, None)
             taken = self._taken.pop(name, 0)
             self._known[name] = taken
-            if found is None or not found.any():
+            brought = {number: each[name] for number, each in pulled.items()}
+            amounts = {
+                number: found.detach().abs().movedim(0, taken)
+                for number, found in brought.items()
+                if found is not None and found.any()
+            }
+            if not amounts:
                 continue
-            amount = found.detach().abs().movedim(0, taken)
-            able = [axis for axis, length in enumerate(amount.shape) if length == size]
-            shares = [float(amount.select(axis, 0).sum()) for axis in able]
-            if moved and not taken and max(shares) < (1 - _ELSEWHERE) * float(amount.sum()):
+            shape = next(iter(amounts.values())).shape
+            able = [axis for axis, length in enumerate(shape) if length == size]
+            shares = [
+                min(float(x.select(axis, number).sum() / x.sum()) for number, x in amounts.items())
+                for axis in able
+            ]
+            whole = max(shares) >= 1 - _ELSEWHERE
+            if moved and not taken and not whole:
                 continue
             self._known[name] = able[shares.index(max(shares))]
             misread |= self._known[name] != taken
-            if taken and max(shares) < (1 - _ELSEWHERE) * float(amount.sum()):
+            if taken and not whole:
                 if self._folds(name):
                     self._known[name], misread = 0, True
                     continue
                 del self._known[name]
                 raise ValueError(
-                    f"module {name!r} returned a tensor of shape {list(amount.shape)}, where axis {taken} is as long "
-                    f"as the batch, {size}, and is none of its elements: what is explained of the first depends on "
-                    "values all along it; name a module whose output has an axis for the elements of the batch"
+                    f"module {name!r} returned a tensor of shape {list(shape)}, where axis {taken} is as long as the "
+                    f"batch, {size}, and is none of its elements: what is explained of one depends on values all "
+                    "along it; name a module whose output has an axis for the elements of the batch"
                 )
         if misread:
             raise Misread

@@ -296,7 +296,7 @@ class Run:
         }
 
     def look_at_axes(self, seeds: Seeds) -> None:
-        """Find the batch axes that sizes do not tell, by a backward pass of the first element of the batch.
+        """Find the batch axes that sizes do not tell, by backward passes of the batch's first and last element.
 
         Raises:
             ValueError: the model has made several of them one, in another order.
@@ -305,9 +305,9 @@ class Run:
         if axes.unsure:
             size = batch.numel()
             unsure = {name: z for name, z in self.modules.items() if axes.unsure.get(name) == size}
-            first = (0,) * self.td.batch_dims
-            moved = rows_of(seeds.tensors, size) is not Rows.KEPT
-            axes.learn(pulled_of(self.setup.pull_back, seeds, first, unsure), size, moved=moved)
+            ends = {0: (0,) * len(batch), size - 1: tuple(length - 1 for length in batch)}
+            pulled = {n: pulled_of(self.setup.pull_back, seeds, at, unsure) for n, at in ends.items()}
+            axes.learn(pulled, size, moved=rows_of(seeds.tensors, size) is not Rows.KEPT)
         if not self.flat and self.td.batch_dims > 1 and self.modules and not is_traced():
             look_at_order(axes, self.setup.pull_back, seeds, self.inputs, self.modules, batch)
         if not self.looked and (self.modules or self.performed) and batch.numel() > 1 and not is_traced():
