@@ -127,8 +127,10 @@ class Interception(Watching):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # Not merely the uppermost one off: where this is interrupted, it need not be this one.
-        set_function_modes(self._outer.pop())
+        # Not merely the uppermost one off: where this is interrupted, it need not be this one. What an interrupt left
+        # behind is closed whenever it is collected, and was put back long before.
+        if self._outer:
+            set_function_modes(self._outer.pop())
 
     def running(self, *, tracked: bool = False) -> AbstractContextManager[None]:
         """Watch one forward pass; ``tracked`` where the path of each operation has to be known."""
