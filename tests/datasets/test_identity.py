@@ -197,6 +197,13 @@ def test_digests_are_of_bytes() -> None:
     assert digest_of([x.bfloat16()]) != digest_of([x]) and digest_of([torch.zeros(0)]) == digest_of([])
 
 
+def test_digests_of_sparse_tensors_are_of_places_and_values() -> None:
+    dense = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
+    ones = [dense.to_sparse(), dense.to_sparse(), (2 * dense).to_sparse(), dense.flip(0).to_sparse()]
+    digests = [digest_of([x]) for x in ones]
+    assert digests[0] == digests[1] and len(set(digests)) == 3
+
+
 def test_differences_are_named() -> None:
     ours, theirs = {"a": {"b": [1, {"c": 2}]}}, {"a": {"b": [1, {"c": 3}]}}
     assert difference(ours, theirs) == "a.b[1].c: 2 and not 3"

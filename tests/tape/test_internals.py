@@ -364,9 +364,9 @@ def test_what_a_tensor_is_made_of() -> None:
     dense = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
     coo, nested = dense.to_sparse(), torch.nested.nested_tensor([dense[:1], dense], layout=torch.jagged)
     assert internals.is_plain(dense) and not internals.is_plain(coo) and not internals.is_plain(nested)
-    assert internals.parts_of(dense)[0] is dense
-    assert [part.tolist() for part in internals.parts_of(coo)] == [[[0, 1], [1, 0]], [2.0, 3.0]]
-    assert [part.tolist() for part in internals.parts_of(nested)] == [
+    assert internals.components_of(dense)[0] is dense
+    assert [part.tolist() for part in internals.components_of(coo)] == [[[0, 1], [1, 0]], [2.0, 3.0]]
+    assert [part.tolist() for part in internals.components_of(nested)] == [
         [0, 1, 3],
         [[0.0, 2.0], [0.0, 2.0], [3.0, 0.0]],
     ]

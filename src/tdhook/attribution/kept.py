@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tdhook.models.holding import held_by
 from tdhook.models.state import slots_of
 from tdhook.relevance.propagation.reference import Place, Reference
-from tdhook.tape.internals import parts_of
+from tdhook.tape.internals import components_of
 from tdhook.tape.unchanged import Unchanged
 
 __all__ = ["Kept", "There"]
@@ -94,7 +94,7 @@ def _constants(places: Sequence[Place], own: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _address(x: Tensor) -> int:
-    return parts_of(x)[-1].data_ptr()
+    return components_of(x)[-1].data_ptr()
 
 
 def _are(now: Sequence[Tensor], before: Sequence[Unchanged]) -> bool:

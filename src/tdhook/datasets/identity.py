@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tdhook.keys import parts_of
 from tdhook.models.holding import modules_of
 from tdhook.models.state import LIBRARIES, slots_of
+from tdhook.tape.internals import components_of
 
 __all__ = ["Plain", "bytes_of", "described", "difference", "digest_of", "module_identity"]
 
@@ -43,7 +44,8 @@ def digest_of(tensors: Iterable[Tensor]) -> str:
     for x in tensors:
         if x.is_meta:  # multi-agent networks keep the shape of their network so, and its weights elsewhere
             continue
-        found.update(bytes_of(x))
+        for part in components_of(x):
+            found.update(bytes_of(part))
     return found.hexdigest()
 
 

@@ -38,6 +38,7 @@ __all__ = [
     "buffers_of",
     "called",
     "children_of",
+    "components_of",
     "dense_of",
     "function_inside",
     "function_modes",
@@ -60,7 +61,6 @@ __all__ = [
     "noted_by",
     "number_of",
     "parameters_of",
-    "parts_of",
     "pop_mode",
     "pulled_back",
     "push_mode",
@@ -173,7 +173,7 @@ def is_plain(x: Tensor) -> bool:
     return x.layout is torch.strided and not x.is_nested
 
 
-def parts_of(x: Tensor) -> tuple[Tensor, ...]:
+def components_of(x: Tensor) -> tuple[Tensor, ...]:
     """What a tensor holds: itself, or if it is sparse or nested, the tensors that it is made of, its values last."""
     if is_plain(x):
         return (x,)
@@ -199,7 +199,7 @@ def storage_of(x: Tensor) -> int:
     """What tells the memory of a tensor from that of others."""
     while is_wrapped(x):
         x = inside(x)
-    return int(parts_of(x)[-1].untyped_storage()._cdata)
+    return int(components_of(x)[-1].untyped_storage()._cdata)
 
 
 nodes_made: Callable[[], int] = _autograd._get_sequence_nr

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tdhook.tape.internals import is_plain, parts_of
+from tdhook.tape.internals import components_of, is_plain
 from tdhook.tape.trees import tree_leaves
 
 __all__ = ["SPARSE", "Live", "equal", "without_places"]
@@ -50,7 +50,7 @@ def equal(one: Tensor, other: Tensor) -> bool:
         return _equal(one, other)
     if one.layout is not other.layout or one.is_nested is not other.is_nested:
         return False
-    parts, others = parts_of(one), parts_of(other)
+    parts, others = components_of(one), components_of(other)
     return len(parts) == len(others) and all(map(_equal, parts, others))
 
 

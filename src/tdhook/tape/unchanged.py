@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tdhook.tape.internals import is_plain, parts_of, version_of
+from tdhook.tape.internals import components_of, is_plain, version_of
 
 __all__ = ["Unchanged"]
 
@@ -40,7 +40,7 @@ def _values(x: Tensor) -> list[Tensor]:
     """What tells the values of a tensor."""
     x = x.detach()
     if not is_plain(x):
-        return [values for part in parts_of(x) for values in _values(part)]
+        return [values for part in components_of(x) for values in _values(part)]
     if x.numel() <= _WHOLE or x.is_complex():
         return [x]
     dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.int64
@@ -52,5 +52,5 @@ def _values(x: Tensor) -> list[Tensor]:
 
 def _state(x: Tensor) -> tuple[object, ...]:
     if not is_plain(x):
-        return version_of(x), x.layout, *map(_state, parts_of(x))
+        return version_of(x), x.layout, *map(_state, components_of(x))
     return version_of(x), x.data_ptr(), x.dtype, x.shape, x.stride()
