@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .cases import (
+    WIDTH,
     Case,
     const,
     matrices,
@@ -24,6 +25,8 @@ def product_cases() -> list[Case]:
         return lambda h: torch.stack([f(row[:12], row[12:]) for row in h])
 
     a_const = const(3, 4, 3)
+    wide = const(WIDTH, WIDTH)
+    sparse = torch.where(wide > wide.median(), wide, 0.0).to_sparse()
     cases = [
         Case(
             "matmul",
@@ -56,6 +59,11 @@ def product_cases() -> list[Case]:
             },
             shows="matmul",
         ),
+        Case("sparse_mm", "", {"": lambda h: torch.sparse.mm(sparse, h.t()).t()}),
+        Case(
+            "sparse_mm", "largest", {"": lambda h: torch.sparse.mm(sparse.to_sparse_csr(), h.t(), "amax").t()}
+        ),
+        Case("sparse_addmm", "", {"": lambda h: torch.sparse.addmm(h.t(), sparse, h.t()).t()}),
         Case("bilinear", "", {"": lambda h: F.bilinear(h[:, :4], h[:, 4:8], const(3, 4, 4))}),
         Case(
             "chain_matmul",

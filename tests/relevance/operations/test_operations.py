@@ -37,7 +37,10 @@ NOT_CALLED = {
     "one_hot": "takes integers, which have no gradient",
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore:index_reduce:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:index_reduce:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Sparse:UserWarning"),
+]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
