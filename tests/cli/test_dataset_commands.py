@@ -20,7 +20,9 @@ from typer.testing import CliRunner, Result
 
 from tdhook.cli import jobs
 from tdhook.cli.commands import app
-from tdhook.datasets import Job, gather, open_result
+from tdhook.cli.reducing import reduced_tables
+from tdhook.datasets import Histogram, Job, Moments, gather, open_result
+from tdhook.datasets.reducing import Piece
 from tdhook.rl import save_policy
 from tdhook.rl.policies import Policy, build_actor
 
@@ -268,3 +270,16 @@ def test_another_method() -> None:
     )
     line = explain("--method", "gradient", "--baseline", "mean").stderr
     assert "Gradient compares with no baseline: leave out the baseline" in line
+
+
+@pytest.mark.parametrize("count", [12, 13])
+def test_tables_say_of_how_many_features_they_are(count: int) -> None:
+    reducers = {"moments": Moments(), "histogram": Histogram()}
+    relevance = torch.randn(50, count)
+    piece = Piece(TensorDict(batch_size=[50]), torch.arange(50), {"x": relevance}, {"x": relevance})
+    reduced = {}
+    for name, reducer in reducers.items():
+        reduced[name] = TensorDict(reducer.result(reducer.part(piece)), batch_size=[])
+    titles = [str(table.title) for table in reduced_tables(reduced, reducers, (), ())]
+    more = [", the largest 12 of 13 features", ", the first 12 of 13 features"] if count > 12 else ["", ""]
+    assert titles == [f"moments: mean relevance{more[0]}", f"histogram: quantiles of relevance{more[1]}"]

@@ -114,7 +114,8 @@ def _moments(name: str, found: TensorDict, groups: list[str], features: Sequence
     names = feature_names(found["mean"].shape[1:], features)
     counts = found["count"].tolist()
     heads = [f"{group} ({count:,})" for group, count in zip(groups, counts, strict=True)]
-    table = titled_table(f"{name}: mean relevance", "feature", *heads, "mean |relevance|", numbers=True)
+    title = _title(f"{name}: mean relevance", "the largest", len(names))
+    table = titled_table(title, "feature", *heads, "mean |relevance|", numbers=True)
     weight = found["count"].double() / found["count"].sum()
     size = (absolute * weight[:, None]).sum(0)
     for i in sorted(size.topk(min(_SHOWN, len(size))).indices.tolist()):
@@ -132,15 +133,19 @@ def _quantiles(name: str, found: TensorDict, groups: list[str], features: Sequen
         if found["quantiles"].dim() > 2
         else ["all features"]
     )
-    table = titled_table(
-        f"{name}: quantiles of relevance", "", *(f"{q:.0%}" for q in Histogram.QUANTILES), numbers=True
-    )
+    title = _title(f"{name}: quantiles of relevance", "the first", len(each))
+    table = titled_table(title, "", *(f"{q:.0%}" for q in Histogram.QUANTILES), numbers=True)
     for group, values in zip(groups, quantiles, strict=True):
         for i in range(min(_SHOWN, len(each))):
             table.add_row(
                 Text(visible(f"{group}: {each[i]}")), *(f"{value:+.4g}" for value in values[i].tolist())
             )
     return table
+
+
+def _title(what: str, which: str, count: int) -> str:
+    """The title of a table of features, which says if it is not of all."""
+    return what if count <= _SHOWN else f"{what}, {which} {_SHOWN} of {count:,} features"
 
 
 def _rows(name: str, found: TensorDict, groups: list[str]) -> Table:
