@@ -110,7 +110,7 @@ class _Runs:
         target = runner.setup.question.target
         # Whatever the target computes depends on more than the reference: on an action that was taken, say.
         self._settled = references.constant and not target.writes and ready.ledger is None
-        trains = any(isinstance(m, BatchNorm) and m.training for m in plan.modules)
+        trains = any(isinstance(m, BatchNorm.members) and m.training for m in plan.modules)
         self._settled = self._settled and not trains and not torch.compiler.is_compiling()
         # What it draws it will draw anew.
         self._settled = self._settled and not ready.drawn()

@@ -206,9 +206,9 @@ class Plan:
         self._custom: list[tuple[Rule, nn.Module]] = []
         for row in rows:
             rule = row.rule
-            # To ignore a layer of torch's own is to leave it to the rule of its operation.
-            own = home_of(row.module).startswith("torch.nn.")
-            own = own or self.reference is not None
+            # To ignore a layer of torch's own is to leave it to the rule of its operation; one that derives from it and
+            # computes in its own way, to those of its operations.
+            own = _is_of_torchs(row.module) or self.reference is not None
             if rule is None or (rule.native and (own or interception is None)):
                 continue
             if rule.binds_itself and not rule.native:
@@ -371,3 +371,13 @@ class Plan:
             return path, kind, "none: plain gradient" if plain else "moves data", "", ""
         convention = "" if row.rule.native or row.rule.absorbs_all else row.rule.convention
         return path, kind, repr(row.rule), convention, because
+
+
+def _is_of_torchs(module: nn.Module) -> bool:
+    """Whether a module is a layer of torch's own, or derives from one."""
+    bases = (base.__module__ for base in type(module).__mro__)
+    derives = any(base.startswith("torch.nn.") and base not in _NO_LAYERS for base in bases)
+    return derives or home_of(module).startswith("torch.nn.")
+
+
+_NO_LAYERS = ("torch.nn.modules.module", "torch.nn.modules.container")
