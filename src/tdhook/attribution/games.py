@@ -297,18 +297,29 @@ def apart(
     Raises:
         ValueError: the model does not answer the same to the same.
     """
-    batch, device = variants.batch, variants.values.device
     large = sum(x.numel() for x in start.values()) > variants.looked_at
     if large:  # more variants than are looked at one by one
         look(variants, ends, start)
-    looks = not large and not is_traced()
+    alone, empty = _seen_apart(variants, ends, start, axes, learnt)
+    if not large and variants.batch and 0 not in alone and not is_traced():
+        look(variants, ends, start)  # where elements look at each other, variants may
+    return alone, empty
+
+
+def _seen_apart(
+    variants: Variants,
+    ends: Mapping[NestedKey, Tensor],
+    start: Mapping[NestedKey, Tensor],
+    axes: Sequence[int],
+    learnt: Learnt,
+) -> tuple[tuple[int, ...], Tensor | None]:
+    """The same, whether or not variants look at each other."""
+    batch, device = variants.batch, variants.values.device
     variants.meeting = 0 in learnt.together
     if is_traced():
         axes = [axis for axis in axes if axis not in learnt.together]
     looked = [axis for axis in axes if batch[axis] > 1]
     if not looked:
-        if looks and batch and 0 not in axes:
-            look(variants, ends, start)
         return tuple(axes), None
     chosen, along = [torch.ones(batch, dtype=torch.bool, device=device)], []
     for axis in looked:
@@ -337,10 +348,7 @@ def apart(
         learnt.together = tuple(together)
         variants.meeting = 0 in together
         learnt.pairs.update(_place(batch, axis) for axis in looked if axis not in together)
-    alone = tuple(axis for axis in axes if axis not in together)
-    if looks and 0 not in alone:  # where elements look at each other, variants may
-        look(variants, ends, start)
-    return alone, empty
+    return tuple(axis for axis in axes if axis not in together), empty
 
 
 def _replaced(

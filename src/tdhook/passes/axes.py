@@ -169,11 +169,10 @@ class Axes:
             self.unsure.pop(name, None)
             taken = self._taken.pop(name, 0)
             self._known[name] = taken
-            brought = {number: each[name] for number, each in pulled.items()}
             amounts = {
                 number: found.detach().abs().movedim(0, taken)
-                for number, found in brought.items()
-                if found is not None and found.any()
+                for number, each in pulled.items()
+                if (found := each[name]) is not None and found.any()
             }
             if not amounts:
                 continue

@@ -19,8 +19,7 @@ from torch.autograd.graph import Node
 
 from tdhook.tape.conditions import holds
 from tdhook.tape.functions import may_look_at, nodes_behind
-from tdhook.tape.internals import maker_of, saved_by
-from tdhook.tape.sparse import SPARSE
+from tdhook.tape.internals import is_plain, maker_of, saved_by
 
 __all__ = ["Disregarding", "are_finite"]
 
@@ -125,7 +124,7 @@ def _is_here(x: Tensor) -> bool:
 
     That of sharded parameters is given back until it is needed; sparse tensors hold some of their elements alone.
     """
-    if not x.is_floating_point() or x.layout in SPARSE:
+    if not x.is_floating_point() or not is_plain(x):
         return False
     return type(x) not in (Tensor, nn.Parameter) or x.numel() == 0 or x.untyped_storage().size() > 0
 

@@ -103,15 +103,22 @@ def look_at_rows(
     }
     if not looked or any(x.shape[:dims] != batch for x in seeds.tensors):
         return
-    weight = torch.rand(count, generator=torch.Generator().manual_seed(0)) + 0.5
+    weight = (torch.rand(count, generator=torch.Generator().manual_seed(0)) + 0.5).reshape(batch)
     grads = seeds.grads if seeds.several is None else [grad[0] for grad in seeds.grads]
+    inside = {name: z for name, z in looked.items() if not any(z is x for x in seeds.tensors)}
+    arrives = Seeds([], seeds.tensors, grads)
+    found = _unlike_weighed(pull_back, arrives, list(inside.values()), weight) if inside else []
+    unlike = dict(zip(inside, found, strict=True))
     for name, z in looked.items():
-        explained = any(z is x for x in seeds.tensors)
+        explained = name not in inside
         if explained and not inputs:
             continue
-        begun = Seeds([], [z], [torch.ones_like(z)]) if explained else Seeds([], seeds.tensors, grads)
-        ends = list(inputs.values()) if explained else [z]
-        odd = _unlike_weighed(pull_back, begun, ends, weight.reshape(batch))
+        if explained:
+            begun = Seeds([], [z], [torch.ones_like(z)])
+            unlike[name] = torch.stack(_unlike_weighed(pull_back, begun, list(inputs.values()), weight)).any(
+                0
+            )
+        odd = unlike[name].nonzero().flatten().tolist()
         some = sorted({odd[i * (len(odd) - 1) // (_LOOKED_AT - 1)] for i in range(_LOOKED_AT)}) if odd else []
         elsewhere = any(
             (explained or not _is_reached(pull_back, seeds, z, number, batch))
@@ -121,8 +128,8 @@ def look_at_rows(
         axes.see_rows(name, z, batch, elsewhere=elsewhere, asked=name not in passed)
 
 
-def _unlike_weighed(pull_back: PullBack, seeds: Seeds, ends: list[Tensor], weight: Tensor) -> list[int]:
-    """The elements at which something else arrives than what is weighted there, if what begins at each is weighted.
+def _unlike_weighed(pull_back: PullBack, seeds: Seeds, ends: list[Tensor], weight: Tensor) -> list[Tensor]:
+    """At which elements of each end something else arrives than what is weighted, if what begins at each is weighted.
 
     Where elements lie at their own places, and leave others alone, there are none.
     """
@@ -130,13 +137,14 @@ def _unlike_weighed(pull_back: PullBack, seeds: Seeds, ends: list[Tensor], weigh
     plain, weighed = (
         pull_back(Seeds([], seeds.tensors, some), ends, keep=True) for some in (seeds.grads, heavy)
     )
-    odd = torch.zeros(weight.numel(), dtype=torch.bool)
-    for a, b in zip(plain, weighed, strict=True):
+    count = weight.numel()
+    odd = [torch.zeros(count, dtype=torch.bool) for _ in ends]
+    for i, (a, b) in enumerate(zip(plain, weighed, strict=True)):
         if a is not None and b is not None:
-            a, b = (x.detach().reshape(len(odd), -1) for x in (a, b))
+            a, b = (x.detach().reshape(count, -1) for x in (a, b))
             apart = (b - a * weight.reshape(-1, 1).to(a)).abs().amax(-1)
-            odd |= (apart > torch.finfo(a.dtype).eps ** 0.5 * b.abs().amax()).cpu()
-    return odd.nonzero().flatten().tolist()
+            odd[i] = (apart > torch.finfo(a.dtype).eps ** 0.5 * b.abs().amax()).cpu()
+    return odd
 
 
 def _is_reached(pull_back: PullBack, seeds: Seeds, z: Tensor, number: int, batch: Size) -> bool:

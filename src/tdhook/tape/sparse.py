@@ -12,7 +12,7 @@ from torch import Tensor
 from tdhook.tape.internals import components_of, is_plain
 from tdhook.tape.trees import tree_leaves
 
-__all__ = ["SPARSE", "Live", "equal", "without_places"]
+__all__ = ["SPARSE", "Live", "at_fault", "equal"]
 
 SPARSE = frozenset((torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc))
 """Their layouts."""
@@ -38,10 +38,18 @@ class Live(NotImplementedError):
         )
 
 
-def without_places(tree: object) -> Tensor | None:
-    """The first tensor in a nested structure, if there is any, that is sparse or nested."""
+def at_fault(error: RuntimeError, tree: object) -> Tensor | None:
+    """The sparse or nested tensor for whose sake torch does not compute something; ``None`` if for another reason.
+
+    Args:
+        error: what torch raised.
+        tree: what it was given.
+    """
+    if isinstance(error, Live | torch.OutOfMemoryError):
+        return None
+    layouts = SPARSE if isinstance(error, NotImplementedError) else ()
     tensors = (x for x in tree_leaves(tree) if isinstance(x, Tensor))
-    return next((x for x in tensors if x.is_nested or x.layout in SPARSE), None)
+    return next((x for x in tensors if x.is_nested or x.layout in layouts), None)
 
 
 def equal(one: Tensor, other: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tdhook import LRP, Target
 from tdhook.attribution import Gradient, IntegratedGradients, Occlusion
-from tdhook.tape.sparse import SPARSE, equal
+from tdhook.tape.sparse import SPARSE, Live, at_fault, equal
 
 pytestmark = [
     pytest.mark.usefixtures("doubles"),
@@ -232,3 +232,17 @@ def test_a_quantised_layer_is_refused() -> None:
         NotImplementedError, match=r"`linear_dynamic` in module `1` has no derivative.*quantised"
     ):
         LRP("epsilon", target=Target("output", 0)).wrap(net)(td)
+
+
+def test_other_errors_of_torch_are_its_own() -> None:
+    model = Graph(lambda a, h: a @ h[:2], DENSE.to_sparse())
+    with pytest.raises(RuntimeError, match=r"(?i)mat|size|shape") as caught:
+        LRP("attn_lrp", target=Target("output", 0)).wrap(model)(states())
+    assert not isinstance(caught.value, Live)
+    sparse, tree = DENSE.to_sparse(), {"a": [DENSE, DENSE.to_sparse()]}
+    for error in (torch.OutOfMemoryError(), RuntimeError("mat1 and mat2"), Live(sparse)):
+        assert at_fault(error, tree) is None
+    assert (
+        at_fault(NotImplementedError(), tree) is tree["a"][1]
+        and at_fault(NotImplementedError(), DENSE) is None
+    )

@@ -61,7 +61,7 @@ from tdhook.tape.internals import (
 from tdhook.tape.modes import ONLY_TENSORS, Watching, answered, beneath
 from tdhook.tape.overwriting import Guard, Outdated
 from tdhook.tape.sharded import moves_between_processes
-from tdhook.tape.sparse import Live, without_places
+from tdhook.tape.sparse import Live, at_fault
 
 __all__ = ["Interception"]
 
@@ -447,7 +447,7 @@ class Interception(Watching):
                 return self.observer.call(self.paths.current, selector, bound, call)
             return bound.run(call)
         except RuntimeError as error:
-            odd = None if isinstance(error, Live) else without_places((args, kwargs))
+            odd = at_fault(error, (args, kwargs))
             if odd is None:
                 raise
             raise Live(odd, operation.name, self.paths.current) from error

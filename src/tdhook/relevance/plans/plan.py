@@ -208,7 +208,7 @@ class Plan:
             rule = row.rule
             # To ignore a layer of torch's own is to leave it to the rule of its operation; one that derives from it and
             # computes in its own way, to those of its operations.
-            own = _is_of_torchs(row.module) or self.reference is not None
+            own = _is_left_to_operations(row.module) or self.reference is not None
             if rule is None or (rule.native and (own or interception is None)):
                 continue
             if rule.binds_itself and not rule.native:
@@ -373,8 +373,8 @@ class Plan:
         return path, kind, repr(row.rule), convention, because
 
 
-def _is_of_torchs(module: nn.Module) -> bool:
-    """Whether a module is a layer of torch's own, or derives from one."""
+def _is_left_to_operations(module: nn.Module) -> bool:
+    """Whether to ignore a module is to leave it to its operations: it is a layer of torch's, or derives from one."""
     bases = (base.__module__ for base in type(module).__mro__)
     derives = any(base.startswith("torch.nn.") and base not in _NO_LAYERS for base in bases)
     return derives or home_of(module).startswith("torch.nn.")

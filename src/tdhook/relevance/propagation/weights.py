@@ -8,8 +8,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tdhook.tape.internals import parameters_of
-from tdhook.tape.sparse import SPARSE
+from tdhook.tape.internals import is_plain, parameters_of
 from tdhook.tape.unchanged import Unchanged
 
 __all__ = ["WeightCache"]
@@ -82,7 +81,7 @@ def _may_be_large(layer: nn.Module) -> bool:
 def _own_weight(layer: nn.Module) -> Tensor | None:
     """The weight of a layer, if it is a large one that lies in memory, whole."""
     weight = parameters_of(layer).get("weight")
-    if weight is None or type(weight) not in _PLAIN or weight.layout in SPARSE:
+    if weight is None or type(weight) not in _PLAIN or not is_plain(weight):
         return None
     if not weight.is_cpu or weight.numel() <= _SMALL:
         return None
