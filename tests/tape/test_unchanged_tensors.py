@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tdhook.tape.internals import components_of
 from tdhook.tape.unchanged import Unchanged
 
 CHANGES: dict[str, Callable[[Tensor], object]] = {
@@ -38,3 +39,12 @@ def test_one_axis_that_is_no_square_is_looked_at_to_its_end() -> None:
     before = Unchanged(x)
     x.data[-1] = 1
     assert not before.is_of(x) and not before.is_of(x.clone())
+
+
+@pytest.mark.parametrize("component", [0, 1])
+def test_places_and_values_of_a_sparse_tensor(component: int) -> None:
+    x = torch.tensor([[0.0, 2.0], [3.0, 0.0]]).to_sparse()
+    before = Unchanged(x)
+    assert before.is_of(x)
+    components_of(x)[component].data[..., -1] += 1
+    assert not before.is_of(x)

@@ -109,8 +109,13 @@ def test_a_large_one_that_is_overwritten_counts_as_it_is() -> None:
     held = torch.sparse_coo_tensor(torch.stack([places, places.flip(0)]), torch.rand(200), (200, 200))
 
     class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nn.Linear(200, 200)
+
         def forward(self, x: Tensor) -> Tensor:
-            return torch.tanh(held @ x.t()).t()
+            return torch.tanh(held @ torch.relu(self.first(x)).t()).t()
 
     td, method = TensorDict(input=torch.randn(2, 200), batch_size=[2]), WAYS["reference"]
     module = LRP("deeplift", target=Target("output", 3), baseline=0.3).wrap(Held())
