@@ -779,7 +779,8 @@ def test_what_is_infinite_in_one_run_alone_is_patched_and_not_approximated() -> 
     torch.testing.assert_close(exact[:, 2], without, **EXACT)
 
 
-def test_steps_that_decide_by_all_are_patched_beside_none() -> None:
+@pytest.mark.parametrize("seed", [1, 15])
+def test_steps_that_decide_by_all_are_patched_beside_none(seed: int) -> None:
     """Which row an element takes is told by the mean of all, which variants of a batch would share with it."""
 
     class Deciding(nn.Module):
@@ -793,7 +794,7 @@ def test_steps_that_decide_by_all_are_patched_beside_none() -> None:
         def decided(self, h: Tensor) -> Tensor:
             return torch.where(h[:, :1] > h[:, :1].mean(), h, h.roll(1, 0))
 
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     model = Deciding().double()
     td = two(torch.randn(2, 4).double(), torch.randn(2, 4).double(), [2])
     found = Patching("exact", Target("output", 1), at=["first"]).wrap(model)(td.clone())["attr", "first"]

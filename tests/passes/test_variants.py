@@ -220,6 +220,18 @@ def test_large_inputs_are_looked_at_too() -> None:
     torch.testing.assert_close(found["attr", "input"], alone["attr", "input"])
 
 
+def test_of_large_inputs_variants_further_on_are_looked_at_too() -> None:
+    """The first ones, which are looked at one by one, do not differ in what is read of the variant before."""
+    net, x = Before().double(), torch.randn(1, 600).double()
+    found = Ablation(Target("output", 0)).wrap(net, in_keys=["x"])(TensorDict({"x": x}, [1]))["attr", "x"]
+    torch.testing.assert_close(found, x * (1 + 3 * (torch.arange(600) == 550)))
+
+
+class Before(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.sum(-1) + 3 * x.roll(1, 0)[:, 550]).unsqueeze(-1)
+
+
 class ByTheLargestOfPictures(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x / (x.amax() + 1e-3)
