@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 from tdhook.models.paths import Paths
 from tdhook.models.sites import Performance
 from tdhook.relevance.operations.known import Known
 from tdhook.relevance.operations.parties import Lookup
+from tdhook.relevance.propagation.rule import Rule
 
 __all__ = ["Asking"]
 
@@ -50,6 +52,14 @@ class Asking:
             self._counts[operation, path] += 1
             self.performed.append((operation, path, number))
         known.selector, known.rule = self._lookup(operation, path, module, number)
+
+    def ahead(self, paths: Paths) -> Callable[[str], Rule | None]:
+        """What it answers here of each call of an operation, before any is made."""
+        lookup = self._lookup
+        if lookup is None:
+            return lambda operation: None
+        path, module = paths.innermost
+        return lambda operation: lookup(operation, path, module, 0)[1]
 
     def refuse_again(self) -> None:
         """Raise where operations that are performed once more would be counted once more.

@@ -38,7 +38,7 @@ from tdhook.relevance.operations.watched import Pass
 from tdhook.relevance.operations.written_out import in_parts
 from tdhook.relevance.propagation.again import Again
 from tdhook.relevance.propagation.binding import Binding
-from tdhook.relevance.propagation.call import ALONE, Call, Setting
+from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
 from tdhook.relevance.propagation.entering import is_linear, no_operation
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule
@@ -48,6 +48,7 @@ from tdhook.tape.dependence import Dependence
 from tdhook.tape.entering import entered
 from tdhook.tape.internals import (
     APPLIED_IN_TRANSFORMS,
+    autocasting,
     function_modes,
     is_without_derivative,
     pop_mode,
@@ -57,6 +58,7 @@ from tdhook.tape.internals import (
     storage_of,
     through_transforms,
     top_mode,
+    transformed,
 )
 from tdhook.tape.modes import ONLY_TENSORS, Watching, answered, beneath
 from tdhook.tape.overwriting import Guard, Outdated
@@ -441,6 +443,9 @@ class Interception(Watching):
         call = Call(operation, func, args, kwargs, self.setting)
         try:
             if self._reading.opens(rule):
+                run = self._at_once(rule, call)
+                if run is not None:
+                    return run(call)
                 with self:
                     return bound.run(call)
             if self.observer is not None:
@@ -451,3 +456,15 @@ class Interception(Watching):
             if odd is None:
                 raise
             raise Live(odd, operation.name, self.paths.current) from error
+
+    def _at_once(self, rule: Rule, call: Call) -> Run | None:
+        """How a call is made without writing it out, if nobody asks for what is inside."""
+        unseen = self.observer is None and self._entered is None and not self.asking.ordered
+        if not (unseen and self._defaults and self._reading is VALUES) or transformed() or autocasting():
+            return None
+        ahead = self.asking.ahead(self.paths)
+
+        def rule_of(operation: str, *args: Any) -> Rule | None:
+            return ahead(operation) or self._reading.default(operation, args, {})
+
+        return rule.at_once(call, self.flow, rule_of)

@@ -11,7 +11,7 @@ import weakref
 from abc import ABCMeta, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,11 @@ from tdhook.relevance.propagation.entering import OnLinearOperations
 from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.tape.functions import live
 
-__all__ = ["AbstractFunctionMeta", "RemovableRuleHandle", "Rule", "RunningRule", "converted"]
+__all__ = ["AbstractFunctionMeta", "RemovableRuleHandle", "Rule", "RuleOf", "RunningRule", "converted"]
+
+
+RuleOf: TypeAlias = "Callable[..., Rule | None]"
+"""``(operation, *arguments) -> rule``."""
 
 
 class AbstractFunctionMeta(ABCMeta, FunctionMeta):
@@ -135,6 +139,18 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
             f"{self!r} says what becomes of values, and nothing of their difference from a baseline: leave baseline "
             "out, or override Rule.against"
         )
+
+    def at_once(self, call: Call, flow: Convention, rule_of: RuleOf) -> Run | None:
+        """How a call that the rule writes out is made without writing it out, to the same effect, if it can be.
+
+        It is asked for values as they are, where nobody wants to know of the operations inside.
+
+        Args:
+            call: the call.
+            flow: the convention in which values arrive.
+            rule_of: which rule an operation inside would have.
+        """
+        return None
 
     def _apply(self, call: Call) -> object:
         return self.apply(self._apply_kwargs, call.module, call.kwargs, *call.args)
