@@ -129,6 +129,30 @@ def test_projections_and_first_states(runs: list[str]) -> None:
     assert runs == ["lstm", "gru", "gru"]
 
 
+class Unrolled(nn.Module):
+    """Calls a cell step by step."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell, self.head = cell, nn.Linear(TIME * HIDDEN, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, outputs = None, []
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return self.head(torch.cat(outputs, 1))
+
+
+@pytest.mark.parametrize("flow", ["gradient", "relevance"])
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_cells(cell: type[nn.Module], flow: str, runs: list[str]) -> None:
+    torch.manual_seed(0)
+    model, x = Unrolled(cell(2, HIDDEN)).double(), torch.randn(BATCH, TIME, 2, dtype=torch.float64)
+    assert_same(model, {"x": x}, flow=flow)
+    assert len(runs) == TIME
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
 def test_precision(dtype: torch.dtype, tolerance: float, runs: list[str]) -> None:
     x = torch.randn(BATCH, TIME, 2, dtype=dtype)

@@ -1,0 +1,245 @@
+"""What torch's functions for recurrent networks are called with, and what they compute: in operations, or at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tdhook.relevance.propagation.call import Call
+from tdhook.relevance.rules.cells import CELLS, Cell, State, Weights
+from tdhook.relevance.rules.recurrences import Inside, Recurrence
+
+__all__ = ["CalledCell", "CalledNetwork", "called", "kind_of"]
+
+S = TypeVar("S")
+_STEP = "_cell"
+_ONE = ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
+_PADDED = (
+    "input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first",
+)  # fmt: skip
+_PACKED = ("data", "batch_sizes", *_PADDED[1:-1])
+
+
+def kind_of(function: str) -> str | None:
+    """The kind of the cells of a function, a key of :data:`~tdhook.relevance.rules.cells.CELLS`."""
+    kind = function.removesuffix(_STEP)
+    return kind if kind in CELLS else None
+
+
+def called(call: Call) -> CalledCell | CalledNetwork:
+    """What a cell or a network is called with."""
+    return (CalledCell if type(call.module).__name__.endswith(_STEP) else CalledNetwork).of(call)
+
+
+@dataclass
+class CalledCell:
+    """One step.
+
+    Attributes:
+        kind: of the cell.
+        data: ``[batch, features]``.
+        states: those before, each ``[batch, state]``.
+        params: the parameters.
+    """
+
+    kind: str
+    data: Tensor
+    states: State
+    params: Sequence[Tensor]
+
+    dropped = 0.0
+    padded = True
+
+    @staticmethod
+    def of(call: Call) -> CalledCell:
+        """From the arguments of torch's functions."""
+        given = {**dict(zip(_ONE, call.args, strict=False)), **call.kwargs}
+        kind, hx = type(call.module).__name__.removesuffix(_STEP), given["hx"]
+        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        params = [given[name] for name in _ONE[2:] if given.get(name) is not None]
+        return CalledCell(kind, given["input"], states, params)
+
+    def written(self, shares: bool) -> State:
+        """The states afterwards, in operations; ``shares``: whether gates take their share."""
+        return CELLS[self.kind](self.data, self.states, Weights.of(self.kind, self.params, shares))
+
+    def at_once(self, inside: Inside, values: State) -> State:
+        """The same, as one; ``inside``: what stabilises, and ``values``: of the states."""
+        weights = Weights.of(self.kind, self.params)
+        step = (values[0].unsqueeze(0), *values)
+        return Recurrence.run(self.kind, self.data.unsqueeze(0), self.states, weights, inside, step)[1:]
+
+
+@dataclass
+class CalledNetwork:
+    """All steps of all layers.
+
+    Attributes:
+        kind: of its cells.
+        function: the fused kernel.
+        data: a padded batch, ``[batch, time, features]`` or time first; or a packed one, ``[steps, features]``.
+        sizes: how many sequences of a packed batch have each of the steps.
+        states: the first ones, each ``[layers * directions, batch, state]``.
+        params: of all layers, and ``has_biases``: whether these have some.
+        layers: how many there are, and ``directions``: in each of them.
+        dropped: which part of the values is dropped between layers.
+        batch_first: whether a padded batch is.
+    """
+
+    kind: str
+    function: Callable[..., Any]
+    data: Tensor
+    sizes: list[int] | None
+    states: State
+    params: Sequence[Tensor]
+    has_biases: bool
+    layers: int
+    directions: int
+    dropped: float
+    batch_first: bool
+
+    @property
+    def padded(self) -> bool:
+        """Whether all sequences have all steps."""
+        return self.sizes is None
+
+    @staticmethod
+    def of(call: Call) -> CalledNetwork:
+        """From the arguments of torch's functions."""
+        args, kwargs = call.args, call.kwargs
+        first = args[1] if len(args) > 1 else kwargs.get("batch_sizes")
+        packed = isinstance(first, Tensor) and not first.is_floating_point()
+        given = {**dict(zip(_PACKED if packed else _PADDED, args, strict=False)), **kwargs}
+        hx = given["hx"]
+        return CalledNetwork(
+            type(call.module).__name__,
+            call.function,
+            given["data" if packed else "input"],
+            given["batch_sizes"].tolist() if packed else None,
+            (hx,) if isinstance(hx, Tensor) else tuple(hx),
+            given["params"],
+            given["has_biases"],
+            given["num_layers"],
+            2 if given["bidirectional"] else 1,
+            float(given["dropout"]) if given["train"] else 0.0,
+            not packed and given["batch_first"],
+        )
+
+    def written(self, shares: bool) -> State:
+        """Outputs and last states, step by step in operations."""
+        axis = 1 if self.batch_first else 0
+        steps = list(self.data.unbind(axis) if self.sizes is None else self.data.split(self.sizes))
+
+        def along(steps: list[Tensor], at: int, reverse: bool) -> tuple[list[Tensor], State]:
+            weights = Weights.of(self.kind, self._params(at), shares)
+            return _along(steps, self._first(at), weights, CELLS[self.kind], reverse=reverse)
+
+        def drop(steps: list[Tensor]) -> list[Tensor]:
+            return list(F.dropout(torch.cat(steps), self.dropped).split([x.shape[0] for x in steps]))
+
+        def join(made: Sequence[list[Tensor]]) -> list[Tensor]:
+            return [torch.cat(outputs, -1) for outputs in zip(*made, strict=True)]
+
+        steps, last = self._through(steps, along, drop, join)
+        return torch.stack(steps, axis) if self.sizes is None else torch.cat(steps), *last
+
+    def at_once(self, inside: Inside, values: State) -> State:
+        """The same of a padded batch, all steps together.
+
+        Args:
+            inside: what stabilises inside.
+            values: outputs and last states.
+        """
+        alone = self.layers * self.directions == 1
+
+        def along(x: Tensor, at: int, reverse: bool) -> tuple[Tensor, State]:
+            x, first = x.flip(0) if reverse else x, self._first(at)
+            if alone:
+                made = (self._swapped(values[0]), *(part[0] for part in values[1:]))
+            else:
+                made = self._values(x, first, self._params(at))
+            weights = Weights.of(self.kind, self._params(at))
+            outputs, *last = Recurrence.run(self.kind, x, first, weights, inside, made)
+            return outputs.flip(0) if reverse else outputs, tuple(last)
+
+        def drop(x: Tensor) -> Tensor:
+            return F.dropout(x, self.dropped)
+
+        def join(made: Sequence[Tensor]) -> Tensor:
+            return torch.cat(list(made), -1)
+
+        outputs, last = self._through(self._swapped(self.data), along, drop, join)
+        return self._swapped(outputs), *last
+
+    def _swapped(self, x: Tensor) -> Tensor:
+        """Time first, or from there back."""
+        return x.transpose(0, 1) if self.batch_first else x
+
+    def _params(self, at: int) -> Sequence[Tensor]:
+        """Those of one direction of one layer."""
+        count = len(self.params) // (self.layers * self.directions)
+        return self.params[at * count : (at + 1) * count]
+
+    def _first(self, at: int) -> State:
+        return tuple(part[at] for part in self.states)
+
+    def _values(self, x: Tensor, first: State, params: Sequence[Tensor]) -> State:
+        """Those of one direction of one layer, time first."""
+        states = tuple(part.unsqueeze(0) for part in first)
+        hx = states if len(states) > 1 else states[0]
+        with torch.no_grad():
+            outputs, *last = self.function(x, hx, params, self.has_biases, 1, 0.0, False, False, False)
+        return outputs, *(part[0] for part in last)
+
+    def _through(
+        self,
+        sequence: S,
+        along: Callable[[S, int, bool], tuple[S, State]],
+        drop: Callable[[S], S],
+        join: Callable[[Sequence[S]], S],
+    ) -> tuple[S, list[Tensor]]:
+        """Outputs and last states after all layers.
+
+        Args:
+            sequence: what comes in.
+            along: one direction of one layer.
+            drop: between layers.
+            join: the outputs of two directions.
+        """
+        finals: list[State] = []
+        for layer in range(self.layers):
+            if layer and self.dropped:
+                sequence = drop(sequence)
+            made = []
+            for direction in range(self.directions):
+                outputs, final = along(sequence, layer * self.directions + direction, direction == 1)
+                made.append(outputs)
+                finals.append(final)
+            sequence = join(made) if len(made) > 1 else made[0]
+        return sequence, [torch.stack(parts) for parts in zip(*finals, strict=True)]
+
+
+def _along(
+    steps: Sequence[Tensor], initial: State, weights: Weights, cell: Cell, *, reverse: bool
+) -> tuple[list[Tensor], State]:
+    """One direction of one layer. In a packed batch, steps grow shorter as sequences end."""
+    ordered = list(steps)[::-1] if reverse else list(steps)
+    state = tuple(s[: ordered[0].shape[0]] for s in initial)
+    outputs, ended = [], []
+    for x in ordered:
+        size, running = x.shape[0], state[0].shape[0]
+        if size < running:
+            ended.append(tuple(s[size:] for s in state))
+            state = tuple(s[:size] for s in state)
+        elif size > running:
+            state = tuple(torch.cat([s, s0[running:size]]) for s, s0 in zip(state, initial, strict=True))
+        state = cell(x, state, weights)
+        outputs.append(state[0])
+    ended.append(state)
+    final = tuple(torch.cat(parts[::-1]) for parts in zip(*ended, strict=True))
+    return (outputs[::-1] if reverse else outputs), final
