@@ -45,13 +45,13 @@ class Policy(nn.Module):
         self.encoder, self.network, self.packed = nn.Linear(2, FEATURES), network, packed
         self.head = nn.LazyLinear(2)
 
-    def forward(self, x: Tensor, h: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, h: Tensor | None = None, c: Tensor | None = None) -> Tensor:
         x = torch.relu(self.encoder(x))
         x = x if self.network.batch_first else x.transpose(0, 1)
         if self.packed:
             x = pack_padded_sequence(x, torch.full((BATCH,), TIME), batch_first=True)
-        first = None if h is None else h.transpose(0, 1).contiguous()
-        outputs, last = self.network(x, first)
+        first = [state.transpose(0, 1).contiguous() for state in (h, c) if state is not None]
+        outputs, last = self.network(x, tuple(first) if len(first) == 2 else first[0] if first else None)
         if self.packed:
             outputs, _ = pad_packed_sequence(outputs, batch_first=True)
         outputs = outputs if self.network.batch_first else outputs.transpose(0, 1)
@@ -121,6 +121,40 @@ def test_at_once_as_step_by_step(kind: str, shape: str, flow: str, runs: list[st
     assert runs == [] if (kind, flow) == ("rnn_relu", "relevance") else runs == [kind] * 2 * layers
 
 
+@pytest.mark.parametrize("flow", ["gradient", "relevance"])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "dropping"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_a_reference(kind: str, shape: str, flow: str, runs: list[str]) -> None:
+    """Gates take their share, or the mean of both runs where the signal takes all."""
+    model, x = policy(kind, **SHAPES[shape]), torch.randn(BATCH, TIME, 2, dtype=torch.float64)
+    for preset in ("deeplift", "lstm_lrp"):
+        assert_same(model, {"x": x}, preset, flow=flow, baseline={"x": 0.3})
+    layers = model.network.num_layers * (2 if model.network.bidirectional else 1)
+    assert runs == [kind] * 2 * layers
+
+
+@pytest.mark.parametrize("preset", ["deeplift", "lstm_lrp"])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_first_states_against_a_reference(kind: str, preset: str, runs: list[str]) -> None:
+    """Of a state that is attributed the product with a gate is one of two activations, from the first step on."""
+    model, h = policy(kind, num_layers=2), torch.randn(BATCH, 2, HIDDEN, dtype=torch.float64)
+    inputs = {"x": torch.randn(BATCH, TIME, 2, dtype=torch.float64), "h": h}
+    if kind == "lstm":
+        inputs["c"] = torch.randn_like(h)
+    assert_same(
+        model, inputs, preset, baseline={"x": "mean", "h": 0.5, **({"c": -0.5} if "c" in inputs else {})}
+    )
+    assert len(runs) == 2
+
+
+def test_all_of_the_difference_arrives() -> None:
+    model, x = policy("lstm"), torch.randn(BATCH, TIME, 2, dtype=torch.float64)
+    found = explained(model, ledger=False, x=x)("deeplift", 1, baseline=0.0)["attr", "x"]
+    with torch.no_grad():
+        difference = (model(x) - model(0 * x))[:, 1]
+    torch.testing.assert_close(found.flatten(1).sum(1), difference, rtol=1e-9, atol=1e-9)
+
+
 def test_projections_and_first_states(runs: list[str]) -> None:
     x = torch.randn(BATCH, TIME, 2, dtype=torch.float64)
     assert_same(policy("lstm", proj_size=2), {"x": x})
@@ -166,10 +200,10 @@ def test_each_of_several_outputs(kind: str, runs: list[str]) -> None:
     assert runs
 
 
-def test_compiled() -> None:
+def test_compiled_against_a_reference() -> None:
     model, x = policy("gru"), torch.randn(BATCH, TIME, 2, dtype=torch.float64)
     eager, compiled = (
-        LRP("lstm_lrp", target=Target("output", 1), compile=compile).wrap(model, in_keys=["x"])
+        LRP("lstm_lrp", target=Target("output", 1), baseline=0.0, compile=compile).wrap(model, in_keys=["x"])
         for compile in (False, True)
     )
     td = TensorDict({"x": x}, [BATCH])

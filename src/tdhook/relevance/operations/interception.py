@@ -460,7 +460,7 @@ class Interception(Watching):
     def _at_once(self, rule: Rule, call: Call) -> Run | None:
         """How a call is made without writing it out, if nobody asks for what is inside."""
         unseen = self.observer is None and self._entered is None and not self.asking.ordered
-        if not (unseen and self._defaults and self._reading is VALUES) or transformed() or autocasting():
+        if not (unseen and self._defaults) or transformed() or autocasting():
             return None
         ahead = self.asking.ahead(self.paths)
 

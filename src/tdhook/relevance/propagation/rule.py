@@ -143,7 +143,7 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
     def at_once(self, call: Call, flow: Convention, rule_of: RuleOf) -> Run | None:
         """How a call that the rule writes out is made without writing it out, to the same effect, if it can be.
 
-        It is asked for values as they are, where nobody wants to know of the operations inside.
+        It is asked where nobody wants to know of the operations inside.
 
         Args:
             call: the call.

@@ -2,12 +2,13 @@
 
 Gates are constants, activations pass and sums are shared by epsilon. So in the gradient convention each operation of a
 cell (:mod:`tdhook.relevance.rules.cells`) multiplies by a number that the forward pass tells. These numbers are found
-for all steps together; what remains to be done step by step are a few products.
+for all steps together; what remains to be done step by step are a few products. It is the same with differences from a
+reference, where the numbers are slopes of secants and means of factors, and gates may have a share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -27,7 +28,9 @@ from tdhook.relevance.rules.cells import State, Weights
 from tdhook.relevance.rules.epsilon import EpsilonRule, NormRule, UniformEpsilonRule
 from tdhook.relevance.rules.products import SignalTakeAllRule
 from tdhook.relevance.rules.simple import PassRule
-from tdhook.tape.functions import Context, TapeFunction, alias
+from tdhook.relevance.secants.pair import difference
+from tdhook.relevance.secants.slopes import slope
+from tdhook.tape.functions import Context, TapeFunction, alias, on_tape
 
 __all__ = ["Inside", "Recurrence"]
 
@@ -35,15 +38,17 @@ _MOVING = ("cat", "chunk", "getitem", "stack", "unbind")
 
 
 class Inside(NamedTuple):
-    """The stabilisers of what a cell consists of.
+    """How the operations of a cell are ruled.
 
     Attributes:
-        linear: that of products with weights.
+        linear: the stabiliser of products with weights.
         sums: that of sums.
+        shares: whether gates take their share of a difference.
     """
 
     linear: Stabilizer
     sums: Stabilizer
+    shares: bool
 
     @staticmethod
     def of(kind: str, rule_of: RuleOf, x: Tensor, weight: Tensor) -> Inside | None:
@@ -58,10 +63,13 @@ class Inside(NamedTuple):
         if not all(getattr(rule_of(name, [x]), "native", False) for name in _MOVING):
             return None
         activation = "relu" if kind == "rnn_relu" else "tanh"
-        if type(rule_of(activation, x)) is not PassRule or not _leaves_gates(rule_of("mul", x.detach(), x)):
+        if any(type(rule_of(name, x)) is not PassRule for name in (activation, "sigmoid")):
             return None
+        product = rule_of("mul", x, x)
         linear, sums = _stabilizer(rule_of("linear", x, weight)), _stabilizer(rule_of("add", x, x))
-        return None if linear is None or sums is None else Inside(linear, sums)
+        if linear is None or sums is None or not _leaves_gates(product):
+            return None
+        return Inside(linear, sums, type(product) is not SignalTakeAllRule)
 
 
 def _leaves_gates(rule: Rule | None) -> bool:
@@ -85,17 +93,22 @@ def _stabilizer(rule: Any) -> Stabilizer | None:
 
 @dataclass(frozen=True, slots=True)
 class _Factors:
-    """By what is multiplied on the way back; each is ``[time, batch, hidden]``, or ``None`` where it is one.
+    """By what is multiplied on the way back; each is ``[time, batch, ...]``, or ``None`` where it is one.
+
+    What arrives at the state of a step leads to what is carried along inside it, and from there to the step before. The
+    parts of what is multiplied with weights come of what is carried along, and the last one maybe of what arrives.
 
     Attributes:
-        enters: on the way from the state of a step to what is carried along inside it.
-        stays: on the way of what is carried along from the step after.
-        leaves: on the way of what is carried along to the step before; ``None`` where nothing is.
-        to_state: on the way from what is carried along to what is multiplied with ``state``.
+        enters: from the state of a step to what is carried along, ``[..., hidden]``.
+        stays: of what is carried along from the step after, ``[..., hidden]``.
+        leaves: of what is carried along to the step before, ``[..., hidden]``; ``None`` where nothing is.
+        to_state: to what is multiplied with ``state``, ``[..., parts * hidden]``.
         to_input: likewise with ``input``.
-        state: ``W_hh`` of the signal, ``[hidden, state]``.
-        input: ``W_ih`` of the signal, ``[hidden, input]``.
-        projected: what the state is multiplied by before ``projection``, ``[time, batch, state]``.
+        state: of the weights, ``[parts * hidden, state]``.
+        input: of the weights, ``[parts * hidden, input]``.
+        parts: how many there are of what is carried along.
+        directly: whether there is one more of what arrives.
+        projected: what the state is multiplied by before ``projection``, ``[..., state]``.
         projection: ``[state, hidden]``.
     """
 
@@ -106,13 +119,72 @@ class _Factors:
     to_input: Tensor | None
     state: Tensor
     input: Tensor
+    parts: int = 1
+    directly: bool = False
     projected: Tensor | None = None
     projection: Tensor | None = None
 
+    def spread(self, carried: Tensor, arrived: Tensor) -> Tensor:
+        """The parts beside each other."""
+        if self.parts == 1 and not self.directly:
+            return carried
+        return torch.cat([*[carried] * self.parts, *([arrived] if self.directly else [])], -1)
 
-def _kept(z: Tensor, epsilon: Stabilizer) -> Tensor | None:
-    """What is left where a sum was stabilised."""
-    return None if epsilon is rounding else quotient(z, stabilize(z, epsilon))
+
+class _Reading(Protocol):
+    """What the operations of a cell multiply by."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether gates take their share."""
+
+    @property
+    def first(self) -> bool:
+        """Whether gates do where they meet the first state, which is constant."""
+
+    def gate(self, x: Tensor) -> Tensor:
+        """A factor of a product, to the other one."""
+
+    def slope(self, function: Callable[[Tensor], Tensor], x: Tensor, z: Tensor) -> Tensor:
+        """A function that is applied to each value."""
+
+    def kept(self, z: Tensor, epsilon: Stabilizer) -> Tensor | None:
+        """A stabilised sum."""
+
+
+class _Values:
+    """Values as they are: gates are constants. All is ``[time, batch, hidden]``."""
+
+    shares = first = False
+
+    def gate(self, x: Tensor) -> Tensor:
+        return x
+
+    def slope(self, function: Callable[[Tensor], Tensor], x: Tensor, z: Tensor) -> Tensor:
+        return plain_quotient(z, x)
+
+    def kept(self, z: Tensor, epsilon: Stabilizer) -> Tensor | None:
+        return None if epsilon is rounding else quotient(z, stabilize(z, epsilon))
+
+
+@dataclass(frozen=True, slots=True)
+class _Differences:
+    """Differences from what values are on a reference. All is ``[2, time, batch, hidden]``: values, and those there."""
+
+    shares: bool
+    first: bool
+
+    def gate(self, x: Tensor) -> Tensor:
+        return torch.lerp(x[1], x[0], 0.5)
+
+    def slope(self, function: Callable[[Tensor], Tensor], x: Tensor, z: Tensor) -> Tensor:
+        return slope(function.__name__, function, x[0], x[1], z[0], z[1])
+
+    def kept(self, z: Tensor, epsilon: Stabilizer) -> Tensor | None:
+        if epsilon is rounding or epsilon == 0:
+            return None
+        d = difference(z[0], z[1])
+        return quotient(d, stabilize(d, epsilon))
 
 
 def _times(x: Tensor, factor: Tensor | None) -> Tensor:
@@ -123,64 +195,131 @@ def _at(factor: Tensor | None, step: int) -> Tensor | None:
     return None if factor is None else factor[step]
 
 
-def _of_lstm(x: Tensor, before: Tensor, state: State, weights: Weights, inside: Inside) -> _Factors:
-    i, f, g, o = weights.gates(x, before).chunk(4, -1)
-    i, f, o, signal = i.sigmoid(), f.sigmoid(), o.sigmoid(), g.tanh()
-    cell, cells = state[1], []
-    for gained, forgotten in zip((i * signal).unbind(), f.unbind(), strict=True):
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """All steps of one direction of one layer.
+
+    Attributes:
+        x: what came in, ``before``: the states before each step, ``start``: the first state, and ``weights``.
+        inside: what stabilises inside.
+        reading: what operations multiply by.
+    """
+
+    x: Tensor
+    before: Tensor
+    start: State
+    weights: Weights
+    inside: Inside
+    reading: _Reading
+
+    def activated(self, function: Callable[[Tensor], Tensor], x: Tensor, z: Tensor, *by: Tensor) -> Tensor:
+        """On the way from a product with ``by`` to a sum of products with weights, through an activation."""
+        made = self.reading.slope(function, x, z)
+        for factor in by:
+            made = made * factor
+        return _times(made, self.reading.kept(x, self.inside.linear))
+
+    def met(self, x: Tensor) -> Tensor:
+        """What a gate meets of the states before, as far as it takes a share of the product."""
+        met = self.reading.gate(x)
+        if self.reading.shares:
+            return met
+        return torch.cat([met[:1], torch.zeros_like(met[1:])])
+
+    @property
+    def gated(self) -> bool:
+        """Whether anything comes back through gates."""
+        return self.reading.shares or self.reading.first
+
+
+def _of_lstm(steps: _Steps) -> _Factors:
+    weights, inside, reading = steps.weights, steps.inside, steps.reading
+    to_i, to_f, to_g, to_o = weights.gates(steps.x, steps.before).chunk(4, -1)
+    i, f, o, signal = to_i.sigmoid(), to_f.sigmoid(), to_o.sigmoid(), to_g.tanh()
+    cell, cells = steps.start[1], [steps.start[1]]
+    for gained, forgotten in zip((i * signal).unbind(-3), f.unbind(-3), strict=True):
         cell = torch.addcmul(gained, forgotten, cell)
         cells.append(cell)
-    c = torch.stack(cells)
+    c, c_before = torch.stack(cells[1:], -3), torch.stack(cells[:-1], -3)
     bounded = c.tanh()
-    stays = _kept(c, inside.sums)
-    drawn = _times(i * plain_quotient(signal, g), _kept(g, inside.linear))
-    made = None if weights.projection is None else F.linear(o * bounded, weights.projection)
-    n, width = g.shape[-1], x.shape[-1]
-    rows = weights.joint[2 * n : 3 * n]
+    stays = reading.kept(c, inside.sums)
+    drawn = [steps.activated(torch.tanh, to_g, signal, reading.gate(i))]
+    rows = weights.joint.chunk(4)[2]
+    if steps.gated:
+        none = torch.zeros_like(drawn[0])
+        of_i = steps.activated(torch.sigmoid, to_i, i, reading.gate(signal)) if reading.shares else none
+        of_f = steps.activated(torch.sigmoid, to_f, f, steps.met(c_before))
+        of_o = steps.activated(torch.sigmoid, to_o, o, reading.gate(bounded)) if reading.shares else none
+        drawn, rows = [of_i, of_f, *drawn, of_o], weights.joint
+    factor, width = torch.cat(drawn, -1), steps.x.shape[-1]
+    projected = None
+    if weights.projection is not None:
+        projected = reading.kept(F.linear(o * bounded, weights.projection), inside.linear)
     return _Factors(
-        enters=_times(o * plain_quotient(bounded, c), stays),
+        enters=_times(reading.gate(o) * reading.slope(torch.tanh, c, bounded), stays),
         stays=stays,
-        leaves=f,
-        to_state=drawn,
-        to_input=drawn,
+        leaves=reading.gate(f),
+        to_state=factor,
+        to_input=factor,
         state=rows[:, width:],
         input=rows[:, :width],
-        projected=None if made is None else _kept(made, inside.linear),
+        parts=3 if steps.gated else 1,
+        directly=steps.gated,
+        projected=projected,
         projection=weights.projection,
     )
 
 
-def _of_gru(x: Tensor, before: Tensor, state: State, weights: Weights, inside: Inside) -> _Factors:
-    r, z = weights.gates(x, before).sigmoid().chunk(2, -1)
+def _of_gru(steps: _Steps) -> _Factors:
+    weights, inside, reading = steps.weights, steps.inside, steps.reading
+    to_r, to_z = weights.gates(steps.x, steps.before).chunk(2, -1)
+    r, z = to_r.sigmoid(), to_z.sigmoid()
     w_ih, w_hh, b_ih, b_hh = weights.separate
-    of_input, of_state = F.linear(x, w_ih, b_ih), F.linear(before, w_hh, b_hh)
+    of_input, of_state = F.linear(steps.x, w_ih, b_ih), F.linear(steps.before, w_hh, b_hh)
     total = of_input + r * of_state
     signal = total.tanh()
-    made = (1 - z) * signal + z * before
-    stays = _kept(made, inside.sums)
-    drawn = _times((1 - z) * plain_quotient(signal, total), _kept(total, inside.sums))
+    made = (1 - z) * signal + z * steps.before
+    stays = reading.kept(made, inside.sums)
+    drawn = reading.gate(1 - z) * reading.slope(torch.tanh, total, signal)
+    drawn = _times(drawn, reading.kept(total, inside.sums))
+    to_state = [_times(drawn * reading.gate(r), reading.kept(of_state, inside.linear))]
+    to_input = [_times(drawn, reading.kept(of_input, inside.linear))]
+    state, input = w_hh, w_ih
+    if steps.gated:
+        met = steps.met(steps.before)
+        if reading.shares:
+            met = met - reading.gate(signal)
+        gates = [
+            steps.activated(torch.sigmoid, to_r, r, drawn, steps.met(of_state)),
+            steps.activated(torch.sigmoid, to_z, z, met),
+        ]
+        to_state, to_input = gates + to_state, gates + to_input
+        width = steps.x.shape[-1]
+        state = torch.cat([weights.joint[:, width:], state])
+        input = torch.cat([weights.joint[:, :width], input])
     return _Factors(
-        enters=torch.ones_like(made) if stays is None else stays,
+        enters=torch.ones_like(drawn) if stays is None else stays,
         stays=stays,
-        leaves=z,
-        to_state=_times(drawn * r, _kept(of_state, inside.linear)),
-        to_input=_times(drawn, _kept(of_input, inside.linear)),
-        state=w_hh,
-        input=w_ih,
+        leaves=reading.gate(z),
+        to_state=torch.cat(to_state, -1),
+        to_input=torch.cat(to_input, -1),
+        state=state,
+        input=input,
+        parts=len(to_state),
     )
 
 
 def _of_simple(activation: Callable[[Tensor], Tensor]) -> _Make:
-    def make(x: Tensor, before: Tensor, state: State, weights: Weights, inside: Inside) -> _Factors:
-        total = weights.gates(x, before)
-        enters = _times(plain_quotient(activation(total), total), _kept(total, inside.linear))
-        width = x.shape[-1]
-        return _Factors(enters, None, None, None, None, weights.joint[:, width:], weights.joint[:, :width])
+    def make(steps: _Steps) -> _Factors:
+        total = steps.weights.gates(steps.x, steps.before)
+        enters = steps.activated(activation, total, activation(total))
+        joint, width = steps.weights.joint, steps.x.shape[-1]
+        return _Factors(enters, None, None, None, None, joint[:, width:], joint[:, :width])
 
     return make
 
 
-_Make: TypeAlias = "Callable[[Tensor, Tensor, State, Weights, Inside], _Factors]"
+_Make: TypeAlias = "Callable[[_Steps], _Factors]"
 _FACTORS: Mapping[str, _Make] = {
     "lstm": _of_lstm,
     "gru": _of_gru,
@@ -197,21 +336,35 @@ class Recurrence(TapeFunction):
     """One direction of one layer, all steps at once."""
 
     @staticmethod
-    def run(kind: str, x: Tensor, state: State, weights: Weights, inside: Inside, values: State) -> State:
+    def run(
+        kind: str,
+        x: Sequence[Tensor],
+        state: Sequence[State],
+        weights: Weights,
+        inside: Inside,
+        values: Sequence[State],
+    ) -> State:
         """Its values, with the way back on the tape.
 
         Args:
             kind: of the cell.
-            x: ``[time, batch, input]``.
+            x: ``[time, batch, input]``; against a reference, that on the reference as well, here and below.
             state: the first one, each part ``[batch, state]``.
             weights: those of the cell.
-            inside: what stabilises inside.
+            inside: what happens inside.
             values: outputs ``[time, batch, state]`` and the last state, which the fused kernel has computed.
         """
         with torch.no_grad():
-            before = torch.cat([state[0].unsqueeze(0), values[0][:-1]])
-            factors = _FACTORS[kind](x, before, state, weights, inside)
-        found: State = Recurrence.apply(factors, values, x, *state)
+            before = [
+                torch.cat([first[0].unsqueeze(0), made[0][:-1]])
+                for first, made in zip(state, values, strict=True)
+            ]
+            start = tuple(map(_sides, zip(*state, strict=True)))
+            constant = not inside.shares and not on_tape(state[0][-1])
+            reading: _Reading = _Differences(inside.shares, constant) if len(x) > 1 else _Values()
+            steps = _Steps(_sides(x), _sides(before), start, weights, inside, reading)
+            factors = _FACTORS[kind](steps)
+        found: State = Recurrence.apply(factors, values[0], x[0], *state[0])
         return found
 
     @staticmethod
@@ -230,20 +383,25 @@ class Recurrence(TapeFunction):
         factors = ctx.factors
         outputs, to_state, *cell = grads
         carried = cell[0] if cell else None
-        inside: list[Tensor] = []
+        spread: list[Tensor] = []
         for step in reversed(range(len(factors.enters))):
-            g = outputs[step] + to_state
+            arrived = outputs[step] + to_state
             if factors.projection is not None:
-                g = _times(g, _at(factors.projected, step)) @ factors.projection
+                arrived = _times(arrived, _at(factors.projected, step)) @ factors.projection
             if carried is None:
-                g = g * factors.enters[step]
+                g = arrived * factors.enters[step]
             else:
-                g = torch.addcmul(_times(carried, _at(factors.stays, step)), g, factors.enters[step])
-            inside.append(g)
+                g = torch.addcmul(_times(carried, _at(factors.stays, step)), arrived, factors.enters[step])
+            spread.append(factors.spread(g, arrived))
             if factors.leaves is not None:
                 carried = g * factors.leaves[step]
-            to_state = _times(g, _at(factors.to_state, step)) @ factors.state
-        to_data = _times(torch.stack(inside[::-1]), factors.to_input) @ factors.input
+            to_state = _times(spread[-1], _at(factors.to_state, step)) @ factors.state
+        to_data = _times(torch.stack(spread[::-1]), factors.to_input) @ factors.input
         if cell:
             return None, None, to_data, to_state, carried
         return None, None, to_data, to_state if carried is None else to_state + carried
+
+
+def _sides(values: Sequence[Tensor]) -> Tensor:
+    """Values, or beside them those on a reference."""
+    return values[0] if len(values) == 1 else torch.stack(list(values))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,10 +15,14 @@ from tdhook.relevance.propagation.again import Again
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.conversions import Substituted
 from tdhook.relevance.propagation.rule import RuleOf, RunningRule, converted
+from tdhook.relevance.propagation.sharing import secant
 from tdhook.relevance.rules.cells import State
 from tdhook.relevance.rules.recurrences import Inside
 from tdhook.relevance.rules.recurrent_calls import CalledCell, CalledNetwork, called, kind_of
 from tdhook.relevance.rules.simple import PassRule
+from tdhook.relevance.secants.averages import average
+from tdhook.relevance.secants.pair import Grads, Pair, Pull, pull_back
+from tdhook.tape.conditions import holds
 from tdhook.tape.functions import on_tape
 
 __all__ = ["RecurrentRule"]
@@ -52,28 +57,32 @@ class RecurrentRule(RunningRule):
 
         In the relevance flow a ReLU passes on to an activation of zero what no number makes of it.
         """
-        kind = kind_of(type(call.module).__name__)
-        if type(self) is not RecurrentRule or kind is None or (kind == "rnn_relu" and flow == "relevance"):
+        kind, against = kind_of(type(call.module).__name__), call.setting.reference is not None
+        if type(self) is not RecurrentRule or kind is None:
             return None
-        given = called(call)
+        if kind == "rnn_relu" and flow == "relevance" and not against:
+            return None
+        given = _called(call)
         if not given.padded or given.data.dtype not in _WITH_ROOM:
             return None
         live = [x for x in (given.data, *given.states) if on_tape(x)]
         if not live or any(map(on_tape, given.params)):
             return None
         inside = Inside.of(kind, rule_of, live[0], given.params[0])
-        passes = not given.dropped or type(rule_of("dropout", live[0], given.dropped, True)) is PassRule
-        if inside is None or not passes:
+        if inside is None:
             return None
-        return converted(
-            lambda call: _valued(call, lambda given, values: given.at_once(inside, values)), "gradient", flow
-        )
+        if against:
+            return None if given.dropped else secant(call.module, flow, _pulling(inside))
+        if given.dropped and type(rule_of("dropout", live[0], given.dropped, True)) is not PassRule:
+            return None
+        run = partial(_valued, write=lambda given, values: given.at_once(inside, values))
+        return converted(run, "gradient", flow)
 
     @staticmethod
     def _written(module: nn.Module, *, shares: bool) -> Run:
         if kind_of(type(module).__name__) is None:  # a module, whose operations are ruled one by one
             return Call.execute
-        return lambda call: _valued(call, lambda given, _: given.written(shares))
+        return partial(_valued, write=lambda given, _: given.written(shares))
 
 
 _WITH_ROOM = frozenset((torch.float32, torch.float64, torch.bfloat16))
@@ -81,7 +90,7 @@ _WITH_ROOM = frozenset((torch.float32, torch.float64, torch.bfloat16))
 
 def _valued(call: Call, write: Callable[[CalledCell | CalledNetwork, State], State]) -> Any:
     """The values of a call, on the tape of what ``write`` makes of them."""
-    given = called(call)
+    given = _called(call)
     again = Again() if given.dropped else None
     with torch.no_grad():
         values = call.execute()
@@ -91,3 +100,28 @@ def _valued(call: Call, write: Callable[[CalledCell | CalledNetwork, State], Sta
         written = write(given, made)
     outputs = tuple(Substituted.apply(w, v) for w, v in zip(written, made, strict=True))
     return outputs[0] if single else outputs
+
+
+def _called(call: Call) -> CalledCell | CalledNetwork:
+    return called(type(call.module).__name__, call.function, call.args, call.kwargs)
+
+
+def _pulling(inside: Inside) -> Pull:
+    """What the arguments count per unit of difference, given what the values do."""
+
+    def pull(pair: Pair, grads: Sequence[Tensor]) -> Grads:
+        beside = [pair.leaves[i] == start for i, start in pair.beside.items()]
+        if pair.other or not all(
+            map(holds, beside)
+        ):  # a first state that is not attributed is another one there
+            return average(pair, grads)
+        there = called(pair.name, pair.function, *pair.given(pair.starts))
+
+        def run(*ends: Tensor) -> State:
+            given: Any = called(pair.name, pair.function, *pair.given(ends))
+            made: State = given.at_once(inside, pair.outputs, (there, pair.before))
+            return made
+
+        return pull_back(run, pair.ends, grads)
+
+    return pull

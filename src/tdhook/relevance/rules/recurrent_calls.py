@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdhook.relevance.propagation.call import Call
 from tdhook.relevance.rules.cells import CELLS, Cell, State, Weights
 from tdhook.relevance.rules.recurrences import Inside, Recurrence
 
@@ -31,9 +30,11 @@ def kind_of(function: str) -> str | None:
     return kind if kind in CELLS else None
 
 
-def called(call: Call) -> CalledCell | CalledNetwork:
-    """What a cell or a network is called with."""
-    return (CalledCell if type(call.module).__name__.endswith(_STEP) else CalledNetwork).of(call)
+def called(
+    name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> CalledCell | CalledNetwork:
+    """What a function of torch is called with, a cell or a network."""
+    return (CalledCell if name.endswith(_STEP) else CalledNetwork).of(name, function, args, kwargs)
 
 
 @dataclass
@@ -56,23 +57,38 @@ class CalledCell:
     padded = True
 
     @staticmethod
-    def of(call: Call) -> CalledCell:
-        """From the arguments of torch's functions."""
-        given = {**dict(zip(_ONE, call.args, strict=False)), **call.kwargs}
-        kind, hx = type(call.module).__name__.removesuffix(_STEP), given["hx"]
+    def of(
+        name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> CalledCell:
+        """From the arguments."""
+        given = {**dict(zip(_ONE, args, strict=False)), **kwargs}
+        hx = given["hx"]
         states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
-        params = [given[name] for name in _ONE[2:] if given.get(name) is not None]
-        return CalledCell(kind, given["input"], states, params)
+        params = [given[key] for key in _ONE[2:] if given.get(key) is not None]
+        return CalledCell(name.removesuffix(_STEP), given["input"], states, params)
 
     def written(self, shares: bool) -> State:
         """The states afterwards, in operations; ``shares``: whether gates take their share."""
         return CELLS[self.kind](self.data, self.states, Weights.of(self.kind, self.params, shares))
 
-    def at_once(self, inside: Inside, values: State) -> State:
-        """The same, as one; ``inside``: what stabilises, and ``values``: of the states."""
-        weights = Weights.of(self.kind, self.params)
-        step = (values[0].unsqueeze(0), *values)
-        return Recurrence.run(self.kind, self.data.unsqueeze(0), self.states, weights, inside, step)[1:]
+    def at_once(self, inside: Inside, values: State, beside: tuple[CalledCell, State] | None = None) -> State:
+        """The same, as one operation.
+
+        Args:
+            inside: how the operations are ruled.
+            values: the states afterwards.
+            beside: what it is called with on a reference, and the states there.
+        """
+        sides = [(self, values)] if beside is None else [(self, values), beside]
+        made = Recurrence.run(
+            self.kind,
+            [side.data.unsqueeze(0) for side, _ in sides],
+            [side.states for side, _ in sides],
+            Weights.of(self.kind, self.params),
+            inside,
+            [(states[0].unsqueeze(0), *states) for _, states in sides],
+        )
+        return made[1:]
 
 
 @dataclass
@@ -109,16 +125,17 @@ class CalledNetwork:
         return self.sizes is None
 
     @staticmethod
-    def of(call: Call) -> CalledNetwork:
-        """From the arguments of torch's functions."""
-        args, kwargs = call.args, call.kwargs
+    def of(
+        name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> CalledNetwork:
+        """From the arguments."""
         first = args[1] if len(args) > 1 else kwargs.get("batch_sizes")
         packed = isinstance(first, Tensor) and not first.is_floating_point()
         given = {**dict(zip(_PACKED if packed else _PADDED, args, strict=False)), **kwargs}
         hx = given["hx"]
         return CalledNetwork(
-            type(call.module).__name__,
-            call.function,
+            name,
+            function,
             given["data" if packed else "input"],
             given["batch_sizes"].tolist() if packed else None,
             (hx,) if isinstance(hx, Tensor) else tuple(hx),
@@ -148,33 +165,41 @@ class CalledNetwork:
         steps, last = self._through(steps, along, drop, join)
         return torch.stack(steps, axis) if self.sizes is None else torch.cat(steps), *last
 
-    def at_once(self, inside: Inside, values: State) -> State:
+    def at_once(
+        self, inside: Inside, values: State, beside: tuple[CalledNetwork, State] | None = None
+    ) -> State:
         """The same of a padded batch, all steps together.
 
         Args:
-            inside: what stabilises inside.
+            inside: how the operations inside are ruled.
             values: outputs and last states.
+            beside: what it is called with on a reference, and outputs and last states there.
         """
+        sides = [(self, values)] if beside is None else [(self, values), beside]
         alone = self.layers * self.directions == 1
 
-        def along(x: Tensor, at: int, reverse: bool) -> tuple[Tensor, State]:
-            x, first = x.flip(0) if reverse else x, self._first(at)
-            if alone:
-                made = (self._swapped(values[0]), *(part[0] for part in values[1:]))
-            else:
-                made = self._values(x, first, self._params(at))
+        def along(xs: list[Tensor], at: int, reverse: bool) -> tuple[list[Tensor], State]:
+            xs = [x.flip(0) if reverse else x for x in xs]
+            firsts, made = [side._first(at) for side, _ in sides], []
+            for (side, known), x, first in zip(sides, xs, firsts, strict=True):
+                if alone:
+                    made.append((side._swapped(known[0]), *(part[0] for part in known[1:])))
+                else:
+                    made.append(side._values(x, first, self._params(at)))
             weights = Weights.of(self.kind, self._params(at))
-            outputs, *last = Recurrence.run(self.kind, x, first, weights, inside, made)
-            return outputs.flip(0) if reverse else outputs, tuple(last)
+            outputs, *last = Recurrence.run(self.kind, xs, firsts, weights, inside, made)
+            found = [outputs, *(there[0] for there in made[1:])]
+            return [y.flip(0) if reverse else y for y in found], tuple(last)
 
-        def drop(x: Tensor) -> Tensor:
-            return F.dropout(x, self.dropped)
+        def drop(xs: list[Tensor]) -> list[Tensor]:
+            return [F.dropout(x, self.dropped) for x in xs]
 
-        def join(made: Sequence[Tensor]) -> Tensor:
-            return torch.cat(list(made), -1)
+        def join(made: Sequence[list[Tensor]]) -> list[Tensor]:
+            return [torch.cat(outputs, -1) for outputs in zip(*made, strict=True)]
 
-        outputs, last = self._through(self._swapped(self.data), along, drop, join)
-        return self._swapped(outputs), *last
+        data = [side._swapped(side.data) for side, _ in sides]
+        outputs, last = self._through(data, along, drop, join)
+        return self._swapped(outputs[0]), *last
 
     def _swapped(self, x: Tensor) -> Tensor:
         """Time first, or from there back."""

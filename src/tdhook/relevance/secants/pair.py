@@ -82,6 +82,18 @@ class Pair:
         args, kwargs = tree_unflatten(self.leaves, self.spec)
         return args, kwargs
 
+    def given(
+        self, inputs: Sequence[Tensor], others: Mapping[int, Tensor] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the call with other inputs, and with other tensors beside them, by index."""
+        leaves = list(self.leaves)
+        for i, x in zip(self.live, inputs, strict=True):
+            leaves[i] = x
+        for i, x in (others or {}).items():
+            leaves[i] = x
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
     def between(self, place: float) -> tuple[list[Tensor], dict[int, Tensor]]:
         """What goes in on the way from the reference (0) to the call (1), and what differs beside it by index."""
         inputs = [_mixed(s, x, place) for s, x in zip(self.starts, self.ends, strict=True)]
@@ -91,12 +103,7 @@ class Pair:
 
     def run(self, inputs: Sequence[Tensor], others: Mapping[int, Tensor] | None = None) -> tuple[Tensor, ...]:
         """The tensors that the call returns for other inputs."""
-        leaves = list(self.leaves)
-        for i, x in zip(self.live, inputs, strict=True):
-            leaves[i] = x
-        for i, x in (others or {}).items():
-            leaves[i] = x
-        args, kwargs = tree_unflatten(leaves, self.spec)
+        args, kwargs = self.given(inputs, others)
         result = self.function(*args, **kwargs)
         return tuple(z for z in tree_leaves(result) if isinstance(z, Tensor))
 
