@@ -8,68 +8,54 @@ reference, where the numbers are slopes of secants and means of factors, and gat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tdhook.relevance.propagation.rule import Rule, RuleOf
-from tdhook.relevance.propagation.stabilisers import (
-    Stabilizer,
-    plain_quotient,
-    quotient,
-    rounding,
-    stabilize,
+from tdhook.relevance.propagation.stabilisers import Stabilizer, rounding
+from tdhook.relevance.rules.cell_factors import (
+    FACTORS,
+    Differences,
+    Factors,
+    Inside,
+    Reading,
+    Steps,
+    Values,
+    times,
 )
 from tdhook.relevance.rules.cells import State, Weights
 from tdhook.relevance.rules.epsilon import EpsilonRule, NormRule, UniformEpsilonRule
 from tdhook.relevance.rules.products import SignalTakeAllRule
 from tdhook.relevance.rules.simple import PassRule
-from tdhook.relevance.secants.pair import difference
-from tdhook.relevance.secants.slopes import slope
 from tdhook.tape.functions import Context, TapeFunction, alias, on_tape
 
-__all__ = ["Inside", "Recurrence"]
+__all__ = ["Recurrence", "inside_of"]
 
 _MOVING = ("cat", "chunk", "getitem", "stack", "unbind")
 
 
-class Inside(NamedTuple):
-    """How the operations of a cell are ruled.
+def inside_of(kind: str, rule_of: RuleOf, x: Tensor, weight: Tensor) -> Inside | None:
+    """From the rules of the operations; ``None`` where one of them is another one than is meant here.
 
-    Attributes:
-        linear: the stabiliser of products with weights.
-        sums: that of sums.
-        shares: whether gates take their share of a difference.
+    Args:
+        kind: of the cell.
+        rule_of: tells them.
+        x: what is on the tape.
+        weight: a constant.
     """
-
-    linear: Stabilizer
-    sums: Stabilizer
-    shares: bool
-
-    @staticmethod
-    def of(kind: str, rule_of: RuleOf, x: Tensor, weight: Tensor) -> Inside | None:
-        """From the rules of the operations; ``None`` where one of them is another one than is meant here.
-
-        Args:
-            kind: of the cell.
-            rule_of: tells them.
-            x: what is on the tape.
-            weight: a constant.
-        """
-        if not all(getattr(rule_of(name, [x]), "native", False) for name in _MOVING):
-            return None
-        activation = "relu" if kind == "rnn_relu" else "tanh"
-        if any(type(rule_of(name, x)) is not PassRule for name in (activation, "sigmoid")):
-            return None
-        product = rule_of("mul", x, x)
-        linear, sums = _stabilizer(rule_of("linear", x, weight)), _stabilizer(rule_of("add", x, x))
-        if linear is None or sums is None or not _leaves_gates(product):
-            return None
-        return Inside(linear, sums, type(product) is not SignalTakeAllRule)
+    if not all(getattr(rule_of(name, [x]), "native", False) for name in _MOVING):
+        return None
+    activation = "relu" if kind == "rnn_relu" else "tanh"
+    if any(type(rule_of(name, x)) is not PassRule for name in (activation, "sigmoid")):
+        return None
+    product = rule_of("mul", x, x)
+    linear, sums = _stabilizer(rule_of("linear", x, weight)), _stabilizer(rule_of("add", x, x))
+    if linear is None or sums is None or not _leaves_gates(product):
+        return None
+    return Inside(linear, sums, type(product) is not SignalTakeAllRule)
 
 
 def _leaves_gates(rule: Rule | None) -> bool:
@@ -91,245 +77,12 @@ def _stabilizer(rule: Any) -> Stabilizer | None:
     return None if callable(epsilon) and epsilon is not rounding else epsilon
 
 
-@dataclass(frozen=True, slots=True)
-class _Factors:
-    """By what is multiplied on the way back; each is ``[time, batch, ...]``, or ``None`` where it is one.
-
-    What arrives at the state of a step leads to what is carried along inside it, and from there to the step before. The
-    parts of what is multiplied with weights come of what is carried along, and the last one maybe of what arrives.
-
-    Attributes:
-        enters: from the state of a step to what is carried along, ``[..., hidden]``.
-        stays: of what is carried along from the step after, ``[..., hidden]``.
-        leaves: of what is carried along to the step before, ``[..., hidden]``; ``None`` where nothing is.
-        to_state: to what is multiplied with ``state``, ``[..., parts * hidden]``.
-        to_input: likewise with ``input``.
-        state: of the weights, ``[parts * hidden, state]``.
-        input: of the weights, ``[parts * hidden, input]``.
-        parts: how many there are of what is carried along.
-        directly: whether there is one more of what arrives.
-        projected: what the state is multiplied by before ``projection``, ``[..., state]``.
-        projection: ``[state, hidden]``.
-    """
-
-    enters: Tensor
-    stays: Tensor | None
-    leaves: Tensor | None
-    to_state: Tensor | None
-    to_input: Tensor | None
-    state: Tensor
-    input: Tensor
-    parts: int = 1
-    directly: bool = False
-    projected: Tensor | None = None
-    projection: Tensor | None = None
-
-    def spread(self, carried: Tensor, arrived: Tensor) -> Tensor:
-        """The parts beside each other."""
-        if self.parts == 1 and not self.directly:
-            return carried
-        return torch.cat([*[carried] * self.parts, *([arrived] if self.directly else [])], -1)
-
-
-class _Reading(Protocol):
-    """What the operations of a cell multiply by."""
-
-    @property
-    def shares(self) -> bool:
-        """Whether gates take their share."""
-
-    @property
-    def first(self) -> bool:
-        """Whether gates do where they meet the first state, which is constant."""
-
-    def gate(self, x: Tensor) -> Tensor:
-        """A factor of a product, to the other one."""
-
-    def slope(self, function: Callable[[Tensor], Tensor], x: Tensor, z: Tensor) -> Tensor:
-        """A function that is applied to each value."""
-
-    def kept(self, z: Tensor, epsilon: Stabilizer) -> Tensor | None:
-        """A stabilised sum."""
-
-
-class _Values:
-    """Values as they are: gates are constants. All is ``[time, batch, hidden]``."""
-
-    shares = first = False
-
-    def gate(self, x: Tensor) -> Tensor:
-        return x
-
-    def slope(self, function: Callable[[Tensor], Tensor], x: Tensor, z: Tensor) -> Tensor:
-        return plain_quotient(z, x)
-
-    def kept(self, z: Tensor, epsilon: Stabilizer) -> Tensor | None:
-        return None if epsilon is rounding else quotient(z, stabilize(z, epsilon))
-
-
-@dataclass(frozen=True, slots=True)
-class _Differences:
-    """Differences from what values are on a reference. All is ``[2, time, batch, hidden]``: values, and those there."""
-
-    shares: bool
-    first: bool
-
-    def gate(self, x: Tensor) -> Tensor:
-        return torch.lerp(x[1], x[0], 0.5)
-
-    def slope(self, function: Callable[[Tensor], Tensor], x: Tensor, z: Tensor) -> Tensor:
-        return slope(function.__name__, function, x[0], x[1], z[0], z[1])
-
-    def kept(self, z: Tensor, epsilon: Stabilizer) -> Tensor | None:
-        if epsilon is rounding or epsilon == 0:
-            return None
-        d = difference(z[0], z[1])
-        return quotient(d, stabilize(d, epsilon))
-
-
-def _times(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x * factor
-
-
 def _at(factor: Tensor | None, step: int) -> Tensor | None:
     return None if factor is None else factor[step]
 
 
-@dataclass(frozen=True, slots=True)
-class _Steps:
-    """All steps of one direction of one layer.
-
-    Attributes:
-        x: what came in, ``before``: the states before each step, ``start``: the first state, and ``weights``.
-        inside: what stabilises inside.
-        reading: what operations multiply by.
-    """
-
-    x: Tensor
-    before: Tensor
-    start: State
-    weights: Weights
-    inside: Inside
-    reading: _Reading
-
-    def activated(self, function: Callable[[Tensor], Tensor], x: Tensor, z: Tensor, *by: Tensor) -> Tensor:
-        """On the way from a product with ``by`` to a sum of products with weights, through an activation."""
-        made = self.reading.slope(function, x, z)
-        for factor in by:
-            made = made * factor
-        return _times(made, self.reading.kept(x, self.inside.linear))
-
-    def met(self, x: Tensor) -> Tensor:
-        """What a gate meets of the states before, as far as it takes a share of the product."""
-        met = self.reading.gate(x)
-        if self.reading.shares:
-            return met
-        return torch.cat([met[:1], torch.zeros_like(met[1:])])
-
-    @property
-    def gated(self) -> bool:
-        """Whether anything comes back through gates."""
-        return self.reading.shares or self.reading.first
-
-
-def _of_lstm(steps: _Steps) -> _Factors:
-    weights, inside, reading = steps.weights, steps.inside, steps.reading
-    to_i, to_f, to_g, to_o = weights.gates(steps.x, steps.before).chunk(4, -1)
-    i, f, o, signal = to_i.sigmoid(), to_f.sigmoid(), to_o.sigmoid(), to_g.tanh()
-    cell, cells = steps.start[1], [steps.start[1]]
-    for gained, forgotten in zip((i * signal).unbind(-3), f.unbind(-3), strict=True):
-        cell = torch.addcmul(gained, forgotten, cell)
-        cells.append(cell)
-    c, c_before = torch.stack(cells[1:], -3), torch.stack(cells[:-1], -3)
-    bounded = c.tanh()
-    stays = reading.kept(c, inside.sums)
-    drawn = [steps.activated(torch.tanh, to_g, signal, reading.gate(i))]
-    rows = weights.joint.chunk(4)[2]
-    if steps.gated:
-        none = torch.zeros_like(drawn[0])
-        of_i = steps.activated(torch.sigmoid, to_i, i, reading.gate(signal)) if reading.shares else none
-        of_f = steps.activated(torch.sigmoid, to_f, f, steps.met(c_before))
-        of_o = steps.activated(torch.sigmoid, to_o, o, reading.gate(bounded)) if reading.shares else none
-        drawn, rows = [of_i, of_f, *drawn, of_o], weights.joint
-    factor, width = torch.cat(drawn, -1), steps.x.shape[-1]
-    projected = None
-    if weights.projection is not None:
-        projected = reading.kept(F.linear(o * bounded, weights.projection), inside.linear)
-    return _Factors(
-        enters=_times(reading.gate(o) * reading.slope(torch.tanh, c, bounded), stays),
-        stays=stays,
-        leaves=reading.gate(f),
-        to_state=factor,
-        to_input=factor,
-        state=rows[:, width:],
-        input=rows[:, :width],
-        parts=3 if steps.gated else 1,
-        directly=steps.gated,
-        projected=projected,
-        projection=weights.projection,
-    )
-
-
-def _of_gru(steps: _Steps) -> _Factors:
-    weights, inside, reading = steps.weights, steps.inside, steps.reading
-    to_r, to_z = weights.gates(steps.x, steps.before).chunk(2, -1)
-    r, z = to_r.sigmoid(), to_z.sigmoid()
-    w_ih, w_hh, b_ih, b_hh = weights.separate
-    of_input, of_state = F.linear(steps.x, w_ih, b_ih), F.linear(steps.before, w_hh, b_hh)
-    total = of_input + r * of_state
-    signal = total.tanh()
-    made = (1 - z) * signal + z * steps.before
-    stays = reading.kept(made, inside.sums)
-    drawn = reading.gate(1 - z) * reading.slope(torch.tanh, total, signal)
-    drawn = _times(drawn, reading.kept(total, inside.sums))
-    to_state = [_times(drawn * reading.gate(r), reading.kept(of_state, inside.linear))]
-    to_input = [_times(drawn, reading.kept(of_input, inside.linear))]
-    state, input = w_hh, w_ih
-    if steps.gated:
-        met = steps.met(steps.before)
-        if reading.shares:
-            met = met - reading.gate(signal)
-        gates = [
-            steps.activated(torch.sigmoid, to_r, r, drawn, steps.met(of_state)),
-            steps.activated(torch.sigmoid, to_z, z, met),
-        ]
-        to_state, to_input = gates + to_state, gates + to_input
-        width = steps.x.shape[-1]
-        state = torch.cat([weights.joint[:, width:], state])
-        input = torch.cat([weights.joint[:, :width], input])
-    return _Factors(
-        enters=torch.ones_like(drawn) if stays is None else stays,
-        stays=stays,
-        leaves=reading.gate(z),
-        to_state=torch.cat(to_state, -1),
-        to_input=torch.cat(to_input, -1),
-        state=state,
-        input=input,
-        parts=len(to_state),
-    )
-
-
-def _of_simple(activation: Callable[[Tensor], Tensor]) -> _Make:
-    def make(steps: _Steps) -> _Factors:
-        total = steps.weights.gates(steps.x, steps.before)
-        enters = steps.activated(activation, total, activation(total))
-        joint, width = steps.weights.joint, steps.x.shape[-1]
-        return _Factors(enters, None, None, None, None, joint[:, width:], joint[:, :width])
-
-    return make
-
-
-_Make: TypeAlias = "Callable[[_Steps], _Factors]"
-_FACTORS: Mapping[str, _Make] = {
-    "lstm": _of_lstm,
-    "gru": _of_gru,
-    "rnn_tanh": _of_simple(torch.tanh),
-    "rnn_relu": _of_simple(torch.relu),
-}
-
-
 class _OfRecurrence(Context, Protocol):
-    factors: _Factors
+    factors: Factors
 
 
 class Recurrence(TapeFunction):
@@ -361,14 +114,14 @@ class Recurrence(TapeFunction):
             ]
             start = tuple(map(_sides, zip(*state, strict=True)))
             constant = not inside.shares and not on_tape(state[0][-1])
-            reading: _Reading = _Differences(inside.shares, constant) if len(x) > 1 else _Values()
-            steps = _Steps(_sides(x), _sides(before), start, weights, inside, reading)
-            factors = _FACTORS[kind](steps)
+            reading: Reading = Differences(inside.shares, constant) if len(x) > 1 else Values()
+            steps = Steps(_sides(x), _sides(before), start, weights, inside, reading)
+            factors = FACTORS[kind](steps)
         found: State = Recurrence.apply(factors, values[0], x[0], *state[0])
         return found
 
     @staticmethod
-    def forward(factors: _Factors, values: State, x: Tensor, *state: Tensor) -> State:
+    def forward(factors: Factors, values: State, x: Tensor, *state: Tensor) -> State:
         """The values."""
         return tuple(map(alias, values))
 
@@ -387,16 +140,16 @@ class Recurrence(TapeFunction):
         for step in reversed(range(len(factors.enters))):
             arrived = outputs[step] + to_state
             if factors.projection is not None:
-                arrived = _times(arrived, _at(factors.projected, step)) @ factors.projection
+                arrived = times(arrived, _at(factors.projected, step)) @ factors.projection
             if carried is None:
                 g = arrived * factors.enters[step]
             else:
-                g = torch.addcmul(_times(carried, _at(factors.stays, step)), arrived, factors.enters[step])
+                g = torch.addcmul(times(carried, _at(factors.stays, step)), arrived, factors.enters[step])
             spread.append(factors.spread(g, arrived))
             if factors.leaves is not None:
                 carried = g * factors.leaves[step]
-            to_state = _times(spread[-1], _at(factors.to_state, step)) @ factors.state
-        to_data = _times(torch.stack(spread[::-1]), factors.to_input) @ factors.input
+            to_state = times(spread[-1], _at(factors.to_state, step)) @ factors.state
+        to_data = times(torch.stack(spread[::-1]), factors.to_input) @ factors.input
         if cell:
             return None, None, to_data, to_state, carried
         return None, None, to_data, to_state if carried is None else to_state + carried

@@ -16,8 +16,9 @@ from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.conversions import Substituted
 from tdhook.relevance.propagation.rule import RuleOf, RunningRule, converted
 from tdhook.relevance.propagation.sharing import secant
+from tdhook.relevance.rules.cell_factors import Inside
 from tdhook.relevance.rules.cells import State
-from tdhook.relevance.rules.recurrences import Inside
+from tdhook.relevance.rules.recurrences import inside_of
 from tdhook.relevance.rules.recurrent_calls import CalledCell, CalledNetwork, called, kind_of
 from tdhook.relevance.rules.simple import PassRule
 from tdhook.relevance.secants.averages import average
@@ -68,7 +69,7 @@ class RecurrentRule(RunningRule):
         live = [x for x in (given.data, *given.states) if on_tape(x)]
         if not live or any(map(on_tape, given.params)):
             return None
-        inside = Inside.of(kind, rule_of, live[0], given.params[0])
+        inside = inside_of(kind, rule_of, live[0], given.params[0])
         if inside is None:
             return None
         if against:

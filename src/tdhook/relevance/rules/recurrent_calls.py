@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tdhook.relevance.rules.cell_factors import Inside
 from tdhook.relevance.rules.cells import CELLS, Cell, State, Weights
-from tdhook.relevance.rules.recurrences import Inside, Recurrence
+from tdhook.relevance.rules.recurrences import Recurrence
 
 __all__ = ["CalledCell", "CalledNetwork", "called", "kind_of"]
 
