@@ -279,6 +279,26 @@ def test_one_row_stands_for_no_other_where_rows_meet() -> None:
         torch.testing.assert_close(found, wanted)
 
 
+class InOrder(nn.Module):
+    """Takes a batch of three rows, in another order, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).index_select(0, torch.tensor([2, 0, 1]))
+        return self.last(hidden.tanh()).index_select(0, torch.tensor([1, 2, 0]))
+
+
+def test_a_model_that_one_row_does_not_suit() -> None:
+    """It raises what a user's model may raise, and is run on the whole batch."""
+    model = InOrder()
+    explained = explained_by(model)
+    for _ in range(2):
+        assert missing(explained, model, torch.randn(3, 6)) < 1e-9
+
+
 class Experts(nn.Module):
     """The two best of three experts, by scores that are made of the input."""
 

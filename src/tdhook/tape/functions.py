@@ -152,6 +152,9 @@ class Context(Protocol):
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         """Keep tensors that came in or go out."""
 
+    def set_materialize_grads(self, value: bool) -> None:
+        """Whether outputs to which nothing comes are given zeros in the backward pass."""
+
     def mark_non_differentiable(self, *outputs: Tensor) -> None:
         """Say of outputs that no gradient comes to them."""
 

@@ -49,7 +49,7 @@ class Policy(nn.Module):
         x = torch.relu(self.encoder(x))
         x = x if self.network.batch_first else x.transpose(0, 1)
         if self.packed:
-            x = pack_padded_sequence(x, torch.full((BATCH,), TIME), batch_first=True)
+            x = pack_padded_sequence(x, torch.tensor([2, 4, 3]), batch_first=True, enforce_sorted=False)
         first = [state.transpose(0, 1).contiguous() for state in (h, c) if state is not None]
         outputs, last = self.network(x, tuple(first) if len(first) == 2 else first[0] if first else None)
         if self.packed:
@@ -244,11 +244,38 @@ def test_rules_by_path_are_asked_for_the_network(runs: list[str]) -> None:
     assert runs == ["gru", "gru"]
 
 
-@pytest.mark.parametrize("options", [{"packed": True}, {"dtype": torch.float16}], ids=["packed", "float16"])
-def test_what_is_written_out_as_before(options: dict[str, Any], runs: list[str]) -> None:
-    dtype = options.get("dtype", torch.float64)
-    assert_same(policy("gru", **options), {"x": torch.randn(BATCH, TIME, 2, dtype=dtype)}, tolerance=0.1)
+def test_half_precision_is_written_out(runs: list[str]) -> None:
+    """What numbers multiply to would overflow."""
+    x = torch.randn(BATCH, TIME, 2, dtype=torch.float16)
+    assert_same(policy("gru", torch.float16), {"x": x}, tolerance=0.1)
     assert not runs
+
+
+@pytest.mark.parametrize("baseline", [None, 0.3])
+@pytest.mark.parametrize("shape", ["plain", "both directions of two layers", "dropping"])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_packed_sequences(kind: str, shape: str, baseline: float | None, runs: list[str]) -> None:
+    options = SHAPES[shape]
+    model = policy(kind, packed=True, **options).train("dropout" in options and baseline is None)
+    x = torch.randn(BATCH, TIME, 2, dtype=torch.float64)
+    assert_same(model, {"x": x}, "lstm_lrp" if baseline is None else "deeplift", baseline=baseline)
+    assert set(runs) == {kind}
+
+
+@pytest.mark.parametrize("proj_size", [0, 2])
+def test_what_only_the_last_cell_tells(proj_size: int, runs: list[str]) -> None:
+    class Cell(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.network(x)[1][1].sum(0)
+
+    torch.manual_seed(0)
+    model = Cell(nn.LSTM(2, HIDDEN, batch_first=True, proj_size=proj_size).double())
+    assert_same(model, {"x": torch.randn(BATCH, TIME, 2, dtype=torch.float64)})
+    assert runs
 
 
 def test_a_rule_for_what_is_dropped_is_heeded(runs: list[str]) -> None:

@@ -57,6 +57,7 @@ class Factors:
         directly: whether there is one more of what arrives.
         projected: what the state is multiplied by before ``projection``, ``[..., state]``.
         projection: ``[state, hidden]``.
+        cells: the values of what an LSTM carries along, ``[..., hidden]``.
     """
 
     enters: Tensor
@@ -70,6 +71,7 @@ class Factors:
     directly: bool = False
     projected: Tensor | None = None
     projection: Tensor | None = None
+    cells: Tensor | None = None
 
     def spread(self, carried: Tensor, arrived: Tensor) -> Tensor:
         """The parts beside each other."""
@@ -89,6 +91,9 @@ class Reading(Protocol):
     def first(self) -> bool:
         """Whether gates do where they meet the first state, which is constant."""
 
+    def values(self, x: Tensor) -> Tensor:
+        """The values as they are."""
+
     def gate(self, x: Tensor) -> Tensor:
         """A factor of a product, to the other one."""
 
@@ -103,6 +108,9 @@ class Values:
     """Values as they are: gates are constants. All is ``[time, batch, hidden]``."""
 
     shares = first = False
+
+    def values(self, x: Tensor) -> Tensor:
+        return x
 
     def gate(self, x: Tensor) -> Tensor:
         return x
@@ -120,6 +128,9 @@ class Differences:
 
     shares: bool
     first: bool
+
+    def values(self, x: Tensor) -> Tensor:
+        return x[0]
 
     def gate(self, x: Tensor) -> Tensor:
         return torch.lerp(x[1], x[0], 0.5)
@@ -211,6 +222,7 @@ def _of_lstm(steps: Steps) -> Factors:
         directly=steps.gated,
         projected=projected,
         projection=weights.projection,
+        cells=reading.values(c),
     )
 
 

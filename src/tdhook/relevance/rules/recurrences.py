@@ -77,10 +77,6 @@ def _stabilizer(rule: Any) -> Stabilizer | None:
     return None if callable(epsilon) and epsilon is not rounding else epsilon
 
 
-def _at(factor: Tensor | None, step: int) -> Tensor | None:
-    return None if factor is None else factor[step]
-
-
 class _OfRecurrence(Context, Protocol):
     factors: Factors
 
@@ -95,64 +91,76 @@ class Recurrence(TapeFunction):
         state: Sequence[State],
         weights: Weights,
         inside: Inside,
-        values: Sequence[State],
+        outputs: Sequence[Tensor],
     ) -> State:
-        """Its values, with the way back on the tape.
+        """Its outputs, and the cells if it has some, with the way back on the tape.
 
         Args:
             kind: of the cell.
             x: ``[time, batch, input]``; against a reference, that on the reference as well, here and below.
             state: the first one, each part ``[batch, state]``.
             weights: those of the cell.
-            inside: what happens inside.
-            values: outputs ``[time, batch, state]`` and the last state, which the fused kernel has computed.
+            inside: how the operations inside are ruled.
+            outputs: ``[time, batch, state]``, which the fused kernel has computed.
         """
         with torch.no_grad():
             before = [
-                torch.cat([first[0].unsqueeze(0), made[0][:-1]])
-                for first, made in zip(state, values, strict=True)
+                torch.cat([first[0].unsqueeze(0), made[:-1]])
+                for first, made in zip(state, outputs, strict=True)
             ]
             start = tuple(map(_sides, zip(*state, strict=True)))
             constant = not inside.shares and not on_tape(state[0][-1])
             reading: Reading = Differences(inside.shares, constant) if len(x) > 1 else Values()
-            steps = Steps(_sides(x), _sides(before), start, weights, inside, reading)
-            factors = FACTORS[kind](steps)
-        found: State = Recurrence.apply(factors, values[0], x[0], *state[0])
+            factors = FACTORS[kind](Steps(_sides(x), _sides(before), start, weights, inside, reading))
+        found: State = Recurrence.apply(factors, outputs[0], x[0], *state[0])
         return found
 
     @staticmethod
-    def forward(factors: Factors, values: State, x: Tensor, *state: Tensor) -> State:
+    def forward(factors: Factors, outputs: Tensor, x: Tensor, *state: Tensor) -> State:
         """The values."""
-        return tuple(map(alias, values))
+        return tuple(alias(made) for made in (outputs, factors.cells) if made is not None)
 
     @staticmethod
     def setup_context(ctx: _OfRecurrence, inputs: tuple[Any, ...], output: State) -> None:
         """Keep the factors."""
         ctx.factors = inputs[0]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: _OfRecurrence, *grads: Tensor) -> object:
+    def backward(ctx: _OfRecurrence, outputs: Tensor | None, cells: Tensor | None = None) -> object:
         """From the last step to the first: of the state, and of what is carried along, a cell or the state itself."""
         factors = ctx.factors
-        outputs, to_state, *cell = grads
-        carried = cell[0] if cell else None
+        to_state: Tensor | None = None
+        carried: Tensor | None = None
         spread: list[Tensor] = []
         for step in reversed(range(len(factors.enters))):
-            arrived = outputs[step] + to_state
-            if factors.projection is not None:
+            arrived = _sum(_at(outputs, step), to_state)
+            carried = _sum(_at(cells, step), carried)
+            if arrived is not None and factors.projection is not None:
                 arrived = times(arrived, _at(factors.projected, step)) @ factors.projection
+            if arrived is None:  # nothing is read but the last cell
+                arrived = torch.zeros_like(factors.enters[step])
             if carried is None:
                 g = arrived * factors.enters[step]
             else:
                 g = torch.addcmul(times(carried, _at(factors.stays, step)), arrived, factors.enters[step])
             spread.append(factors.spread(g, arrived))
-            if factors.leaves is not None:
-                carried = g * factors.leaves[step]
+            carried = None if factors.leaves is None else g * factors.leaves[step]
             to_state = times(spread[-1], _at(factors.to_state, step)) @ factors.state
         to_data = times(torch.stack(spread[::-1]), factors.to_input) @ factors.input
-        if cell:
+        if factors.cells is not None:
             return None, None, to_data, to_state, carried
-        return None, None, to_data, to_state if carried is None else to_state + carried
+        return None, None, to_data, _sum(to_state, carried)
+
+
+def _at(values: Tensor | None, step: int) -> Tensor | None:
+    return None if values is None else values[step]
+
+
+def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    if x is None or y is None:
+        return y if x is None else x
+    return x + y
 
 
 def _sides(values: Sequence[Tensor]) -> Tensor:

@@ -54,7 +54,7 @@ class RecurrentRule(RunningRule):
         return self._written(module, shares=True)
 
     def at_once(self, call: Call, flow: Convention, rule_of: RuleOf) -> Run | None:
-        """All steps of a padded batch together, where the operations inside have rules that multiply by numbers.
+        """All steps together, where the operations inside have rules that multiply by numbers.
 
         In the relevance flow a ReLU passes on to an activation of zero what no number makes of it.
         """
@@ -64,7 +64,7 @@ class RecurrentRule(RunningRule):
         if kind == "rnn_relu" and flow == "relevance" and not against:
             return None
         given = _called(call)
-        if not given.padded or given.data.dtype not in _WITH_ROOM:
+        if given.data.dtype not in _WITH_ROOM:
             return None
         live = [x for x in (given.data, *given.states) if on_tape(x)]
         if not live or any(map(on_tape, given.params)):

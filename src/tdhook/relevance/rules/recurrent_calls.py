@@ -13,6 +13,7 @@ from torch import Tensor
 from tdhook.relevance.rules.cell_factors import Inside
 from tdhook.relevance.rules.cells import CELLS, Cell, State, Weights
 from tdhook.relevance.rules.recurrences import Recurrence
+from tdhook.relevance.rules.sequences import Packed, Padded, Sequences
 
 __all__ = ["CalledCell", "CalledNetwork", "called", "kind_of"]
 
@@ -55,7 +56,6 @@ class CalledCell:
     params: Sequence[Tensor]
 
     dropped = 0.0
-    padded = True
 
     @staticmethod
     def of(
@@ -87,9 +87,9 @@ class CalledCell:
             [side.states for side, _ in sides],
             Weights.of(self.kind, self.params),
             inside,
-            [(states[0].unsqueeze(0), *states) for _, states in sides],
+            [states[0].unsqueeze(0) for _, states in sides],
         )
-        return made[1:]
+        return tuple(part[0] for part in made)
 
 
 @dataclass
@@ -99,31 +99,23 @@ class CalledNetwork:
     Attributes:
         kind: of its cells.
         function: the fused kernel.
-        data: a padded batch, ``[batch, time, features]`` or time first; or a packed one, ``[steps, features]``.
-        sizes: how many sequences of a packed batch have each of the steps.
+        data: the sequences, and ``sequences``: how they lie there.
         states: the first ones, each ``[layers * directions, batch, state]``.
         params: of all layers, and ``has_biases``: whether these have some.
         layers: how many there are, and ``directions``: in each of them.
         dropped: which part of the values is dropped between layers.
-        batch_first: whether a padded batch is.
     """
 
     kind: str
     function: Callable[..., Any]
     data: Tensor
-    sizes: list[int] | None
+    sequences: Sequences
     states: State
     params: Sequence[Tensor]
     has_biases: bool
     layers: int
     directions: int
     dropped: float
-    batch_first: bool
-
-    @property
-    def padded(self) -> bool:
-        """Whether all sequences have all steps."""
-        return self.sizes is None
 
     @staticmethod
     def of(
@@ -138,20 +130,17 @@ class CalledNetwork:
             name,
             function,
             given["data" if packed else "input"],
-            given["batch_sizes"].tolist() if packed else None,
+            Packed(given["batch_sizes"].tolist()) if packed else Padded(given["batch_first"]),
             (hx,) if isinstance(hx, Tensor) else tuple(hx),
             given["params"],
             given["has_biases"],
             given["num_layers"],
             2 if given["bidirectional"] else 1,
             float(given["dropout"]) if given["train"] else 0.0,
-            not packed and given["batch_first"],
         )
 
     def written(self, shares: bool) -> State:
         """Outputs and last states, step by step in operations."""
-        axis = 1 if self.batch_first else 0
-        steps = list(self.data.unbind(axis) if self.sizes is None else self.data.split(self.sizes))
 
         def along(steps: list[Tensor], at: int, reverse: bool) -> tuple[list[Tensor], State]:
             weights = Weights.of(self.kind, self._params(at), shares)
@@ -163,13 +152,13 @@ class CalledNetwork:
         def join(made: Sequence[list[Tensor]]) -> list[Tensor]:
             return [torch.cat(outputs, -1) for outputs in zip(*made, strict=True)]
 
-        steps, last = self._through(steps, along, drop, join)
-        return torch.stack(steps, axis) if self.sizes is None else torch.cat(steps), *last
+        steps, last = self._through(self.sequences.steps(self.data), along, drop, join)
+        return self.sequences.joined(steps), *last
 
     def at_once(
         self, inside: Inside, values: State, beside: tuple[CalledNetwork, State] | None = None
     ) -> State:
-        """The same of a padded batch, all steps together.
+        """The same, all steps together.
 
         Args:
             inside: how the operations inside are ruled.
@@ -177,34 +166,28 @@ class CalledNetwork:
             beside: what it is called with on a reference, and outputs and last states there.
         """
         sides = [(self, values)] if beside is None else [(self, values), beside]
-        alone = self.layers * self.directions == 1
+        alone, sequences = self.layers * self.directions == 1, self.sequences
 
         def along(xs: list[Tensor], at: int, reverse: bool) -> tuple[list[Tensor], State]:
-            xs = [x.flip(0) if reverse else x for x in xs]
+            xs = list(map(sequences.backwards, xs)) if reverse else xs
             firsts, made = [side._first(at) for side, _ in sides], []
             for (side, known), x, first in zip(sides, xs, firsts, strict=True):
-                if alone:
-                    made.append((side._swapped(known[0]), *(part[0] for part in known[1:])))
-                else:
-                    made.append(side._values(x, first, self._params(at)))
+                made.append(sequences.spread(known[0]) if alone else side._outputs(x, first, at))
             weights = Weights.of(self.kind, self._params(at))
-            outputs, *last = Recurrence.run(self.kind, xs, firsts, weights, inside, made)
-            found = [outputs, *(there[0] for there in made[1:])]
-            return [y.flip(0) if reverse else y for y in found], tuple(last)
+            states = Recurrence.run(self.kind, xs, firsts, weights, inside, made)
+            found = [states[0], *made[1:]]
+            last = tuple(map(sequences.last, states))
+            return list(map(sequences.backwards, found)) if reverse else found, last
 
         def drop(xs: list[Tensor]) -> list[Tensor]:
-            return [F.dropout(x, self.dropped) for x in xs]
+            return [sequences.spread(F.dropout(sequences.gathered(x), self.dropped)) for x in xs]
 
         def join(made: Sequence[list[Tensor]]) -> list[Tensor]:
             return [torch.cat(outputs, -1) for outputs in zip(*made, strict=True)]
 
-        data = [side._swapped(side.data) for side, _ in sides]
+        data = [sequences.spread(side.data) for side, _ in sides]
         outputs, last = self._through(data, along, drop, join)
-        return self._swapped(outputs[0]), *last
-
-    def _swapped(self, x: Tensor) -> Tensor:
-        """Time first, or from there back."""
-        return x.transpose(0, 1) if self.batch_first else x
+        return sequences.gathered(outputs[0]), *last
 
     def _params(self, at: int) -> Sequence[Tensor]:
         """Those of one direction of one layer."""
@@ -214,13 +197,15 @@ class CalledNetwork:
     def _first(self, at: int) -> State:
         return tuple(part[at] for part in self.states)
 
-    def _values(self, x: Tensor, first: State, params: Sequence[Tensor]) -> State:
+    def _outputs(self, x: Tensor, first: State, at: int) -> Tensor:
         """Those of one direction of one layer, time first."""
         states = tuple(part.unsqueeze(0) for part in first)
         hx = states if len(states) > 1 else states[0]
         with torch.no_grad():
-            outputs, *last = self.function(x, hx, params, self.has_biases, 1, 0.0, False, False, False)
-        return outputs, *(part[0] for part in last)
+            outputs: Tensor = self.function(
+                x, hx, self._params(at), self.has_biases, 1, 0.0, False, False, False
+            )[0]
+        return outputs
 
     def _through(
         self,
