@@ -75,6 +75,18 @@ class BatchNorm(metaclass=_AsWritten):
 
     members: ClassVar[tuple[type, ...]] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
+    @staticmethod
+    def inside(layer: nn.Module) -> nn.Module | None:
+        """The batch norm that a layer derives from and adds something to, as a layer of torch's with the same state."""
+        kinds = [base for base in type(layer).__mro__ if base in BatchNorm.members]
+        if not kinds or isinstance(layer, BatchNorm):
+            return None
+        norm: nn.Module = object.__new__(kinds[0])
+        # Parameters and buffers stay those of the layer, also when it gets others.
+        norm.__dict__.update(layer.__dict__, _modules={})
+        norm.__dict__.pop("forward", None)
+        return norm
+
 
 class AvgPool(metaclass=FamilyMeta):
     """Average pooling, adaptive or not."""

@@ -11,7 +11,10 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdhook import LRP, Target
+from tdhook.composites import Composite
 from tdhook.models.families import BatchNorm
+from tdhook.rules import EpsilonRule, GammaRule
+from tdhook.selectors import Type
 
 pytestmark = pytest.mark.usefixtures("doubles")
 
@@ -87,7 +90,72 @@ def test_what_computes_as_torchs_does_is_a_batch_norm() -> None:
 
     assert isinstance(Named(3), BatchNorm) and isinstance(nn.BatchNorm1d(3), BatchNorm)
     assert not isinstance(derived(nn.BatchNorm2d, F.relu)(3), BatchNorm)
-    with pytest.raises(ValueError, match="'1' is a Derived, not a batch norm"):
-        LRP("epsilon", target=Target("output", 0), merge_batch_norm=[("0", "1")]).wrap(
-            nn.Sequential(nn.Linear(4, 3), derived(nn.BatchNorm1d, F.relu)(3)).eval()
-        )(TensorDict(input=torch.randn(2, 4), batch_size=[2]))
+    assert BatchNorm.inside(nn.BatchNorm2d(3)) is None and BatchNorm.inside(nn.Linear(3, 3)) is None
+
+
+class Activated(nn.BatchNorm2d):
+    """A batch norm with its activation, as timm has it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps
+        return self.act(F.batch_norm(x, *given))
+
+
+def images(*, apart: bool) -> nn.Module:
+    """A network that has its activations in its batch norms, or behind them."""
+    torch.manual_seed(0)
+    first, second = ([nn.BatchNorm2d(width), nn.ReLU()] if apart else [Activated(width)] for width in (4, 3))
+    layers = nn.Conv2d(2, 4, 3, bias=False), *first, nn.Conv2d(4, 3, 3), *second, nn.Flatten(-3)
+    net = nn.Sequential(*layers, nn.Linear(12, 2)).eval()
+    for norm in net:
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2.0)
+            nn.init.normal_(norm.weight)
+    return net
+
+
+def of_images(method: LRP, net: nn.Module) -> Tensor:
+    torch.manual_seed(1)
+    td = TensorDict(input=torch.randn(3, 2, 6, 6), batch_size=[3])
+    return method.wrap(net)(td)["attr", "input"]
+
+
+ASKED = {
+    "attn_lrp": {},
+    "epsilon_plus": {},
+    "epsilon_alpha2_beta1": {"flow": "gradient", "ledger": True},
+    "excitation_backprop": {"merge_batch_norm": False},
+    "epsilon_plus_flat": {"merge_batch_norm": [("0", "1")]},
+    "epsilon": {"baseline": 0.1},
+    "deeplift_shapley": {"baseline": 0.1},
+    Composite([(Type(BatchNorm), EpsilonRule()), (nn.Conv2d, GammaRule(0.5))]): {},
+}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("composite", ASKED, ids=str)
+def test_the_batch_norm_inside_is_one_like_any_other(composite: str | Composite, training: bool) -> None:
+    method = LRP(composite, target=Target("output", 1), **ASKED[composite])
+    one, other = (images(apart=apart).train(training) for apart in (False, True))
+    torch.testing.assert_close(of_images(method, one), of_images(method, other))
+    torch.testing.assert_close(one[1].running_mean, other[1].running_mean)
+
+
+def test_the_batch_norm_inside_is_what_it_now_is() -> None:
+    method = LRP("epsilon_plus", target=Target("output", 1))
+    net, apart = images(apart=False), images(apart=True)
+    td = TensorDict(input=torch.randn(3, 2, 6, 6), batch_size=[3])
+    with method.prepare(net) as explained:
+        explained(td.clone())
+        for each in (net, apart):
+            each[1].weight.data *= -1
+            each[1].load_state_dict({**each[1].state_dict(), "running_mean": torch.arange(4.0)}, assign=True)
+        found = explained(td.clone())["attr", "input"]
+    torch.testing.assert_close(found, method.wrap(apart)(td.clone())["attr", "input"])
+    rows = [(row.path, type(row.module), repr(row.rule)) for row in method.plan(net, td)]
+    assert rows[1:3] == [("1", nn.BatchNorm2d, "PassRule()"), ("1.act", nn.ReLU, "PassRule()")]

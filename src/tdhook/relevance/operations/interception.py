@@ -82,6 +82,9 @@ class Interception(Watching):
             :mod:`~tdhook.relevance.operations.table`.
         unmatched: told ``(operation, path)`` of operations that nothing is known of.
         setting: what the calls of the plan share.
+
+    Attributes:
+        norms: the rules of batch norms inside layers that derive from one, by the id of the running mean.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class Interception(Watching):
         self._paused = 0
         self._entered: Entered | None = None
         self.paths = Paths(modules)
+        self.norms: dict[int, Binding] = {}
         self._reading = VALUES
         if setting.reference is not None:
             self._reading = DIFFERENCES
@@ -116,7 +120,14 @@ class Interception(Watching):
 
     def __getstate__(self) -> dict[str, Any]:
         # What is known of torch functions is found again; they cannot all be pickled.
-        return {**self.__dict__, "_known": {}, "_functions": None, "observer": None, "_outer": []}
+        return {
+            **self.__dict__,
+            "_known": {},
+            "_functions": None,
+            "norms": {},
+            "observer": None,
+            "_outer": [],
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _functions=WeakKeyDictionary())
@@ -327,8 +338,17 @@ class Interception(Watching):
                 return through_transforms(func, args, kwargs)
         if known.differentiates:
             raise NotImplementedError(DIFFERENTIATES.format(self.paths.current or "(model)"))
+        if known.normalises and id(args[3]) in self.norms:
+            return self._normalise(self.norms[id(args[3])], func, args)
         selector, rule = self._find(known, args, kwargs)
         return self._run(known, selector, rule, func, args, kwargs)
+
+    def _normalise(self, norm: Binding, func: Any, args: Any) -> Any:
+        """Run the batch norm inside a layer as the layer of torch's that it would be alone."""
+        x, *others = args
+        module = cast(nn.BatchNorm2d, norm.module)
+        module.training, module.eps = others[4], others[6]
+        return self.unit(norm, Call(module, lambda x: func(x, *others), (x,), {}, self.setting))
 
     def _in_place(self, known: Known, func: Any, args: Any, kwargs: Any, target: Any, live: bool) -> object:
         """Run a function that overwrites ``target``, which is among its arguments unless it was a constant there."""

@@ -51,6 +51,7 @@ class Known:
         refused: whether it overwrites an argument and has a derivative of its own.
         begins_tape: whether it puts a tensor on the tape, and ``differentiates``: whether it runs a backward pass.
         hooks: whether it has a tensor call a hook with its gradient.
+        normalises: whether it is what batch norms compute with.
         own: the rule that it has whatever its name.
         selector: what a composite says of it, and ``rule``: with which rule.
         bounds: rules on the operation, by id.
@@ -66,6 +67,7 @@ class Known:
     begins_tape: bool = False
     differentiates: bool = False
     hooks: bool = False
+    normalises: bool = False
     own: Rule | None = None
     selector: object = None
     rule: Rule | None = None
@@ -95,7 +97,7 @@ def learned(func: Any) -> Known:
     known = Known(operation, in_place, own=own, parts=one_by_one(func), schema=schema)
     known.begins_tape, known.differentiates = begins_tape(func), func in _DERIVATIVES
     known.refused = own is not None and overwrites_arguments(func)
-    known.hooks = hooks(func)
+    known.hooks, known.normalises = hooks(func), func is torch.batch_norm
     known.aside = known.begins_tape or known.hooks or queries(func) or initialises(func)
     return known
 

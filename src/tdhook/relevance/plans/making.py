@@ -98,6 +98,11 @@ def make_plan(
         leaf = not any(True for _ in module.children())
         leaf = leaf and not isinstance(module, TensorDictModuleBase | TensorDictParams)
         rows.append(Row(name, module, rule, selector, open=rule is None and leaf))
+        norm = BatchNorm.inside(module) if rule is None and defaults else None
+        if norm is not None:
+            found = isinstance(mapper, Composite) and mapper.find(replace(execution.site(name), module=norm))
+            selector, rule = found or (None, None)
+            rows.append(Row(name, norm, rule, selector, open=rule is None, inside=True))
     _require_parameters(rows)
     composite = mapper if isinstance(mapper, Composite) else Composite()
     rules = [row.rule for row in rows if row.rule is not None] + [rule for _, rule in composite.on_operations]
@@ -107,12 +112,13 @@ def make_plan(
     sensitivity = any(rule.yields == "sensitivity" for rule in rules)
     if defaults and not sensitivity:
         rows = [_by_default(row) for row in rows]
+    rows = [row for row in rows if not row.inside or _is_ruled(row.rule)]
     called = set(execution.order)
     rows = [replace(row, runs=row.path in called) for row in rows]
     rank = {name: i for i, name in reversed(list(enumerate(execution.order)))}
     rows.sort(key=lambda row: rank.get(row.path, len(rank)))
     weights = WeightCache(row.module for row in rows if row.rule is not None) if cache_weights else None
-    norms = merge_batch_norm and any(isinstance(m, BatchNorm) for m in execution.modules.values())
+    norms = merge_batch_norm and any(isinstance(m, BatchNorm.members) for m in execution.modules.values())
     setting = Setting(None, weights, Merges() if norms else None, Reference() if against else None)
     if setting.reference is not None:
         setting.reference.handles.used = any(rule.reveals for rule in rules)
@@ -238,6 +244,11 @@ def _by_default(row: Row) -> Row:
     return row if rule is None else replace(row, rule=rule, open=False)
 
 
+def _is_ruled(rule: Rule | None) -> bool:
+    """Whether a rule says more of a layer than those of its operations do."""
+    return not (rule is None or rule.native or rule.binds_itself)
+
+
 def _named_merges(merges: Sequence[Merge], execution: Execution) -> dict[str, list[nn.Module]]:
     found: dict[str, list[nn.Module]] = {}
     for linears, batch_norm in merges:
@@ -245,7 +256,7 @@ def _named_merges(merges: Sequence[Merge], execution: Execution) -> dict[str, li
         for name in (*names, batch_norm):
             if name not in execution.modules:
                 raise ValueError(f"merge_batch_norm names {name!r}, which is no module of this model")
-        if not isinstance(execution.modules[batch_norm], BatchNorm):
+        if not isinstance(execution.modules[batch_norm], BatchNorm.members):
             kind = type(execution.modules[batch_norm]).__name__
             raise ValueError(f"merge_batch_norm: {batch_norm!r} is a {kind}, not a batch norm")
         found[batch_norm] = [execution.modules[name] for name in names]

@@ -31,6 +31,7 @@ from tdhook.relevance.rules.simple import PassRule
 from tdhook.selectors import Selector
 from tdhook.selectors.kinds import MOVES, WINNER
 from tdhook.tape.functions import copying
+from tdhook.tape.internals import buffers_of
 from tdhook.tape.overwriting import Mutated, out_of_place, overwrites, was_overwritten
 from tdhook.tape.undoing import Change, undone
 
@@ -50,6 +51,7 @@ class Row:
         selector: the selector that matched; ``None`` for a default and for a rule from a mapper.
         open: whether it is a layer that nothing says anything about.
         runs: whether the model called it, as far as that is known.
+        inside: whether it is the batch norm inside the layer of that path, which derives from one.
     """
 
     path: str
@@ -58,6 +60,7 @@ class Row:
     selector: Selector | Unmatched | None = None
     open: bool = False
     runs: bool = True
+    inside: bool = False
 
     @property
     def operation(self) -> str | None:
@@ -203,6 +206,7 @@ class Plan:
         self._units = [row.module for row in rows if interception is None or row.rule is not None]
         self.seen = False
         self._bindings: list[Binding] = []
+        self._inside: list[Binding] = []
         self._custom: list[tuple[Rule, nn.Module]] = []
         for row in rows:
             rule = row.rule
@@ -219,7 +223,11 @@ class Plan:
                     rule = merging(merges[row.path])
                 elif merge:
                     rule = merging()
-            self._bindings.append(Binding(row.module, rule, flow, interception, setting))
+            binding = Binding(row.module, rule, flow, interception, setting)
+            if not row.inside:
+                self._bindings.append(binding)
+            else:
+                self._inside.append(binding)
 
     @property
     def reference(self) -> Reference | None:
@@ -266,6 +274,9 @@ class Plan:
         if self.interception is not None:
             self.interception.dependence.begin()
             self.interception.outdated.layers = set(map(id, overwriting))
+            if self._inside:
+                means = ((buffers_of(norm.module).get("running_mean"), norm) for norm in self._inside)
+                self.interception.norms = {id(mean): norm for mean, norm in means if mean is not None}
         if self._weights is not None:
             self._weights.begin()
         if self.reference is not None:
