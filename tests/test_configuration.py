@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from tdhook.attribution import GradCAM, IntegratedGradients
 from tdhook.composites import Composite
-from tdhook.configuration import read_composite, read_key, read_target, write_key, write_target
+from tdhook.configuration import (
+    read_composite,
+    read_key,
+    read_method,
+    read_target,
+    write_key,
+    write_target,
+)
 from tdhook.relevance.composites.composite import PRESETS
 from tdhook.relevance.composites.presets import epsilon_gamma_box, epsilon_plus
 from tdhook.rules import EpsilonRule, FlatRule, GammaRule, ZBoxRule
@@ -64,6 +72,26 @@ def test_the_example_is_what_it_says() -> None:
     assert isinstance(last[0], Last)
     assert last[1] == EpsilonRule(zero_params="bias")
     assert rest == list(epsilon_plus(epsilon=1e-4))
+
+
+@pytest.mark.parametrize(
+    "text, baseline",
+    [
+        ("baseline=mean,steps=5", "mean"),
+        ("steps=5,baseline='mean'", "mean"),
+        ('baseline="mean", steps=5', "mean"),
+        ("baseline=@before.x,steps=5", ("before", "x")),
+        ("steps=5,baseline=-1e-3", -1e-3),
+    ],
+)
+def test_text_needs_no_quotes_which_a_shell_takes_away(text: str, baseline: object) -> None:
+    method = read_method(f"integrated_gradients:{text}")
+    assert isinstance(method, IntegratedGradients) and method.steps == 5
+    assert method.references is not None and method.references.baseline == baseline
+    maps = read_method("grad_cam:layer=0.module.act,relu=false,grid=[2, 3]")
+    assert isinstance(maps, GradCAM) and (maps.layer, maps.relu) == ("0.module.act", False)
+    inner = read_method("conductance:input_modules=[0.act, 'b c']")
+    assert inner.input_modules == ("0.act", "b c")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +190,7 @@ def test_what_makes_no_composite_is_told(
 
 
 def test_a_file_that_is_not_there_is_told() -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no composite file 'nowhere\.toml'"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file 'nowhere\.toml'"):
         read_composite("nowhere.toml")
 
 

@@ -51,6 +51,10 @@ _JSON = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
 _TOML = re.compile(
     r'''"""(?:[^\\]|\\.)*?"""|'{3}.*?'{3}|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'|\#[^\n]*|[\[\]{}]''', re.DOTALL
 )
+# A word that no quotes are around, as a shell leaves it; what is in quotes, and the name of a value, are none.
+_WORDS = re.compile(
+    r"""(?P<quoted>"(?:[^"\\\n]|\\.)*"|'[^'\n]*')|(?P<word>[^\s,=\[\]{}"'#]+)(?P<named>\s*=)?"""
+)
 _LONGEST = 1000
 """Letters of an error that quotes what was read."""
 _BASELINES = (
@@ -92,9 +96,10 @@ def read_method(text: str | os.PathLike[str], **options: object) -> Attribution:
 
     Args:
         text: a name of :data:`~tdhook.attribution.catalogue.METHODS`, with options as in TOML
-            (``integrated_gradients:steps=64,baseline='mean'``) where it needs them; the name of a preset, with its
-            parameters, stands for LRP under it; or path of a ``.toml`` or ``.json`` file that says ``method``, and
-            options, as :func:`~tdhook.attribution.catalogue.method_from_dict` takes them, or is a composite.
+            (``integrated_gradients:steps=64,baseline=mean``, text with quotes or without) where it needs them; the name
+            of a preset, with its parameters, stands for LRP under it; or path of a ``.toml`` or ``.json`` file that
+            says ``method``, and options, as :func:`~tdhook.attribution.catalogue.method_from_dict` takes them, or is a
+            composite.
         **options: more of them.
 
     A ``baseline`` that is text is what :func:`read_baseline` takes; ``features`` are ``whole``, ``patches:SIZE`` or
@@ -169,7 +174,7 @@ def _is_file(text: str) -> bool:
 
 def _table_in(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"there is no composite file {str(path)!r}")
+        raise FileNotFoundError(f"there is no file {str(path)!r}")
     kind = path.suffix[1:].upper()
     try:
         content = path.read_text(encoding="utf-8")
@@ -177,7 +182,9 @@ def _table_in(path: Path) -> dict[str, Any]:
     except ValueError as error:  # what all three decoders raise
         raise ValueError(f"{path} is not valid {kind}: {error}") from error
     if not isinstance(data, Mapping):
-        raise ValueError(f"{path} holds no table, and a composite is one, with 'preset', 'pairs' or both")
+        raise ValueError(
+            f"{path} holds no table, and a composite is one, with 'preset', 'pairs' or both, a method with 'method'"
+        )
     return dict(data)
 
 
@@ -198,11 +205,29 @@ def _shortened(text: str) -> str:
 
 def _parameters(what: str, text: str) -> dict[str, Any]:
     try:
-        table = _parse_toml(f"parameters = {{{text}}}")
+        table = _parse_toml(f"parameters = {{{_WORDS.sub(_in_quotes, text)}}}")
     except ValueError as error:
-        raise ValueError(f"{what}: {_shortened(repr(text))} are no parameters") from error
+        raise ValueError(
+            f"{what}: {_shortened(repr(text))} are no parameters, which are NAME=VALUE with commas between them"
+        ) from error
     found: dict[str, object] = table["parameters"]
     return found
+
+
+def _in_quotes(found: re.Match[str]) -> str:
+    """What was found as TOML has it: a word that is no number and no truth value is text."""
+    word = found["word"]
+    if word is None or found["named"] or _is_value(word):
+        return found[0]
+    return f"'{word}'"
+
+
+def _is_value(word: str) -> bool:
+    try:
+        _parse_toml(f"value = {word}")
+    except ValueError:
+        return False
+    return True
 
 
 def _parse_json(text: str) -> object:

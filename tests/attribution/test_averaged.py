@@ -167,6 +167,36 @@ def test_what_was_chosen_stays_chosen_under_noise(target) -> None:
     assert (moved != index).any()  # elsewhere another is the largest
 
 
+@pytest.mark.parametrize("integer", [False, True], ids=["numbers", "bytes"])
+@pytest.mark.parametrize("attribute", [["a"], ["a", "b"]], ids=["one of two", "both"])
+def test_elements_that_go_further_than_others_go_with_their_own_noise(attribute, integer) -> None:
+    """Changed inputs are those of the elements that are still asked about, whether an entry can hold them or not."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, a, b):
+            return self.net(torch.cat([a.double(), b], -1))
+
+    policy = TensorDictModule(Two(), ["a", "b"], ["output"])
+    a = torch.arange(10).reshape(5, 2)
+    a = a.to(torch.uint8) if integer else a.double() / 5
+    td = TensorDict({"a": a, "b": torch.randn(5, 2).double()}, [5])
+    over = Noise({"a": 0.3, "b": 0.2}, 3)
+    method = IntegratedGradients(TARGET, tolerance=1e-2, attribute=attribute)
+    found = Averaged(method, over).wrap(policy)(td.clone())
+    numbers = {"a": a.float() if integer else a, "b": td["b"]}
+    changed = {key: over.changed(key, x, 1, range(3)) for key, x in numbers.items()}
+    each = [
+        method.wrap(policy)(TensorDict({"a": a, "b": b}, [5])) for a, b in zip(*changed.values(), strict=True)
+    ]
+    for key in attribute:
+        expected = torch.stack([one["attr", key] for one in each]).mean(0)
+        torch.testing.assert_close(found["attr", key], expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("over", [Flips(-1), Flips(-1, -2), Shifts(1), Shifts(1, (-1,))], ids=repr)
 @pytest.mark.parametrize("target", [TARGET, Target("output", "all")], ids=["one", "all"])
 def test_pictures_are_moved_back(over, target) -> None:
@@ -322,7 +352,7 @@ def test_mistakes() -> None:
         Averaged(gradient, Noise(0.1), of="median")
     with pytest.raises(TypeError, match="compares with no reference: average it over Noise, or give LRP"):
         Averaged(gradient, References("sample", 3))
-    with pytest.raises(ValueError, match=r"writes more than relevance.*leave out ledger"):
+    with pytest.raises(ValueError, match=r"writes .*'target'.* besides relevance.*leave out ledger"):
         Averaged(IntegratedGradients(TARGET, ledger=True), Noise(0.1))
     for options in ({"spread": True}, {"of": "variance"}):
         with pytest.raises(ValueError, match="one explanation has no spread: draw several, by samples"):

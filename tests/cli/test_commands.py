@@ -369,7 +369,7 @@ EXPLAIN = ("explain", "--steps", "2", "--policy")
         ),
         (
             (*EXPLAIN, "dqn_mlp.pt", "--composite", "nothing.toml"),
-            "there is no composite file 'nothing.toml'",
+            "there is no file 'nothing.toml'",
         ),
         ((*EXPLAIN, "dqn_mlp.pt", "--composite", "bad.toml"), "bad.toml is not valid TOML"),
         (

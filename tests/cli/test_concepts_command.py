@@ -72,6 +72,20 @@ def test_with_a_graph() -> None:
     assert page.count('<img class="graph"') == 2 and "What units hand on to earlier ones on average" in page
 
 
+def test_against_a_baseline() -> None:
+    """What is compared with is that of all rows, also where a graph is of few."""
+    pytest.importorskip("matplotlib")
+    Path("why.toml").write_text('preset = "deeplift"\nbaseline = "mean"\n')
+    for given in (("--composite", "why.toml"), ("--composite", "deeplift_shapley", "--baseline", "mean")):
+        result = concepts("--layer", LAYER, "--source", "buffer", "--units", "2", "--graph", LAYER, *given)
+        assert result.exit_code == 0, result.output
+        assert "<dt>baseline</dt><dd>mean</dd>" in Path("concepts.html").read_text(encoding="utf-8")
+    given = ("--composite", "deeplift", "--baseline", "previous", "--steps", "9")
+    assert concepts("--layer", LAYER, *given).exit_code == 0
+    result = concepts("--layer", LAYER, *given, "--graph", LAYER)
+    assert result.exit_code == 2 and "a graph is of single steps" in result.output
+
+
 def test_units_of_a_job_are_shown_as_units() -> None:
     actor = load_policy("policy.pt").actor
     method = LRP("epsilon_plus", target=Target("action_value", "action"))

@@ -270,6 +270,8 @@ def test_another_method() -> None:
     )
     line = explain("--method", "gradient", "--baseline", "mean").stderr
     assert "Gradient compares with no baseline: leave out the baseline" in line
+    line = explain("--method", "gradient", "--composite", "epsilon").stderr
+    assert "--composite is one of LRP, and --method another way to explain" in line
 
 
 @pytest.mark.parametrize("count", [12, 13])

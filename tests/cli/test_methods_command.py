@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensordict import TensorDict
@@ -40,8 +41,8 @@ def output(*arguments: str, code: int = 0) -> str:
     return result.output if code == 0 else result.stderr
 
 
-def summary() -> dict[str, object]:
-    told: dict[str, object] = json.loads(Path("explain-output/summary.json").read_text())
+def summary() -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(Path("explain-output/summary.json").read_text())
     return told
 
 
@@ -69,6 +70,25 @@ def test_a_measure_is_not_conserved() -> None:
     assert (TensorDict.load_memmap("explain-output/rollout")["attr", "observation"] >= 0).all()
 
 
+@pytest.mark.parametrize("method", ["lrp:composite=epsilon", "deeplift_shapley"])
+def test_lrp_by_name_is_accounted_for_by_its_own_rules(method: str) -> None:
+    text = output(*EXPLAIN, "--method", method, "--baseline", "mean")
+    assert "arrived at the inputs" in text
+    told = summary()
+    assert told["method"] is None and told["conservation"]["arrived"] == pytest.approx(
+        told["conservation"]["target"], abs=1e-4
+    )
+    name = "EpsilonRule" if method.startswith("lrp") else "ShapleyRule"
+    assert told["composite"]["pairs"][0]["rule"] == name
+    output("report", "explain-output")
+    assert f"{name}(" in Path("explain-output/report.html").read_text(encoding="utf-8")
+
+
+def test_what_has_no_rules_has_none_in_its_summary() -> None:
+    output(*EXPLAIN, "--method", "gradient")
+    assert summary()["composite"] == {"name": "gradient", "pairs": []}
+
+
 def test_a_method_from_a_file() -> None:
     Path("smooth.toml").write_text(
         'method = "gradient"\nsigned = true\naveraged = { noise = 0.05, samples = 5 }\n'
@@ -87,6 +107,12 @@ def test_a_method_from_a_file() -> None:
             "Gradient compares with no baseline: leave out the baseline",
         ),
         (("--method", "gradient", "--tolerance", "1"), "the method 'gradient' has no option 'tolerance'"),
+        (("--method", "gradient", "--composite", "epsilon"), "--composite is one of LRP, and --method"),
+        (("--method", "nothing.toml"), "there is no file 'nothing.toml'"),
+        (
+            ("--method", "conductance:input_modules=module.0"),
+            "input_modules='module.0' is no list of paths; write ['module.0']",
+        ),
         (("--tolerance", "1"), "--tolerance is one of a method: give --method integrated_gradients"),
         (("--method", "integrated_gradients:steps='a'"), "cannot be made with steps='a'"),
         (
@@ -106,6 +132,6 @@ def test_values_inside_the_policy_are_left_out_of_the_page() -> None:
         "module.0.module.0.5",
         Path(tdhook.__file__).parent / "rl" / "checkpoints" / "freeway_ppo.pt",
     )
-    output("explain", "--policy", str(policy), "--steps", "3", "--method", f"grad_cam:layer='{layer}'")
+    output("explain", "--policy", str(policy), "--steps", "3", "--method", f"grad_cam:layer={layer}")
     assert ("attr", layer) in TensorDict.load_memmap("explain-output/rollout").keys(True)
     output("report", "explain-output")

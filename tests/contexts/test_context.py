@@ -150,6 +150,9 @@ def test_attribute_says_what_it_takes():
         ValueError, match=r"attribute='belief' is neither 'all' nor a list of keys; write \['belief'\]"
     ):
         LRP(EXACT, attribute="belief")
+    for name in ("input_modules", "target_modules"):
+        with pytest.raises(ValueError, match=rf"{name}='enter' is no list of paths; write \['enter'\]"):
+            LRP(EXACT, **{name: "enter"})
     with pytest.raises(
         ValueError, match="attribute names 'nope', which the model neither reads nor writes; it has 'obs'"
     ):

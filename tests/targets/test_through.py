@@ -670,6 +670,12 @@ def test_methods_that_only_run_forwards_say_so():
         relevance(Ablation(Through(OUTPUT, "inside")), Residual(), of(2, 4))
 
 
+@pytest.mark.parametrize("options", [{"tolerance": 1e-3}, {"ledger": True}], ids=["tolerance", "ledger"])
+def test_what_passes_units_has_no_value_that_a_sum_could_be_off(options):
+    with pytest.raises(TypeError, match="explain it without tolerance and ledger, by a number of steps"):
+        relevance(IntegratedGradients(Through(OUTPUT, "inside"), **options), Residual(), of(2, 4))
+
+
 def test_the_model_is_left_as_it_was_after_an_error():
     model, td = convolutional().double(), of(2, 1, 8, 8)
     with pytest.raises(IndexError):

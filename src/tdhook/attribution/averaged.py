@@ -62,9 +62,10 @@ class Averaged(Attribution):
                 f"{method!r} compares with no reference: average it over Noise, or give LRP or another"
             )
         if method.writes or method.writes_under:
+            besides = ", ".join(map(repr, [*method.writes, *method.writes_under]))
             raise ValueError(
-                f"{method!r} writes more than relevance, which would be that of one of many: leave out ledger, and the "
-                "values and spread of References"
+                f"{method!r} writes {besides} besides relevance, which would be that of one of many: leave out ledger, "
+                "errors, and the values and spread of References; of interactions there is no mean"
             )
         if over.samples < 2 and (spread or of == "variance"):
             raise ValueError("one explanation has no spread: draw several, by samples")
@@ -121,12 +122,13 @@ class Averaged(Attribution):
         def ask(
             td: TensorDictBase, entries: Mapping[NestedKey, Tensor]
         ) -> tuple[Tensor, Mapping[NestedKey, Tensor]]:
-            given = td.copy()
+            given, replaced = td.copy(), {}
             for key, x in entries.items():
                 value = given.get(key, None)
-                if isinstance(value, Tensor) and value.is_floating_point():  # integers stay what they are
+                if isinstance(value, Tensor) and value.is_floating_point():
                     given.set(key, x)
-            replaced = {key: x for key, x in entries.items() if key in inputs}
+                elif key in inputs:  # integers stay what they are, as entries
+                    replaced[key] = x
             there = runner.on(given, variants.target, replaced=replaced)
             found = method.explain(there, given)
             base = there.as_it_is()

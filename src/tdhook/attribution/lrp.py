@@ -194,6 +194,14 @@ class LRP(Compared):
         here = run.sources(relevance)
         return {key: per_value(difference(here[key], there[key]), found) for key, found in relevance.items()}
 
+    def accounted(self) -> LRP:
+        """The same with a ledger; as it is where the rules yield a sensitivity, of which there are no accounts."""
+        if self.composite is None or any(rule.yields == "sensitivity" for _, rule in self.composite):
+            return self
+        other = copy.copy(self)
+        other.ledger = True
+        return other
+
     def in_gradients(self) -> LRP:
         """The same in the gradient flow, if it has a composite, whose rules are converted to it."""
         other = copy.copy(self)

@@ -55,6 +55,12 @@ _BASELINE_HELP = (
     "number, `mean` (of the rollout), `previous` (the step before), `sample:N` (so many steps drawn from the rollout), "
     "`blur:WIDTH` (the picture out of focus), `@KEY` (an entry), or one for each key, `pixels=blur:3,speed=0`"
 )
+Baseline = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help=f"{_BASELINE_HELP}; by default that of the composite file, or `none`.", metavar="BASELINE"
+    ),
+]
 Steps = Annotated[int, typer.Option(min=1, help="Steps to act, through as many episodes as they take.")]
 Seed = Annotated[int, typer.Option(help="Of the environment and of sampled actions.")]
 Out = Annotated[Path, typer.Option(help="Folder to write to.", metavar="DIR")]
@@ -163,12 +169,7 @@ def explain(
         ),
     ] = None,
     frames: Frames = False,
-    baseline: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help=f"{_BASELINE_HELP}; by default that of the composite file, or `none`.", metavar="BASELINE"
-        ),
-    ] = None,
+    baseline: Baseline = None,
     method: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -205,6 +206,10 @@ def explain(
         rules = read_composite(composite)
         if tolerance is not None and method is None:
             raise ValueError("--tolerance is one of a method: give --method integrated_gradients")
+        if method is not None and composite != "epsilon_plus":
+            raise ValueError(
+                "--composite is one of LRP, and --method another way to explain: give one of them"
+            )
         said = {} if tolerance is None else {"tolerance": tolerance}
         chosen = None if method is None else read_method(method, **said)
         what = None if target is None else read_target(target)
@@ -304,6 +309,7 @@ def concepts(
         typer.Option(help="As `tdhook dataset explain` takes it.", metavar="IMPORT"),
     ] = None,
     composite: Composite = "epsilon_plus",
+    baseline: Baseline = None,
     target: Annotated[Optional[str], typer.Option(help=_TARGET_HELP, metavar="KEY[:INDEX]")] = None,  # noqa: UP045
     axis: Annotated[
         int, typer.Option(help="Along which units lie: 1 is the first after the batch, -1 the last.")
@@ -341,8 +347,8 @@ def concepts(
 
     with notes():
         asked = Asked(
-            policy, layer, env, source, prepare, steps, seed, composite, target, axis, heads, by, units, top, apart,
-            tuple(graph or ()),
+            policy, layer, env, source, prepare, steps, seed, composite, baseline, target, axis, heads, by, units,
+            top, apart, tuple(graph or ()),
         )  # fmt: skip
         run(asked, out)
 

@@ -19,8 +19,16 @@ from tdhook.cli.policies import Stage, default_target, find_policy, imported
 from tdhook.cli.reducing import action_of
 from tdhook.cli.tables import progress_bar
 from tdhook.concepts import AttributionGraph, ReferenceSamples, attribution_graph
-from tdhook.concepts.reading import Reading, is_path
-from tdhook.configuration import read_composite, read_key, read_target, write_target
+from tdhook.concepts.reading import Reading, explaining, is_path
+from tdhook.configuration import (
+    baseline_in,
+    read_baseline,
+    read_composite,
+    read_key,
+    read_target,
+    write_target,
+)
+from tdhook.contexts.attribution import Attribution
 from tdhook.datasets.rows import Rows, as_rows
 from tdhook.datasets.sources import opened
 from tdhook.markup import visible
@@ -53,6 +61,7 @@ class Asked:
         steps: how many are acted.
         seed: of acting.
         composite: the rules.
+        baseline: what is compared with, if not what a composite file says.
         target: what is explained.
         axis: that of the units.
         heads: how many equal parts it has.
@@ -71,6 +80,7 @@ class Asked:
     steps: int
     seed: int
     composite: str
+    baseline: str | None
     target: str | None
     axis: int
     heads: int | None
@@ -88,9 +98,13 @@ def run(asked: Asked, out: Path) -> None:
     by = _by(asked.by)
     policy = find_policy(asked.policy, asked.env, need_env=asked.source is None)
     target = default_target(policy) if asked.target is None else read_target(asked.target)
-    method = LRP(read_composite(asked.composite), target=target)
+    named = baseline_in(asked.composite) if asked.baseline is None else asked.baseline
+    against = None if named in (None, "none") else read_baseline(named)
+    method = LRP(read_composite(asked.composite), target=target, baseline=against)
     prepare = None if asked.prepare is None else imported(asked.prepare, "--prepare takes a function of rows")
-    reading: Reading = {} if prepare is None else {"prepare": prepare}
+    if asked.graph and method.steps_before:
+        raise ValueError("a graph is of single steps, and --baseline previous of two: leave out one of them")
+    reading: Reading = {"prepare": prepare, "in_order": asked.source is None and method.steps_before > 0}
     layer = asked.layer if is_path(policy.actor, asked.layer) else read_key(asked.layer)
     rows, actions = _rows(policy, asked)
     groups = action_of(rows.read(0, 1))
@@ -125,13 +139,15 @@ def run(asked: Asked, out: Path) -> None:
         "units": "heads" if asked.heads else f"axis {asked.axis}",
         "explained": write_target(target),
         "composite": asked.composite,
+        **({} if against is None else {"baseline": named}),
         "source": str(asked.source)
         if asked.source is not None
         else f"{len(rows)} steps of acting, seed {asked.seed}",
     }
     names = {group: group_name(groups, group, actions) for group in found.groups}
+    compared = explaining(method, policy.actor, rows, reading).method  # with the same means for all graphs
     graphs = {
-        group: _graph(asked, method, policy, several)
+        group: _graph(asked, compared, policy, several)
         for group, several in shown.items()
         if asked.graph and several
     }
@@ -150,7 +166,7 @@ def run(asked: Asked, out: Path) -> None:
     Console().print(Text(visible(told)), soft_wrap=True)
 
 
-def _graph(asked: Asked, method: LRP, policy: Policy, shown: Sequence[UnitShown]) -> AttributionGraph:
+def _graph(asked: Asked, method: Attribution, policy: Policy, shown: Sequence[UnitShown]) -> AttributionGraph:
     """What the units of some layers hand on to each other, on average over the steps that are shown."""
     steps = TensorDict.cat([one.frames.get("data") for one in shown])
     layers = {path: Units(asked.axis, asked.heads if path == asked.layer else None) for path in asked.graph}

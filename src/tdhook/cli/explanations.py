@@ -78,6 +78,14 @@ class Request:
     method: Attribution | None = None
 
     @property
+    def rules(self) -> Composite:
+        """What is explained by; no rules where the method has none."""
+        if self.method is None:
+            return self.composite
+        given = self.method.composite if isinstance(self.method, LRP) else None
+        return Composite([]) if given is None else given
+
+    @property
     def how(self) -> str:
         """The rules and the baseline, as the user calls them."""
         return (
@@ -153,10 +161,9 @@ def _afterwards(request: Request, target: Target, keys: list[NestedKey]) -> Attr
     if method is None:
         if baseline is None:
             return None
-        conserves = not any(rule.yields == "sensitivity" for _, rule in request.composite)
-        return LRP(request.composite, target=target, attribute=keys, baseline=baseline[0], ledger=conserves)
+        method = LRP(request.composite)
     method = compared(method, None if baseline is None else baseline[0])
-    if isinstance(method, Complete):
+    if isinstance(method, Complete | LRP):
         method = method.accounted()
     return method.asked(target=target, attribute=keys)
 
@@ -237,8 +244,8 @@ def _write(
         "environment": request.policy.env_id,
         "seed": request.seed,
         "target": write_target(target),
-        "composite": {"name": request.composite_name, **request.composite.to_dict()},
-        "method": None if request.method is None else request.composite_name,
+        "composite": {"name": request.composite_name, **request.rules.to_dict()},
+        "method": request.composite_name if not len(request.rules) else None,
         "baseline": None if request.baseline is None else request.baseline[1],
         "conservation": None if account is None else asdict(account),
         "explanations": [{"of": view.label or "observation", **view.summary.to_dict()} for view in views],

@@ -65,6 +65,8 @@ def _job_of(words: Words, out: Path) -> tuple[Job, dict[str, object]]:
     """The job that words stand for, and the words with the names that a page of it shows."""
     policy = find_policy(words.policy, need_env=False)
     source = opened(words.source)
+    if words.method is not None and words.composite != Words.composite:
+        raise ValueError("--composite is one of LRP, and --method another way to explain: give one of them")
     method = LRP(read_composite(words.composite)) if words.method is None else read_method(words.method)
     named = baseline_in(words.composite) if words.baseline is None else words.baseline
     against = None if named in (None, "none") else read_baseline(named)

@@ -104,8 +104,8 @@ class Attribution(ABC):
         self.attribute = _attribute(attribute)
         self.attribution_key: NestedKey = unravel_key(attribution_key)
         self.use_inputs = use_inputs
-        self.input_modules = tuple(input_modules or ())
-        self.target_modules = tuple(target_modules or ())
+        self.input_modules = _paths("input_modules", input_modules)
+        self.target_modules = _paths("target_modules", target_modules)
         self.values = values if isinstance(values, bool) else tuple(map(unravel_key, values))
         self.compile = compile_options(compile)
         self.memory_budget = memory_budget
@@ -303,6 +303,12 @@ class Attribution(ABC):
     ) -> ExplainedModule:
         """Like :meth:`prepare`, to stay: goes wherever ``module`` went, and has its parameters under the same names."""
         return ExplainedModule(self, Model.of(module, in_keys, out_keys))
+
+
+def _paths(name: str, given: Sequence[str] | None) -> tuple[str, ...]:
+    if isinstance(given, str):
+        raise ValueError(f"{name}={given!r} is no list of paths; write [{given!r}]")
+    return tuple(given or ())
 
 
 def _attribute(attribute: Sequence[NestedKey] | str | Choose | None) -> Attribute:

@@ -233,7 +233,15 @@ class Complete(Compared):
         """How far the target is from what it is on each reference, ``[references, *batch]``.
 
         With several outputs ``[references, outputs, *batch]``.
+
+        Raises:
+            TypeError: the target is what passes some units, which has no value of its own.
         """
+        if variants.target.places:
+            raise TypeError(
+                "what passes some units has no value, from whose difference a sum could be off: explain it without "
+                "tolerance and ledger, by a number of steps"
+            )
         answers = variants.answers(self.samples, lambda numbers: self.starts(run, ends, numbers))
         return variants.values - torch.cat([answer.values for answer in answers])
 

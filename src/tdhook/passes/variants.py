@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -102,6 +103,7 @@ class Variants:
         self._sources = {key: x.detach() for key, x in {**run.inputs, **run.sources()}.items()}
         self._leads = run.batch_dims(self._sources)
         self._inputs = set(run.inputs)
+        self._held = runner.replaced
         self._seeds = seeds = run.seeds(wanted)
         run.look_at_axes(seeds)
         self.values = values_of(seeds, run.outputs.batch_size)
@@ -352,9 +354,10 @@ class Variants:
         some, count = object.__new__(Variants), self._asked.batch_size[0]
         some.__dict__.update(self.__dict__)
         some._asked, some._looked = self._asked[rows], {}
+        some._held = {key: x.index_select(0, rows) for key, x in self._held.items()}
         some.batch = some._asked.batch_size
         some.values = self.values.index_select(self.several, rows)
-        with self._runner.forward(some._asked, target=self.target) as some._run:
+        with some._forward(some._asked, {}) as some._run:
             some._seeds = some._run.seeds(self.target)
         if not holds(is_close(values_of(some._seeds, some.batch), some.values)):
             return None
@@ -365,17 +368,28 @@ class Variants:
         some._largest, some._total = math.ceil(self._largest * share), math.ceil(self._total * share)
         return some
 
+    def _forward(
+        self, td: TensorDictBase, replaced: Mapping[NestedKey, Tensor]
+    ) -> AbstractContextManager[Run]:
+        """The model on variants; inputs that no entry holds stay those of the batch as it is, as often as that."""
+        held, batch = {key: x for key, x in self._held.items() if key not in replaced}, self._asked.batch_size
+        if held and td.batch_size != batch:
+            copies, rows = td.batch_size.numel() // batch.numel(), len(td.batch_size) == len(batch)
+            beside = {key: x.expand(copies, *x.shape) for key, x in held.items()}
+            held = {key: x.flatten(0, 1) if rows else x for key, x in beside.items()}
+        return self._runner.forward(td, target=self.target, replaced={**held, **replaced})
+
     def _value(
         self, td: TensorDictBase, replaced: Mapping[NestedKey, Tensor]
     ) -> tuple[Tensor, dict[NestedKey, Tensor]]:
-        with self._runner.forward(td, target=self.target, replaced=replaced) as run:
+        with self._forward(td, replaced) as run:
             return values_of(run.seeds(self.target), run.outputs.batch_size), {}
 
     def _to_be_summed(
         self, summing: Summing, td: TensorDictBase, replaced: Mapping[NestedKey, Tensor]
     ) -> tuple[Tensor, dict[NestedKey, Tensor]]:
         copies = td.batch_size.numel() // self._asked.batch_size.numel()
-        with self._runner.forward(td, target=self.target, replaced=replaced) as run:
+        with self._forward(td, replaced) as run:
             seeds = run.seeds(self.target)
             return values_of(seeds, run.outputs.batch_size), summing.pulled(run, seeds, copies)
 
@@ -387,7 +401,7 @@ class Variants:
         of: Iterable[NestedKey] | None,
         reached: bool,
     ) -> tuple[Tensor, dict[NestedKey, Tensor]]:
-        with self._runner.forward(td, target=self.target, replaced=replaced) as run:
+        with self._forward(td, replaced) as run:
             seeds, sources = run.seeds(self.target), run.sources(replaced if of is None else of)
             if of is not None:
                 sources = {**{key: run.inputs[key] for key in of if key in run.inputs}, **sources}

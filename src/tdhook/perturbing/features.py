@@ -11,6 +11,8 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
+from tdhook.keys import parts_of
+
 __all__ = ["Features", "Groups", "along", "patches"]
 
 Groups: TypeAlias = "Tensor | Mapping[NestedKey, Tensor] | None"
@@ -106,7 +108,8 @@ class Features:
         for key in keys:
             value = rows.get(key, None)
             if value is None:
-                known = ", ".join(sorted(map(str, rows.keys(True, True))))
+                there = [one for one in rows.keys(True, True) if not parts_of(one)[0].startswith("_")]
+                known = ", ".join(sorted(map(str, there)))
                 raise KeyError(
                     f"key {key!r} has relevance and is missing from the TensorDict, which has {known}: say which are "
                     "replaced, by keys="
