@@ -195,6 +195,7 @@ def test_bytes_are_prepared_and_a_baseline_is_taken(tmp_path: Path) -> None:
         (["--rows", "all"], "--rows 'all' is no stretch of rows"),
         (["--source", "nowhere"], "there is no folder"),
         (["--prepare", "nothing"], "'nothing' is not written as package.module:function"),
+        (["--key", "colour"], "'colour' is named, and there is relevance of 'observation'"),
         (["--by", "colour"], "rows are told apart by 'colour', and the source has"),
     ],
 )
@@ -272,6 +273,19 @@ def test_another_method() -> None:
     assert "Gradient compares with no baseline: leave out the baseline" in line
     line = explain("--method", "gradient", "--composite", "epsilon").stderr
     assert "--composite is one of LRP, and --method another way to explain" in line
+
+
+def test_of_several_relevances_the_named_one_is_reduced() -> None:
+    layer = "module.0.module.0"
+    method = ("--method", f"conductance:input_modules=[{layer}],steps=3", "--reduce", "moments")
+    succeeds(explain(*method, "--key", "observation"))
+    rows = open_result("job").rows["attr", "observation"]
+    succeeds(
+        tdhook("reduce", "job", "--reduce", "moments", "--by", "none", "--key", "observation", "--out", "n")
+    )
+    found = TensorDict.load_memmap("n/moments")["mean"][0]
+    torch.testing.assert_close(found, rows[:].double().mean(0))
+    assert "'colour' is named" in fails(tdhook("reduce", "job", "--reduce", "moments", "--key", "colour"))
 
 
 @pytest.mark.parametrize("count", [12, 13])

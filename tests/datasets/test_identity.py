@@ -209,3 +209,8 @@ def test_differences_are_named() -> None:
     assert difference(ours, theirs) == "a.b[1].c: 2 and not 3"
     assert difference({"a": 1}, {"a": 1, "b": "x" * 100}) == f"b: None and not '{'x' * 76}..."
     assert difference([1, 2], [1]) == ": [1, 2] and not [1]"
+    ours, theirs = [*range(40), "ours"], [*range(40), "theirs", 1]
+    assert (
+        difference(ours, theirs)
+        == ": ...5, 36, 37, 38, 39, 'ours'] and not ...5, 36, 37, 38, 39, 'theirs', 1]"
+    )

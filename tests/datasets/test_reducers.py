@@ -201,5 +201,8 @@ def test_reducers_of_a_job(tmp_path: Path) -> None:
     assert result.reduced["toprows"]["row"].tolist() == relevance.sum(-1).double().topk(3).indices.tolist()
     drawn = result.reduced["reservoir"]
     assert torch.equal(drawn["relevance"], relevance[drawn["row"]])
+    for wrong in (["moments"], Moments()):
+        with pytest.raises(TypeError, match=r"reduce is a list of reducers, like \[Moments\(\)\], got"):
+            Job(method, model, data, tmp_path / "no list", reduce=wrong)
     with pytest.raises(ValueError, match="two reducers are called 'moments'"):
         Job(method, model, data, tmp_path / "twice", reduce=[Moments(), Moments(by="action")])

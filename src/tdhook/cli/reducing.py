@@ -47,11 +47,11 @@ def reducers_of(
     row = source.read(0, 1) if source is not None and len(source) else None
     group = (action_of(row) if by is None else read_key(by)) if by != "none" else None
     of = [read_key(key) for key in keys] or list(inputs)
-    made = []
+    made, named = [], bool(keys) or len(of) > 1
     for key in of:
         ending = f"-{write_key(key)}" if len(of) > 1 else ""
         for word in text.split(","):
-            made.append(_reducer(word.strip(), key if len(of) > 1 else None, key, group, ending, row))
+            made.append(_reducer(word.strip(), key if named else None, key, group, ending, row))
     return made
 
 

@@ -270,7 +270,7 @@ def difference(ours: Plain, theirs: Plain, at: str = "") -> str | None:
         for name in dict.fromkeys([*theirs, *ours]):
             place = f"{at}.{name}" if at else name
             if name not in ours or name not in theirs:
-                return f"{place}: {_short(ours.get(name))} and not {_short(theirs.get(name))}"
+                return f"{place}: {_told_apart(ours.get(name), theirs.get(name))}"
             found = difference(ours[name], theirs[name], place)
             if found is not None:
                 return found
@@ -279,9 +279,18 @@ def difference(ours: Plain, theirs: Plain, at: str = "") -> str | None:
         pairs = enumerate(zip(ours, theirs, strict=True))
         return next(filter(None, (difference(a, b, f"{at}[{i}]") for i, (a, b) in pairs)), None)
     # JSON knows one kind of number, and no tuple.
-    return None if ours == theirs else f"{at}: {_short(ours)} and not {_short(theirs)}"
+    return None if ours == theirs else f"{at}: {_told_apart(ours, theirs)}"
 
 
-def _short(value: Plain) -> str:
-    text = repr(value)
+def _told_apart(ours: Plain, theirs: Plain) -> str:
+    """Both as text; what is long, from shortly before they part."""
+    texts = repr(ours), repr(theirs)
+    same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    return " and not ".join(_short(text, max(0, same - 20)) for text in texts)
+
+
+def _short(text: str, begin: int) -> str:
+    if len(text) <= 80:
+        return text
+    text = text if begin < 4 else f"...{text[begin:]}"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -341,9 +341,12 @@ def as_names(reducers: Sequence[Reducer]) -> dict[str, Reducer]:
     """Reducers by name.
 
     Raises:
+        TypeError: they are no list of reducers.
         ValueError: two have one name.
     """
     named: dict[str, Reducer] = {}
+    if isinstance(reducers, Reducer) or not all(isinstance(one, Reducer) for one in reducers):
+        raise TypeError(f"reduce is a list of reducers, like [Moments()], got {reducers!r}")
     for reducer in reducers:
         if reducer.name in named:
             raise ValueError(f"two reducers are called {reducer.name!r}: give one of them another name=")
