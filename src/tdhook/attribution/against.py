@@ -281,3 +281,8 @@ class _Rises:
     def rise(self, key: NestedKey, value: Tensor) -> Tensor:
         """How far a value is from what it is on the reference."""
         return difference(value.detach(), self.there.outputs(key))
+
+    def beside(self, value: Tensor) -> Sequence[Tensor]:
+        """Where the function behind a value hands over to the layer that made it, if it does."""
+        assert self.plan.reference is not None
+        return self.plan.reference.handles.beside(value)

@@ -15,7 +15,7 @@ from tdhook.models.entries import is_batch
 from tdhook.models.turns import here
 from tdhook.tape.cutting import Graph
 from tdhook.tape.dependence import leaf
-from tdhook.tape.functions import alias, apart, copy_of
+from tdhook.tape.functions import another, apart
 from tdhook.tape.undoing import Hook, hooked
 
 __all__ = ["INPUT", "Captured", "call_name", "calls_of", "module_path"]
@@ -124,10 +124,10 @@ class Captured:
             for i, value in enumerate(args):
                 if isinstance(value, Tensor) and value.is_floating_point():
                     # What others read of it is another value on the tape.
-                    return (*args[:i], self._read(path, module, alias(value)), *args[i + 1 :]), kwargs
+                    return (*args[:i], self._read(path, module, another(value)), *args[i + 1 :]), kwargs
             for name, value in kwargs.items():
                 if isinstance(value, Tensor) and value.is_floating_point():
-                    return args, {**kwargs, name: self._read(path, module, alias(value))}
+                    return args, {**kwargs, name: self._read(path, module, another(value))}
             raise TypeError(
                 f"module {module_path(path)!r} ({type(module).__name__}) was given no floating-point tensor, so that "
                 f"{path!r} means nothing"
@@ -147,7 +147,7 @@ class Captured:
 
     def _apart(self, value: Tensor) -> Tensor:
         """What the model goes on with, so that a value that was taken down stays what it is."""
-        return copy_of(value) if self.overwrites else apart(value)
+        return apart(value, always=self.overwrites)
 
     def _on_tape(self, value: Tensor, key: NestedKey) -> Tensor:
         """The value, or what takes its place; off the tape the graph begins here."""

@@ -51,7 +51,11 @@ class PullBack:
             sources: where it ends.
             keep: whether the graph is needed again.
         """
-        return self.between(seeds.tensors, seeds.grads, sources, seeds.several, keep=keep)
+        if not seeds.handed:
+            return self.between(seeds.tensors, seeds.grads, sources, seeds.several, keep=keep)
+        places, handed = zip(*seeds.handed, strict=True)
+        starts, grads = [*seeds.tensors, *places], [*seeds.grads, *handed]
+        return self.between(starts, grads, sources, seeds.several, keep=keep)
 
     def between(
         self,

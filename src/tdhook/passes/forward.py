@@ -132,14 +132,17 @@ class Run:
             )
         begun = self.seeds(target.inner(), flow, against)
         name: NestedKey = ("through", layer.name)
-        found = self.pull(begun, {name: layer.value}, passing=layer.name)
+        places = () if against is None else against.beside(layer.value)
+        beside = {("through", layer.name, f"{i}"): place for i, place in enumerate(places)}
+        found = self.pull(begun, {name: layer.value, **beside}, passing=layer.name)
         if target.by_element:
             self._require_order(layer)
         rise = None if against is None else against.rise(name, layer.value)
         chosen = target.choose(layer, found[name], self.offered(), self.td, flow, rise)
         if chosen.numbers is not None:
             self.told.update(dict.fromkeys(target.tells[-1:], chosen.numbers))
-        return target.onward(begun, layer, found[name], chosen), chosen
+        handed = [(place, found[key]) for key, place in beside.items()]
+        return target.onward(begun, layer, found[name], chosen, handed), chosen
 
     def _require_order(self, layer: Layer) -> None:
         """See that units of each element are those of that element.

@@ -18,7 +18,7 @@ from tdhook.selectors.names import name_of, queries
 from tdhook.tape.cutting import Graph
 from tdhook.tape.dependence import Dependence, leaf
 from tdhook.tape.entering import entered
-from tdhook.tape.functions import apart, copy_of
+from tdhook.tape.functions import apart
 from tdhook.tape.internals import function_modes, push_mode, set_function_modes
 from tdhook.tape.modes import Watching, answered
 from tdhook.targets.through import OfOperations
@@ -105,7 +105,7 @@ class Performed:
             found.append(Output(replace(site, number=number), value, performance))
         if not wanted and place is None:
             return value
-        return copy_of(value) if self.how.overwrites else apart(value)
+        return apart(value, always=self.how.overwrites)
 
     def _on_tape(self, value: Tensor, other: Tensor | None) -> Tensor:
         """The value, or what takes its place; off the tape the graph begins here."""

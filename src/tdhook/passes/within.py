@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -61,6 +61,9 @@ class Against(Protocol):
 
     def rise(self, key: NestedKey, value: Tensor) -> Tensor:
         """How far a value is from what it is on the reference."""
+
+    def beside(self, value: Tensor) -> Sequence[Tensor]:
+        """Where the function behind a value hands over to the layer that made it, if it does."""
 
 
 class AsItIs:

@@ -23,6 +23,7 @@ __all__ = [
     "Identity",
     "TapeFunction",
     "alias",
+    "another",
     "apart",
     "copy_of",
     "copying",
@@ -132,9 +133,15 @@ def copy_of(x: Tensor) -> Tensor:
     return made
 
 
-def apart(x: Tensor) -> Tensor:
-    """The tensor itself, or within :func:`copying` a copy, so that ``x`` stays what it is whatever is overwritten."""
-    return copy_of(x) if _COPIES.get() else x
+def apart(x: Tensor, *, always: bool = False) -> Tensor:
+    """The tensor itself, or within :func:`copying` a copy, so that ``x`` stays what it is whatever is overwritten.
+
+    Behind the copy it is seen what made ``x`` (:meth:`Identity.before`).
+    """
+    if not always and not _COPIES.get():
+        return x
+    made: Tensor = _Copied.apply(x)
+    return made
 
 
 def alias(x: Tensor) -> Tensor:
@@ -225,6 +232,28 @@ class Identity(TapeFunction):
                 return node, passed
             passed.append(node)
             node = node.next_functions[0][0]
+
+
+def another(x: Tensor) -> Tensor:
+    """Another value on the tape, of which :meth:`Identity.before` finds what made ``x``."""
+    made: Tensor = _Another.apply(x)
+    return made
+
+
+class _Another(Identity):
+    """The same values."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return alias(x)
+
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> object:
+        return grad
 
 
 class _Copied(Identity):

@@ -27,6 +27,8 @@ class Seeds:
             is one more leading axis.
         several: how many explanations are asked for at once, ``None`` for a single one.
         whole: what all was asked for, where it starts from a part of that.
+        handed: places beside the values on the graph, with what is handed over there, of the shape of the place: by
+            functions to the layers before them, where the backward pass starts in between.
     """
 
     keys: list[NestedKey]
@@ -34,6 +36,7 @@ class Seeds:
     grads: list[Tensor]
     several: int | None = None
     whole: Seeds | None = None
+    handed: Sequence[tuple[Tensor, Tensor]] = ()
 
 
 class Seeder(ABC):

@@ -210,7 +210,14 @@ class Through(Around):
             amounts = self.layout.pooled(relevance, layer)
         return self.layout.choose(self.units, layer, amounts, outputs, inputs)
 
-    def onward(self, begun: Seeds, layer: Layer, arrived: Tensor, chosen: Chosen) -> Seeds:
+    def onward(
+        self,
+        begun: Seeds,
+        layer: Layer,
+        arrived: Tensor,
+        chosen: Chosen,
+        handed: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> Seeds:
         """Where the backward pass goes on.
 
         Args:
@@ -218,24 +225,33 @@ class Through(Around):
             layer: the layer.
             arrived: at it, ``[*layer]`` or ``[outputs, *layer]``.
             chosen: the units that it goes on from.
+            handed: places beside the layer, and what arrived there, of the same shapes.
         """
         marks = self.layout.spread(chosen.marks, layer)
         outputs, units = begun.several, chosen.several
-        wide = arrived if units is None else arrived.unsqueeze(-layer.value.dim() - 1)
         counted = self.beside == "counted"
-        grad = torch.where(marks, 0.0, -wide) if counted else torch.where(marks, wide, 0.0)
         several = outputs if units is None else units * (1 if outputs is None else outputs)
-        if outputs is not None and units is not None:
-            grad = grad.flatten(0, 1)
+
+        def passing(x: Tensor) -> Tensor:
+            wide = x if units is None else x.unsqueeze(-layer.value.dim() - 1)
+            grad = torch.where(marks, 0.0, -wide) if counted else torch.where(marks, wide, 0.0)
+            return grad.flatten(0, 1) if outputs is not None and units is not None else grad
+
+        grad, ours = passing(arrived), [(place, passing(x)) for place, x in handed]
         keys: list[NestedKey] = [("through", layer.name)]
         whole = begun if begun.whole is None else begun.whole
         if units is not None:
             whole = _repeated(whole, units)
         if not counted:
-            return Seeds(keys, [layer.value], [grad], several, whole)
+            return Seeds(keys, [layer.value], [grad], several, whole, ours)
         wider = begun if units is None else _repeated(begun, units)
         return Seeds(
-            [*begun.keys, *keys], [*begun.tensors, layer.value], [*wider.grads, grad], several, whole
+            [*begun.keys, *keys],
+            [*begun.tensors, layer.value],
+            [*wider.grads, grad],
+            several,
+            whole,
+            [*wider.handed, *ours],
         )
 
     def pinned(
@@ -289,11 +305,12 @@ def begun_at(target: Seeder) -> Seeder:
 
 def _repeated(seeds: Seeds, times: int) -> Seeds:
     """Each of them so many times, one after the other."""
-    grads = [
-        grad.expand(times, *grad.shape) if seeds.several is None else grad.repeat_interleave(times, 0)
-        for grad in seeds.grads
-    ]
-    return Seeds(seeds.keys, seeds.tensors, grads, times * (seeds.several or 1))
+
+    def repeated(grad: Tensor) -> Tensor:
+        return grad.expand(times, *grad.shape) if seeds.several is None else grad.repeat_interleave(times, 0)
+
+    grads, handed = map(repeated, seeds.grads), [(place, repeated(grad)) for place, grad in seeds.handed]
+    return Seeds(seeds.keys, seeds.tensors, list(grads), times * (seeds.several or 1), handed=handed)
 
 
 def _named(place: Place) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable, Sequence
 from itertools import permutations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from tdhook import LRP, Composite, Target, preset
 from tdhook.rules import EpsilonRule, FlatRule, PassRule, RevealCancelRule
 from tdhook.selectors import First, Name, Type
-from tdhook.targets import Computed
+from tdhook.targets import Computed, Through
 
 from .layers import CASES, DTYPE, Case
 
@@ -451,6 +452,43 @@ def test_entries_on_the_way_have_what_is_theirs() -> None:
     for key in ("input", "z", "a"):
         torch.testing.assert_close(td["attr", key].sum(-1), wanted)
     torch.testing.assert_close(td["attr", "z"], td["attr", "a"])
+
+
+@each_preset
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("inplace", [False, True], ids=["apart", "in place"])
+@pytest.mark.parametrize("place", ["0", "1:input", "1"])
+def test_what_passes_one_unit_is_as_if_no_other_went_on(
+    place: str, inplace: bool, flow: str, preset_: str
+) -> None:
+    """On either side of the function behind the layer, which is seen with the layer all the same."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=inplace), nn.Linear(6, 2))
+    x, start, outputs = torch.randn(4, 5), torch.randn(4, 5), Target("output", "all")
+    found = explained(model, x, start, preset_, flow=flow, target=Through(outputs, place), ledger=True)
+    assert found["ledger", "gap"].abs().max() < 1e-12
+    each = found["attr", "input"].unflatten(1, (2, 6))
+    torch.testing.assert_close(
+        each.sum(2), relevance(model, x, start, preset_, flow=flow, target=outputs), rtol=1e-9, atol=1e-12
+    )
+    for unit in range(6):
+        only = copy.deepcopy(model)
+        only[2].weight.data[:, torch.arange(6) != unit] = 0
+        expected = relevance(only, x, start, preset_, flow=flow, target=outputs)
+        torch.testing.assert_close(each[:, :, unit], expected, rtol=1e-9, atol=1e-12)
+    # Of the first output what passes the second unit and the first of "2", then likewise of the second output.
+    chain = Through(Through(outputs, "2", [1, 0]), place, (1, 4), beside="counted")
+    found = relevance(model, x, start, preset_, flow=flow, target=chain)
+    of_both = each[:, :, [1, 4]].sum(2)
+    expected = torch.stack([0 * of_both[:, 0], of_both[:, 0], of_both[:, 1], 0 * of_both[:, 0]], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_to_be_asked_of_what_a_function_is_given_changes_nothing() -> None:
+    model, x, start = MODELS["network"](), torch.randn(4, 5), torch.randn(4, 5)
+    plain = relevance(model, x, start, "deeplift_shapley")
+    for place in ("1", "1:input"):
+        asked = relevance(model, x, start, "deeplift_shapley", input_modules=[place])
+        torch.testing.assert_close(asked, plain, rtol=1e-12, atol=1e-12)
 
 
 # --- In use ------------------------------------------------------------------------------------------

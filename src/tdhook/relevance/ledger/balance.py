@@ -87,7 +87,8 @@ def _one(seeds: Seeds, i: int) -> Seeds:
     if seeds.several is None:
         return seeds
     whole = None if seeds.whole is None else _one(seeds.whole, i)
-    return Seeds(seeds.keys, seeds.tensors, [grad[i] for grad in seeds.grads], whole=whole)
+    handed = [(place, grad[i]) for place, grad in seeds.handed]
+    return Seeds(seeds.keys, seeds.tensors, [grad[i] for grad in seeds.grads], whole=whole, handed=handed)
 
 
 @dataclass
@@ -225,10 +226,12 @@ class _Books:
 
     def _pass(self, weights: Tensor, take: Note) -> None:
         """One backward pass with what is put in for each element multiplied by its weight, ``[count]``."""
-        grads = [self._weighted(grad, weights) for grad in self.seeds.grads]
+        starts = [*self.seeds.tensors, *(place for place, _ in self.seeds.handed)]
+        put_in = [*self.seeds.grads, *(grad for _, grad in self.seeds.handed)]
+        grads = [self._weighted(grad, weights) for grad in put_in]
         with self.ledger.telling(take), as_computed(PLAIN):
             pulled: Sequence[Tensor | None] = torch.autograd.grad(
-                self.seeds.tensors, self.ends, grads, retain_graph=True, allow_unused=True
+                starts, self.ends, grads, retain_graph=True, allow_unused=True
             )
         for x, grad in zip(self.ends, pulled, strict=True):
             if grad is not None:
