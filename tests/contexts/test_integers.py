@@ -12,7 +12,15 @@ from torch import nn
 from torchrl.envs.transforms import ToTensorImage
 
 from tdhook import LRP, Target
-from tdhook.attribution import GradientTimesInput, IntegratedGradients
+from tdhook.attribution import (
+    Averaged,
+    Gradient,
+    GradientTimesInput,
+    IntegratedGradients,
+    Noise,
+    Occlusion,
+    Shapley,
+)
 
 FRAMES = torch.arange(4 * 3 * 6 * 6).mul(37).remainder(256).reshape(4, 3, 6, 6).to(torch.uint8)
 
@@ -208,3 +216,41 @@ def test_numbers_that_cannot_be_followed(scaled):
         pytest.raises(ValueError, match="or give the numbers that are made of them"),
     ):
         LRP("epsilon", target=Target("q", 0)).wrap(actor(scaled))(frames())
+
+
+class Looking(nn.Module):
+    """Looks something up by words, and may see numbers too."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.last = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+    def forward(self, words, x=0.0):
+        return self.last(self.words(words) + x)
+
+
+@pytest.mark.filterwarnings("ignore:input 'words' is torch.int64, which has no gradient")
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside numbers"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        Gradient(),
+        LRP("epsilon"),
+        LRP("deeplift", baseline=0.0),
+        IntegratedGradients(),
+        Occlusion(window=1),
+        Shapley(),
+        Averaged(Gradient(), Noise(0.1, 2)),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_indices_that_are_all_that_is_named_are_told(method, beside):
+    keys = ["words", "x"] if beside else ["words"]
+    model = TensorDictModule(Looking(), keys, ["logits"])
+    td = TensorDict({"words": torch.randint(9, (3,)), "x": torch.randn(3, 4)}, [3])
+    asked = method.asked(target=Target("logits", 0), attribute=["words"])
+    with pytest.raises(ValueError, match=r"none of the inputs \('words'\) is floating-point.* input_modules"):
+        asked.wrap(model)(td)
+    if not isinstance(asked, Averaged):  # which has nothing to change there
+        found = asked.asked(input_modules=["module.words"]).wrap(model)(td)["attr"]
+        assert set(found.keys()) == {"module.words"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -12,6 +12,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.keys import parts_of
 from tdhook.models.entries import dense_copy, is_ragged, leaves_of
 from tdhook.models.model import Model
 from tdhook.models.reads import keys_that_nobody_tells
@@ -22,7 +23,7 @@ from tdhook.tape.dependence import leaf as leaf_of
 from tdhook.tape.origins import mark_nonnegative
 from tdhook.tape.sparse import SPARSE
 
-__all__ = ["Choose", "Leaves"]
+__all__ = ["Choose", "Leaves", "is_below"]
 
 Choose: TypeAlias = "Callable[[TensorDictBase, TensorDictBase], TensorDictBase]"
 """``(inputs, td) -> inputs``: those that are attributed, or others in their place."""
@@ -37,6 +38,7 @@ class Leaves:
         inputs: whether inputs are attributed: ``True`` for those of the model, or a choice among them.
         others: whether something else than inputs is attributed.
         named: keys that are named to be attributed.
+        alone: the inputs that are named, where nothing else is attributed.
     """
 
     def __init__(
@@ -46,9 +48,11 @@ class Leaves:
         inputs: bool | Choose,
         others: bool,
         named: Collection[NestedKey] = (),
+        alone: Collection[NestedKey] | None = None,
     ) -> None:
         self.model, self.in_keys = model, list(in_keys)
         self._inputs, self._others, self._named = inputs, others, frozenset(named)
+        self._alone = alone
         self.integers: set[NestedKey] = set()
 
     def __call__(
@@ -140,9 +144,11 @@ class Leaves:
             self._require({} if unasked and len(inputs) == len(numbers) else inputs)
 
     def _require(self, inputs: Mapping[NestedKey, Tensor]) -> None:
-        if not inputs and not self._others:
+        wanted = [key for key in inputs if self._alone is None or is_below(key, self._alone)]
+        if not wanted and (self._alone is not None or not self._others):
+            named = self.model.attributed if self._alone is None else self._alone
             raise ValueError(
-                f"none of the inputs ({', '.join(map(repr, self.model.attributed))}) is floating-point, so none can "
+                f"none of the inputs ({', '.join(map(repr, named))}) is floating-point, so none can "
                 "have relevance; name the module that embeds them in input_modules, or give the numbers that are made "
                 "of them"
             )
@@ -198,3 +204,8 @@ class Leaves:
             self.integers.add(key)
             why = "sparse" if value.layout in SPARSE else f"{value.dtype}, which has no gradient"
             warnings.warn(f"input {key!r} is {why}: it gets no relevance entry", stacklevel=2)
+
+
+def is_below(key: NestedKey, names: Iterable[NestedKey]) -> bool:
+    """Whether a key is one of some, or a part of one."""
+    return any(parts_of(key)[: len(parts_of(name))] == parts_of(name) for name in names)

@@ -23,7 +23,7 @@ from tdhook.passes.axes import Axes
 from tdhook.passes.backward import PullBack
 from tdhook.passes.heads import Heads
 from tdhook.passes.inside import Inside
-from tdhook.passes.leaves import Choose, Leaves
+from tdhook.passes.leaves import Choose, Leaves, is_below
 from tdhook.tape.fronts import Fronts
 from tdhook.targets.base import Seeder
 from tdhook.targets.through import OfOperations
@@ -122,7 +122,13 @@ class Setup:
         inputs = question.attribute if callable(question.attribute) else changed
         others = bool(question.input_modules) or question.attribute is not None
         named_inputs = question.attribute if isinstance(question.attribute, tuple) else ()
-        self.leaves = Leaves(model, self.in_keys, inputs, others, named_inputs)
+        are_all = not (question.input_modules or question.operations)
+        for key in named_inputs:
+            are_all = are_all and any(
+                is_below(one, [key]) or is_below(key, [one]) for one in model.attributed
+            )
+        alone = named_inputs if named_inputs and are_all else None
+        self.leaves = Leaves(model, self.in_keys, inputs, others, named_inputs, alone)
         self.pull_back = PullBack(question.memory_budget)
         self.heads = Heads(model.runner, question.target.explains)
         self.turn = Turn(modules_of(model.root).values())
