@@ -22,7 +22,7 @@ from tdhook.perturbing.baselines import blurred
 from tdhook.perturbing.draws import Flips, Noise, Shifts
 from tdhook.perturbing.features import patches
 from tdhook.rl import Explain
-from tdhook.targets import Entropy, LogProb
+from tdhook.targets import Entropy, Key, LogProb, Through
 
 COUNT = 7
 TARGET = Target("output", 1)
@@ -165,6 +165,45 @@ def test_what_was_chosen_stays_chosen_under_noise(target) -> None:
     torch.testing.assert_close(found, torch.stack(expected).mean(0), rtol=1e-9, atol=1e-12)
     moved = net(over.changed("input", td["input"], 1, range(COUNT))).argmax(-1)
     assert (moved != index).any()  # elsewhere another is the largest
+
+
+@pytest.mark.parametrize(
+    "method",
+    [LRP("epsilon"), LRP("deeplift_shapley", baseline=0.2), IntegratedGradients(steps=3)],
+    ids=["rules", "rules on differences", "paths"],
+)
+def test_which_units_matter_most_is_said_by_the_method_on_the_input_as_it_is(method) -> None:
+    """And not by its gradient, nor by each draw for itself."""
+    net, td, over = mlp(), batch(6), Noise(0.4, 4)
+    top, key = Through(Target("output", "argmax"), "2", "top:3"), ("units", "2")
+    told = method.explaining(top).wrap(net)(td.clone())
+    named = td.clone()
+    named["index"], named[key] = net(td["input"]).argmax(-1), told[key]
+    given = method.explaining(Through(Target("output", Key("index")), "2", Key(key)))
+    expected = [
+        given.wrap(net)(named.clone().set("input", x))["attr", "input"]
+        for x in over.changed("input", td["input"], 1, range(4))
+    ]
+    found = Averaged(method.explaining(top), over).wrap(net)(td.clone())
+    assert torch.equal(found[key], told[key])
+    torch.testing.assert_close(found["attr", "input"], torch.stack(expected).mean(0), rtol=1e-9, atol=1e-12)
+    by_gradient = GradientTimesInput(top).wrap(net)(td.clone())[key]
+    if method.compares is False:
+        assert (by_gradient != told[key]).any()
+        product = Product(method.explaining(top), GradientTimesInput()).wrap(net)(td.clone())
+        other = GradientTimesInput(given.target).wrap(net)(named)["attr", "input"]
+        torch.testing.assert_close(product["attr", "input"], told["attr", "input"] * other)
+
+
+def test_units_that_matter_most_against_several_references_are_not_mixed() -> None:
+    target = Through(TARGET, "2", "top:2")
+    several = LRP("deeplift", target=target, baseline="sample", samples=3)
+    with pytest.raises(ValueError, match="not the same against each of several references: name the units"):
+        several.wrap(mlp())(batch(5))
+    found = Averaged(LRP("deeplift", target=target, baseline=0.0), References("sample", 3)).wrap(mlp())
+    alone = LRP("deeplift", target=target, baseline=0.0).wrap(mlp())
+    td = batch(5)
+    assert torch.equal(found(td.clone())["units", "2"], alone(td.clone())["units", "2"])
 
 
 @pytest.mark.parametrize("integer", [False, True], ids=["numbers", "bytes"])

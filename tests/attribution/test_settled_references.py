@@ -11,6 +11,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from tdhook import LRP, References, Target
+from tdhook.attribution import Ablation, Conductance, IntegratedGradients, InternalInfluence, Shapley
 from tdhook.rl import Explain
 
 
@@ -43,6 +44,33 @@ def test_the_value_of_an_output_that_no_target_named_is_known_after_a_call():
     assert ("reference", "output") not in explained.out_keys
     explained(batch(2))
     assert ("reference", "output") in explained.out_keys
+
+
+class Quotient(nn.Module):
+    """At zero nothing is divided by nothing."""
+
+    def forward(self, x):
+        return x[..., :2] / x[..., 2:]
+
+
+@pytest.mark.parametrize("flow", ["gradient", "relevance"])
+@pytest.mark.parametrize("preset", ["deeplift", "epsilon_plus"])
+def test_what_is_explained_is_finite_on_the_reference(preset, flow):
+    explained = LRP(preset, target=Target("output", 0), baseline=0.0, flow=flow).wrap(Quotient())
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"on the baseline, .* the value of the target 'output' is NaN or inf"
+        ):
+            explained(batch(4))
+    for bad in (float("nan"), torch.tensor([0.0, torch.inf, 0.0]).double()):
+        with pytest.raises(ValueError, match=r"the baseline of 'input' has (4|12) NaN or infinite values"):
+            LRP(preset, target=Target("output", 0), baseline=bad, flow=flow).wrap(model())(batch(4))
+
+
+@pytest.mark.parametrize("made", [IntegratedGradients, Conductance, InternalInfluence, Shapley, Ablation])
+def test_what_is_explained_is_written_as_it_is_on_the_reference_by_lrp_alone(made):
+    with pytest.raises(ValueError, match=r"by LRP alone.*\('ledger', 'target'\)"):
+        made(Target("output", 0), baseline=References(0.0, values=True))
 
 
 def chosen(seed, number, among, count):

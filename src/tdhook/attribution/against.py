@@ -16,6 +16,8 @@ from tdhook.contexts.compared import SPREAD, write_under
 from tdhook.conventions import relevance_of
 from tdhook.keys import under
 from tdhook.models.families import BatchNorm
+from tdhook.passes.diagnosis import is_explainable, why_not_finite
+from tdhook.passes.finite import are_finite
 from tdhook.passes.forward import Run
 from tdhook.passes.runner import Runner
 from tdhook.perturbing.references import Drawn, References
@@ -29,7 +31,7 @@ from tdhook.relevance.secants.pair import difference
 from tdhook.tape.conditions import is_traced
 from tdhook.tape.internals import is_wrapped
 from tdhook.targets.base import Seeder, Seeds
-from tdhook.targets.through import begun_at
+from tdhook.targets.through import begun_at, tells_units
 
 __all__ = ["REFERENCE", "explain_difference"]
 
@@ -60,10 +62,18 @@ def explain_difference(
     accounts: list[list[Entry]] = []
     per_element = True
     drawn = references.of(run.independent_sources()[0], run.batch_dims(sources), runner.td)
+    if len(drawn) > 1 and tells_units(seeder):
+        raise ValueError(
+            "the units that matter most are not the same against each of several references: name the units, or "
+            "compare with one reference"
+        )
     beside = _Runs(runner, run, ready, plan, references)
     for one in drawn:
         there = beside.on(one)
         seeds = run.seeds(seeder, plan.flow, _Rises(there, plan))
+        if not there.finite and not is_traced():
+            _require_finite_baseline(one, {**run.inputs, **sources})
+        _require_finite(runner, one, there, seeds.whole or seeds)
         if references.values:
             explained = seeds.whole or seeds
             values.add(
@@ -90,6 +100,43 @@ def explain_difference(
     runner.beside.update({under(REFERENCE, key): value for key, value in values.mean.items()})
     write_under(SPREAD, runner, run, found.deviations())
     return found.mean
+
+
+def _require_finite_baseline(one: Drawn, values: Mapping[NestedKey, Tensor]) -> None:
+    """See that values are compared with numbers; what masks may be infinite in both.
+
+    Raises:
+        ValueError: a baseline has others.
+    """
+    for key, other in one.replaced.items():
+        x = values.get(key)
+        if x is not None and not are_finite([other]):
+            odd = int((~other.isfinite() & (other != x)).sum())
+            if odd:
+                raise ValueError(
+                    f"the baseline of {key!r} has {odd} NaN or infinite values among its {x.numel()}"
+                )
+
+
+def _require_finite(runner: Runner, one: Drawn, there: There, seeds: Seeds) -> None:
+    """See that what is explained is finite on the reference: a difference from anything else is none.
+
+    Raises:
+        ValueError: it is not; the message names what makes it so.
+    """
+    for key, z, grad in zip(seeds.keys, seeds.tensors, seeds.grads, strict=True):
+        if key in there.finite:
+            continue
+        other = there.outputs(key)
+        if not is_traced() and are_finite([other]):
+            there.finite.add(key)
+        elif not is_explainable(other.expand_as(z), grad):
+            td = runner.td.copy()
+            for name, value in (*one.replaced.items(), *one.entries.items()):
+                if name in td.keys(True) and value.dtype == td.get(name).dtype:
+                    td.set(name, value)
+            why = why_not_finite(runner.setup.model, runner.setup.in_keys, key, td)
+            raise ValueError(f"on the baseline, with which the values are compared, {why}")
 
 
 class _Runs:

@@ -21,6 +21,7 @@ from tdhook.passes.variants import Variants
 from tdhook.perturbing.draws import Draws, Noise
 from tdhook.perturbing.references import Fill, References, entries_of_references
 from tdhook.targets import TargetLike
+from tdhook.targets.through import tells_units
 
 __all__ = ["Averaged"]
 
@@ -81,7 +82,18 @@ class Averaged(Attribution):
         return True
 
     def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
-        """One forward pass to choose, then what the method does for each draw, as many at once as fit."""
+        """One forward pass to choose, then what the method does for each draw, as many at once as fit.
+
+        Which units matter most is said by the method, on the input as it is, before all else.
+        """
+        if tells_units(runner.setup.question.target):
+            there = runner.on(td)
+            self.method.explain(there, td)
+            named = there.on_told_units(td)
+            found = self.explaining(named.setup.question.target).explain(named, named.td)
+            runner.base = there.base
+            runner.beside.update(named.beside)
+            return found
         means = Means(self.spread or self.of == "variance")
         with runner.forward(td) as run:
             if isinstance(self.over, References):

@@ -13,13 +13,13 @@ from torch import Tensor
 from tdhook.attribution.means import Means
 from tdhook.attribution.paths import ways, weighed
 from tdhook.contexts.attribution import Shared
-from tdhook.contexts.compared import SPREAD, Compared, Complete, write_under
+from tdhook.contexts.compared import SPREAD, Compared, Complete, compared_with, write_under
 from tdhook.keys import under
 from tdhook.passes.forward import Run
 from tdhook.passes.runner import Runner
 from tdhook.passes.variants import REACHED, Variants
 from tdhook.perturbing.quadrature import quadrature
-from tdhook.perturbing.references import Baseline, References, as_references
+from tdhook.perturbing.references import Baseline, References
 from tdhook.targets import TargetLike
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class InternalInfluence(Compared):
         **options: Unpack[Shared],
     ) -> None:
         super().__init__(target, **options)
-        self.references, self.places = as_references(baseline, samples), quadrature(rule, steps)
+        self.references, self.places = compared_with(baseline, samples), quadrature(rule, steps)
 
     @property
     def changes_inputs(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from tensordict.utils import NestedKey
@@ -26,11 +26,13 @@ class There:
         outputs: what may be explained, by key.
         sources: what is attributed, by key.
         inputs: the attributed inputs.
+        finite: keys of ``outputs`` all of whose values were seen to be finite.
     """
 
     outputs: Callable[[NestedKey], Tensor]
     sources: Mapping[NestedKey, Tensor]
     inputs: Mapping[NestedKey, Tensor]
+    finite: set[NestedKey] = field(default_factory=set)
 
 
 @dataclass

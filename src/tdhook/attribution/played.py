@@ -15,7 +15,7 @@ from torch import Tensor
 from tdhook.attribution.games import Game, Learnt, Told, apart, axes_given, look
 from tdhook.attribution.means import Means
 from tdhook.contexts.attribution import Shared
-from tdhook.contexts.compared import SPREAD, Compared, Complete, write_under
+from tdhook.contexts.compared import SPREAD, Compared, Complete, compared_with, write_under
 from tdhook.extras import require
 from tdhook.keys import under
 from tdhook.models.model import Model
@@ -24,7 +24,7 @@ from tdhook.passes.forward import Run
 from tdhook.passes.runner import Runner
 from tdhook.passes.variants import Variants
 from tdhook.perturbing.players import Grouping, Players, as_numbering
-from tdhook.perturbing.references import Baseline, References, as_references
+from tdhook.perturbing.references import Baseline, References
 from tdhook.tape.conditions import is_traced
 from tdhook.targets import TargetLike
 from tdhook.targets.base import Seeder
@@ -81,7 +81,7 @@ class Played(Compared):
         **options: Unpack[Shared],
     ) -> None:
         super().__init__(target, **options)
-        self.references = as_references(baseline, samples)
+        self.references = compared_with(baseline, samples)
         self.features, self.batch_dims, self.progress = as_numbering(features), batch_dims, progress
         if progress and self.compile is not None:
             raise ValueError("a graph tells nobody how far it is: leave out progress, or compile")

@@ -13,6 +13,7 @@ from tdhook.contexts.attribution import Attribution
 from tdhook.models.model import Model
 from tdhook.passes.runner import Runner
 from tdhook.targets import TargetLike
+from tdhook.targets.through import tells_units
 
 __all__ = ["Product"]
 
@@ -56,12 +57,17 @@ class Product(Attribution):
     def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
         """What each method does, and the product of what both have found."""
         found: list[Mapping[NestedKey, Tensor]] = []
-        for method, state in zip(self.methods, runner.state, strict=True):
-            there = runner.on(td, state=state)
-            found.append(method.explain(there, td))
-            runner.base = runner.base or there.base
-        first, second = found
-        return {key: first[key] * second[key] for key in first if key in second}
+        first, second = self.methods
+        there = runner.on(td, state=runner.state[0])
+        found.append(first.explain(there, td))
+        runner.base = there.base
+        if tells_units(runner.setup.question.target):  # those of the first
+            there = there.on_told_units(td)
+            second = second.explaining(there.setup.question.target)
+        there = there.on(there.td, state=runner.state[1])
+        found.append(second.explain(there, there.td))
+        one, other = found
+        return {key: one[key] * other[key] for key in one if key in other}
 
     def start(self, model: Model) -> Any:
         """What each of them works out."""

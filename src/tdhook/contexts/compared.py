@@ -22,7 +22,7 @@ from tdhook.targets import TargetLike
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["ERROR", "SPREAD", "Compared", "Complete", "compared", "write_under"]
+__all__ = ["ERROR", "SPREAD", "Compared", "Complete", "compared", "compared_with", "write_under"]
 
 Self = TypeVar("Self", bound="Compared")
 SelfComplete = TypeVar("SelfComplete", bound="Complete")
@@ -150,6 +150,21 @@ def compared(method: Attribution, references: References | None) -> Attribution:
     return method.against(references)
 
 
+def compared_with(baseline: Baseline | References | None, samples: int) -> References | None:
+    """What a method compares with that asks the model by other values alone.
+
+    Raises:
+        ValueError: what is explained is to be written as it is on the reference, which LRP does.
+    """
+    found = as_references(baseline, samples)
+    if found is not None and found.values:
+        raise ValueError(
+            "References(values=True): what is explained is written as it is on the reference by LRP alone; how far it "
+            "is from there is ('ledger', 'target'), by ledger=True"
+        )
+    return found
+
+
 class Complete(Compared):
     """A method whose relevance adds up to the difference of the target from a reference.
 
@@ -177,7 +192,7 @@ class Complete(Compared):
         **options: Unpack[Shared],
     ) -> None:
         super().__init__(target, **options)
-        self.references = as_references(baseline, samples)
+        self.references = compared_with(baseline, samples)
         self.ledger = ledger
 
     def accounted(self: SelfComplete) -> SelfComplete:

@@ -34,6 +34,7 @@ from tdhook.tape.overwriting import Mutated
 from tdhook.tape.undoing import all_of, undone
 from tdhook.targets.base import Seeder
 from tdhook.targets.pinned import ASKED
+from tdhook.targets.through import named_units
 
 __all__ = ["Runner"]
 
@@ -92,6 +93,13 @@ class Runner:
         other.td = other.given = td
         other.base, other.beside = None, {}
         return other
+
+    def on_told_units(self, td: TensorDictBase) -> Runner:
+        """What explains the same units that an explanation by this one has told to matter most, on the same batch."""
+        given = td.copy()
+        for key, numbers in self.as_it_is().told.items():
+            given.set(key, numbers)
+        return self.on(given, named_units(self.setup.question.target))
 
     def as_it_is(self) -> Run:
         """The run on the batch as it is, which is made if there was none."""

@@ -52,7 +52,7 @@ class References:
         samples: how many are drawn where ``"sample"`` is asked for.
         data: a TensorDict of the rows that ``"mean"`` and ``"sample"`` are taken of; by default those of the batch.
         seed: of what is drawn.
-        values: whether what is explained is written as it is on the reference, on the mean of several of them: under
+        values: whether LRP writes what is explained as it is on the reference, on the mean of several of them: under
             ``("reference", key)``, of the shape of the output ``key``.
         spread: whether the standard deviation of relevance over the references is written, under ``("spread", key)``
             and of the shape of the relevance of ``key``; divided by the root of ``samples`` it is the standard error.

@@ -297,6 +297,23 @@ def outwards(target: Seeder) -> Seeder:
     return target if said is None else inner.around(outwards(said))
 
 
+def tells_units(target: Seeder) -> bool:
+    """Whether the relevance of an explanation says which units are meant."""
+    target = outwards(target)
+    return isinstance(target, Through) and (
+        top_count(target.units) is not None or tells_units(target.inner())
+    )
+
+
+def named_units(target: Seeder) -> Seeder:
+    """The same target of units that an explanation has told, where their numbers are entries under its names."""
+    target = outwards(target)
+    if not isinstance(target, Through):
+        return target
+    units = target.units if top_count(target.units) is None else Key(target.tells[-1])
+    return replace(target, target=named_units(target.inner()), units=units)
+
+
 def begun_at(target: Seeder) -> Seeder:
     """What is explained, whatever it passes."""
     target = outwards(target)
