@@ -263,6 +263,28 @@ def test_what_does_not_fit():
         AttributionTracker(lrp, two)
 
 
+def test_units_of_a_layer_are_tracked():
+    torch.manual_seed(0)
+    model = TensorDictModule(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), ["obs"], ["value"])
+    td = batch_of([1.0, 2.0, 3.0], [0.5, -1.0, 2.0])
+    for target in (Target("value", 0), Target("value", "all")):
+        for asked in ({"use_inputs": False}, {"values": ["obs"]}):
+            lrp = LRP("epsilon", target=target, input_modules=["module.1"], **asked)
+            expected = lrp.wrap(model)(td.clone())["attr", "module.1"].abs().reshape(-1, 4)
+            key = None if "use_inputs" in asked else "module.1"
+            tracker = AttributionTracker(lrp, model, key=key, probe=td)
+            values = tracker.update(td)
+            for i, mean in enumerate(expected.mean(0).tolist()):
+                assert values[f"relevance/{i}"] == pytest.approx(mean)
+            assert tracker.update(td)["drift/first"] == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="the model has no module 'nothing'"):
+        AttributionTracker(LRP("epsilon", target=Target("value", 0)), model, key="nothing")
+    with pytest.raises(
+        ValueError, match=r"'module.1' is tracked and gets no relevance: name it in attribute or"
+    ):
+        AttributionTracker(LRP("epsilon", target=Target("value", 0)), model, key="module.1").update(td)
+
+
 def trained(tmp_path, logger, frames=512, tracker_of=AttributionTracker):
     """PPO on CartPole by torchrl's trainer, for a moment."""
     torch.manual_seed(0)

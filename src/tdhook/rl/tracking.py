@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tdhook.contexts.attribution import Attribution
 from tdhook.evaluation.similarity import drift
+from tdhook.keys import under
 from tdhook.models.entries import leaves_of
 from tdhook.models.holding import modules_of
 from tdhook.models.state import restored
@@ -52,7 +53,7 @@ class AttributionTracker:
         method: how to explain: ``LRP("epsilon_plus", target=...)``.
         module: what to explain: the actor (or critic) that is trained.
         probe: the elements on which drift is measured, with the entries that the policy reads; by default none is.
-        key: the input whose relevance is tracked; by default the only one.
+        key: the input, or module by its path, whose relevance is tracked; by default the only one.
         features: one name for each of the input's features, in their order; by default their numbers, if they are on
             one axis and at most 64 (else they are not listed one by one).
         regions: masks by name: a boolean tensor of the shape of the features, or that expands to it, or a function of
@@ -88,11 +89,17 @@ class AttributionTracker:
         if every < 1:
             raise ValueError(f"every={every}: every how many batches to explain, at least 1")
         require_names(features or (), "features")
-        self._method, self.explained = method, method.wrap(module)
+        self.explained = method.wrap(module)
         inputs = self.explained.attributed
-        if key is None and len(inputs) != 1:
-            raise ValueError(f"the policy reads {', '.join(map(repr, inputs))}: say with key= which to track")
-        self.key: NestedKey = inputs[0] if key is None else unravel_key(key)
+        known = [*inputs] or [*method.input_modules]
+        if key is None and len(known) != 1:
+            there = "the policy reads" if inputs else "there is relevance of"
+            raise ValueError(f"{there} {', '.join(map(repr, known))}: say with key= which to track")
+        self.key: NestedKey = known[0] if key is None else unravel_key(key)
+        if self.key not in inputs and method.values is not True:  # its value says what its features are
+            method = method.asked(values=[*(method.values or ()), self.key])
+            self.explained = method.wrap(module)
+        self._method = method
         self.features = None if features is None else tuple(features)
         self.regions = dict(regions or {})
         self.every, self.logger, self.prefix, self.mask_key = every, logger, prefix, mask_key
@@ -216,8 +223,13 @@ class AttributionTracker:
 
     def _of_batch(self, out: TensorDictBase, batch: TensorDictBase, valid: Tensor | None) -> dict[str, float]:
         counting = slice(None) if valid is None else valid.flatten()
+        if out.get(self._entry, None) is None:
+            raise ValueError(
+                f"{self.key!r} is tracked and gets no relevance: name it in attribute or input_modules"
+            )
         relevance = out[self._entry].double().abs()
-        shape = out.get(self.key).shape[out.batch_dims :]
+        named = self.key if self.key in out.keys(True) else under(self._method.value_key, self.key)
+        shape = out.get(named).shape[out.batch_dims :]
         # Where several outputs are explained, theirs are between the batch's axes and those of the features.
         each = relevance.reshape(out.batch_size.numel(), -1, *shape).mean(1)
         mean = each[counting].mean(0).flatten()
