@@ -134,13 +134,12 @@ class Averaged(Attribution):
         def ask(
             td: TensorDictBase, entries: Mapping[NestedKey, Tensor]
         ) -> tuple[Tensor, Mapping[NestedKey, Tensor]]:
-            given, replaced = td.copy(), {}
+            given = td.copy()
             for key, x in entries.items():
                 value = given.get(key, None)
-                if isinstance(value, Tensor) and value.is_floating_point():
+                if isinstance(value, Tensor) and value.is_floating_point():  # integers stay what they are
                     given.set(key, x)
-                elif key in inputs:  # integers stay what they are, as entries
-                    replaced[key] = x
+            replaced = {key: x for key, x in entries.items() if key in inputs}
             there = runner.on(given, variants.target, replaced=replaced)
             found = method.explain(there, given)
             base = there.as_it_is()

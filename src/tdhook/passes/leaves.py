@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -12,7 +12,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.keys import parts_of
+from tdhook.keys import is_below
 from tdhook.models.entries import dense_copy, is_ragged, leaves_of
 from tdhook.models.model import Model
 from tdhook.models.reads import keys_that_nobody_tells
@@ -23,7 +23,7 @@ from tdhook.tape.dependence import leaf as leaf_of
 from tdhook.tape.origins import mark_nonnegative
 from tdhook.tape.sparse import SPARSE
 
-__all__ = ["Choose", "Leaves", "is_below"]
+__all__ = ["Choose", "Leaves"]
 
 Choose: TypeAlias = "Callable[[TensorDictBase, TensorDictBase], TensorDictBase]"
 """``(inputs, td) -> inputs``: those that are attributed, or others in their place."""
@@ -144,7 +144,9 @@ class Leaves:
             self._require({} if unasked and len(inputs) == len(numbers) else inputs)
 
     def _require(self, inputs: Mapping[NestedKey, Tensor]) -> None:
-        wanted = [key for key in inputs if self._alone is None or is_below(key, self._alone)]
+        wanted = [
+            key for key in inputs if self._alone is None or any(is_below(key, one) for one in self._alone)
+        ]
         if not wanted and (self._alone is not None or not self._others):
             named = self.model.attributed if self._alone is None else self._alone
             raise ValueError(
@@ -204,8 +206,3 @@ class Leaves:
             self.integers.add(key)
             why = "sparse" if value.layout in SPARSE else f"{value.dtype}, which has no gradient"
             warnings.warn(f"input {key!r} is {why}: it gets no relevance entry", stacklevel=2)
-
-
-def is_below(key: NestedKey, names: Iterable[NestedKey]) -> bool:
-    """Whether a key is one of some, or a part of one."""
-    return any(parts_of(key)[: len(parts_of(name))] == parts_of(name) for name in names)

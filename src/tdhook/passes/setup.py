@@ -13,6 +13,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
+from tdhook.keys import is_below
 from tdhook.models.capture import Captured, module_path
 from tdhook.models.holding import modules_of
 from tdhook.models.model import Apart, Model
@@ -23,7 +24,7 @@ from tdhook.passes.axes import Axes
 from tdhook.passes.backward import PullBack
 from tdhook.passes.heads import Heads
 from tdhook.passes.inside import Inside
-from tdhook.passes.leaves import Choose, Leaves, is_below
+from tdhook.passes.leaves import Choose, Leaves
 from tdhook.tape.fronts import Fronts
 from tdhook.targets.base import Seeder
 from tdhook.targets.through import OfOperations
@@ -124,9 +125,7 @@ class Setup:
         named_inputs = question.attribute if isinstance(question.attribute, tuple) else ()
         are_all = not (question.input_modules or question.operations)
         for key in named_inputs:
-            are_all = are_all and any(
-                is_below(one, [key]) or is_below(key, [one]) for one in model.attributed
-            )
+            are_all = are_all and any(is_below(one, key) or is_below(key, one) for one in model.attributed)
         alone = named_inputs if named_inputs and are_all else None
         self.leaves = Leaves(model, self.in_keys, inputs, others, named_inputs, alone)
         self.pull_back = PullBack(question.memory_budget)
