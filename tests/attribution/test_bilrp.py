@@ -337,7 +337,7 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "averaged": (
         lambda: Averaged(BiLRP(LRP("epsilon"), "phi"), Noise(0.1, 2)),
         ValueError,
-        "writes more than relevance",
+        "besides relevance",
     ),
 }
 
