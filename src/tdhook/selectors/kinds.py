@@ -23,26 +23,28 @@ def _names(text: str) -> frozenset[str]:
 
 MOVES = _names(
     """
-    H T adjoint alias as_strided atleast_1d atleast_2d atleast_3d bfloat16 block_diag broadcast_tensors
-    broadcast_to cat channel_shuffle chunk clone column_stack complex contiguous copy cpu cuda dequantize detach diag
-    diag_embed diagonal diagonal_scatter double dsplit dstack embedding expand expand_as fft_fftshift
-    fft_ifftshift fill flatten flip fliplr flipud float gather getitem half hsplit
+    H T adjoint alias as_strided as_tensor asarray atleast_1d atleast_2d atleast_3d bfloat16 block_diag
+    broadcast_tensors broadcast_to cartesian_prod cat cdouble cfloat channel_shuffle chunk clone
+    column_stack combinations complex contiguous copy cpu cuda dequantize detach diag diag_embed diagflat
+    diagonal diagonal_scatter double dsplit dstack embedding expand expand_as fft_fftshift
+    fft_ifftshift fill fill_diagonal flatten flip fliplr flipud float gather getitem half hsplit
     hstack im2col imag index index_copy index_fill index_put index_select mH mT
     masked_fill masked_scatter masked_select max_unpool1d max_unpool2d max_unpool3d meshgrid
     movedim nan_to_num narrow native_channel_shuffle one_hot pack_padded_sequence pad pad_packed_sequence
-    pad_sequence permute pixel_shuffle pixel_unshuffle positive ravel real repeat repeat_interleave requires_grad
-    reshape reshape_as resolve_conj resolve_neg roll rot90 row_stack scatter select select_scatter setitem slice
-    slice_scatter split split_with_sizes squeeze stack swapaxes t take take_along_dim tensor_split tile to transpose
-    tril triu type type_as unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze upsample_nearest
-    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_nearest_exact1d upsample_nearest_exact2d
-    upsample_nearest_exact3d view view_as view_as_complex view_as_real vsplit vstack where zero
+    pad_sequence permute pixel_shuffle pixel_unshuffle positive put ravel real repeat repeat_interleave
+    requires_grad reshape reshape_as resolve_conj resolve_neg roll rot90 row_stack scatter select select_scatter
+    setitem slice slice_scatter split split_with_sizes squeeze stack swapaxes t take take_along_dim tensor_split
+    tile to transpose tril triu type type_as unbind unflatten unfold unsafe_chunk unsafe_split
+    unsafe_split_with_sizes unsqueeze upsample_nearest upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    upsample_nearest_exact1d upsample_nearest_exact2d upsample_nearest_exact3d view view_as view_as_complex
+    view_as_real vsplit vstack where zero
     """
 )
 INDEXED = _names(
     """
     embedding gather getitem index index_copy index_fill index_put index_select masked_fill masked_scatter
-    masked_select max_unpool1d max_unpool2d max_unpool3d repeat_interleave scatter select_scatter setitem
-    slice_scatter take take_along_dim where
+    masked_select max_unpool1d max_unpool2d max_unpool3d put repeat_interleave scatter select_scatter
+    setitem slice_scatter take take_along_dim where
     """
 )
 WINNER = _names(

@@ -156,6 +156,10 @@ def product_cases() -> list[Case]:
             lambda x, a, b: torch.addbmm(x, a[None], b[None]),
             lambda x, a, b: x + (a[None] @ b[None]).sum(0),
         ),
+        "unread": (
+            lambda x, a, b: torch.baddbmm(torch.full_like(x[None], torch.nan), a[None], b[None], beta=0),
+            lambda x, a, b: a[None] @ b[None],
+        ),
         "addmv": (lambda x, a, b: torch.addmv(x[0], a, b[:, 0]), lambda x, a, b: x[0] + a @ b[:, 0]),
         "addr": (
             lambda x, a, b: torch.addr(x, a[:, 0], b[0]),

@@ -276,7 +276,11 @@ def selection_cases() -> list[Case]:
         ),
         *(
             Case(name, "", {name: f}, "grid", tolerance=2e-2)
-            for name, f in {"half": lambda h: h.half(), "bfloat16": lambda h: h.bfloat16()}.items()
+            for name, f in {
+                "half": lambda h: h.half(),
+                "bfloat16": lambda h: h.bfloat16(),
+                "cfloat": lambda h: h.cfloat().real,
+            }.items()
         ),
         *(
             Case(name, "", {name: f}, "grid", tolerance=1e-5)

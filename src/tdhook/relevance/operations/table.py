@@ -198,7 +198,7 @@ _DEPENDS: Mapping[str, _Dependence] = {
     **dict.fromkeys(
         (name for name in AFFINE if name.endswith("dropout") or name.startswith("dropout")), _dropout
     ),
-    **dict.fromkeys(("index_put", "scatter"), _accumulates),
+    **dict.fromkeys(("index_put", "put", "scatter"), _accumulates),
     **dict.fromkeys(("index_reduce", "scatter_reduce"), _reduces(4)),
     "segment_reduce": _reduces(1),
     **dict.fromkeys(("batch_norm", "instance_norm"), _batch_norm),

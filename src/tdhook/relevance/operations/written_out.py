@@ -65,6 +65,8 @@ def _sum_and_product(product: Function) -> Function:
         term = product(*factors, *(named[key] for key in sorted(named)))
         scale = alpha if alpha != 1 else value
         term = term if scale == 1 else term * scale
+        if beta == 0:  # it is not read, and may be memory that holds no numbers
+            return term
         total: Tensor = (input if beta == 1 else input * beta) + term
         return total
 
