@@ -31,6 +31,7 @@ __all__ = [
     "natively",
     "out_of_place",
     "overwrites",
+    "version_in",
     "was_overwritten",
 ]
 
@@ -156,7 +157,7 @@ class Constants:
         """Have them among the leaves of the call, which has been made, maybe with a new state of its own."""
         for i, x in self._values.items():
             leaves[i] = x
-        self._versions = list(map(_version, self._values.values()))
+        self._versions = list(map(version_in, self._values.values()))
 
     def require(self, name: str) -> None:
         """Raise, as torch does, where one was overwritten since; then the model is run again, and copies are kept.
@@ -165,14 +166,14 @@ class Constants:
             name: what was called.
         """
         for x, version in zip(self._values.values(), self._versions, strict=True):
-            if _version(x) != version:
+            if version_in(x) != version:
                 raise RuntimeError(
                     f"a constant that {name} computed with has been modified by an inplace operation before its "
                     "relevance was computed: give it a copy"
                 )
 
 
-def _version(x: Tensor) -> int:
+def version_in(x: Tensor) -> int:
     """How often a tensor was overwritten, if that is counted."""
     counted = not (transformed() or torch.compiler.is_compiling() or x.is_inference())
     return version_of(x) if counted else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,7 @@ from tdhook.relevance.operations.asking import Asking
 from tdhook.relevance.operations.in_place import overwritten, writing
 from tdhook.relevance.operations.kernels import first_output, of_a_kernel, positional
 from tdhook.relevance.operations.known import Known, learned, on_a_copy
+from tdhook.relevance.operations.overwriters import Overwriters
 from tdhook.relevance.operations.parties import (
     COMPILED,
     DIFFERENTIATES,
@@ -37,7 +39,7 @@ from tdhook.relevance.operations.table import ARITHMETIC
 from tdhook.relevance.operations.watched import Pass
 from tdhook.relevance.operations.written_out import in_parts
 from tdhook.relevance.propagation.again import Again
-from tdhook.relevance.propagation.binding import Binding
+from tdhook.relevance.propagation.binding import Binding, Bound
 from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
 from tdhook.relevance.propagation.entering import is_linear, no_operation
 from tdhook.relevance.propagation.rule import Rule
@@ -102,6 +104,7 @@ class Interception(Watching):
         self.flow = flow
         self.guard = Guard()
         self.outdated = Outdated(self.guard)
+        self._overwriters = Overwriters(self.guard)
         self.observer: Observer | None = None
         self.asking, self._defaults, self._unmatched = asking, defaults, unmatched
         self._known: dict[object, Known] = {}
@@ -228,7 +231,7 @@ class Interception(Watching):
                 push_mode(self)
             if not live:
                 result = call.execute()
-            elif self.observer is None and not binding.enters:
+            elif binding.closed and self.observer is None and not binding.enters:
                 self._paused += 1
                 try:
                     result = binding.bound.run(call)
@@ -245,16 +248,20 @@ class Interception(Watching):
         """Run a module in sight of the observer, or in parts if that is how it is ruled."""
         if binding.enters and not self._paused:
             return self._enter(binding, call)
-        bound = binding.bound
         self._paused += 1
         try:
-            if self.observer is None:
-                return bound.run(call)
-            if self._paused == 1:
-                return self.observer.call(self.paths.current, None, bound, call)
-            return bound.run(self.observer.inside(call))
+            if binding.closed:
+                return self._observed(binding.bound, call)
+            return self._overwriters.run(call.module, call, partial(self._observed, binding.bound))
         finally:
             self._paused -= 1
+
+    def _observed(self, bound: Bound, call: Call) -> Any:
+        if self.observer is None:
+            return bound.run(call)
+        if self._paused == 1:
+            return self.observer.call(self.paths.current, None, bound, call)
+        return bound.run(self.observer.inside(call))
 
     def _enter(self, binding: Binding, call: Call) -> Any:
         """Run a layer that makes its weights itself, with its rule on the linear operation that they reach."""
@@ -463,14 +470,15 @@ class Interception(Watching):
         call = Call(operation, func, args, kwargs, self.setting)
         try:
             if self._reading.opens(rule):
-                run = self._at_once(rule, call)
-                if run is not None:
-                    return run(call)
+                at_once = self._at_once(rule, call)
+                if at_once is not None:
+                    return at_once(call)
                 with self:
                     return bound.run(call)
+            run = bound.run
             if self.observer is not None:
-                return self.observer.call(self.paths.current, selector, bound, call)
-            return bound.run(call)
+                run = partial(self.observer.call, self.paths.current, selector, bound)
+            return self._overwriters.run(func.function, call, run) if isinstance(func, Applied) else run(call)
         except RuntimeError as error:
             odd = at_fault(error, (args, kwargs))
             if odd is None:

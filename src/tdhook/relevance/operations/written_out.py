@@ -62,7 +62,7 @@ def _sum_and_product(product: Function) -> Function:
         **named: Tensor,
     ) -> Tensor:
         # By name they are mat1 and mat2, batch1 and batch2, mat and vec, ...
-        term = product(*factors, *(named[key] for key in sorted(named)))
+        term: Tensor = product(*factors, *(named[key] for key in sorted(named)))
         scale = alpha if alpha != 1 else value
         term = term if scale == 1 else term * scale
         if beta == 0:  # it is not read, and may be memory that holds no numbers

@@ -1,0 +1,92 @@
+"""Modules and autograd functions that run as one and overwrite their argument, beside the same ones that do not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tdhook.rules import EpsilonRule, PassRule
+from tdhook.selectors import Type
+
+from .checks import TINY, around, assert_balanced, assert_same, every_flow, explained, plainly
+
+
+class Centred(torch.autograd.Function):
+    """``relu(x - 0.5)``, which leaves ``x - 0.5`` in its argument and says nothing of it."""
+
+    @staticmethod
+    def forward(ctx, x, overwrites):
+        centred = x.sub_(0.5) if overwrites else x - 0.5
+        ctx.save_for_backward(centred > 0)
+        return centred.relu()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (above,) = ctx.saved_tensors
+        return grad * above, None
+
+
+class Unit(nn.Module):
+    """``2 x``, in place or not; or beside the tape."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "in place":
+            return x.mul_(2)
+        if self.how == "beside":
+            with torch.no_grad():
+                x.add_(1)
+            return x * 2
+        return (x + 1) * 2 if self.how == "added" else x * 2
+
+
+@every_flow
+@pytest.mark.parametrize("baseline", [None, 0.3])
+def test_an_autograd_function(flow: str, baseline: float | None) -> None:
+    against = {} if baseline is None else {"baseline": baseline}
+    found = []
+    for overwrites in (False, True):
+        model, x = around(lambda h, overwrites=overwrites: Centred.apply(h, overwrites) * 2)
+        td, module = explained(model, x, flow, **against)
+        assert_balanced(td, module)
+        assert torch.equal(td["output"], plainly(model, x))
+        found += [td["attr", "input"], explained(model, x, flow, ledger=False, **against)[0]["attr", "input"]]
+    assert found[0].abs().max() > 0.01
+    for other in found[1:]:
+        assert_same(found[0], other)
+
+
+@every_flow
+@pytest.mark.parametrize("rule", [EpsilonRule(1e-12), PassRule()], ids=repr)
+@pytest.mark.parametrize("hows", [("plain", "in place"), ("added", "beside")])
+def test_a_module_as_one_unit(flow: str, rule, hows: tuple[str, str]) -> None:
+    found = []
+    for how in hows:
+        model, x = around(Unit(how))
+        td, module = explained(model, x, flow, [(Type(Unit), rule), *TINY])
+        assert_balanced(td, module)
+        assert torch.equal(td["output"], plainly(model, x))
+        found.append(td["attr", "input"])
+    assert_same(*found)
+
+
+@every_flow
+def test_who_reads_the_argument_afterwards_reads_what_was_written(flow: str) -> None:
+    found = []
+    for how in ("plain", "in place"):
+        unit = Unit(how)
+
+        def read_twice(h: Tensor, unit=unit, how=how) -> Tensor:
+            made = unit(h)
+            return made + (h if how == "in place" else made).sin()
+
+        model, x = around(read_twice)
+        td, module = explained(model, x, flow, [(Type(Unit), EpsilonRule(1e-12)), *TINY])
+        assert_balanced(td, module)
+        assert torch.equal(td["output"], plainly(model, x))
+        found.append(td["attr", "input"])
+    assert_same(*found)
