@@ -33,6 +33,27 @@ def test_modules_are_named_by_where_they_are() -> None:
     }
 
 
+class Kept(tuple):
+    """Values that are no container to whoever asks, as representations of e3nn are."""
+
+    def __len__(self):
+        raise NotImplementedError
+
+    __iter__ = __contains__ = __len__
+
+
+def test_a_container_holds_what_it_holds_whatever_its_class_says() -> None:
+    layer = nn.Linear(4, 2)
+    model = Holds(kept=Kept((1, layer)))
+    assert modules_of(model) == {"": model, "kept.1": layer}
+
+    class Net(nn.Linear):
+        kept = Kept((1, 2))
+
+    with LRP("epsilon", target=Target("output", 0)).prepare(Net(4, 2)) as explained:
+        assert explained(TensorDict({"input": torch.ones(3, 4)}, [3]))["attr", "input"].any()
+
+
 def test_functions_are_looked_into() -> None:
     inner = nn.Linear(1, 1)
     identity = nn.Identity()

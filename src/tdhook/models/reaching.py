@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dis import get_instructions
 from functools import cache, partial
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any
 from weakref import ReferenceType
 
 from torch import Tensor, nn
@@ -63,10 +64,7 @@ class Reached:
     @staticmethod
     def _below(value: object) -> Iterable[tuple[str, object]]:
         if isinstance(value, _CONTAINERS):
-            if len(value) > _MOST:
-                return ()
-            entries = value.items() if isinstance(value, dict) else enumerate(value)
-            return [(str(key), below) for key, below in list(entries)]
+            return _in_container(value)
         if isinstance(value, ReferenceType):
             return [("referent", value())]
         if isinstance(value, partial):
@@ -85,6 +83,15 @@ class Reached:
         if isinstance(value, type | ModuleType) or not (isinstance(value, _BOXES) or _is_own(type(value))):
             return ()
         return [*_in_object(value), *_in_class(type(value))]
+
+
+def _in_container(value: Any) -> list[tuple[str, object]]:
+    """What the built-in container holds, whatever a class that derives from it makes of its methods."""
+    kind: Any = next(kind for kind in _CONTAINERS if isinstance(value, kind))
+    if kind.__len__(value) > _MOST:
+        return []
+    entries = kind.items(value) if kind is dict else enumerate(kind.__iter__(value))
+    return [(str(key), below) for key, below in list(entries)]
 
 
 def _is_own(value: type | FunctionType | ModuleType) -> bool:

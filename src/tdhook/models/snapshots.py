@@ -227,7 +227,9 @@ def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
         return _sequence(value), list(value)
     if isinstance(value, set):
         return _set(value), list(value)
-    if isinstance(value, tuple | frozenset):
+    if isinstance(value, tuple):
+        return None, [*tuple.__iter__(value)]
+    if isinstance(value, frozenset):
         return None, value
     generator = of_generator(value)
     if generator is not None:

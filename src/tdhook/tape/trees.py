@@ -189,7 +189,8 @@ def _contents(value: object) -> tuple[Sequence[object], list[object], Callable[[
     if isinstance(value, list):
         return range(len(value)), list(value), lambda new: _list(value, new)
     if isinstance(value, tuple):
-        return range(len(value)), list(value), lambda new: tuple.__new__(type(value), new)
+        held = [*tuple.__iter__(value)]
+        return range(len(held)), held, lambda new: tuple.__new__(type(value), new)
     names = list(_attributes(value))
     return names, [getattr(value, name) for name in names], lambda new: _object(value, names, new)
 
