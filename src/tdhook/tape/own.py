@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from tdhook.tape.layouts import lay_out
+from tdhook.tape.undoing import set_to
 
-__all__ = ["OwnTape"]
+__all__ = ["OwnTape", "derives"]
+
+
+derives: ContextVar[bool] = ContextVar("derives", default=False)
+"""Whether plain derivatives are being taken: what runs now is run again by a backward pass that does so itself."""
 
 
 class OwnTape:
@@ -50,13 +56,14 @@ class OwnTape:
         found: list[Tensor | None] = [None] * len(self._begins)
         if begins and live:
             lay_out(self.nodes)
-            pulled: Sequence[Tensor | None] = torch.autograd.grad(
-                [end for end, _ in live],
-                list(begins.values()),
-                [grad for _, grad in live],
-                retain_graph=True,
-                allow_unused=True,
-            )
+            with set_to(derives, True):
+                pulled: Sequence[Tensor | None] = torch.autograd.grad(
+                    [end for end, _ in live],
+                    list(begins.values()),
+                    [grad for _, grad in live],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
             for i, grad in zip(begins, pulled, strict=True):
                 found[i] = torch.zeros_like(self.inputs[i]) if grad is None and zeros else grad
         return tuple(found)

@@ -349,3 +349,53 @@ def test_whole_numbers_beside_values(flow):
 
     wanted = relevance_of(lambda h: h.topk(2, -1)[0], flow)
     assert_same(relevance_of(lambda h: Picks.apply(h)[0], flow), wanted, 1e-9)
+
+
+class RunsAgain(torch.autograd.Function):
+    """A layer that is run again in the backward pass, as reversible layers and adjoint methods do."""
+
+    @staticmethod
+    def forward(ctx, layer, x, *parameters):
+        ctx.layer = layer
+        ctx.save_for_backward(x, *parameters)
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, *parameters = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = ctx.layer(x)
+        return None, *torch.autograd.grad(y, (x, *parameters), grad)
+
+
+class InItsBackwardPass(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return RunsAgain.apply(self.layer, x, *self.layer.parameters())
+
+
+@every_flow
+@pytest.mark.parametrize("composite", [TINY, "epsilon_plus"], ids=["epsilon", "preset"])
+def test_layers_that_run_again_in_a_backward_pass_have_no_rules_there(composite, flow: str) -> None:
+    """Nor are the parameters, with respect to which it differentiates, taken off the tape."""
+    model, x = around(InItsBackwardPass().double())
+    td, module = explained(model, x, flow, composite)
+    assert_balanced(td, module)
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)
+    assert_same(td["attr", "input"], leaf * grad, 1e-4)
+
+
+def test_a_function_that_differentiates_what_it_closes_over_is_named() -> None:
+    def closing(h: Tensor) -> Tensor:
+        scale = h.tanh()
+        return RunsAgain.apply(lambda x: x * scale, h, scale)
+
+    model, x = around(closing)
+    message = "`RunsAgain` differentiates in its backward pass.*closes over others; give the module"
+    with pytest.raises(RuntimeError, match=message):
+        explained(model, x, "gradient")

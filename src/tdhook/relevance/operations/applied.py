@@ -8,6 +8,7 @@ from typing import Any
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.tape.functions import TapeFunction
 from tdhook.tape.internals import function_inside, schema_of
+from tdhook.tape.trees import tree_leaves, tree_map_tensors
 
 __all__ = ["Applied", "is_foreign", "is_ours", "overwrites_arguments"]
 
@@ -28,6 +29,24 @@ class Applied:
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """Apply it."""
         return self._apply(*args, **kwargs)
+
+    def with_constants(self, on_tape: object, off: object) -> Applied:
+        """The same application, given constants on their tape wherever a call has them off it.
+
+        Its backward pass may differentiate with respect to them, as adjoint methods do with respect to parameters.
+
+        Args:
+            on_tape: the arguments as the model gave them.
+            off: the same with constants off the tape, as the rule sees them.
+        """
+        pairs = zip(tree_leaves(off), tree_leaves(on_tape), strict=True)
+        swapped = {id(x): (x, given) for x, given in pairs if x is not given}
+
+        def apply(*args: object, **kwargs: object) -> Any:
+            args, kwargs = tree_map_tensors(lambda x: swapped.get(id(x), (x, x))[1], (args, kwargs))
+            return self._apply(*args, **kwargs)
+
+        return Applied(self.function, apply)
 
 
 def overwrites_arguments(function: object) -> bool:

@@ -327,6 +327,8 @@ class Interception(Watching):
         given, given_by_name = args, kwargs
         if foreign:
             args, kwargs = dependence.constants_off((args, kwargs), own=live and not self._paused)
+            if live and isinstance(func, Applied):
+                func = func.with_constants((given, given_by_name), (args, kwargs))
         if in_place:
             # What is overwritten stays the tensor that the model holds.
             target = overwritten(given, given_by_name)

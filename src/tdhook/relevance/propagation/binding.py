@@ -19,6 +19,7 @@ from tdhook.models.parallel import is_of_torch
 from tdhook.models.turns import elsewhere
 from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
 from tdhook.tape.internals import children_of
+from tdhook.tape.own import derives
 
 __all__ = ["Around", "Bindable", "Binding", "Bound"]
 
@@ -199,13 +200,13 @@ class Binding:
             return self._call_on_tensordict(cast(TensorDictModuleBase, self.module), *args, **kwargs)
         original, around = self.original, self.around
         assert original is not None
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or derives.get():
             return original(*args, **kwargs)
         call = Call(self.module, original, args, kwargs, self.setting)
         return self.bound.run(call) if around is None else around.unit(self, call)
 
     def _call(self, original: Callable[..., object], args: tuple[object, ...]) -> Any:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or derives.get():
             return original(*args)
         call = Call(self.module, original, args, {}, self.setting)
         return self.bound.run(call) if self.around is None else self.around.unit(self, call)

@@ -45,6 +45,11 @@ Directly: TypeAlias = "Callable[..., Tensor | None]"
 It may say ``None``, and leave it to a step.
 """
 
+_CLOSES_OVER = (
+    "`{}` differentiates in its backward pass, and what it differentiates does not depend on the tensors that it was "
+    "given here: it closes over others; give the module that calls it a rule, EpsilonRule say, so that it runs as one "
+    "unit"
+)
 _PLAIN = (Tensor, nn.Parameter)
 _WITH_ROOM = frozenset((torch.float32, torch.float64, torch.bfloat16))
 
@@ -407,4 +412,9 @@ class Ruled(TapeFunction):
     def backward(ctx: _OfModule, *out_relevance: Tensor) -> object:
         """Turn the relevance of the outputs into that of the inputs."""
         executed = ctx.executed
-        return None, *executed.rule.propagate(executed.step(ctx.saved_tensors), out_relevance)
+        try:
+            return None, *executed.rule.propagate(executed.step(ctx.saved_tensors), out_relevance)
+        except RuntimeError as error:
+            if "differentiated Tensor" not in str(error):
+                raise
+            raise RuntimeError(_CLOSES_OVER.format(type(executed.module).__name__)) from error
