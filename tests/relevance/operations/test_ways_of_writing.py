@@ -46,6 +46,7 @@ WAYS: dict[str, dict[str, Function]] = {
     },
     "softmax over channels": {
         "function": lambda h: F.softmax(_maps(h), 1),
+        "by numpy's name": lambda h: torch.softmax(_maps(h), axis=1),
         "without an axis": lambda h: F.softmax(_maps(h), _stacklevel=0),
         "module": lambda h: nn.Softmax(1)(_maps(h)),
         "module without an axis": lambda h: nn.Softmax()(_maps(h)),
@@ -56,7 +57,16 @@ WAYS: dict[str, dict[str, Function]] = {
     },
     "log-softmax over channels": {
         "function": lambda h: F.log_softmax(_maps(h), 1),
+        "by numpy's name": lambda h: _maps(h).log_softmax(axis=1),
         "without an axis": lambda h: F.log_softmax(_maps(h), _stacklevel=0),
+    },
+    "logarithm of a sum": {
+        "method": lambda h: _maps(h).logsumexp(1, keepdim=True),
+        "by numpy's names": lambda h: torch.logsumexp(_maps(h), axis=1, keepdims=True),
+    },
+    "variance": {
+        "method": lambda h: h.var(-1, keepdim=True),
+        "by numpy's names": lambda h: torch.var(h, axis=-1, keepdims=True),
     },
     "length": {
         "vector_norm": lambda h: h / torch.linalg.vector_norm(h, dim=-1, keepdim=True),
@@ -73,6 +83,7 @@ WAYS: dict[str, dict[str, Function]] = {
     },
     "norm": {
         "root of squares": lambda h: h.square().sum(-1, keepdim=True).sqrt(),
+        "by numpy's names": lambda h: torch.linalg.vector_norm(h, axis=-1, keepdims=True),
         "method": lambda h: h.norm(dim=-1, keepdim=True),
         "function": lambda h: torch.norm(h, 2, -1, True),
         "Frobenius": lambda h: torch.norm(h, dim=(-1,), keepdim=True),

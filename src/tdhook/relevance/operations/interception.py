@@ -71,6 +71,8 @@ __all__ = ["Interception"]
 
 
 _NATIVE = IgnoreRule()
+# What functions of torch take by the names of numpy as well.
+_NAMES = {"axis": "dim", "keepdims": "keepdim"}
 
 
 class Interception(Watching):
@@ -305,8 +307,11 @@ class Interception(Watching):
         if known.parts is not None:
             with self:
                 return known.parts(*args, **kwargs)
-        if kwargs and known.schema is not None:
-            args, kwargs = positional(known.schema, args, kwargs)
+        if kwargs:
+            if known.schema is not None:
+                args, kwargs = positional(known.schema, args, kwargs)
+            elif known.renames and ("axis" in kwargs or "keepdims" in kwargs):
+                kwargs = {_NAMES.get(name, name): value for name, value in kwargs.items()}
         if self.outdated.any:
             self.outdated.check((*args, *kwargs.values()) if kwargs else args)
         in_place = known.in_place or (bool(kwargs) and writes_in_place(func, kwargs))

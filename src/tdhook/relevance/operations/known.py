@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ from tdhook.tape.internals import schema_of
 __all__ = ["Known", "learned", "on_a_copy"]
 
 _DERIVATIVES = (torch.autograd.grad, Tensor.backward)
+_BUILT_IN = (BuiltinFunctionType, MethodDescriptorType)
+# Their argument is called so.
+_HAVE_AXES = frozenset(("fake_quantize_per_channel_affine", "quantize_per_channel", "segment_reduce"))
 
 
 @dataclass
@@ -52,6 +56,7 @@ class Known:
         begins_tape: whether it puts a tensor on the tape, and ``differentiates``: whether it runs a backward pass.
         hooks: whether it has a tensor call a hook with its gradient.
         normalises: whether it is what batch norms compute with.
+        renames: whether it takes ``dim`` and ``keepdim`` by the names of numpy as well.
         own: the rule that it has whatever its name.
         selector: what a composite says of it, and ``rule``: with which rule.
         bounds: rules on the operation, by id.
@@ -68,6 +73,7 @@ class Known:
     differentiates: bool = False
     hooks: bool = False
     normalises: bool = False
+    renames: bool = False
     own: Rule | None = None
     selector: object = None
     rule: Rule | None = None
@@ -98,6 +104,7 @@ def learned(func: Any) -> Known:
     known.begins_tape, known.differentiates = begins_tape(func), func in _DERIVATIVES
     known.refused = own is not None and overwrites_arguments(func)
     known.hooks, known.normalises = hooks(func), func is torch.batch_norm
+    known.renames = isinstance(func, _BUILT_IN) and name not in _HAVE_AXES
     known.aside = known.begins_tape or known.hooks or queries(func) or initialises(func)
     return known
 
