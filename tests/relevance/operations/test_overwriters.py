@@ -27,6 +27,19 @@ class Centred(torch.autograd.Function):
         return grad * above, None
 
 
+class Sneaks(torch.autograd.Function):
+    """Writes a value to a place of its argument, as solvers of torchdiffeq do, so that torch does not count it."""
+
+    @staticmethod
+    def forward(ctx, x, value):
+        x.data[:, 0] = value
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad[:, 0]
+
+
 class Unit(nn.Module):
     """``2 x``, in place or not; or beside the tape."""
 
@@ -90,3 +103,11 @@ def test_who_reads_the_argument_afterwards_reads_what_was_written(flow: str) -> 
         assert torch.equal(td["output"], plainly(model, x))
         found.append(td["attr", "input"])
     assert_same(*found)
+
+
+@every_flow
+def test_what_is_overwritten_without_being_counted_is_refused_against_a_baseline(flow: str) -> None:
+    model, x = around(lambda h: Sneaks.apply(torch.zeros_like(h), h[:, 1] * 2))
+    assert_balanced(*explained(model, x, flow))
+    with pytest.raises(NotImplementedError, match=r"`Sneaks` overwrites an argument.*give the module"):
+        explained(model, x, flow, baseline=0.3)

@@ -412,6 +412,16 @@ class Interception(Watching):
         with torch.no_grad():
             return run(*args, **kwargs)
 
+    def _applied(self, func: Applied, call: Call, run: Run) -> Any:
+        """Apply an autograd function under its rule."""
+        run = partial(self._overwriters.run, func.function, run=run)
+        if self.setting.reference is None:
+            return run(call)
+        result, unseen = self._overwriters.wrote_unseen(call, run)
+        if unseen:
+            raise NotImplementedError(OVERWRITES.format(func.__name__, self.paths.current or "(model)"))
+        return result
+
     def _learn(self, func: Any) -> Known:
         known = learned(func)
         name = known.operation.name
@@ -485,7 +495,7 @@ class Interception(Watching):
             run = bound.run
             if self.observer is not None:
                 run = partial(self.observer.call, self.paths.current, selector, bound)
-            return self._overwriters.run(func.function, call, run) if isinstance(func, Applied) else run(call)
+            return self._applied(func, call, run) if isinstance(func, Applied) else run(call)
         except RuntimeError as error:
             odd = at_fault(error, (args, kwargs))
             if odd is None:

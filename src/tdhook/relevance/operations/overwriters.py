@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tdhook.relevance.propagation.call import Call, Run
-from tdhook.tape.functions import copy_of
+from tdhook.tape.functions import copy_of, may_look_at
 from tdhook.tape.overwriting import Guard, Mutated, version_in
 from tdhook.tape.trees import tree_leaves, tree_map_tensors
 
@@ -53,6 +54,20 @@ class Overwriters:
             raise Mutated
 
         return run(_calling(_Watched(call.function, seen), call))
+
+    @staticmethod
+    def wrote_unseen(call: Call, run: Run) -> tuple[Any, bool]:
+        """Make a call, and see whether it has overwritten an argument in such a way that torch does not count it."""
+        given = [
+            (x, x.detach().clone(), version_in(x))
+            for x in _tensors(call.args, call.kwargs)
+            if x.layout is torch.strided and may_look_at(x)
+        ]
+        result = run(call)
+        unseen = any(
+            version_in(x) == version and _differs(x.detach(), before) for x, before, version in given
+        )
+        return result, unseen
 
     def _on_copies(self, call: Call, run: Run) -> Any:
         function = _OnCopies(call.function)
@@ -112,6 +127,11 @@ class _OnCopies:
         if not self.copies:
             self.copies, self.versions, self.returned = copies, versions, result
         return result
+
+
+def _differs(x: Tensor, before: Tensor) -> bool:
+    """Whether values are others, where memory that nobody has written to may hold no numbers."""
+    return bool(((x != before) & ((x == x) | (before == before))).any())
 
 
 def _calling(function: Callable[..., Any], call: Call) -> Call:
