@@ -207,7 +207,8 @@ def _explained(
         input_modules=[f"module.model.{path}" for path in subject.sources],
     )
     read = None if subject.sources else [k for k, v in values.items() if v.is_floating_point()]
-    with made.prepare(module, in_keys=read) as run:
+    # What torch.compile made inside a model runs as the Python that it was written in, as the library asks for.
+    with torch.compiler.set_stance("force_eager"), made.prepare(module, in_keys=read) as run:
         done = run(td)
     relevance = [value for _, value in sorted(done["attr"].items(True, True), key=lambda item: str(item[0]))]
     flat = [
