@@ -73,7 +73,10 @@ class Graph:
             # Not isinstance: some objects pass for what they stand for, which may be gone.
             if not issubclass(type(value), Tensor):
                 continue
-            node = value.grad_fn  # type: ignore[attr-defined]
+            try:
+                node = value.grad_fn  # type: ignore[attr-defined]
+            except RuntimeError:  # a view of what was overwritten, of which torch tells nothing any more
+                continue
             if node is not None and _reaches(node, leaves, reached):
                 _detach(value)  # type: ignore[arg-type]
                 count += 1

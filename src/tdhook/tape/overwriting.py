@@ -26,6 +26,7 @@ from tdhook.tape.undoing import undone
 __all__ = [
     "Constants",
     "Guard",
+    "Memory",
     "Mutated",
     "Outdated",
     "natively",
@@ -87,14 +88,45 @@ class Guard:
         return kept
 
 
-class Outdated:
-    """Tensors that a layer with ``inplace=True`` would have overwritten, had it not been run out of place.
+class Memory:
+    """Where tensors lie that were told of, as long as that memory is in use."""
 
-    Mostly nobody reads them again, nor what shares their memory, and nothing is to be copied. Where it is read, or
-    kept, the model is run again, guarded, and such layers overwrite what they are given.
+    def __init__(self) -> None:
+        self._places: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_places": {}}
+
+    def __bool__(self) -> bool:
+        return bool(self._places)
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._places.clear()
+
+    def add(self, tensor: Tensor) -> None:
+        """Remember a tensor."""
+        places, place = self._places, storage_of(tensor)
+        while is_wrapped(tensor):
+            tensor = inside(tensor)
+        places[place] = weakref.ref(tensor.untyped_storage(), lambda _: places.pop(place, None))
+
+    def holds(self, tensor: object) -> bool:
+        """Whether a tensor lies where one of them does."""
+        return isinstance(tensor, Tensor) and is_plain(tensor) and storage_of(tensor) in self._places
+
+
+class Outdated:
+    """Tensors that are no longer, or not yet, what the tape says of them.
+
+    A layer with ``inplace=True`` would have overwritten one, had it not been run out of place. Mostly nobody reads it
+    again, nor what shares its memory, and nothing is to be copied. Where it is read, or kept, the model is run again,
+    guarded, and such layers overwrite what they are given.
+
+    Or the model itself has overwritten one off the tape. Nothing can be said of what it computes with that.
 
     Args:
-        guard: guards the run in which they overwrite.
+        guard: guards the run in which layers overwrite.
 
     Attributes:
         layers: ids of the layers.
@@ -106,35 +138,47 @@ class Outdated:
         self._guard = guard
         self.layers: set[int] = set()
         self.heeded = self.any = False
-        self._memory: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._memory, self._hidden = Memory(), Memory()
+        self._told = ""
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "layers": set(), "_memory": {}}
+        return {**self.__dict__, "layers": set()}
 
     def clear(self) -> None:
         """Begin a forward pass."""
         self.any = False
         self._memory.clear()
+        self._hidden.clear()
 
     def add(self, tensor: Tensor) -> None:
         """Remember a tensor that should have been overwritten."""
         self.any = True
-        memory, held = self._memory, storage_of(tensor)
-        while is_wrapped(tensor):
-            tensor = inside(tensor)
-        memory[held] = weakref.ref(tensor.untyped_storage(), lambda _: memory.pop(held, None))
+        self._memory.add(tensor)
 
-    def check(self, values: Iterable[object]) -> None:
-        """Have the model run again if one of the values is outdated."""
-        if not self._memory:
-            return
+    def hide(self, tensor: Tensor, told: str) -> None:
+        """Remember a tensor that was overwritten off the tape, and what to tell whoever reads it."""
+        self.any, self._told = True, told
+        self._hidden.add(tensor)
+
+    def check(self, values: Iterable[object], *, kept: bool = False) -> None:
+        """Have the model run again if one of the values should have been overwritten.
+
+        Args:
+            values: what is read.
+            kept: whether it is merely kept.
+
+        Raises:
+            NotImplementedError: a value that is read was overwritten off the tape.
+        """
         for value in values:
             if isinstance(value, Tensor):
-                if is_plain(value) and storage_of(value) in self._memory:
+                if self._memory and self._memory.holds(value):
                     self.heeded = self._guard.active = True
                     raise Mutated
+                if self._hidden and not kept and value.requires_grad and self._hidden.holds(value):
+                    raise NotImplementedError(self._told)
             elif isinstance(value, list | tuple):
-                self.check(value)
+                self.check(value, kept=kept)
 
 
 class Constants:

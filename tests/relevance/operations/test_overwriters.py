@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torch import Tensor, nn
 
+from tdhook import LRP, Target
 from tdhook.rules import EpsilonRule, PassRule
 from tdhook.selectors import Type
 
@@ -111,3 +113,61 @@ def test_what_is_overwritten_without_being_counted_is_refused_against_a_baseline
     assert_balanced(*explained(model, x, flow))
     with pytest.raises(NotImplementedError, match=r"`Sneaks` overwrites an argument.*give the module"):
         explained(model, x, flow, baseline=0.3)
+
+
+class Hides(nn.Module):
+    """Overwrites its argument where no derivative sees it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "without gradients":
+            with torch.no_grad():
+                x.sub_(x.max())
+        elif self.how == "detached":
+            x.detach()[:, 0] = 0.0
+        else:
+            x.data.clamp_(min=0.0)
+        return x * x
+
+
+@every_flow
+@pytest.mark.parametrize("how", ["without gradients", "detached", "as data"])
+def test_what_a_model_overwrites_off_the_tape_is_refused(how: str, flow: str) -> None:
+    """Derivatives are those of values that are no longer there; torch does not notice."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), Hides(how), nn.Linear(4, 2)).double()
+    td = TensorDict({"input": torch.randn(3, 4).double()}, [3])
+    with pytest.raises(
+        NotImplementedError, match="overwrites off the tape what depends on the inputs, in module `1`"
+    ):
+        LRP("epsilon", target=Target("output", 0), flow=flow).wrap(net)(td)
+
+
+@every_flow
+def test_state_and_copies_may_be_overwritten_off_the_tape(flow: str) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(x.mean(0))
+                x.detach().clone().zero_()
+            least = x.detach().amin(1, keepdim=True)
+            least -= 1.0
+            return x * 2
+
+    torch.manual_seed(0)
+    first, last = nn.Linear(4, 4), nn.Linear(4, 2)
+    td = TensorDict({"input": torch.randn(3, 4).double()}, [3])
+    found, plain = (
+        LRP("epsilon", target=Target("output", 0), flow=flow).wrap(nn.Sequential(first, unit, last).double())(
+            td.clone()
+        )
+        for unit in (Counts(), Unit("out of place"))
+    )
+    torch.testing.assert_close(found["attr", "input"], plain["attr", "input"])

@@ -25,6 +25,7 @@ from tdhook.relevance.operations.overwriters import Overwriters
 from tdhook.relevance.operations.parties import (
     COMPILED,
     DIFFERENTIATES,
+    HIDDEN,
     NO_DERIVATIVE,
     OVERWRITES,
     TRANSFORMS,
@@ -63,7 +64,7 @@ from tdhook.tape.internals import (
     transformed,
 )
 from tdhook.tape.modes import ONLY_TENSORS, Watching, answered, beneath
-from tdhook.tape.overwriting import Guard, Outdated
+from tdhook.tape.overwriting import Guard, Memory, Outdated
 from tdhook.tape.sharded import moves_between_processes
 from tdhook.tape.sparse import Live, at_fault
 
@@ -106,6 +107,7 @@ class Interception(Watching):
         self.flow = flow
         self.guard = Guard()
         self.outdated = Outdated(self.guard)
+        self.detached = Memory()
         self._overwriters = Overwriters(self.guard)
         self.observer: Observer | None = None
         self.asking, self._defaults, self._unmatched = asking, defaults, unmatched
@@ -191,7 +193,7 @@ class Interception(Watching):
     def look_for_kept(self) -> None:
         """See whether a module keeps what should have been overwritten."""
         for module in self.paths.modules.values():
-            self.outdated.check(list(vars(module).values()))
+            self.outdated.check(list(vars(module).values()), kept=True)
 
     def again(self) -> AbstractContextManager[None] | None:
         """Watch a part of the forward pass that is run once more, in which nothing must have been overwritten."""
@@ -317,9 +319,11 @@ class Interception(Watching):
         in_place = known.in_place or (bool(kwargs) and writes_in_place(func, kwargs))
         if in_place and self.guard.active:
             self.guard.before(overwritten(args, kwargs))
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
         dependence = self.dependence
+        if not torch.is_grad_enabled():
+            if in_place and not self._paused and dependence.has(overwritten(args, kwargs)):
+                self._hide(known, overwritten(args, kwargs))
+            return func(*args, **kwargs)
         try:
             live, foreign = dependence.look(args)
             if kwargs:
@@ -329,6 +333,8 @@ class Interception(Watching):
             raise Live(error.x, known.operation.name, self.paths.current) from None
         if not self._paused and dependence.is_hidden(args, kwargs):
             raise NotImplementedError(TRANSFORMS.format(self.paths.current or "(model)"))
+        if known.detaches and live and (known.uncounted or not self._paused):
+            self.detached.add(args[0])
         given, given_by_name = args, kwargs
         if foreign:
             args, kwargs = dependence.constants_off((args, kwargs), own=live and not self._paused)
@@ -366,6 +372,12 @@ class Interception(Watching):
 
     def _in_place(self, known: Known, func: Any, args: Any, kwargs: Any, target: Any, live: bool) -> object:
         """Run a function that overwrites ``target``, which is among its arguments unless it was a constant there."""
+        if (
+            self.detached
+            and not (relabels(func) or self.dependence.has(target))
+            and self.detached.holds(target)
+        ):
+            self._hide(known, target)
         if self._paused or not live or relabels(func):
             if live and not self.guard.active:
                 self.guard.before(target)
@@ -381,6 +393,9 @@ class Interception(Watching):
             return self._run(known, selector, rule, func, writing(args, kwargs, target), kwargs)
         form = on_a_copy(func) if native else known.operation.function
         return self._overwrite(known, selector, rule, form, args, kwargs, target)
+
+    def _hide(self, known: Known, target: Tensor) -> None:
+        self.outdated.hide(target, HIDDEN.format(known.operation.name, self.paths.current or "(model)"))
 
     def applied(self, function: type, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Apply an autograd function, which no mode sees, as the operation of its name."""

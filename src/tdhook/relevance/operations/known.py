@@ -35,6 +35,7 @@ from tdhook.tape.internals import schema_of
 
 __all__ = ["Known", "learned", "on_a_copy"]
 
+_DETACH = ("detach", "data")
 _DERIVATIVES = (torch.autograd.grad, Tensor.backward)
 _BUILT_IN = (BuiltinFunctionType, MethodDescriptorType)
 # Their argument is called so.
@@ -57,6 +58,8 @@ class Known:
         hooks: whether it has a tensor call a hook with its gradient.
         normalises: whether it is what batch norms compute with.
         renames: whether it takes ``dim`` and ``keepdim`` by the names of numpy as well.
+        detaches: whether it hands out its argument off the tape, and ``uncounted``: so that torch does not count what
+            overwrites it there.
         own: the rule that it has whatever its name.
         selector: what a composite says of it, and ``rule``: with which rule.
         bounds: rules on the operation, by id.
@@ -74,6 +77,8 @@ class Known:
     hooks: bool = False
     normalises: bool = False
     renames: bool = False
+    detaches: bool = False
+    uncounted: bool = False
     own: Rule | None = None
     selector: object = None
     rule: Rule | None = None
@@ -105,6 +110,7 @@ def learned(func: Any) -> Known:
     known.refused = own is not None and overwrites_arguments(func)
     known.hooks, known.normalises = hooks(func), func is torch.batch_norm
     known.renames = isinstance(func, _BUILT_IN) and name not in _HAVE_AXES
+    known.detaches, known.uncounted = name in _DETACH, name == "data"
     known.aside = known.begins_tape or known.hooks or queries(func) or initialises(func)
     return known
 

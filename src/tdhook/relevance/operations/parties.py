@@ -17,6 +17,7 @@ from tdhook.selectors import Selector
 __all__ = [
     "COMPILED",
     "DIFFERENTIATES",
+    "HIDDEN",
     "NO_DERIVATIVE",
     "OVERWRITES",
     "TRANSFORMS",
@@ -35,6 +36,11 @@ COMPILED = (
     "the module `{}` ({}) was compiled by torch.jit, and no rule sees what is computed inside; explain the module that "
     "it was compiled from (torch.jit.script, torch.jit.trace), or give it a rule, so that it runs as one unit: "
     "(Type(torch.jit.ScriptModule), EpsilonRule())"
+)
+HIDDEN = (
+    "`{}` overwrites off the tape what depends on the inputs, in module `{}`, and that is read afterwards: "
+    "torch.no_grad(), detach() and .data hide it from derivatives, so that no rule can follow; write the result to a new "
+    "tensor"
 )
 DIFFERENTIATES = (
     "the model differentiates in its forward pass, in module `{}`, where rules stand in for derivatives; give that "

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from tdhook.relevance.operations.stand_ins import Watch, standing_in
-from tdhook.tape.overwriting import Outdated
+from tdhook.tape.overwriting import Memory, Outdated
 
 __all__ = ["Pass"]
 
@@ -15,6 +15,7 @@ class Watcher(Watch, Protocol):
     """A mode that watches passes."""
 
     outdated: Outdated
+    detached: Memory
 
     def __enter__(self) -> object:
         """Begin to see torch functions."""
@@ -41,6 +42,8 @@ class Pass(AbstractContextManager[None]):
     def __enter__(self) -> None:
         if self._watcher.outdated.any:
             self._watcher.outdated.clear()
+        if self._watcher.detached:
+            self._watcher.detached.clear()
         self._standing_in.__enter__()
         self._watcher.__enter__()
 
