@@ -329,7 +329,10 @@ class _Rises:
         """How far a value is from what it is on the reference."""
         return difference(value.detach(), self.there.outputs(key))
 
-    def beside(self, value: Tensor) -> Sequence[Tensor]:
-        """Where the function behind a value hands over to the layer that made it, if it does."""
+    def beside(self, value: Tensor) -> tuple[Sequence[Tensor], int]:
+        """Where the function behind a value hands over to the layer that made it, if it does.
+
+        And which axis there is the first one of the value.
+        """
         assert self.plan.reference is not None
         return self.plan.reference.handles.beside(value)

@@ -15,7 +15,7 @@ from tdhook.models.entries import is_batch
 from tdhook.models.turns import here
 from tdhook.tape.cutting import Graph
 from tdhook.tape.dependence import leaf
-from tdhook.tape.functions import another, apart
+from tdhook.tape.functions import another, apart, turned
 from tdhook.tape.undoing import Hook, hooked
 
 __all__ = ["INPUT", "Captured", "call_name", "calls_of", "module_path"]
@@ -142,8 +142,8 @@ class Captured:
         if axis == 0:
             self.modules[name] = kept = self._on_tape(value, (name,))
             return self._apart(kept)
-        self.modules[name] = kept = self._on_tape(value.movedim(axis, 0), (name,))
-        return self._apart(kept).movedim(0, axis)
+        self.modules[name] = kept = self._on_tape(turned(value, axis, 0), (name,))
+        return self._apart(turned(kept, 0, axis))
 
     def _apart(self, value: Tensor) -> Tensor:
         """What the model goes on with, so that a value that was taken down stays what it is."""

@@ -132,7 +132,7 @@ class Run:
             )
         begun = self.seeds(target.inner(), flow, against)
         name: NestedKey = ("through", layer.name)
-        places = () if against is None else against.beside(layer.value)
+        places, axis = ((), 0) if against is None else against.beside(layer.value)
         beside = {("through", layer.name, f"{i}"): place for i, place in enumerate(places)}
         found = self.pull(begun, {name: layer.value, **beside}, passing=layer.name)
         if target.by_element:
@@ -141,7 +141,11 @@ class Run:
         chosen = target.choose(layer, found[name], self.offered(), self.td, flow, rise)
         if chosen.numbers is not None:
             self.told.update(dict.fromkeys(target.tells[-1:], chosen.numbers))
-        handed = [(place, found[key]) for key, place in beside.items()]
+        # As the layer lies, on the way to where they do.
+        handed = [
+            (place.movedim(axis, 0), found[key].movedim(axis - place.dim(), -place.dim()))
+            for key, place in beside.items()
+        ]
         return target.onward(begun, layer, found[name], chosen, handed), chosen
 
     def _require_order(self, layer: Layer) -> None:

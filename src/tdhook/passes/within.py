@@ -62,8 +62,11 @@ class Against(Protocol):
     def rise(self, key: NestedKey, value: Tensor) -> Tensor:
         """How far a value is from what it is on the reference."""
 
-    def beside(self, value: Tensor) -> Sequence[Tensor]:
-        """Where the function behind a value hands over to the layer that made it, if it does."""
+    def beside(self, value: Tensor) -> tuple[Sequence[Tensor], int]:
+        """Where the function behind a value hands over to the layer that made it, if it does.
+
+        And which axis there is the first one of the value.
+        """
 
 
 class AsItIs:

@@ -33,6 +33,8 @@ __all__ = [
     "nodes_behind",
     "on_tape",
     "parts",
+    "turn_of",
+    "turned",
     "unwrapped",
     "whole",
 ]
@@ -240,6 +242,18 @@ def another(x: Tensor) -> Tensor:
     return made
 
 
+def turned(x: Tensor, axis: int, to: int) -> Tensor:
+    """Another value on the tape, with an axis elsewhere, of which :meth:`Identity.before` finds what made ``x``."""
+    made: Tensor = _Turned.apply(x, axis, to)
+    return made
+
+
+def turn_of(passed: Iterable[Any]) -> tuple[int, int]:
+    """Which axis lies elsewhere behind identities, and where, if what was turned was turned back but for once."""
+    turns: list[tuple[int, int]] = [node.turn for node in passed if getattr(node, "turn", None) is not None]
+    return turns[0] if len(turns) % 2 else (0, 0)
+
+
 class _Another(Identity):
     """The same values."""
 
@@ -254,6 +268,24 @@ class _Another(Identity):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> object:
         return grad
+
+
+class _Turned(Identity):
+    """The same values, of which one axis lies elsewhere."""
+
+    @staticmethod
+    def forward(x: Tensor, axis: int, to: int) -> Tensor:
+        moved = x.movedim(axis, to)
+        return copy_of(moved) if _COPIES.get() else moved
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+        ctx.turn = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> object:
+        axis, to = ctx.turn
+        return grad.movedim(to, axis), None, None
 
 
 class _Copied(Identity):

@@ -491,6 +491,35 @@ def test_to_be_asked_of_what_a_function_is_given_changes_nothing() -> None:
         torch.testing.assert_close(asked, plain, rtol=1e-12, atol=1e-12)
 
 
+class _OfSteps(nn.Module):
+    """Runs on ``[steps, batch, features]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.function, self.last = nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.last(self.function(self.first(x.transpose(0, 1)))).mean(0)
+        return found
+
+
+@pytest.mark.parametrize("steps", [3, 6], ids=["", "as many as elements"])
+def test_of_models_that_have_the_batch_elsewhere_too(steps: int) -> None:
+    model, x, start = _OfSteps(), torch.randn(6, steps, 4), torch.randn(6, steps, 4)
+    outputs = Target("output", "all")
+    plain = relevance(model, x, start, "deeplift_shapley", target=outputs)
+    for place in ("first", "function:input", "function"):
+        asked = relevance(model, x, start, "deeplift_shapley", target=outputs, input_modules=[place])
+        torch.testing.assert_close(asked, plain, rtol=1e-9, atol=1e-12)
+        through = Through(outputs, place, axis=-1)
+        each = relevance(model, x, start, "deeplift_shapley", target=through).unflatten(1, (2, 5))
+        torch.testing.assert_close(each.sum(2), plain, rtol=1e-9, atol=1e-12)
+        only = copy.deepcopy(model)
+        only.last.weight.data[:, torch.arange(5) != 3] = 0
+        expected = relevance(only, x, start, "deeplift_shapley", target=outputs)
+        torch.testing.assert_close(each[:, :, 3], expected, rtol=1e-9, atol=1e-12)
+
+
 # --- In use ------------------------------------------------------------------------------------------
 
 

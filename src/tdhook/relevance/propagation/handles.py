@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from tdhook.tape.functions import Identity, unwrapped
+from tdhook.tape.functions import Identity, turn_of, unwrapped
 
 __all__ = ["Behind", "Elementwise", "Handle", "Handles"]
 
@@ -47,11 +47,17 @@ class Handles:
         found = self._by_node.get(_made(x))
         return None if found is None or found.behind.name is not None else found
 
-    def beside(self, z: Tensor) -> tuple[Tensor, ...]:
-        """Where the function behind a value hands over, and sends back; nowhere if none was told to its layer."""
-        found = self._by_node.get(_made(z)) if self._by_node else None
-        told = found is not None and found.behind.name is not None and found.at.shape == z.shape
-        return (found.at, found.by) if found is not None and told else ()
+    def beside(self, z: Tensor) -> tuple[tuple[Tensor, ...], int]:
+        """Where the function behind a value hands over, and sends back; nowhere if none was told to its layer.
+
+        Returns:
+            The places, and which of their axes is the first one of ``z``.
+        """
+        node, passed = Identity.before(unwrapped(z).grad_fn)
+        found, (axis, to) = self._by_node.get(node), turn_of(passed)
+        if found is None or found.behind.name is None or found.at.movedim(axis, to).shape != z.shape:
+            return (), 0
+        return (found.at, found.by), axis
 
 
 def _made(x: Tensor) -> object:
