@@ -67,6 +67,51 @@ def test_what_is_explained_is_finite_on_the_reference(preset, flow):
             LRP(preset, target=Target("output", 0), baseline=bad, flow=flow).wrap(model())(batch(4))
 
 
+class Infinite(nn.Module):
+    """What is computed of ``log(0)`` is a number all the same, and may be masked out."""
+
+    def __init__(self, of, masked=False):
+        super().__init__()
+        self.of, self.masked, self.last = of, masked, nn.Linear(3, 2).double()
+
+    def forward(self, x):
+        made = self.of(x.log())
+        return self.last(torch.where(torch.tensor([False, True, True]), made, x) if self.masked else made)
+
+
+AT_ZERO = torch.tensor([0.0, 0.5, 0.25], dtype=torch.float64)
+OF_INFINITY = {
+    "tanh": lambda x: torch.tanh(x * 0.5),
+    "exp": lambda x: torch.exp(x * 0.5),
+    "softmax": lambda x: x.softmax(-1),
+    "nan_to_num": lambda x: (x * 0.5).nan_to_num(0.0, neginf=-9.0),
+}
+
+
+@pytest.mark.parametrize("flow", ["gradient", "relevance"])
+@pytest.mark.parametrize("outputs", [0, "all"])
+@pytest.mark.parametrize("of", OF_INFINITY)
+def test_what_is_infinite_on_the_way_on_the_reference_is_told(of, outputs, flow):
+    target, td = Target("output", outputs), TensorDict({"input": torch.rand(4, 3).double() + 0.2}, [4])
+    explained = LRP("deeplift", target=target, baseline=AT_ZERO, flow=flow).wrap(Infinite(OF_INFINITY[of]))
+    for _ in range(2):  # the second time what was kept of the reference
+        with pytest.raises(
+            ValueError, match=r"on the baseline of 'input', \w+ meets NaN or infinite .* baseline"
+        ):
+            explained(td.clone())
+
+
+@pytest.mark.parametrize("flow", ["gradient", "relevance"])
+@pytest.mark.parametrize("outputs", [0, "all"])
+@pytest.mark.parametrize("of", ["tanh", "exp", "nan_to_num"])
+def test_what_is_infinite_on_the_reference_and_masked_out_has_no_part(of, outputs, flow):
+    target, td = Target("output", outputs), TensorDict({"input": torch.rand(4, 3).double() + 0.2}, [4])
+    net = Infinite(OF_INFINITY[of], masked=True)
+    found = LRP("deeplift", target=target, baseline=AT_ZERO, flow=flow).wrap(net)(td.clone())
+    rise = (net(td["input"]) - net(AT_ZERO))[:, 0 if outputs == 0 else slice(None)]
+    torch.testing.assert_close(found["attr", "input"].sum(-1), rise.detach())
+
+
 @pytest.mark.parametrize("made", [IntegratedGradients, Conductance, InternalInfluence, Shapley, Ablation])
 def test_what_is_explained_is_written_as_it_is_on_the_reference_by_lrp_alone(made):
     with pytest.raises(ValueError, match=r"by LRP alone.*\('ledger', 'target'\)"):

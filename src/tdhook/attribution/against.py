@@ -27,6 +27,7 @@ from tdhook.relevance.plans.beside import Beside
 from tdhook.relevance.plans.plan import Plan
 from tdhook.relevance.plans.rehearsal import Ready
 from tdhook.relevance.propagation.reference import Parted
+from tdhook.relevance.propagation.unfollowed import mark_infinite
 from tdhook.relevance.secants.pair import difference
 from tdhook.tape.conditions import is_traced
 from tdhook.tape.internals import is_wrapped
@@ -236,7 +237,7 @@ class _Runs:
         replaced = one.laid_out_as(self.run.independent_sources()[0])
         if alone:
             given, replaced = given[:1], {key: value[:1] for key, value in replaced.items()}
-        reference.one = alone
+        reference.one, reference.keys = alone, tuple(one.replaced)
         if not is_traced():
             reference.decided = 0  # a graph takes what was found out before
         while True:
@@ -251,6 +252,8 @@ class _Runs:
                 _tell(error, reference.told)
                 continue
             if not reference.overwritten:
+                if not is_traced():
+                    mark_infinite(reference)
                 return run
 
     @staticmethod

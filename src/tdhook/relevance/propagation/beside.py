@@ -19,6 +19,7 @@ from tdhook.relevance.propagation.merges import Place as Merging
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reference import Place, Reference
 from tdhook.relevance.propagation.stabilisers import Stabilizer, quotient, rounding, stabilize
+from tdhook.relevance.propagation.unfollowed import require_followed
 from tdhook.relevance.secants.pair import difference
 from tdhook.tape.functions import Identity, alias, on_tape, parts, whole
 from tdhook.tape.masks import unmasked
@@ -179,6 +180,8 @@ class _Per(OfDifference):
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> object:
         (x, d), r = OfDifference.difference(ctx), parts(relevance)
+        if ctx.where.infinite:
+            require_followed(ctx.setting.reference, ctx.where, ~d.isfinite() & (r != 0))
         grad = quotient(r, stabilize(d, stabilizer_at(ctx)))
         if ctx.setting.report is not None:
             ctx.setting.report("stabiliser", unmasked(r - finite_product(d, grad), d))

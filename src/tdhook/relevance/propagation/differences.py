@@ -23,6 +23,7 @@ from tdhook.relevance.propagation.lent import Lent
 from tdhook.relevance.propagation.operation import Operation, known_as
 from tdhook.relevance.propagation.reference import Place
 from tdhook.relevance.propagation.steps import Grads, Modify, ModuleStep, Step
+from tdhook.relevance.propagation.unfollowed import missed, require_followed
 from tdhook.relevance.secants.pair import Pair, Pull, difference
 from tdhook.relevance.secants.table import secant_of
 from tdhook.relevance.secants.winners import picked_of
@@ -85,7 +86,7 @@ class DifferencedModule(ExecutedModule):
     def __init__(self, rule: Formula, pull: Pull, call: Call, place: Place) -> None:
         super().__init__(rule, call)
         self.keeps, self.on_tape = (True, True), False
-        self.place, self._pull = place, pull
+        self.place, self._pull, self._reference = place, pull, call.setting.reference
         self.at = [i for i in self.at if on_tape(self.leaves[i])]
         if self.spec is None:
             self.leaves, self.spec = tree_flatten((call.args, call.kwargs))
@@ -152,9 +153,16 @@ class DifferencedModule(ExecutedModule):
             self.place.other,
             self.place.chosen,
         )
-        step = Differences(self.module, self.evaluate, pair, self._pull, self._arguments())
+        pull = self._followed if self.place.infinite else self._pull
+        step = Differences(self.module, self.evaluate, pair, pull, self._arguments())
         step.report = self.report
         return step
+
+    def _followed(self, pair: Pair, grads: Sequence[Tensor]) -> Grads:
+        """The secant, where something was infinite on the reference: it is to lead to all of the difference."""
+        found = self._pull(pair, grads)
+        require_followed(self._reference, self.place, missed(pair, grads, found))
+        return found
 
 
 def formula_of_module(rule: Formula, module: nn.Module, own: Convention, flow: Convention) -> Run:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.relevance.propagation.handles import Handles
@@ -47,6 +48,7 @@ class Place:
             scaled: they were equal in both.
         picked: what comes out for other inputs where the first run decides what is picked, if it picks, and
             ``chosen``: whether it did.
+        infinite: whether it met values in the second run that are not finite.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Place:
     others: list[object] = field(default_factory=list)
     within: list[Tensor] = field(default_factory=list)
     made_anew: list[bool] = field(default_factory=list)
+    infinite: bool = False
 
     @property
     def constants(self) -> list[Tensor]:
@@ -121,7 +124,7 @@ class Place:
     def fill_as(self, kept: Place) -> None:
         """Fill in what an earlier call met."""
         self.starts, self.before = kept.starts, kept.before
-        self.other, self.chosen = kept.other, kept.chosen
+        self.other, self.chosen, self.infinite = kept.other, kept.chosen, kept.infinite
 
     def __str__(self) -> str:
         return f"{self.name}" + (f" in `{self.path}`" if self.path else "")
@@ -138,9 +141,11 @@ class Reference:
         path: tells where in the model the present call is.
         one: whether the second run has one row, which stands for all of the batch.
         handles: where functions hand over to the layers before them, in the first run.
+        keys: what is another one on the reference.
     """
 
     def __init__(self) -> None:
+        self.keys: tuple[NestedKey, ...] = ()
         self.handles = Handles()
         self.running = self.one = False
         self.decided = 0

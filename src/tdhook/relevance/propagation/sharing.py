@@ -19,6 +19,7 @@ from tdhook.relevance.propagation.forms import closed_form
 from tdhook.relevance.propagation.operation import Operation, known_as
 from tdhook.relevance.propagation.reference import Place
 from tdhook.relevance.propagation.steps import Grads, Step
+from tdhook.relevance.propagation.unfollowed import require_followed
 from tdhook.relevance.secants.pair import Pull, difference
 from tdhook.relevance.secants.slopes import slope, slopes
 from tdhook.relevance.secants.table import LINEAR, secant_of
@@ -129,6 +130,9 @@ class _Sloped(TapeFunction):
         place: Place = ctx.where
         start, before = there(place.starts[0], x), place.before[0]
         found = slope(ctx.made_by, lambda at: ctx.call.on(at).natively(), x, start, z, before)
+        if place.infinite:
+            known = difference(x, start).isfinite() & difference(z, before).isfinite()
+            require_followed(ctx.call.setting.reference, place, ~known & (z != before) & (grad != 0))
         back = grad * found
         return back, *((grad, back) if ctx.hands else (None, None)), None, None, None
 
