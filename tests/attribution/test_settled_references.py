@@ -11,7 +11,14 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from tdhook import LRP, References, Target
-from tdhook.attribution import Ablation, Conductance, IntegratedGradients, InternalInfluence, Shapley
+from tdhook.attribution import (
+    Ablation,
+    Conductance,
+    ExpectedGradients,
+    IntegratedGradients,
+    InternalInfluence,
+    Shapley,
+)
 from tdhook.rl import Explain
 
 
@@ -110,6 +117,27 @@ def test_what_is_infinite_on_the_reference_and_masked_out_has_no_part(of, output
     found = LRP("deeplift", target=target, baseline=AT_ZERO, flow=flow).wrap(net)(td.clone())
     rise = (net(td["input"]) - net(AT_ZERO))[:, 0 if outputs == 0 else slice(None)]
     torch.testing.assert_close(found["attr", "input"].sum(-1), rise.detach())
+
+
+@pytest.mark.parametrize("ledger", [False, True])
+@pytest.mark.parametrize("made", [IntegratedGradients, ExpectedGradients, Conductance])
+def test_the_target_is_a_number_where_ways_begin(made, ledger):
+    """Gradients are taken on the way alone, and grow without bounds towards its beginning."""
+    net = nn.Sequential(Infinite(lambda x: x)).double()
+    options = {"input_modules": ["0.last"]} if made is Conductance else {}
+    if made is ExpectedGradients:
+        options["baseline"] = TensorDict({"input": torch.zeros(2, 3).double()}, [2])
+    explained = made(Target("output", 0), ledger=ledger, **options).wrap(net)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"the target 'output' is NaN or infinite .*operation `log`"):
+            explained(TensorDict({"input": torch.rand(4, 3).double() + 0.2}, [4]))
+
+
+def test_the_target_is_a_number_where_the_ways_of_a_layer_begin():
+    net = nn.Sequential(Infinite(lambda x: x)).double()
+    explained = InternalInfluence(Target("output", 0), input_modules=["0.last"]).wrap(net)
+    with pytest.raises(ValueError, match=r"on the baseline, .* the target 'output' is NaN or infinite"):
+        explained(TensorDict({"input": torch.rand(4, 3).double() + 0.2}, [4]))
 
 
 @pytest.mark.parametrize("made", [IntegratedGradients, Conductance, InternalInfluence, Shapley, Ablation])

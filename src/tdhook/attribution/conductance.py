@@ -131,6 +131,7 @@ class InternalInfluence(Compared):
         with runner.forward(td) as run:
             variants, sources = Variants(runner, run), list(run.sources())
             ends = _inputs(run)
+            self.require_finite_starts(runner, variants, run, [ends])
             for way in ways(self, run, ends):
                 means.add(weighed(variants, way, self.places, sources))
             write_under(SPREAD, runner, run, means.deviations())

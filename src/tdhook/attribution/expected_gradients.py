@@ -69,7 +69,10 @@ class ExpectedGradients(Complete):
         places = self.places
         with runner.forward(td) as run:
             meeting, variants = self.meeting(runner, run), Variants(runner, run)
-            for ends in run.independent_sources():
+            groups = run.independent_sources()
+            if not self.ledger:
+                self.require_finite_starts(runner, variants, run, groups)
+            for ends in groups:
                 means = Means(self.spreads)
 
                 def points(

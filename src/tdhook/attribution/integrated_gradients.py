@@ -86,6 +86,8 @@ class IntegratedGradients(Complete):
             joint = [run.joint(seeds, ends) if self.tolerance else () for ends in groups]
             meeting = joint[0] if self.tolerance else self.meeting(runner, run)
             variants = Variants(runner, run)
+            if not (self.ledger or self.tolerance):
+                self.require_finite_starts(runner, variants, run, groups)
             for place, ends in enumerate(groups):
                 means = Means(self.spreads)
                 rises = self.rises(variants, run, ends) if self.ledger or self.tolerance else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor
 
 from tdhook.contexts.attribution import Attribution, Shared
 from tdhook.keys import under
+from tdhook.passes.diagnosis import NOT_FINITE
 from tdhook.passes.forward import Run
 from tdhook.passes.runner import Runner
 from tdhook.passes.variants import Variants
 from tdhook.perturbing.references import Baseline, Fill, References, as_references
+from tdhook.tape.conditions import is_traced
 from tdhook.targets import TargetLike
 
 if TYPE_CHECKING:
@@ -120,6 +122,34 @@ class Compared(Attribution):
                     "nobody's: name it in attribute, or leave it out"
                 )
         return drawn.laid_out_as(ends)
+
+    def on_starts(self, variants: Variants, run: Run, ends: Mapping[NestedKey, Tensor]) -> Tensor:
+        """The target on each reference, ``[references, *batch]`` or ``[references, outputs, *batch]``.
+
+        Raises:
+            ValueError: it is no number there; the message names what makes it so.
+        """
+        answers = variants.answers(self.samples, lambda numbers: self.starts(run, ends, numbers))
+        try:
+            return torch.cat([answer.values for answer in answers])
+        except ValueError as error:
+            if NOT_FINITE not in str(error):
+                raise
+            raise ValueError(f"on the baseline, with which the input is compared, {error}") from error
+
+    def require_finite_starts(
+        self, runner: Runner, variants: Variants, run: Run, groups: Iterable[Mapping[NestedKey, Tensor]]
+    ) -> None:
+        """See in the first call that the target is a number where ways begin that are not asked about there.
+
+        Raises:
+            ValueError: it is none; the message names what makes it so.
+        """
+        # What passes some units has no value; and a graph takes what was seen before.
+        if not (runner.setup.begins_finite or variants.target.places or is_traced()):
+            for ends in groups:
+                self.on_starts(variants, run, ends)
+            runner.setup.begins_finite = True
 
     def begun(self, run: Run) -> list[NestedKey]:
         """The sources that differ from run to run by themselves, where others are sources too: what is asked of it.
@@ -257,8 +287,7 @@ class Complete(Compared):
                 "what passes some units has no value, from whose difference a sum could be off: explain it without "
                 "tolerance and ledger, by a number of steps"
             )
-        answers = variants.answers(self.samples, lambda numbers: self.starts(run, ends, numbers))
-        return variants.values - torch.cat([answer.values for answer in answers])
+        return variants.values - self.on_starts(variants, run, ends)
 
 
 def write_under(name: str, runner: Runner, run: Run, values: Mapping[NestedKey, Tensor]) -> None:

@@ -90,6 +90,7 @@ class Setup:
         meant: which operations the latter are, as the last run told that was the model's own.
         apart: how the model returns a TensorDict of its own, if it was seen to.
         overwritten: entries beside the attributed ones that the model writes to in place, as far as was seen.
+        begins_finite: whether the target was seen to be a number on references, where ways begin.
         layout: how variants of a batch leave each other alone, as far as was seen: one of :data:`LAYOUTS`.
 
     Raises:
@@ -118,6 +119,7 @@ class Setup:
         self.in_keys = list(dict.fromkeys([*reads, *question.target.in_keys]))
         self.apart: Apart | None = None
         self.layout = LAYOUTS[0]
+        self.begins_finite = False
         self.overwritten: set[NestedKey] = set()
         changed = question.use_inputs or question.changes_inputs
         inputs = question.attribute if callable(question.attribute) else changed
