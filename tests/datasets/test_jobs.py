@@ -462,6 +462,15 @@ def test_nothing_kept_and_nothing_reduced(tmp_path: Path) -> None:
         _ = done.result().rows
 
 
+@pytest.mark.parametrize("wrong", [Moments("nope"), Moments(by="nope"), Moments(by="observation")])
+def test_nothing_is_written_of_what_cannot_be_reduced(wrong: Moments, tmp_path: Path) -> None:
+    """So that the folder is there for what was meant."""
+    with pytest.raises((KeyError, ValueError), match="the reducer 'moments'"):
+        job(tmp_path / "job", reduce=[wrong])
+    assert not (tmp_path / "job").exists()
+    assert job(tmp_path / "job", reduce=[Moments()]).work().finished
+
+
 def test_what_is_explained_is_left_as_it_was(tmp_path: Path) -> None:
     model, data = policy().train(), steps()
     weights = {name: x.clone() for name, x in model.state_dict().items()}

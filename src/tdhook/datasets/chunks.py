@@ -69,7 +69,11 @@ class Chunks:
         Args:
             first: some rows, explained.
             chunk: how many rows are asked to be committed together.
+
+        Raises:
+            Exception: a reducer cannot reduce them, so that none could be; the message says which.
         """
+        self._add({}, first)
         self.layout = Layout({}) if self.keep is None else Layout.of(self.kept(first))
         self.piece = self._rows_of_a_piece(first)
         count = len(self.explaining.rows)
