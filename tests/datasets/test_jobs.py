@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchrl.modules import MultiAgentMLP
 
 from tdhook import LRP, Contrast, References, Target
+from tdhook.attribution import Averaged, ExpectedGradients
 from tdhook.attribution.gradient import GradientTimesInput
 from tdhook.attribution.integrated_gradients import IntegratedGradients
 from tdhook.datasets import Job, Kept, Moments, Place
@@ -110,6 +111,20 @@ def test_samples_are_the_same_in_each_run(tmp_path: Path) -> None:
     method = LRP("deeplift", target=Target("action_value", 0), baseline=References("sample", 3, spread=True))
     first, second = (rows_of(job(tmp_path / name, method)) for name in "ab")
     assert bool((first == second).all()) and ("spread", "observation") in first.keys(True)
+
+
+def test_samples_are_those_of_the_row_whatever_the_chunk(tmp_path: Path) -> None:
+    """And those that the batch as a whole has, compared with the same rows."""
+    data, target = steps(), Target("action_value", 0)
+    for name, method in {
+        "lrp": LRP("deeplift", target=target, baseline=References("sample", 3)),
+        "expected": ExpectedGradients(target, baseline="sample", samples=4),
+        "averaged": Averaged(IntegratedGradients(target, steps=3), over=References("sample", 3)),
+    }.items():
+        one, other = (rows_of(job(tmp_path / f"{name}{n}", method, data, chunk=n))[ATTR] for n in (16, 37))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        expected = Explain(method.among(data), policy())(data.clone())[ATTR]
+        torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_comes_next_is_explained(tmp_path: Path) -> None:

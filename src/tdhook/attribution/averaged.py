@@ -216,12 +216,13 @@ class Averaged(Attribution):
         valid: Tensor | None = None,
         *,
         each: bool = False,
+        first: int = 0,
     ) -> tuple[Averaged, TensorDictBase, Fill]:
         """With references that are entries, where they are means, draws, or the step before."""
         if isinstance(self.over, References):
-            over, td, fill = self.over.settled(keys, td, valid, each=each)
+            over, td, fill = self.over.settled(keys, td, valid, each=each, first=first)
             return self._around(self.method, over), td, fill
-        method, td, fill = self.method.settled(keys, td, valid, each=each)
+        method, td, fill = self.method.settled(keys, td, valid, each=each, first=first)
         return self._around(method, self.over), td, fill
 
     def start(self, model: Model) -> Any:

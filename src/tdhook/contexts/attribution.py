@@ -245,6 +245,7 @@ class Attribution(ABC):
         valid: Tensor | None = None,
         *,
         each: bool = False,
+        first: int = 0,
     ) -> tuple[Self, TensorDictBase, Callable[[TensorDictBase], TensorDictBase]]:
         """The same for parts of a batch, where what is explained of one depends on more than that part.
 
@@ -253,6 +254,8 @@ class Attribution(ABC):
             td: the whole batch.
             valid: ``[*batch]``, truth values, which of its elements are no padding; all by default.
             each: whether each element is to have what it is compared with in entries of its own, but for numbers.
+            first: how many elements there are before those of ``td``, where that is a part itself: the draws of an
+                element are those of its number among all.
 
         Returns:
             The method for parts; the batch to take them of, with what they need; and what makes a part ready.

@@ -93,11 +93,12 @@ class Compared(Attribution):
         valid: Tensor | None = None,
         *,
         each: bool = False,
+        first: int = 0,
     ) -> tuple[Self, TensorDictBase, Fill]:
         """With references that are entries, where they are means, draws, or the step before."""
         if self.references is None:
-            return super().settled(keys, td, valid, each=each)
-        references, td, fill = self.references.settled(keys, td, valid, each=each)
+            return super().settled(keys, td, valid, each=each, first=first)
+        references, td, fill = self.references.settled(keys, td, valid, each=each, first=first)
         return self.against(references), td, fill
 
     def starts(self, run: Run, ends: Mapping[NestedKey, Tensor], numbers: range) -> dict[NestedKey, Tensor]:

@@ -137,12 +137,13 @@ class Recorded:
             found.append(self.mask_key)
         return list(dict.fromkeys(found))
 
-    def entries(self, td: TensorDictBase, skip: int = 0) -> dict[NestedKey, Tensor]:
+    def entries(self, td: TensorDictBase, skip: int = 0, first: int = 0) -> dict[NestedKey, Tensor]:
         """What is added to a batch.
 
         Args:
             td: of any batch size; left as it is.
             skip: how many rows, from the first, are there for those after them alone: of these nothing is found.
+            first: how many rows there are before these, where they are some of a data set.
 
         Returns:
             By key, ``[*batch, ...]``.
@@ -165,7 +166,8 @@ class Recorded:
                 return self._of_padding(td[skip:] if skip else td)
         ours = self._method_here()
         whole = self._beside_trajectories(td, source, ours)
-        method, whole, fill = ours.settled(self._attributed(source), whole, valid)
+        elements = first * (whole.numel() // len(whole)) if first else 0
+        method, whole, fill = ours.settled(self._attributed(source), whole, valid, first=elements)
         if skip:
             whole, valid = whole[skip:], valid if valid is None else valid[skip:]
         with Undoing(), undone(partial(self.explained.explain_by, ours)):

@@ -139,7 +139,7 @@ class Explaining:
             if self.in_order:
                 data = data.copy()
                 data.names = ["time", *data.names[1:]]
-            found = self.recorded.entries(data, before)
+            found = self.recorded.entries(data, before, begin - before)
             if not self.inputs_of(found):
                 raise ValueError(
                     f"nothing that the policy reads gets relevance: {', '.join(map(repr, self.recorded.in_keys))}; "

@@ -27,8 +27,9 @@ class Chosen:
         chance = random.Random(f"{seed} {number}")
         self._factors = [chance.randrange(1, _PRIME) for _ in range(3)]
 
-    def __call__(self, among: int, count: int, device: torch.device | None) -> Tensor:
-        """``count`` numbers of rows among so many, ``[count]``."""
-        at = torch.arange(count, device=device)
+    def __call__(self, among: int, count: int, device: torch.device | None, first: int = 0) -> Tensor:
+        """``count`` numbers of rows among so many, ``[count]``, of the elements from the ``first`` on."""
+        begin = first % _PRIME
+        at = torch.arange(begin, begin + count, device=device)
         square, linear, start = self._factors
         return ((square * at + linear) % _PRIME * at + start) % _PRIME % among

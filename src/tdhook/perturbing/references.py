@@ -205,6 +205,7 @@ class References:
         valid: Tensor | None = None,
         *,
         each: bool = False,
+        first: int = 0,
     ) -> tuple[References, TensorDictBase, Fill]:
         """The same references for parts of a batch, where what they are depends on more than a part.
 
@@ -213,6 +214,7 @@ class References:
             td: the whole batch.
             valid: ``[*batch]``, which elements may be drawn; all by default.
             each: whether each element has an entry of its own where one row is for all, too, but for numbers.
+            first: how many elements there are before those of ``td``: what is drawn goes by the number among all.
 
         Returns:
             References to entries; the batch with those that are known; and what adds those that are drawn to a part.
@@ -243,7 +245,7 @@ class References:
         for number in range(self.samples if drawn else 0):
             chosen = Chosen(self.seed, number)
             for count in {len(source) for source in drawn.values()}:
-                rows = chosen(count, td.numel(), td.device)
+                rows = chosen(count, td.numel(), td.device, first)
                 td.set((_GIVEN, f"{number}", f"of {count}"), rows.reshape(td.batch_size))
         return _Settled(self, given, tuple(drawn)), td, partial(_fill, drawn, self.samples)
 
@@ -336,6 +338,7 @@ class _Settled(References):
         valid: Tensor | None = None,
         *,
         each: bool = False,
+        first: int = 0,
     ) -> tuple[References, TensorDictBase, Fill]:
         """They are, but for one row for all."""
         rows = [key for key in keys if each and not _is_one_row(self._given.get(key, 0.0), 0)]
