@@ -271,8 +271,9 @@ def test_another_method() -> None:
     )
     line = explain("--method", "gradient", "--baseline", "mean").stderr
     assert "Gradient compares with no baseline: leave out the baseline" in line
-    line = explain("--method", "gradient", "--composite", "epsilon").stderr
-    assert "--composite is one of LRP, and --method another way to explain" in line
+    for composite in ("epsilon", "epsilon_plus"):
+        line = explain("--method", "gradient", "--composite", composite).stderr
+        assert "--composite is one of LRP, and --method another way to explain" in line
 
 
 def test_of_several_relevances_the_named_one_is_reduced() -> None:

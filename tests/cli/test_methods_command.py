@@ -108,6 +108,7 @@ def test_a_method_from_a_file() -> None:
         ),
         (("--method", "gradient", "--tolerance", "1"), "the method 'gradient' has no option 'tolerance'"),
         (("--method", "gradient", "--composite", "epsilon"), "--composite is one of LRP, and --method"),
+        (("--method", "gradient", "--composite", "epsilon_plus"), "--composite is one of LRP, and --method"),
         (("--method", "nothing.toml"), "there is no file 'nothing.toml'"),
         (
             ("--method", "conductance:input_modules=module.0"),

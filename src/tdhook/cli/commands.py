@@ -14,7 +14,7 @@ from rich.console import Console
 
 import tdhook
 from tdhook.cli import dataset
-from tdhook.cli.errors import notes, require, user_errors
+from tdhook.cli.errors import notes, require, require_one_way, user_errors
 
 __all__ = ["app"]
 
@@ -154,6 +154,7 @@ def demo(
 )
 @user_errors()
 def explain(
+    context: typer.Context,
     policy: PolicyText,
     env: EnvId = None,
     composite: Composite = "epsilon_plus",
@@ -206,10 +207,7 @@ def explain(
         rules = read_composite(composite)
         if tolerance is not None and method is None:
             raise ValueError("--tolerance is one of a method: give --method integrated_gradients")
-        if method is not None and composite != "epsilon_plus":
-            raise ValueError(
-                "--composite is one of LRP, and --method another way to explain: give one of them"
-            )
+        require_one_way(context, method)
         said = {} if tolerance is None else {"tolerance": tolerance}
         chosen = None if method is None else read_method(method, **said)
         what = None if target is None else read_target(target)

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from tdhook.cli.errors import notes, require, user_errors
+from tdhook.cli.errors import notes, require, require_one_way, user_errors
 from tdhook.cli.words import Words
 
 __all__ = ["app"]
@@ -62,6 +62,7 @@ Keys = Annotated[
 )
 @user_errors()
 def explain(
+    context: typer.Context,
     policy: PolicyOption,
     source: Annotated[Path, typer.Option(help=f"{_SOURCE_HELP}.", metavar="DIR")],
     out: Annotated[Path, typer.Option(help="Folder of the job.", metavar="DIR")],
@@ -130,6 +131,7 @@ def explain(
     from tdhook.cli.jobs import explain
 
     with notes():
+        require_one_way(context, method)
         words = Words(
             policy=policy, source=str(source.absolute()), composite=composite, method=method, baseline=baseline,
             target=target, prepare=prepare, rows=rows, keep=keep, reduce=reduce, by=by, key=tuple(key or ()),

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from tdhook.markup import visible
 
-__all__ = ["notes", "require", "user_errors"]
+__all__ = ["notes", "require", "require_one_way", "user_errors"]
 
 _EXPECTED = (ValueError, TypeError, KeyError, IndexError, OSError, ImportError, NotImplementedError)
 _TRACEBACK = "TDHOOK_TRACEBACK"
@@ -63,6 +63,17 @@ def require(*packages: str) -> None:
         raise ImportError(
             f'this command needs {" and ".join(missing)}, which {are} not installed: pip install "tdhook[rl,viz,cli]"'
         )
+
+
+def require_one_way(context: typer.Context, method: str | None) -> None:
+    """Make sure that nobody names rules beside another method, be they those that are the default.
+
+    Raises:
+        ValueError: somebody does.
+    """
+    source = context.get_parameter_source("composite")
+    if method is not None and source is not None and source.name != "DEFAULT":
+        raise ValueError("--composite is one of LRP, and --method another way to explain: give one of them")
 
 
 def _print(label: tuple[str, str], text: str) -> None:
