@@ -109,6 +109,7 @@ CASES = (
     Case("ResNet-50", "epsilon_plus", resnet50, (3, 224, 224), 2, 64, z_plus),
     Case("residual CNN", "epsilon_plus", residual_cnn, (3, 32, 32), 8, 1024),
     Case("LSTM policy, T=32", "lstm_lrp", lstm_policy, (32, 32), 16, 4096),
+    Case("LSTM policy, T=32", "deeplift", lstm_policy, (32, 32), 16, 4096, baseline=0.0),
     Case("GPT-2 shaped, 6x768, T=128", "attn_lrp", gpt2, (128, 768), 1, 64, transformer),
     Case("Llama shaped, 8x512, T=128", "attn_lrp", llama, (128, 512), 1, 64, transformer),
     Case("GPT-2 shaped, 6x768, T=128", "deeplift", gpt2, (128, 768), 1, 64, Aim(eager=2.2), baseline=0.0),

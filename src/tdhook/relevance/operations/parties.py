@@ -39,8 +39,7 @@ COMPILED = (
 )
 HIDDEN = (
     "`{}` overwrites off the tape what depends on the inputs, in module `{}`, and that is read afterwards: "
-    "torch.no_grad(), detach() and .data hide it from derivatives, so that no rule can follow; write the result to a new "
-    "tensor"
+    "torch.no_grad(), detach() and .data hide it from derivatives, so that no rule can follow; write to a new tensor"
 )
 DIFFERENTIATES = (
     "the model differentiates in its forward pass, in module `{}`, where rules stand in for derivatives; give that "
