@@ -111,10 +111,8 @@ def _pulling(inside: Inside) -> Pull:
     """What the arguments count per unit of difference, given what the values do."""
 
     def pull(pair: Pair, grads: Sequence[Tensor]) -> Grads:
-        beside = [pair.leaves[i] == start for i, start in pair.beside.items()]
-        if pair.other or not all(
-            map(holds, beside)
-        ):  # a first state that is not attributed is another one there
+        same = [pair.leaves[i] == start for i, start in pair.beside.items()]
+        if pair.other or not all(map(holds, same)):  # a first state that is not attributed is another one there
             return average(pair, grads)
         there = called(pair.name, pair.function, *pair.given(pair.starts))
 
