@@ -112,7 +112,9 @@ def _pulling(inside: Inside) -> Pull:
 
     def pull(pair: Pair, grads: Sequence[Tensor]) -> Grads:
         same = [pair.leaves[i] == start for i, start in pair.beside.items()]
-        if pair.other or not all(map(holds, same)):  # a first state that is not attributed is another one there
+        if pair.other or not all(
+            map(holds, same)
+        ):  # a first state that is not attributed is another one there
             return average(pair, grads)
         there = called(pair.name, pair.function, *pair.given(pair.starts))
 
