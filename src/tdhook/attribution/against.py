@@ -252,7 +252,7 @@ class _Runs:
                 _tell(error, reference.told)
                 continue
             if not reference.overwritten:
-                if not is_traced():
+                if self.ready.ledger is None and not is_traced():  # else the account tells what is lost
                     mark_infinite(reference)
                 return run
 
