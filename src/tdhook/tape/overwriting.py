@@ -113,7 +113,9 @@ class Memory:
 
     def holds(self, tensor: object) -> bool:
         """Whether a tensor lies where one of them does."""
-        return isinstance(tensor, Tensor) and is_plain(tensor) and storage_of(tensor) in self._places
+        if not self._places or not isinstance(tensor, Tensor) or not is_plain(tensor):
+            return False
+        return storage_of(tensor) in self._places
 
 
 class Outdated:

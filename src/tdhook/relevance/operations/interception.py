@@ -67,6 +67,7 @@ from tdhook.tape.modes import ONLY_TENSORS, Watching, answered, beneath
 from tdhook.tape.overwriting import Guard, Memory, Outdated
 from tdhook.tape.sharded import moves_between_processes
 from tdhook.tape.sparse import Live, at_fault
+from tdhook.tape.trees import tree_leaves
 
 __all__ = ["Interception"]
 
@@ -321,8 +322,10 @@ class Interception(Watching):
             self.guard.before(overwritten(args, kwargs))
         dependence = self.dependence
         if not torch.is_grad_enabled():
-            if in_place and not self._paused and dependence.has(overwritten(args, kwargs)):
-                self._hide(known, overwritten(args, kwargs))
+            if in_place and not self._paused:
+                for x in tree_leaves(overwritten(args, kwargs)):
+                    if isinstance(x, Tensor) and dependence.has(x):
+                        self._hide(known, x)
             return func(*args, **kwargs)
         try:
             live, foreign = dependence.look(args)
