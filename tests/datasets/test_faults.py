@@ -67,7 +67,7 @@ def odd(rows: TensorDictBase) -> Tensor:
     [
         (odd, LookupError, r"rows 32 to 47: the reducer 'mine': nobody knows"),
         ("hot", ValueError, r"rows 32 to 47: the reducer 'mine': .*: row 37 has 2 of 3"),
-        ("missing", KeyError, r"rows 0 to 15: the reducer 'mine': rows are told apart by 'missing'"),
+        ("missing", KeyError, r"rows 0 to 1: the reducer 'mine': rows are told apart by 'missing'"),
     ],
 )
 def test_a_reducer_says_the_rows_at_fault(by: By, kind: type[Exception], text: str, tmp_path: Path) -> None:
@@ -77,13 +77,16 @@ def test_a_reducer_says_the_rows_at_fault(by: By, kind: type[Exception], text: s
     data["hot"][37] = torch.tensor([1, 1, 0])
     method = LRP("epsilon_plus", target=Target("action_value", "action"))
     options = {"chunk": 16, "at_once": 8}
-    job = Job(method, policy(), data, tmp_path / "job", reduce=[Moments(by=by, name="mine")], **options)  # type: ignore[arg-type]
+    folder, reduce = tmp_path / "job", [Moments(by=by, name="mine")]
     with pytest.raises(kind, match=text):
-        job.work()
-    assert job.status().chunks_done == (0 if by == "missing" else 3)
+        Job(method, policy(), data, folder, reduce=reduce, **options).work()  # type: ignore[arg-type]
+    if by == "missing":  # it is tried on the first rows, before anything is written
+        assert not folder.exists()
+    else:
+        assert Job(method, policy(), data, folder, reduce=reduce, **options).status().chunks_done == 3  # type: ignore[arg-type]
     kept = Job(method, policy(), data, tmp_path / "kept", **options)  # type: ignore[arg-type]
     kept.work()
-    with pytest.raises(kind, match=text.replace("32 to 47", "0 to 63").replace("0 to 15", "0 to 63")):
+    with pytest.raises(kind, match=text.replace("32 to 47:", "0 to 63:").replace("0 to 1:", "0 to 63:")):
         reduce_kept(kept.result(), [Moments(by=by, name="mine")], data)
 
 

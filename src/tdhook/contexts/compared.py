@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
@@ -148,8 +149,9 @@ class Compared(Attribution):
         """
         # What passes some units has no value; and a graph takes what was seen before.
         if not (runner.setup.begins_finite or variants.target.places or is_traced()):
-            for ends in groups:
-                self.on_starts(variants, run, ends)
+            with suppress(RuntimeError):  # a model that runs with gradients alone is not asked
+                for ends in groups:
+                    self.on_starts(variants, run, ends)
             runner.setup.begins_finite = True
 
     def begun(self, run: Run) -> list[NestedKey]:

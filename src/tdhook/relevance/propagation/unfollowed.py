@@ -15,7 +15,7 @@ from torch import Tensor
 from tdhook.relevance.propagation.reference import Place, Reference
 from tdhook.relevance.secants.pair import Grads, Pair, inner
 from tdhook.tape.functions import may_look_at, parts, unwrapped
-from tdhook.tape.internals import is_plain
+from tdhook.tape.internals import is_plain, is_wrapped
 
 __all__ = ["mark_infinite", "missed", "require_followed"]
 
@@ -92,7 +92,9 @@ def _given(place: Place) -> Iterator[Tensor]:
 
 def _numbers(values: Sequence[Tensor | None]) -> Iterator[Tensor]:
     for x in values:
-        if x is not None and (x.is_floating_point() or x.is_complex()) and is_plain(x) and may_look_at(x):
+        if x is None or not (x.is_floating_point() or x.is_complex()) or is_wrapped(x):
+            continue  # what was met inside torch.vmap cannot be read outside it
+        if is_plain(x) and may_look_at(x):
             yield parts(x)
 
 
