@@ -288,17 +288,9 @@ class _Turned(Identity):
         return grad.movedim(to, axis), None, None
 
 
-class _Copied(Identity):
+class _Copied(_Another):
     """A copy that lies in memory as its argument does."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return copied(x)
-
-    @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
-        """Nothing is kept."""
-
-    @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> object:
-        return grad

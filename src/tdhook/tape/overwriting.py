@@ -174,10 +174,10 @@ class Outdated:
         """
         for value in values:
             if isinstance(value, Tensor):
-                if self._memory and self._memory.holds(value):
+                if self._memory.holds(value):
                     self.heeded = self._guard.active = True
                     raise Mutated
-                if self._hidden and not kept and value.requires_grad and self._hidden.holds(value):
+                if not kept and value.requires_grad and self._hidden.holds(value):
                     raise NotImplementedError(self._told)
             elif isinstance(value, list | tuple):
                 self.check(value, kept=kept)

@@ -375,11 +375,7 @@ class Interception(Watching):
 
     def _in_place(self, known: Known, func: Any, args: Any, kwargs: Any, target: Any, live: bool) -> object:
         """Run a function that overwrites ``target``, which is among its arguments unless it was a constant there."""
-        if (
-            self.detached
-            and not (relabels(func) or self.dependence.has(target))
-            and self.detached.holds(target)
-        ):
+        if self.detached.holds(target) and not (relabels(func) or self.dependence.has(target)):
             self._hide(known, target)
         if self._paused or not live or relabels(func):
             if live and not self.guard.active:
