@@ -69,7 +69,7 @@ def explained(model, x, flow, composite=TINY, *, target=None, ledger=True, batch
 
 def operations_in(module) -> set[str]:
     """The names of all operations that were intercepted."""
-    return {known.operation.name for known in module._state.plan.interception._known.values()}
+    return {known.operation.name for known in module._state.plan.interception.rules.known.values()}
 
 
 def scale_of(td, module) -> float:

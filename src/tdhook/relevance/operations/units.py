@@ -1,0 +1,187 @@
+"""Units: modules that have a rule run as one, in a pass that is watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tdhook.models.paths import Paths
+from tdhook.relevance.operations.overwriters import Overwriters
+from tdhook.relevance.operations.parties import Entered, Observer
+from tdhook.relevance.propagation.binding import Binding, Bound
+from tdhook.relevance.propagation.call import ALONE, Call, Setting
+from tdhook.relevance.propagation.entering import no_operation
+from tdhook.relevance.propagation.rule import Rule
+from tdhook.tape.compiling import refuse_compiling
+from tdhook.tape.dependence import Dependence
+from tdhook.tape.internals import (
+    function_modes,
+    pop_mode,
+    push_mode,
+    set_function_modes,
+    storage_of,
+    top_mode,
+)
+from tdhook.tape.modes import Watching
+from tdhook.tape.overwriting import Guard, Memory, Outdated
+
+__all__ = ["Units"]
+
+
+class Units(Watching):
+    """Runs the modules that have a rule, and knows what of the model runs right now.
+
+    Args:
+        modules: the model's modules by path.
+        setting: what the calls of the plan share.
+
+    Attributes:
+        norms: the rules of batch norms inside layers that derive from one, by the id of the running mean.
+        dependence: what depends on the inputs.
+        guard: keeps what is overwritten, ``outdated`` tells of what should have been, and ``detached`` of what was
+            handed out off the tape.
+        observer: makes the calls itself, while there is one.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], setting: Setting = ALONE) -> None:
+        super().__init__()
+        self.setting = setting
+        self.paths = Paths(modules)
+        self.norms: dict[int, Binding] = {}
+        self.dependence = Dependence()
+        self.guard = Guard()
+        self.outdated = Outdated(self.guard)
+        self.detached = Memory()
+        self.observer: Observer | None = None
+        self._overwriters = Overwriters(self.guard)
+        self._entered: Entered | None = None
+        self._paused = 0
+        self._outer: list[list[TorchFunctionMode]] = []
+        if setting.reference is not None:
+            setting.reference.path = self._place
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "norms": {}, "observer": None, "_outer": []}
+
+    def __enter__(self) -> Units:
+        refuse_compiling()
+        self._outer.append(function_modes())
+        push_mode(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # Not merely the uppermost one off: where this is interrupted, it need not be this one. What an interrupt left
+        # behind is closed whenever it is collected, and was put back long before.
+        if self._outer:
+            set_function_modes(self._outer.pop())
+
+    @property
+    def aside(self) -> bool:
+        """Whether what runs right now belongs to a rule, and not to the model."""
+        return self._paused > 0
+
+    def _place(self) -> str:
+        return self.paths.current if self.paths.following else ""
+
+    def resting(self) -> Callable[[], None]:
+        """Make it again what it is now, between calls, or around one that is made within another."""
+        paths = self.paths
+        observer, paused, around, following = self.observer, self._paused, paths.around, paths.following
+        entered, dependence, depth = self._entered, self.dependence, len(self._outer)
+
+        def put_back() -> None:
+            self.observer, self._paused = observer, paused
+            paths.around, paths.following = around, following
+            self._entered, self.dependence = entered, dependence
+            del self._outer[depth:]
+
+        return put_back
+
+    def look_for_kept(self) -> None:
+        """See whether a module keeps what should have been overwritten."""
+        for module in self.paths.modules.values():
+            self.outdated.check(list(vars(module).values()), kept=True)
+
+    def unit(self, binding: Binding, call: Call) -> Any:
+        """Run a module that has a rule, and leave alone the operations inside it."""
+        # What is asked of tensors here would be seen as well. Layers of torch overwrite nothing (they run out of
+        # place), so that there is nothing to see in them.
+        aside = top_mode() is self
+        if aside:
+            pop_mode()
+        try:
+            live, foreign = self.dependence.look_at_call(call.args, call.kwargs)
+            if foreign:
+                args, kwargs = self.dependence.constants_off((call.args, call.kwargs), own=live)
+                call = call.given(args, kwargs)
+            if self.outdated.any:
+                self.outdated.check((*call.args, *call.kwargs.values()) if call.kwargs else call.args)
+            if aside and not (live and binding.closed):
+                aside = False
+                push_mode(self)
+            if not live:
+                result = call.execute()
+            elif binding.closed and self.observer is None and not binding.enters:
+                self._paused += 1
+                try:
+                    result = binding.bound.run(call)
+                finally:
+                    self._paused -= 1
+            else:
+                result = self._run_unit(binding, call)
+        finally:
+            if aside:
+                push_mode(self)
+        return self._as_in_place(call.module, call.args, result) if self.outdated.layers else result
+
+    def _run_unit(self, binding: Binding, call: Call) -> Any:
+        """Run a module in sight of the observer, or in parts if that is how it is ruled."""
+        if binding.enters and not self._paused:
+            return self._enter(binding, call)
+        self._paused += 1
+        try:
+            if binding.closed:
+                return self._observed(binding.bound, call)
+            return self._overwriters.run(call.module, call, partial(self._observed, binding.bound))
+        finally:
+            self._paused -= 1
+
+    def _observed(self, bound: Bound, call: Call) -> Any:
+        if self.observer is None:
+            return bound.run(call)
+        if self._paused == 1:
+            return self.observer.call(self.paths.current, None, bound, call)
+        return bound.run(self.observer.inside(call))
+
+    def _enter(self, binding: Binding, call: Call) -> Any:
+        """Run a layer that makes its weights itself, with its rule on the linear operation that they reach."""
+        before, self._entered = self._entered, Entered(cast(Rule, binding.rule))
+        try:
+            result = call.natively()
+            if not self._entered.found:
+                raise NotImplementedError(no_operation(call.module))
+            return result
+        finally:
+            self._entered = before
+
+    def _as_in_place(self, module: nn.Module, args: Any, result: Any) -> Any:
+        """What a layer returns that overwrites its input, having been run out of place."""
+        if id(module) not in self.outdated.layers or not args or not isinstance(args[0], Tensor):
+            return result
+        if not self.outdated.heeded:
+            if not isinstance(result, Tensor) or storage_of(result) != storage_of(args[0]):
+                self.outdated.add(args[0])
+            return result
+        self.guard.before(args[0])
+        return args[0].copy_(result)
+
+    def _normalise(self, norm: Binding, func: Any, args: Any) -> Any:
+        """Run the batch norm inside a layer as the layer of torch's that it would be alone."""
+        x, *others = args
+        module = cast(nn.BatchNorm2d, norm.module)
+        module.training, module.eps = others[4], others[6]
+        return self.unit(norm, Call(module, lambda x: func(x, *others), (x,), {}, self.setting))
