@@ -20,7 +20,8 @@ from tdhook.passes.diagnosis import is_explainable, why_not_finite
 from tdhook.passes.finite import are_finite
 from tdhook.passes.forward import Run
 from tdhook.passes.runner import Runner
-from tdhook.perturbing.references import Drawn, References
+from tdhook.perturbing.drawn import Drawn
+from tdhook.perturbing.references import References
 from tdhook.relevance.ledger.balance import balance
 from tdhook.relevance.ledger.ledger import Entry
 from tdhook.relevance.plans.beside import Beside

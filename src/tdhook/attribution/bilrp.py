@@ -19,6 +19,7 @@ from tdhook.contexts.attribution import Attribution
 from tdhook.keys import under
 from tdhook.models.model import Model
 from tdhook.passes.forward import Run
+from tdhook.passes.meeting import joint_axes
 from tdhook.passes.rows import is_close
 from tdhook.passes.runner import Runner
 from tdhook.tape.axes import beside
@@ -142,7 +143,7 @@ class BiLRP(Attribution):
             one, other = (output_of(run.outputs, key) for key in (self.first, self.second))
             sides = _behind(one, sources), _behind(other, sources)
             seeds = run.seeds(self.seeder)
-            meeting = run.joint(seeds, sources) if seeds.tensors[0].requires_grad else ()
+            meeting = joint_axes(run, seeds, sources) if seeds.tensors[0].requires_grad else ()
         if meeting and self._mixes(runner, td, run, sources):
             raise ValueError(
                 f"elements of the batch {list(td.batch_size)} depend on each other along its axis {meeting[0]}, so "

@@ -13,6 +13,7 @@ from tdhook.attribution.means import Means
 from tdhook.attribution.paths import Way, along, until_close, ways, weighed
 from tdhook.contexts.attribution import Shared
 from tdhook.contexts.compared import Complete
+from tdhook.passes.meeting import joint_axes
 from tdhook.passes.runner import Runner
 from tdhook.passes.variants import Variants
 from tdhook.perturbing.quadrature import quadrature
@@ -83,7 +84,7 @@ class IntegratedGradients(Complete):
         found: dict[NestedKey, Tensor] = {}
         with runner.forward(td) as run:
             groups, seeds = run.independent_sources(), run.seeds(runner.setup.question.target)
-            joint = [run.joint(seeds, ends) if self.tolerance else () for ends in groups]
+            joint = [joint_axes(run, seeds, ends) if self.tolerance else () for ends in groups]
             meeting = joint[0] if self.tolerance else self.meeting(runner, run)
             variants = Variants(runner, run)
             if not (self.ledger or self.tolerance):

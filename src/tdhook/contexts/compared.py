@@ -16,6 +16,7 @@ from tdhook.contexts.attribution import Attribution, Shared
 from tdhook.keys import under
 from tdhook.passes.diagnosis import NOT_FINITE
 from tdhook.passes.forward import Run
+from tdhook.passes.meeting import joint_axes
 from tdhook.passes.runner import Runner
 from tdhook.passes.variants import Variants
 from tdhook.perturbing.references import Baseline, Fill, References, as_references
@@ -272,7 +273,7 @@ class Complete(Compared):
         Asked before other runs, which write over what the graph of this one holds where a model counts its calls.
         """
         return (
-            run.joint(run.seeds(runner.setup.question.target), run.independent_sources()[0])
+            joint_axes(run, run.seeds(runner.setup.question.target), run.independent_sources()[0])
             if self.ledger
             else ()
         )

@@ -10,7 +10,6 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from tdhook.conventions import Convention
 from tdhook.keys import parts_of
@@ -22,11 +21,10 @@ from tdhook.passes.diagnosis import is_explainable, why_not_finite, why_relevanc
 from tdhook.passes.finite import Disregarding, are_finite
 from tdhook.passes.order import look_at_order, look_at_rows, pulled_of
 from tdhook.passes.performed import Output
-from tdhook.passes.rows import is_close
 from tdhook.passes.setup import Setup
 from tdhook.passes.within import Against
-from tdhook.tape.conditions import holds, is_traced
-from tdhook.tape.functions import nodes_behind
+from tdhook.tape.conditions import is_traced
+from tdhook.tape.functions import independent
 from tdhook.tape.picking import Rows, rows_of
 from tdhook.targets.base import Seeder, Seeds, require_dependence
 from tdhook.targets.pinned import pin
@@ -34,23 +32,6 @@ from tdhook.targets.through import OfOperations, Place, Through, outwards
 from tdhook.targets.units import Chosen, Layer
 
 __all__ = ["Run"]
-
-_GOLDEN = (5**0.5 - 1) / 2
-"""The multiples of it lie apart from each other, but for whole numbers."""
-
-
-def _independent(sources: Mapping[NestedKey, Tensor]) -> list[list[NestedKey]]:
-    """Keys of sources in groups, each of which depends on none of its own group, the nearest to the inputs first."""
-    nodes = {key: get_gradient_edge(x).node for key, x in sources.items()}
-    before = {key: {*nodes_behind([node])} - {node} for key, node in nodes.items()}
-    levels: dict[NestedKey, int] = {}
-    for key in sorted(sources, key=lambda key: len(before[key])):  # what is behind has more before it
-        deeper = [levels[other] for other, node in nodes.items() if other != key and node in before[key]]
-        levels[key] = 1 + max(deeper, default=-1)
-    groups: dict[int, list[NestedKey]] = {}
-    for key in sources:
-        groups.setdefault(levels[key], []).append(key)
-    return [groups[depth] for depth in sorted(groups)]
 
 
 @dataclass
@@ -190,13 +171,13 @@ class Run:
         sources = self.sources()
         # Inputs are where the tape begins: none depends on another.
         alone = bool(sources) and sources.keys() <= self.inputs.keys()
-        groups = [list(sources)] if alone else _independent(sources)
+        groups = [list(sources)] if alone else independent(sources)
         return [{key: sources[key].detach() for key in group} for group in groups]
 
     def ends(self, sources: Mapping[NestedKey, Tensor]) -> list[Tensor]:
         """Where what is pulled back ends: the inputs and sources that depend on no other of these, each once."""
         found = {**self.inputs, **sources}
-        return list({id(found[key]): found[key] for key in _independent(found)[0]}.values()) if found else []
+        return list({id(found[key]): found[key] for key in independent(found)[0]}.values()) if found else []
 
     def sources(self, among: Iterable[NestedKey] | None = None) -> dict[NestedKey, Tensor]:
         """The values that are attributed, on the graph, by the key that their relevance is written under.
@@ -343,39 +324,6 @@ class Run:
         """All that the model wrote, as far as it is on the tape."""
         found = {key: z for key, z in entries_of(self.outputs) if isinstance(z, Tensor) and z.requires_grad}
         return Seeds(list(found), list(found.values()), [torch.ones_like(z) for z in found.values()])
-
-    def joint(self, seeds: Seeds, among: Iterable[NestedKey]) -> tuple[int, ...]:
-        """The batch axes along which what is explained of one element depends on values of others.
-
-        Where elements are independent, gradients of weighted elements are weighted gradients.
-
-        Args:
-            seeds: what is explained.
-            among: the sources that are looked at.
-        """
-        own, batch, sources = self.td.batch_dims, self.td.batch_size, self.sources(among)
-        axes = [axis for axis in range(own) if self.td.batch_size[axis] > 1]
-        plain = self.pull(seeds, sources) if axes else {}
-        found = []
-        for axis in axes:
-            count, after = self.td.batch_size[axis], seeds.several is not None
-            # One for each element, by arithmetic alone, as a graph of any batch size needs it.
-            weight = torch.arange(count, dtype=torch.float64) * _GOLDEN % 1 + 0.5
-
-            def weighed(x: Tensor, at: int, weight: Tensor = weight) -> Tensor:
-                return x * weight.to(x).reshape(-1, *(1,) * (x.dim() - at - 1))
-
-            grads = [
-                weighed(grad.reshape(*grad.shape[:after], *batch, -1), after + axis).reshape(grad.shape)
-                for grad in seeds.grads
-            ]
-            pulled = self.pull(Seeds(seeds.keys, seeds.tensors, grads, seeds.several), sources)
-            for key, grad in pulled.items():
-                one, all_ = (self.in_batch_shape(key, x, sources[key]) for x in (grad, plain[key]))
-                if not holds(is_close(one, weighed(all_, axis))):
-                    found.append(axis)
-                    break
-        return tuple(found)
 
     def in_batch_shape(self, key: NestedKey, value: Tensor, source: Tensor) -> Tensor:
         """What belongs to a source, as ``[*batch, *features]`` or ``[*batch, outputs, *features]``.

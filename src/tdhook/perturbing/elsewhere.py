@@ -8,7 +8,8 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.perturbing.references import Drawn, References
+from tdhook.perturbing.drawn import Drawn
+from tdhook.perturbing.references import References
 
 __all__ = ["Elsewhere"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias, cast
 
@@ -18,30 +17,13 @@ from tdhook.models.entries import is_batch
 from tdhook.perturbing.baselines import Baseline, OneBaseline, as_values, fitting
 from tdhook.perturbing.before import PREVIOUS, markers, step_before
 from tdhook.perturbing.chosen import Chosen
+from tdhook.perturbing.drawn import NAMES, Drawn, entry_named, is_one_row, laid_out_as, mean_of
 
-__all__ = ["Baseline", "Drawn", "References", "as_references", "entries_of_references"]
+__all__ = ["Baseline", "References", "as_references", "entries_of_references"]
 
-NAMES = ("mean", "sample", PREVIOUS)
 _GIVEN = "_reference"
 
 Fill: TypeAlias = "Callable[[TensorDictBase], TensorDictBase]"
-
-
-@dataclass
-class Drawn:
-    """One reference.
-
-    Attributes:
-        replaced: what takes the place of attributed values, of the same shapes; one row for all lies in memory once.
-        entries: what takes the place of entries that are read and not attributed.
-    """
-
-    replaced: dict[NestedKey, Tensor] = field(default_factory=dict)
-    entries: dict[NestedKey, Tensor] = field(default_factory=dict)
-
-    def laid_out_as(self, values: Mapping[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
-        """What replaces values, with their strides."""
-        return {key: _laid_out_as(values[key], made) for key, made in self.replaced.items()}
 
 
 class References:
@@ -140,7 +122,7 @@ class References:
             else:
                 value = td.get(name)
                 made = self._made(given, name, value, td.batch_dims, td, chosen)
-                drawn.entries[name] = _laid_out_as(value, made)
+                drawn.entries[name] = laid_out_as(value, made)
         return drawn
 
     def only(self, number: int) -> References:
@@ -233,8 +215,8 @@ class References:
                     drawn[key] = self._source(key, value, td.batch_dims, valid)
                     continue
                 if isinstance(one, str) and one == "mean":
-                    one = _mean(self._source(key, value, td.batch_dims, valid))
-                if _is_one_row(one, 0 if each else value.dim() - td.batch_dims):
+                    one = mean_of(self._source(key, value, td.batch_dims, valid))
+                if is_one_row(one, 0 if each else value.dim() - td.batch_dims):
                     given[key] = one
                 else:
                     self._put(td, key, one, value)
@@ -252,7 +234,7 @@ class References:
     def _put(self, td: TensorDictBase, key: NestedKey, given: OneBaseline, value: Tensor) -> None:
         """Write what a key is compared with as an entry."""
         made = self._made(given, key, value, td.batch_dims, td, Chosen(self.seed, 0))
-        put(td, (_GIVEN, *parts_of(key)), _laid_out_as(value, made), key)
+        put(td, (_GIVEN, *parts_of(key)), laid_out_as(value, made), key)
 
     def _source(self, key: NestedKey, value: Tensor, dims: int, valid: Tensor | None) -> Tensor:
         """The rows that a mean or a sample is taken of, ``[rows, *shape]``."""
@@ -293,13 +275,13 @@ class References:
     ) -> Tensor:
         rows = value.reshape(-1, *value.shape[dims:])
         if isinstance(given, str | tuple) and not (isinstance(given, str) and given in NAMES):
-            return _entry(cast(NestedKey, given), key, value, td)
+            return entry_named(cast(NestedKey, given), key, value, td)
         if isinstance(given, str):
             if given == PREVIOUS:
                 return fitting(step_before(key, value, td), key, value)
             source = self._source(key, value, dims, None)
             drawn = given == "sample"
-            made = source[chosen(source.shape[0], rows.shape[0], source.device)] if drawn else _mean(source)
+            made = source[chosen(source.shape[0], rows.shape[0], source.device)] if drawn else mean_of(source)
         else:
             made = given(rows) if callable(given) else as_values(given)
             if made.dim() > 1 and made.shape == value.shape:
@@ -341,7 +323,7 @@ class _Settled(References):
         first: int = 0,
     ) -> tuple[References, TensorDictBase, Fill]:
         """They are, but for one row for all."""
-        rows = [key for key in keys if each and not _is_one_row(self._given.get(key, 0.0), 0)]
+        rows = [key for key in keys if each and not is_one_row(self._given.get(key, 0.0), 0)]
         rows = [key for key in rows if isinstance(self._given[key], Tensor)]
         if not rows:
             return self, td, partial(_fill, {}, 0)
@@ -402,17 +384,6 @@ def _fill(drawn: Mapping[NestedKey, Tensor], samples: int, part: TensorDictBase)
     return part
 
 
-def _is_one_row(given: OneBaseline, dims: int) -> bool:
-    """Whether a baseline is a number, or a tensor that is one row for all."""
-    if isinstance(given, str | tuple) or callable(given):
-        return False
-    return torch.as_tensor(given).dim() <= dims
-
-
-def _mean(rows: Tensor) -> Tensor:
-    return rows.to(rows.dtype if rows.is_floating_point() else torch.get_default_dtype()).mean(0)
-
-
 def as_references(baseline: Baseline | References | None, samples: int) -> References | None:
     """What :class:`References` a baseline stands for: a TensorDict is data to draw from."""
     if baseline is None:
@@ -430,23 +401,5 @@ def as_references(baseline: Baseline | References | None, samples: int) -> Refer
     return References(baseline, samples)
 
 
-def _laid_out_as(value: Tensor, made: Tensor) -> Tensor:
-    """With the strides of a value: a model may ask for these, as it does before it overwrites."""
-    return made if made.stride() == value.stride() else torch.empty_like(value).copy_(made)
-
-
 def _plain(key: NestedKey) -> NestedKey:
     return key[0] if isinstance(key, tuple) and len(key) == 1 else key
-
-
-def _entry(name: NestedKey, key: NestedKey, value: Tensor, td: TensorDictBase) -> Tensor:
-    """The baseline of a value that an entry of the TensorDict holds, under its own name or as it is."""
-    under = unravel_key((*parts_of(name), *parts_of(key)))
-    for candidate in (under, unravel_key(name)):
-        found = entry_at(td, parts_of(candidate))
-        if isinstance(found, Tensor):
-            return fitting(found, key, value)
-    raise KeyError(
-        f"baseline {name!r} is neither {', '.join(map(repr, NAMES))} nor an entry of the TensorDict, which has "
-        f"{', '.join(map(repr, td.keys(True, True)))}"
-    )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from cmath import isfinite
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, get_gradient_edge
 
 from tdhook.tape.copies import clones, copied
 from tdhook.tape.internals import inside, is_batched, is_wrapped, maker_of, transformed
@@ -27,6 +27,7 @@ __all__ = [
     "apart",
     "copy_of",
     "copying",
+    "independent",
     "live",
     "may_ask_of",
     "may_look_at",
@@ -38,6 +39,8 @@ __all__ = [
     "unwrapped",
     "whole",
 ]
+
+K = TypeVar("K", bound=Hashable)
 
 
 def unwrapped(x: Tensor) -> Tensor:
@@ -77,6 +80,20 @@ def nodes_behind(
         yield node
         ahead += [before for before, _ in node.next_functions]
         ahead += beside(node)
+
+
+def independent(tensors: Mapping[K, Tensor]) -> list[list[K]]:
+    """Names of tensors in groups, each of which depends on none of its own group, the nearest to the inputs first."""
+    nodes = {key: get_gradient_edge(x).node for key, x in tensors.items()}
+    before = {key: {*nodes_behind([node])} - {node} for key, node in nodes.items()}
+    levels: dict[K, int] = {}
+    for key in sorted(tensors, key=lambda key: len(before[key])):  # what is behind has more before it
+        deeper = [levels[other] for other, node in nodes.items() if other != key and node in before[key]]
+        levels[key] = 1 + max(deeper, default=-1)
+    groups: dict[int, list[K]] = {}
+    for key in tensors:
+        groups.setdefault(levels[key], []).append(key)
+    return [groups[depth] for depth in sorted(groups)]
 
 
 def live(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
