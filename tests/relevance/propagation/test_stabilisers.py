@@ -8,6 +8,7 @@ import torch
 
 from tdhook.relevance.propagation.stabilisers import (
     checked,
+    left_of,
     moved_away,
     number,
     plain_quotient,
@@ -131,3 +132,10 @@ def test_what_is_not_stabilised_has_no_share_where_the_denominator_is_zero(dtype
     assert torch.equal(plain_quotient(over, under), wanted)
     assert torch.equal(plain_quotient(over[:, :1], under[:1]), wanted[:, :1])
     assert torch.equal(torch.func.vmap(plain_quotient, in_dims=(0, None))(over, under), wanted)
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 0.25, 0.0, rounding, lambda z: z + 0.1])
+def test_what_is_left_is_the_value_over_itself_stabilised(epsilon):
+    z = torch.tensor([-2.0, -1e-7, -0.0, 0.0, 1e-7, 0.3, 5.0], dtype=torch.float64)
+    assert torch.equal(left_of(z, epsilon), z / stabilize(z, epsilon))
+    assert left_of(z, epsilon)[z == 0].eq(0).all()

@@ -18,7 +18,7 @@ from tdhook.relevance.propagation.conversions import finite_product, stabilizer_
 from tdhook.relevance.propagation.merges import Place as Merging
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.reference import Place, Reference
-from tdhook.relevance.propagation.stabilisers import Stabilizer, quotient, rounding, stabilize
+from tdhook.relevance.propagation.stabilisers import Stabilizer, left_of, quotient, rounding, stabilize
 from tdhook.relevance.propagation.unfollowed import require_followed
 from tdhook.relevance.secants.pair import difference
 from tdhook.tape.functions import Identity, alias, on_tape, parts, whole
@@ -194,7 +194,7 @@ class _Damped(OfDifference):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> object:
         (x, d), g = OfDifference.difference(ctx), parts(grad)
-        less = g * quotient(d, stabilize(d, stabilizer_at(ctx)))
+        less = g * left_of(d, stabilizer_at(ctx))
         if ctx.setting.report is not None:
             lost = finite_product(d, g) - finite_product(d, less)
             ctx.setting.report("stabiliser", unmasked(lost, d))

@@ -13,6 +13,7 @@ from tdhook.relevance.propagation.merges import Place
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.relevance.propagation.stabilisers import (
     Stabilizer,
+    left_of,
     plain_quotient,
     quotient,
     rounding,
@@ -107,19 +108,14 @@ class PerValue(Identity):
             ctx.place = Place()
 
     @staticmethod
-    def over_stabilised(ctx: _OfPerValue, numerator: Tensor, x: Tensor) -> Tensor:
-        """``numerator / stab(x)``."""
-        epsilon = stabilizer_at(ctx)
-        if epsilon is rounding:
-            return plain_quotient(numerator, x)
-        return quotient(numerator, stabilize(x, epsilon))
-
-    @staticmethod
     def backward(ctx: _OfPerValue, relevance: Tensor) -> object:
         """Divide."""
         (value,) = ctx.saved_tensors
-        x, relevance = parts(value), parts(relevance)
-        grad = PerValue.over_stabilised(ctx, relevance, x)
+        x, relevance, epsilon = parts(value), parts(relevance), stabilizer_at(ctx)
+        if epsilon is rounding:
+            grad = plain_quotient(relevance, x)
+        else:
+            grad = quotient(relevance, stabilize(x, epsilon))
         if ctx.setting.report is not None:
             ctx.setting.report("stabiliser", unmasked(relevance - finite_product(x, grad), x))
         return whole(grad, value), *(None,) * ctx.n_rest
@@ -133,7 +129,7 @@ class Damped(PerValue):
         """Multiply by a factor of at most one."""
         (value,) = ctx.saved_tensors
         z, grad = parts(value), parts(grad)
-        damped = grad * PerValue.over_stabilised(ctx, z, z)
+        damped = grad * left_of(z, stabilizer_at(ctx))
         if ctx.setting.report is not None:
             lost = finite_product(z, grad) - finite_product(z, damped)
             ctx.setting.report("stabiliser", unmasked(lost, z))

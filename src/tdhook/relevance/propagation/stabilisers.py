@@ -21,6 +21,7 @@ __all__ = [
     "Stabilizer",
     "checked",
     "kept_number",
+    "left_of",
     "moved_away",
     "number",
     "plain_quotient",
@@ -100,6 +101,17 @@ def _is_nothing(tensor: Tensor) -> Tensor:
 def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Their quotient, :func:`saturated`."""
     return saturated(numerator / denominator)
+
+
+def left_of(z: Tensor, epsilon: Stabilizer) -> Tensor:
+    """What a stabiliser leaves of each value, ``z / stab(z)``."""
+    if epsilon is rounding:
+        return plain_quotient(z, z)
+    if callable(epsilon) or epsilon == 0 or not z.is_floating_point():
+        return quotient(z, stabilize(z, epsilon))
+    # Of a sum and a quotient of the same sign the sign makes no difference: ``|z| / (|z| + eps)``.
+    size = z.abs()
+    return size.div_(size + epsilon)
 
 
 def plain_quotient(numerator: Tensor, denominator: Tensor) -> Tensor:

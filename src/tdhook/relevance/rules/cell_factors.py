@@ -12,10 +12,9 @@ from torch import Tensor
 
 from tdhook.relevance.propagation.stabilisers import (
     Stabilizer,
+    left_of,
     plain_quotient,
-    quotient,
     rounding,
-    stabilize,
 )
 from tdhook.relevance.rules.cells import State, Weights
 from tdhook.relevance.secants.pair import difference
@@ -119,7 +118,7 @@ class Values:
         return plain_quotient(z, x)
 
     def kept(self, z: Tensor, epsilon: Stabilizer) -> Tensor | None:
-        return None if epsilon is rounding else quotient(z, stabilize(z, epsilon))
+        return None if epsilon is rounding else left_of(z, epsilon)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +140,7 @@ class Differences:
     def kept(self, z: Tensor, epsilon: Stabilizer) -> Tensor | None:
         if epsilon is rounding or epsilon == 0:
             return None
-        d = difference(z[0], z[1])
-        return quotient(d, stabilize(d, epsilon))
+        return left_of(difference(z[0], z[1]), epsilon)
 
 
 def times(x: Tensor, factor: Tensor | None) -> Tensor:

@@ -118,19 +118,20 @@ def slope(
         z: ``f(x)``.
         before: ``f(start)``.
     """
+    # In place where it can be: as many new tensors would take longer than what is computed.
     step = x - start
-    if name in _RELU:
-        near = torch.maximum(x, start).div(step.abs()).clamp(0.0, 1.0)  # how much of the way lies above zero
+    if name in _RELU:  # how much of the way lies above zero
+        near = torch.maximum(x, start).div_(step.abs_()).clamp_(0.0, 1.0)
     else:
-        ratio = (z - before) / step
+        ratio = (z - before).div_(step)
         middle = _derivative(function, x / 2 + start / 2)
         far = torch.maximum(x.abs(), start.abs())
         # What functions compute on their way is of the size of their argument, up to one.
-        size = torch.maximum(z.abs(), before.abs()) + middle.abs() * far + far.clamp(max=1.0)
-        noise = 8 * torch.finfo(x.dtype).eps * size / step.abs()
-        near = torch.where((step == 0) | ((ratio - middle).abs() <= noise), middle, ratio)
+        size = torch.maximum(z.abs(), before.abs()).add_(middle.abs().mul_(far)).add_(far.clamp(max=1.0))
+        noise = size.mul_(8 * torch.finfo(x.dtype).eps).div_(step.abs())
+        near = torch.where((step == 0) | ((ratio - middle).abs_() <= noise), middle, ratio)
     # Where both are infinite, as masks are, nothing is different.
-    return near.nan_to_num(0.0, 0.0, 0.0)
+    return near.nan_to_num_(0.0, 0.0, 0.0)
 
 
 _RELU = frozenset(("relu", "ReLU"))
