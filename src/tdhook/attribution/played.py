@@ -107,8 +107,10 @@ class Played(Compared):
                 means, games = Means(self.spreads), []
                 for number in range(self.samples):
                     start = self.reference(run, ends, number)
-                    games.append(self.game(runner, run, variants, ends, start, told))
-                    means.add(games[-1].by_source(self.play(games[-1])))
+                    game = self.game(runner, run, variants, ends, start, told)
+                    self.begin(game, run)
+                    means.add(game.by_source(self.play(game)))
+                    games.append(game)
                 found.update(means.mean)
                 self.note(runner, run, games, means)
         return found
@@ -151,6 +153,9 @@ class Played(Compared):
             if not is_traced():
                 look(variants, ends, start)
         return Game(variants, ends, start, axes, self.players(learnt), told, values)
+
+    def begin(self, game: Game, run: Run) -> None:
+        """See what else there is to the run on the batch as it is, before the game is played."""
 
     def players(self, learnt: Learnt) -> Callable[[Mapping[NestedKey, Tensor], int], Players]:
         """What gives the features of values."""

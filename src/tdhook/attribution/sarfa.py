@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.attribution.games import Game, Told
-from tdhook.attribution.saliency import Spotted, every_output
+from tdhook.attribution.games import Game
+from tdhook.attribution.spotted import Spotted, every_output
 from tdhook.passes.forward import Run
-from tdhook.passes.runner import Runner
-from tdhook.passes.variants import Variants
 from tdhook.tape.conditions import holds
 from tdhook.targets.base import Seeder
 
@@ -28,7 +23,7 @@ class SARFA(Spotted):
 
     Args:
         target: an action among the values of all.
-        **options: those of :class:`~tdhook.attribution.saliency.Spotted`: ``distance``, ``width``, ``baseline``, ...
+        **options: those of :class:`~tdhook.attribution.spotted.Spotted`: ``distance``, ``width``, ``baseline``, ...
 
     Raises:
         ValueError: the target does not name one action of several.
@@ -38,25 +33,12 @@ class SARFA(Spotted):
         """The values of all actions."""
         return every_output(self.seeder, run, always=True)
 
-    def game(
-        self,
-        runner: Runner,
-        run: Run,
-        variants: Variants,
-        ends: Mapping[NestedKey, Tensor],
-        start: Mapping[NestedKey, Tensor],
-        told: Told | None = None,
-    ) -> Game:
+    def begin(self, game: Game, run: Run) -> None:
         """Which action is explained, and which are masked."""
-        game = super().game(runner, run, variants, ends, start, told)
-        seeds, dims = run.seeds(self.seeder), run.outputs.batch_dims
+        seeds = run.seeds(self.seeder)
         weight = seeds.grads[0]
-        if (
-            len(seeds.keys) != 1
-            or seeds.several is not None
-            or weight.dim() != dims + 1
-            or weight.shape[-1] < 2
-        ):
+        alone = len(seeds.keys) == 1 and seeds.several is None and weight.dim() == run.outputs.batch_dims + 1
+        if not alone or weight.shape[-1] < 2:
             raise ValueError(_ONE)
         chosen = game.by_element(weight.movedim(-1, 0))
         # Padding, of which nothing is explained, has no action.
@@ -66,7 +48,6 @@ class SARFA(Spotted):
             )
         masked = (seeds.tensors[0].detach() == -torch.inf).to(weight).movedim(-1, 0)
         game.notes.update(chosen=chosen == 1, masked=game.by_element(masked) > 0)
-        return game
 
     def play(self, game: Game) -> Tensor:
         """One variant for each spot."""
