@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.attribution.games import Game
-from tdhook.attribution.means import Means
-from tdhook.attribution.played import Played, Playing
+from tdhook.attribution.interacting import INTERACTION, Interacting
+from tdhook.attribution.played import Playing
 from tdhook.attribution.shapley import Shapley, all_worths
-from tdhook.passes.forward import Run
-from tdhook.passes.runner import Runner
 from tdhook.perturbing.coalitions import interaction_weights
 from tdhook.targets import TargetLike
 
@@ -25,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["PredDiff", "ShapleyInteraction"]
 
 
-class ShapleyInteraction(Shapley):
+class ShapleyInteraction(Interacting, Shapley):
     """What two features add together beyond what each adds, on the mean over coalitions of the others.
 
     The Shapley interaction index of each pair (Grabisch and Roubens 1999, definition 2), exact, in ``2 ** n`` variants:
@@ -38,11 +34,6 @@ class ShapleyInteraction(Shapley):
             of the batch do.
     """
 
-    @property
-    def writes(self) -> tuple[NestedKey, ...]:
-        """The matrix, too."""
-        return (*super().writes, "interaction")
-
     def play(self, game: Game) -> Tensor:
         """All coalitions, and what each counts for each pair."""
         if game.count < 2:
@@ -52,17 +43,12 @@ class ShapleyInteraction(Shapley):
         worth = all_worths(game, "the interactions of groups")
         weights = interaction_weights(game.count).to(worth.device)
         matrix = torch.tensordot(weights, worth, dims=1).movedim((0, 1), (-2, -1))
-        game.notes["interaction"] = matrix
+        game.notes[INTERACTION] = matrix
         values: Tensor = matrix.diagonal(dim1=-2, dim2=-1)
         return values
 
-    def note(self, runner: Runner, run: Run, games: Sequence[Game], means: Means) -> None:
-        """Write the matrix, too."""
-        super().note(runner, run, games, means)
-        _write_matrix(runner, run, games)
 
-
-class PredDiff(Played):
+class PredDiff(Interacting):
     """What the target loses where features have the values that they have elsewhere, one by one and in pairs.
 
     ``f(x) - mean of f(x with a feature of other data)`` (Robnik-Sikonja and Kononenko 2008); and of each pair what the
@@ -86,11 +72,6 @@ class PredDiff(Played):
             options.setdefault("samples", 16)
         super().__init__(target, **options)
 
-    @property
-    def writes(self) -> tuple[NestedKey, ...]:
-        """The matrix, too."""
-        return (*super().writes, "interaction")
-
     def play(self, game: Game) -> Tensor:
         """A variant for each feature, and for each pair."""
         one, other = torch.triu_indices(game.count, game.count)
@@ -107,33 +88,5 @@ class PredDiff(Played):
         both[..., other, one] = lost
         alone: Tensor = both.diagonal(dim1=-2, dim2=-1).clone()
         matrix = alone.unsqueeze(-1) + alone.unsqueeze(-2) - both
-        game.notes["interaction"] = matrix
+        game.notes[INTERACTION] = matrix
         return alone
-
-    def note(self, runner: Runner, run: Run, games: Sequence[Game], means: Means) -> None:
-        """Write the matrix, too."""
-        super().note(runner, run, games, means)
-        _write_matrix(runner, run, games)
-
-
-def _write_matrix(runner: Runner, run: Run, games: Sequence[Game]) -> None:
-    """Write the mean of the matrices of interactions over references.
-
-    Raises:
-        ValueError: there is another one, or it is none of a single element.
-    """
-    if "interaction" in runner.beside:
-        raise ValueError(
-            "what is attributed depends on each other, and interactions are those of features beside each other: "
-            "name one layer, or the inputs"
-        )
-    if games[0].others:
-        raise ValueError(
-            "elements of the batch depend on each other along an axis that belongs to the features, so that "
-            "interactions are none of a single element: explain batches whose elements are whole sequences"
-        )
-    matrix = torch.stack([game.notes["interaction"] for game in games]).mean(0)
-    matrix = matrix.movedim(0, 1) if games[0].several else matrix
-    runner.beside["interaction"] = matrix.reshape((*run.outputs.batch_size, *matrix.shape[1:])).to(
-        games[0].full
-    )
