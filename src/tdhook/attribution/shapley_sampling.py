@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from tdhook.attribution.games import Game
 from tdhook.attribution.means import Means
 from tdhook.attribution.played import PlayedOut, Playing
-from tdhook.attribution.tally import Tally, gained
-from tdhook.contexts.compared import ERROR, write_under
+from tdhook.attribution.tally import Tally, gained, require_error, write_errors
+from tdhook.contexts.compared import ERROR
 from tdhook.passes.forward import Run
 from tdhook.passes.runner import Runner
 from tdhook.perturbing.coalitions import Orders
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["ShapleySampling"]
-
-_FIRST, _AT_ONCE = 16, 2**22
 
 
 class ShapleySampling(PlayedOut):
@@ -65,12 +62,7 @@ class ShapleySampling(PlayedOut):
         super().__init__(target, ledger=ledger, **options)
         if permutations < 1:
             raise ValueError(f"at least one order of features is asked for, got permutations={permutations}")
-        if error is not None and not error > 0:
-            raise ValueError(f"a standard error is a positive number, got error={error}")
-        if error is not None and self.compile is not None:
-            raise ValueError(
-                "how many orders a standard error takes is seen as it goes, which no graph does: give permutations"
-            )
+        require_error(error, compiled=self.compile is not None)
         self.permutations, self.error, self.errors, self.seed = permutations, error, errors, seed
         self.antithetic, self.stratified = antithetic, stratified
 
@@ -88,27 +80,14 @@ class ShapleySampling(PlayedOut):
                 f"a standard error takes two independent draws, each of {orders.block} orders of the {game.count} "
                 f"features, and permutations={self.permutations}: give {2 * orders.block} at least"
             )
-        tally, at_once = Tally(game), max(1, _AT_ONCE // (game.full.numel() * game.count * orders.block))
-        some: Game | None = game
-        while some is not None and tally.made < draws:
-            step = min(at_once, draws - tally.made)
-            if self.error is not None:
-                step = min(step, max(_FIRST - tally.made, tally.made // 4))
-            tally.add(gained(some, orders.next(step)), orders.block)
-            if self.error is not None and tally.made >= min(_FIRST, draws):
-                some = tally.still_open(game, self.error)
-        if self.error is not None and some is not None:
-            tally.warn(self.error)
-        game.notes["error"] = tally.errors()
+        tally = Tally(game, orders.block)
+        for some, step in tally.rounds(draws, self.error):
+            tally.add(gained(some, orders.next(step)))
+        game.notes[ERROR] = tally.errors()
         return tally.mean()
 
     def note(self, runner: Runner, run: Run, games: Sequence[Game], means: Means) -> None:
         """Write standard errors, too."""
         super().note(runner, run, games, means)
         if self.errors:
-            each = [game.by_source(game.notes["error"]) for game in games]
-            found = {
-                key: torch.stack([one[key] for one in each]).square().sum(0).sqrt() / len(each)
-                for key in each[0]
-            }
-            write_under(ERROR, runner, run, found)
+            write_errors(runner, run, games)
