@@ -6,15 +6,14 @@ import random
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.attribution.integrated import Integrated, Together
 from tdhook.attribution.means import Means
 from tdhook.attribution.paths import Way
 from tdhook.contexts.attribution import Shared
-from tdhook.contexts.compared import Complete
-from tdhook.passes.runner import Runner
+from tdhook.passes.forward import Run
 from tdhook.passes.variants import Variants
 from tdhook.perturbing.references import Baseline, References
 from tdhook.targets import TargetLike
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["ExpectedGradients"]
 
 
-class ExpectedGradients(Complete):
+class ExpectedGradients(Integrated):
     """``E[(x - b) df/dx(b + t (x - b))]`` over data ``b`` and ``t`` in ``[0, 1]`` (Erion et al. 2021, eq. 3).
 
     Known as GradientSHAP, too. On average over the draws, relevance adds up to ``f(x) - E[f(b)]``; the places ``t`` are
@@ -63,28 +62,16 @@ class ExpectedGradients(Complete):
         chance, count = random.Random(f"{self.seed} {self.references.first}"), self.samples
         return [(i + chance.random()) / count for i in chance.sample(range(count), count)]
 
-    def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
-        """One forward pass to choose, then a forward and a backward pass for each sample, as many at once as fit."""
-        found: dict[NestedKey, Tensor] = {}
-        places = self.places
-        with runner.forward(td) as run:
-            meeting, variants = self.meeting(runner, run), Variants(runner, run)
-            groups = run.independent_sources()
-            if not self.ledger:
-                self.require_finite_starts(runner, variants, run, groups)
-            for ends in groups:
-                means = Means(self.spreads)
+    def integrated(self, run: Run, variants: Variants, values: Together) -> Means:
+        """The way from each reference times the gradient at one place on it."""
+        means, places = Means(self.spreads), self.places
 
-                def points(
-                    numbers: range, ends: Mapping[NestedKey, Tensor] = ends
-                ) -> dict[NestedKey, Tensor]:
-                    way = Way(self.starts(run, ends, numbers), ends)
-                    return way.points(places[numbers.start : numbers.stop])
+        def way(numbers: range) -> Way:
+            return Way(self.starts(run, values.ends, numbers), values.ends)
 
-                for answer in variants.gradients(self.samples, points):
-                    way = Way(self.starts(run, ends, answer.numbers), ends)
-                    means.add_all(way.shares(answer.found), len(answer.numbers))
-                found.update(means.mean)
-                rises = self.rises(variants, run, ends) if self.ledger else None
-                self.told(runner, run, means.mean, rises, means.deviations(), meeting)
-        return found
+        def points(numbers: range) -> Mapping[NestedKey, Tensor]:
+            return way(numbers).points(places[numbers.start : numbers.stop])
+
+        for answer in variants.gradients(self.samples, points):
+            means.add_all(way(answer.numbers).shares(answer.found), len(answer.numbers))
+        return means

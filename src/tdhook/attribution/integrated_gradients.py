@@ -9,11 +9,12 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.attribution.integrated import Integrated, Together
 from tdhook.attribution.means import Means
-from tdhook.attribution.paths import Way, along, until_close, ways, weighed
+from tdhook.attribution.paths import Way, along, ways, weighed
+from tdhook.attribution.tolerance import require_tolerance, until_close
 from tdhook.contexts.attribution import Shared
-from tdhook.contexts.compared import Complete
-from tdhook.passes.meeting import joint_axes
+from tdhook.passes.forward import Run
 from tdhook.passes.runner import Runner
 from tdhook.passes.variants import Variants
 from tdhook.perturbing.quadrature import quadrature
@@ -26,11 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["IntegratedGradients"]
 
 _STEPS, _MOST = 32, 1025
-_FEWEST = 9
-"""With a tolerance: the trapezoid rule twice, on four stretches and on eight."""
+"""By default, and at most where there is a tolerance."""
 
 
-class IntegratedGradients(Complete):
+class IntegratedGradients(Integrated):
     """``(x - b) * integral of df/dx(b + t (x - b)) over t in [0, 1]`` (Sundararajan et al. 2017, eq. 1).
 
     The sum over the inputs is ``f(x) - f(b)``, up to the quadrature. The target chooses once, at the input. Inputs, or
@@ -68,39 +68,18 @@ class IntegratedGradients(Complete):
         super().__init__(target, baseline=baseline, samples=samples, ledger=ledger, **options)
         self.steps = (_STEPS if tolerance is None else _MOST) if steps is None else steps
         self.places, self.tolerance = quadrature(rule, self.steps), tolerance
-        if tolerance is not None and not tolerance > 0:
-            raise ValueError(f"a tolerance is how far a sum may be off, a positive number, got {tolerance}")
-        if tolerance is not None and self.steps < _FEWEST:
-            raise ValueError(
-                f"a tolerance takes at least {_FEWEST} steps to be seen, got steps={self.steps} at most"
-            )
-        if tolerance is not None and self.compile is not None:
-            raise ValueError(
-                "how many steps a tolerance takes is seen as it goes, which no graph does: give steps"
-            )
+        require_tolerance(tolerance, self.steps, compiled=self.compile is not None)
 
-    def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
-        """One forward pass to choose, then a forward and a backward pass for each step, as many at once as fit."""
-        found: dict[NestedKey, Tensor] = {}
-        with runner.forward(td) as run:
-            groups, seeds = run.independent_sources(), run.seeds(runner.setup.question.target)
-            joint = [joint_axes(run, seeds, ends) if self.tolerance else () for ends in groups]
-            meeting = joint[0] if self.tolerance else self.meeting(runner, run)
-            variants = Variants(runner, run)
-            if not (self.ledger or self.tolerance):
-                self.require_finite_starts(runner, variants, run, groups)
-            for place, ends in enumerate(groups):
-                means = Means(self.spreads)
-                rises = self.rises(variants, run, ends) if self.ledger or self.tolerance else None
-                for number, way in enumerate(ways(self, run, ends)):
-                    if self.tolerance is None or rises is None:
-                        means.add(along(variants, way, self.places))
-                    else:
-                        rise, most = rises[number], self.steps
-                        means.add(until_close(variants, way, rise, self.tolerance, most, joint[place]))
-                found.update(means.mean)
-                self.told(runner, run, means.mean, rises, means.deviations(), meeting)
-        return found
+    def integrated(self, run: Run, variants: Variants, values: Together) -> Means:
+        """The way from each reference times the mean gradient on it, or until that is close to the difference."""
+        means = Means(self.spreads)
+        for number, way in enumerate(ways(self, run, values.ends)):
+            if self.tolerance is None or values.rises is None:
+                means.add(along(variants, way, self.places))
+            else:
+                rise = values.rises[number]
+                means.add(until_close(variants, way, rise, self.tolerance, self.steps, values.joint))
+        return means
 
     def coefficients(
         self, runner: Runner, td: TensorDictBase, there: Mapping[NestedKey, Tensor]
@@ -115,7 +94,6 @@ class IntegratedGradients(Complete):
                 "a tolerance is of the sum over the inputs, and coefficients have none: give steps instead"
             )
         with runner.forward(td) as run:
-            variants = Variants(runner, run)
             ends = {key: x.detach() for key, x in run.sources(self.begun(run)).items()}
             way = Way({key: there[key].unsqueeze(0) for key in ends}, ends)
-            return weighed(variants, way, self.places, run.sources())
+            return weighed(Variants(runner, run), way, self.places, run.sources())

@@ -1,26 +1,25 @@
-"""Paths: gradients on the way from references to the input."""
+"""Paths: gradients on the way from references to the input, summed with weights or step by step."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.contexts.compared import Compared
+from tdhook.keys import under
 from tdhook.passes.forward import Run
-from tdhook.passes.rows import some_rows, with_rows
-from tdhook.passes.variants import Change, Variants
-from tdhook.perturbing.quadrature import quadrature
+from tdhook.passes.rows import some_rows
+from tdhook.passes.variants import REACHED, Change, Variants
 from tdhook.tape.axes import beside
 
-__all__ = ["Way", "along", "until_close", "ways", "weighed"]
+__all__ = ["Found", "Way", "along", "carried", "inputs", "pictures", "ways", "weighed"]
 
-Found = dict[NestedKey, Tensor]
-_FIRST = 4
-"""The stretches of a way before they are halved for the first time."""
+Found: TypeAlias = "dict[NestedKey, Tensor]"
+"""Values by source."""
 
 
 class Way:
@@ -58,6 +57,38 @@ class Way:
         """The ways of some of ``count`` elements along the first batch axis."""
         ends = {key: some_rows(x, count, rows) for key, x in self.ends.items()}
         return Way({key: some_rows(x, count, rows, 1) for key, x in self.starts.items()}, ends)
+
+
+def inputs(run: Run) -> Found:
+    """The inputs, attributed or not, detached: where the way of a layer's input ends.
+
+    Raises:
+        ValueError: none of them comes from a baseline.
+    """
+    if not run.inputs:
+        raise ValueError(
+            f"none of the inputs ({', '.join(map(repr, run.setup.model.attributed))}) is floating-point, so that none "
+            "comes from a baseline on the way of which a layer could have a part: explain the layer by "
+            "IntegratedGradients(input_modules=...)"
+        )
+    return {key: x.detach() for key, x in run.inputs.items()}
+
+
+def pictures(run: Run) -> Found:
+    """Those of the values that are attributed, and depend on none of each other, that are pictures; detached.
+
+    Raises:
+        ValueError: none of them is.
+    """
+    sources = run.independent_sources()[0]
+    dims = run.batch_dims(sources)
+    found = {key: x for key, x in sources.items() if x.dim() >= dims[key] + 2}
+    if not found:
+        shapes = ", ".join(f"{key!r} {list(x.shape[dims[key] :])}" for key, x in sources.items())
+        raise ValueError(
+            f"no input is a picture, with at least two axes of features, that could be blurred: {shapes}"
+        )
+    return found
 
 
 def ways(method: Compared, run: Run, ends: Mapping[NestedKey, Tensor]) -> Iterator[Way]:
@@ -99,75 +130,29 @@ def weighed(
     return variants.summed(weights, way.at(far), list(way.ends) if of is None else of)
 
 
-def until_close(
-    variants: Variants, way: Way, rise: Tensor, tolerance: float, most: int, joint: tuple[int, ...] = ()
-) -> Found:
-    """Sums of shares on the way from one reference, of more and more points until they are close to the difference.
+def carried(variants: Variants, count: int, change: Change, of: Collection[NestedKey]) -> Found:
+    """What values pass on to the target where they change from point to point: ``sum of dh df/dh``.
 
-    The trapezoid rule, each time with as many points again between those before; or Simpson's, where it is closer.
+    By the trapezoid rule: each step of a value, times the mean of the gradients at both ends of it.
 
     Args:
         variants: asks the model.
-        way: where to.
-        rise: the difference of the target, ``[*batch]`` or ``[outputs, *batch]``.
-        tolerance: how close, in units of the target.
-        most: how many points there are at most.
-        joint: batch axes along which elements depend on each other, so that only their sums are to be close.
+        count: how many points there are.
+        change: makes them.
+        of: the sources whose part is wanted, or inputs.
 
     Returns:
         By source, ``[*source]`` or ``[outputs, *source]``.
     """
-    after = variants.several
-    axes = tuple(after + axis for axis in joint)
-    rows = torch.arange(rise.shape[after] if rise.dim() > after else 1, device=rise.device)
-    count, stretches = len(rows), _FIRST
-    before = along(variants, way, quadrature("trapezoid", stretches + 1))
     found: Found = {}
-    far = torch.ones_like(rise, dtype=torch.bool)
-    while True:
-        between = along(variants, way, quadrature("middle", stretches))
-        now = {key: (before[key] + between[key]) / 2 for key in before}
-        stretches *= 2
-        closest, gap = _closest(now, {key: now[key].lerp(before[key], -1 / 3) for key in now}, rise, axes)
-        for key, value in closest.items():
-            if key in found:  # what was close stays as it was, whatever others need
-                kept = some_rows(found[key], count, rows, after) if rise.dim() > after else found[key]
-                value = _where(far, value, kept)
-                found[key] = with_rows(found[key], count, rows, value, after) if rise.dim() > after else value
-            else:
-                found[key] = value
-        far &= gap > tolerance
-        first = far.movedim(after, 0) if rise.dim() > after else far
-        left = first.reshape(len(rows), -1).any(1).nonzero().squeeze(1)
-        if not len(left):
-            return found
-        if 2 * stretches + 1 > most:
-            warnings.warn(
-                f"integrated gradients of {len(left)} of {count} elements of the batch are {gap[far].amax():.2g} off "
-                f"after {stretches + 1} steps, which is more than tolerance={tolerance}: give more steps, or a larger "
-                "tolerance",
-                stacklevel=2,
-            )
-            return found
-        before = now
-        some = variants.among(left) if len(left) < len(rows) and after not in axes else None
-        if some is not None:
-            before = {key: some_rows(value, len(rows), left, after) for key, value in now.items()}
-            way, variants, rise = way.among(left, len(rows)), some, rise.index_select(after, left)
-            rows, far = rows[left], far.index_select(after, left)
-
-
-def _closest(one: Found, other: Found, rise: Tensor, axes: tuple[int, ...]) -> tuple[Found, Tensor]:
-    """Of two sums, for each element that which comes closer to a difference; and how far it is off."""
-    gaps = []
-    for sums in (one, other):
-        gap = rise - sum(value.reshape(*rise.shape, -1).sum(-1) for value in sums.values())
-        gaps.append((gap.sum(axes, keepdim=True).expand_as(gap) if axes else gap).abs())
-    first = gaps[0] <= gaps[1]
-    return {key: _where(first, value, other[key]) for key, value in one.items()}, torch.minimum(*gaps)
-
-
-def _where(which: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Of two values, ``[*which, ...]`` but for how the axes of the batch lie, the one where it is so."""
-    shape = (*which.shape, -1)
-    return torch.where(which.unsqueeze(-1), one.reshape(shape), other.reshape(shape)).reshape(one.shape)
+    last: Found = {}
+    for answer in variants.gradients(count, change, of, reached=True):
+        now = {key: torch.cat([last[key][None], x]) if last else x for key, x in answer.found.items()}
+        last = {key: x[-1] for key, x in now.items()}
+        for key in of:
+            grad, value = now[key], now[under(REACHED, key)]
+            step = value.diff(dim=0)
+            step = step.unsqueeze(1) if grad.dim() > step.dim() else step
+            share = (step * (grad[1:] + grad[:-1]) / 2).sum(0)
+            found[key] = found[key] + share if key in found else share
+    return found
