@@ -5,12 +5,13 @@ from tdhook.attribution.averaged import Averaged
 from tdhook.attribution.bilrp import BiLRP
 from tdhook.attribution.blur import BlurIntegratedGradients
 from tdhook.attribution.cam import GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, XGradCAM
-from tdhook.attribution.conductance import Conductance, InternalInfluence
+from tdhook.attribution.conductance import Conductance
 from tdhook.attribution.expected_gradients import ExpectedGradients
 from tdhook.attribution.gradient import Gradient, GradientTimesInput
 from tdhook.attribution.guided import Deconvnet, GuidedBackprop
 from tdhook.attribution.integrated_gradients import IntegratedGradients
 from tdhook.attribution.interactions import PredDiff, ShapleyInteraction
+from tdhook.attribution.internal_influence import InternalInfluence
 from tdhook.attribution.kernel_shap import KernelShap
 from tdhook.attribution.lrp import LRP
 from tdhook.attribution.occlusion import Occlusion
