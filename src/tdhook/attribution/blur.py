@@ -10,9 +10,9 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.attribution.paths import carried, pictures
 from tdhook.contexts.attribution import Shared
 from tdhook.contexts.compared import Complete
-from tdhook.passes.forward import Run
 from tdhook.passes.runner import Runner
 from tdhook.passes.variants import Variants
 from tdhook.perturbing.baselines import blurred
@@ -59,21 +59,18 @@ class BlurIntegratedGradients(Complete):
 
     def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
         """One forward pass to choose, then a forward and a backward pass for each step, as many at once as fit."""
-        found: dict[NestedKey, Tensor] = {}
         with runner.forward(td) as run:
-            ends, meeting = _pictures(run), self.meeting(runner, run)
+            ends, meeting = pictures(run), self.meeting(runner, run)
             variants = Variants(runner, run)
 
             def points(numbers: range) -> dict[NestedKey, Tensor]:
-                return {key: torch.stack([self._at(i, x) for i in numbers]) for key, x in ends.items()}
+                widths = self.widths[numbers.start : numbers.stop]
+                return {
+                    key: torch.stack([blurred(width)(x) if width else x for width in widths])
+                    for key, x in ends.items()
+                }
 
-            for answer in variants.gradients(len(self.widths), points):
-                around = points(range(answer.numbers.start - 1, answer.numbers.stop + 1))
-                for key, grads in answer.found.items():
-                    # By the trapezoid rule, a gradient counts for half of each step beside it.
-                    for before, after, grad in zip(around[key][:-2], around[key][2:], grads, strict=True):
-                        step = (after - before) / 2
-                        found[key] = found[key] + step * grad if key in found else step * grad
+            found = carried(variants, len(self.widths), points, ends)
             rest = run.sources().keys() - found.keys()
             lead = (len(variants.values),) if variants.several else ()
             found.update({key: x.new_zeros(*lead, *x.shape) for key, x in run.sources(rest).items()})
@@ -81,21 +78,3 @@ class BlurIntegratedGradients(Complete):
             inputs = {key: found[key] for key in run.independent_sources()[0]}
             self.told(runner, run, inputs, rises, {}, meeting)
         return found
-
-    def _at(self, number: int, pictures: Tensor) -> Tensor:
-        """Pictures after so many steps."""
-        width = self.widths[max(0, min(number, len(self.widths) - 1))]
-        return blurred(width)(pictures) if width else pictures
-
-
-def _pictures(run: Run) -> dict[NestedKey, Tensor]:
-    """The sources that are pictures, detached."""
-    sources = run.independent_sources()[0]
-    dims = run.batch_dims(sources)
-    found = {key: x for key, x in sources.items() if x.dim() >= dims[key] + 2}
-    if not found:
-        shapes = ", ".join(f"{key!r} {list(x.shape[dims[key] :])}" for key, x in sources.items())
-        raise ValueError(
-            f"no input is a picture, with at least two axes of features, that could be blurred: {shapes}"
-        )
-    return found
