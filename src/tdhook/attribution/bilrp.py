@@ -15,6 +15,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from tdhook.attribution.around import require_values_alone
 from tdhook.contexts.attribution import Attribution
 from tdhook.keys import under
 from tdhook.models.model import Model
@@ -114,12 +115,7 @@ class BiLRP(Attribution):
         summed: int | Sequence[int] = (),
         key: NestedKey = "similarity",
     ) -> None:
-        if method.compares:
-            raise TypeError(
-                f"{method!r} compares with a reference: similarities are explained by methods that explain the value"
-            )
-        if method.writes or method.writes_under:
-            raise ValueError(f"{method!r} writes more than relevance, which pairs have not: leave out ledger")
+        require_values_alone(method, "similarities are explained by", "pairs have")
         if similarity not in ("dot", "cosine"):
             raise ValueError(f"similarity is 'dot' or 'cosine', got {similarity!r}")
         self.first: NestedKey = unravel_key(first)

@@ -9,11 +9,11 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.attribution.around import explained_first, require_values_alone
 from tdhook.contexts.attribution import Attribution
 from tdhook.models.model import Model
 from tdhook.passes.runner import Runner
 from tdhook.targets import TargetLike
-from tdhook.targets.through import tells_units
 
 __all__ = ["Product"]
 
@@ -35,14 +35,7 @@ class Product(Attribution):
     def __init__(self, first: Attribution, second: Attribution) -> None:
         super().__init__(**first.shared)
         for method in (first, second):
-            if method.compares:
-                raise TypeError(
-                    f"{method!r} compares with a reference: a product is of methods that explain the value"
-                )
-            if method.writes or method.writes_under:
-                raise ValueError(
-                    f"{method!r} writes more than relevance, which a product has not: leave out ledger"
-                )
+            require_values_alone(method, "a product is of", "a product has")
         lost = [path for path in second.input_modules or () if path not in (first.input_modules or ())]
         if lost:
             raise ValueError(
@@ -56,17 +49,11 @@ class Product(Attribution):
 
     def explain(self, runner: Runner, td: TensorDictBase) -> Mapping[NestedKey, Tensor]:
         """What each method does, and the product of what both have found."""
-        found: list[Mapping[NestedKey, Tensor]] = []
         first, second = self.methods
-        there = runner.on(td, state=runner.state[0])
-        found.append(first.explain(there, td))
-        runner.base = there.base
-        if tells_units(runner.setup.question.target):  # those of the first
-            there = there.on_told_units(td)
+        one, there = explained_first(first, runner, td, runner.state[0])
+        if there.td is not td:  # which has the units that the first has told
             second = second.explaining(there.setup.question.target)
-        there = there.on(there.td, state=runner.state[1])
-        found.append(second.explain(there, there.td))
-        one, other = found
+        other = second.explain(there.on(there.td, state=runner.state[1]), there.td)
         return {key: one[key] * other[key] for key in one if key in other}
 
     def start(self, model: Model) -> Any:
