@@ -130,6 +130,15 @@ def test_references() -> None:
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-9, atol=1e-12)
 
 
+def test_references_of_a_method_that_has_none_of_its_own() -> None:
+    net, td, over = mlp(), batch(5), References("sample", 3, batch(20))
+    averaged = Averaged(LRP("epsilon", target=TARGET), over)
+    theirs = LRP("epsilon", target=TARGET, baseline=over).wrap(net)(td.clone())["attr", "input"]
+    torch.testing.assert_close(averaged.wrap(net)(td)["attr", "input"], theirs, rtol=1e-9, atol=1e-12)
+    with pytest.raises(TypeError, match="compares with a reference"):
+        Product(GradientTimesInput(TARGET), averaged)
+
+
 def test_each_reference_has_a_place_of_its_own() -> None:
     net, td, data = mlp(), batch(5), batch(20)
     over = References("sample", 300, data)
