@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
-from tdhook.attribution.games import Learnt, apart, axes_given
+from tdhook.attribution.apart import Learnt, apart, axes_given
 from tdhook.attribution.gradient import Gradient
 from tdhook.attribution.integrated_gradients import IntegratedGradients
 from tdhook.attribution.lrp import LRP

@@ -12,7 +12,8 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook.attribution.games import Game, Learnt, Told, apart, axes_given, look
+from tdhook.attribution.apart import Learnt, apart, axes_given, look
+from tdhook.attribution.games import Game, Told
 from tdhook.attribution.means import Means
 from tdhook.contexts.attribution import Shared
 from tdhook.contexts.compared import SPREAD, Compared, Complete, compared_with, write_under
