@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import io
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["ORDER", "Edge", "Sources", "circles", "level"]
+__all__ = ["ORDER", "Edge", "Sources", "circles", "is_private", "level", "lines_of_code"]
 
 ORDER = (
     "tdhook.keys",
@@ -165,6 +167,33 @@ class Sources:
 def is_private(name: str) -> bool:
     """Whether a name begins with one underscore."""
     return name.startswith("_") and not name.startswith("__")
+
+
+_NO_CODE = {
+    tokenize.COMMENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+    tokenize.INDENT,
+    tokenize.NEWLINE,
+    tokenize.NL,
+}
+
+
+def lines_of_code(text: str) -> int:
+    """How many lines of a file have code: no blank ones, no comments, and no docstrings, of whatever these are."""
+    said: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and node.value.value is not ...
+        ):
+            said.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    coded: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in _NO_CODE:
+            coded.update(range(token.start[0], token.end[0] + 1))
+    return len(coded - said)
 
 
 def _imports(node: ast.AST, hidden: bool = False) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:

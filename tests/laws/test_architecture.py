@@ -1,4 +1,4 @@
-"""The house: no circle of files, no import that runs up, none hidden, nothing private from elsewhere."""
+"""The house: no circle of files, no import that runs up, none hidden, nothing private from elsewhere, short methods."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import ast
 from pathlib import Path
 
 import pytest
-from sources import ORDER, Edge, Sources, circles, is_private, level
+from sources import ORDER, Edge, Sources, circles, is_private, level, lines_of_code
 
 import tdhook
+from tdhook.attribution import Attribution, catalogue
 
 SOURCES = Sources.of(Path(tdhook.__file__).parent)
 # A command loads what it needs and no more, so that `tdhook --help` is quick.
 LOADS_LATE = "tdhook.cli"
 # The doors load a name when it is asked for, so that `import tdhook` is quick, and `tdhook.rl` does without extras.
 DOORS = ("tdhook", "tdhook.rl")
+
+# A method is its algorithm; what several share stands beside them.
+LINES_OF_A_METHOD = 60
+# Any model under any rules, and two runs of one model with every way to put one into the other.
+LONGER = {"tdhook.attribution.lrp", "tdhook.attribution.patching"}
 
 # What derives from classes of an extra is loaded once the extra is there.
 NEEDS_AN_EXTRA = {("tdhook.rl.environments", "tdhook.rl.frames")}
@@ -84,6 +90,26 @@ def test_what_is_private_stays_in_its_folder() -> None:
         and package(edge.source) != package(edge.to)
     ]
     assert described(taken) == []
+
+
+def test_a_method_is_a_short_file() -> None:
+    methods = [kind for kind in vars(catalogue).values() if isinstance(kind, type)]
+    files = {kind.__module__ for kind in methods if issubclass(kind, Attribution) and kind is not Attribution}
+    lines = {name: lines_of_code(SOURCES.texts[name]) for name in files}
+    assert {name for name, count in lines.items() if count > LINES_OF_A_METHOD} == LONGER, lines
+
+
+@pytest.mark.parametrize(
+    "text, count",
+    [
+        ('"""Said.\n\nMore."""\n\nx = 1  # a comment\n', 1),
+        ('def f():\n    """Said."""\n    # a comment\n    return """a\n    b"""\n', 3),
+        ("x = [\n    1,\n\n    2,\n]\n", 4),
+        ('X = 1\n"""What it is."""\n', 1),
+    ],
+)
+def test_lines_of_code_are_counted(text: str, count: int) -> None:
+    assert lines_of_code(text) == count
 
 
 @pytest.mark.parametrize(
