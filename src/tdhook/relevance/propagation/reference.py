@@ -308,11 +308,10 @@ _PLAIN = (int, bool, str)
 
 def _fits(shape: Sequence[int], other: Sequence[int]) -> bool:
     """Whether a value of one row stands for one of several."""
-    if len(shape) != len(other):
-        return False
-    return sum(n != m for n, m in zip(shape, other, strict=True)) <= 1 and all(
-        n == m or m == 1 for n, m in zip(shape, other, strict=True)
-    )
+    if shape == other or len(shape) != len(other):
+        return shape == other
+    differing = [m for n, m in zip(shape, other, strict=True) if n != m]
+    return differing == [1]
 
 
 def _as_decided(first: Any, second: Any, *, truths: bool) -> Any:
