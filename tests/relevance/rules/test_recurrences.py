@@ -147,6 +147,45 @@ def test_first_states_against_a_reference(kind: str, preset: str, runs: list[str
     assert len(runs) == 2
 
 
+class Started(nn.Module):
+    """A policy whose first states are made of the inputs, off the tape."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, x: Tensor) -> Tensor:
+        network = self.policy.network
+        layers = network.num_layers * (2 if network.bidirectional else 1)
+        h = x.detach()[:, :1, :1].expand(-1, layers, HIDDEN) + 0.5
+        return self.policy(x, h, 2 * h if isinstance(network, nn.LSTM) else None)
+
+
+@pytest.mark.parametrize("preset", ["deeplift", "lstm_lrp"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn_tanh"])
+def test_constant_first_states_that_are_others_there(kind: str, preset: str, runs: list[str]) -> None:
+    """What they meet first takes all that they lead to, or the mean; that of a sequence is its own."""
+    model = Started(policy(kind, packed=True, bidirectional=True))
+    x = torch.randn(BATCH, TIME, 2, dtype=torch.float64)
+    assert_same(model, {"x": x}, preset, baseline={"x": 0.3})
+    assert len(runs) == 2
+
+
+def test_other_weights_on_the_reference_are_refused() -> None:
+    class Fast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.GRUCell(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights = {name: p * x.detach().mean() for name, p in self.cell.named_parameters()}
+            return torch.func.functional_call(self.cell, weights, (x,))
+
+    explain = explained(Fast(), ledger=False, x=torch.randn(BATCH, 2))
+    with pytest.raises(NotImplementedError, match="gru_cell computes with other weights"):
+        explain("deeplift", 0, baseline=0.0)
+
+
 def test_all_of_the_difference_arrives() -> None:
     model, x = policy("lstm"), torch.randn(BATCH, TIME, 2, dtype=torch.float64)
     found = explained(model, ledger=False, x=x)("deeplift", 1, baseline=0.0)["attr", "x"]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tdhook.conventions import per_value
 from tdhook.relevance.propagation.stabilisers import (
     Stabilizer,
     left_of,
@@ -88,13 +89,16 @@ class Reading(Protocol):
 
     @property
     def first(self) -> bool:
-        """Whether gates do where they meet the first state, which is constant."""
+        """Whether the first state is constant, of which only what it meets can take a share."""
 
     def values(self, x: Tensor) -> Tensor:
         """The values as they are."""
 
     def gate(self, x: Tensor) -> Tensor:
         """A factor of a product, to the other one."""
+
+    def constant(self, x: Tensor, factor: Tensor) -> Tensor:
+        """A constant one, to the other one."""
 
     def slope(self, function: Callable[[Tensor], Tensor], x: Tensor, z: Tensor) -> Tensor:
         """A function that is applied to each value."""
@@ -112,6 +116,9 @@ class Values:
         return x
 
     def gate(self, x: Tensor) -> Tensor:
+        return x
+
+    def constant(self, x: Tensor, factor: Tensor) -> Tensor:
         return x
 
     def slope(self, function: Callable[[Tensor], Tensor], x: Tensor, z: Tensor) -> Tensor:
@@ -133,6 +140,13 @@ class Differences:
 
     def gate(self, x: Tensor) -> Tensor:
         return torch.lerp(x[1], x[0], 0.5)
+
+    def constant(self, x: Tensor, factor: Tensor) -> Tensor:
+        if not self.shares:
+            return self.gate(x)
+        # One that is another there is so because of what is attributed, which takes all.
+        rise = difference(x[0] * factor[0], x[1] * factor[1])
+        return torch.where(x[0] == x[1], x[0], per_value(difference(factor[0], factor[1]), rise))
 
     def slope(self, function: Callable[[Tensor], Tensor], x: Tensor, z: Tensor) -> Tensor:
         return slope(function.__name__, function, x[0], x[1], z[0], z[1])
@@ -172,12 +186,13 @@ class Steps:
             made = made * factor
         return times(made, self.reading.kept(x, self.inside.linear))
 
-    def met(self, x: Tensor) -> Tensor:
+    def met(self, x: Tensor, gate: Tensor) -> Tensor:
         """What a gate meets of the states before, as far as it takes a share of the product."""
         met = self.reading.gate(x)
-        if self.reading.shares:
+        if not self.reading.first:
             return met
-        return torch.cat([met[:1], torch.zeros_like(met[1:])])
+        first = self.reading.constant(x[:, :1], gate[:, :1])
+        return torch.cat([first, met[1:] if self.reading.shares else torch.zeros_like(met[1:])])
 
     @property
     def gated(self) -> bool:
@@ -201,7 +216,7 @@ def _of_lstm(steps: Steps) -> Factors:
     if steps.gated:
         none = torch.zeros_like(drawn[0])
         of_i = steps.activated(torch.sigmoid, to_i, i, reading.gate(signal)) if reading.shares else none
-        of_f = steps.activated(torch.sigmoid, to_f, f, steps.met(c_before))
+        of_f = steps.activated(torch.sigmoid, to_f, f, steps.met(c_before, f))
         of_o = steps.activated(torch.sigmoid, to_o, o, reading.gate(bounded)) if reading.shares else none
         drawn, rows = [of_i, of_f, *drawn, of_o], weights.joint
     factor, width = torch.cat(drawn, -1), steps.x.shape[-1]
@@ -240,11 +255,11 @@ def _of_gru(steps: Steps) -> Factors:
     to_input = [times(drawn, reading.kept(of_input, inside.linear))]
     state, input = w_hh, w_ih
     if steps.gated:
-        met = steps.met(steps.before)
+        met = steps.met(steps.before, z)
         if reading.shares:
             met = met - reading.gate(signal)
         gates = [
-            steps.activated(torch.sigmoid, to_r, r, drawn, steps.met(of_state)),
+            steps.activated(torch.sigmoid, to_r, r, drawn, steps.met(of_state, r)),
             steps.activated(torch.sigmoid, to_z, z, met),
         ]
         to_state, to_input = gates + to_state, gates + to_input

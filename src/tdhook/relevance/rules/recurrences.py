@@ -109,8 +109,8 @@ class Recurrence(TapeFunction):
                 for first, made in zip(state, outputs, strict=True)
             ]
             start = tuple(map(_sides, zip(*state, strict=True)))
-            constant = not inside.shares and not on_tape(state[0][-1])
-            reading: Reading = Differences(inside.shares, constant) if len(x) > 1 else Values()
+            first = not on_tape(state[0][-1])
+            reading: Reading = Differences(inside.shares, first) if len(x) > 1 else Values()
             factors = FACTORS[kind](Steps(_sides(x), _sides(before), start, weights, inside, reading))
         found: State = Recurrence.apply(factors, outputs[0], x[0], *state[0])
         return found

@@ -21,7 +21,6 @@ from tdhook.relevance.rules.cells import State
 from tdhook.relevance.rules.recurrences import inside_of
 from tdhook.relevance.rules.recurrent_calls import CalledCell, CalledNetwork, called, kind_of
 from tdhook.relevance.rules.simple import PassRule
-from tdhook.relevance.secants.averages import average
 from tdhook.relevance.secants.pair import Grads, Pair, Pull, pull_back
 from tdhook.tape.conditions import holds
 from tdhook.tape.functions import on_tape
@@ -111,12 +110,8 @@ def _pulling(inside: Inside) -> Pull:
     """What the arguments count per unit of difference, given what the values do."""
 
     def pull(pair: Pair, grads: Sequence[Tensor]) -> Grads:
-        same = [pair.leaves[i] == start for i, start in pair.beside.items()]
-        if pair.other or not all(
-            map(holds, same)
-        ):  # a first state that is not attributed is another one there
-            return average(pair, grads)
-        there = called(pair.name, pair.function, *pair.given(pair.starts))
+        _require_the_same(pair)
+        there = called(pair.name, pair.function, *pair.given(pair.starts, pair.beside))
 
         def run(*ends: Tensor) -> State:
             given: Any = called(pair.name, pair.function, *pair.given(ends))
@@ -126,3 +121,21 @@ def _pulling(inside: Inside) -> Pull:
         return pull_back(run, pair.ends, grads)
 
     return pull
+
+
+def _require_the_same(pair: Pair) -> None:
+    """Raise where something else differs on the reference than what comes in, and the first states.
+
+    Those have a way through the cells even where they are constants, so that what they lead to is known.
+    """
+    given = called(pair.name, pair.function, *pair.arguments())
+    follows = {id(x) for x in (given.data, *given.states)}
+    others = [
+        pair.leaves[i] == start for i, start in pair.beside.items() if id(pair.leaves[i]) not in follows
+    ]
+    if pair.other or not all(map(holds, others)):
+        raise NotImplementedError(
+            f"{pair.name} computes with other weights on the reference (baseline) than on the input, which all steps "
+            "at once are not explained with; write ledger=True, with which it goes step by step, or hold constant what "
+            "the weights are made of"
+        )

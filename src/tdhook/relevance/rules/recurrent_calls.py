@@ -247,9 +247,12 @@ def _along(
         if size < running:
             ended.append(tuple(s[size:] for s in state))
             state = tuple(s[:size] for s in state)
-        elif size > running:
-            state = tuple(torch.cat([s, s0[running:size]]) for s, s0 in zip(state, initial, strict=True))
-        state = cell(x, state, weights)
+        if size > running:  # these begin here, by themselves: their first states may be constants
+            begun = cell(x[running:], tuple(s[running:size] for s in initial), weights)
+            state = cell(x[:running], state, weights)
+            state = tuple(map(torch.cat, zip(state, begun, strict=True)))
+        else:
+            state = cell(x, state, weights)
         outputs.append(state[0])
     ended.append(state)
     final = tuple(torch.cat(parts[::-1]) for parts in zip(*ended, strict=True))
