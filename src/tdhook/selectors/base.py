@@ -44,6 +44,10 @@ class Selector(ABC):
         """Whether it matters when an operation is performed."""
         return False
 
+    def inherited(self, site: Site) -> bool:
+        """Whether the module at ``site``, which is meant, is so only as one of a class that its own derives from."""
+        return False
+
     @property
     def anywhen(self) -> Selector:
         """What it would mean if it did not matter when an operation is performed: all that it may mean."""
@@ -186,6 +190,9 @@ class AllOf(Several):
         wanted = (s for s in self.selectors if not isinstance(s, NotThe))
         return all(s.matches(site) for s in wanted) and not any(s.matches(site) for s in excluded)
 
+    def inherited(self, site: Site) -> bool:
+        return any(s.inherited(site) for s in self.selectors)
+
     def to_dict(self) -> dict[str, object]:
         return {"all": [s.to_dict() for s in self.selectors]}
 
@@ -205,6 +212,9 @@ class AnyOf(Several):
         if site.operation is not None:
             return any(s.reaches_operations and s.matches(site) for s in self.selectors)
         return any(s.matches(site) for s in self.selectors)
+
+    def inherited(self, site: Site) -> bool:
+        return all(s.inherited(site) for s in self.selectors if s.matches(site))
 
     def to_dict(self) -> dict[str, object]:
         return {"any": [s.to_dict() for s in self.selectors]}

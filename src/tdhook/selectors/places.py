@@ -14,6 +14,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import nn
 
 from tdhook.models import families
+from tdhook.models.parallel import forward_put_on
 from tdhook.models.sites import Site
 from tdhook.selectors.base import Selector, as_selector, names_in, reads_data, stands_for
 
@@ -45,6 +46,11 @@ class Type(Selector):
             for c in self.classes
         )
 
+    def inherited(self, site: Site) -> bool:
+        cls = type(site.module)
+        own = any(_names(cls, c) if isinstance(c, str) else c is cls for c in self.classes)
+        return not own or forward_put_on(site.module) is not None
+
     def to_dict(self) -> dict[str, object]:
         return {"type": [c if isinstance(c, str) else _class_name(c) for c in self.classes]}
 
@@ -53,10 +59,11 @@ class Type(Selector):
 
 
 def _named(cls: type, pattern: str) -> bool:
-    return any(
-        fnmatchcase(base.__name__, pattern) or fnmatchcase(f"{base.__module__}.{base.__qualname__}", pattern)
-        for base in cls.__mro__[:-1]
-    )
+    return any(_names(base, pattern) for base in cls.__mro__[:-1])
+
+
+def _names(cls: type, pattern: str) -> bool:
+    return fnmatchcase(cls.__name__, pattern) or fnmatchcase(f"{cls.__module__}.{cls.__qualname__}", pattern)
 
 
 def _class_name(cls: type) -> str:
@@ -200,6 +207,9 @@ class _Extreme(Selector):
 
     def _directed(self, order: tuple[T, ...]) -> tuple[T, ...]:
         raise NotImplementedError
+
+    def inherited(self, site: Site) -> bool:
+        return self.selector.inherited(site)
 
     def to_dict(self) -> dict[str, object]:
         return {type(self).__name__.lower(): self.selector.to_dict()}

@@ -11,10 +11,10 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdhook import LRP, Target
-from tdhook.composites import Composite
+from tdhook.composites import Composite, relp
 from tdhook.models.families import BatchNorm
-from tdhook.rules import EpsilonRule, GammaRule
-from tdhook.selectors import Type
+from tdhook.rules import EpsilonRule, GammaRule, LayerNormRule, PassRule
+from tdhook.selectors import Name, Selector, Type
 
 pytestmark = pytest.mark.usefixtures("doubles")
 
@@ -159,3 +159,129 @@ def test_the_batch_norm_inside_is_what_it_now_is() -> None:
     torch.testing.assert_close(found, method.wrap(apart)(td.clone())["attr", "input"])
     rows = [(row.path, type(row.module), repr(row.rule)) for row in method.plan(net, td)]
     assert rows[1:3] == [("1", nn.BatchNorm2d, "PassRule()"), ("1.act", nn.ReLU, "PassRule()")]
+
+
+class Apart(nn.Module):
+    """A layer, and what is behind or beside it."""
+
+    def __init__(self, layer: nn.Module, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.layer, self.function = layer, function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer, x)
+
+
+def alike(net: nn.Module, other: nn.Module) -> nn.Module:
+    """A network with the parameters of another one."""
+    with torch.no_grad():
+        for mine, theirs in zip(net.parameters(), other.parameters(), strict=True):
+            mine.copy_(theirs)
+    return net
+
+
+OWN_WAYS: dict[str, tuple[type[nn.Module], tuple[object, ...], Callable[..., Tensor]]] = {
+    "activated": (nn.Linear, (WIDE, WIDE), lambda layer, x: F.softplus(layer(x))),
+    "convolved": (nn.Conv1d, (WIDE, WIDE, 1), lambda layer, x: layer(x[..., None])[..., 0].tanh() * x),
+    "gated": (nn.GELU, (), lambda layer, x: layer(x) * x.mean(-1, keepdim=True)),
+    "mixed": (nn.SiLU, (), lambda layer, x: layer(x).softmax(-1)),
+    "another": (nn.ReLU, (), lambda layer, x: x.softmax(-1) + x),
+    "averaged": (nn.AdaptiveAvgPool1d, (3,), lambda layer, x: layer(x).tanh()),
+    "normalised": (nn.LayerNorm, (WIDE,), lambda layer, x: layer(x).relu() + x),
+}
+
+
+@pytest.mark.parametrize("preset", ["epsilon", "epsilon_plus", "attn_lrp", "deeplift"])
+@pytest.mark.parametrize("way", OWN_WAYS)
+def test_a_layer_with_something_in_it_is_the_two_apart(way: str, preset: str) -> None:
+    kind, arguments, function = OWN_WAYS[way]
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return function(lambda x: kind.forward(self, x), x)
+
+    one = network(type("Derived", (kind,), {"forward": forward})(*arguments))
+    other = alike(network(Apart(kind(*arguments), function)), one)
+    td = TensorDict(input=torch.randn(5, 4), batch_size=[5])
+    method = LRP(preset, target=Target("output", 1), **PRESETS.get(preset, {}))
+    found, expected = (method.wrap(net)(td.clone()) for net in (one, other))
+    torch.testing.assert_close(found["output"], expected["output"])
+    torch.testing.assert_close(found["attr", "input"], expected["attr", "input"], rtol=1e-5, atol=1e-9)
+
+
+class Gated(nn.GELU):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDE, WIDE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gate(x)
+
+
+@pytest.mark.parametrize("selector", [Type(Gated), Type("*Gated"), Name("1")], ids=repr)
+def test_by_its_class_or_name_a_layer_is_one_unit(selector: Selector) -> None:
+    td, net = TensorDict(input=torch.randn(5, 4), batch_size=[5]), network(Gated())
+    method = LRP([(selector, PassRule()), (nn.Linear, EpsilonRule())], target=Target("output", 1))
+    assert [row.path for row in method.plan(net, td)] == ["0", "1", "2"]
+    derived = LRP([(nn.GELU, PassRule()), (nn.Linear, EpsilonRule())]).plan(net, td)
+    names = [(row.path, row.module.name if row.operation else type(row.module).__name__) for row in derived]
+    assert names == [("0", "Linear"), ("1", "gelu"), ("1.gate", "Linear"), ("1", "mul"), ("2", "Linear")]
+
+
+def test_a_forward_that_was_put_on_a_layer_is_looked_at() -> None:
+    net = network(nn.Linear(WIDE, WIDE))
+    layer = net[1]
+    layer.forward = lambda x: F.softplus(F.linear(x, layer.weight, layer.bias))
+    td = TensorDict(input=torch.randn(5, 4), batch_size=[5])
+    apart = alike(network(Apart(nn.Linear(WIDE, WIDE), lambda layer, x: F.softplus(layer(x)))), net)
+    method = LRP("epsilon", target=Target("output", 1))
+    one, other = (method.wrap(net)(td.clone())["attr", "input"] for net in (net, apart))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-9)
+
+
+class Channels(nn.LayerNorm):
+    """A normalisation of channels, as ConvNeXt has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
+class ByHand(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - x.mean(-1, keepdim=True)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight + self.bias
+
+
+def test_a_rule_of_torchs_normalisation_is_that_of_the_one_inside() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 1), Channels(4), nn.Flatten(-3), nn.Linear(16, 2))
+    rows = nn.Sequential(
+        nn.Flatten(-2), Moved(), nn.Linear(2, 4), nn.LayerNorm(4), Moved(), nn.Flatten(-2), nn.Linear(16, 2)
+    )
+    with torch.no_grad():
+        rows[2].weight.copy_(net[0].weight[..., 0, 0])
+        for mine, other in ((rows[2], net[0]), (rows[6], net[3])):
+            mine.bias.copy_(other.bias)
+        rows[6].weight.copy_(net[3].weight)
+    td = TensorDict(input=torch.randn(3, 2, 2, 2), batch_size=[3])
+    method = LRP("relp", target=Target("output", 1))
+    one, other = (method.wrap(each)(td.clone())["attr", "input"] for each in (net, rows))
+    torch.testing.assert_close(one, other)
+
+
+class Moved(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
+
+
+def test_a_rule_that_finds_no_operation_says_how_to_go_on() -> None:
+    td, net = TensorDict(input=torch.randn(5, 4), batch_size=[5]), network(ByHand(WIDE))
+    with pytest.raises(
+        NotImplementedError, match=r"without `layer_norm`: name its class, \(Type\(ByHand\), Lay"
+    ):
+        LRP("relp", target=Target("output", 1)).wrap(net)(td)
+    named = Composite([(Type(ByHand), LayerNormRule(0.4))]) + relp()
+    plain = network(nn.LayerNorm(WIDE))
+    one = LRP(named, target=Target("output", 1)).wrap(net)(td.clone())["attr", "input"]
+    other = LRP("relp", target=Target("output", 1)).wrap(plain)(td.clone())["attr", "input"]
+    torch.testing.assert_close(one, other)

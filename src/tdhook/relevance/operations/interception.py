@@ -190,8 +190,12 @@ class Interception(Units):
             # What is overwritten stays the tensor that the model holds.
             target = overwritten(given, given_by_name)
             return self._in_place(known, func, args, kwargs, target, live)
-        if (known.quick and self.observer is None and self._entered is None) or self._paused or not live:
+        if self._paused or not live:
             return func(*args, **kwargs)
+        if known.quick and self.observer is None:
+            entered = self._entered
+            if entered is None or not entered.means(known.operation, args, kwargs):
+                return func(*args, **kwargs)
         if known.refused:
             raise NotImplementedError(
                 OVERWRITES.format(known.operation.name, self.paths.current or "(model)")

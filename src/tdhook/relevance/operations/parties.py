@@ -11,6 +11,9 @@ from torch import nn
 
 from tdhook.relevance.propagation.binding import Bound
 from tdhook.relevance.propagation.call import Call
+from tdhook.relevance.propagation.entering import is_linear
+from tdhook.relevance.propagation.inherited import LINEAR
+from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.selectors import Selector
 
@@ -67,15 +70,24 @@ rule)``."""
 
 @dataclass
 class Entered:
-    """A layer that makes its weights itself is running.
+    """A layer is running whose rule is that of an operation inside it.
 
     Attributes:
-        rule: its rule.
-        found: whether a linear operation was seen that they reach.
+        rule: the rule.
+        operation: the name of the operation, :data:`~tdhook.relevance.propagation.inherited.LINEAR` for any that is
+            linear with weights.
+        found: whether it was seen.
     """
 
     rule: Rule
+    operation: str
     found: bool = False
+
+    def means(self, operation: Operation, args: object, kwargs: object) -> bool:
+        """Whether a call is one of that operation."""
+        if self.operation == LINEAR:
+            return is_linear(operation, args, kwargs)
+        return operation.name == self.operation
 
 
 class Observer(Protocol):

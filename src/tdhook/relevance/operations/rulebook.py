@@ -13,7 +13,6 @@ from tdhook.relevance.operations.known import Known, learned
 from tdhook.relevance.operations.parties import Entered, Found
 from tdhook.relevance.operations.readings import Reading
 from tdhook.relevance.propagation.call import Call, Run
-from tdhook.relevance.propagation.entering import is_linear
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule
 
@@ -81,12 +80,12 @@ class Rulebook:
             known: what is known of the function.
             args: its arguments by place.
             kwargs: its arguments by name.
-            entered: the layer that makes its weights itself and is running; its linear operation has its rule.
+            entered: the layer that is running whose rule is that of an operation inside it.
 
         Returns:
             ``None`` as the rule where it is made of other operations, or nothing is known of it.
         """
-        if entered is not None and is_linear(known.operation, args, kwargs):
+        if entered is not None and entered.means(known.operation, args, kwargs):
             entered.found = True
             return None, entered.rule
         self.asking.each(known, self._paths)

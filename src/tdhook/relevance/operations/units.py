@@ -15,7 +15,8 @@ from tdhook.relevance.operations.parties import Entered, Observer
 from tdhook.relevance.propagation.binding import Binding, Bound
 from tdhook.relevance.propagation.call import ALONE, Call, Setting
 from tdhook.relevance.propagation.entering import no_operation
-from tdhook.relevance.propagation.rule import Rule
+from tdhook.relevance.propagation.formula import PropagationRule
+from tdhook.relevance.propagation.inherited import LINEAR, inherited_operation
 from tdhook.tape.compiling import refuse_compiling
 from tdhook.tape.dependence import Dependence
 from tdhook.tape.internals import (
@@ -158,12 +159,13 @@ class Units(Watching):
         return bound.run(self.observer.inside(call))
 
     def _enter(self, binding: Binding, call: Call) -> Any:
-        """Run a layer that makes its weights itself, with its rule on the linear operation that they reach."""
-        before, self._entered = self._entered, Entered(cast(Rule, binding.rule))
+        """Run a layer with its rule on the operation inside it that is meant, one that its weights reach say."""
+        rule, name = cast(PropagationRule, binding.rule), inherited_operation(call.module) or LINEAR
+        before, self._entered = self._entered, Entered(rule, name)
         try:
             result = call.natively()
-            if not self._entered.found:
-                raise NotImplementedError(no_operation(call.module))
+            if not self._entered.found and rule.requires_operation:
+                raise NotImplementedError(no_operation(call.module, rule, name))
             return result
         finally:
             self._entered = before

@@ -91,14 +91,19 @@ def make_plan(
         selector, rule = _ask(mapper, execution, name, module)
         if rule is not None and not isinstance(rule, Rule):
             raise TypeError(f"the rule mapper returned {rule!r} for module `{name}`, which is no rule")
+        inherited = selector is not None and selector.inherited(execution.site(name))
+        to_inside = defaults and (rule is None or (inherited and not rule.native))
+        norm = BatchNorm.inside(module) if to_inside else None
+        if norm is not None:
+            selector, rule, inherited = None, None, False
         if rule is not None and defaults:
             if module is whole:
                 rows.clear()  # all that runs is inside it
-            units[f"{name}." if name else ""] = set(map(id, modules_of(module).values()))
+            if not (inherited and rule.enters(module, inherited) and not rule.enters(module)):
+                units[f"{name}." if name else ""] = set(map(id, modules_of(module).values()))
         leaf = not any(True for _ in module.children())
         leaf = leaf and not isinstance(module, TensorDictModuleBase | TensorDictParams)
-        rows.append(Row(name, module, rule, selector, open=rule is None and leaf))
-        norm = BatchNorm.inside(module) if rule is None and defaults else None
+        rows.append(Row(name, module, rule, selector, open=rule is None and leaf, inherited=inherited))
         if norm is not None:
             found = isinstance(mapper, Composite) and mapper.find(replace(execution.site(name), module=norm))
             selector, rule = found or (None, None)

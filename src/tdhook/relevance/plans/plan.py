@@ -52,6 +52,7 @@ class Row:
         open: whether it is a layer that nothing says anything about.
         runs: whether the model called it, as far as that is known.
         inside: whether it is the batch norm inside the layer of that path, which derives from one.
+        inherited: whether the selector names a class that the module derives from.
     """
 
     path: str
@@ -61,6 +62,7 @@ class Row:
     open: bool = False
     runs: bool = True
     inside: bool = False
+    inherited: bool = False
 
     @property
     def operation(self) -> str | None:
@@ -223,7 +225,7 @@ class Plan:
                     rule = merging(merges[row.path])
                 elif merge:
                     rule = merging()
-            binding = Binding(row.module, rule, flow, interception, setting)
+            binding = Binding(row.module, rule, flow, interception, setting, row.inherited)
             if not row.inside:
                 self._bindings.append(binding)
             else:

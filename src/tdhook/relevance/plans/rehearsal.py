@@ -116,9 +116,24 @@ def rehearse(plan: Plan, runner: Runner) -> None:
     with restored(runner.setup.model.root):
         runner.carefully(attempt)
     called = {id(row.module) for row in watch.rows}
-    ruled = (row for row in plan.rows if row.rule and not row.rule.native)
-    idle = (replace(row, runs=False) for row in ruled if id(row.module) not in called)
-    plan.operations = (*watch.rows, *idle)
+    ruled = [row for row in plan.rows if row.rule and not row.rule.native]
+    # Of a layer that is entered, operations were seen.
+    entered = {row.path: row for row in ruled if row.rule and row.rule.enters(row.module, row.inherited)}
+    seen = [_as_entered(row, entered.get(row.path)) for row in watch.rows]
+    paths = {row.path for row in seen}
+    idle = (
+        replace(row, runs=False)
+        for row in ruled
+        if id(row.module) not in called and not (row.path in entered and row.path in paths)
+    )
+    plan.operations = (*seen, *idle)
+
+
+def _as_entered(row: Row, layer: Row | None) -> Row:
+    """An operation inside a layer whose rule it has, for the reason for which the layer has it."""
+    if layer is None or row.operation is None or row.rule is not layer.rule or row.selector is not None:
+        return row
+    return replace(row, selector=layer.selector)
 
 
 class _Watch:

@@ -46,8 +46,8 @@ class Bindable(Protocol):
     def applied(self) -> bool:
         """Whether it asks the module for ``_prev_forward``."""
 
-    def enters(self, module: nn.Module) -> bool:
-        """Whether it is the rule of the linear operation inside the module."""
+    def enters(self, module: nn.Module, inherited: bool = False) -> bool:
+        """Whether it is the rule of an operation inside the module."""
 
     def bound(self, module: nn.Module, flow: Convention) -> Run:
         """How calls of the module run."""
@@ -87,10 +87,11 @@ class Binding:
             they are converted.
         around: runs the call in its surroundings, as one unit.
         setting: what the calls of one plan share.
+        inherited: whether the rule is given to a class that the module derives from.
 
     Attributes:
         closed: whether the module is a layer of torch's own, as it is there.
-        enters: whether the rule is that of the linear operation inside the module.
+        enters: whether the rule is that of an operation inside the module.
         original: the module's own forward, while attached.
     """
 
@@ -101,13 +102,14 @@ class Binding:
         flow: Convention | None = None,
         around: Around | None = None,
         setting: Setting = ALONE,
+        inherited: bool = False,
     ) -> None:
         self.module, self.rule, self.setting = module, rule, setting
         self.around = None if rule.opens else around
         self.flow: Convention = flow or rule.convention
         self._on_tensordict = isinstance(module, TensorDictModuleBase)
         self.closed = is_of_torch(module) and not children_of(module)
-        self.enters = rule.enters(module)
+        self.enters = rule.enters(module, inherited)
         self.original: Callable[..., Any] | None = None
         self.thread: int | None = None
         self.applied = rule.applied

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from tdhook.relevance.propagation.call import Call, Run
+from tdhook.relevance.propagation.inherited import LINEAR
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.selectors.names import name_of
 from tdhook.tape.dependence import Dependence
@@ -61,9 +62,15 @@ class OnLinearOperations(TorchFunctionMode):
         return self._bound(operation)(Call(operation, func, args, kwargs))
 
 
-def no_operation(module: nn.Module) -> str:
-    """What is wrong where no operation is found."""
+def no_operation(module: nn.Module, rule: object = None, name: str = LINEAR) -> str:
+    """What is wrong where the operation is not found that a rule is for."""
     kind = type(module).__name__
+    if name != LINEAR:
+        return (
+            f"{rule!r} is given to a layer that {kind} derives from, but {kind} computes in its own way, without "
+            f"`{name}`: name its class, (Type({kind}), {rule!r}), and it runs as one unit, or leave it to its "
+            "operations"
+        )
     return (
         f"the rule modifies weights, but {kind} performs no linear operation with weights; give {kind} another rule, "
         "EpsilonRule say"

@@ -13,6 +13,7 @@ from tdhook.relevance.propagation.call import Run
 from tdhook.relevance.propagation.differences import formula_of_layer, formula_of_module
 from tdhook.relevance.propagation.executed import Directly, running_layer, running_module
 from tdhook.relevance.propagation.forms import closed_form, makes_weights
+from tdhook.relevance.propagation.inherited import inherited_operation
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.params import require_parameters
 from tdhook.relevance.propagation.rule import RunningRule, converted
@@ -52,9 +53,20 @@ class PropagationRule(RunningRule):
         """Whether the formula looks at modified weights."""
         return False
 
-    def enters(self, module: nn.Module) -> bool:
-        """A rule that modifies weights gets them where they reach a linear operation."""
-        return self.modifies and makes_weights(module)
+    @property
+    def requires_operation(self) -> bool:
+        """Whether there has to be an operation inside the module, where the rule is that of one."""
+        return self.modifies
+
+    def enters(self, module: nn.Module, inherited: bool = False) -> bool:
+        """A rule that modifies weights gets them where they reach a linear operation.
+
+        One that is given to a layer of torch is that of its operation in what derives from the layer.
+        """
+        if self.modifies and makes_weights(module):
+            return True
+        own = not (self.applied or self.absorbs_all)
+        return inherited and own and inherited_operation(module) is not None
 
     def against(self, module: nn.Module, flow: Convention) -> Run:
         """By the formula, whose inputs and outputs are differences."""

@@ -112,8 +112,13 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
         """Whether the rule has its own way onto a module."""
         return type(self).register is not Rule.register
 
-    def enters(self, module: nn.Module) -> bool:
-        """Whether the rule is that of the linear operation inside ``module``, and not of ``module`` as a whole."""
+    def enters(self, module: nn.Module, inherited: bool = False) -> bool:
+        """Whether the rule is that of an operation inside ``module``, and not of ``module`` as a whole.
+
+        Args:
+            module: the module.
+            inherited: whether the rule is given to a class that ``module`` derives from.
+        """
         return False
 
     def bound(self, module: nn.Module, flow: Convention) -> Run:

@@ -49,6 +49,11 @@ class LayerNormRule(GradientRule):
             raise ValueError(f"held is a part of the deviation, a number from 0 to 1, got {held!r}")
         self.held = float(held)
 
+    @property
+    def requires_operation(self) -> bool:
+        """Where it is another one than that of normalisations inside a module by default."""
+        return self.held < 1
+
     def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
         (x, *others), (g, *_) = step.inputs, relevance
         module = None if isinstance(step.module, Operation) else step.module
