@@ -128,13 +128,15 @@ class Hides(nn.Module):
                 x.sub_(x.max())
         elif self.how == "detached":
             x.detach()[:, 0] = 0.0
+        elif self.how == "assigned":
+            x.data = x.data.clamp(min=0.0)
         else:
             x.data.clamp_(min=0.0)
         return x * x
 
 
 @every_flow
-@pytest.mark.parametrize("how", ["without gradients", "detached", "as data"])
+@pytest.mark.parametrize("how", ["without gradients", "detached", "as data", "assigned"])
 def test_what_a_model_overwrites_off_the_tape_is_refused(how: str, flow: str) -> None:
     """Derivatives are those of values that are no longer there; torch does not notice."""
     torch.manual_seed(0)
@@ -144,6 +146,42 @@ def test_what_a_model_overwrites_off_the_tape_is_refused(how: str, flow: str) ->
         NotImplementedError, match="overwrites off the tape what depends on the inputs, in module `1`"
     ):
         LRP("epsilon", target=Target("output", 0), flow=flow).wrap(net)(td)
+
+
+class Doubles(nn.Module):
+    """Twice its argument, which it overwrites uncounted; or, off the tape, what it has made of it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "as data":
+            x.data *= 2
+            return x + 0.0
+        z = x + 0.0
+        if self.how == "without gradients":
+            with torch.no_grad():
+                z.mul_(2)
+        elif self.how == "detached":
+            z.detach().mul_(2)
+        return 2 * z if self.how == "plain" else z
+
+
+@every_flow
+@pytest.mark.parametrize("how", ["as data", "without gradients", "detached"])
+def test_a_unit_that_overwrites_off_the_tape(how: str, flow: str) -> None:
+    """A rule that asks for no derivative of it has all it needs."""
+    found = []
+    for each in ("plain", how):
+        model, x = around(Doubles(each))
+        td, module = explained(model, x, flow, [(Type(Doubles), PassRule()), *TINY])
+        assert_balanced(td, module)
+        assert torch.equal(td["output"], plainly(model, x))
+        found.append(td["attr", "input"])
+    assert_same(*found)
+    with pytest.raises(NotImplementedError, match="overwrites off the tape what depends on the inputs"):
+        explained(*around(Doubles(how)), flow, [(Type(Doubles), EpsilonRule()), *TINY])
 
 
 @every_flow

@@ -145,6 +145,10 @@ class Interception(Units):
         if known.aside:
             if known.begins_tape:
                 self.dependence.look_closely(args[0])
+            if known.assigns and self.dependence.has(args[0]) and self._is_followed(args[0]):
+                result = func(*args, **kwargs)
+                self._hide(known, args[0])
+                return result
             if known.hooks and self.dependence.has(args[0]):
                 hook = kwargs["hook"] if kwargs else args[1]
                 if not moves_between_processes(hook):
@@ -165,9 +169,9 @@ class Interception(Units):
             self.guard.before(overwritten(args, kwargs))
         dependence = self.dependence
         if not torch.is_grad_enabled():
-            if in_place and not self._paused:
+            if in_place and not (self._paused and self._overwriters.given is None):
                 for x in tree_leaves(overwritten(args, kwargs)):
-                    if isinstance(x, Tensor) and dependence.has(x):
+                    if isinstance(x, Tensor) and dependence.has(x) and self._is_followed(x):
                         self._hide(known, x)
             return func(*args, **kwargs)
         try:
@@ -179,7 +183,7 @@ class Interception(Units):
             raise Live(error.x, known.operation.name, self.paths.current) from None
         if not self._paused and dependence.is_hidden(args, kwargs):
             raise NotImplementedError(TRANSFORMS.format(self.paths.current or "(model)"))
-        if known.detaches and live and (known.uncounted or not self._paused):
+        if known.detaches and live and (known.uncounted or self._is_followed(args[0])):
             self.detached.add(args[0])
         given, given_by_name = args, kwargs
         if foreign:

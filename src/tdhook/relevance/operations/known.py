@@ -27,6 +27,7 @@ from tdhook.selectors.names import (
     name_of,
     out_of_place_form,
     queries,
+    raw_name,
     writes_in_place,
 )
 from tdhook.tape.as_one import is_one, kept_by
@@ -60,6 +61,7 @@ class Known:
         renames: whether it takes ``dim`` and ``keepdim`` by the names of numpy as well.
         detaches: whether it hands out its argument off the tape, and ``uncounted``: so that torch does not count what
             overwrites it there.
+        assigns: whether it puts other values in the place of its argument.
         own: the rule that it has whatever its name.
         selector: what a composite says of it, and ``rule``: with which rule.
         bounds: rules on the operation, by id.
@@ -79,6 +81,7 @@ class Known:
     renames: bool = False
     detaches: bool = False
     uncounted: bool = False
+    assigns: bool = False
     own: Rule | None = None
     selector: object = None
     rule: Rule | None = None
@@ -110,8 +113,9 @@ def learned(func: Any) -> Known:
     known.refused = own is not None and overwrites_arguments(func)
     known.hooks, known.normalises = hooks(func), func is torch.batch_norm
     known.renames = isinstance(func, _BUILT_IN) and name not in _HAVE_AXES
-    known.detaches, known.uncounted = name in _DETACH, name == "data"
-    known.aside = known.begins_tape or known.hooks or queries(func) or initialises(func)
+    known.assigns = name == "data" and raw_name(func) == "__set__"
+    known.detaches, known.uncounted = name in _DETACH and not known.assigns, name == "data"
+    known.aside = known.begins_tape or known.hooks or known.assigns or queries(func) or initialises(func)
     return known
 
 

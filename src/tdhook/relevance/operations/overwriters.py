@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.tape.functions import copy_of, may_look_at
+from tdhook.tape.internals import storage_of
 from tdhook.tape.overwriting import Guard, Mutated, version_in
 from tdhook.tape.trees import tree_leaves, tree_map_tensors
 
@@ -25,14 +26,21 @@ class Overwriters:
 
     Args:
         guard: copies what the backward pass keeps of what is overwritten.
+
+    Attributes:
+        given: the arguments of the one of which a rule wants derivatives right now, ``None`` where there is none.
     """
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
+        self.given: list[Tensor] | None = None
         self._known: set[int] = set()
+        self._looked_at: set[int] = set()
+        self._uncounted: set[int] = set()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_known": set()}
+        nothing: set[int] = set()
+        return {**self.__dict__, "_known": nothing, "_looked_at": set(nothing), "_uncounted": set(nothing)}
 
     def run(self, which: object, call: Call, run: Run) -> Any:
         """Make a call.
@@ -46,35 +54,44 @@ class Overwriters:
             Mutated: it has overwritten an argument, which was not known; the model is to be run again.
         """
         if id(which) in self._known:
-            return self._on_copies(call, run)
+            return self._on_copies(call, run, uncounted=id(which) in self._uncounted)
 
-        def seen() -> None:
+        def seen(counted: bool) -> None:
             self._known.add(id(which))
+            if not counted:
+                self._uncounted.add(id(which))
             self._guard.active = True
             raise Mutated
 
-        return run(_calling(_Watched(call.function, seen), call))
+        looks = isinstance(which, nn.Module) and id(which) not in self._looked_at
+        self._looked_at.add(id(which))
+        return self._made(_Watched(self, call.function, seen, looks), call, run)
+
+    def _made(self, function: Callable[..., Any], call: Call, run: Run) -> Any:
+        before = self.given
+        try:
+            return run(_calling(function, call))
+        finally:
+            self.given = before
+
+    def hides(self, x: Tensor) -> bool:
+        """Whether derivatives miss what is written to a value. Arguments do not count, which are looked after here."""
+        given = self.given
+        return given is not None and storage_of(x) not in map(storage_of, given)
 
     @staticmethod
     def wrote_unseen(call: Call, run: Run) -> tuple[Any, bool]:
         """Make a call, and see whether it has overwritten an argument in such a way that torch does not count it."""
-        given = [
-            (x, x.detach().clone(), version_in(x))
-            for x in _tensors(call.args, call.kwargs)
-            if x.layout is torch.strided and may_look_at(x)
-        ]
+        before = _Values(_tensors(call.args, call.kwargs))
         result = run(call)
-        unseen = any(
-            version_in(x) == version and _differs(x.detach(), before) for x, before, version in given
-        )
-        return result, unseen
+        return result, before.were_overwritten
 
-    def _on_copies(self, call: Call, run: Run) -> Any:
-        function = _OnCopies(call.function)
-        result = run(_calling(function, call))
+    def _on_copies(self, call: Call, run: Run, *, uncounted: bool) -> Any:
+        function = _OnCopies(self, call.function)
+        result = self._made(function, call, run)
         given = _tensors(call.args, call.kwargs) if function.copies else []
         for x, copy, version in zip(given, function.copies, function.versions, strict=True):
-            if version_in(copy) == version:
+            if version_in(copy) == version and not (uncounted and _differs(copy.detach(), x.detach())):
                 continue
             self._guard.before(x)
             if copy is function.returned:  # who reads the argument from now on reads the result
@@ -84,23 +101,57 @@ class Overwriters:
         return result
 
 
-class _Watched:
-    """A function that is looked at, the first time that it runs, whether it overwrites what it is given."""
+class _Values:
+    """The values of tensors, to see whether they are overwritten in such a way that torch does not count it."""
 
-    def __init__(self, function: Callable[..., Any], seen: Callable[[], None]) -> None:
-        self._function, self._seen = function, seen
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._given = [
+            (x, x.detach().clone(), version_in(x))
+            for x in tensors
+            if x.layout is torch.strided and may_look_at(x)
+        ]
+
+    @property
+    def were_overwritten(self) -> bool:
+        """Whether they were."""
+        return any(
+            version_in(x) == version and _differs(x.detach(), before) for x, before, version in self._given
+        )
+
+
+class _Watched:
+    """A function that is looked at, the first time that it runs, whether it overwrites what it is given.
+
+    Args:
+        overwriters: is told what it is given, if derivatives are wanted of it.
+        function: the function.
+        seen: told that it does, and whether torch counts that.
+        looks: whether values are looked at for what torch does not count.
+    """
+
+    def __init__(
+        self,
+        overwriters: Overwriters,
+        function: Callable[..., Any],
+        seen: Callable[[bool], None],
+        looks: bool,
+    ) -> None:
+        self._overwriters, self._function, self._seen, self._looks = overwriters, function, seen, looks
         self._ran = False
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """Call it."""
+        given = _tensors(args, kwargs)
+        self._overwriters.given = given if torch.is_grad_enabled() else None
         if self._ran:
             return self._function(*args, **kwargs)
         self._ran = True
-        given = _tensors(args, kwargs)
-        versions = list(map(version_in, given))
+        versions, before = list(map(version_in, given)), _Values(given if self._looks else [])
         result = self._function(*args, **kwargs)
         if versions != list(map(version_in, given)):
-            self._seen()
+            self._seen(True)
+        if before.were_overwritten:
+            self._seen(False)
         return result
 
 
@@ -112,8 +163,8 @@ class _OnCopies:
         returned: what it returned then.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+    def __init__(self, overwriters: Overwriters, function: Callable[..., Any]) -> None:
+        self._overwriters, self._function = overwriters, function
         self.copies: list[Tensor] = []
         self.versions: list[int] = []
         self.returned: object = None
@@ -122,6 +173,7 @@ class _OnCopies:
         """Call it."""
         args, kwargs = tree_map_tensors(_copied, (args, kwargs))
         copies = _tensors(args, kwargs)
+        self._overwriters.given = copies if torch.is_grad_enabled() else None
         versions = list(map(version_in, copies))
         result = self._function(*args, **kwargs)
         if not self.copies:
