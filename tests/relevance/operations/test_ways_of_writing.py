@@ -113,6 +113,16 @@ WAYS: dict[str, dict[str, Function]] = {
         "quotient": lambda h: h / h.square().sum(-1, keepdim=True).sqrt(),
         "normalize": lambda h: F.normalize(h, dim=-1),
     },
+    "powers": {
+        "stacked": lambda h: torch.stack([torch.ones_like(h), h, h**2, h**3], -1),
+        "rows": lambda h: torch.stack([torch.vander(row, 4, increasing=True) for row in h]),
+        "decreasing": lambda h: torch.stack([torch.vander(row, 4) for row in h]).flip(-1),
+        "linalg": lambda h: torch.linalg.vander(h, N=4),
+    },
+    "likelihood of a normal distribution": {
+        "formula": lambda h: 0.5 * (h.square().log() + (h - h.roll(1, -1)).square() / h.square()),
+        "loss": lambda h: F.gaussian_nll_loss(h, h.roll(1, -1), h.square(), reduction="none"),
+    },
     "matrix product": {
         "operator": lambda h: h @ torch.ones(6, 2, dtype=h.dtype),
         "linalg": lambda h: torch.linalg.matmul(h, torch.ones(6, 2, dtype=h.dtype)),

@@ -128,6 +128,35 @@ def _embedding(input: Tensor, weight: Tensor, *others: object, **named: object) 
     return weight[input]
 
 
+def _powers(x: Tensor, N: int | None = None, increasing: bool = False) -> Tensor:
+    count = x.shape[-1] if N is None else N
+    first: list[Tensor] = [torch.ones_like(x), x]
+    columns = [*first, *(x**power for power in range(2, count))][:count]
+    return torch.stack(columns if increasing else columns[::-1], -1) if columns else x.new_empty(*x.shape, 0)
+
+
+def _increasing_powers(x: Tensor, *, N: int | None = None) -> Tensor:
+    return _powers(x, N, increasing=True)
+
+
+def _gaussian_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    var: Tensor | float,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Tensor:
+    spread = var if isinstance(var, Tensor) else torch.full_like(input, var)
+    if spread.shape == input.shape[:-1]:
+        spread = spread.unsqueeze(-1)
+    spread = spread.clamp(min=eps)
+    losses: Tensor = 0.5 * (spread.log() + (input - target).square() / spread)
+    if full:
+        losses = losses + 0.5 * math.log(2 * math.pi)
+    return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
+
+
 def _axes(input: Tensor, dim: Axes) -> tuple[int, ...]:
     if dim is None:
         return tuple(range(input.dim()))
@@ -178,15 +207,18 @@ _WRITTEN: dict[str, Function] = {
     "embedding": _embedding,
     "float_power": _of_the_first(torch.float_power),
     "floor_divide": _of_the_first(torch.floor_divide),
+    "gaussian_nll_loss": _gaussian_nll_loss,
     "glu": _glu,
     "huber_loss": _of_difference(F.huber_loss),
     "l1_loss": _of_difference(F.l1_loss),
     "lerp": _lerp,
+    "linalg_vander": _increasing_powers,
     "linear": _linear,
     "mse_loss": _of_difference(F.mse_loss),
     "pow": _of_the_first(torch.pow),
     "smooth_l1_loss": _of_difference(F.smooth_l1_loss),
     "std_mean": _std_mean,
+    "vander": _powers,
     "var": _var,
     "var_mean": _var_mean,
     "xlogy": _xlogy,
