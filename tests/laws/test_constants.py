@@ -395,10 +395,13 @@ def test_nor_for_those_by_torch_func(name: str, flow: str) -> None:
         explained(model, "epsilon", flow)
     if name == "functionalize":
         return
-    unit = LRP([(Transforms, EpsilonRule())], target=Target("output", 0), flow=flow, ledger=True)
-    found = explained(model, unit)
-    torch.testing.assert_close(found["output"], model(X.clone()).detach())
-    assert found["ledger", "gap"].abs().max() < 1e-9
+    for against in ({}, {"baseline": 0.1}):
+        unit = LRP(
+            [(Transforms, EpsilonRule())], target=Target("output", 0), flow=flow, ledger=True, **against
+        )
+        found = explained(model, unit)
+        torch.testing.assert_close(found["output"], model(X.clone()).detach())
+        assert found["ledger", "gap"].abs().max() < 1e-9
 
 
 @of_torch

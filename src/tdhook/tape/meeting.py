@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tdhook.tape.as_one import inside_of, is_one
+from tdhook.tape.internals import inside, is_wrapped
 from tdhook.tape.modes import Watching, answered
 from tdhook.tape.trees import tree_leaves
 
@@ -57,6 +58,8 @@ class Meeting(Watching):
         if isinstance(x, Tensor):
             if id(x) not in self._known:
                 self._known[id(x)] = x
+                while is_wrapped(x):  # inside a transform of torch.func, behind which it would be nothing
+                    x = inside(x)
                 if not isinstance(x, nn.Parameter):
                     self.others.append(x)
         elif type(x) in _PLAIN:

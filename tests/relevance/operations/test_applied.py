@@ -390,6 +390,39 @@ def test_layers_that_run_again_in_a_backward_pass_have_no_rules_there(composite,
     assert_same(td["attr", "input"], leaf * grad, 1e-4)
 
 
+class InItsForwardPass(torch.autograd.Function):
+    """``x`` and the derivative of a layer there, as flows have it that keep the trace of a Jacobian matrix."""
+
+    @staticmethod
+    def forward(ctx, layer, x):
+        with torch.enable_grad():
+            at = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(layer(at).sum(), at)
+        return x + slope
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad
+
+
+@every_flow
+def test_layers_that_are_differentiated_in_a_forward_pass_have_no_rules_there(flow: str) -> None:
+    layer = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6)).double()
+
+    class Sloped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return InItsForwardPass.apply(self.layer, x)
+
+    model, x = around(Sloped())
+    td, module = explained(model, x, flow, "epsilon_plus")
+    assert_balanced(td, module)
+    assert torch.equal(td["output"], plainly(model, x))
+
+
 def test_a_function_that_differentiates_what_it_closes_over_is_named() -> None:
     def closing(h: Tensor) -> Tensor:
         scale = h.tanh()

@@ -23,6 +23,7 @@ from tdhook.tape.internals import (
     function_modes,
     pop_mode,
     push_mode,
+    sees,
     set_function_modes,
     storage_of,
     top_mode,
@@ -111,13 +112,21 @@ class Units(Watching):
         for module in self.paths.modules.values():
             self.outdated.check(list(vars(module).values()), kept=True)
 
-    def unit(self, binding: Binding, call: Call) -> Any:
-        """Run a module that has a rule, and leave alone the operations inside it."""
+    def unit(self, binding: Binding, call: Call, within: bool = False) -> Any:
+        """Run a module that has a rule, and leave alone the operations inside it.
+
+        Args:
+            binding: the module under its rule.
+            call: the call.
+            within: whether it is made while an operation is looked at.
+        """
         # What is asked of tensors here would be seen as well. Layers of torch overwrite nothing (they run out of
         # place), so that there is nothing to see in them.
         aside = top_mode() is self
         if aside:
             pop_mode()
+        elif not (within or sees(self)):
+            return call.execute()  # what an autograd function runs, in its forward pass or once more
         try:
             live, foreign = self.dependence.look_at_call(call.args, call.kwargs)
             if foreign:
@@ -190,4 +199,5 @@ class Units(Watching):
         x, *others = args
         module = cast(nn.BatchNorm2d, norm.module)
         module.training, module.eps = others[4], others[6]
-        return self.unit(norm, Call(module, lambda x: func(x, *others), (x,), {}, self.setting))
+        call = Call(module, lambda x: func(x, *others), (x,), {}, self.setting)
+        return self.unit(norm, call, within=True)
