@@ -159,6 +159,25 @@ def test_gradients_that_are_infinite_are_refused() -> None:
         explained(TensorDict({"input": torch.zeros(1, 2)}, [1]))
 
 
+class Growing(nn.Module):
+    """Twelve differences that are small beside what they are of: each multiplies relevance by 4,000."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(12):
+            x = torch.sigmoid(x - 0.4999)
+        return x
+
+
+@pytest.mark.parametrize("flow", ["relevance", "gradient"])
+def test_relevance_that_outgrows_single_precision_is_refused_and_double_precision_holds_it(flow: str) -> None:
+    td = TensorDict({"input": torch.full((1, 2), 0.5)}, [1])
+    with LRP("attn_lrp", flow=flow, target=Target("output", 0)).prepare(Growing()) as explained:
+        with pytest.raises(ValueError, match=r"grows beyond 3.4e\+38: explain the model in float64"):
+            explained(td)
+        found = explained(td.double())["attr", "input"]
+    assert found.isfinite().all() and found.abs().max() > 3.4e38
+
+
 class Root(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.sqrt()

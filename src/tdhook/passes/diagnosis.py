@@ -60,11 +60,14 @@ def why_relevance_is_not(model: Model, keys: Sequence[NestedKey], dtype: torch.d
         node: the node of the tape at which it arose, if it is known.
     """
     where = "" if node is None else f": it arises in the backward pass of {_name_of_node(model, node)}"
-    advice = (
-        "; float16 has no numbers beyond 65504: explain the model in float32, or under torch.autocast"
-        if dtype is torch.float16
-        else "; mask out what is divided by zero there before it is computed, or give it another rule"
-    )
+    if dtype is torch.float16:
+        advice = (
+            "; float16 has no numbers beyond 65504: explain the model in float32, or under torch.autocast"
+        )
+    else:
+        advice = "; mask out what is divided by zero there before it is computed, or give it another rule"
+    if dtype in (torch.float32, torch.bfloat16):
+        advice += f"; if nothing is, relevance grows beyond {torch.finfo(dtype).max:.1e}: explain the model in float64"
     named = ", ".join(map(repr, keys))
     return f"the relevance of {named} is NaN or infinite though the target is finite{where}{advice}"
 
