@@ -99,10 +99,7 @@ def in_precision(dtype: torch.dtype) -> Iterator[None]:
 
 def measured(subject: Subject) -> dict[str, Any]:
     """The row of a model: gap, difference of the flows, error of single precision, the model's own, what is unknown."""
-    double, unknown = _answers(subject, subject.model), set()
-    with in_precision(torch.float64), torch.no_grad():
-        answer = double(*subject.values.values())
-    top = answer.abs().argmax(-1)
+    top, unknown = _explained_value(subject), set()
     found: dict[str, Tensor] = {}
     gap = 0.0
     for flow in FLOWS:
@@ -116,13 +113,45 @@ def measured(subject: Subject) -> dict[str, Any]:
     if unknown:
         row["unknown"] = sorted(unknown)
     single = subject.single()
-    row["float32"] = max(
-        difference(_relevance(subject, single, top, torch.float32, _lrp(flow)), found[flow]) for flow in FLOWS
-    )
+    try:
+        row["float32"] = max(
+            difference(_relevance(subject, single, top, torch.float32, _lrp(flow)), found[flow])
+            for flow in FLOWS
+        )
+    except ValueError as error:  # relevance that double precision holds
+        if OVERFLOWS not in str(error):
+            raise
+        row |= {"float32": float("inf"), "largest": float(max(each.abs().max() for each in found.values()))}
+        row["raised"] = f"ValueError: {str(error).splitlines()[0][:300]}"
     row["conditioning"] = _conditioning(subject, single, top, found["gradient"], row["float32"])
     return row
 
 
+def _explained_value(subject: Subject) -> Tensor:
+    """Which value of each batch element is explained, ``[batch]`` or ``[]``: the largest that depends on what is read.
+
+    Not each does: where a box was cut to its image, its edge is that of the image. The largest of all where none of the
+    :data:`TRIES` largest does.
+    """
+    with in_precision(torch.float64), torch.no_grad():
+        size = _answers(subject, subject.model)(*subject.values.values()).abs()
+    first = size.argmax(-1)
+    left = size.clone()
+    top = first.clone()
+    for _ in range(min(TRIES, size.shape[-1])):
+        moved = _relevance(subject, subject.model, top, torch.float64, GradientTimesInput)
+        still = (moved == 0).all(1).expand(subject.batch or 1).reshape(top.shape)
+        if not still.any():
+            return top
+        left.scatter_(-1, top.unsqueeze(-1), -1.0)
+        top = torch.where(still, left.argmax(-1), top)
+    return first
+
+
+TRIES = 32
+"""How many values are looked at, for one that depends on what is read."""
+OVERFLOWS = "is NaN or infinite though the target is finite"
+"""What the library says of relevance that is more than a precision holds."""
 ROUNDING = 2.0**-24
 """By how much a number moves that single precision rounds, as a part of it, at most."""
 DRAWS = 4
@@ -159,11 +188,11 @@ def _shaken(subject: Subject, seed: int) -> Iterator[Subject]:
     lots = torch.Generator().manual_seed(seed)
 
     def moved(tensor: Tensor) -> Tensor:
-        sides = torch.randint(0, 2, tensor.shape, generator=lots).to(tensor.dtype) * 2 - 1
-        return tensor * (1 + ROUNDING * sides)
+        up = torch.randint(0, 2, tensor.shape, generator=lots, dtype=torch.uint8).bool()
+        return torch.where(up, tensor * (1 + ROUNDING), tensor * (1 - ROUNDING))
 
     held = [parameter for parameter in subject.model.parameters() if parameter.is_floating_point()]
-    before = [tensor.detach().clone() for tensor in held]
+    before = [tensor.to(torch.float32, copy=True) for tensor in held]  # all that they are, in half the memory
     try:
         with torch.no_grad():
             for tensor in held:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.supported.reasons import REASONS
 from benchmarks.supported.status import CONDITION, ENOUGH, STATUSES, status
 
 __all__ = ["PAGE", "RESULTS", "page", "read"]
@@ -30,8 +31,10 @@ INTRODUCTION = """\
 # Supported
 
 Every model type that transformers registers, and every builder of torchvision, is made small, given random weights, and
-explained under `attn_lrp`: one value of its first output that is a number and depends on what it reads. The models are
-the libraries' own, unmodified. A model is *ok* if three things are small:
+explained under `attn_lrp`: of its first output that is made of numbers, the largest value that depends on what it reads
+(the edge of a box that was cut to its image does not). The models are the libraries' own, unmodified; what
+`torch.compile` made inside them runs as Python, within `torch.compiler.set_stance("force_eager")`. A model is *ok* if
+three things are small:
 
 - *gap*: what the [ledger](the-ledger.md) misses, as a part of its largest account (the target, what arrives at the
   inputs, or what is absorbed on the way), at most {gap:g};
@@ -46,6 +49,12 @@ part in: a unit that is nearly zero is on in one precision and off in the other.
 precision is closer than about that, and it rounds after every operation, not once. So a model whose error is above
 {float32:g}, but no more than {condition} times its conditioning, is ok: not because its relevance is exact, but because
 the model, at these random weights, has none that is. How many these are stands below.
+
+Weights are where the library begins, moved by lot; batch norms have the statistics of what they see. No more is done
+for them to be tame: what saturates, cancels or overflows at such weights is shown as it is. Where relevance is more
+than single precision holds, *float32* is not finite, and what is raised there is told. Where the flows differ,
+something that depends on the inputs is [exactly zero](limits.md#what-single-precision-and-torch-leave), and the row
+says what.
 
 Each is that of the worst batch element. What a model computes in single precision whatever its weights are in, it
 computes in double precision here, so that there is something to compare with.
@@ -140,9 +149,13 @@ def _number(value: float | None) -> str:
 
 
 def _said(row: dict[str, Any]) -> str:
-    """Why there are no numbers, or which operations have no rule of their own."""
-    text = " ".join((row.get("reason") or row.get("error") or "").split())[:160]
-    if text:
-        return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", text)
+    """Why there are no numbers, or what is wrong with them, or which operations have no rule of their own."""
+    said = row.get("reason") or row.get("error") or row.get("raised") or ""
+    text = re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(said.split())[:160])
+    if "raised" in row:
+        text = f"in single precision, where relevance reaches {row['largest']:.0e}: {text}"
+    reason = REASONS.get(row["name"], "") if status(row) not in ("ok", "not built") else ""
     unknown = ", ".join(f"`{name}`" for name in row.get("unknown", ()))
-    return f"no rule of its own: {unknown}" if unknown else ""
+    if not text and unknown:
+        text = f"no rule of its own: {unknown}"
+    return "; ".join(filter(None, (reason, text)))

@@ -21,7 +21,7 @@ from torchvision.models.video import mvit  # noqa: E402
 __all__ = ["names", "subject"]
 
 _mvit = mvit._mvit
-BATCH, CLASSES, LARGEST = 2, 10, 150_000_000
+BATCH, CLASSES, LARGEST = 2, 10, 700_000_000
 DETECTS = re.compile(r"(fasterrcnn|fcos|keypointrcnn|maskrcnn|retinanet|ssd|ssdlite)\w*")
 SETTINGS: dict[str, dict[str, Any]] = {
     "alexnet": {"dropout": 0.0},
@@ -30,7 +30,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vit_h_14": {"image_size": 28},
     "(quantized_)?googlenet": {"init_weights": False, "aux_logits": False, "transform_input": False},
     "(quantized_)?inception_v3": {"init_weights": False, "aux_logits": False, "transform_input": False},
-    "(fasterrcnn|keypointrcnn|maskrcnn).*": {"box_score_thresh": 0.0, "box_detections_per_img": 3},
+    "(fasterrcnn|keypointrcnn|maskrcnn).*": {
+        "box_score_thresh": 0.0,
+        "box_detections_per_img": 3,
+        "rpn_post_nms_top_n_test": 32,
+    },
     "(fcos|retinanet|ssd|ssdlite).*": {"score_thresh": 0.0, "detections_per_img": 3},
     "(fasterrcnn|keypointrcnn|maskrcnn|fcos|retinanet).*": {"min_size": 64, "max_size": 64},
     "vgg.*": {"init_weights": False},
@@ -44,7 +48,7 @@ SIZES = {
     "vit_h_14": (3, 28, 28),
     "mvit.*": (3, 4, 64, 64),
     "mc3_18|r3d_18|r2plus1d_18": (3, 4, 32, 32),
-    "s3d": (3, 16, 224, 224),
+    "s3d": (3, 13, 209, 209),
     "swin3d_.": (3, 4, 32, 32),
     "raft.*": (3, 128, 128),
 }

@@ -15,7 +15,7 @@ from benchmarks.supported.shrinking import parts
 
 __all__ = ["BATCH", "embeddings", "maker", "makes", "number"]
 
-BATCH, LENGTH, SAMPLES, FRAMES, GRID = 2, 8, 1920, 64, 4
+BATCH, LENGTH, SAMPLES, FRAMES, HOP, GRID = 2, 8, 1920, 64, 160, 4
 
 
 def embeddings(model: nn.Module) -> tuple[str, ...]:
@@ -336,6 +336,7 @@ ALIKE: dict[str, Callable[[nn.Module], list[Any]]] = {
     r".*(input_ids|token_ids|type_ids|_codes)": _ids,
     r".*position_ids": lambda model: [torch.arange(LENGTH).expand(BATCH, -1)],
     r".*attention_mask|.*padding_mask|mask": _ones(BATCH, LENGTH),
+    r".*sample_lengths": lambda model: [torch.tensor([FRAMES * HOP] * BATCH)],
     r".*lengths": lambda model: [torch.tensor([FRAMES] * BATCH), torch.tensor([LENGTH] * BATCH)],
     r".*(embeds|embedding|embeddings|features|hidden_states?|states|queries)": _embedded,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -29,6 +30,7 @@ def main() -> None:
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(*line.split())), file=answers, flush=True)
+        gc.collect()  # a large model is few objects, which would wait for the next ones to be made
 
 
 def answer(library: str, name: str) -> dict[str, Any]:

@@ -220,6 +220,36 @@ def test_a_model_is_measured_in_double_precision_whatever_it_asks_for() -> None:
     assert torch.get_default_dtype() == torch.float32
 
 
+class Cut(nn.Module):
+    """Its largest value is where it cuts, and depends on nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * torch.tensor([1.0, 9.0, 2.0])).clamp(-4.0, 4.0)
+
+
+def test_the_largest_value_that_depends_on_what_is_read_is_explained() -> None:
+    values = {"x": torch.tensor([[1.0, 1.0, 1.0], [3.0, 3.0, 0.5]], dtype=torch.float64)}
+    row = measured(Subject(Cut(), Cut, values, 0, 2))
+    assert status(row) == "ok" and row["flows"] == 0.0
+
+
+class Growing(nn.Module):
+    """A difference that is small beside what it is of, twelve times over: each multiplies relevance by 4,000."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(12):
+            x = torch.sigmoid(x - 0.4999)
+        return x
+
+
+def test_relevance_that_single_precision_does_not_hold_is_no_error_of_double_precision() -> None:
+    values = {"x": torch.tensor([[0.5, 0.5]], dtype=torch.float64)}
+    row = measured(Subject(Growing(), Growing, values, 0, 1))
+    assert row["gap"] < 1e-9 and row["flows"] < 1e-9
+    assert status(row) == "float32" and row["float32"] == math.inf
+    assert row["raised"].startswith("ValueError: the relevance of 'x' is NaN or infinite"), row
+
+
 def test_double_means_double() -> None:
     with Double():
         assert torch.ones(1, dtype=torch.float64).float().dtype == torch.float64
