@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdhook import LRP, Target
-from tdhook.rules import EpsilonRule, PassRule
+from tdhook.rules import EpsilonRule, GammaRule, PassRule
 from tdhook.selectors import Type
 
 from .checks import TINY, around, assert_balanced, assert_same, every_flow, explained, plainly
@@ -146,6 +146,74 @@ def test_what_a_model_overwrites_off_the_tape_is_refused(how: str, flow: str) ->
         NotImplementedError, match="overwrites off the tape what depends on the inputs, in module `1`"
     ):
         LRP("epsilon", target=Target("output", 0), flow=flow).wrap(net)(td)
+
+
+@every_flow
+@pytest.mark.parametrize("baseline", [None, 0.3])
+def test_what_a_unit_leaves_in_its_argument_is_no_value_to_read(flow: str, baseline: float | None) -> None:
+    """The tape says of it what it was before."""
+    unit = Unit("beside")
+    model, x = around(lambda h: unit(h) + h)
+    against = {} if baseline is None else {"baseline": baseline}
+    with pytest.raises(
+        NotImplementedError, match="`Unit` runs as one and overwrites an argument, which is read"
+    ):
+        explained(model, x, flow, [(Type(Unit), EpsilonRule()), *TINY], **against)
+
+
+class Puts(nn.Module):
+    """Changes a list or dictionary that it is given."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, given: list[Tensor] | dict[str, Tensor], **kwargs: list[Tensor]) -> Tensor:
+        values = given if isinstance(given, list) else list(given.values())
+        made = values[0] * 2
+        if self.how == "appended":
+            given.append(made)
+        elif self.how == "assigned":
+            given["first"] = made
+        elif self.how == "popped":
+            given.pop()
+        else:
+            kwargs["others"][0] = made
+        return made
+
+
+PUTS = {
+    "appended": lambda unit, h: [given := [h], unit(given)],
+    "popped": lambda unit, h: [given := [h, h.sin()], unit(given)],
+    "assigned": lambda unit, h: [given := {"first": h}, unit(given)],
+    "by name": lambda unit, h: [others := [h], unit([h], others=others)],
+}
+
+
+@pytest.mark.parametrize("how", PUTS)
+def test_a_unit_that_changes_what_holds_its_arguments_is_refused(how: str) -> None:
+    """Whoever reads that would read what was there before."""
+    unit = Puts(how)
+    model, x = around(lambda h: PUTS[how](unit, h)[-1])
+    message = "Puts changes a list or dictionary that it is given"
+    with pytest.raises(NotImplementedError, match=message):
+        explained(model, x, "gradient", [(Type(Puts), EpsilonRule()), *TINY])
+    explained(model, x, "gradient")
+    with EpsilonRule().register(unit), pytest.raises(NotImplementedError, match=message):
+        PUTS[how](unit, x.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("rule", [EpsilonRule(), GammaRule(), PassRule()], ids=repr)
+def test_a_rule_on_a_module_alone_that_overwrites_its_argument(rule) -> None:
+    leaf = torch.randn(2, 6, requires_grad=True)
+    with rule.register(unit := Unit("in place")):
+        if isinstance(rule, PassRule):
+            torch.autograd.grad(unit(leaf * 1).sum(), leaf)
+            return
+        with pytest.raises(
+            NotImplementedError, match=r"Unit overwrites what it is given, where .* is registered"
+        ):
+            unit(leaf * 1)
 
 
 class Doubles(nn.Module):

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from tdhook.relevance.propagation.call import Call, Run
+from tdhook.tape.containers import leaving_containers
 from tdhook.tape.functions import copy_of, may_look_at
 from tdhook.tape.internals import storage_of
-from tdhook.tape.overwriting import Guard, Mutated, version_in
+from tdhook.tape.overwriting import Guard, Mutated, Outdated, version_in
 from tdhook.tape.trees import tree_leaves, tree_map_tensors
 
 __all__ = ["Overwriters"]
@@ -26,13 +27,14 @@ class Overwriters:
 
     Args:
         guard: copies what the backward pass keeps of what is overwritten.
+        outdated: is told of arguments that were overwritten.
 
     Attributes:
         given: the arguments of the one of which a rule wants derivatives right now, ``None`` where there is none.
     """
 
-    def __init__(self, guard: Guard) -> None:
-        self._guard = guard
+    def __init__(self, guard: Guard, outdated: Outdated) -> None:
+        self._guard, self._outdated = guard, outdated
         self.given: list[Tensor] | None = None
         self._known: set[int] = set()
         self._looked_at: set[int] = set()
@@ -54,7 +56,7 @@ class Overwriters:
             Mutated: it has overwritten an argument, which was not known; the model is to be run again.
         """
         if id(which) in self._known:
-            return self._on_copies(call, run, uncounted=id(which) in self._uncounted)
+            return self._on_copies(which, call, run)
 
         def seen(counted: bool) -> None:
             self._known.add(id(which))
@@ -65,7 +67,10 @@ class Overwriters:
 
         looks = isinstance(which, nn.Module) and id(which) not in self._looked_at
         self._looked_at.add(id(which))
-        return self._made(_Watched(self, call.function, seen, looks), call, run)
+        function = call.function
+        if isinstance(which, nn.Module):
+            function = leaving_containers(function, type(which).__name__)
+        return self._made(_Watched(self, function, seen, looks), call, run)
 
     def _made(self, function: Callable[..., Any], call: Call, run: Run) -> Any:
         before = self.given
@@ -86,7 +91,8 @@ class Overwriters:
         result = run(call)
         return result, before.were_overwritten
 
-    def _on_copies(self, call: Call, run: Run, *, uncounted: bool) -> Any:
+    def _on_copies(self, which: object, call: Call, run: Run) -> Any:
+        uncounted = id(which) in self._uncounted
         function = _OnCopies(self, call.function)
         result = self._made(function, call, run)
         given = _tensors(call.args, call.kwargs) if function.copies else []
@@ -98,7 +104,15 @@ class Overwriters:
                 result = x.copy_(result)
             else:
                 x.detach().copy_(copy.detach())
+                kind = which if isinstance(which, type) else type(which)
+                self._outdated.hide(x, _READ.format(kind.__name__))
         return result
+
+
+_READ = (
+    "`{}` runs as one and overwrites an argument, which is read afterwards: no rule can follow what was written there; "
+    "have it return that, or write to a new tensor"
+)
 
 
 class _Values:

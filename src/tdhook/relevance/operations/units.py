@@ -59,7 +59,7 @@ class Units(Watching):
         self.outdated = Outdated(self.guard)
         self.detached = Memory()
         self.observer: Observer | None = None
-        self._overwriters = Overwriters(self.guard)
+        self._overwriters = Overwriters(self.guard, self.outdated)
         self._entered: Entered | None = None
         self._paused = 0
         self._outer: list[list[TorchFunctionMode]] = []

@@ -23,7 +23,9 @@ from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.conversions import Final, PerValue, TimesValue
 from tdhook.relevance.propagation.entering import OnLinearOperations
 from tdhook.relevance.propagation.stabilisers import rounding
+from tdhook.tape.containers import leaving_containers
 from tdhook.tape.functions import live
+from tdhook.tape.overwriting import version_in, was_overwritten
 
 __all__ = ["AbstractFunctionMeta", "RemovableRuleHandle", "Rule", "RuleOf", "RunningRule", "converted"]
 
@@ -287,10 +289,34 @@ class _Alone:
 
     def unit(self, binding: Binding, call: Call) -> Any:
         """Make the call under its rule."""
+        if binding.closed:
+            return self._made(binding, call)
+        name, given = type(call.module).__name__, call.tensors()
+        versions = list(map(version_in, given))
+        error: RuntimeError | None = None
+        try:
+            outputs = self._made(binding, call._replace(function=leaving_containers(call.function, name)))
+        except RuntimeError as raised:
+            if "custom Function" not in str(raised) or not was_overwritten(raised):
+                raise
+            outputs, error = None, raised
+        reads = getattr(binding.rule, "needs_inputs", True)
+        if error is not None or (reads and versions != list(map(version_in, given))):
+            raise NotImplementedError(_OVERWRITES.format(name, binding.rule)) from error
+        return outputs
+
+    @staticmethod
+    def _made(binding: Binding, call: Call) -> Any:
         if not binding.enters:
             return binding.bound.run(call.live(Final.apply))
         inside = OnLinearOperations(lambda operation: binding.rule.bound(operation, binding.flow))
         return inside.run(call.live(Final.apply))
+
+
+_OVERWRITES = (
+    "{} overwrites what it is given, where {!r} is registered on it alone and has to read it: have it write to a new "
+    "tensor, or explain the whole model by LRP, which sees that"
+)
 
 
 def converted(run: Run, own: Convention, flow: Convention) -> Run:
