@@ -208,6 +208,29 @@ def test_a_layer_with_something_in_it_is_the_two_apart(way: str, preset: str) ->
     torch.testing.assert_close(found["attr", "input"], expected["attr", "input"], rtol=1e-5, atol=1e-9)
 
 
+WITH_A_RULE: dict[str, tuple[type[nn.Module], tuple[object, ...], Callable[..., Tensor]]] = {
+    "cell": (nn.GRUCell, (WIDE, WIDE), lambda layer, x: layer(x, torch.zeros_like(x)).tanh() * x),
+    "normalised": (nn.InstanceNorm1d, (2,), lambda layer, x: F.silu(layer(x.view(-1, 2, 3))).flatten(1)),
+    "product": (nn.Bilinear, (WIDE, WIDE, WIDE), lambda layer, x: layer(x, x.flip(-1)).tanh()),
+}
+
+
+@pytest.mark.parametrize("against", [{}, {"baseline": 0.1}], ids=["value", "difference"])
+@pytest.mark.parametrize("way", WITH_A_RULE)
+def test_what_is_said_of_a_class_is_said_of_its_operation(way: str, against: dict[str, float]) -> None:
+    kind, arguments, function = WITH_A_RULE[way]
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return function(lambda *given: kind.forward(self, *given), x)
+
+    one = network(type("Derived", (kind,), {"forward": forward})(*arguments))
+    other = alike(network(Apart(kind(*arguments), function)), one)
+    td = TensorDict(input=torch.randn(5, 4), batch_size=[5])
+    method = LRP([(kind, EpsilonRule())], target=Target("output", 1), **against)
+    found, expected = (method.wrap(net)(td.clone())["attr", "input"] for net in (one, other))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
+
+
 class Gated(nn.GELU):
     def __init__(self) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from tdhook.relevance.operations.known import Known, learned
 from tdhook.relevance.operations.parties import Entered, Found
 from tdhook.relevance.operations.readings import Reading
 from tdhook.relevance.propagation.call import Call, Run
+from tdhook.relevance.propagation.inherited import LINEAR
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule
 
@@ -85,7 +86,12 @@ class Rulebook:
         Returns:
             ``None`` as the rule where it is made of other operations, or nothing is known of it.
         """
-        if entered is not None and entered.means(known.operation, args, kwargs):
+        # One that is made of others may be written in Python, around the one of the same name.
+        if (
+            entered is not None
+            and entered.means(known.operation, args, kwargs)
+            and (entered.operation == LINEAR or self.reading.default(known.operation.name, args, kwargs))
+        ):
             entered.found = True
             return None, entered.rule
         self.asking.each(known, self._paths)

@@ -7,14 +7,15 @@ from torch.nn.modules.conv import _ConvNd
 
 from tdhook.models.parallel import is_of_torch
 from tdhook.relevance.propagation.lent import are_lent
-from tdhook.selectors.kinds import AFFINE, ELEMENTWISE, MOVES, NORMS, PRODUCTS, TAYLOR, WINNER
+from tdhook.selectors.kinds import AFFINE, ELEMENTWISE, MOVES, NORMS, PRODUCTS, RECURRENT, TAYLOR, WINNER
 
 __all__ = ["LINEAR", "inherited_operation"]
 
 LINEAR = "linear"
 """Stands for all linear operations with weights: a layer may be written with any of them."""
 
-_OPERATIONS = ELEMENTWISE | AFFINE | MOVES | WINNER | NORMS | PRODUCTS | TAYLOR | {"identity", "softmax"}
+_OPERATIONS = AFFINE | ELEMENTWISE | MOVES | NORMS | PRODUCTS | RECURRENT | TAYLOR | WINNER
+_OPERATIONS |= {"identity", "softmax"}
 _BY_CLASS = {name.replace("_", ""): name for name in _OPERATIONS}
 
 
