@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -250,6 +251,17 @@ def test_a_unit_that_overwrites_off_the_tape(how: str, flow: str) -> None:
     assert_same(*found)
     with pytest.raises(NotImplementedError, match="overwrites off the tape what depends on the inputs"):
         explained(*around(Doubles(how)), flow, [(Type(Doubles), EpsilonRule()), *TINY])
+
+
+@every_flow
+@pytest.mark.parametrize("function", [F.embedding, F.embedding_bag])
+def test_a_table_that_is_computed_is_not_shortened_unseen(function, flow: str) -> None:
+    places = torch.tensor([[0, 1], [1, 1], [0, 0]])
+    model, x = around(lambda h: function(places, h, max_norm=0.5).reshape(3, -1)[:, :6])
+    with pytest.raises(NotImplementedError, match="with max_norm overwrites its table"):
+        explained(model, x, flow)
+    model, x = around(lambda h: function(places, h).reshape(3, -1)[:, :6])
+    assert_balanced(*explained(model, x, flow))
 
 
 @every_flow

@@ -160,7 +160,13 @@ def _embedding(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, o
     """Rows that are picked; what its derivative leaves out, or divides by how often they are, is written out."""
     padding = _given(args, kwargs, 2, "padding_idx", None)
     rarely = _given(args, kwargs, 5, "scale_grad_by_freq", False)
-    return rule if (padding is None or padding == -1) and not rarely else None
+    plain = (padding is None or padding == -1) and not rarely
+    return _bag(rule, args, kwargs) if plain else None
+
+
+def _bag(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
+    """What makes the rows of its table shorter is refused where it is written out."""
+    return rule if _given(args, kwargs, 3, "max_norm", None) in (None, False) else None
 
 
 def _dropout(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
@@ -205,6 +211,7 @@ _DEPENDS: Mapping[str, _Dependence] = {
     **dict.fromkeys(("float_power", "floor_divide", "pow", "xlogy"), _of_two),
     "div": _div,
     "embedding": _embedding,
+    "embedding_bag": _bag,
     "lerp": _lerp,
     "linalg_solve": _solve,
     "linear": _linear,

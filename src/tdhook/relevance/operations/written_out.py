@@ -124,8 +124,22 @@ def _xlogy(input: Tensor, other: Tensor, out: object = None) -> Tensor:
     return torch.where(input == 0, 0.0, input * other.log())
 
 
-def _embedding(input: Tensor, weight: Tensor, *others: object, **named: object) -> Tensor:
-    return weight[input]
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    *others: object,
+    **named: object,
+) -> Tensor:
+    return weight[input] if max_norm is None else _shortened()
+
+
+def _shortened(*args: object, **kwargs: object) -> Tensor:
+    raise NotImplementedError(
+        "`embedding` with max_norm overwrites its table off the tape, and this one depends on the inputs, so that no "
+        "rule can follow: normalise the table before"
+    )
 
 
 def _powers(x: Tensor, N: int | None = None, increasing: bool = False) -> Tensor:
@@ -205,6 +219,7 @@ _WRITTEN: dict[str, Function] = {
     "addcdiv": _sum_and_product(torch.div),
     "cosine_similarity": _cosine_similarity,
     "embedding": _embedding,
+    "embedding_bag": _shortened,  # where it shortens
     "float_power": _of_the_first(torch.float_power),
     "floor_divide": _of_the_first(torch.floor_divide),
     "gaussian_nll_loss": _gaussian_nll_loss,
