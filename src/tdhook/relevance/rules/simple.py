@@ -145,7 +145,10 @@ class UniformRule(PropagationRule):
 
 
 class IgnoreRule(RunningRule):
-    """Leave the module and its gradient alone: for data movement and winner-take-all (max pooling)."""
+    """Leave the module and its gradient alone: for data movement and winner-take-all (max pooling).
+
+    In a context a layer is left to the rule of its operation, ``Op("sigmoid")`` say, and an operation to autograd.
+    """
 
     native = True
 
