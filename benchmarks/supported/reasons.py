@@ -8,8 +8,8 @@ ZERO = "exactly zero, so that the relevance flow has nothing to hand on"
 CHOICE = f"choices that were not taken, `hard - soft.detach() + soft`, are {ZERO}"
 CODES = f"codes that are rounded to zero, `x + (round(x) - x).detach()`, are {ZERO}"
 GATES = (
-    "relevance of the gates of squeezed channels grows from block to block, to more than single precision holds; with"
-    " the gates held constant it is about as large as the target"
+    "the pass rule at the gates of squeezed channels multiplies by `sigmoid(x) / x`, which is large where `x` is small,"
+    " block after block, to more than single precision holds; by `(Type(nn.Sigmoid), EpsilonRule())` it is below 0.01"
 )
 REASONS: dict[str, str] = {
     "efficientnet_b7": GATES,
