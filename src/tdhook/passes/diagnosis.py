@@ -18,6 +18,7 @@ from tdhook.models.model import Model
 from tdhook.models.state import restored
 from tdhook.selectors.names import name_of
 from tdhook.tape.conditions import holds
+from tdhook.tape.functions import Identity
 from tdhook.tape.trees import tree_leaves
 from tdhook.tape.undoing import Hook, hooked
 
@@ -73,6 +74,8 @@ def why_relevance_is_not(model: Model, keys: Sequence[NestedKey], dtype: torch.d
 
 
 def _name_of_node(model: Model, node: Any) -> str:
+    # What is put on the tape beside operations has no name of the model's.
+    node = Identity.before(node)[0] or node
     unit = getattr(getattr(node, "executed", None), "module", None)
     for path, module in model.root.named_modules():
         if module is unit:
