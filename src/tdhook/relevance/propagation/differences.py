@@ -18,7 +18,8 @@ from tdhook.relevance.propagation.beside import between, noted, there
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.conversions import Substituted
 from tdhook.relevance.propagation.executed import ExecutedLayer, ExecutedModule, Formula, RuledLayer
-from tdhook.relevance.propagation.forms import closed_form
+from tdhook.relevance.propagation.forms import ClosedForm, closed_form
+from tdhook.relevance.propagation.functional import AsLayer, as_layer, by_place
 from tdhook.relevance.propagation.lent import Lent
 from tdhook.relevance.propagation.operation import Operation, known_as
 from tdhook.relevance.propagation.reference import Place
@@ -35,6 +36,7 @@ __all__ = [
     "DifferencedLayer",
     "DifferencedModule",
     "Differences",
+    "formula_of_function",
     "formula_of_layer",
     "formula_of_module",
     "of_one_tensor",
@@ -180,8 +182,8 @@ class DifferencedLayer(ExecutedLayer):
 
     __slots__ = ("place",)
 
-    def __init__(self, rule: Formula, call: Call, place: Place) -> None:
-        form = closed_form(call.module)
+    def __init__(self, rule: Formula, call: Call, place: Place, form: ClosedForm | None = None) -> None:
+        form = form or closed_form(call.module)
         assert form is not None
         super().__init__(rule, form, call, nonnegative=False)
         self.place, self.keeps_output = place, True
@@ -201,6 +203,27 @@ class DifferencedLayer(ExecutedLayer):
         return self._step(x - start, weight, bias, rises, origin=start)
 
 
+class _DifferencedFunction(DifferencedLayer):
+    """A call of a function as that of a layer; where its weights are others on the reference, as that of any function.
+
+    Args:
+        otherwise: the call as that of any function.
+    """
+
+    __slots__ = ("_otherwise",)
+
+    def __init__(self, rule: Formula, found: AsLayer, place: Place, otherwise: DifferencedModule) -> None:
+        super().__init__(rule, found.call, place, found.form)
+        for i in otherwise.at:
+            otherwise.leaves[i] = None
+        self._otherwise = otherwise
+
+    def step(self, x: Tensor, weight: Tensor, bias: Tensor | None, *outputs: Tensor) -> Step:
+        if any(start is not None for start in self.place.starts[1:]):
+            return self._otherwise.step((x, *outputs))
+        return super().step(x, weight, bias, *outputs)
+
+
 def formula_of_layer(
     rule: Formula, layer: nn.Module, own: Convention, flow: Convention, otherwise: Run
 ) -> Run:
@@ -218,6 +241,24 @@ def formula_of_layer(
         return otherwise(call) if alone is None else run(alone)
 
     return one
+
+
+def formula_of_function(
+    rule: Formula, operation: nn.Module, own: Convention, flow: Convention, otherwise: Run
+) -> Run:
+    """How a function that :func:`~tdhook.relevance.propagation.functional.is_layer` runs, likewise."""
+    pull = secant_of(known_as(operation), is_module=False)
+
+    def first(call: Call, place: Place) -> Any:
+        found = as_layer(call)
+        assert found is not None
+        executed = _DifferencedFunction(rule, found, place, DifferencedModule(rule, pull, call, place))
+        z = RuledLayer.apply(executed, *found.call.args, found.weight, found.bias)
+        rule.check(operation, found.call.args, (z,))
+        return z
+
+    run = between(noted(first), own, flow)
+    return lambda call: otherwise(call) if as_layer(call) is None else run(by_place(call))
 
 
 def of_one_tensor(call: Call) -> Call | None:

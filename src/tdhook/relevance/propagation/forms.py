@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,7 +18,7 @@ from tdhook.relevance.propagation.lent import are_lent
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.tape.internals import children_of
 
-__all__ = ["ClosedForm", "DenseForm", "closed_form", "makes_weights"]
+__all__ = ["ClosedForm", "ConvForm", "Convolution", "DenseForm", "closed_form", "makes_weights"]
 
 
 class ClosedForm(ABC):
@@ -73,10 +73,23 @@ class DenseForm(ClosedForm):
         return values
 
 
+class Convolution(NamedTuple):
+    """What a convolution that is no layer is called with, as a layer holds it."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    groups: int
+    transposed: bool
+    padding_mode: str = "zeros"
+
+
 class ConvForm(ClosedForm):
     """Convolutions in one to three dimensions, transposed or not: ``[N, C, *]`` or ``[C, *]``."""
 
-    def __init__(self, layer: _ConvNd) -> None:
+    def __init__(self, layer: _ConvNd | Convolution) -> None:
         self.transposed = layer.transposed
         self.rank = len(layer.kernel_size)
         self.groups = layer.groups

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Run
-from tdhook.relevance.propagation.differences import formula_of_layer, formula_of_module
+from tdhook.relevance.propagation.differences import formula_of_function, formula_of_layer, formula_of_module
 from tdhook.relevance.propagation.executed import Directly, running_layer, running_module
 from tdhook.relevance.propagation.forms import closed_form, makes_weights
+from tdhook.relevance.propagation.functional import is_layer, running_function
 from tdhook.relevance.propagation.inherited import inherited_operation
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.params import require_parameters
@@ -80,6 +81,8 @@ class PropagationRule(RunningRule):
         run = formula_of_module(self, module, self.convention, flow)
         if closed_form(module) is not None:
             run = formula_of_layer(self, module, self.convention, flow, run)
+        elif is_layer(module):
+            run = formula_of_function(self, module, self.convention, flow, run)
         return run
 
     @abstractmethod
@@ -114,6 +117,8 @@ class PropagationRule(RunningRule):
             directly = self.directly() if self._is_abbreviated else None
             checks = type(self).check is not PropagationRule.check
             run = running_layer(self, module, form, run, directly, checks=checks)
+        elif is_layer(module):
+            run = running_function(self, run, checks=type(self).check is not PropagationRule.check)
         return converted(run, self.convention, flow)
 
 

@@ -1,0 +1,105 @@
+"""Linear layers and convolutions as functions are those of layers: by rules, with batch norms, against a baseline."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from tdhook import LRP, Target
+from tdhook.rules import AlphaBetaRule, GammaRule, Rule, ZPlusRule
+from tdhook.selectors import Type
+
+pytestmark = pytest.mark.usefixtures("doubles")
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 4), (3, 6)),
+    "conv1d": (lambda: nn.Conv1d(2, 4, 3, stride=2, padding=1), (3, 2, 7)),
+    "conv2d": (lambda: nn.Conv2d(2, 4, (3, 2), padding=(1, 0), groups=2), (3, 2, 5, 4)),
+    "conv2d without bias": (lambda: nn.Conv2d(2, 4, 3, dilation=2, bias=False), (3, 2, 6, 6)),
+    "conv3d": (lambda: nn.Conv3d(2, 4, 2), (3, 2, 3, 3, 3)),
+    "conv_transpose2d": (
+        lambda: nn.ConvTranspose2d(2, 4, 3, 2, output_padding=1, groups=2),
+        (3, 2, 3, 3),
+    ),
+}
+RULES = (ZPlusRule(), AlphaBetaRule(2.0, 1.0), GammaRule(0.25))
+NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+def as_function(layer: nn.Module) -> nn.Module:
+    """The layer, as one that derives from its class and calls the function itself."""
+    kind = type(layer)
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        if isinstance(self, nn.Linear):
+            return F.linear(weight=self.weight, input=x, bias=self.bias)
+        name = f"conv{'_transpose' if self.transposed else ''}{len(self.kernel_size)}d"
+        settings = {key: getattr(self, key) for key in ("stride", "padding", "dilation", "groups")}
+        if self.transposed:
+            settings["output_padding"] = self.output_padding
+        return getattr(F, name)(x, self.weight, self.bias, **settings)
+
+    own = copy.deepcopy(layer)
+    own.__class__ = type("Own", (kind,), {"forward": forward})
+    return own
+
+
+def network(layer: nn.Module, dims: int) -> nn.Module:
+    torch.manual_seed(1)
+    norm = NORMS[dims](4)
+    norm.weight.data.copy_(torch.tensor([1.0, -1.0, 2.0, -0.5]))
+    norm.bias.data.normal_()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    return nn.Sequential(layer, norm, nn.ReLU(), nn.Flatten(), nn.LazyLinear(2)).eval()
+
+
+def both(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(shape)
+    layers, functions = (network(one, len(shape)) for one in (layer, as_function(layer)))
+    layers(x), functions(x)
+    functions.load_state_dict(layers.state_dict())
+    return layers, functions, x
+
+
+def relevance(model: nn.Module, x: Tensor, rule: Rule, **options: object) -> Tensor:
+    td = LRP([(Type(nn.Linear, _ConvNd), rule)], target=Target("output", 0), **options).wrap(model)(
+        TensorDict({"input": x}, [len(x)])
+    )
+    return td["attr", "input"]
+
+
+@pytest.mark.parametrize("baseline", [None, 0.3])
+@pytest.mark.parametrize("flow", ["relevance", "gradient"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_batch_norm_is_merged_into_them(name: str, flow: str, baseline: float | None) -> None:
+    layers, functions, x = both(name)
+    for rule in RULES:
+        expected = relevance(layers, x, rule, flow=flow, baseline=baseline)
+        found = relevance(functions, x, rule, flow=flow, baseline=baseline)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("flow", ["relevance", "gradient"])
+def test_weights_that_are_others_on_the_reference_count(flow: str) -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight * x.detach().mean())
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Scaled(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.rand(1, 4)
+    done = LRP(
+        [(Type(nn.Linear), ZPlusRule())], target=Target("output", 0), flow=flow, baseline=0.1, ledger=True
+    )
+    td = done.wrap(model)(TensorDict({"input": x}, [1]))
+    assert td["ledger", "gap"].abs() < 1e-12
+    assert (td["ledger", "absorbed"].abs() > 1e-3).all()
