@@ -121,7 +121,7 @@ def slope(
     # In place where it can be: as many new tensors would take longer than what is computed.
     step = x - start
     if name in _RELU:  # how much of the way lies above zero
-        near = torch.maximum(x, start).div_(step.abs_()).clamp_(0.0, 1.0)
+        near = torch.maximum(x, start).div_(step.abs_()).clamp_min_(0.0).clamp_max_(1.0)
     else:
         ratio = (z - before).div_(step)
         middle = _derivative(function, x / 2 + start / 2)
