@@ -167,6 +167,7 @@ def test_the_named_form():
         def forward(self, x):
             return self.out(self.norm(self.fc(x).unsqueeze(-1).squeeze(-1) + 0.0))
 
+    torch.manual_seed(0)
     model = Reshaped()
     x = torch.randn(5, 3).double()
     composite = [(Linear, EpsilonRule(0.1))]
@@ -175,6 +176,21 @@ def test_the_named_form():
     torch.testing.assert_close(got, relevance(plain, x, composite), rtol=1e-9, atol=1e-9)
     several = relevance(model, x, composite, merge_batch_norm=[(["fc"], "norm")])
     assert torch.equal(several, got)
+    for flow in (
+        "relevance",
+        "gradient",
+    ):  # in the one the layer has a formula, in the other it runs as it is
+        got = relevance(model, x, "epsilon", merge_batch_norm=[("fc", "norm")], flow=flow)
+        torch.testing.assert_close(got, relevance(plain, x, "epsilon"), rtol=1e-3, atol=1e-4)
+
+
+def test_layers_that_are_named_and_not_before_it() -> None:
+    model, x = (
+        nn.Sequential(nn.Linear(3, 4).double(), nn.Tanh(), lived(nn.BatchNorm1d(4))),
+        torch.randn(5, 3).double(),
+    )
+    with pytest.raises(ValueError, match="none of them is seen before it"):
+        relevance(model, x, "epsilon_plus", merge_batch_norm=[("0", "2")])
 
 
 def test_the_named_form_says_what_is_wrong():

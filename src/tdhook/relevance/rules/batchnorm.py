@@ -60,7 +60,12 @@ class _MergedBatchNormRule(PassRule):
                 # Merging amounts to the epsilon rule, stabilised once.
                 epsilon = _taken_over(merges, module, maker)
                 return weighted(call) if epsilon is None else EpsilonRule(epsilon).bound(module, flow)(call)
-            told = self._tell(merges, module, maker)
+            layers, native = self._producers(maker.node)
+            if self.linears and not layers:
+                if not native:
+                    raise ValueError(_NOT_BEFORE.format(type(module).__name__))
+                return weighted(call)
+            told = self._tell(merges, module, maker, layers)
             return passed(call) if told else weighted(call)
 
         return run
@@ -81,7 +86,8 @@ class _MergedBatchNormRule(PassRule):
                 raise NotImplementedError(_LENT.format(type(module).__name__))
             if reference is None or reference.running:
                 return scales(call)
-            self._tell(merges, module, _Maker(x))
+            maker = _Maker(x)
+            self._tell(merges, module, maker, self._producers(maker.node)[0])
             handle, z = reference.handles.of(x), scales(call)
             if handle is not None:
                 scaling = _Scaling(module, x)
@@ -101,9 +107,11 @@ class _MergedBatchNormRule(PassRule):
 
         return noted(first, scaled)
 
-    def _tell(self, merges: Merges, module: nn.Module, maker: _Maker) -> bool:
+    def _tell(
+        self, merges: Merges, module: nn.Module, maker: _Maker, layers: Sequence[ExecutedLayer]
+    ) -> bool:
         """Tell the layers before it of a batch norm, unless something else reads what these return."""
-        for layer in self._producers(maker.node):
+        for layer in layers:
             if not self.linears:
                 # On [N, C, L] a batch norm scales the rows of what a fully connected layer made, not its features.
                 if maker.axis != layer.form.output_axis(maker.n_axes):
@@ -114,11 +122,12 @@ class _MergedBatchNormRule(PassRule):
             merges.merge(module, layer)
         return True
 
-    def _producers(self, node: Any) -> list[ExecutedLayer]:
+    def _producers(self, node: Any) -> tuple[list[ExecutedLayer], bool]:
+        """The layers before it, and whether there is one that runs as it is."""
         if not self.linears:
             layer = getattr(node, "executed", None)
-            return [layer] if isinstance(layer, ExecutedLayer) else []
-        found, seen, front = [], set(), [node]
+            return [layer] if isinstance(layer, ExecutedLayer) else [], False
+        found, native, seen, front = [], False, set(), [node]
         while front:
             node = front.pop()
             if node is None or node in seen:
@@ -128,8 +137,9 @@ class _MergedBatchNormRule(PassRule):
             if isinstance(layer, ExecutedLayer) and layer.module in self.linears:
                 found.append(layer)
             elif layer is None and not getattr(node, "made_by", ""):  # other layers end the search
+                native = native or type(node).__name__.startswith(_PLAIN)
                 front.extend(parent for parent, _ in node.next_functions)
-        return found
+        return found, native
 
 
 class _Scaling:
@@ -146,6 +156,10 @@ class _Scaling:
 _LENT = (
     "{} is merged into the layer before it, for which its statistics are needed, and these are offloaded: keep this "
     "module in memory, or pass merge_batch_norm=False"
+)
+_NOT_BEFORE = (
+    "merge_batch_norm names the layers that {} is to be merged into, and none of them is seen before it: they do not "
+    "lead to it, or compute in their own way; leave it out, and it is merged into what is right before it"
 )
 _PLAIN = ("Addmm", "Mm", "Convolution", "Addbmm", "Baddbmm", "Bmm")
 
