@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from tdhook.keys import under
 from tdhook.passes.within import AsItIs
+from tdhook.relevance.rules.attention import attention_scores
 from tdhook.tape.conditions import holds
 
 __all__ = ["Watched", "by_token"]
@@ -76,16 +77,7 @@ def _weights(
     enable_gqa: bool = False,
 ) -> Tensor:
     """What the function weighs values with, ``[*batch, heads, tokens, tokens]``, without dropout."""
-    if enable_gqa:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~seen, -torch.inf)
-    if attn_mask is not None:
-        hidden = attn_mask.dtype is torch.bool
-        scores = scores.masked_fill(~attn_mask, -torch.inf) if hidden else scores + attn_mask
-    return scores.softmax(-1)
+    return attention_scores(query, key, attn_mask, is_causal, scale, enable_gqa).softmax(-1)
 
 
 def _require_one_sequence(query: Tensor, key: Tensor) -> None:

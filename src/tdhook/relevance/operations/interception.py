@@ -37,7 +37,6 @@ from tdhook.relevance.operations.written_out import in_parts
 from tdhook.relevance.propagation.again import Again
 from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
 from tdhook.relevance.propagation.rule import Rule
-from tdhook.relevance.rules.simple import IgnoreRule
 from tdhook.selectors.names import relabels, writes_in_place
 from tdhook.tape.entering import entered
 from tdhook.tape.internals import (
@@ -56,7 +55,6 @@ from tdhook.tape.trees import tree_leaves
 __all__ = ["Interception"]
 
 
-_NATIVE = IgnoreRule()
 # What functions of torch take by the names of numpy as well.
 _NAMES = {"axis": "dim", "keepdims": "keepdim"}
 

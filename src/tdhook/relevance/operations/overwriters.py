@@ -41,8 +41,7 @@ class Overwriters:
         self._uncounted: set[int] = set()
 
     def __getstate__(self) -> dict[str, object]:
-        nothing: set[int] = set()
-        return {**self.__dict__, "_known": nothing, "_looked_at": set(nothing), "_uncounted": set(nothing)}
+        return {**self.__dict__, "_known": set[int](), "_looked_at": set[int](), "_uncounted": set[int]()}
 
     def run(self, which: object, call: Call, run: Run) -> Any:
         """Make a call.

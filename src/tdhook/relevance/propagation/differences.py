@@ -258,7 +258,12 @@ def formula_of_function(
         return z
 
     run = between(noted(first), own, flow)
-    return lambda call: otherwise(call) if as_layer(call) is None else run(by_place(call))
+
+    def one(call: Call) -> Any:
+        call = by_place(call)
+        return otherwise(call) if as_layer(call) is None else run(call)
+
+    return one
 
 
 def of_one_tensor(call: Call) -> Call | None:

@@ -18,7 +18,7 @@ from tdhook.relevance.propagation.lent import are_lent
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.tape.internals import children_of
 
-__all__ = ["ClosedForm", "ConvForm", "Convolution", "DenseForm", "closed_form", "makes_weights"]
+__all__ = ["DENSE", "ClosedForm", "ConvForm", "Convolution", "DenseForm", "closed_form", "makes_weights"]
 
 
 class ClosedForm(ABC):
@@ -178,7 +178,9 @@ class ConvForm(ClosedForm):
         return torch.autograd.grad(padded, leaf, grad)[0]
 
 
-_DENSE = DenseForm()
+DENSE = DenseForm()
+"""That of all linear layers."""
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONV_FORWARDS = {cls.forward for cls in _CONVOLUTIONS}
 _CONV_CORES = {cls._conv_forward for cls in _CONVOLUTIONS}
@@ -217,7 +219,7 @@ def closed_form(module: nn.Module) -> ClosedForm | None:
     if forward_put_on(module) is not None and not are_lent(module):
         return None
     if forward is nn.Linear.forward:
-        return _DENSE
+        return DENSE
     if forward not in _CONV_FORWARDS or getattr(cls, "_conv_forward", None) not in _CONV_CORES:
         return None
     layer: Any = module

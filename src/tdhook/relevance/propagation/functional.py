@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.executed import ExecutedLayer, Formula, RuledLayer
-from tdhook.relevance.propagation.forms import ClosedForm, ConvForm, Convolution, DenseForm
+from tdhook.relevance.propagation.forms import DENSE, ClosedForm, ConvForm, Convolution
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.tape.functions import on_tape
 from tdhook.tape.origins import is_nonnegative
 
 __all__ = ["AsLayer", "as_layer", "by_place", "is_layer", "running_function"]
 
-_DENSE = DenseForm()
 _PLAIN = (Tensor, nn.Parameter)
 _CONVOLUTION = ("bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -59,9 +58,8 @@ def by_place(call: Call) -> Call:
 
 
 def as_layer(call: Call) -> AsLayer | None:
-    """A call of a function that :func:`is_layer`, unless its weights depend on the inputs, or are of another form."""
+    """A call :func:`by_place` as that of a layer, unless its weights depend on the inputs, or are of another form."""
     operation: Any = call.module
-    call = by_place(call)
     args, kwargs = call.args, call.kwargs
     if len(args) < 2 or not all(type(x) in _PLAIN for x in args[:2]):
         return None
@@ -81,7 +79,7 @@ def as_layer(call: Call) -> AsLayer | None:
 
 def _form(name: str, dims: int, given: dict[str, Any]) -> ClosedForm | None:
     if name == "linear":
-        return _DENSE if dims == 2 else None
+        return DENSE if dims == 2 else None
     rank = int(name[-2])
     stride, padding, dilation, more = (
         _each(given.get(key, default), rank) for key, default in _DEFAULTS.items()
@@ -123,6 +121,7 @@ def running_function(rule: Formula, otherwise: Run, *, checks: bool) -> Run:
     """
 
     def run(call: Call) -> Any:
+        call = by_place(call)
         found = as_layer(call)
         if found is None:
             return otherwise(call)

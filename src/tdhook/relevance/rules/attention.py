@@ -19,7 +19,7 @@ from tdhook.relevance.propagation.conversions import Scaled, Substituted
 from tdhook.relevance.propagation.rule import RunningRule, converted
 from tdhook.tape.functions import on_tape
 
-__all__ = ["AttentionRule"]
+__all__ = ["AttentionRule", "attention_scores"]
 
 
 class AttentionRule(RunningRule):
@@ -110,9 +110,23 @@ def attention(
         enable_gqa: whether several heads of queries share one of keys and values.
         weigh: makes weights of scores.
     """
+    weights = weigh(attention_scores(query, key, attn_mask, is_causal, scale, enable_gqa))
     if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    return (F.dropout(weights, dropout_p) if dropout_p else weights) @ value
+
+
+def attention_scores(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """What weights are made of, ``[*batch, heads, L, S]``; the arguments are those of :func:`attention`."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     scores = query @ key.transpose(-2, -1) * factor
     if is_causal:
@@ -121,8 +135,7 @@ def attention(
     if attn_mask is not None:
         masks = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, -math.inf) if masks else scores + attn_mask
-    weights = weigh(scores)
-    return (F.dropout(weights, dropout_p) if dropout_p else weights) @ value
+    return scores
 
 
 def _times(x: object, factor: float) -> object:
