@@ -21,7 +21,6 @@ from tdhook.relevance.propagation.conversions import Damped, PerValue, Scaled, T
 from tdhook.relevance.propagation.executed import Directly
 from tdhook.relevance.propagation.forms import ClosedForm, closed_form
 from tdhook.relevance.propagation.formula import PropagationRule
-from tdhook.relevance.propagation.functional import is_layer
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.relevance.propagation.params import ZeroParams, zero_param_names
 from tdhook.relevance.propagation.sharing import secant
@@ -103,7 +102,7 @@ class EpsilonRule(PropagationRule):
             return super().against(module, flow)
         if flow == "gradient":
             return damped(self._by_secant(module, flow), self.epsilon)
-        if closed_form(module) is not None or is_layer(module):
+        if closed_form(module) is not None:
             return super().against(module, flow)
         return between(self._by_secant(module, "gradient"), "gradient", flow, self.epsilon)
 
