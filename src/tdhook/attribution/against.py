@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.attribution.explanations import SEVERAL, side_by_side
 from tdhook.attribution.kept import Kept, There
 from tdhook.attribution.means import Means
-from tdhook.contexts.compared import SPREAD, write_under
+from tdhook.contexts.compared import SPREAD, Compared, write_under
 from tdhook.conventions import relevance_of
 from tdhook.keys import under
 from tdhook.models.families import BatchNorm
@@ -35,7 +37,7 @@ from tdhook.tape.internals import is_wrapped
 from tdhook.targets.base import Seeder, Seeds
 from tdhook.targets.through import begun_at, tells_units
 
-__all__ = ["REFERENCE", "explain_difference"]
+__all__ = ["REFERENCE", "explain_difference", "mean_difference"]
 
 REFERENCE = "reference"
 """Where what is explained is written as it is on the reference."""
@@ -102,6 +104,32 @@ def explain_difference(
     runner.beside.update({under(REFERENCE, key): value for key, value in values.mean.items()})
     write_under(SPREAD, runner, run, found.deviations())
     return found.mean
+
+
+def mean_difference(
+    method: Compared, runner: Runner, td: TensorDictBase
+) -> Mapping[NestedKey, Tensor] | None:
+    """The mean of what a method says of the difference from each reference, as many at once as fit.
+
+    Args:
+        method: takes one pass for each reference.
+        runner: runs the model.
+        td: the batch.
+
+    Returns:
+        Relevance by source; ``None`` where references go one after the other.
+    """
+    if method.samples < SEVERAL or tells_units(method.seeder):
+        return None
+    means = Means(method.spreads)
+    with runner.forward(td) as run:
+        many = side_by_side(method, runner, run)
+        if many is None:
+            return None
+        for some in many:
+            means.add_all(some, len(next(iter(some.values()))))
+        write_under(SPREAD, runner, run, means.deviations())
+    return means.mean
 
 
 def _require_finite_baseline(one: Drawn, values: Mapping[NestedKey, Tensor]) -> None:

@@ -11,8 +11,9 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.passes.beside import Change
 from tdhook.passes.rows import parting
-from tdhook.passes.variants import Change, Variants
+from tdhook.passes.variants import Variants
 from tdhook.perturbing.players import Known
 from tdhook.tape.conditions import holds, is_traced
 from tdhook.targets.base import Seeder

@@ -8,16 +8,23 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.attribution.apart import look
 from tdhook.contexts.attribution import Attribution
 from tdhook.contexts.compared import Compared
+from tdhook.keys import entry_at, parts_of, put, under
 from tdhook.passes.forward import Run
 from tdhook.passes.rows import values_of
 from tdhook.passes.runner import Runner
 from tdhook.passes.variants import Variants
 from tdhook.perturbing.draws import Draws, Noise
-from tdhook.perturbing.references import References, entries_of_references
+from tdhook.perturbing.entries import entries_of_references
+from tdhook.perturbing.references import References
 
-__all__ = ["against", "explanations"]
+__all__ = ["SEVERAL", "against", "explanations", "side_by_side"]
+
+_AGAINST = "_against"
+SEVERAL = 8
+"""So many references at once take less time than one after the other, which share the run on the batch."""
 
 
 def against(method: Attribution, over: Draws | References) -> Attribution:
@@ -55,9 +62,34 @@ def explanations(
         yield from changed.mean() if mean and changed.is_gradient else changed.each()
         return
     assert isinstance(method, Compared) and method.references is not None
+    many = side_by_side(method, runner, run) if method.is_one_pass else None
+    if many is not None:
+        yield from many
+        return
     for number in range(method.samples):
         found = method.against(method.references.only(number)).explain(runner.on(run.td), run.td)
         yield {key: x[None] for key, x in found.items()}
+
+
+def side_by_side(method: Compared, runner: Runner, run: Run) -> Iterator[Mapping[NestedKey, Tensor]] | None:
+    """What a method says of the difference from each of its references, as many at once as fit.
+
+    Args:
+        method: takes one pass for each reference.
+        runner: runs the model.
+        run: the run on the batch as it is.
+
+    Returns:
+        Gives ``[references, *source]`` or ``[references, outputs, *source]`` by source; ``None`` where they go one
+        after the other: few fit at once, or what is compared is no entry of the batch.
+    """
+    assert method.references is not None
+    values = run.independent_sources()[0]
+    entries = all(key in run.inputs and entry_at(run.td, parts_of(key)) is not None for key in values)
+    if runner.replaced or not entries:
+        return None
+    referred = _Referred(method, method.references, runner, run, values)
+    return referred.each() if referred.at_once >= SEVERAL else None
 
 
 class _Changed:
@@ -132,6 +164,67 @@ class _Changed:
         found = self._method.explain(there, given)
         base = there.as_it_is()
         return values_of(base.seeds(target), base.outputs.batch_size), found
+
+
+class _Referred:
+    """A batch beside many references, which lie in an entry of it, and what a method says of each difference."""
+
+    def __init__(
+        self,
+        method: Compared,
+        references: References,
+        runner: Runner,
+        run: Run,
+        values: Mapping[NestedKey, Tensor],
+    ) -> None:
+        self._references, self._runner, self._run, self._values = references, runner, run, values
+        self._dims = run.batch_dims(values)
+        first = {key: x.squeeze(0) for key, x in self._starts(range(1)).items()}
+        td = run.td.copy()
+        for key, x in first.items():
+            put(td, under(_AGAINST, key), x, key)
+        self._variants = Variants(runner, run, td=td, reads=[(_AGAINST,), *first])
+        self._variants.vary({under(_AGAINST, key): x for key, x in first.items()})
+        self._method = method.against(References(dict.fromkeys(first, (_AGAINST,)))).explaining(
+            self._variants.target
+        )
+
+    @property
+    def _size(self) -> int:
+        """Bytes of the run on the batch, and of that on the reference."""
+        return 2 * self._variants.size
+
+    @property
+    def at_once(self) -> int:
+        """How many references fit."""
+        return self._variants.at_once(self._references.samples, self._size)
+
+    def each(self) -> Iterator[Mapping[NestedKey, Tensor]]:
+        """What is found of some of them at a time; models are seen to leave them alone before."""
+        start = self._starts(range(1))
+        look(
+            self._variants, self._values, {key: start[key].squeeze(0) for key in self._values if key in start}
+        )
+        count = self._references.samples
+        for answer in self._variants.each(count, self._changed, self._ask, self._size, kind="explanations"):
+            yield answer.found
+
+    def _starts(self, numbers: range) -> dict[NestedKey, Tensor]:
+        return self._references.several(numbers, self._values, self._dims, self._run.td)
+
+    def _changed(self, numbers: range) -> dict[NestedKey, Tensor]:
+        return {under(_AGAINST, key): x for key, x in self._starts(numbers).items()}
+
+    def _ask(
+        self, td: TensorDictBase, entries: Mapping[NestedKey, Tensor]
+    ) -> tuple[Tensor, Mapping[NestedKey, Tensor]]:
+        given = td.copy()
+        for key, x in entries.items():
+            given.set(key, x)
+        there = self._runner.on(given, self._variants.target)
+        found = self._method.explain(there, given)
+        base = there.as_it_is()
+        return values_of(base.seeds(self._variants.target), base.outputs.batch_size), found
 
 
 def _inputs(run: Run) -> dict[NestedKey, Tensor]:

@@ -13,7 +13,7 @@ from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-from tdhook.attribution.against import REFERENCE, explain_difference
+from tdhook.attribution.against import REFERENCE, explain_difference, mean_difference
 from tdhook.attribution.keywords_03 import Keywords03, copies_of, translated
 from tdhook.contexts.attribution import Shared
 from tdhook.contexts.compared import SPREAD, Compared
@@ -146,6 +146,10 @@ class LRP(Compared):
         """Run the model forwards under its rules, and pull the relevance of the target back to the sources."""
         plan, ledger = runner.state.ready(runner), self._new_ledger(runner.state)
         if self.references is not None:
+            if self.is_one_pass:
+                found = mean_difference(self, runner, td)
+                if found is not None:
+                    return found
             runner.state.draw()
         heads = runner.setup.heads
         known = heads.known
@@ -161,6 +165,12 @@ class LRP(Compared):
             if self._copies:
                 runner.beside.update(copies_of(run))
             return {key: plan.relevance(sources[key], found) for key, found in pulled.items()}
+
+    @property
+    def is_one_pass(self) -> bool:
+        """Where there are several references, and nothing is told of each."""
+        references = self.references
+        return references is not None and references.samples > 1 and not (self.ledger or references.values)
 
     def coefficients(
         self, runner: Runner, td: TensorDictBase, there: Mapping[NestedKey, Tensor]

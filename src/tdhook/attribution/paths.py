@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tdhook.contexts.compared import Compared
 from tdhook.keys import under
+from tdhook.passes.beside import Change
 from tdhook.passes.forward import Run
 from tdhook.passes.rows import some_rows
-from tdhook.passes.variants import REACHED, Change, Variants
+from tdhook.passes.variants import REACHED, Variants
 from tdhook.tape.axes import beside
 
 __all__ = ["Found", "Way", "along", "carried", "inputs", "pictures", "ways", "weighed"]

@@ -52,6 +52,11 @@ class Compared(Attribution):
         return other
 
     @property
+    def is_one_pass(self) -> bool:
+        """Whether a reference takes one pass, forwards and back, so that many of them may go side by side."""
+        return False
+
+    @property
     def samples(self) -> int:
         """How many references there are."""
         return 0 if self.references is None else self.references.samples

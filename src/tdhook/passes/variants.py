@@ -11,11 +11,9 @@ yet.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
 
 import torch
 from tensordict import TensorDictBase
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from tdhook.keys import under
 from tdhook.passes.backward import sizes_behind
+from tdhook.passes.beside import Answer, Ask, Change, beside, parted, without
 from tdhook.passes.forward import Run
 from tdhook.passes.rows import is_close, some_rows, values_of
 from tdhook.passes.runner import Runner
@@ -33,15 +32,7 @@ from tdhook.passes.telling import telling
 from tdhook.tape.conditions import holds
 from tdhook.targets.base import Seeder
 
-__all__ = ["REACHED", "Answer", "Change", "Variants"]
-
-Change: TypeAlias = "Callable[[range], Mapping[NestedKey, Tensor]]"
-"""Given numbers of variants, what takes the place of sources there: ``[variants, *source]`` by key."""
-
-Ask: TypeAlias = (
-    "Callable[[TensorDictBase, Mapping[NestedKey, Tensor]], tuple[Tensor, Mapping[NestedKey, Tensor]]]"
-)
-"""Given a batch, and what takes the place of sources: what is explained of each element, and more by source."""
+__all__ = ["REACHED", "Variants"]
 
 REACHED = "reached"
 """Where the values of sources are told beside their gradients."""
@@ -52,21 +43,6 @@ _BUDGET = {"cpu": 2**24}
 _BUDGET_ELSEWHERE = 2**31
 # Bytes of variants that are copied to look at whether they leave each other alone, or two of them.
 _COPIED = 2**20
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model answers to some variants.
-
-    Attributes:
-        numbers: which these are.
-        values: what is explained of each element, ``[variants, *batch]`` or ``[variants, outputs, *batch]``.
-        found: by source, ``[variants, *source]`` or ``[variants, outputs, *source]``.
-    """
-
-    numbers: range
-    values: Tensor
-    found: dict[NestedKey, Tensor]
 
 
 class Variants:
@@ -103,6 +79,7 @@ class Variants:
         self._sources = {key: x.detach() for key, x in {**run.inputs, **run.sources()}.items()}
         self._leads = run.batch_dims(self._sources)
         self._inputs = set(run.inputs)
+        self._unread: set[NestedKey] = set()
         self._held = runner.replaced
         self._seeds = seeds = run.seeds(wanted)
         run.look_at_axes(seeds)
@@ -118,10 +95,11 @@ class Variants:
         self._few = max(2, _COPIED // max(1, given))
 
     def vary(self, entries: Mapping[NestedKey, Tensor]) -> None:
-        """Let changes take in entries of the batch that are no sources, ``[*batch, *shape]``."""
+        """Let changes take in entries of the batch that the model does not read, ``[*batch, *shape]``."""
         self._sources.update(entries)
         self._leads.update(dict.fromkeys(entries, self._asked.batch_dims))
         self._inputs.update(entries)
+        self._unread.update(entries)
 
     @property
     def size(self) -> int:
@@ -203,7 +181,7 @@ class Variants:
             alike: whether variants are so like the batch as it is that a mean over them, or a variance, is the same:
                 another one, of half its values, is looked at beside them.
         """
-        at_once, apart = self._at_once(count, size), False
+        at_once, apart = self.at_once(count, size), False
         start = 0
         while start < count:
             alone = at_once == 1 or self._setup.layout == LAYOUTS[-1]
@@ -239,7 +217,8 @@ class Variants:
         looked = self._looked.get(kind, set())
         return count not in looked if count <= self._few else not looked
 
-    def _at_once(self, count: int, size: int) -> int:
+    def at_once(self, count: int, size: int) -> int:
+        """How many of so many variants fit at once, each of which takes so many bytes."""
         budget = self._setup.question.memory_budget
         if budget is None:
             budget = _BUDGET.get(self.values.device.type, _BUDGET_ELSEWHERE)
@@ -295,23 +274,28 @@ class Variants:
             key: value.flatten(0, 1) if self._leads[key] and (rows or key not in self._inputs) else value
             for key, value in changed.items()
         }
-        values, found = ask(self._beside(copies, replaced, rows=rows), replaced)
+        values, found = ask(beside(self._asked, copies, replaced, self._inputs, rows=rows), replaced)
         several = values.dim() > self._asked.batch_dims + (not rows or not self._asked.batch_dims)
-        values = _apart(values, copies, self._asked.batch_size, several)
-        apart = {key: _apart(value, copies, *self._shape(key, several)) for key, value in found.items()}
+        values = parted(values, copies, self._asked.batch_size, several)
+        apart = {key: parted(value, copies, *self._shape(key, several)) for key, value in found.items()}
         if not looks:
             return Answer(numbers, values, apart)
         if not holds(is_close(values[middle], self.values)):
             return None
-        values = _without(values, middle, len(numbers))
+        values = without(values, middle, len(numbers))
         if not self._as_alone(variants, values):
             return None
         return Answer(
-            numbers, values, {key: _without(value, middle, len(numbers)) for key, value in apart.items()}
+            numbers, values, {key: without(value, middle, len(numbers)) for key, value in apart.items()}
         )
 
     def _as_alone(self, changed: Mapping[NestedKey, Tensor], values: Tensor) -> bool:
-        """Whether the variants that tell most have the values that they have alone."""
+        """Whether the variants that tell most have the values that they have alone.
+
+        Where nothing that the model reads has changed, they all have the same.
+        """
+        if changed.keys() <= self._unread:
+            return True
         for number in telling(changed, self._sources, values.dtype).split(1):
             chosen = {key: value.index_select(0, number).squeeze(0) for key, value in changed.items()}
             with torch.no_grad():
@@ -329,23 +313,6 @@ class Variants:
         """The shape of what is found of a source, and whether there is one for each output."""
         shape = self._shapes.get(key)
         return (self._besides[key], False) if shape is None else (shape, several)
-
-    def _beside(self, copies: int, replaced: Mapping[NestedKey, Tensor], *, rows: bool) -> TensorDictBase:
-        """The batch so many times over: as rows ``[copies * first, *rest]``, or ``[copies, *batch]``.
-
-        As rows the entries are copied, but for those that are replaced.
-        """
-        td = self._asked
-        if not rows or not td.batch_dims:
-            return td.expand(copies, *td.batch_size)
-        given = [key for key in replaced if key in self._inputs and isinstance(key, str)]
-        # Integers stay what they are.
-        given = [key for key in given if td.get(key).dtype == replaced[key].dtype]
-        around = td.exclude(*given) if given else td
-        found = around.expand(copies, *td.batch_size).reshape(-1, *td.batch_size[1:])
-        for key in given:
-            found.set(key, replaced[key])
-        return found
 
     def among(self, rows: Tensor) -> Variants | None:
         """The same of some elements along the first batch axis; ``None`` where they have to do with each other."""
@@ -417,14 +384,3 @@ def _needed(runner: Runner, target: Seeder, td: TensorDictBase, reads: Iterable[
     if entries is None or getattr(runner.setup.model.runner, "reads_everything", False):
         return td
     return td.select(*dict.fromkeys([*runner.setup.in_keys, *entries, *reads]), strict=False)
-
-
-def _apart(value: Tensor, copies: int, shape: torch.Size, several: bool) -> Tensor:
-    """What was found of variants side by side: ``[copies, *shape]``, or ``[copies, outputs, *shape]``."""
-    lead = value.shape[:several]
-    value = value.reshape(*lead, copies, *shape)
-    return value.movedim(0, 1) if several else value
-
-
-def _without(value: Tensor, place: int, count: int) -> Tensor:
-    return torch.cat([value[:place], value[place + 1 : count + 1]])

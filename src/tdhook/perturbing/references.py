@@ -16,12 +16,11 @@ from tdhook.keys import entry_at, parts_of, put
 from tdhook.models.entries import is_batch
 from tdhook.perturbing.baselines import Baseline, OneBaseline, as_values, fitting
 from tdhook.perturbing.before import PREVIOUS, markers, step_before
-from tdhook.perturbing.chosen import Chosen
+from tdhook.perturbing.chosen import chosen_rows
 from tdhook.perturbing.drawn import NAMES, Drawn, entry_named, is_one_row, laid_out_as, mean_of
+from tdhook.perturbing.entries import GIVEN, fill
 
-__all__ = ["Baseline", "References", "as_references", "entries_of_references"]
-
-_GIVEN = "_reference"
+__all__ = ["Baseline", "Fill", "References", "as_references"]
 
 Fill: TypeAlias = "Callable[[TensorDictBase], TensorDictBase]"
 
@@ -114,16 +113,42 @@ class References:
         """The reference of a number, as :meth:`of` gives all."""
         keys = {_plain(key): key for key in values}
         number += self.first
-        drawn, chosen = Drawn(), Chosen(self.seed, number)
+        drawn = Drawn()
         for name, given in self._named(list(keys), td, number).items():
             if name in keys:
                 key = keys[name]
-                drawn.replaced[key] = self._made(given, name, values[key], batch_dims[key], td, chosen)
+                drawn.replaced[key] = self._made(given, name, values[key], batch_dims[key], td, number)
             else:
                 value = td.get(name)
-                made = self._made(given, name, value, td.batch_dims, td, chosen)
+                made = self._made(given, name, value, td.batch_dims, td, number)
                 drawn.entries[name] = laid_out_as(value, made)
         return drawn
+
+    def several(
+        self,
+        numbers: range,
+        values: Mapping[NestedKey, Tensor],
+        batch_dims: Mapping[NestedKey, int],
+        td: TensorDictBase,
+    ) -> dict[NestedKey, Tensor]:
+        """Some of the references, ``[references, *value]`` by the key of the value, or of the entry that is read."""
+        keys = {_plain(key): key for key in values}
+        numbers = range(numbers.start + self.first, numbers.stop + self.first)
+        named = [(number, self._named(list(keys), td, number)) for number in numbers]
+        found = {}
+        for name, first in named[0][1].items():
+            key = keys.get(name, name)
+            value, dims = (values[key], batch_dims[key]) if name in keys else (td.get(name), td.batch_dims)
+            if isinstance(first, str) and first == "sample":
+                source, rows = self._source(name, value, dims, None), value.shape[:dims].numel()
+                drawn = source[chosen_rows(self.seed, numbers, source.shape[0], rows, source.device)]
+                many = value.expand(len(numbers), *value.shape)
+                found[key] = fitting(drawn.reshape(many.shape), name, many)
+            else:
+                found[key] = torch.stack(
+                    [self._made(one[name], name, value, dims, td, n) for n, one in named]
+                )
+        return found
 
     def only(self, number: int) -> References:
         """One of them alone."""
@@ -220,21 +245,20 @@ class References:
                     given[key] = one
                 else:
                     self._put(td, key, one, value)
-                    given[key] = (_GIVEN,)
+                    given[key] = (GIVEN,)
             except KeyError:  # of what may be an index, which is compared with nothing
                 if not whole or isinstance(self.baseline, Mapping):
                     raise
         for number in range(self.samples if drawn else 0):
-            chosen = Chosen(self.seed, number)
             for count in {len(source) for source in drawn.values()}:
-                rows = chosen(count, td.numel(), td.device, first)
-                td.set((_GIVEN, f"{number}", f"of {count}"), rows.reshape(td.batch_size))
-        return _Settled(self, given, tuple(drawn)), td, partial(_fill, drawn, self.samples)
+                rows = chosen_rows(self.seed, number, count, td.numel(), td.device, first)
+                td.set((GIVEN, f"{number}", f"of {count}"), rows.reshape(td.batch_size))
+        return _Settled(self, given, tuple(drawn)), td, partial(fill, drawn, self.samples)
 
     def _put(self, td: TensorDictBase, key: NestedKey, given: OneBaseline, value: Tensor) -> None:
         """Write what a key is compared with as an entry."""
-        made = self._made(given, key, value, td.batch_dims, td, Chosen(self.seed, 0))
-        put(td, (_GIVEN, *parts_of(key)), laid_out_as(value, made), key)
+        made = self._made(given, key, value, td.batch_dims, td, 0)
+        put(td, (GIVEN, *parts_of(key)), laid_out_as(value, made), key)
 
     def _source(self, key: NestedKey, value: Tensor, dims: int, valid: Tensor | None) -> Tensor:
         """The rows that a mean or a sample is taken of, ``[rows, *shape]``."""
@@ -271,7 +295,7 @@ class References:
         value: Tensor,
         dims: int,
         td: TensorDictBase,
-        chosen: Chosen,
+        number: int,
     ) -> Tensor:
         rows = value.reshape(-1, *value.shape[dims:])
         if isinstance(given, str | tuple) and not (isinstance(given, str) and given in NAMES):
@@ -279,9 +303,11 @@ class References:
         if isinstance(given, str):
             if given == PREVIOUS:
                 return fitting(step_before(key, value, td), key, value)
-            source = self._source(key, value, dims, None)
-            drawn = given == "sample"
-            made = source[chosen(source.shape[0], rows.shape[0], source.device)] if drawn else mean_of(source)
+            made = self._source(key, value, dims, None)
+            if given == "sample":
+                made = made[chosen_rows(self.seed, number, made.shape[0], rows.shape[0], made.device)]
+            else:
+                made = mean_of(made)
         else:
             made = given(rows) if callable(given) else as_values(given)
             if made.dim() > 1 and made.shape == value.shape:
@@ -326,12 +352,12 @@ class _Settled(References):
         rows = [key for key in keys if each and not is_one_row(self._given.get(key, 0.0), 0)]
         rows = [key for key in rows if isinstance(self._given[key], Tensor)]
         if not rows:
-            return self, td, partial(_fill, {}, 0)
+            return self, td, partial(fill, {}, 0)
         other, td = copy.copy(self), td.copy()
         for key in rows:
             self._put(td, key, self._given[key], td.get(key))
-        other._given = {**self._given, **dict.fromkeys(rows, (_GIVEN,))}
-        return other, td, partial(_fill, {}, 0)
+        other._given = {**self._given, **dict.fromkeys(rows, (GIVEN,))}
+        return other, td, partial(fill, {}, 0)
 
     @property
     def constant(self) -> bool:
@@ -340,10 +366,10 @@ class _Settled(References):
 
     def reads(self, td: TensorDictBase) -> list[NestedKey]:
         """All that was settled."""
-        return [key for key in (_GIVEN,) if key in td]
+        return [key for key in (GIVEN,) if key in td]
 
     def _named(self, keys: list[NestedKey], td: TensorDictBase, number: int) -> dict[NestedKey, OneBaseline]:
-        known = {**self._given, **dict.fromkeys(self._drawn, (_GIVEN, f"{number}"))}
+        known = {**self._given, **dict.fromkeys(self._drawn, (GIVEN, f"{number}"))}
         if isinstance(self.baseline, Mapping):
             return known
         if isinstance(self.baseline, str) and self.baseline in NAMES and not known.keys() >= set(keys):
@@ -353,35 +379,6 @@ class _Settled(References):
                 "batch is cut to be explained; give a number, a tensor, a function of single rows, or an entry"
             )
         return {key: known.get(key, self.baseline) for key in keys}
-
-
-def entries_of_references(td: TensorDictBase, keys: Collection[NestedKey]) -> dict[NestedKey, NestedKey]:
-    """The entries of a TensorDict that hold references to some keys, by their own, with the key that each is one to."""
-    below = td.get(_GIVEN, None)
-    found: dict[NestedKey, NestedKey] = {}
-    for name, value in () if below is None else below.items(True, True):
-        parts = parts_of(name)
-        for own in (parts, parts[1:]):  # those that are drawn have a number before
-            key = unravel_key(own) if own else ""
-            if value.is_floating_point() and key in keys:
-                found[unravel_key((_GIVEN, *parts))] = key
-                break
-    return found
-
-
-def _fill(drawn: Mapping[NestedKey, Tensor], samples: int, part: TensorDictBase) -> TensorDictBase:
-    """Add the references that were drawn to a part of a batch."""
-    part = part.copy() if drawn else part
-    for key, source in drawn.items():
-        for number in range(samples):
-            index = part.get((_GIVEN, f"{number}", f"of {len(source)}"))
-            put(
-                part,
-                (_GIVEN, f"{number}", *parts_of(key)),
-                source[index.to(source.device)].to(part.get(key).device),
-                key,
-            )
-    return part
 
 
 def as_references(baseline: Baseline | References | None, samples: int) -> References | None:
