@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from tdhook import LRP, Target
+from tdhook.attribution import Attribution, IntegratedGradients
 from tdhook.relevance.propagation.weights import WeightCache
 from tdhook.rules import (
     AlphaBetaRule,
@@ -38,6 +40,7 @@ from tdhook.rules import (
     ZBoxRule,
     ZPlusRule,
 )
+from tdhook.targets import Through
 
 RULES = [
     EpsilonRule(1e-2),
@@ -63,7 +66,7 @@ def _started(rank: int, function: Callable[..., None], store: str) -> None:
     # torch's own: it looks at modules that it deprecates, and says how gloo is to be closed.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", "barrier|.*found no DeviceMesh")
+    warnings.filterwarnings("ignore", "barrier|.*found no DeviceMesh|FSDP2-wrapped module .* returned a view")
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
@@ -147,7 +150,7 @@ def batch(model: nn.Module, seed: int = 1) -> TensorDict:
     return TensorDict({"input": x}, [3])
 
 
-def assert_same(method: LRP, one: nn.Module, parallel: nn.Module, seed: int = 1) -> None:
+def assert_same(method: Attribution, one: nn.Module, parallel: nn.Module, seed: int = 1) -> None:
     expected = method.wrap(one)(batch(one, seed))
     explained = method.wrap(parallel)
     for _ in range(2):
@@ -172,6 +175,10 @@ def tensor_parallel() -> None:
     for make, plan in PLANS.values():
         for method in methods():
             assert_same(method, make(), parallelize_module(make(), mesh, plan))
+    parallel = parallelize_module(perceptron(), mesh, PLANS["columns, rows"][1])
+    one_unit = LRP("epsilon_plus", target=Through("output", "0", 1)).wrap(parallel)
+    with pytest.raises(NotImplementedError, match=r"of '0' each process holds its own part.*Replicate\(\)"):
+        one_unit(batch(perceptron()))
 
 
 def sharded(make: Callable[[], nn.Module], **options: Any) -> nn.Module:
@@ -188,6 +195,17 @@ def fully_sharded() -> None:
     for options in ({}, {"reshard_after_forward": False}, {"offload_policy": CPUOffloadPolicy(False)}):
         for method in methods():
             assert_same(method, perceptron(), sharded(perceptron, **options), seed)
+
+
+def sharded_as_one() -> None:
+    """Layers that share the weights of one module around them, which stay gathered from the forward pass on."""
+    mesh, seed = init_device_mesh("cpu", (2,)), 1 + dist.get_rank()
+    for method in (
+        LRP("epsilon_plus_flat", target=Target("output", "all"), ledger=True),
+        LRP("deeplift", target=Target("output", 0), baseline="mean"),
+        IntegratedGradients(Target("output", 0), steps=2),
+    ):
+        assert_same(method, transformer(), fully_shard(transformer(), mesh=mesh), seed)
 
 
 def wide() -> nn.Module:
@@ -236,6 +254,7 @@ def one_process_explains_by_itself() -> None:
 
 def data_parallel() -> None:
     fully_sharded()
+    sharded_as_one()
     nothing_is_kept_of_sharded_weights()
     training_goes_on_as_without()
     one_process_explains_by_itself()

@@ -23,6 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from tdhook.models.generators import By, Held, drawn_by_others, drawn_by_torch, of_generator
 from tdhook.tape.internals import FINDING_HOOKS, buffers_of, parameters_of, version_of
+from tdhook.tape.sharded import is_sharded
 from tdhook.tape.sparse import equal
 
 __all__ = ["LEFT_ALONE", "Snapshot", "is_of_a_library"]
@@ -74,7 +75,14 @@ class _Entries:
         same = len(held) == len(before) and all(
             a is b and held[a] is before[b] for a, b in zip(held, before, strict=True)
         )
-        return not same and list(self._counting(held)) != list(self._counting(before))
+        return not same and not self._is_as_before()
+
+    def _is_as_before(self) -> bool:
+        now, before = [*self._counting(self._held)], [*self._counting(self._before)]
+        return now == before or (
+            [name for name, _ in now] == [name for name, _ in before]
+            and all(_is_lent(self._held[name], self._before[name]) for name, _ in {*now} - {*before})
+        )
 
     def changed_besides(self, names: set[str]) -> bool:
         """Whether anything changed but the values of those entries."""
@@ -89,7 +97,7 @@ class _Entries:
     def restore(self) -> None:
         held, without = self._held, self._without
         wanted = {
-            name: held[name] if name in without else value
+            name: held[name] if name in without or _is_lent(held.get(name), value) else value
             for name, value in self._before.items()
             if name not in without or name in held
         }
@@ -190,6 +198,13 @@ class Snapshot:
             if held is not None:
                 self._held.append((owner, value, held))
             ahead += [(owner, one) for one in below if type(one) not in _PLAIN]
+
+
+def _is_lent(now: object, before: object) -> bool:
+    """Whether a weight was gathered since, or given back (``fully_shard``), which is known to whoever did so alone."""
+    return (
+        isinstance(now, Tensor) and isinstance(before, Tensor) and is_sharded(now) is not is_sharded(before)
+    )
 
 
 def is_of_a_library(home: str) -> bool:

@@ -11,6 +11,7 @@ from torch import Size, Tensor
 from tdhook.models.capture import calls_of, module_path
 from tdhook.models.model import Model
 from tdhook.passes.performed import Output
+from tdhook.tape.sharded import is_sharded, spread_of
 from tdhook.targets.through import OfOperations, Place
 from tdhook.targets.units import Layer
 
@@ -144,7 +145,16 @@ def _only(place: OfOperations, found: Sequence[Output]) -> Tensor:
 
 
 def _layer(name: str, value: Tensor, batch: Size, flat: bool) -> Layer:
-    """A value with the axes of the batch in front, all of them or as one; or with another axis there."""
+    """A value with the axes of the batch in front, all of them or as one; or with another axis there.
+
+    Raises:
+        NotImplementedError: several processes hold it together.
+    """
+    if is_sharded(value) or spread_of((value,), {}):
+        raise NotImplementedError(
+            f"of {name} each process holds its own part, and numbers its own units: name a place whose values are "
+            "whole in each, or have them made so (output_layouts=Replicate())"
+        )
     if not flat and value.shape[: len(batch)] == batch:
         return Layer(name, value, len(batch), batch)
     if value.dim() == 0:
