@@ -6,6 +6,7 @@ import random
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from queue import Queue
 from types import SimpleNamespace
 from weakref import WeakKeyDictionary
@@ -278,6 +279,48 @@ def of_python(net: Net, x: Tensor) -> object:
 
 def generator_of(net: Net) -> None:
     net.generator = torch.Generator().manual_seed(1)
+
+
+class Annotated(list[int]):
+    """A list that has attributes."""
+
+
+@kind("an attribute of a list", lambda net: setattr(net, "past", Annotated([1])))
+def annotated(net: Net, x: Tensor) -> object:
+    net.past.late = getattr(net.past, "late", 0) + 1
+    return net.past.late
+
+
+@kind("an array of objects", lambda net: setattr(net, "past", np.array([[1], None], dtype=object)))
+def objects(net: Net, x: Tensor) -> object:
+    net.past[0].append(1)
+    net.past[1] = len(net.past[0])
+    return net.past[1]
+
+
+def closing(net: Net) -> None:
+    count, past = 0, []
+
+    def step(added: list[int]) -> int:
+        nonlocal count
+        count += 1
+        past.append(count)
+        added.append(count)
+        step.calls = getattr(step, "calls", 0) + 1
+        return sum(past) + len(added) + step.calls
+
+    net.step = partial(step, [])
+
+
+@kind("what a function closes over, was given and has as an attribute", closing)
+def closed_over(net: Net, x: Tensor) -> object:
+    return net.step()
+
+
+@kind("an object whose method is called", lambda net: setattr(net, "step", Annotated([1]).append))
+def bound(net: Net, x: Tensor) -> object:
+    net.step(1)
+    return len(net.step.__self__)
 
 
 @kind("a generator of torch", generator_of)

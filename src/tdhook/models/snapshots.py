@@ -1,10 +1,11 @@
 """Snapshots: all that the modules of a model hold besides the values of its parameters, to be put back later.
 
 Looked into are the attributes of modules, the containers of Python (list, dict, set, deque, tuple) and TensorDicts that
-they lead to, namespaces and queues, arrays, random generators, and objects of classes that are the user's. Not looked
-into, and so not put back, are other objects of the standard library and of the libraries in :data:`LEFT_ALONE` (a
-replay buffer, a file), iterators, what a function closes over, attributes of classes, lazy modules that were not made
-yet, what a module registers as a hook while it runs, and a parameter whose values are overwritten.
+they lead to, namespaces and queues, arrays, random generators, functions with what they close over, and objects of
+classes that are the user's. Not looked into, and so not put back, are other objects of the standard library and of the
+libraries in :data:`LEFT_ALONE` (a replay buffer, a file), iterators, global variables, attributes of classes and what
+their methods close over, lazy modules that were not made yet, what a module registers as a hook while it runs, and a
+parameter whose values are overwritten.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import sys
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
-from operator import is_not
+from functools import partial
+from types import BuiltinMethodType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from tensordict import LazyStackedTensorDict, TensorDict
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from tdhook.models.containers import of_array, of_bytes, of_function, of_sequence, of_set
 from tdhook.models.generators import By, Held, drawn_by_others, drawn_by_torch, of_generator
 from tdhook.tape.internals import FINDING_HOOKS, buffers_of, parameters_of, version_of
 from tdhook.tape.sharded import is_sharded
@@ -47,6 +50,7 @@ LEFT_ALONE = frozenset(
 _HOLDING = frozenset(
     ("argparse", "collections", "queue", "transformers.cache_utils", "types", "weakref")
 )  # modules of Python of these whose objects hold values, and are looked into nevertheless
+_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 _MOST = 10_000  # of objects: beyond, a module has got hold of something that is not its state
 _PLAIN = frozenset(
     (type(None), bool, int, float, complex, str, bytes, type, nn.Parameter)
@@ -194,6 +198,10 @@ class Snapshot:
             if held is None and not below:
                 continue
             self._seen[id(value)] = value
+            if isinstance(value, _CONTAINERS) and hasattr(
+                value, "__dict__"
+            ):  # of a class that derives from one
+                below = [*below, value.__dict__]
             owner = value if isinstance(value, nn.Module) else owner
             if held is not None:
                 self._held.append((owner, value, held))
@@ -223,7 +231,7 @@ def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
     if kind is dict or kind is OrderedDict:  # most are
         return _dictionary(value)  # type: ignore[arg-type]
     if kind is set:
-        return (_set(value), list(value)) if value else (_set(value), ())  # type: ignore[arg-type, call-overload]
+        return (of_set(value), list(value)) if value else (of_set(value), ())  # type: ignore[arg-type, call-overload]
     if isinstance(value, nn.Parameter):
         return None, ()
     if isinstance(value, nn.Module):
@@ -239,9 +247,9 @@ def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
     if isinstance(value, dict):
         return _dictionary(value)
     if isinstance(value, list | deque):
-        return _sequence(value), list(value)
+        return of_sequence(value), list(value)
     if isinstance(value, set):
-        return _set(value), list(value)
+        return of_set(value), list(value)
     if isinstance(value, tuple):
         return None, [*tuple.__iter__(value)]
     if isinstance(value, frozenset):
@@ -250,9 +258,15 @@ def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
     if generator is not None:
         return generator, ()
     if type(value).__module__ == "numpy" and hasattr(value, "flat"):
-        return _array(value), ()
+        return of_array(value)
+    if isinstance(value, FunctionType):
+        return of_function(value)
+    if isinstance(value, MethodType | BuiltinMethodType):
+        return None, (value.__self__, getattr(value, "__func__", None))
+    if isinstance(value, partial):
+        return None, (value.func, value.args, value.keywords)
     if isinstance(value, bytearray | array):
-        return _bytes(value), ()
+        return of_bytes(value), ()
     module = type(value).__module__
     if (is_of_a_library(module) and module not in _HOLDING) or not _is_plain(value):
         return None, ()
@@ -272,35 +286,15 @@ def _is_plain(value: object) -> bool:
     return not callable(getattr(type(value), "__get__", None)) and not hasattr(type(value), "__next__")
 
 
-def _sequence(held: list[object] | deque[object]) -> Held:
-    before = list(held)
-
-    def restore() -> None:
-        held.clear()
-        held.extend(before)
-
-    return By(lambda: len(held) != len(before) or any(map(is_not, held, before)), restore)
-
-
 def _stack(value: LazyStackedTensorDict) -> Held:
     """A lazy stack, to which elements are added."""
-    elements, size = _sequence(value.tensordicts), value.batch_size
+    elements, size = of_sequence(value.tensordicts), value.batch_size
 
     def restore() -> None:
         elements.restore()
         value._batch_size = size
 
     return By(elements.changed, restore)
-
-
-def _set(held: set[object]) -> Held:
-    before = set(held)
-
-    def restore() -> None:
-        held.clear()
-        held.update(before)
-
-    return By(lambda: held != before, restore)
 
 
 def _object(value: object) -> tuple[Held | None, list[object]]:
@@ -359,13 +353,3 @@ def _tensor(value: Tensor) -> Held:
 
 def _shape(x: Tensor) -> torch.Size | None:
     return None if x.is_nested else x.shape
-
-
-def _bytes(value: Any) -> Held:
-    before = value[:]
-    return By(lambda: bool(value != before), lambda: value.__setitem__(slice(None), before))
-
-
-def _array(value: Any) -> Held:
-    before = value.copy()
-    return By(lambda: bool((value != before).any()), lambda: value.__setitem__(..., before))
