@@ -50,6 +50,8 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "remainders of a constant": lambda h: torch.remainder(const(6), h[:, :1].abs() + 0.5),
     "rounded quotients": lambda h: torch.div(3 * h, h.flip(-1).abs() + 0.5, rounding_mode="trunc"),
     "whole quotients": lambda h: (3 * h) // (h[:, :1].abs() + 0.5),
+    "mantissas": lambda h: torch.frexp(h)[0],
+    "taken apart and put together": lambda h: torch.ldexp(*torch.frexp(h)),
     "mask as numbers like others": lambda h: (h > 0).to(h) * h.flip(-1) + (h > 0.1).type_as(h),
     "complex product": lambda h: torch.view_as_real(
         torch.view_as_complex(h.reshape(-1, 3, 2)) * torch.polar(const(3), const(3, seed=1))
@@ -99,6 +101,14 @@ def test_values_put_where_it_is_negative_are_those_of_the_input() -> None:
     with lrp.prepare(Net(clipped)) as explained, pytest.warns(UserWarning, match="decisions"):
         td = explained(TensorDict({"input": x}, [4]))
     assert td["ledger", "gap"].abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("ledger", [False, True])
+def test_what_depends_on_nothing_is_told(ledger: bool) -> None:
+    lrp = LRP("deeplift", target="output", baseline=0.3, ledger=ledger)
+    explained = lrp.wrap(Net(lambda h: torch.frexp(h)[1].to(h)))
+    with pytest.raises(ValueError, match="the target 'output' does not depend on any attributed input"):
+        explained(TensorDict({"input": torch.rand(4, 6)}, [4]))
 
 
 MOVED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

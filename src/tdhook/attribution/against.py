@@ -86,12 +86,12 @@ def explain_difference(
                     for key, z in zip(explained.keys, explained.tensors, strict=True)
                 }
             )
+        pulled = run.pull(seeds, sources, keep=ledger is not None)
         if ledger is not None:
             counterparts = _counterparts(run, there, seeds, sources)
             sums.add(balance(ledger, run, seeds, sources, plan.flow, counterparts))
             accounts.append(ledger.accounts())
             per_element = per_element and ledger.per_element
-        pulled = run.pull(seeds, sources, keep=ledger is not None)
         shares = {}
         for key, value in pulled.items():
             start = there.sources.get(key, ends[key])

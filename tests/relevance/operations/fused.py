@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cases import (
+    ORDER,
     Case,
     const,
     other,
@@ -73,6 +74,26 @@ def other_cases() -> list[Case]:
                 "std": lambda h: h.std(-1, keepdim=True),
                 "pairwise_distance": lambda h: F.pairwise_distance(h[:, :12], h[:, 12:], keepdim=True),
             }.items()
+        ),
+        Case(
+            "ldexp",
+            "",
+            {
+                "written": lambda h: h * 2.0 ** (ORDER[:4].repeat(6) - 3),
+                "torch": lambda h: torch.ldexp(h, ORDER[:4].repeat(6) - 3),
+                "in place": lambda h: h.clone().ldexp_(ORDER[:4].repeat(6) - 3),
+            },
+            shows=None,
+        ),
+        Case(
+            "frexp",
+            "",
+            {
+                "torch": lambda h: torch.frexp(h)[0],
+                "method": lambda h: h.frexp().mantissa,
+                "written": lambda h: h * 0.5 ** (h.detach().abs().log2().floor() + 1),
+            },
+            shows=None,
         ),
         Case(
             "vector_norm",

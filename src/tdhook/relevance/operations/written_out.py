@@ -48,7 +48,11 @@ def in_parts(
     if isinstance(values, Tensor):
         made: Tensor = Substituted.apply(written, values)
         return made
-    return tuple(Substituted.apply(w, v) for w, v in zip(written, values, strict=True))
+    # Some have names for what they return.
+    several: tuple[Tensor, ...] = type(values)(
+        Substituted.apply(w, v) for w, v in zip(written, values, strict=True)
+    )
+    return several
 
 
 def _sum_and_product(product: Function) -> Function:
@@ -122,6 +126,18 @@ def _of_the_first(function: Function) -> Function:
 
 def _xlogy(input: Tensor, other: Tensor, out: object = None) -> Tensor:
     return torch.where(input == 0, 0.0, input * other.log())
+
+
+def _frexp(input: Tensor, out: object = None) -> tuple[Tensor, Tensor]:
+    """The exponent is decided by the value, and what divides it is a constant."""
+    with torch.no_grad():
+        mantissa, exponent = torch.frexp(input)
+        divisor = torch.where(input.isfinite() & (input != 0), input / (2 * mantissa), 1.0)
+    return input / divisor / 2, exponent
+
+
+def _ldexp(input: Tensor, other: Tensor, out: object = None) -> Tensor:
+    return input * torch.exp2(other)
 
 
 def _embedding(
@@ -222,10 +238,12 @@ _WRITTEN: dict[str, Function] = {
     "embedding_bag": _shortened,  # where it shortens
     "float_power": _of_the_first(torch.float_power),
     "floor_divide": _of_the_first(torch.floor_divide),
+    "frexp": _frexp,
     "gaussian_nll_loss": _gaussian_nll_loss,
     "glu": _glu,
     "huber_loss": _of_difference(F.huber_loss),
     "l1_loss": _of_difference(F.l1_loss),
+    "ldexp": _ldexp,
     "lerp": _lerp,
     "linalg_vander": _increasing_powers,
     "linear": _linear,
