@@ -212,6 +212,20 @@ WITH_A_RULE: dict[str, tuple[type[nn.Module], tuple[object, ...], Callable[..., 
     "cell": (nn.GRUCell, (WIDE, WIDE), lambda layer, x: layer(x, torch.zeros_like(x)).tanh() * x),
     "normalised": (nn.InstanceNorm1d, (2,), lambda layer, x: F.silu(layer(x.view(-1, 2, 3))).flatten(1)),
     "product": (nn.Bilinear, (WIDE, WIDE, WIDE), lambda layer, x: layer(x, x.flip(-1)).tanh()),
+    "recurrent": (nn.RNN, (3, 2), lambda layer, x: F.silu(layer(x.view(-1, 2, 3))[0]).flatten(1)),
+    "attention": (
+        nn.MultiheadAttention,
+        (2, 1),
+        lambda layer, x: layer(*[x.view(-1, 3, 2)] * 3)[0].tanh().flatten(1),
+    ),
+    "enlarged": (
+        nn.UpsamplingNearest2d,
+        (None, 2),
+        lambda layer, x: layer(x.view(-1, 1, 2, 3)).tanh().flatten(1),
+    ),
+    "cosine": (nn.CosineSimilarity, (-1,), lambda layer, x: layer(x, x.flip(-1)).tanh()[:, None] * x),
+    "gated": (nn.GLU, (), lambda layer, x: layer(x).exp()),
+    "padded": (nn.ReflectionPad1d, (2,), lambda layer, x: layer(x).tanh()),
 }
 
 

@@ -13,13 +13,14 @@ from tdhook.relevance.operations.known import Known, learned
 from tdhook.relevance.operations.parties import Entered, Found
 from tdhook.relevance.operations.readings import Reading
 from tdhook.relevance.propagation.call import Call, Run
-from tdhook.relevance.propagation.inherited import LINEAR
+from tdhook.relevance.propagation.inherited import LINEAR, MADE_OF_OTHERS
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.rules.simple import IgnoreRule
 
 __all__ = ["Rulebook"]
 
 _NATIVE = IgnoreRule()
+_AT_ONCE = MADE_OF_OTHERS | {LINEAR}
 
 
 class Rulebook:
@@ -90,7 +91,10 @@ class Rulebook:
         if (
             entered is not None
             and entered.means(known.operation, args, kwargs)
-            and (entered.operation == LINEAR or self.reading.default(known.operation.name, args, kwargs))
+            and (
+                entered.operation in _AT_ONCE
+                or self.reading.default(known.operation.name, args, kwargs) is not None
+            )
         ):
             entered.found = True
             return None, entered.rule
