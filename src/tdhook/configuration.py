@@ -9,12 +9,9 @@ Nothing is evaluated and nothing imported: text is data.
 
 from __future__ import annotations
 
-import importlib
-import json
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,12 +23,11 @@ from torch import Tensor
 from tdhook.attribution.catalogue import METHODS, method_from_dict
 from tdhook.composites import PRESETS, Composite, preset
 from tdhook.contexts.attribution import Attribution
-from tdhook.extras import require
 from tdhook.perturbing.baselines import OneBaseline, blurred
 from tdhook.perturbing.features import along, patches
 from tdhook.perturbing.players import WHOLE
 from tdhook.perturbing.references import References
-from tdhook.plain import DEEPEST
+from tdhook.tables import is_file, parameters_in, shortened, table_in
 from tdhook.targets import Key, Target
 from tdhook.targets.outputs import Index
 
@@ -46,17 +42,6 @@ __all__ = [
     "write_target",
 ]
 
-# What opens and closes, and what hides it: text in quotes, and comments.
-_JSON = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
-_TOML = re.compile(
-    r'''"""(?:[^\\]|\\.)*?"""|'{3}.*?'{3}|"(?:[^"\\\n]|\\.)*"|'[^'\n]*'|\#[^\n]*|[\[\]{}]''', re.DOTALL
-)
-# A word that no quotes are around, as a shell leaves it; what is in quotes, and the name of a value, are none.
-_WORDS = re.compile(
-    r"""(?P<quoted>"(?:[^"\\\n]|\\.)*"|'[^'\n]*')|(?P<word>[^\s,=\[\]{}"'#]+)(?P<named>\s*=)?"""
-)
-_LONGEST = 1000
-"""Letters of an error that quotes what was read."""
 _BASELINES = (
     "a number, mean, previous, sample, sample:N, blur:WIDTH, @KEY for an entry, or such for each KEY="
 )
@@ -78,7 +63,7 @@ def read_composite(text: str | os.PathLike[str]) -> Composite:
         ValueError: there is no such preset, or what is written makes no composite. The message says where.
     """
     name = os.fspath(text)
-    if _is_file(name):
+    if is_file(name):
         return _from_file(Path(name))
     name, _, parameters = name.partition(":")
     if name not in PRESETS:
@@ -86,7 +71,7 @@ def read_composite(text: str | os.PathLike[str]) -> Composite:
             f"no preset is named {name!r}; presets are {', '.join(PRESETS)} (a file ends in .toml or .json)"
         )
     try:
-        return preset(name, **(_parameters(f"preset {name!r}", parameters) if parameters else {}))
+        return preset(name, **(parameters_in(f"preset {name!r}", parameters) if parameters else {}))
     except ValueError as error:
         raise ValueError(f"{error} (parameters are written like epsilon_gamma_box:low=-1,high=1)") from error
 
@@ -110,13 +95,13 @@ def read_method(text: str | os.PathLike[str], **options: object) -> Attribution:
         ValueError: there is no such method, or what is written makes none. The message says where.
     """
     name, _, parameters = os.fspath(text).partition(":")
-    if _is_file(os.fspath(text)):
-        data, where = _table_in(Path(text)), f"{text}: "
+    if is_file(os.fspath(text)):
+        data, where = table_in(Path(text)), f"{text}: "
         if "method" not in data:
             data = {"method": "lrp", "composite": read_composite(text), **_only(data, "baseline")}
     elif name in METHODS:
         data, where = (
-            {"method": name, **(_parameters(f"method {name!r}", parameters) if parameters else {})},
+            {"method": name, **(parameters_in(f"method {name!r}", parameters) if parameters else {})},
             "",
         )
     elif name in PRESETS:
@@ -143,7 +128,7 @@ def read_method(text: str | os.PathLike[str], **options: object) -> Attribution:
     try:
         return method_from_dict(data)
     except ValueError as error:
-        raise ValueError(f"{where}{_shortened(str(error))}") from error
+        raise ValueError(f"{where}{shortened(str(error))}") from error
 
 
 def _read_features(text: str) -> str | Callable[[Sequence[int]], Tensor]:
@@ -168,106 +153,15 @@ def _only(data: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {name: data[name]} if name in data else {}
 
 
-def _is_file(text: str) -> bool:
-    return Path(text).suffix.lower() in (".toml", ".json")
-
-
-def _table_in(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r}")
-    kind = path.suffix[1:].upper()
-    try:
-        content = path.read_text(encoding="utf-8")
-        data = _parse_toml(content) if kind == "TOML" else _parse_json(content)
-    except ValueError as error:  # what all three decoders raise
-        raise ValueError(f"{path} is not valid {kind}: {error}") from error
-    if not isinstance(data, Mapping):
-        raise ValueError(
-            f"{path} holds no table, and a composite is one, with 'preset', 'pairs' or both, a method with 'method'"
-        )
-    return dict(data)
-
-
 def _from_file(path: Path) -> Composite:
-    data = _table_in(path)
+    data = table_in(path)
     data.pop("baseline", None)
     if not isinstance(data.get("pairs", []), list):
         raise ValueError(f"{path}: 'pairs' is a list of tables, each with 'select' and 'rule'")
     try:
         return Composite.from_dict(data)
     except (ValueError, TypeError, KeyError, AttributeError, re.error) as error:  # data of any shape
-        raise ValueError(f"{path} makes no composite: {_shortened(str(error))}") from error
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
-
-
-def _parameters(what: str, text: str) -> dict[str, Any]:
-    try:
-        table = _parse_toml(f"parameters = {{{_WORDS.sub(_in_quotes, text)}}}")
-    except ValueError as error:
-        raise ValueError(
-            f"{what}: {_shortened(repr(text))} are no parameters, which are NAME=VALUE with commas between them"
-        ) from error
-    found: dict[str, object] = table["parameters"]
-    return found
-
-
-def _in_quotes(found: re.Match[str]) -> str:
-    """What was found as TOML has it: a word that is no number and no truth value is text."""
-    word = found["word"]
-    if word is None or found["named"] or _is_value(word):
-        return found[0]
-    return f"'{word}'"
-
-
-def _is_value(word: str) -> bool:
-    try:
-        _parse_toml(f"value = {word}")
-    except ValueError:
-        return False
-    return True
-
-
-def _parse_json(text: str) -> object:
-    _require_shallow(text, _JSON)
-    found: object = json.loads(text, object_pairs_hook=_table)
-    return found
-
-
-def _table(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A table of JSON. TOML refuses a name that is there twice, too."""
-    table: dict[str, object] = {}
-    for name, value in pairs:
-        if name in table:
-            raise ValueError(f"a table has the name {name!r} twice")
-        table[name] = value
-    return table
-
-
-def _require_shallow(text: str, tokens: re.Pattern[str]) -> None:
-    """Refuse what is nested so deeply that a parser would give up without saying where."""
-    depth = 0
-    for token in tokens.finditer(text):
-        if token[0] in "[{":
-            depth += 1
-        elif token[0] in "]}":
-            depth -= 1
-        if depth > 2 * DEEPEST:
-            line, column = (
-                text.count("\n", 0, token.start()) + 1,
-                token.start() - text.rfind("\n", 0, token.start()),
-            )
-            raise ValueError(f"it is nested more than {2 * DEEPEST} deep at line {line}, column {column}")
-
-
-def _parse_toml(text: str) -> dict[str, Any]:
-    _require_shallow(text, _TOML)
-    newer = sys.version_info >= (3, 11)
-    parser = importlib.import_module("tomllib") if newer else require("tomli", "reading TOML on Python 3.10")
-    data: dict[str, object] = parser.loads(text)
-    return data
+        raise ValueError(f"{path} makes no composite: {shortened(str(error))}") from error
 
 
 def read_target(text: str) -> Target:
@@ -298,13 +192,13 @@ def baseline_in(text: str | os.PathLike[str]) -> str | None:
         ValueError: it is none of these.
     """
     name = os.fspath(text)
-    given = _table_in(Path(name)).get("baseline") if _is_file(name) else None
+    given = table_in(Path(name)).get("baseline") if is_file(name) else None
     if given is None:
         return None
     parts = given if isinstance(given, Mapping) else {"": given}
     if not parts or not all(type(one) in (int, float, str) for one in parts.values()):
         raise ValueError(
-            f"{name}: 'baseline' is {_shortened(repr(given))}; a baseline is {_BASELINES}, here a table of these"
+            f"{name}: 'baseline' is {shortened(repr(given))}; a baseline is {_BASELINES}, here a table of these"
         )
     return ",".join(f"{key}={one}" if key else f"{one}" for key, one in parts.items())
 

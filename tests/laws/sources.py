@@ -20,6 +20,7 @@ ORDER = (
     "tdhook.markup",
     "tdhook.files",
     "tdhook.plain",
+    "tdhook.tables",
     "tdhook.tape",
     "tdhook.models",
     "tdhook.perturbing",

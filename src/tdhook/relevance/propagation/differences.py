@@ -17,7 +17,8 @@ from tdhook.conventions import Convention
 from tdhook.relevance.propagation.beside import between, noted, there
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.conversions import Substituted
-from tdhook.relevance.propagation.executed import ExecutedLayer, ExecutedModule, Formula, RuledLayer
+from tdhook.relevance.propagation.executed import ExecutedModule, Formula
+from tdhook.relevance.propagation.executed_layers import ExecutedLayer, RuledLayer
 from tdhook.relevance.propagation.forms import ClosedForm, closed_form
 from tdhook.relevance.propagation.functional import AsLayer, as_layer, by_place
 from tdhook.relevance.propagation.lent import Lent

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.call import Run
 from tdhook.relevance.propagation.differences import formula_of_function, formula_of_layer, formula_of_module
-from tdhook.relevance.propagation.executed import Directly, running_layer, running_module
+from tdhook.relevance.propagation.executed import running_module
+from tdhook.relevance.propagation.executed_layers import Directly, running_layer
 from tdhook.relevance.propagation.forms import closed_form, makes_weights
 from tdhook.relevance.propagation.functional import is_layer, running_function
 from tdhook.relevance.propagation.inherited import inherited_operation

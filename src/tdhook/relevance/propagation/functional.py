@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from tdhook.relevance.propagation.call import Call, Run
-from tdhook.relevance.propagation.executed import ExecutedLayer, Formula, RuledLayer
+from tdhook.relevance.propagation.executed import Formula
+from tdhook.relevance.propagation.executed_layers import ExecutedLayer, RuledLayer
 from tdhook.relevance.propagation.forms import DENSE, ClosedForm, ConvForm, Convolution
 from tdhook.relevance.propagation.operation import Operation
 from tdhook.tape.functions import on_tape

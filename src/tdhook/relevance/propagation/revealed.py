@@ -12,7 +12,8 @@ from tdhook.conventions import Convention
 from tdhook.relevance.propagation.beside import between, noted
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.differences import DifferencedLayer, DifferencedModule, of_one_tensor
-from tdhook.relevance.propagation.executed import Formula, Ruled, RuledLayer
+from tdhook.relevance.propagation.executed import Formula, Ruled
+from tdhook.relevance.propagation.executed_layers import RuledLayer
 from tdhook.relevance.propagation.forms import closed_form
 from tdhook.relevance.propagation.handles import Behind, Handle
 from tdhook.relevance.propagation.operation import Operation, known_as

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tdhook.conventions import Convention
 from tdhook.relevance.propagation.beside import damped_at, noted
 from tdhook.relevance.propagation.call import Call, Run
-from tdhook.relevance.propagation.executed import ExecutedLayer
+from tdhook.relevance.propagation.executed_layers import ExecutedLayer
 from tdhook.relevance.propagation.lent import are_lent
 from tdhook.relevance.propagation.merges import Merges
 from tdhook.relevance.propagation.reference import Place as Beside

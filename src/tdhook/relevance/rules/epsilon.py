@@ -18,7 +18,7 @@ from tdhook.relevance.propagation.beside import between, damped
 from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.constants import with_constants
 from tdhook.relevance.propagation.conversions import Damped, PerValue, Scaled, TimesValue
-from tdhook.relevance.propagation.executed import Directly
+from tdhook.relevance.propagation.executed_layers import Directly
 from tdhook.relevance.propagation.forms import ClosedForm, closed_form
 from tdhook.relevance.propagation.formula import PropagationRule
 from tdhook.relevance.propagation.operation import Operation
