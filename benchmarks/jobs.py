@@ -1,7 +1,8 @@
 """What a job costs beside explaining: ``python -m benchmarks.jobs``.
 
 Explaining chunk by chunk is compared with the same calls in a loop, in one process, in turns. Reading, writing and
-committing are timed within the job. Rows per CPU second of two workers are compared with those of one, in turns. Memory
+committing are timed within the job. Rows per CPU second of two workers are compared with those of one, in turns, and so
+are those of two processes that share the rows in loops without a job, which is what the machine lets two have. Memory
 is the largest resident set of a process that works on a job.
 """
 
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -132,13 +133,14 @@ def measure_parts(case: str, home: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def loop(case: str, source: Path, at_once: int) -> float:
-    """How long the same explanations take in a loop, of rows that are in memory."""
-    rows = TensorDict.load_memmap(source).clone()
+def loop(case: str, source: Path, at_once: int, number: int = 0, of: int = 1) -> float:
+    """How long the same explanations take in a loop, of rows that are in memory: one of so many shares of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # and no other threads are met where this is a fork
+    rows = TensorDict.load_memmap(source)
+    rows = rows.split(-(-len(rows) // of))[number].clone()
     rows = rows if case == "MLP" else as_numbers(rows)
     explained = method().wrap(model_of(case).eval())
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     begun = time.perf_counter()
     for part in rows.split(at_once):
         explained(part)
@@ -148,32 +150,44 @@ def loop(case: str, source: Path, at_once: int) -> float:
 
 
 def measure_workers(case: str, home: Path, rounds: int) -> dict[str, Any]:
-    """Rows per CPU second of two workers, against those of one."""
+    """Rows per CPU second of two workers against those of one, and of two loops without a job likewise."""
     rows = SHARED[case]
     source = make_source(case, rows, home / "source")
-    found: dict[int, list[float]] = {1: [], 2: []}
+    rates: dict[tuple[str, int], list[float]] = defaultdict(list)
     for number in range(rounds):
-        for workers in found:
+        for workers in (1, 2):
             out = home / f"out-{number}-{workers}"
             made = job(case, source, out, chunk=rows // 16)
-            found[workers].append(rows / cpu_seconds(made, workers))
+            at_once = made.chunks.explaining.recorded.at_once or 1
+            ways = {"job": partial(work_on, made), "loop": partial(loop, case, source, at_once)}
+            for name, way in ways.items():
+                rates[name, workers].append(rows / cpu_seconds(way, workers))
             shutil.rmtree(out)
-    each = [two / one for one, two in zip(found[1], found[2], strict=True)]
+    each = {
+        name: [two / one for one, two in zip(rates[name, 1], rates[name, 2], strict=True)]
+        for name in ("job", "loop")
+    }
     return {
         "case": case,
         "rows": rows,
-        "rows_per_cpu_second": {workers: statistics.median(rates) for workers, rates in found.items()},
-        "two_workers_to_one": statistics.median(each),
+        "rows_per_cpu_second": {workers: statistics.median(rates["job", workers]) for workers in (1, 2)},
+        "two_workers_to_one": statistics.median(each["job"]),
+        "two_loops_to_one": statistics.median(each["loop"]),
     }
 
 
-def cpu_seconds(made: Job, workers: int) -> float:
-    """Seconds of all cores that so many workers take for a job, once they are there."""
+def work_on(made: Job, number: int, of: int) -> None:
+    """Be one of the workers of a job."""
+    made.work(place=Place(number, of))
+
+
+def cpu_seconds(way: Callable[[int, int], object], workers: int) -> float:
+    """Seconds of all cores that so many processes take, each for its share, once they are there."""
     read, write = os.pipe()
     for number in range(workers):
         if not os.fork():
             before = time.process_time()
-            made.work(place=Place(number, workers))
+            way(number, workers)
             os.write(write, f"{time.process_time() - before}\n".encode())
             os._exit(0)
     for _ in range(workers):
