@@ -10,6 +10,10 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Size, Tensor
 
 __all__ = [
+    "AGAINST",
+    "ASIDE",
+    "ASKED",
+    "GIVEN",
     "entry_at",
     "is_below",
     "known_keys",
@@ -20,6 +24,12 @@ __all__ = [
     "put",
     "under",
 ]
+
+
+ASKED, GIVEN, AGAINST = "_asked", "_reference", "_against"
+"""What a target has chosen, references, and one of several references: entries that are put aside beside a batch."""
+ASIDE = frozenset((ASKED, GIVEN, AGAINST))
+"""All of these: they are no business of a model."""
 
 
 def parts_of(key: NestedKey | None) -> tuple[str, ...]:

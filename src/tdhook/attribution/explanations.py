@@ -11,7 +11,7 @@ from torch import Tensor
 from tdhook.attribution.apart import look
 from tdhook.contexts.attribution import Attribution
 from tdhook.contexts.compared import Compared
-from tdhook.keys import entry_at, parts_of, put, under
+from tdhook.keys import AGAINST, entry_at, parts_of, put, under
 from tdhook.passes.forward import Run
 from tdhook.passes.rows import values_of
 from tdhook.passes.runner import Runner
@@ -22,7 +22,6 @@ from tdhook.perturbing.references import References
 
 __all__ = ["SEVERAL", "against", "explanations", "side_by_side"]
 
-_AGAINST = "_against"
 SEVERAL = 8
 """So many references at once take less time than one after the other, which share the run on the batch."""
 
@@ -182,10 +181,10 @@ class _Referred:
         first = {key: x.squeeze(0) for key, x in self._starts(range(1)).items()}
         td = run.td.copy()
         for key, x in first.items():
-            put(td, under(_AGAINST, key), x, key)
-        self._variants = Variants(runner, run, td=td, reads=[(_AGAINST,), *first])
-        self._variants.vary({under(_AGAINST, key): x for key, x in first.items()})
-        self._method = method.against(References(dict.fromkeys(first, (_AGAINST,)))).explaining(
+            put(td, under(AGAINST, key), x, key)
+        self._variants = Variants(runner, run, td=td, reads=[(AGAINST,), *first])
+        self._variants.vary({under(AGAINST, key): x for key, x in first.items()})
+        self._method = method.against(References(dict.fromkeys(first, (AGAINST,)))).explaining(
             self._variants.target
         )
 
@@ -213,7 +212,7 @@ class _Referred:
         return self._references.several(numbers, self._values, self._dims, self._run.td)
 
     def _changed(self, numbers: range) -> dict[NestedKey, Tensor]:
-        return {under(_AGAINST, key): x for key, x in self._starts(numbers).items()}
+        return {under(AGAINST, key): x for key, x in self._starts(numbers).items()}
 
     def _ask(
         self, td: TensorDictBase, entries: Mapping[NestedKey, Tensor]

@@ -20,7 +20,7 @@ from tdhook.attribution.patches import Patches
 from tdhook.attribution.sides import CLEAN, CORRUPT, SIDES, mixed_by_share, require_alike, sides
 from tdhook.contexts.attribution import Attribution, Shared
 from tdhook.conventions import relevance_of
-from tdhook.keys import parts_of, under
+from tdhook.keys import ASKED, parts_of, under
 from tdhook.models.capture import INPUT
 from tdhook.models.model import Model
 from tdhook.passes.finite import are_finite
@@ -33,7 +33,6 @@ from tdhook.relevance.composites.composite import PRESETS
 from tdhook.relevance.secants.pair import difference
 from tdhook.targets import TargetLike
 from tdhook.targets.base import Seeder
-from tdhook.targets.pinned import ASKED
 from tdhook.targets.through import OfOperations, Place
 
 if TYPE_CHECKING:

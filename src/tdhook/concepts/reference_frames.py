@@ -19,10 +19,9 @@ from tdhook.contexts.recorded import recurrent
 from tdhook.datasets.explaining import Explaining
 from tdhook.datasets.rows import Source, as_rows, chosen
 from tdhook.datasets.unit_rows import by_units
-from tdhook.keys import parts_of, under
+from tdhook.keys import ASKED, parts_of, under
 from tdhook.targets.base import Seeder
 from tdhook.targets.outputs import Key
-from tdhook.targets.pinned import ASKED
 from tdhook.targets.through import Through
 
 __all__ = ["UnitOf", "reference_frames"]

@@ -116,7 +116,7 @@ class ExplainedModule(TensorDictModuleBase):
         if "spread" in method.writes_under:
             self.out_keys += [("spread", *parts_of(key)) for key in setup.sources]
         # Some models say which of the entries that they read are attributed, and read others.
-        entries = None if getattr(model.runner, "reads_everything", False) else target.entries
+        entries = None if model.reads_everything else target.entries
         self._chosen_by = None if entries is None else [key for key in entries if key not in self.in_keys]
         self.__dict__["_state"] = method.start(model) if state is None else state
         self._graphs = self._new_graphs()
@@ -294,7 +294,8 @@ class ExplainedModule(TensorDictModuleBase):
             keys = [*self._setup.in_keys, *self._chosen_by]
             keys = [*keys, *(under(side, key) for side in self._method.sides for key in keys)]
             return [*(key for key in keys if td.get(key, None) is not None), *self._method.reads(td)]
-        return [*self.in_keys, *(key for key in self._chosen_by if key in td), *self._method.reads(td)]
+        chosen = [key for key in self._chosen_by if key in td]
+        return [*self.in_keys, *chosen, *self._model.beside(td), *self._method.reads(td)]
 
     def explain(self, td: TensorDictBase) -> dict[NestedKey, Any]:
         """What a call writes into ``td``, operation by operation."""

@@ -21,16 +21,16 @@ from torch.overrides import TorchFunctionMode
 
 from tdhook.contexts.attribution import Attribution
 from tdhook.contexts.explained import ExplainedModule
-from tdhook.keys import known_keys, parts_of, under
+from tdhook.keys import ASKED, known_keys, parts_of, under
 from tdhook.models.entries import is_batch, leaves_of, plain
 from tdhook.models.model import Model
+from tdhook.models.reads import keys_that_nobody_tells
 from tdhook.models.state import restored
 from tdhook.passes.rows import joined
 from tdhook.perturbing.before import PREVIOUS
 from tdhook.tape.axes import beside
 from tdhook.tape.undoing import Undoing, all_of, undone
 from tdhook.targets.hindsight import InHindsight
-from tdhook.targets.pinned import ASKED
 
 __all__ = ["Recorded", "recurrent", "rows_at_once"]
 
@@ -258,6 +258,7 @@ class Recorded:
                 missing = under(self.at, key)
                 raise KeyError(
                     f"the batch has no {missing!r}, which the explained module reads; there are {known_keys(source)}"
+                    f"{keys_that_nobody_tells(self.explained.model.root)}"
                 )
         kept = source.select(*self.explained.reads(source), strict=False)
         return kept.exclude(*(key for key in kept.keys(True, True) if self._is_ours(parts_of(key))))

@@ -13,10 +13,10 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from tdhook.contexts.attribution import Attribution
+from tdhook.keys import ASKED
 from tdhook.models.state import restored
 from tdhook.tape.undoing import Undoing
 from tdhook.targets import AtStep, TargetLike
-from tdhook.targets.pinned import ASKED
 
 __all__ = [
     "Explainer",

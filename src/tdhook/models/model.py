@@ -13,11 +13,11 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, skip_existing
 from tensordict.utils import NestedKey, unravel_key
 from torch import Size, Tensor, nn
 
-from tdhook.keys import names_of, put
+from tdhook.keys import ASIDE, names_of, parts_of, put
 from tdhook.models.entries import changed, entries_of, leaves_of, objects_of, plain
 from tdhook.models.holding import modules_of
 from tdhook.models.parallel import running_alone, unwrapped, wrappers_among
-from tdhook.models.reads import keys_that_nobody_tells, written_before
+from tdhook.models.reads import keys_that_nobody_tells, tells_what_it_reads, written_before
 from tdhook.models.state import restored
 from tdhook.models.writing import WritingPlainly
 from tdhook.tape.copies import copied
@@ -26,6 +26,7 @@ __all__ = ["Apart", "InKeys", "Model"]
 
 # What layers of fixed rank raise.
 _OF_SHAPE = (RuntimeError, ValueError, IndexError, AssertionError)
+_NEVER_BESIDE = frozenset(("attr", "next", *ASIDE))
 InKeys: TypeAlias = "Sequence[NestedKey] | Mapping[NestedKey, NestedKey]"
 
 
@@ -93,11 +94,13 @@ class Model:
     _returns: list[Apart | None] = field(default_factory=lambda: [None], repr=False)
     _wrappers: tuple[nn.Module, ...] = field(init=False, repr=False)
     _writing: WritingPlainly = field(init=False, repr=False)
+    _tells: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         modules = tuple(modules_of(self.root).values())
         object.__setattr__(self, "_wrappers", wrappers_among(modules))
         object.__setattr__(self, "_writing", WritingPlainly((self.runner, *modules)))
+        object.__setattr__(self, "_tells", tells_what_it_reads(self.runner))
 
     @staticmethod
     def of(
@@ -140,6 +143,27 @@ class Model:
             if candidate in modules:
                 return modules[candidate]
         raise ValueError(f"the model has no module {path!r}; it has {', '.join(n for n in modules if n)}")
+
+    @property
+    def reads_everything(self) -> bool:
+        """Whether what it names is what is attributed, and it reads more: terms of a loss say so."""
+        return getattr(self.runner, "reads_everything", False)
+
+    def beside(self, td: TensorDictBase) -> list[NestedKey]:
+        """Entries that it may read besides those that it names, where not all of its modules name what they read.
+
+        What it writes, what comes next, what is ragged, and relevance is none of it.
+        """
+        if self._tells:
+            return []
+        known = {unravel_key(key) for key in (*self.runner.in_keys, *self.runner.out_keys)}
+        return [
+            key
+            for key, value in entries_of(td)
+            if unravel_key(key) not in known
+            and parts_of(key)[0] not in _NEVER_BESIDE
+            and not (isinstance(value, tuple) or getattr(value, "is_nested", False))
+        ]
 
     @property
     def apart(self) -> Apart | None:

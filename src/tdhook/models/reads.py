@@ -7,13 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential, WrapModule
 from tensordict.utils import NestedKey, unravel_key
 from torch import nn
 
 from tdhook.keys import is_below
 
-__all__ = ["keys_that_nobody_tells", "written_before"]
+__all__ = ["keys_that_nobody_tells", "readable_by", "tells_what_it_reads", "written_before"]
+
+_KNOWN = (
+    "tensordict.",
+    "torchrl.modules.tensordict_module.",
+    "torchrl.modules.models.",
+    "torchrl.envs.",
+    "tdhook.",
+)
+"""Packages whose modules name what they read."""
 
 
 def keys_that_nobody_tells(model: nn.Module) -> str:
@@ -25,6 +35,29 @@ def keys_that_nobody_tells(model: nn.Module) -> str:
                 "WrapModule(function, in_keys=[...], out_keys=[...])"
             )
     return ""
+
+
+def tells_what_it_reads(model: nn.Module) -> bool:
+    """Whether the modules of a model that are given a TensorDict name all that they read of it.
+
+    Those of tensordict and torchrl do, but for functions and a few. What others wrote may look whether a mask, say, is
+    there.
+    """
+    return all(map(_tells, model.modules()))
+
+
+def readable_by(module: TensorDictModuleBase, td: TensorDictBase) -> TensorDictBase:
+    """What a module reads of a TensorDict; all of it but what comes next, where it does not name what that is."""
+    return td.select(*module.in_keys) if tells_what_it_reads(module) else td.exclude("next")
+
+
+def _tells(module: nn.Module) -> bool:
+    if not isinstance(module, TensorDictModuleBase) or getattr(module, "reads_everything", False):
+        return True
+    if isinstance(module, WrapModule):
+        return bool(module.in_keys)
+    written_in: str = type(module).forward.__module__
+    return written_in.startswith(_KNOWN)
 
 
 def written_before(model: TensorDictModuleBase) -> dict[NestedKey, frozenset[NestedKey]]:

@@ -102,7 +102,9 @@ class Asked:
         entries = self.seeder.entries
         if entries is None:
             return rows.exclude("attr")
-        kept = dict.fromkeys(unravel_key(key) for key in (*self.model.runner.in_keys, *entries))
+        kept = dict.fromkeys(
+            unravel_key(key) for key in (*self.model.runner.in_keys, *self.model.beside(rows), *entries)
+        )
         return rows.select(*kept, strict=False)
 
 

@@ -17,6 +17,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.keys import ASIDE
 from tdhook.models.entries import plain
 from tdhook.models.snapshots import Snapshot
 from tdhook.models.state import as_normal, without_backward_hooks
@@ -33,7 +34,6 @@ from tdhook.tape.functions import copy_of
 from tdhook.tape.overwriting import Mutated
 from tdhook.tape.undoing import all_of, undone
 from tdhook.targets.base import Seeder
-from tdhook.targets.pinned import ASKED
 from tdhook.targets.through import named_units
 
 __all__ = ["Runner"]
@@ -207,10 +207,11 @@ class Runner:
     def _as_given(self, work: TensorDictBase, td: TensorDictBase) -> TensorDictBase:
         """What the model is run on: a tensorclass if the explained module was called with one.
 
-        What a target keeps in ``td`` while inputs change is no business of the model.
+        What is put aside in ``td`` is no business of the model.
         """
         if self.given is self.td:
-            return work if td is self.td or ASKED not in work.keys() else work.exclude(ASKED)  # noqa: SIM118
+            aside = ASIDE.intersection(work.keys())
+            return work.exclude(*aside) if aside else work
         kind = type(self.given)
         known = set(kind.__expected_keys__)
         return kind.from_tensordict(work.select(*known.intersection(work.keys())))

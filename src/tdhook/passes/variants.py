@@ -380,7 +380,8 @@ class Variants:
 
 def _needed(runner: Runner, target: Seeder, td: TensorDictBase, reads: Iterable[NestedKey]) -> TensorDictBase:
     """Those entries of a batch that the answer depends on."""
-    entries = target.entries
-    if entries is None or getattr(runner.setup.model.runner, "reads_everything", False):
+    entries, model = target.entries, runner.setup.model
+    if entries is None or model.reads_everything:
         return td
-    return td.select(*dict.fromkeys([*runner.setup.in_keys, *entries, *reads]), strict=False)
+    keys = [*runner.setup.in_keys, *model.beside(td), *entries, *reads]
+    return td.select(*dict.fromkeys(keys), strict=False)

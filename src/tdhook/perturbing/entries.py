@@ -8,12 +8,9 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
-from tdhook.keys import parts_of, put
+from tdhook.keys import GIVEN, parts_of, put
 
-__all__ = ["GIVEN", "entries_of_references", "fill"]
-
-GIVEN = "_reference"
-"""Where they lie."""
+__all__ = ["entries_of_references", "fill"]
 
 
 def entries_of_references(td: TensorDictBase, keys: Collection[NestedKey]) -> dict[NestedKey, NestedKey]:

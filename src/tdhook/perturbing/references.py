@@ -12,13 +12,13 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
-from tdhook.keys import entry_at, parts_of, put
+from tdhook.keys import GIVEN, entry_at, parts_of, put
 from tdhook.models.entries import is_batch
 from tdhook.perturbing.baselines import Baseline, OneBaseline, as_values, fitting
 from tdhook.perturbing.before import PREVIOUS, markers, step_before
 from tdhook.perturbing.chosen import chosen_rows
 from tdhook.perturbing.drawn import NAMES, Drawn, entry_named, is_one_row, laid_out_as, mean_of
-from tdhook.perturbing.entries import GIVEN, fill
+from tdhook.perturbing.entries import fill
 
 __all__ = ["Baseline", "Fill", "References", "as_references"]
 

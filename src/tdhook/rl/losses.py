@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tdhook.keys import next_key
+from tdhook.models.reads import readable_by
 from tdhook.tape.internals import children_of
 
 __all__ = ["LossTerm", "TDError"]
@@ -171,8 +172,8 @@ class TDError(TensorDictModuleBase):
                 f"the TD error needs to know whether the episode ended: there is no entry {self.terminated_key!r}; "
                 "give terminated_key="
             )
-        now = self.value_network(tensordict.select(*self.value_network.in_keys)).get(self.value_key)
-        ahead = tensordict.get("next").select(*self.target_network.in_keys)
+        now = self.value_network(readable_by(self.value_network, tensordict)).get(self.value_key)
+        ahead = readable_by(self.target_network, tensordict.get("next"))
         then = self.target_network(ahead).get(self.value_key)
         goes_on = self.gamma * (1.0 - terminated.to(then.dtype))
         error = tensordict.get(self.reward_key) + goes_on * then - now

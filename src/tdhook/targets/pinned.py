@@ -9,13 +9,10 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook.conventions import Convention, relevance_of
-from tdhook.keys import parts_of
+from tdhook.keys import ASKED, parts_of
 from tdhook.targets.base import Around, Seeder, Seeds
 
-__all__ = ["ASKED", "Pinned", "pin"]
-
-ASKED = "_asked"
-"""The entry under which is kept what was chosen, while inputs change."""
+__all__ = ["Pinned", "pin"]
 
 
 @dataclass(frozen=True, eq=False)

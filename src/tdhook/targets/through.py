@@ -12,11 +12,11 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
 from tdhook.conventions import Convention, relevance_of
+from tdhook.keys import ASKED
 from tdhook.models.sites import Site
 from tdhook.targets.base import Around, Seeder, Seeds
 from tdhook.targets.contrasts import TargetLike, as_seeder
 from tdhook.targets.outputs import Key, same_index
-from tdhook.targets.pinned import ASKED
 from tdhook.targets.units import ALL, NONE, Chosen, Layer, Units, UnitsLike, top_count
 
 __all__ = ["OfOperations", "Place", "Through", "begun_at", "outwards"]
