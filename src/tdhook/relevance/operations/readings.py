@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from tdhook.conventions import Convention
+from tdhook.relevance.operations.placing import leaves_some
 from tdhook.relevance.operations.table import ARITHMETIC, OPERATIONS, default_rule
 from tdhook.relevance.operations.written_out import statistics_written_out, written_out
 from tdhook.relevance.propagation.binding import Bound
@@ -68,7 +69,7 @@ class _Differences:
             return default_rule(name, args, kwargs)  # sums, where that is said
         if name in ELEMENTWISE and _is_of_one(args, kwargs):
             return _PASSES
-        if statistics_written_out(name) is not None:
+        if statistics_written_out(name) is not None or leaves_some(name, args, kwargs):
             return None
         if "dropout" in name and isinstance(default_rule(name, args, kwargs), IgnoreRule):
             return _MOVES  # it is off

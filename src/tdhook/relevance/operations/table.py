@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from tdhook.relevance.operations.placing import leaves_some, may_meet
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.relevance.rules.attention import AttentionRule
@@ -142,9 +143,27 @@ def _batch_norm(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, 
     return _NORMALISES if args[5] else ARITHMETIC
 
 
-def _accumulates(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
-    sums = _given(args, kwargs, 3, "accumulate", False) is True or kwargs.get("reduce") is not None
-    return ARITHMETIC if sums else _MOVES
+def _places(name: str) -> _Dependence:
+    """Sums, where values are added to what is there; else what is written last to a place takes all."""
+    index = {"index_put": 3, "put": 3}.get(name)
+
+    def rule_of(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
+        if index is not None and _given(args, kwargs, index, "accumulate", False):
+            return ARITHMETIC
+        reduces = kwargs.get("reduce") is not None
+        return None if reduces or leaves_some(name, args, kwargs) or may_meet(name, args, kwargs) else _MOVES
+
+    return rule_of
+
+
+def _scatters(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
+    if leaves_some("scatter_reduce", args, kwargs):
+        return None
+    return _reduces(4)(rule, args, kwargs)
+
+
+def _adds(rule: Rule | None, args: Sequence[object], kwargs: Mapping[str, object]) -> Rule | None:
+    return None if leaves_some("scatter_add", args, kwargs) else rule
 
 
 def _reduces(index: int) -> _Dependence:
@@ -204,8 +223,10 @@ _DEPENDS: Mapping[str, _Dependence] = {
     **dict.fromkeys(
         (name for name in AFFINE if name.endswith("dropout") or name.startswith("dropout")), _dropout
     ),
-    **dict.fromkeys(("index_put", "put", "scatter"), _accumulates),
-    **dict.fromkeys(("index_reduce", "scatter_reduce"), _reduces(4)),
+    **{name: _places(name) for name in ("index_copy", "index_put", "put", "scatter", "setitem")},
+    "index_reduce": _reduces(4),
+    "scatter_add": _adds,
+    "scatter_reduce": _scatters,
     "segment_reduce": _reduces(1),
     **dict.fromkeys(("batch_norm", "instance_norm"), _batch_norm),
     **dict.fromkeys(("float_power", "floor_divide", "pow", "xlogy"), _of_two),

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tdhook.relevance.operations.placing import PLACING
 from tdhook.relevance.propagation.conversions import Substituted
 
 __all__ = ["in_parts", "statistics_written_out", "written_out"]
@@ -226,6 +227,7 @@ def _std_mean(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 
 _WRITTEN: dict[str, Function] = {
+    **PLACING,
     "addmm": _sum_and_product(torch.matmul),
     "addmv": _sum_and_product(torch.matmul),
     "addr": _sum_and_product(torch.outer),
