@@ -140,3 +140,61 @@ def test_a_kept_run_that_masks_others_is_not_taken() -> None:
         with torch.no_grad():
             wanted = (model(x) - model(torch.zeros_like(x), x))[:, 0]
         torch.testing.assert_close(explain(explained, x)["attr", "input"].sum(-1), wanted)
+
+
+OFF_THE_TAPE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gather": lambda h, x: h.gather(-1, x.detach().argsort(-1)),
+    "places": lambda h, x: h[torch.arange(len(h))[:, None], (x.detach() > 0.5).long()],
+    "put": lambda h, x: torch.zeros_like(h).scatter(-1, x.detach().argsort(-1), h),
+    "masked": lambda h, x: h.flip(-1).masked_scatter(x.detach() > 0.5, h),
+    "item": lambda h, x: h.roll(int(x[0].argmax()), -1),
+    "detached item": lambda h, x: h.roll(x[0].detach().argmax().item(), -1),
+    "list": lambda h, x: h[:, x[0].detach().argsort().tolist()],
+    "unbound": lambda h, x: h.flip(-1) + h.unbind(-1)[int(x[0].argmax())].unsqueeze(-1),
+    "order": lambda h, x: torch.cat(h.chunk(2, -1)[:: 1 if bool(x[0, 0] > 0.2) else -1], -1),
+    "times": lambda h, x: h * int(x[0].detach().argmax()),
+}
+
+
+@pytest.mark.parametrize("flow", ["relevance", "gradient"])
+@pytest.mark.parametrize("way", OFF_THE_TAPE)
+def test_decisions_that_no_tape_knows_are_those_of_the_input(way: str, flow: str) -> None:
+    """Places made of detached values, and numbers that are read into Python, with which it chooses."""
+    x, start = torch.rand(2, 4, 6, generator=torch.Generator().manual_seed(3))
+    model, decides = Decides(OFF_THE_TAPE[way]), OFF_THE_TAPE[way]
+    with torch.no_grad():
+        seen = x if way == "masked" else start  # where masks are taken over, all of them are
+        at_start = model.first(start) + model.table((seen[:, 0] > 0.5).long())
+        wanted = (model(x) - model.last(decides(at_start, x)))[:, 0]
+        assert not torch.allclose(model(start), model.last(decides(at_start, x)))
+    explained = LRP("deeplift", target=Target("output", 0), baseline=start, flow=flow, ledger=True).wrap(
+        model
+    )
+    with pytest.warns(UserWarning, match="there.*with the decisions that it takes on the input"):
+        td = explained(TensorDict({"input": x}, [4]))
+    torch.testing.assert_close(td["ledger", "target"], wanted)
+    assert td["ledger", "gap"].abs().max() < 1e-9
+
+
+def test_numbers_that_are_read_are_told() -> None:
+    x, start = torch.rand(2, 4, 6, generator=torch.Generator().manual_seed(3))
+    explained = LRP("deeplift", target=Target("output", 0), baseline=start).wrap(
+        Decides(OFF_THE_TAPE["list"])
+    )
+    with pytest.warns(UserWarning, match=r"tolist\(\) is \[.*\] there instead of \[.*\]; on the reference"):
+        explained(TensorDict({"input": x}, [4]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        explained(TensorDict({"input": x}, [4]))
+
+
+@pytest.mark.parametrize("baseline", [0.0, 0.9])
+def test_a_kept_reference_reads_what_the_input_does(baseline: float) -> None:
+    """One that was kept from a call that read the same is not taken for one that reads something else."""
+    model = Decides(lambda h, x: h.roll(int(x[0].argmax()), -1))
+    lrp = LRP("deeplift", target=Target("output", 0), baseline=baseline)
+    explained = lrp.wrap(model)
+    for place in (0, 3, 0, 5):
+        x = QUIET + 0.2 * torch.eye(6)[place]
+        found, alone = explain(explained, x), explain(lrp.wrap(model), x)
+        torch.testing.assert_close(found["attr", "input"], alone["attr", "input"])

@@ -50,6 +50,7 @@ class Kept:
     there: There
     given: dict[NestedKey, Tensor]
     places: list[Place]
+    reads: list[tuple[str, str, object]]
     _state: list[Unchanged]
     _constants: list[Unchanged]
     _modes: list[object]
@@ -63,7 +64,7 @@ class Kept:
         places = [place.to_keep() for place in reference.places]
         own = _tensors(modules)
         state, constants = map(Unchanged, own), map(Unchanged, _constants(reference.places, own))
-        return Kept(there, dict(given), places, [*state], [*constants], held_by(modules))
+        return Kept(there, dict(given), places, reference.reads, [*state], [*constants], held_by(modules))
 
     def fits(
         self, given: Mapping[NestedKey, Tensor], reference: Reference, modules: Sequence[nn.Module]
@@ -71,7 +72,7 @@ class Kept:
         """Whether the same would come out again; if so, it is filled in."""
         if not _same_entries(self.given, given) or len(self.places) != len(reference.places):
             return False
-        if self._modes != held_by(modules):
+        if self._modes != held_by(modules) or self.reads != reference.reads:
             return False
         own = _tensors(modules)
         if not _are(own, self._state) or not _are(_constants(reference.places, own), self._constants):

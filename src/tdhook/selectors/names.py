@@ -15,6 +15,7 @@ __all__ = [
     "out_of_place_form",
     "queries",
     "raw_name",
+    "reads",
     "relabels",
     "writes_in_place",
 ]
@@ -111,6 +112,9 @@ _QUERIES = frozenset(
         "stride",
     ]
 )
+_READS = frozenset(
+    ("__bool__", "__contains__", "__index__", "__int__", "allclose", "equal", "is_nonzero", "item", "tolist")
+)
 _IN_PLACE_OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "matmul")
 
 
@@ -158,6 +162,11 @@ def queries(function: Callable[..., object]) -> bool:
     if name == "__get__":
         return getattr(getattr(function, "__self__", None), "__name__", "") in _QUERIES
     return name in _QUERIES
+
+
+def reads(function: Callable[..., object]) -> bool:
+    """Whether a function reads values of a tensor into Python."""
+    return raw_name(function) in _READS
 
 
 def begins_tape(function: Callable[..., object]) -> bool:

@@ -166,12 +166,15 @@ class Interception(Units):
         if in_place and self.guard.active:
             self.guard.before(overwritten(args, kwargs))
         dependence = self.dependence
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():  # as it is in heads, which have no part in what is explained
             if in_place and not (self._paused and self._overwriters.given is None):
                 for x in tree_leaves(overwritten(args, kwargs)):
                     if isinstance(x, Tensor) and dependence.has(x) and self._is_followed(x):
                         self._hide(known, x)
             return func(*args, **kwargs)
+        reference = self.setting.reference
+        if known.reads and reference is not None and not self._paused and not torch.compiler.is_compiling():
+            return reference.read(known.operation.name, func(*args, **kwargs))
         try:
             live, foreign = dependence.look(args)
             if kwargs:

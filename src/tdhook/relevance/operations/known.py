@@ -28,6 +28,7 @@ from tdhook.selectors.names import (
     out_of_place_form,
     queries,
     raw_name,
+    reads,
     writes_in_place,
 )
 from tdhook.tape.as_one import is_one, kept_by
@@ -62,6 +63,7 @@ class Known:
         detaches: whether it hands out its argument off the tape, and ``uncounted``: so that torch does not count what
             overwrites it there.
         assigns: whether it puts other values in the place of its argument.
+        reads: whether it reads values into Python.
         own: the rule that it has whatever its name.
         selector: what a composite says of it, and ``rule``: with which rule.
         bounds: rules on the operation, by id.
@@ -82,6 +84,7 @@ class Known:
     detaches: bool = False
     uncounted: bool = False
     assigns: bool = False
+    reads: bool = False
     own: Rule | None = None
     selector: object = None
     rule: Rule | None = None
@@ -115,6 +118,7 @@ def learned(func: Any) -> Known:
     known.renames = isinstance(func, _BUILT_IN) and name not in _HAVE_AXES
     known.assigns = name == "data" and raw_name(func) == "__set__"
     known.detaches, known.uncounted = name in _DETACH and not known.assigns, name == "data"
+    known.reads = reads(func)
     known.aside = known.begins_tape or known.hooks or known.assigns or queries(func) or initialises(func)
     return known
 

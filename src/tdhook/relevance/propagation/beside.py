@@ -75,10 +75,17 @@ def _reads_nothing_else(call: Call) -> bool:
 
 def moving(call: Call) -> Any:
     """Make a call that moves data, and see that the reference has them moved to the same places."""
-    leaves = tree_leaves((call.args, call.kwargs))
-    if any(isinstance(x, Tensor) and not x.is_floating_point() and not x.is_complex() for x in leaves):
-        _reference(call).moved(type(call.module).__name__, leaves)
+    leaves, spec = tree_flatten((call.args, call.kwargs))
+    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and _is_place(x)]
+    if places:
+        for i, x in zip(places, _reference(call).moved(type(call.module).__name__, leaves), strict=True):
+            leaves[i] = x
+        call = call.given(*tree_unflatten(leaves, spec))
     return call.execute()
+
+
+def _is_place(x: Tensor) -> bool:
+    return not x.is_floating_point() and not x.is_complex()
 
 
 def there(start: Tensor | None, x: Tensor) -> Tensor:

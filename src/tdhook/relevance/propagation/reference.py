@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from reprlib import repr as _short
 from typing import Any
 
 import torch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook.relevance.propagation.alike import SMALL, fits, is_alike, is_same
 from tdhook.relevance.propagation.handles import Handles
 from tdhook.tape.conditions import holds
 from tdhook.tape.functions import may_look_at
-from tdhook.tape.internals import is_plain, storage_of, version_of
+from tdhook.tape.internals import is_plain, version_of
 from tdhook.tape.masks import masking, masks_in
 from tdhook.tape.sparse import equal
 from tdhook.tape.trees import tree_leaves
@@ -72,7 +74,7 @@ class Place:
     def constants(self) -> list[Tensor]:
         """The large ones among the constants that went in, or were met within."""
         fixed = (x for x, live in zip(self.given, self.live, strict=True) if not live)
-        return [x for x in (*fixed, *self.within) if x.numel() > _SMALL]
+        return [x for x in (*fixed, *self.within) if x.numel() > SMALL]
 
     def met_within(self, values: Sequence[object]) -> None:
         """Take down what the call met besides its arguments, as what a module reads that is nowhere in it."""
@@ -82,10 +84,10 @@ class Place:
     def to_keep(self) -> Place:
         """The same for later runs, without what was attributed."""
         given = [
-            torch.empty_like(x, device="meta") if live else x.clone() if x.numel() <= _SMALL else x
+            torch.empty_like(x, device="meta") if live else x.clone() if x.numel() <= SMALL else x
             for x, live in zip(self.given, self.live, strict=True)
         ]
-        within = [x.clone() if x.numel() <= _SMALL else x for x in self.within]
+        within = [x.clone() if x.numel() <= SMALL else x for x in self.within]
         made_anew = [
             not live and start is not None and x.shape == start.shape and equal(x, start)
             for x, live, start in zip(self.given, self.live, self.starts, strict=True)
@@ -101,7 +103,7 @@ class Place:
         for ours, theirs in ((self.given, kept.given), (self.within, kept.within)):
             if [x.dtype for x in ours] != [x.dtype for x in theirs]:
                 return False
-        if not all(_is_alike(x, other) for x, other in zip(self.within, kept.within, strict=True)):
+        if not all(is_alike(x, other) for x, other in zip(self.within, kept.within, strict=True)):
             return False
         starts = [
             x.shape if start is None else start.shape
@@ -111,13 +113,13 @@ class Place:
             [*self.made, *(x.shape for x in self.given)],
             [*(z.shape for z in kept.before), *starts],
         )
-        if len(shapes) != len(others) or not all(map(_fits, shapes, others)):
+        if len(shapes) != len(others) or not all(map(fits, shapes, others)):
             return False
         if _masks_others(self, kept.starts):
             return False
         each = zip(self.given, kept.given, self.live, kept.starts, kept.made_anew, strict=True)
         return all(
-            live or (equal(x, other) if anew else start is not None or _is_alike(x, other))
+            live or (equal(x, other) if anew else start is not None or is_alike(x, other))
             for x, other, live, start, anew in each
         )
 
@@ -136,7 +138,9 @@ class Reference:
     Attributes:
         running: whether the second run is on.
         decided: how far the second run takes the decisions of the first: whole numbers (1), such as which values were
-            picked, and truth values as well (2), that were computed of what is attributed there.
+            picked, with all that is read into Python, and truth values as well (2), that were computed of what is
+            attributed there.
+        reads: what the first run read off tensors into Python: by which function, where, and what, if it may decide.
         told: what parted the second run from the first, as far as a warning said so.
         path: tells where in the model the present call is.
         one: whether the second run has one row, which stands for all of the batch.
@@ -151,9 +155,11 @@ class Reference:
         self.decided = 0
         self.told: set[str] = set()
         self.decisions: list[Any] = []
+        self.reads: list[tuple[str, str, object]] = []
         self.path: Callable[[], str] = str
         self.places: list[Place] = []
-        self._at = self._decided_at = 0
+        self._at = self._decided_at = self._read_at = 0
+        self._read_other = ""
         self._copies = False
         self._aside = 0
         self._versions: list[tuple[Tensor, int]] = []
@@ -167,7 +173,7 @@ class Reference:
 
     def begin(self) -> None:
         """Begin a first run."""
-        self.places, self.decisions = [], []
+        self.places, self.decisions, self.reads = [], [], []
         self.handles.begin()
 
     @contextmanager
@@ -186,11 +192,14 @@ class Reference:
         Raises:
             Parted: it does not do what the first one did.
         """
-        self._at, self._decided_at, self.running, self._versions = 0, 0, True, []
+        self._at, self._decided_at, self._read_at, self._read_other = 0, 0, 0, ""
+        self.running, self._versions = True, []
         try:
             yield
             if self._at < len(self.places):
                 raise Parted(_PARTED.format(f"{self.places[self._at]} is not reached there"))
+            if self._read_other:
+                raise Parted(_PARTED.format(self._read_other))
         finally:
             self.running = False
 
@@ -222,7 +231,7 @@ class Reference:
         place.other = numbers != place.numbers
         self._check(place, [x.shape for x in place.given], given)
         place.starts = [
-            None if not live and _is_same(x, start) else self._kept(start)
+            None if not live and is_same(x, start) else self._kept(start)
             for x, live, start in zip(place.given, place.live, given, strict=True)
         ]
         if any(x is not None and not is_plain(x) for x in place.starts):
@@ -250,24 +259,58 @@ class Reference:
         self._decided_at += 1
         return result if not self.decided else _as_decided(first, result, truths=self.decided > 1)
 
-    def moved(self, name: str, leaves: Sequence[object]) -> None:
-        """Take down where data are moved to, or see that it is the same in the second run."""
-        places = [x for x in leaves if isinstance(x, Tensor) and not x.is_floating_point()]
+    def read(self, name: str, number: object) -> object:
+        """What the model reads off a tensor into Python; in the second run maybe as the first had it.
+
+        Whole numbers and truth values decide: where to look, which way to go. If nothing else parts the runs, no call
+        tells of it, since Python chooses among what is there already.
+        """
+        now = (name, self.path(), number if _decides(number) else None)
+        if not self.running:
+            if not self._aside:
+                self.reads.append(now)
+            return number
+        at, self._read_at = self._read_at, self._read_at + 1
+        if at >= len(self.reads) or self.reads[at] == now or self.reads[at][:2] != now[:2]:
+            return number
+        first = self.reads[at][2]
+        if self.decided:
+            return first
+        where = f" in `{now[1]}`" if now[1] else ""
+        self._read_other = (
+            self._read_other or f"{name}(){where} is {_short(number)} there instead of {_short(first)}"
+        )
+        return number
+
+    def moved(self, name: str, leaves: Sequence[object]) -> list[Tensor]:
+        """Take down where data are moved to, or see that it is the same in the second run.
+
+        Returns:
+            The places that count: in the second run those of the first, where its decisions are taken over. They may
+            be made off the tape, so that no decision is seen before.
+        """
+        places = [
+            x for x in leaves if isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex())
+        ]
         if not self.running:
             if not self._aside:
                 given = [x.detach() for x in places]
                 nothing: list[Tensor | None] = [None] * len(given)
                 self.places.append(Place(name, self.path(), given, [False] * len(given), [], starts=nothing))
-            return
+            return places
         place = self._next(name)
         self._check(place, [x.shape for x in place.given], places)
         # Whole numbers are taken over first, truth values (masks) only then.
         taken = [self.decided > (x.dtype is torch.bool) for x in places]
         if not all(
-            over or _is_same(x, y) or holds(x == y)
+            over or is_same(x, y) or holds(x == y)
             for x, y, over in zip(place.given, places, taken, strict=True)
         ):
             raise Parted(_PARTED.format(f"{place} moves other values there"))
+        return [
+            x if over and x.shape == y.shape else y
+            for x, y, over in zip(place.given, places, taken, strict=True)
+        ]
 
     def _next(self, name: str, module: object = None) -> Place:
         if self._at >= len(self.places):
@@ -282,10 +325,10 @@ class Reference:
 
     def _check(self, place: Place, now: Sequence[torch.Size], there: Sequence[Tensor]) -> None:
         shapes, others = list(map(list, now)), [list(x.shape) for x in there]
-        fits = shapes == others
-        if self.one and not fits:
-            fits = len(shapes) == len(others) and all(map(_fits, shapes, others))
-        if not fits:
+        same = shapes == others
+        if self.one and not same:
+            same = len(shapes) == len(others) and all(map(fits, shapes, others))
+        if not same:
             raise Parted(_PARTED.format(f"{place} meets shapes {others} there instead of {shapes}"))
 
     def _kept(self, x: Tensor) -> Tensor:
@@ -302,16 +345,7 @@ _PARTED = (
 )
 
 
-_SMALL = 1 << 14
 _PLAIN = (int, bool, str)
-
-
-def _fits(shape: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether a value of one row stands for one of several."""
-    if shape == other or len(shape) != len(other):
-        return shape == other
-    differing = [m for n, m in zip(shape, other, strict=True) if n != m]
-    return differing == [1]
 
 
 def _as_decided(first: Any, second: Any, *, truths: bool) -> Any:
@@ -324,14 +358,14 @@ def _as_decided(first: Any, second: Any, *, truths: bool) -> Any:
     return first if truths or second.dtype is not torch.bool else second
 
 
+def _decides(number: object) -> bool:
+    """Whether what was read is whole numbers and truth values alone."""
+    return all(map(_decides, number)) if isinstance(number, list) else isinstance(number, int)
+
+
 def _parted(leaves: Sequence[object]) -> tuple[list[Tensor], list[float]]:
     """The tensors, and the plain numbers."""
     return [x for x in leaves if isinstance(x, Tensor)], [x for x in leaves if type(x) is float]
-
-
-def _is_alike(x: Tensor, other: Tensor) -> bool:
-    """Whether a constant is the same as in an earlier run, as far as that is seen here."""
-    return _is_same(x, other) or (x.numel() <= _SMALL and x.shape == other.shape and equal(x, other))
 
 
 def _masks_others(place: Place, starts: Sequence[Tensor | None]) -> bool:
@@ -358,14 +392,3 @@ def _has_masks(place: Place) -> bool:
     values = [x for x in place.given if x.is_floating_point()]
     most = min((torch.finfo(x.dtype).max / 2 for x in values), default=torch.inf)
     return any(abs(number) > most for number in place.numbers) or any(bool(masking(x).any()) for x in values)
-
-
-def _is_same(x: Tensor, start: Tensor) -> bool:
-    """Whether a tensor is the very same in both runs: a weight, say."""
-    if start.requires_grad or x.dtype != start.dtype:
-        return False
-    if not is_plain(x):
-        return equal(x, start)
-    if x.shape != start.shape:
-        return False
-    return storage_of(x) == storage_of(start) and x.storage_offset() == start.storage_offset()
