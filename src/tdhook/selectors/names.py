@@ -13,6 +13,7 @@ __all__ = [
     "initialises",
     "name_of",
     "out_of_place_form",
+    "parameters_of",
     "queries",
     "raw_name",
     "reads",
@@ -143,6 +144,13 @@ def name_of(function: Callable[..., object] | str) -> str:
 def raw_name(function: Callable[..., object]) -> str:
     """The name of a function; of an overload of an operator, ``add.Tensor`` say, that of the operator."""
     return str(getattr(function, "__name__", "")).partition(".")[0]
+
+
+def parameters_of(function: Callable[..., object]) -> tuple[str, ...]:
+    """The names of a torch function's parameters, in order, as far as torch tells."""
+    example = torch.overrides.get_testing_overrides().get(function)
+    code = getattr(example, "__code__", None)
+    return () if code is None else code.co_varnames[: code.co_argcount]
 
 
 def writes_in_place(function: Callable[..., object], kwargs: dict[str, object]) -> bool:

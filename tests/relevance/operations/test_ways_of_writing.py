@@ -22,6 +22,10 @@ def _mean_square(h: Tensor) -> Tensor:
     return h.square().mean(-1, keepdim=True) + 1e-5
 
 
+def _squares(h: Tensor) -> Tensor:
+    return h[:, :4].view(-1, 2, 2) + 6 * torch.eye(2, dtype=h.dtype)
+
+
 def _maps(h: Tensor) -> Tensor:
     return h.reshape(len(h), 3, 2, 1)
 
@@ -122,6 +126,31 @@ WAYS: dict[str, dict[str, Function]] = {
     "likelihood of a normal distribution": {
         "formula": lambda h: 0.5 * (h.square().log() + (h - h.roll(1, -1)).square() / h.square()),
         "loss": lambda h: F.gaussian_nll_loss(h, h.roll(1, -1), h.square(), reduction="none"),
+    },
+    "quotient": {
+        "operator": lambda h: h / (1 + h.roll(1, -1).square()),
+        "by name": lambda h: torch.div(input=h, other=1 + h.roll(1, -1).square()),
+        "the other way round": lambda h: torch.div(other=1 + h.roll(1, -1).square(), input=h),
+        "method": lambda h: h.true_divide(other=1 + h.roll(1, -1).square()),
+    },
+    "solution": {
+        "by place": lambda h: torch.linalg.solve(_squares(h), h[:, 4:, None]),
+        "the other way round": lambda h: torch.linalg.solve(B=h[:, 4:, None], A=_squares(h)),
+    },
+    "power of another": {
+        "operator": lambda h: (1 + h.square()) ** h.roll(1, -1),
+        "by name": lambda h: torch.pow(exponent=h.roll(1, -1), input=1 + h.square()),
+        "method": lambda h: (1 + h.square()).pow(exponent=h.roll(1, -1)),
+        "float_power": lambda h: torch.float_power(1 + h.square(), exponent=h.roll(1, -1)),
+    },
+    "power of a number": {
+        "operator": lambda h: 2.0**h,
+        "by name": lambda h: torch.pow(self=2.0, exponent=h),
+    },
+    "product of matrices": {
+        "operator": lambda h: h.view(-1, 2, 3) @ h.view(-1, 3, 2),
+        "by name": lambda h: torch.bmm(input=h.view(-1, 2, 3), mat2=h.view(-1, 3, 2)),
+        "the other way round": lambda h: torch.matmul(other=h.view(-1, 3, 2), input=h.view(-1, 2, 3)),
     },
     "matrix product": {
         "operator": lambda h: h @ torch.ones(6, 2, dtype=h.dtype),

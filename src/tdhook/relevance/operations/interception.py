@@ -16,7 +16,7 @@ from tdhook.conventions import Convention
 from tdhook.relevance.operations.applied import Applied, is_ours
 from tdhook.relevance.operations.asking import Asking
 from tdhook.relevance.operations.in_place import overwritten, writing
-from tdhook.relevance.operations.kernels import first_output, of_a_kernel, positional
+from tdhook.relevance.operations.kernels import by_place, first_output, of_a_kernel, positional
 from tdhook.relevance.operations.known import Known, on_a_copy
 from tdhook.relevance.operations.parties import (
     COMPILED,
@@ -158,8 +158,10 @@ class Interception(Units):
         if kwargs:
             if known.schema is not None:
                 args, kwargs = positional(known.schema, args, kwargs)
-            elif known.renames and ("axis" in kwargs or "keepdims" in kwargs):
-                kwargs = {_NAMES.get(name, name): value for name, value in kwargs.items()}
+            else:
+                if known.renames and ("axis" in kwargs or "keepdims" in kwargs):
+                    kwargs = {_NAMES.get(name, name): value for name, value in kwargs.items()}
+                args, kwargs = by_place(known.names, args, kwargs)
         if self.outdated.any:
             self.outdated.check((*args, *kwargs.values()) if kwargs else args)
         in_place = known.in_place or (bool(kwargs) and writes_in_place(func, kwargs))

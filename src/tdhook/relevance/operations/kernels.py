@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tdhook.relevance.propagation.conversions import Substituted
 
-__all__ = ["first_output", "of_a_kernel", "positional"]
+__all__ = ["by_place", "first_output", "of_a_kernel", "positional"]
 
 Written: TypeAlias = Callable[..., Tensor]
 Outputs: TypeAlias = Sequence[Tensor]
@@ -47,6 +47,26 @@ def positional(
         if argument.kwarg_only or argument.name not in named:
             break
         given.append(named.pop(argument.name))
+    return tuple(given), named
+
+
+def by_place(
+    names: Sequence[str], args: Iterable[object], kwargs: Mapping[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Arguments of a function with its operands by position, in whatever order they are given by name.
+
+    Args:
+        names: of its first parameters, in order.
+        args: its arguments by position.
+        kwargs: by name.
+    """
+    given, named = list(args), dict(kwargs)
+    if not given and "self" in named:
+        given.append(named.pop("self"))
+    for name in names[len(given) :]:
+        if not isinstance(named.get(name), Tensor):
+            break
+        given.append(named.pop(name))
     return tuple(given), named
 
 

@@ -26,6 +26,7 @@ from tdhook.selectors.names import (
     initialises,
     name_of,
     out_of_place_form,
+    parameters_of,
     queries,
     raw_name,
     reads,
@@ -55,6 +56,7 @@ class Known:
         aside: whether it computes nothing.
         parts: what it does, call by call, if it stands for several calls.
         schema: its signature, of an overload of an operator.
+        names: those of its operands, the first two parameters, as far as torch tells; of others some are by name alone.
         refused: whether it overwrites an argument and has a derivative of its own.
         begins_tape: whether it puts a tensor on the tape, and ``differentiates``: whether it runs a backward pass.
         hooks: whether it has a tensor call a hook with its gradient.
@@ -75,6 +77,7 @@ class Known:
     aside: bool = False
     parts: Callable[..., Any] | None = None
     schema: Any = None
+    names: tuple[str, ...] = ()
     refused: bool = False
     begins_tape: bool = False
     differentiates: bool = False
@@ -112,6 +115,7 @@ def learned(func: Any) -> Known:
         keeps=kept_by(func),
     )
     known = Known(operation, in_place, own=own, parts=one_by_one(func), schema=schema)
+    known.names = parameters_of(func)[:2]
     known.begins_tape, known.differentiates = begins_tape(func), func in _DERIVATIVES
     known.refused = own is not None and overwrites_arguments(func)
     known.hooks, known.normalises = hooks(func), func is torch.batch_norm

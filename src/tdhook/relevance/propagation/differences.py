@@ -123,7 +123,7 @@ class DifferencedModule(ExecutedModule):
         ]
         return tree_unflatten(made, spec)
 
-    def _once_more(self, *args: object, **kwargs: object) -> Any:
+    def _once_more(self, /, *args: object, **kwargs: object) -> Any:
         with self._as_before():
             return self._function(*args, **kwargs)
 

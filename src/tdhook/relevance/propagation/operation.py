@@ -58,7 +58,7 @@ class Operation(nn.Module):
         """Whether it is linear in one argument where the others are weights."""
         return self.name in _LINEAR or self.name.startswith("conv")
 
-    def forward(self, *args: Any, **kwargs: Any) -> object:
+    def forward(self, /, *args: Any, **kwargs: Any) -> object:
         """Call the function."""
         return self.function(*args, **kwargs)
 
