@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from tensordict import from_module
+import torch.nn.functional as F
+from tensordict import TensorDict, from_module
 from torch import nn
 
+from tdhook import LRP, Target
 from tdhook.rules import (
     AlphaBetaRule,
     EpsilonRule,
@@ -98,3 +100,66 @@ def test_a_formula_that_asks_for_the_product_of_a_layer_without_closed_form():
         pytest.raises(NotImplementedError, match="Cubed, which cannot be done inside"),
     ):
         torch.vmap(layer)(x)
+
+
+class Square(torch.autograd.Function):
+    """One of a model's own, of which nothing else is known."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+EACH = {
+    "quotient": lambda h: h * (h.square().mean(-1, keepdim=True) + 1).rsqrt(),
+    "decay": lambda h: h * (-h.flip(-1)).exp(),
+    "gate": lambda h: h * h.flip(-1).sigmoid() + (1 - h.flip(-1).sigmoid()) * h.tanh(),
+    "square": lambda h: h * h,
+    "own": lambda h: Square.apply(h) + h,
+    "matrices": lambda h: h.unflatten(-1, (2, 3)) @ h.unflatten(-1, (2, 3)).mT,
+    "layer norm": lambda h: F.layer_norm(h, (6,)),
+    "cumulated product": lambda h: h.cumprod(-1),
+    "cumulated exponentials": lambda h: h.logcumsumexp(-1),
+    "largest": lambda h: h.topk(2).values,
+    "in place": lambda h: (h * 1.0).mul_(2).add_(h).relu_(),
+}
+
+
+class Net(nn.Module):
+    """What is computed of each element, all at once or in torch.vmap."""
+
+    def __init__(self, function, maps):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.function = nn.Linear(4, 6), torch.vmap(function) if maps else function
+        self.last = nn.Linear(function(torch.ones(1, 6)).numel(), 2)
+
+    def forward(self, x):
+        return self.last(self.function(self.first(x)).flatten(1))
+
+
+@pytest.mark.parametrize("composite, baseline", [("epsilon", None), ("attn_lrp", None), ("deeplift", 0.3)])
+@pytest.mark.parametrize("flow", ["relevance", "gradient"])
+@pytest.mark.parametrize("name", EACH)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_what_a_model_computes_inside_is_explained_as_outside(name, flow, composite, baseline):
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).double()
+
+    def explained(maps):
+        lrp = LRP(composite, target=Target("output", 0), flow=flow, baseline=baseline, ledger=True)
+        return lrp.wrap(Net(EACH[name], maps).double())(TensorDict({"input": x}, [3]))
+
+    inside, outside = explained(True), explained(False)
+    assert inside["ledger", "gap"].abs().max() < 1e-9
+    torch.testing.assert_close(inside["attr", "input"], outside["attr", "input"], rtol=1e-6, atol=1e-8)

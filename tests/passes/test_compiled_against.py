@@ -294,3 +294,25 @@ def test_modified_gradients_are_none_of_a_difference(name):
     graph = LRP(name, target=Target("output", 1), baseline=0.1, compile=QUICKLY)
     with pytest.raises(ValueError, match="makes a modified gradient, which is no share of a difference"):
         graph.wrap(dense())(observation(4))
+
+
+class Along(nn.Module):
+    """A function along the batch, whose secant is a quadrature."""
+
+    def forward(self, x):
+        return torch.logcumsumexp(x, 0)
+
+
+def test_where_elements_meet_what_a_quadrature_leaves_is_shared_among_all():
+    torch.manual_seed(0)
+    net = nn.Sequential(Along(), nn.Linear(3, 2)).double()
+    td = TensorDict({"input": torch.randn(4, 3).double()}, [4])
+    found = []
+    for options in (None, QUICKLY):
+        lrp = LRP("deeplift", target=Target("output", 0), baseline=torch.full((4, 3), 0.3).double())
+        lrp.compile = options
+        found.append(lrp.wrap(net)(td.clone())["attr", "input"])
+    torch.testing.assert_close(*found)
+    with torch.no_grad():
+        rise = net(td["input"]) - net(torch.full((4, 3), 0.3).double())
+    torch.testing.assert_close(found[1].sum(), rise[:, 0].sum())

@@ -28,6 +28,7 @@ __all__ = [
     "copy_of",
     "copying",
     "independent",
+    "is_identity",
     "live",
     "may_ask_of",
     "may_look_at",
@@ -246,11 +247,16 @@ class Identity(TapeFunction):
         """The first node from ``node`` towards the inputs that is no identity, and the identities before it."""
         passed: list[object] = []
         while True:
-            made = maker_of(node)
-            if made is None or not (issubclass(made, Identity) or getattr(node, "is_identity", False)):
+            if not is_identity(node):
                 return node, passed
             passed.append(node)
             node = node.next_functions[0][0]
+
+
+def is_identity(node: object) -> bool:
+    """Whether an :class:`Identity` made a node of the tape; inside torch.vmap a class of torch's stands for it."""
+    made = maker_of(node)
+    return made is not None and (issubclass(made, Identity) or getattr(node, "is_identity", False))
 
 
 def another(x: Tensor) -> Tensor:

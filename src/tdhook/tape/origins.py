@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tdhook.tape.functions import Identity, unwrapped
+from tdhook.tape.functions import is_identity, unwrapped
 from tdhook.tape.internals import maker_of, version_of
 
 __all__ = ["is_nonnegative", "made_by", "mark_nonnegative"]
@@ -51,13 +51,12 @@ def _made_by(x: Tensor, names: Set[str], through: str, marked: bool = False) -> 
             maker = maker.rpartition(".")[2]
         if maker.removesuffix("Backward0").lower() in names:
             return True
-        identity = made is not None and issubclass(made, Identity)
         if marked and hasattr(getattr(node, "variable", None), _MARK):
             return True
         parents = [parent for parent, _ in node.next_functions if parent is not None]
         if kind == _COPIES:  # what is overwritten is of no account
             parents = parents[-1:]
-        if len(parents) != 1 or not (identity or _is_of(kind, through)):
+        if len(parents) != 1 or not (is_identity(node) or _is_of(kind, through)):
             return False
         node = parents[0]
     return False

@@ -20,6 +20,7 @@ from tdhook.tape.functions import (
     Context,
     Identity,
     TapeFunction,
+    is_identity,
     may_look_at,
     on_tape,
     parts,
@@ -111,7 +112,7 @@ def _runs_own_functions(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> 
             continue
         seen.add(node)
         made = maker_of(node)
-        if made is not None and not issubclass(made, TapeFunction):
+        if made is not None and not (issubclass(made, TapeFunction) or is_identity(node)):
             return True
         ahead += [before for before, _ in node.next_functions if before is not None]
     return False

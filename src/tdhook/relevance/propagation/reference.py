@@ -20,7 +20,7 @@ from torch import Tensor
 from tdhook.relevance.propagation.alike import SMALL, fits, is_alike, is_same
 from tdhook.relevance.propagation.handles import Handles
 from tdhook.tape.conditions import holds
-from tdhook.tape.functions import may_look_at
+from tdhook.tape.functions import may_look_at, unwrapped
 from tdhook.tape.internals import is_plain, version_of
 from tdhook.tape.masks import masking, masks_in
 from tdhook.tape.sparse import equal
@@ -206,7 +206,7 @@ class Reference:
     @property
     def overwritten(self) -> bool:
         """Whether the second run has overwritten what it met; another one will keep copies."""
-        found = any(version_of(x) != version for x, version in self._versions)
+        found = any(version_of(unwrapped(x)) != version for x, version in self._versions)
         self._copies = self._copies or found
         self._versions = []
         return found
@@ -335,7 +335,7 @@ class Reference:
         if self._copies:
             return x.detach().clone()
         kept = x.detach()
-        self._versions.append((kept, version_of(kept)))
+        self._versions.append((kept, version_of(unwrapped(kept))))
         return kept
 
 

@@ -47,7 +47,8 @@ def average(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     rest: Mapping[int, Tensor] = {}
     if torch.compiler.is_compiling():
         found, rest = _quadrature(pair, grads, _UNSEEN)
-        missed, scale = _missed(pair, grads, found, rest, 1)
+        # Of each element: where these meet, it is found out without a graph what they share.
+        missed, scale = _missed(pair, grads, found, rest, _rows(pair, rest))
         holds(missed.abs() <= _tolerance(pair.ends[0]) * scale)  # a graph is right where they are enough
         return _scaled(pair, grads, found, rest)
     before: Grads | None = None
@@ -154,8 +155,10 @@ def _scaled(pair: Pair, grads: Sequence[Tensor], found: Grads, rest: Mapping[int
 
     Of a function of each place it is shared there, all of it.
     """
-    rows = _rows(pair, rest)
-    if may_ask_of(*grads, *pair.ends) and not torch.compiler.is_compiling():
+    # Inside torch.vmap no axis is that of the batch.
+    asks = may_ask_of(*grads, *pair.ends)
+    rows = _rows(pair, rest) if asks else 1
+    if asks and not torch.compiler.is_compiling():
         if not rest and _is_elementwise(pair):
             return _scaled_at_each(pair, grads, found)
         rows = rows if _are_apart(pair, rows) else 1

@@ -30,7 +30,9 @@ def winner(pair: Pair, grads: Sequence[Tensor]) -> Grads:
     if pair.chosen:
         return pair.pull(1.0, grads)[0]
     asks = may_ask_of(*pair.ends, *pair.starts)
-    counts = _PIECES if asks and not torch.compiler.is_compiling() else _PIECES[:1]
+    counts = _PIECES if asks else (_ENOUGH,)
+    if asks and torch.compiler.is_compiling():
+        counts = _PIECES[:1]
     starts, ends = _ways(pair)
     total: list[Tensor | None] = [None] * len(pair.live)
     left: list[Tensor] | None = None
