@@ -317,6 +317,34 @@ def closed_over(net: Net, x: Tensor) -> object:
     return net.step()
 
 
+def _remember(seen: list[int], module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+    seen.append(1)
+    return args[0] * len(seen)
+
+
+def hooked(net: Net) -> None:
+    calls: list[int] = []
+
+    def hook(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        calls.append(1)
+        return output + len(calls)
+
+    net.linear.register_forward_hook(hook)
+    net.linear.register_forward_pre_hook(partial(_remember, [0]))
+
+
+@kind("what a hook closes over and was given", hooked)
+def of_a_hook(net: Net, x: Tensor) -> object:
+    return 0.0
+
+
+@kind("a tensor that requires a gradient", lambda net: setattr(net, "h", torch.zeros(4, requires_grad=True)))
+def requiring(net: Net, x: Tensor) -> object:
+    with torch.no_grad():
+        net.h.add_(1)
+    return net.h.detach().clone()
+
+
 @kind("an object whose method is called", lambda net: setattr(net, "step", Annotated([1]).append))
 def bound(net: Net, x: Tensor) -> object:
     net.step(1)

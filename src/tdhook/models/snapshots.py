@@ -1,11 +1,11 @@
 """Snapshots: all that the modules of a model hold besides the values of its parameters, to be put back later.
 
 Looked into are the attributes of modules, the containers of Python (list, dict, set, deque, tuple) and TensorDicts that
-they lead to, namespaces and queues, arrays, random generators, functions with what they close over, and objects of
-classes that are the user's. Not looked into, and so not put back, are other objects of the standard library and of the
-libraries in :data:`LEFT_ALONE` (a replay buffer, a file), iterators, global variables, attributes of classes and what
-their methods close over, lazy modules that were not made yet, what a module registers as a hook while it runs, and a
-parameter whose values are overwritten.
+they lead to, namespaces and queues, arrays, random generators, functions and hooks with what they close over, and
+objects of classes that are the user's. Not looked into, and so not put back, are other objects of the standard library
+and of the libraries in :data:`LEFT_ALONE` (a replay buffer, a file), iterators, global variables, attributes of classes
+and what their methods close over, lazy modules that were not made yet, what a module registers as a hook while it runs,
+and a parameter whose values are overwritten.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ _PLAIN = frozenset(
     (type(None), bool, int, float, complex, str, bytes, type, nn.Parameter)
 )  # nothing to look into
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _FORWARD = ("forward", "_prev_forward")  # whose place rules take, and which is given back by whoever took it
 _MACHINERY = (frozenset(vars(nn.Module())) - frozenset(_REGISTRIES)) | {*_FORWARD, *FINDING_HOOKS}
 
@@ -237,7 +238,8 @@ def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
     if isinstance(value, nn.Module):
         if any(is_lazy(parameter) for parameter in parameters_of(value).values() if parameter is not None):
             return None, ()
-        return _below(_Entries(value.__dict__, _MACHINERY))
+        held = _Entries(value.__dict__, _MACHINERY)
+        return held, [*held.values(), *_hooks(value)]
     if isinstance(value, Tensor):
         return _tensor(value), ()
     if isinstance(value, TensorDict):
@@ -271,6 +273,17 @@ def _look_into(value: object) -> tuple[Held | None, Iterable[object]]:
     if (is_of_a_library(module) and module not in _HOLDING) or not _is_plain(value):
         return None, ()
     return _object(value)
+
+
+def _hooks(module: nn.Module) -> list[object]:
+    """The hooks of the user's that run with a module: they may remember, too."""
+    hooks = [hook for name in _HOOKS for hook in module.__dict__.get(name, {}).values()]
+    functions = [getattr(hook, "func", hook) for hook in hooks]
+    return [
+        hook
+        for hook, function in zip(hooks, functions, strict=True)
+        if not is_of_a_library(getattr(function, "__module__", None) or "")
+    ]
 
 
 def _dictionary(value: dict[Any, object]) -> tuple[Held, list[object]]:
@@ -345,7 +358,8 @@ def _tensor(value: Tensor) -> Held:
         if _shape(value) != _shape(before):
             value.data = before
             return
-        with torch.inference_mode(value.is_inference()):
+        # Out of inference mode gradients are on, which a leaf that requires one must not be overwritten under.
+        with torch.inference_mode(value.is_inference()), torch.no_grad():
             value.copy_(before)
 
     return By(changed, restore)
