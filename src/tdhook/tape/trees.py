@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
+from io import IOBase
 from itertools import repeat
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
@@ -18,7 +20,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-__all__ = ["Shape", "tree_flatten", "tree_leaves", "tree_map_tensors", "tree_unflatten"]
+__all__ = ["Shape", "hides_tensors", "tree_flatten", "tree_leaves", "tree_map_tensors", "tree_unflatten"]
 
 _ATOMS = (type(None), bool, int, float, str)
 # What has no tensors in it, and what is none of its container.
@@ -173,6 +175,22 @@ def _open(value: object, around: frozenset[int]) -> tuple[list[object], _Opened]
         return build(tree_unflatten(new, shape))
 
     return leaves, _Opened(len(leaves), rebuilt)
+
+
+def hides_tensors(value: object) -> bool:
+    """Whether a leaf gives out tensors later, that nobody sees here: an iterator, a function, a mapping of its own."""
+    if isinstance(value, Tensor | IOBase):
+        return False
+    if hasattr(type(value), "__next__"):
+        return True
+    inside: list[object] = []
+    if isinstance(value, Mapping):
+        inside = list(value.values())
+    elif isinstance(value, partial):
+        inside = [value.args, value.keywords]
+    elif isinstance(value, FunctionType):
+        inside = [getattr(cell, "cell_contents", None) for cell in value.__closure__ or ()]
+    return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(inside))
 
 
 def _is_state(value: object) -> bool:

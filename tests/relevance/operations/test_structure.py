@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import pytest
@@ -13,6 +15,8 @@ import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor, nn
 from unchanged import Boom, Unchanged
+
+from tdhook.rules import EpsilonRule
 
 from .checks import around, assert_balanced, assert_same, either_ledger, every_flow, explained, plainly
 
@@ -221,6 +225,46 @@ def test_called_in_any_gradient_mode(mode, flow: str) -> None:
         td, _ = explained(model, made, flow)
     assert torch.equal(td["attr", "input"], expected["attr", "input"])
     assert torch.equal(td["output"], expected["output"])
+
+
+LATER = {
+    "generator": lambda a, b: (x for x in (a, b)),
+    "list_iterator": lambda a, b: iter([a, b]),
+    "mappingproxy": lambda a, b: MappingProxyType({"l": a, "r": b}),
+    "partial": lambda a, b: partial(torch.add, a, b),
+    "function": lambda a, b: lambda: a + b,
+}
+
+
+class Later(nn.Module):
+    def __init__(self, packed) -> None:
+        super().__init__()
+        self.linear, self.packed = nn.Linear(6, 6), packed
+
+    def forward(self, x: Tensor) -> object:
+        return self.packed(self.linear(x), x)
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_what_a_unit_gives_out_later_is_refused(kind: str) -> None:
+    class Unpacks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Later(LATER[kind])
+
+        def forward(self, x: Tensor) -> Tensor:
+            made = self.inner(x)
+            if callable(made):
+                return made()
+            left, right = made.values() if kind == "mappingproxy" else made
+            return left + right
+
+    model, x = Unpacks().double(), torch.randn(3, 6, dtype=torch.float64)
+    explained(model, x, "relevance")  # its operations are seen
+    with pytest.raises(
+        NotImplementedError, match=f"module `inner`, a Later, .* returns a {kind}, which gives out"
+    ):
+        explained(model, x, "relevance", [(Later, EpsilonRule())])
 
 
 def test_nothing_is_kept_alive() -> None:

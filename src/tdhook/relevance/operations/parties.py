@@ -20,6 +20,7 @@ from tdhook.selectors import Selector
 __all__ = [
     "COMPILED",
     "DIFFERENTIATES",
+    "GIVES_OUT_LATER",
     "HIDDEN",
     "NO_DERIVATIVE",
     "OVERWRITES",
@@ -47,6 +48,10 @@ HIDDEN = (
 DIFFERENTIATES = (
     "the model differentiates in its forward pass, in module `{}`, where rules stand in for derivatives; give that "
     "module a rule, EpsilonRule say, so that it runs as one unit"
+)
+GIVES_OUT_LATER = (
+    "module `{}`, a {}, has a rule, and returns a {}, which gives out tensors that the rule does not see; return them in "
+    "a tuple, a list, a dictionary or a dataclass, or give the modules inside it rules instead"
 )
 NO_DERIVATIVE = (
     "`{}` in module `{}` has no derivative, so that no relevance comes through it; explain the model as it was before "

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from tdhook.models.paths import Paths
 from tdhook.relevance.operations.overwriters import Overwriters
-from tdhook.relevance.operations.parties import Entered, Observer
+from tdhook.relevance.operations.parties import GIVES_OUT_LATER, Entered, Observer
 from tdhook.relevance.propagation.binding import Binding, Bound
 from tdhook.relevance.propagation.call import ALONE, Call, Setting
 from tdhook.relevance.propagation.entering import no_operation
@@ -30,6 +30,7 @@ from tdhook.tape.internals import (
 )
 from tdhook.tape.modes import Watching
 from tdhook.tape.overwriting import Guard, Memory, Outdated
+from tdhook.tape.trees import hides_tensors, tree_leaves
 
 __all__ = ["Units"]
 
@@ -160,9 +161,19 @@ class Units(Watching):
         try:
             if binding.closed:
                 return self._observed(binding.bound, call)
-            return self._overwriters.run(call.module, call, partial(self._observed, binding.bound))
+            result = self._overwriters.run(call.module, call, partial(self._observed, binding.bound))
+            if not isinstance(result, Tensor):
+                self._require_seen(call.module, result)
+            return result
         finally:
             self._paused -= 1
+
+    def _require_seen(self, module: nn.Module, result: object) -> None:
+        hidden = next(filter(hides_tensors, tree_leaves(result)), None)
+        if hidden is not None:
+            path = next(path for path, known in self.paths.modules.items() if known is module)
+            kinds = type(module).__name__, type(hidden).__name__
+            raise NotImplementedError(GIVES_OUT_LATER.format(path or "(model)", *kinds))
 
     def _observed(self, bound: Bound, call: Call) -> Any:
         if self.observer is None:
