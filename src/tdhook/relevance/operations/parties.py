@@ -50,7 +50,7 @@ DIFFERENTIATES = (
     "module a rule, EpsilonRule say, so that it runs as one unit"
 )
 GIVES_OUT_LATER = (
-    "module `{}`, a {}, has a rule, and returns a {}, which gives out tensors that the rule does not see; return them in "
+    "module `{}`, a {}, has a rule, and returns a {}, which gives out tensors that no rule sees; return them in "
     "a tuple, a list, a dictionary or a dataclass, or give the modules inside it rules instead"
 )
 NO_DERIVATIVE = (
