@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tdhook import LRP, Target
 from tdhook.composites import Composite, relp
@@ -144,6 +145,20 @@ def test_the_batch_norm_inside_is_one_like_any_other(composite: str | Composite,
     one, other = (images(apart=apart).train(training) for apart in (False, True))
     torch.testing.assert_close(of_images(method, one), of_images(method, other))
     torch.testing.assert_close(one[1].running_mean, other[1].running_mean)
+
+
+def test_the_batch_norm_inside_is_one_where_it_is_checkpointed() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self, body: nn.Module) -> None:
+            super().__init__()
+            self.body = body
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.body, x, use_reentrant=False)
+
+    method = LRP("epsilon_plus", target=Target("output", 1))
+    one, other = (of_images(method, Checkpointed(images(apart=apart))) for apart in (False, True))
+    torch.testing.assert_close(one, other)
 
 
 def test_the_batch_norm_inside_is_what_it_now_is() -> None:

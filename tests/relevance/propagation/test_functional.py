@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils.checkpoint import checkpoint
 
 from tdhook import LRP, Target
 from tdhook.relevance.propagation.formula import PropagationRule
@@ -119,4 +120,71 @@ def test_weights_that_are_others_on_the_reference_count(rule: Rule, flow: str) -
         torch.manual_seed(4)
         model, x = nn.Sequential(kind(4, 3), nn.Softplus(), nn.Linear(3, 2)), torch.rand(1, 4)
         found.append(relevance(model, x, rule, flow=flow, baseline=0.1))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+class WithFunctions(nn.Module):
+    """Convolutions, and batch norms that are layers or called as functions, checkpointed and with a shortcut or not."""
+
+    def __init__(self, kind: str, *, functions: bool) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.kind, self.functions = kind, functions
+        self.first, self.last = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(64, 2)
+        self.scales = nn.ParameterList(torch.randn(4) for _ in range(2))
+        self.shifts = nn.ParameterList(torch.randn(4) for _ in range(2))
+        self.register_buffer("mean", torch.randn(4))
+        self.register_buffer("var", torch.rand(4) + 0.5)
+        norms = [] if functions else [nn.BatchNorm2d(4) for _ in range(2)]
+        for norm, scale, shift in zip(norms, self.scales, self.shifts, strict=False):
+            norm.weight, norm.bias, norm.running_mean, norm.running_var = scale, shift, self.mean, self.var
+        self.norms = nn.ModuleList(norms)
+
+    def norm(self, index: int, x: Tensor) -> Tensor:
+        if not self.functions:
+            return self.norms[index](x)
+        scale, shift = self.scales[index], self.shifts[index]
+        return F.batch_norm(x, self.mean, self.var, bias=shift, weight=scale, training=self.training)
+
+    def body(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        z = self.norm(1, self.last(F.relu(self.norm(0, h))))
+        return z + h if self.kind == "shortcut" else z
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = checkpoint(self.body, x, use_reentrant=False) if self.kind == "checkpoint" else self.body(x)
+        return self.head(F.relu(z).flatten(1))
+
+
+@pytest.mark.parametrize("options", [{}, {"flow": "gradient", "ledger": True}, {"baseline": 0.3}], ids=str)
+@pytest.mark.parametrize("rule", ["epsilon_plus", "epsilon_alpha2_beta1", "attn_lrp"])
+@pytest.mark.parametrize("kind", ["plain", "shortcut", "checkpoint"])
+def test_a_batch_norm_that_is_called_as_a_function_is_merged(
+    kind: str, rule: str, options: dict[str, object]
+) -> None:
+    torch.manual_seed(0)
+    td, found = TensorDict({"input": torch.randn(3, 2, 4, 4)}, [3]), []
+    for functions in (False, True):
+        net = WithFunctions(kind, functions=functions).eval()
+        method = LRP(rule, target=Target("output", 0), **options)
+        found.append(method.wrap(net)(td.copy())["attr", "input"])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+def test_a_batch_norm_of_passing_tensors_is_a_weighted_sum() -> None:
+    class Computed(WithFunctions):
+        def norm(self, index: int, x: Tensor) -> Tensor:
+            return F.batch_norm(x, self.mean * 1, self.var * 1, self.scales[index] + 1, self.shifts[index])
+
+    class WrittenOut(WithFunctions):
+        def norm(self, index: int, x: Tensor) -> Tensor:
+            scale = (self.scales[index] + 1) / (self.var + 1e-5).sqrt()
+            along = (-1, 1, 1)
+            return x * scale.view(along) + (self.shifts[index] - self.mean * scale).view(along)
+
+    td, found = TensorDict({"input": torch.randn(3, 2, 4, 4)}, [3]), []
+    for kind in (Computed, WrittenOut):
+        method = LRP("epsilon_plus", target=Target("output", 0))
+        found.append(method.wrap(kind("shortcut", functions=True).eval())(td.copy())["attr", "input"])
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)

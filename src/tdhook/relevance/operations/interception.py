@@ -18,6 +18,7 @@ from tdhook.relevance.operations.asking import Asking
 from tdhook.relevance.operations.in_place import overwritten, writing
 from tdhook.relevance.operations.kernels import by_place, first_output, of_a_kernel, positional
 from tdhook.relevance.operations.known import Known, on_a_copy
+from tdhook.relevance.operations.norms import Norms
 from tdhook.relevance.operations.parties import (
     COMPILED,
     DIFFERENTIATES,
@@ -70,6 +71,7 @@ class Interception(Units):
             :mod:`~tdhook.relevance.operations.table`.
         unmatched: told ``(operation, path)`` of operations that nothing is known of.
         setting: what the calls of the plan share.
+        batch_norm: the rule of batch norms that are called as functions, if they may be merged.
 
     Attributes:
         rules: finds the rules of operations.
@@ -84,8 +86,9 @@ class Interception(Units):
         defaults: bool,
         unmatched: Callable[[str, str], None],
         setting: Setting = ALONE,
+        batch_norm: Rule | None = None,
     ) -> None:
-        super().__init__(modules, setting)
+        super().__init__(modules, Norms(batch_norm, flow, setting), setting)
         self.asking, self._unmatched = asking, unmatched
         reading = VALUES if setting.reference is None else DIFFERENCES
         self.rules = Rulebook(asking, reading, flow, self.paths, defaults=defaults)
@@ -124,6 +127,7 @@ class Interception(Units):
             with (
                 nullcontext() if self.observer is None else self.observer.again(),
                 Again(tuple(self.paths.modules.values())).unnoticed(),
+                self.norms.again(),
                 nullcontext() if self.setting.reference is None else self.setting.reference.aside(),
                 standing_in(self),
                 self,
@@ -215,9 +219,12 @@ class Interception(Units):
                 return through_transforms(func, args, kwargs)
         if known.differentiates:
             raise NotImplementedError(DIFFERENTIATES.format(self.paths.current or "(model)"))
-        if known.normalises and id(args[3]) in self.norms:
-            return self._normalise(self.norms[id(args[3])], func, args)
-        selector, rule = self.rules.find(known, args, kwargs, self._entered)
+        norm = self.norms.inside(args) if known.normalises else None
+        selector, rule = (None, None) if norm else self.rules.find(known, args, kwargs, self._entered)
+        if known.normalises and rule is ARITHMETIC and selector is None:
+            norm = self.norms.called(given, self)
+        if norm is not None:
+            return self._normalise(norm, func, args)
         return self._run(known, selector, rule, func, args, kwargs)
 
     def _in_place(self, known: Known, func: Any, args: Any, kwargs: Any, target: Any, live: bool) -> object:

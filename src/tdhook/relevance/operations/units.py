@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tdhook.models.paths import Paths
+from tdhook.relevance.operations.norms import Norms
 from tdhook.relevance.operations.overwriters import Overwriters
 from tdhook.relevance.operations.parties import GIVES_OUT_LATER, Entered, Observer
 from tdhook.relevance.propagation.binding import Binding, Bound
@@ -40,21 +41,21 @@ class Units(Watching):
 
     Args:
         modules: the model's modules by path.
+        norms: finds the batch norms that calls of a function amount to.
         setting: what the calls of the plan share.
 
     Attributes:
-        norms: the rules of batch norms inside layers that derive from one, by the id of the running mean.
         dependence: what depends on the inputs.
         guard: keeps what is overwritten, ``outdated`` tells of what should have been, and ``detached`` of what was
             handed out off the tape.
         observer: makes the calls itself, while there is one.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], setting: Setting = ALONE) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], norms: Norms, setting: Setting = ALONE) -> None:
         super().__init__()
         self.setting = setting
         self.paths = Paths(modules)
-        self.norms: dict[int, Binding] = {}
+        self.norms = norms
         self.dependence = Dependence()
         self.guard = Guard()
         self.outdated = Outdated(self.guard)
@@ -68,7 +69,7 @@ class Units(Watching):
             setting.reference.path = self._place
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "norms": {}, "observer": None, "_outer": []}
+        return {**self.__dict__, "observer": None, "_outer": []}
 
     def __enter__(self) -> Units:
         refuse_compiling()
@@ -206,7 +207,7 @@ class Units(Watching):
         return args[0].copy_(result)
 
     def _normalise(self, norm: Binding, func: Any, args: Any) -> Any:
-        """Run the batch norm inside a layer as the layer of torch's that it would be alone."""
+        """Run a batch norm as the layer of torch's that it amounts to."""
         x, *others = args
         module = cast(nn.BatchNorm2d, norm.module)
         module.training, module.eps = others[4], others[6]

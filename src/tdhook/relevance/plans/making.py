@@ -29,6 +29,7 @@ from tdhook.relevance.propagation.reference import Reference
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.relevance.propagation.stabilisers import rounding
 from tdhook.relevance.propagation.weights import WeightCache
+from tdhook.relevance.rules.batchnorm import merging_function
 from tdhook.relevance.rules.epsilon import EpsilonRule
 from tdhook.relevance.rules.simple import PassRule
 from tdhook.selectors import Selector, SelectorLike, Type, as_selector
@@ -123,8 +124,9 @@ def make_plan(
     rank = {name: i for i, name in reversed(list(enumerate(execution.order)))}
     rows.sort(key=lambda row: rank.get(row.path, len(rank)))
     weights = WeightCache(row.module for row in rows if row.rule is not None) if cache_weights else None
-    norms = merge_batch_norm and any(isinstance(m, BatchNorm.members) for m in execution.modules.values())
-    setting = Setting(None, weights, Merges() if norms else None, Reference() if against else None)
+    norms = any(isinstance(module, BatchNorm.members) for module in execution.modules.values())
+    merging_any = Merges(used=norms) if merge_batch_norm else None
+    setting = Setting(None, weights, merging_any, Reference() if against else None)
     if setting.reference is not None:
         setting.reference.handles.used = any(rule.reveals for rule in rules)
     merges: dict[str, list[nn.Module]] = {}
@@ -145,6 +147,7 @@ def make_plan(
             defaults=not sensitivity,
             unmatched=unmatched,
             setting=setting,
+            batch_norm=_of_function(merge_batch_norm, composite, execution),
         )
     return Plan(
         rows,
@@ -178,6 +181,13 @@ def _flow_of(rules: Sequence[Rule], damped: bool, against: bool) -> Convention:
         return "gradient" in rule.conventions if damped else rule.in_both
 
     return "gradient" if all(map(fits, telling)) else "relevance"
+
+
+def _of_function(merge: bool | Sequence[Merge], composite: Composite, execution: Execution) -> Rule | None:
+    """The rule of a batch norm that is called as a function, if it is merged: as one of torch's that passes is."""
+    site = replace(execution.site(""), module=nn.BatchNorm2d(1))
+    rule = (composite.find(site) or (None, DEFAULTS("", site.module)))[1]
+    return merging_function() if merge is True and type(rule) is PassRule else None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from tdhook.relevance.rules.simple import PassRule
 from tdhook.selectors import Selector
 from tdhook.selectors.kinds import MOVES, WINNER
 from tdhook.tape.functions import copying
-from tdhook.tape.internals import buffers_of
 from tdhook.tape.overwriting import Mutated, out_of_place, overwrites, was_overwritten
 from tdhook.tape.undoing import Change, undone
 
@@ -276,9 +275,7 @@ class Plan:
         if self.interception is not None:
             self.interception.dependence.begin()
             self.interception.outdated.layers = set(map(id, overwriting))
-            if self._inside:
-                means = ((buffers_of(norm.module).get("running_mean"), norm) for norm in self._inside)
-                self.interception.norms = {id(mean): norm for mean, norm in means if mean is not None}
+            self.interception.norms.begin(self._inside, self._modules)
         if self._weights is not None:
             self._weights.begin()
         if self.reference is not None:

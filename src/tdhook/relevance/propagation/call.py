@@ -27,14 +27,19 @@ class Setting:
     Attributes:
         report: where to report what the rule keeps, if anyone wants to know.
         weights: keeps modified weights, if anything does.
-        merges: what batch norms tell the layers before them, if they are merged.
+        offered: what batch norms tell the layers before them, if they may be merged.
         reference: what the calls meet on a reference, if differences from one are explained.
     """
 
     report: Report | None = None
     weights: WeightCache | None = None
-    merges: Merges | None = None
+    offered: Merges | None = None
     reference: Reference | None = None
+
+    @property
+    def merges(self) -> Merges | None:
+        """What batch norms tell the layers before them, if there are any."""
+        return self.offered if self.offered is not None and self.offered.used else None
 
 
 ALONE = Setting()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -28,16 +29,20 @@ class Merges:
 
     What the layer returns may be read elsewhere, too: around the batch norm, or by another one. Then there is no one
     layer that both amount to, and nothing is merged.
+
+    Attributes:
+        used: whether the model is known to have any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, used: bool = True) -> None:
+        self.used = used
         self._norms: WeakKeyDictionary[Place, nn.Module] = WeakKeyDictionary()
         self._postponed: WeakSet[Place] = WeakSet()
         self._apart: WeakSet[nn.Module] = WeakSet()
         self._told: list[tuple[nn.Module, Sequence[Any]]] = []
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Merges, ()
+        return partial(Merges, used=self.used), ()
 
     def merge(self, norm: nn.Module, layer: Place) -> None:
         """Merge a batch norm into the call of a layer."""

@@ -126,7 +126,7 @@ def revealed(rule: Revealing, module: nn.Module, flow: Convention) -> Run:
         setting = call.setting
         if setting.merges is not None:
             # What is behind a batch norm is told to the layer with it.
-            call = call.within(replace(setting, merges=None))
+            call = call.within(replace(setting, offered=None))
         if has_form:
             z, at, by = DifferencedLayer(together, call, place).run(call.args[0], _RevealedLayer)
         else:

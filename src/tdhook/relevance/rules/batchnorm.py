@@ -24,7 +24,7 @@ from tdhook.relevance.secants.norms import normalised
 from tdhook.tape.axes import before_moves
 from tdhook.tape.functions import Identity
 
-__all__ = ["merging"]
+__all__ = ["merging", "merging_function"]
 
 
 class _MergedBatchNormRule(PassRule):
@@ -38,11 +38,15 @@ class _MergedBatchNormRule(PassRule):
 
     Args:
         linears: the layers to merge into, if something else lies between them and the batch norm.
+        alone: whether it passes where it is behind no layer; or else it is the weighted sum there, too.
     """
 
-    def __init__(self, linears: Sequence[nn.Module] = ()) -> None:
+    def __init__(self, linears: Sequence[nn.Module] = (), *, alone: bool = True) -> None:
         super().__init__()
-        self.linears = tuple(linears)
+        self.linears, self.alone = tuple(linears), alone
+
+    def __repr__(self) -> str:
+        return repr(PassRule())
 
     def running(self, module: nn.Module, flow: Convention) -> Run:
         """As the pass rule does, once the layer is told; behind one that runs as it is, as the epsilon rule does."""
@@ -110,7 +114,12 @@ class _MergedBatchNormRule(PassRule):
     def _tell(
         self, merges: Merges, module: nn.Module, maker: _Maker, layers: Sequence[ExecutedLayer]
     ) -> bool:
-        """Tell the layers before it of a batch norm, unless something else reads what these return."""
+        """Tell the layers before it of a batch norm, unless something else reads what these return.
+
+        Returns:
+            Whether the batch norm passes.
+        """
+        passes = self.alone
         for layer in layers:
             if not self.linears:
                 # On [N, C, L] a batch norm scales the rows of what a fully connected layer made, not its features.
@@ -120,7 +129,8 @@ class _MergedBatchNormRule(PassRule):
                     return False
                 merges.look_at(module, maker.way)
             merges.merge(module, layer)
-        return True
+            passes = True
+        return passes
 
     def _producers(self, node: Any) -> tuple[list[ExecutedLayer], bool]:
         """The layers before it, and whether there is one that runs as it is."""
@@ -211,3 +221,8 @@ def _taken_over(merges: Merges, norm: nn.Module, maker: _Maker) -> Stabilizer | 
 def merging(linears: Sequence[nn.Module] = ()) -> PassRule:
     """The rule for a batch norm that is merged into ``linears``, or else into the linear layer right before it."""
     return _MergedBatchNormRule(linears)
+
+
+def merging_function() -> PassRule:
+    """That for one which is called as a function: the weighted sum that it is, unless it is behind a linear layer."""
+    return _MergedBatchNormRule(alone=False)
