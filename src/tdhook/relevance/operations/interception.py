@@ -56,6 +56,8 @@ from tdhook.tape.trees import tree_leaves
 __all__ = ["Interception"]
 
 
+# What leaves derivatives as they are.
+_SHIFTS = frozenset(("add", "sub"))
 # What functions of torch take by the names of numpy as well.
 _NAMES = {"axis": "dim", "keepdims": "keepdim"}
 
@@ -144,6 +146,8 @@ class Interception(Units):
         rules = self.rules
         known = rules.known.get(func) or rules.learn(func)
         kwargs = kwargs or {}
+        if known.exposes:
+            self._overwriters.expose()
         if known.aside:
             if known.begins_tape:
                 self.dependence.look_closely(args[0])
@@ -174,8 +178,9 @@ class Interception(Units):
         dependence = self.dependence
         if not torch.is_grad_enabled():  # as it is in heads, which have no part in what is explained
             if in_place and not (self._paused and self._overwriters.given is None):
+                shifts = known.operation.name in _SHIFTS and not any(map(torch.is_tensor, args[1:]))
                 for x in tree_leaves(overwritten(args, kwargs)):
-                    if isinstance(x, Tensor) and dependence.has(x) and self._is_followed(x):
+                    if isinstance(x, Tensor) and dependence.has(x) and self._is_followed(x, shifts=shifts):
                         self._hide(known, x)
             return func(*args, **kwargs)
         reference = self.setting.reference

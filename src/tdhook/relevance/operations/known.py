@@ -39,6 +39,7 @@ from tdhook.tape.internals import schema_of
 __all__ = ["Known", "learned", "on_a_copy"]
 
 _DETACH = ("detach", "data")
+_EXPOSES = frozenset(("data", "numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage"))
 _DERIVATIVES = (torch.autograd.grad, Tensor.backward)
 _BUILT_IN = (BuiltinFunctionType, MethodDescriptorType)
 # Their argument is called so.
@@ -64,6 +65,7 @@ class Known:
         renames: whether it takes ``dim`` and ``keepdim`` by the names of numpy as well.
         detaches: whether it hands out its argument off the tape, and ``uncounted``: so that torch does not count what
             overwrites it there.
+        exposes: whether it hands out the memory of a tensor.
         assigns: whether it puts other values in the place of its argument.
         reads: whether it reads values into Python.
         own: the rule that it has whatever its name.
@@ -86,6 +88,7 @@ class Known:
     renames: bool = False
     detaches: bool = False
     uncounted: bool = False
+    exposes: bool = False
     assigns: bool = False
     reads: bool = False
     own: Rule | None = None
@@ -123,6 +126,7 @@ def learned(func: Any) -> Known:
     known.assigns = name == "data" and raw_name(func) == "__set__"
     known.detaches, known.uncounted = name in _DETACH and not known.assigns, name == "data"
     known.reads = reads(func)
+    known.exposes = name in _EXPOSES and not known.assigns
     known.aside = known.begins_tape or known.hooks or known.assigns or queries(func) or initialises(func)
     return known
 

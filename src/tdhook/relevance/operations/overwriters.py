@@ -31,17 +31,20 @@ class Overwriters:
 
     Attributes:
         given: the arguments of the one of which a rule wants derivatives right now, ``None`` where there is none.
+        watched: the one that is looked at right now, if there is one.
     """
 
     def __init__(self, guard: Guard, outdated: Outdated) -> None:
         self._guard, self._outdated = guard, outdated
         self.given: list[Tensor] | None = None
+        self.watched: _Watched | None = None
         self._known: set[int] = set()
         self._looked_at: set[int] = set()
         self._uncounted: set[int] = set()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_known": set[int](), "_looked_at": set[int](), "_uncounted": set[int]()}
+        forgotten = {"_known": set[int](), "_looked_at": set[int](), "_uncounted": set[int]()}
+        return {**self.__dict__, "watched": None, **forgotten}
 
     def run(self, which: object, call: Call, run: Run) -> Any:
         """Make a call.
@@ -72,16 +75,26 @@ class Overwriters:
         return self._made(_Watched(self, function, seen, looks), call, run)
 
     def _made(self, function: Callable[..., Any], call: Call, run: Run) -> Any:
-        before = self.given
+        before = self.given, self.watched
         try:
             return run(_calling(function, call))
         finally:
-            self.given = before
+            self.given, self.watched = before
 
-    def hides(self, x: Tensor) -> bool:
-        """Whether derivatives miss what is written to a value. Arguments do not count, which are looked after here."""
+    def hides(self, x: Tensor, *, shifts: bool = False) -> bool:
+        """Whether derivatives miss what is written to a value.
+
+        Args:
+            x: the value.
+            shifts: whether numbers are added to it, with which arguments have the derivative that they had.
+        """
         given = self.given
-        return given is not None and storage_of(x) not in map(storage_of, given)
+        return given is not None and not (shifts and storage_of(x) in map(storage_of, given))
+
+    def expose(self) -> None:
+        """Look from now on at what becomes of arguments: memory is handed out, and torch counts no writing there."""
+        if self.watched is not None:
+            self.watched.look()
 
     @staticmethod
     def wrote_unseen(call: Call, run: Run) -> tuple[Any, bool]:
@@ -98,12 +111,14 @@ class Overwriters:
         for x, copy, version in zip(given, function.copies, function.versions, strict=True):
             if version_in(copy) == version and not (uncounted and _differs(copy.detach(), x.detach())):
                 continue
+            kind = which if isinstance(which, type) else type(which)
+            if function.followed and version_in(copy) == version:
+                raise NotImplementedError(_UNSEEN.format(kind.__name__))
             self._guard.before(x)
             if copy is function.returned:  # who reads the argument from now on reads the result
                 result = x.copy_(result)
             else:
                 x.detach().copy_(copy.detach())
-                kind = which if isinstance(which, type) else type(which)
                 self._outdated.hide(x, _READ.format(kind.__name__))
         return result
 
@@ -111,6 +126,10 @@ class Overwriters:
 _READ = (
     "`{}` runs as one and overwrites an argument, which is read afterwards: no rule can follow what was written there; "
     "have it return that, or write to a new tensor"
+)
+_UNSEEN = (
+    "`{}` runs as one and overwrites an argument where no derivative sees it (through numpy, say), while its rule asks "
+    "for derivatives, so that it cannot follow; have it write to a new tensor"
 )
 
 
@@ -150,7 +169,14 @@ class _Watched:
         looks: bool,
     ) -> None:
         self._overwriters, self._function, self._seen, self._looks = overwriters, function, seen, looks
+        self._given: list[Tensor] = []
+        self._before: _Values | None = None
         self._ran = False
+
+    def look(self) -> None:
+        """Keep the values of what it is given, to see whether they are overwritten."""
+        if self._before is None:
+            self._before = _Values(self._given)
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """Call it."""
@@ -158,12 +184,15 @@ class _Watched:
         self._overwriters.given = given if torch.is_grad_enabled() else None
         if self._ran:
             return self._function(*args, **kwargs)
-        self._ran = True
-        versions, before = list(map(version_in, given)), _Values(given if self._looks else [])
+        self._ran, self._given, self._overwriters.watched = True, given, self
+        versions = list(map(version_in, given))
+        if self._looks:
+            self.look()
         result = self._function(*args, **kwargs)
+        self._overwriters.watched, self._given = None, []
         if versions != list(map(version_in, given)):
             self._seen(True)
-        if before.were_overwritten:
+        if self._before is not None and self._before.were_overwritten:
             self._seen(False)
         return result
 
@@ -174,6 +203,7 @@ class _OnCopies:
     Attributes:
         copies: those of the first time that it runs, and ``versions``: theirs before.
         returned: what it returned then.
+        followed: whether a rule asked for derivatives.
     """
 
     def __init__(self, overwriters: Overwriters, function: Callable[..., Any]) -> None:
@@ -181,12 +211,14 @@ class _OnCopies:
         self.copies: list[Tensor] = []
         self.versions: list[int] = []
         self.returned: object = None
+        self.followed = False
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """Call it."""
         args, kwargs = tree_map_tensors(_copied, (args, kwargs))
         copies = _tensors(args, kwargs)
-        self._overwriters.given = copies if torch.is_grad_enabled() else None
+        self.followed = torch.is_grad_enabled()
+        self._overwriters.given = copies if self.followed else None
         versions = list(map(version_in, copies))
         result = self._function(*args, **kwargs)
         if not self.copies:

@@ -88,9 +88,9 @@ class Units(Watching):
         """Whether what runs right now belongs to a rule, and not to the model."""
         return self._paused > 0
 
-    def _is_followed(self, x: Tensor) -> bool:
+    def _is_followed(self, x: Tensor, *, shifts: bool = False) -> bool:
         """Whether derivatives of a value are followed right now: its operations are seen, or a rule asks for them."""
-        return not self._paused or self._overwriters.hides(x)
+        return not self._paused or self._overwriters.hides(x, shifts=shifts)
 
     def _place(self) -> str:
         return self.paths.current if self.paths.following else ""
