@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,7 +110,8 @@ class Memory:
         places, place = self._places, storage_of(tensor)
         while is_wrapped(tensor):
             tensor = inside(tensor)
-        places[place] = weakref.ref(tensor.untyped_storage(), lambda _: places.pop(place, None))
+        # No function of Python's, in which an interrupt would be lost; what it is called with is the default of `pop`.
+        places[place] = weakref.ref(tensor.untyped_storage(), partial(places.pop, place))
 
     def holds(self, tensor: object) -> bool:
         """Whether a tensor lies where one of them does."""
