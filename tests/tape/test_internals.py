@@ -328,6 +328,16 @@ def test_the_input_that_is_kept_can_be_given_hooks():
     assert torch.equal(seen[0], x)
 
 
+def test_what_a_function_puts_on_a_tape_of_its_own_is_told() -> None:
+    x = torch.randn(2, 3)
+    (kept,) = [
+        each for each in internals.saved_by((x * torch.ones(3, requires_grad=True)).grad_fn) if each.data is x
+    ]
+    assert not internals.begins_tape_inside(kept)
+    x.requires_grad = True
+    assert internals.begins_tape_inside(kept)
+
+
 def test_autocast_is_told() -> None:
     assert not internals.autocasting()
     with torch.autocast("cpu", torch.bfloat16):

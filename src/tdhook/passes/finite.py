@@ -19,7 +19,7 @@ from torch.autograd.graph import Node
 
 from tdhook.tape.conditions import holds
 from tdhook.tape.functions import may_look_at, nodes_behind
-from tdhook.tape.internals import is_plain, maker_of, saved_by
+from tdhook.tape.internals import begins_tape_inside, is_plain, maker_of, saved_by
 
 __all__ = ["Disregarding", "are_finite"]
 
@@ -64,6 +64,8 @@ class Disregarding:
             # The identities of the library know that what is infinite has no relevance.
             keeps = _known if maker_of(node) is not None and not hasattr(node, "executed") else _numbers
             for kept in () if _CHOICES.match(node.name()) else saved_by(node):
+                if maker_of(node) is not None and begins_tape_inside(kept):
+                    continue
                 try:
                     kept.register_hooks(keeps, _itself)
                 except RuntimeError:  # nothing is kept, or what is kept is made once more

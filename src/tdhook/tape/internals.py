@@ -35,6 +35,7 @@ __all__ = [
     "attention_in_parts",
     "autocasting",
     "base_of",
+    "begins_tape_inside",
     "buffers_of",
     "called",
     "children_of",
@@ -242,6 +243,15 @@ def saved_by(node: object) -> Iterator[Any]:
         if name.startswith("_raw_saved_"):
             kept = getattr(node, name)
             yield from kept if isinstance(kept, tuple | list) else (kept,)
+
+
+def begins_tape_inside(kept: Any) -> bool:
+    """Whether what a node keeps was put on the tape by its function, which differentiates in its backward pass.
+
+    Where it is given hooks, torch hands out another tensor for it each time, and what arrives at that is lost.
+    """
+    x = getattr(kept, "data", None)
+    return type(x) is Tensor and x.requires_grad and x.is_leaf
 
 
 def argument_kept_by(node: Any, name: str) -> Any:

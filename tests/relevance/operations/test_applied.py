@@ -250,6 +250,34 @@ def test_nothing_of_torch_stays_replaced_and_no_class_is_held() -> None:
     assert torch.autograd.Function.__mro__[1].__dict__.get("apply") is apply
 
 
+class Recomputing(torch.autograd.Function):
+    """Softmax, found once more in the backward pass, which puts what it has kept on a tape of its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.detach())
+        return x.softmax(-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        x.requires_grad = True
+        with torch.enable_grad():
+            x.softmax(-1).backward(grad)
+        found, x.grad = x.grad, None
+        return found + 0.0
+
+
+@every_flow
+def test_a_function_that_computes_once_more_in_its_backward_pass(flow: str) -> None:
+    found = []
+    for function in (lambda h: Softmax.apply(h, -1), Recomputing.apply):
+        td, module = explained(*around(function), flow)
+        assert_balanced(td, module)
+        found.append(td["attr", "input"])
+    assert_same(*found)
+
+
 class Either(torch.autograd.Function):
     """One function or another, as a word says."""
 
