@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tdhook import LRP, Contrast, References, Target
 from tdhook.attribution.averaged import Averaged
+from tdhook.targets import Through
 
 COUNT = 12
 TARGET = Target("output", 1)
@@ -88,7 +89,16 @@ def test_mean_and_spread_are_those_of_each(preset, flow, shape):
     torch.testing.assert_close(found["output"], net(td["input"]))
 
 
-@pytest.mark.parametrize("target", [Target("output", "all"), Contrast(TARGET, Target("output", 0))], ids=repr)
+@pytest.mark.parametrize(
+    "target",
+    [
+        Target("output", "all"),
+        Contrast(TARGET, Target("output", 0)),
+        Through(TARGET, "2", "all"),
+        Through(Target("output", "argmax"), "0", (1, 3)),
+    ],
+    ids=repr,
+)
 def test_targets(target):
     net, td, over = mlp().double(), rows_of(4), references()
     method = LRP("deeplift", target=target, baseline=over)

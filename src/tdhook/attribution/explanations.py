@@ -19,6 +19,7 @@ from tdhook.passes.variants import Variants
 from tdhook.perturbing.draws import Draws, Noise
 from tdhook.perturbing.entries import entries_of_references
 from tdhook.perturbing.references import References
+from tdhook.targets.through import begun_at
 
 __all__ = ["SEVERAL", "against", "explanations", "side_by_side"]
 
@@ -201,9 +202,9 @@ class _Referred:
     def each(self) -> Iterator[Mapping[NestedKey, Tensor]]:
         """What is found of some of them at a time; models are seen to leave them alone before."""
         start = self._starts(range(1))
-        look(
-            self._variants, self._values, {key: start[key].squeeze(0) for key in self._values if key in start}
-        )
+        # Whatever units are meant, what passes them is a part of this, which forward passes tell.
+        whole = Variants(self._runner, self._run, begun_at(self._runner.setup.question.target))
+        look(whole, self._values, {key: start[key].squeeze(0) for key in self._values if key in start})
         count = self._references.samples
         for answer in self._variants.each(count, self._changed, self._ask, self._size, kind="explanations"):
             yield answer.found
