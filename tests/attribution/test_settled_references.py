@@ -244,6 +244,16 @@ def test_what_is_settled_for_the_whole_is_that_of_its_parts(baseline):
     assert sorted(td.keys()) == ["input", "there"]
 
 
+def test_one_of_several_is_the_same_in_parts():
+    net, td = model(), batch(9)
+    for number in range(3):
+        given = method(References("sample", 3).only(number))
+        for_parts, cut, fill = given.settled(["input"], td)
+        explained = for_parts.wrap(net)
+        parts = torch.cat([explained(fill(part))["attr", "input"] for part in cut.split(2)])
+        torch.testing.assert_close(parts, given.wrap(net)(td.clone())["attr", "input"])
+
+
 def test_a_value_inside_the_model_has_no_mean_of_a_part():
     lrp = LRP("deeplift", target=Target("output", 0), baseline="mean", use_inputs=False, input_modules=["0"])
     for_parts, cut, fill = lrp.settled([], batch(6))

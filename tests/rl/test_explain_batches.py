@@ -64,6 +64,22 @@ def test_padding_is_not_explained() -> None:
     torch.testing.assert_close(found[mask], of_the_stored(actor, split[mask]))
 
 
+def test_a_mask_that_is_not_where_a_collector_has_it_is_told() -> None:
+    """A rollout that is split has it at its root, and padding would be explained."""
+    actor, batch = q_actor(), collected(60)
+    batch["traj_ids"] = torch.cat([torch.zeros(1), batch["next", "done"][:-1, 0].cumsum(0)]).long()
+    split = split_trajectories(batch.exclude("collector"), trajectory_key="traj_ids")
+    assert not split["mask"].all()
+    method = LRP("epsilon_plus", target=Target("action_value", 0))
+    with pytest.warns(UserWarning, match="'mask' of its steps.*give mask_key='mask'"):
+        Explain(method, actor)(split)
+    found = Explain(method, actor, mask_key="mask")(split)[ATTR]
+    assert bool((found[~split["mask"]] == 0).all())
+    Explain(method, actor, mask_key=None)(split)
+    split["mask"] = split["mask"].unsqueeze(-1).expand(*split.shape, 2)  # of actions
+    Explain(method, actor)(split)
+
+
 @pytest.mark.parametrize("whole", [False, True], ids=["steps", "trajectories"])
 @pytest.mark.parametrize("action", ["one-hot", "categorical"])
 @pytest.mark.parametrize("baseline", [None, "mean"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
@@ -32,7 +33,7 @@ from tdhook.tape.axes import beside
 from tdhook.tape.undoing import Undoing, all_of, undone
 from tdhook.targets.hindsight import InHindsight
 
-__all__ = ["Recorded", "recurrent", "rows_at_once"]
+__all__ = ["Recorded", "padding_told", "recurrent", "rows_at_once"]
 
 _VALID = "_explain_valid"
 _RECURRENT = "torchrl.modules"
@@ -75,6 +76,23 @@ def rows_at_once(model: Model, rows: TensorDictBase) -> int:
         model.runner(rows[:1].clone())
     fitting = _WORKING_SET // max(1, seen.size)
     return max(_FEWEST, min(_MOST, 1 << max(0, fitting.bit_length() - 1)))
+
+
+def padding_told(td: TensorDictBase, mask_key: NestedKey | None) -> Tensor | None:
+    """The entry that says which steps of a batch are none of padding, if it has one.
+
+    It warns where torchrl has put one elsewhere.
+    """
+    found: Tensor | None = None if mask_key is None else td.get(mask_key, None)
+    other = td.get("mask", None) if found is None and mask_key == ("collector", "mask") else None
+    if isinstance(other, Tensor) and other.shape == td.batch_size and other.dtype is torch.bool:
+        warnings.warn(
+            "the batch has no ('collector', 'mask'), but a 'mask' of its steps, as split_trajectories writes it where "
+            "there are no entries of a collector: give mask_key='mask', so that padding is not explained, or "
+            "mask_key=None",
+            stacklevel=2,
+        )
+    return found
 
 
 class Recorded:
@@ -158,7 +176,7 @@ class Recorded:
             raise ValueError(
                 f"there is nothing to explain: the batch is empty (batch size {list(source.batch_size)})"
             )
-        valid = None if self.mask_key is None else td.get(self.mask_key, None)
+        valid = padding_told(td, self.mask_key)
         if valid is not None:
             valid = valid.reshape((*td.batch_size, *(1,) * (source.batch_dims - td.batch_dims)))
             valid = valid.expand(source.batch_size)

@@ -11,6 +11,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
+from tdhook.contexts.recorded import padding_told
 from tdhook.datasets.exact import DIGITS, carried, digits_of, value_of
 from tdhook.datasets.reducing import By, Part, Piece, Reducer, aligned, groups_of, labels_of
 from tdhook.datasets.top_lists import best, both, note_name
@@ -183,7 +184,7 @@ class UnitRows(Reducer):
             raise ValueError(f"{self._layer!r} is {tuple(value.shape)}, and the rows are {tuple(batch)}")
         row, step = piece.index.cpu().repeat_interleave(each), torch.arange(each).repeat(batch[0])
         order = torch.argsort(row, stable=True)
-        valid = None if self.mask_key is None else piece.data.get(self.mask_key, None)
+        valid = padding_told(piece.data, self.mask_key)
         if valid is not None:
             valid = valid.reshape(*batch, -1)[..., 0].reshape(-1).cpu().bool()
             order = order[valid[order]]

@@ -27,11 +27,11 @@ def entries_of_references(td: TensorDictBase, keys: Collection[NestedKey]) -> di
     return found
 
 
-def fill(drawn: Mapping[NestedKey, Tensor], samples: int, part: TensorDictBase) -> TensorDictBase:
+def fill(drawn: Mapping[NestedKey, Tensor], numbers: range, part: TensorDictBase) -> TensorDictBase:
     """Add the references that were drawn to a part of a batch."""
     part = part.copy() if drawn else part
     for key, source in drawn.items():
-        for number in range(samples):
+        for number in numbers:
             index = part.get((GIVEN, f"{number}", f"of {len(source)}"))
             put(
                 part,

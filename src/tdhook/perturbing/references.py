@@ -249,11 +249,12 @@ class References:
             except KeyError:  # of what may be an index, which is compared with nothing
                 if not whole or isinstance(self.baseline, Mapping):
                     raise
-        for number in range(self.samples if drawn else 0):
+        numbers = range(self.first, self.first + self.samples)
+        for number in numbers if drawn else ():
             for count in {len(source) for source in drawn.values()}:
                 rows = chosen_rows(self.seed, number, count, td.numel(), td.device, first)
                 td.set((GIVEN, f"{number}", f"of {count}"), rows.reshape(td.batch_size))
-        return _Settled(self, given, tuple(drawn)), td, partial(fill, drawn, self.samples)
+        return _Settled(self, given, tuple(drawn)), td, partial(fill, drawn, numbers)
 
     def _put(self, td: TensorDictBase, key: NestedKey, given: OneBaseline, value: Tensor) -> None:
         """Write what a key is compared with as an entry."""
@@ -352,12 +353,12 @@ class _Settled(References):
         rows = [key for key in keys if each and not is_one_row(self._given.get(key, 0.0), 0)]
         rows = [key for key in rows if isinstance(self._given[key], Tensor)]
         if not rows:
-            return self, td, partial(fill, {}, 0)
+            return self, td, partial(fill, {}, range(0))
         other, td = copy.copy(self), td.copy()
         for key in rows:
             self._put(td, key, self._given[key], td.get(key))
         other._given = {**self._given, **dict.fromkeys(rows, (GIVEN,))}
-        return other, td, partial(fill, {}, 0)
+        return other, td, partial(fill, {}, range(0))
 
     @property
     def constant(self) -> bool:

@@ -13,6 +13,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
 from tdhook.contexts.attribution import Attribution
+from tdhook.contexts.recorded import padding_told
 from tdhook.evaluation.similarity import drift
 from tdhook.keys import under
 from tdhook.models.entries import leaves_of
@@ -216,7 +217,7 @@ class AttributionTracker:
 
     def _valid(self, batch: TensorDictBase) -> Tensor | None:
         """Which steps are none of padding, ``[*batch]``, where there is any."""
-        mask = None if self.mask_key is None else batch.get(self.mask_key, None)
+        mask = padding_told(batch, self.mask_key)
         if not isinstance(mask, Tensor) or mask.numel() != batch.batch_size.numel() or bool(mask.all()):
             return None
         return mask.reshape(batch.batch_size)
