@@ -106,6 +106,28 @@ def share(policy, composite, baseline=None):
     return torch.stack(rows)
 
 
+def shapley_share(policy, baseline, orders=30):
+    """The same by Shapley values, of numbers put in one after the other, in some orders and the same backwards."""
+    observation, told = situations(1000, seed=1)
+    start = torch.zeros_like(observation) if baseline == 0.0 else observation.mean(0).expand_as(observation)
+    drawn, right = torch.Generator().manual_seed(0), told[:, None, None].expand(-1, AGENTS, 1)
+    found = torch.zeros(1000, AGENTS, AGENTS * SEEN)
+    for _ in range(orders):
+        order = torch.randperm(AGENTS * SEEN, generator=drawn)
+        for places in (order, order.flip(0)):
+            x, before = start.clone(), None
+            for place in (None, *places.tolist()):
+                if place is not None:
+                    x.flatten(1)[:, place] = observation.flatten(1)[:, place]
+                with torch.no_grad():
+                    now = policy.module(x).gather(-1, right).squeeze(-1)
+                if place is not None:
+                    found[..., place] += now - before
+                before = now
+    amount = found.unflatten(-1, (AGENTS, SEEN)).abs().sum(-1).mean(0)
+    return amount / amount.sum(-1, keepdim=True)
+
+
 @pytest.mark.parametrize("composite", ["epsilon", "attn_lrp"])
 def test_relevance_lies_on_the_agent_that_knows(policy, composite):
     assert (share(policy, composite)[:, KNOWS] > 0.95).all()
@@ -113,10 +135,14 @@ def test_relevance_lies_on_the_agent_that_knows(policy, composite):
 
 @pytest.mark.parametrize("baseline", [0.0, "mean"], ids=["zero", "mean"])
 def test_against_a_baseline_more_of_it_does(policy, baseline):
-    """Of the networks that have a weight for each agent more than 99 %; attention leaves a little to the others."""
+    """Of the networks that have a weight for each agent more than 99 %; attention leaves a little to the others.
+
+    That is there: Shapley values, over orders of the agents and numbers that they see, say the same.
+    """
     against = share(policy, "deeplift", baseline)[:, KNOWS]
     assert (against > share(policy, "epsilon")[:, KNOWS]).all()
     assert (against > (0.985 if isinstance(policy.module, Attending) else 0.99)).all()
+    assert (against > shapley_share(policy, baseline)[:, KNOWS] - 2e-3).all()
 
 
 def test_an_agent_that_sees_for_itself_rests_on_itself():

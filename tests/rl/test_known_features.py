@@ -158,6 +158,19 @@ def test_against_a_baseline_less_is_on_what_does_not_matter(
     assert against > (0.99 if isinstance(target, Contrast) else 0.98)
 
 
+@pytest.mark.parametrize("baseline", [0.0, "mean"], ids=["zero", "mean"])
+@pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
+def test_what_is_left_on_them_is_there(
+    target: Any, baseline: Any, actor: QValueActor, rollout: TensorDictBase
+) -> None:
+    """Exact Shapley values have no more on what matters: so much of what is explained rests on the rest."""
+    steps = rollout.select("observation", "action").reshape(-1)[:512]
+    found = Shapley(target=target, baseline=baseline).wrap(actor)(steps.copy())
+    size = found["attr", "observation"].abs().reshape(-1, FEATURES).sum(0)
+    exact = float(size[:CAUSAL].sum() / size.sum())
+    assert exact - 1e-3 < causal_share("deeplift", target, actor, steps, baseline) < exact + 5e-3
+
+
 METHODS = {
     "integrated gradients": IntegratedGradients(baseline="mean"),
     "integrated gradients until close": IntegratedGradients(baseline="mean", tolerance=1e-2),
