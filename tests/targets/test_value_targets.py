@@ -15,11 +15,14 @@ from computed_models import (
     model_of,
     observation,
 )
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
-from tdhook import Contrast, Key, Target
-from tdhook.targets import Advantage, Atom, ExpectedValue
+from tdhook import LRP, Contrast, Key, Target
+from tdhook.attribution import IntegratedGradients
+from tdhook.relevance.secants import averages
+from tdhook.targets import Advantage, Atom, Entropy, ExpectedValue
 
 
 @BATCHES
@@ -110,3 +113,31 @@ def test_quantiles(flow):
     torch.testing.assert_close(out["attr", "obs"].sum(-1), chosen)
     out = explain(model, td, Atom(1, action=3, quantiles=True, action_value="quantiles"), flow)
     torch.testing.assert_close(out["attr", "obs"].sum(-1), out["quantiles"][:, 1, 3])
+
+
+@FLOWS
+@pytest.mark.parametrize(
+    "target",
+    [ExpectedValue(SUPPORT, index=1), Atom(2, action=1), Entropy(["loc", "scale"])],
+    ids=["expectation", "atom", "entropy"],
+)
+def test_functions_of_single_values_have_a_closed_form_between_two_inputs(target, flow, monkeypatch):
+    """It is their integrated gradient, without a node on the way."""
+    torch.manual_seed(0)
+    read = target.explains
+    shape = (4, ATOMS, ACTIONS) if read == ["action_value"] else (4, 3)
+    module = TensorDictModule(lambda *x: tuple(each + 0.0 for each in x), [f"of {key}" for key in read], read)
+    td = TensorDict({key: 4 * torch.rand(shape).double() + 0.1 for key in module.in_keys}, [4])
+    if read == ["action_value"]:
+        td["of action_value"] = (10 * td["of action_value"]).log_softmax(-2)
+    wanted = IntegratedGradients(target=target, baseline=0.5, steps=200).wrap(module)(td.copy())["attr"]
+    at_nodes = averages._quadrature
+
+    def halfway(pair, grads, count):
+        assert count == 1
+        return at_nodes(pair, grads, count)
+
+    monkeypatch.setattr(averages, "_quadrature", halfway)
+    found = LRP("deeplift", target=target, baseline=0.5, flow=flow).wrap(module)(td.copy())["attr"]
+    for key in module.in_keys:
+        torch.testing.assert_close(found[key], wanted[key])

@@ -10,10 +10,19 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["as_one", "as_one_that_keeps", "inside_of", "is_one", "kept_by"]
+__all__ = [
+    "as_one",
+    "as_one_that_keeps",
+    "inside_of",
+    "is_of_single_values",
+    "is_one",
+    "kept_by",
+    "of_single_values",
+]
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 _MARK = "tdhook_as_one"
+_SINGLE = "tdhook_of_single_values"
 
 
 def is_one(function: Callable[..., object]) -> bool:
@@ -24,6 +33,20 @@ def is_one(function: Callable[..., object]) -> bool:
 def kept_by(function: Callable[..., object]) -> str:
     """The reason for which a function keeps what its linearisation leaves of its value."""
     return str(getattr(function, _MARK, "constant"))
+
+
+def of_single_values(function: F) -> F:
+    """Say of one operation that what it returns are functions of single values, or sums of such.
+
+    Between two inputs its operations share then what the integrated gradient of the whole shares, in closed form.
+    """
+    setattr(function, _SINGLE, True)
+    return function
+
+
+def is_of_single_values(function: Callable[..., object]) -> bool:
+    """Whether that was said of a function."""
+    return hasattr(function, _SINGLE)
 
 
 def inside_of(function: Callable[..., object]) -> Callable[..., object]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tdhook.keys import parts_of
 from tdhook.models.entries import leaves_of
-from tdhook.tape.as_one import as_one
+from tdhook.tape.as_one import as_one, of_single_values
 from tdhook.targets.computed import Derived, entries_of, entry_of, plain_keys
 from tdhook.targets.outputs import Index, Key, Target
 
@@ -36,6 +36,7 @@ def categorical_entropy(logits: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs.masked_fill(log_probs.isinf(), 0.0)).sum(-1)
 
 
+@of_single_values
 @as_one
 def normal_entropy(scale: Tensor) -> Tensor:
     """Entropy of independent normal distributions, ``[*batch, n] -> [*batch]``."""

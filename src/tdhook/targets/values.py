@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
 
-from tdhook.tape.as_one import as_one
+from tdhook.tape.as_one import as_one, of_single_values
 from tdhook.targets.computed import Derived, entry_of, plain_keys
 from tdhook.targets.outputs import Index, Key, Target
 
@@ -82,6 +82,7 @@ class Advantage(Derived):
         return q - (q.masked_fill(~allowed, 0.0) * weights).sum(-1, keepdim=True)
 
 
+@of_single_values
 @as_one
 def expected_value(log_probs: Tensor, support: Tensor) -> Tensor:
     """``sum_i p_i s_i`` over the atoms: ``[*batch, atoms, actions] -> [*batch, actions]``."""
@@ -134,6 +135,7 @@ class ExpectedValue(Derived):
         return expected_value(z, support)
 
 
+@of_single_values
 @as_one
 def atom_probability(log_probs: Tensor) -> Tensor:
     """``exp``, elementwise."""

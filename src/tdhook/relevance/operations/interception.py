@@ -39,6 +39,7 @@ from tdhook.relevance.propagation.again import Again
 from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
 from tdhook.relevance.propagation.rule import Rule
 from tdhook.selectors.names import relabels, writes_in_place
+from tdhook.tape.as_one import inside_of, is_of_single_values
 from tdhook.tape.entering import entered
 from tdhook.tape.internals import (
     APPLIED_IN_TRANSFORMS,
@@ -226,6 +227,9 @@ class Interception(Units):
             raise NotImplementedError(DIFFERENTIATES.format(self.paths.current or "(model)"))
         norm = self.norms.inside(args) if known.normalises else None
         selector, rule = (None, None) if norm else self.rules.find(known, args, kwargs, self._entered)
+        if reference is not None and selector is None and is_of_single_values(func):
+            with self:
+                return inside_of(func)(*args, **kwargs)
         if known.normalises and rule is ARITHMETIC and selector is None:
             norm = self.norms.called(given, self)
         if norm is not None:
