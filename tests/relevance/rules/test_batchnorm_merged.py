@@ -322,3 +322,40 @@ def test_the_seeds_mapper_merges_too():
     got = relevance(nn.Sequential(layer, norm, nn.ReLU()), x, **method)
     expected = relevance(nn.Sequential(merged(layer, norm), nn.ReLU()), x, **method)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+class OfSteps(nn.Module):
+    """A layer on steps that were transposed before, whose bias torch adds apart, or one that is written so."""
+
+    def __init__(self, layer, norm, write):
+        super().__init__()
+        self.layer, self.norm, self.head, self.write = layer, norm, nn.Linear(4, 2).double(), write
+
+    def forward(self, x):
+        h = self.write(self.layer, x.transpose(1, 2))
+        return self.head(self.norm(h.transpose(1, 2)).relu().sum(-1))
+
+
+@pytest.mark.parametrize("baseline", [None, 0.2])
+@pytest.mark.parametrize("flow", ["relevance", "gradient"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda layer, x: layer(x),
+        lambda layer, x: nn.functional.linear(x, layer.weight, layer.bias),
+        lambda layer, x: x @ layer.weight.T + layer.bias,
+    ],
+    ids=["module", "function", "product and sum"],
+)
+def test_layers_whose_bias_is_added_apart(write, flow, baseline):
+    layer, norm = nn.Linear(3, 4).double(), lived(nn.BatchNorm1d(4))
+    td = TensorDict({"input": torch.rand(2, 3, 5).double()}, [2])
+
+    def explained(layer, norm):
+        torch.manual_seed(0)
+        lrp = LRP("epsilon", target=Target("output", 0), flow=flow, baseline=baseline)
+        return lrp.wrap(OfSteps(layer, norm, write))(td.copy())["attr", "input"]
+
+    torch.testing.assert_close(
+        explained(layer, norm), explained(merged(layer, norm), nn.Identity()), rtol=1e-5, atol=1e-7
+    )

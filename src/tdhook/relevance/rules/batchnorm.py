@@ -23,6 +23,7 @@ from tdhook.relevance.secants.averages import product
 from tdhook.relevance.secants.norms import normalised
 from tdhook.tape.axes import before_moves
 from tdhook.tape.functions import Identity
+from tdhook.tape.internals import gradients_of
 
 __all__ = ["merging", "merging_function"]
 
@@ -187,16 +188,46 @@ class _Maker:
 
     def __init__(self, x: Tensor) -> None:
         self.axis, self.moved = 1, False
-        shape: Sequence[int] = x.shape
         self.node, passed = Identity.before(x.grad_fn)
-        way = [*passed, self.node]
-        while len(shape) > 1 and (moved := before_moves(self.node, self.axis, shape)) is not None:
+        self.way, self._shape = [*passed, self.node], tuple(x.shape)
+        self._go_back()
+        if not self.is_plain:
+            self._go_past_bias()
+
+    @property
+    def n_axes(self) -> int:
+        return len(self._shape)
+
+    @property
+    def stabilizing(self) -> list[Any]:
+        return [each for each in self.way if getattr(each, "place", None) is not None]
+
+    def _go_back(self) -> None:
+        """To what made the values, from where they were moved to."""
+        while len(self._shape) > 1 and (moved := before_moves(self.node, self.axis, self._shape)) is not None:
             self.moved = True
-            self.node, self.axis, shape = moved
-            self.node, passed = Identity.before(self.node)
-            way += [*passed, self.node]
-        self.n_axes, self.way = len(shape), way
-        self.stabilizing: list[Any] = [each for each in way if getattr(each, "place", None) is not None]
+            before, self.axis, shape = moved
+            self._shape = tuple(shape)
+            self._enter(before)
+
+    def _enter(self, node: Any) -> None:
+        self.node, passed = Identity.before(node)
+        self.way += [*passed, self.node]
+
+    def _go_past_bias(self) -> None:
+        """To a product of matrices, where a constant is added to one: torch writes layers on what was transposed so."""
+        before = self.node, self.axis, self._shape, self.moved, list(self.way)
+        parents = getattr(self.node, "next_functions", ())
+        live = [
+            parent for parent in parents if type(parent[0]).__name__ not in ("NoneType", "AccumulateGrad")
+        ]
+        if type(self.node).__name__ == "AddBackward0" and len(live) == 1:
+            node, at = live[0]
+            if tuple(gradients_of(node)[at][0]) == self._shape:
+                self._enter(node)
+                self._go_back()
+        if not type(self.node).__name__.startswith(("Mm", "Bmm")) or not self.is_plain:
+            self.node, self.axis, self._shape, self.moved, self.way = before
 
     @property
     def is_plain(self) -> bool:
