@@ -142,11 +142,21 @@ def test_a_kept_run_that_masks_others_is_not_taken() -> None:
         torch.testing.assert_close(explain(explained, x)["attr", "input"].sum(-1), wanted)
 
 
+def _experts(h: Tensor, x: Tensor) -> Tensor:
+    """Rows that are taken out and put back by whom they are given to."""
+    made = torch.zeros_like(h)
+    for i, expert in enumerate((torch.tanh, torch.sigmoid)):
+        chosen = (x.detach()[:, 1] > 0.5) == bool(i)
+        made[chosen] = expert(h[chosen])
+    return made
+
+
 OFF_THE_TAPE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gather": lambda h, x: h.gather(-1, x.detach().argsort(-1)),
     "places": lambda h, x: h[torch.arange(len(h))[:, None], (x.detach() > 0.5).long()],
     "put": lambda h, x: torch.zeros_like(h).scatter(-1, x.detach().argsort(-1), h),
     "masked": lambda h, x: h.flip(-1).masked_scatter(x.detach() > 0.5, h),
+    "experts": _experts,
     "item": lambda h, x: h.roll(int(x[0].argmax()), -1),
     "detached item": lambda h, x: h.roll(x[0].detach().argmax().item(), -1),
     "list": lambda h, x: h[:, x[0].detach().argsort().tolist()],
@@ -163,7 +173,7 @@ def test_decisions_that_no_tape_knows_are_those_of_the_input(way: str, flow: str
     x, start = torch.rand(2, 4, 6, generator=torch.Generator().manual_seed(3))
     model, decides = Decides(OFF_THE_TAPE[way]), OFF_THE_TAPE[way]
     with torch.no_grad():
-        seen = x if way == "masked" else start  # where masks are taken over, all of them are
+        seen = x if way in ("masked", "experts") else start  # where masks are taken over, all of them are
         at_start = model.first(start) + model.table((seen[:, 0] > 0.5).long())
         wanted = (model(x) - model.last(decides(at_start, x)))[:, 0]
         assert not torch.allclose(model(start), model.last(decides(at_start, x)))

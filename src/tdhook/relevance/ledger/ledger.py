@@ -16,7 +16,7 @@ from tdhook.keys import parts_of as parts_of_key
 from tdhook.markup import html_table
 from tdhook.relevance.ledger.metered import metered_arguments, metered_outputs, moved_beside
 from tdhook.relevance.propagation.again import Again
-from tdhook.relevance.propagation.beside import noted
+from tdhook.relevance.propagation.beside import moving, noted
 from tdhook.relevance.propagation.binding import Bindable, Bound
 from tdhook.relevance.propagation.call import Call, Setting
 from tdhook.relevance.propagation.constants import with_constants
@@ -219,7 +219,8 @@ class Ledger:
         again = Again.of(module, call.kwargs)
         if rule.native and isinstance(module, Operation):
             with nullcontext() if module.moves else again.unnoticed():
-                outputs = call.execute()
+                # On a reference, to the places that count there.
+                outputs = run(call) if run is moving else call.execute()
             if _shares_memory(outputs, (call.args, call.kwargs)):
                 return outputs
         if call.setting.reference is not None:

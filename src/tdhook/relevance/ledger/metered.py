@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from tdhook.conventions import Convention, relevance_of
-from tdhook.relevance.propagation.beside import OfDifference, numbered
+from tdhook.relevance.propagation.beside import OfDifference, is_place, numbered
 from tdhook.relevance.propagation.call import Call
 from tdhook.relevance.propagation.reference import Place
 from tdhook.relevance.secants.pair import difference
+from tdhook.selectors.kinds import INDEXED
 from tdhook.tape.functions import Identity, alias, on_tape, parts
 from tdhook.tape.masks import masks_in
 from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
@@ -47,11 +48,16 @@ def moved_beside(call: Call, outputs: Any, place: Place, note: Note) -> Any:
     fixed = {i: x.detach().clone() for i, x in tensors.items() if not on_tape(x)}
     if not fixed:
         return outputs
+    indexed = type(call.module).__name__ in INDEXED
 
     def differs() -> list[Tensor]:
         """What is returned of the differences."""
         starts = dict(zip(tensors, place.starts, strict=True))
-        before = {i: x if (start := starts[i]) is None else start.expand_as(x) for i, x in fixed.items()}
+        # Data are moved to the same places.
+        before = {
+            i: x if (start := starts[i]) is None or (indexed and is_place(x)) else start.expand_as(x)
+            for i, x in fixed.items()
+        }
         made = []
         for values in (fixed, before):
             # It is linear in all that it moves.

@@ -26,7 +26,17 @@ from tdhook.tape.masks import unmasked
 from tdhook.tape.meeting import Meeting
 from tdhook.tape.trees import tree_flatten, tree_leaves, tree_unflatten
 
-__all__ = ["OfDifference", "between", "damped", "damped_at", "moving", "noted", "numbered", "there"]
+__all__ = [
+    "OfDifference",
+    "between",
+    "damped",
+    "damped_at",
+    "is_place",
+    "moving",
+    "noted",
+    "numbered",
+    "there",
+]
 
 
 def _reference(call: Call) -> Reference:
@@ -76,7 +86,7 @@ def _reads_nothing_else(call: Call) -> bool:
 def moving(call: Call) -> Any:
     """Make a call that moves data, and see that the reference has them moved to the same places."""
     leaves, spec = tree_flatten((call.args, call.kwargs))
-    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and _is_place(x)]
+    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and is_place(x)]
     if places:
         for i, x in zip(places, _reference(call).moved(type(call.module).__name__, leaves), strict=True):
             leaves[i] = x
@@ -84,7 +94,8 @@ def moving(call: Call) -> Any:
     return call.execute()
 
 
-def _is_place(x: Tensor) -> bool:
+def is_place(x: Tensor) -> bool:
+    """Whether a tensor may say where data are moved to: whole numbers, and truth values."""
     return not x.is_floating_point() and not x.is_complex()
 
 
