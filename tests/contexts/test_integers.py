@@ -218,6 +218,24 @@ def test_numbers_that_cannot_be_followed(scaled):
         LRP("epsilon", target=Target("q", 0)).wrap(actor(scaled))(frames())
 
 
+def test_numbers_beside_a_mask_are_to_be_named() -> None:
+    class Masked(nn.Module):
+        def forward(self, board: torch.Tensor, legal: torch.Tensor) -> torch.Tensor:
+            return (board.float() * 2).masked_fill(~legal, -torch.inf)
+
+    model = TensorDictModule(Masked(), ["board", "legal"], ["logits"])
+    entries = {"board": torch.tensor([[1, 0, -1]]), "legal": torch.tensor([[True, True, False]])}
+    td = TensorDict(entries, [1])
+    with (
+        pytest.warns(UserWarning, match="input 'legal' is torch.bool"),
+        pytest.raises(ValueError, match=r"name those that are numbers.*attribute=\['board'\]"),
+    ):
+        LRP("epsilon", target=Target("logits", 0)).wrap(model)(td.copy())
+    with pytest.warns(UserWarning, match="input 'legal' is torch.bool"):
+        found = LRP("epsilon", target=Target("logits", 0), attribute=["board"]).wrap(model)(td.copy())
+    assert found["attr", "board"].tolist() == [[2.0, 0.0, 0.0]]
+
+
 class Looking(nn.Module):
     """Looks something up by words, and may see numbers too."""
 

@@ -141,9 +141,10 @@ class Leaves:
                 del inputs[key]
         unasked = not any(key in self._named or integers[key].dtype is torch.uint8 for key in numbers)
         if len(numbers) < len(integers):
-            self._require({} if unasked and len(inputs) == len(numbers) else inputs)
+            alone = unasked and len(inputs) == len(numbers)
+            self._require({} if alone else inputs, numbers if alone else ())
 
-    def _require(self, inputs: Mapping[NestedKey, Tensor]) -> None:
+    def _require(self, inputs: Mapping[NestedKey, Tensor], numbers: Sequence[NestedKey] = ()) -> None:
         wanted = [
             key for key in inputs if self._alone is None or any(is_below(key, one) for one in self._alone)
         ]
@@ -153,6 +154,11 @@ class Leaves:
                 f"none of the inputs ({', '.join(map(repr, named))}) is floating-point, so none can "
                 "have relevance; name the module that embeds them in input_modules, or give the numbers that are made "
                 "of them"
+                + (
+                    f"; name those that are numbers, and no indices or masks: attribute={list(numbers)}"
+                    if numbers
+                    else ""
+                )
             )
 
     def _attributed(self, work: TensorDictBase, td: TensorDictBase) -> list[tuple[NestedKey, Tensor]]:
