@@ -12,6 +12,11 @@ from torch import Tensor, nn
 
 from tdhook import LRP, Contrast, References, Target
 from tdhook.attribution.averaged import Averaged
+from tdhook.perturbing.draws import Noise
+from tdhook.relevance.propagation.formula import PropagationRule
+from tdhook.relevance.propagation.steps import Grads, Step
+from tdhook.rules import EpsilonRule
+from tdhook.selectors import Type
 from tdhook.targets import Through
 
 COUNT = 12
@@ -162,6 +167,39 @@ def test_what_is_not_attributed_may_be_compared_too(attribute):
     method = LRP("deeplift", target=TARGET, baseline=over, attribute=(attribute,))
     found, alone = method.wrap(model)(td.clone())["attr"], each(method, over, model, td).mean(0)
     torch.testing.assert_close(found[attribute], alone[attribute])
+
+
+class ByMean(PropagationRule):
+    """Shares by a mean over all outputs."""
+
+    needs_outputs = needs_vjp = True
+
+    def propagate(self, step: Step, relevance: tuple[Tensor, ...]) -> Grads:
+        z = step.outputs[0]
+        (grad,) = step.vjp(relevance[0] * z / (z.square() + 0.1 * z.square().mean()))
+        return (step.inputs[0] * grad,)
+
+
+@pytest.mark.parametrize("flow", ["relevance", "gradient"])
+@pytest.mark.parametrize(
+    "rule",
+    [EpsilonRule(lambda z: z + z.sign() * 0.25 * z.square().mean().sqrt()), ByMean()],
+    ids=["mean", "own"],
+)
+def test_rules_that_look_at_all_rows_see_one_reference(rule, flow):
+    net, td, over = mlp().double(), rows_of(4), references(spread=True)
+    method = LRP([(Type(nn.Linear), rule)], target=TARGET, flow=flow, baseline=over)
+    found, alone = method.wrap(net)(td.clone()), each(method, over, net, td)["input"]
+    torch.testing.assert_close(found["attr", "input"], alone.mean(0))
+    torch.testing.assert_close(found["spread", "input"], alone.std(0))
+    one, other = (
+        Averaged(
+            LRP([(Type(nn.Linear), rule)], target=TARGET, flow=flow, memory_budget=budget),
+            Noise(0.1, samples=6),
+        )
+        for budget in (None, 1)
+    )
+    torch.testing.assert_close(one.wrap(net)(td.clone())["attr"], other.wrap(net)(td.clone())["attr"])
 
 
 @pytest.mark.parametrize(

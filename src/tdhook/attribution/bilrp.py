@@ -229,6 +229,10 @@ class BiLRP(Attribution):
         """Whether the method does."""
         return self.method.reads_signs(state)
 
+    def looks_across(self, state: Any) -> bool:
+        """Whether the method does."""
+        return self.method.looks_across(state)
+
     def learnt(self, state: Any) -> str:
         """What the method has seen."""
         return self.method.learnt(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from tensordict import TensorDictBase
@@ -81,12 +82,12 @@ def side_by_side(method: Compared, runner: Runner, run: Run) -> Iterator[Mapping
 
     Returns:
         Gives ``[references, *source]`` or ``[references, outputs, *source]`` by source; ``None`` where they go one
-        after the other: few fit at once, or what is compared is no entry of the batch.
+        after the other: few fit at once, what is compared is no entry of the batch, or the method looks across rows.
     """
     assert method.references is not None
     values = run.independent_sources()[0]
     entries = all(key in run.inputs and entry_at(run.td, parts_of(key)) is not None for key in values)
-    if runner.replaced or not entries:
+    if runner.replaced or not entries or method.looks_across(runner.state):
         return None
     referred = _Referred(method, method.references, runner, run, values)
     return referred.each() if referred.at_once >= SEVERAL else None
@@ -131,8 +132,9 @@ class _Changed:
         """
         over, variants, inputs, lost = self._over, self._variants, self._inputs, True
         before = 1 + variants.several + self._dims
+        size = math.inf if self._method.looks_across(self._runner.state) else variants.size
         for answer in variants.each(
-            over.samples, self._changed, self._ask, variants.size, kind="explanations", alike=True
+            over.samples, self._changed, self._ask, size, kind="explanations", alike=True
         ):
             found = {key: x for key, x in answer.found.items() if key in inputs or over.stays}
             lost = lost and not found

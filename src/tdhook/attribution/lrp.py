@@ -268,6 +268,12 @@ class LRP(Compared):
         """Rules that treat contributions by their sign skip terms."""
         return any(row.rule is not None and row.rule.needs_sign for row in state.plan.rows)
 
+    def looks_across(self, state: Ready) -> bool:
+        """Rules of a user's, and functions for stabilisers, may take a mean over all that they see."""
+        rules = [row.rule for row in state.plan.rows if row.rule is not None]
+        operations = () if self.composite is None else self.composite.on_operations
+        return any(rule.looks_across for rule in (*rules, *(rule for _, rule in operations)))
+
     def learnt(self, state: Ready) -> str:
         """How far decisions are held on a reference."""
         reference = state.plan.reference

@@ -82,6 +82,10 @@ class Product(Attribution):
         """Whether one of them does."""
         return any(method.reads_signs(there) for method, there in zip(self.methods, state, strict=True))
 
+    def looks_across(self, state: Any) -> bool:
+        """Whether one of them does."""
+        return any(method.looks_across(there) for method, there in zip(self.methods, state, strict=True))
+
     def learnt(self, state: Any) -> str:
         """What they have seen."""
         return " ".join(method.learnt(there) for method, there in zip(self.methods, state, strict=True))

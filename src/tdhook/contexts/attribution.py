@@ -266,6 +266,10 @@ class Attribution(ABC):
         """Whether it spares work to know that no input is negative."""
         return False
 
+    def looks_across(self, state: Any) -> bool:
+        """Whether what it says of an element may depend on the others, though the model's answer does not."""
+        return False
+
     def learnt(self, state: Any) -> str:
         """What was seen in earlier calls that later ones depend on, in words."""
         return ""

@@ -168,7 +168,7 @@ class Variants:
         return found
 
     def each(
-        self, count: int, change: Change, ask: Ask, size: int, *, kind: str, alike: bool = False
+        self, count: int, change: Change, ask: Ask, size: float, *, kind: str, alike: bool = False
     ) -> Iterator[Answer]:
         """What is found of so many variants, some at a time.
 
@@ -176,7 +176,7 @@ class Variants:
             count: how many variants there are.
             change: makes them.
             ask: what is found of a batch.
-            size: bytes that one variant takes meanwhile.
+            size: bytes that one variant takes meanwhile; infinite for one after the other.
             kind: of what is asked: once for each it is looked at whether variants leave each other alone.
             alike: whether variants are so like the batch as it is that a mean over them, or a variance, is the same:
                 another one, of half its values, is looked at beside them.
@@ -217,7 +217,7 @@ class Variants:
         looked = self._looked.get(kind, set())
         return count not in looked if count <= self._few else not looked
 
-    def at_once(self, count: int, size: int) -> int:
+    def at_once(self, count: int, size: float) -> int:
         """How many of so many variants fit at once, each of which takes so many bytes."""
         budget = self._setup.question.memory_budget
         if budget is None:

@@ -201,6 +201,12 @@ class Rule(Function, metaclass=AbstractFunctionMeta):
         names = list(inspect.signature(type(self)).parameters)
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
+    @property
+    def looks_across(self) -> bool:
+        """Whether it may compute with several elements of a batch together, as functions of its user's may."""
+        ours = type(self).__module__.partition(".")[0] == __name__.partition(".")[0]
+        return not ours or any(callable(one) and one is not rounding for one in self.params().values())
+
     def to_dict(self) -> dict[str, Any]:
         """This rule as plain data, for ``rule_from_dict``. Arguments at their default are left out.
 
