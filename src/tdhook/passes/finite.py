@@ -62,9 +62,11 @@ class Disregarding:
         self._nodes = list(_nodes(tensors)) if looks else []
         for place, node in enumerate(self._nodes or _nodes(tensors)):
             # The identities of the library know that what is infinite has no relevance.
-            keeps = _known if maker_of(node) is not None and not hasattr(node, "executed") else _numbers
+            maker = maker_of(node)
+            foreign = maker is not None and maker.__module__.partition(".")[0] != __name__.partition(".")[0]
+            keeps = _known if maker is not None and not hasattr(node, "executed") else _numbers
             for kept in () if _CHOICES.match(node.name()) else saved_by(node):
-                if maker_of(node) is not None and begins_tape_inside(kept):
+                if foreign and begins_tape_inside(kept):
                     continue
                 try:
                     kept.register_hooks(keeps, _itself)
