@@ -21,11 +21,16 @@ OUTPUT = Target("output", 0)
 weights = st.lists(st.floats(-4, 4).filter(lambda w: abs(w) > 0.1), min_size=3, max_size=9)
 
 
+SEEN: list[Tensor] = []
+"""What a network was given: a global variable, since what a hook closes over is put back."""
+
+
 def recorded() -> tuple[nn.Module, list[Tensor]]:
     """A network, and the inputs that it is given."""
-    model, seen = network(), list[Tensor]()
-    model[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().clone()))
-    return model, seen
+    SEEN.clear()
+    model = network()
+    model[0].register_forward_pre_hook(lambda _, given: SEEN.append(given[0].detach().clone()))
+    return model, SEEN
 
 
 class TwoInputs(nn.Module):

@@ -18,11 +18,16 @@ pytestmark = pytest.mark.peers
 OUTPUT = Target("output", 2)
 
 
+SEEN: list[Tensor] = []
+"""What a network was given: a global variable, since what a hook closes over is put back."""
+
+
 def network() -> tuple[nn.Module, list[Tensor]]:
     """A network, and the inputs that it is given."""
-    model, seen = nn.Sequential(nn.Linear(7, 16), nn.Tanh(), nn.Linear(16, 3)).double(), list[Tensor]()
-    model[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().clone()))
-    return model, seen
+    SEEN.clear()
+    model = nn.Sequential(nn.Linear(7, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    model[0].register_forward_pre_hook(lambda _, given: SEEN.append(given[0].detach().clone()))
+    return model, SEEN
 
 
 @pytest.mark.parametrize("multiplied", [True, False])
