@@ -57,7 +57,8 @@ class Known:
         aside: whether it computes nothing.
         parts: what it does, call by call, if it stands for several calls.
         schema: its signature, of an overload of an operator.
-        names: those of its operands, the first two parameters, as far as torch tells; of others some are by name alone.
+        names: those of its operands, among the first two parameters, as far as torch tells; of others some are by name
+            alone, as ``out`` is.
         refused: whether it overwrites an argument and has a derivative of its own.
         begins_tape: whether it puts a tensor on the tape, and ``differentiates``: whether it runs a backward pass.
         hooks: whether it has a tensor call a hook with its gradient.
@@ -118,7 +119,7 @@ def learned(func: Any) -> Known:
         keeps=kept_by(func),
     )
     known = Known(operation, in_place, own=own, parts=one_by_one(func), schema=schema)
-    known.names = parameters_of(func)[:2]
+    known.names = tuple(name for name in parameters_of(func)[:2] if name != "out")
     known.begins_tape, known.differentiates = begins_tape(func), func in _DERIVATIVES
     known.refused = own is not None and overwrites_arguments(func)
     known.hooks, known.normalises = hooks(func), func is torch.batch_norm
