@@ -133,3 +133,5 @@ def test_a_critic_that_may_be_gated_has_its_error_explained() -> None:
     explained = error.wrap(TDError(critic, gamma=0.9))
     found = explained(td.copy())
     assert torch.allclose(-found["attr", "observation"].sum(-1), difference(td), atol=1e-9)
+    drop = perturbation_curve(TDError(critic, gamma=0.9), found, target="td_error", keys=["observation"])
+    assert torch.allclose((drop.most.value[:, -1] - drop.most.value[:, 0]), difference(td), atol=1e-9)

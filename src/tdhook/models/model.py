@@ -26,7 +26,7 @@ __all__ = ["Apart", "InKeys", "Model"]
 
 # What layers of fixed rank raise.
 _OF_SHAPE = (RuntimeError, ValueError, IndexError, AssertionError)
-_NEVER_BESIDE = frozenset(("attr", "next", *ASIDE))
+_NEVER_BESIDE = frozenset(("attr", *ASIDE))
 InKeys: TypeAlias = "Sequence[NestedKey] | Mapping[NestedKey, NestedKey]"
 
 
@@ -152,16 +152,17 @@ class Model:
     def beside(self, td: TensorDictBase) -> list[NestedKey]:
         """Entries that it may read besides those that it names, where not all of its modules name what they read.
 
-        What it writes, what comes next, what is ragged, and relevance is none of it.
+        What it writes, what is ragged, and relevance is none of it; nor is what comes next, but to terms of a loss.
         """
-        if self._tells:
+        if self._tells and not self.reads_everything:
             return []
+        never = _NEVER_BESIDE if self.reads_everything else _NEVER_BESIDE | {"next"}
         known = {unravel_key(key) for key in (*self.runner.in_keys, *self.runner.out_keys)}
         return [
             key
             for key, value in entries_of(td)
             if unravel_key(key) not in known
-            and parts_of(key)[0] not in _NEVER_BESIDE
+            and parts_of(key)[0] not in never
             and not (isinstance(value, tuple) or getattr(value, "is_nested", False))
         ]
 

@@ -381,7 +381,7 @@ class Variants:
 def _needed(runner: Runner, target: Seeder, td: TensorDictBase, reads: Iterable[NestedKey]) -> TensorDictBase:
     """Those entries of a batch that the answer depends on."""
     entries, model = target.entries, runner.setup.model
-    if entries is None or model.reads_everything:
+    if entries is None:
         return td
     keys = [*runner.setup.in_keys, *model.beside(td), *entries, *reads]
     return td.select(*dict.fromkeys(keys), strict=False)
