@@ -260,3 +260,13 @@ def test_compiled_equals_eager():
     found = LRP("deeplift", target=TARGET, baseline=over, compile=True).wrap(net)(td.clone())
     for name in ("attr", "spread"):
         torch.testing.assert_close(found[name, "input"], eager[name, "input"])
+
+
+def test_one_of_them_is_drawn_by_its_number_among_others_too() -> None:
+    data = TensorDict({"input": torch.randn(50, 5)}, [50])
+    td = TensorDict({"input": torch.randn(4, 5)}, [4])
+    over, values, dims = References("sample", COUNT, data), {"input": td["input"]}, {"input": 1}
+    every = over.several(range(COUNT), values, dims, td)["input"]
+    (alone,) = over.only(3).of(values, dims, td)
+    assert torch.equal(every[3], alone.replaced["input"])
+    assert torch.equal(over.only(3).several(range(1), values, dims, td)["input"][0], every[3])

@@ -135,3 +135,7 @@ def test_a_critic_that_may_be_gated_has_its_error_explained() -> None:
     assert torch.allclose(-found["attr", "observation"].sum(-1), difference(td), atol=1e-9)
     drop = perturbation_curve(TDError(critic, gamma=0.9), found, target="td_error", keys=["observation"])
     assert torch.allclose((drop.most.value[:, -1] - drop.most.value[:, 0]), difference(td), atol=1e-9)
+    # The next step is gated by its own gate, and counts with the discount.
+    td["next"].update({"gate": torch.rand(5, 2).double(), "terminated": torch.zeros(5, 1, dtype=torch.bool)})
+    goes_on = explained(td.copy())["attr", "next", "observation"].sum(-1)
+    assert torch.allclose(goes_on, 0.9 * difference(td["next"]), atol=1e-9)
