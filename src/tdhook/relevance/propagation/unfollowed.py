@@ -25,10 +25,15 @@ def mark_infinite(reference: Reference) -> None:
     places = reference.places
     for place in places:
         place.infinite = False
-    sums = [x.sum().double() for place in places for x in _met(place)]
-    if sums and not bool(torch.stack([x.to(sums[0].device) for x in sums]).isfinite().all()):
-        for place in places:
-            place.infinite = not _are_finite(_met(place))
+    sums = [(place, x.sum().double()) for place in places for x in _met(place)]
+    if not sums:
+        return
+    device = sums[0][1].device
+    finite = torch.stack([x.to(device) for _, x in sums]).isfinite().tolist()
+    # Sums of what is finite may be infinite: looked at again one by one.
+    doubted = {id(place): place for (place, _), known in zip(sums, finite, strict=True) if not known}
+    for place in doubted.values():
+        place.infinite = not _are_finite(_met(place))
 
 
 def require_followed(reference: Reference | None, place: Place, lost: Tensor) -> None:

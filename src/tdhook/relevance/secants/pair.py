@@ -171,6 +171,8 @@ def wide(x: Tensor) -> Tensor:
 def _mixed(start: Tensor, end: Tensor, place: float) -> Tensor:
     if place == 1.0:
         return end
-    # Not start + place * (end - start): where both are infinite (masks) they are no different.
-    mixed = start * (1 - place) + end * place
-    return torch.where(start == end, end, mixed)
+    mixed = torch.lerp(start, end, place)
+    if seen_finite(mixed):
+        return mixed
+    # Where both are infinite (masks) they are no different, and a difference of what is large may be infinite.
+    return torch.where(start == end, end, start * (1 - place) + end * place)

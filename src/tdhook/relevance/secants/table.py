@@ -13,7 +13,7 @@ from tdhook.relevance.secants.products import matrix_product, pointwise_product
 from tdhook.relevance.secants.shares import log_softmax, logsumexp, softmax, softmin
 from tdhook.relevance.secants.slopes import choice, filled, quotient, rounded, scaled, slopes
 from tdhook.relevance.secants.winners import winner
-from tdhook.selectors.kinds import AFFINE, ELEMENTWISE, NORMS, PRODUCTS, WINNER
+from tdhook.selectors.kinds import AFFINE, ELEMENTWISE, FUSED, NORMS, PRODUCTS, WINNER
 
 __all__ = ["LINEAR", "secant_of"]
 
@@ -39,7 +39,8 @@ _SECANTS: Mapping[str, Pull] = {
     # Those of two values jump as they change sign: of one alone the secant knows it.
     **dict.fromkeys(ELEMENTWISE | {"atan2", "copysign"}, slopes),
     # What a dictionary leaves out is added to what is restored: held constant, and shared out to nobody.
-    **dict.fromkeys(PRODUCTS | LINEAR | {"restored"}, product),
+    # So are sums of a value and a product; of a quotient there is no such sum.
+    **dict.fromkeys(PRODUCTS | LINEAR | FUSED - {"addcdiv"} | {"restored"}, product),
     **dict.fromkeys(WINNER, winner),
     **dict.fromkeys(NORMS, normalised),
     **dict.fromkeys(("add", "sub", "rsub"), scaled),
