@@ -75,16 +75,20 @@ def entries_of(td: TensorDictBase) -> Iterator[tuple[NestedKey, Entry]]:
 def objects_of(td: TensorDictBase) -> dict[NestedKey, Entry]:
     """The entries of a TensorDict by key, as the objects that they are: those of a lazy stack are those it stacks."""
     found: dict[NestedKey, Entry] = {}
-    if is_flat(td):
-        found.update(td.items())
-        return found
-    for key, value in td.items(True, True, is_leaf=_is_whole):
-        if not _is_stack(value):
+    # A TensorDict holds the objects themselves, and what is asked of it goes a longer way.
+    whole = td.items() if type(td) is TensorDict else td.items(True, True, is_leaf=_is_whole)
+    for key, value in whole:
+        if isinstance(value, Tensor):
             found[key] = value
-            continue
-        each = [objects_of(element) for element in _elements(value)]
-        for name in set(each[0]).intersection(*each[1:]):
-            found[under(key, name)] = tuple(one[name] for one in each)
+        elif _is_stack(value):
+            each = [objects_of(element) for element in _elements(value)]
+            for name in set(each[0]).intersection(*each[1:]):
+                found[under(key, name)] = tuple(one[name] for one in each)
+        elif is_batch(value):
+            for name, entry in objects_of(value).items():
+                found[under(key, name)] = entry
+        else:
+            found[key] = value
     return found
 
 
@@ -161,6 +165,8 @@ def dense_copy(td: TensorDictBase) -> TensorDictBase:
 
 def _stack_below(td: TensorDictBase) -> None:
     for key, value in list(td.items()):
+        if isinstance(value, Tensor):
+            continue
         if _is_stack(value):
             if not _is_uneven(value):
                 td.set(key, _stacked(value))
