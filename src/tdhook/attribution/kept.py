@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tdhook.models.holding import held_by
 from tdhook.models.state import slots_of
-from tdhook.relevance.propagation.reference import Place, Reference
+from tdhook.relevance.propagation.places import Place
+from tdhook.relevance.propagation.reference import Reference
 from tdhook.tape.internals import components_of
 from tdhook.tape.unchanged import Unchanged
 

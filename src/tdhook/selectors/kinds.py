@@ -8,6 +8,7 @@ __all__ = [
     "FUSED",
     "HOMOGENEOUS",
     "INDEXED",
+    "MATRIX_PRODUCTS",
     "MOVES",
     "NORMS",
     "PRODUCTS",
@@ -91,6 +92,11 @@ PRODUCTS = _names(
     """
     bilinear chain_matmul cross dot einsum inner kron linalg_cross linalg_multi_dot linalg_vecdot matmul mul mv
     outer tensordot vdot vecdot
+    """
+)
+MATRIX_PRODUCTS = _names(
+    """
+    addbmm addmm addmv baddbmm bmm einsum inner matmul mm mv tensordot
     """
 )
 NORMS = _names(

@@ -12,7 +12,7 @@ from torch import Tensor
 from tdhook.tape.functions import is_identity, unwrapped
 from tdhook.tape.internals import maker_of, version_of
 
-__all__ = ["is_nonnegative", "made_by", "mark_nonnegative"]
+__all__ = ["is_nonnegative", "made_by", "mark_nonnegative", "written_over"]
 
 # What a gate may go through and stay one: 1 - gate, and moving it about.
 _MOVED = (
@@ -60,6 +60,11 @@ def _made_by(x: Tensor, names: Set[str], through: str, marked: bool = False) -> 
             return False
         node = parents[0]
     return False
+
+
+def written_over(node: Any) -> Any:
+    """The node of what was written over all of a value, if that made the value; else ``None``."""
+    return node.next_functions[-1][0] if type(node).__name__ == _COPIES else None
 
 
 @cache

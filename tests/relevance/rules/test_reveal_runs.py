@@ -79,6 +79,63 @@ def test_functions_are_as_modules() -> None:
     torch.testing.assert_close(relevance(Written(model), x, start), expected, rtol=1e-9, atol=1e-9)
 
 
+WRITTEN: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "product and sum": lambda x, w, b, v: F.relu(x @ w.T + b) @ v.T,
+    "sum, the other way round": lambda x, w, b, v: F.relu(b + x @ w.T) @ v.T,
+    "difference": lambda x, w, b, v: F.relu(x @ w.T - (-b)) @ v.T,
+    "several sums": lambda x, w, b, v: F.relu(torch.add(x @ w.T + b / 2, b / 4, alpha=2)) @ v.T,
+    "a number": lambda x, w, b, v: F.relu(F.linear(x, w, b - 1.0) + 1.0) @ v.T,
+    "in place": lambda x, w, b, v: (x @ w.T).add_(b).relu_() @ v.T,
+    "made anew": lambda x, w, b, v: F.relu(x @ w.T + 1.0 * b) @ v.T,
+    "addmm": lambda x, w, b, v: F.relu(torch.addmm(b, x, w.T)) @ v.T,
+    "einsum": lambda x, w, b, v: torch.einsum("oi,bi->bo", v, F.relu(torch.einsum("oi,bi->bo", w, x) + b)),
+    "baddbmm": lambda x, w, b, v: torch.bmm(
+        F.relu(torch.baddbmm(b[None, None], x[None], w.T[None])), v.T[None]
+    )[0],
+}
+
+
+class InProducts(nn.Module):
+    """A network of two layers, written out."""
+
+    def __init__(
+        self, layers: nn.Sequential, write: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        self.w, self.b, self.v = layers[0].weight, layers[0].bias, layers[2].weight
+        self.write = write
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.write(x, self.w, self.b, self.v)
+
+
+@each_preset
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("name", WRITTEN)
+def test_products_and_constants_are_as_layers(name: str, flow: str, preset_: str) -> None:
+    layers = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3, bias=False))
+    x, start = torch.randn(4, 5), torch.randn(4, 5)
+    expected = relevance(layers, x, start, preset_, flow=flow)
+    found = relevance(InProducts(layers, WRITTEN[name]), x, start, preset_, flow=flow)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(found, relevance(layers, x, start, "deeplift"))
+
+
+@each_preset
+def test_a_constant_that_is_another_on_the_reference_is_no_bias(preset_: str) -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.out = nn.Linear(5, 6, bias=False), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.relu(self.layer(x) + x.detach().sum(-1, keepdim=True)))
+
+    model, x, start = Shifted(), torch.randn(4, 5), torch.randn(4, 5)
+    found = relevance(model, x, start, preset_)
+    torch.testing.assert_close(found, relevance(model, x, start, "deeplift"), rtol=1e-9, atol=1e-9)
+
+
 @each_preset
 def test_weights_that_differ_contribute_too(preset_: str) -> None:
     """They get nothing, being no input: it is constant in the ledger."""

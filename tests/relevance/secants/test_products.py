@@ -7,6 +7,7 @@ import torch
 
 from tdhook.relevance.secants.averages import product
 from tdhook.relevance.secants.products import matrix_product, pointwise_product
+from tdhook.relevance.secants.table import secant_of
 
 from .pairs import assert_all_arrives, integrated, pair_of, random_grads
 
@@ -75,3 +76,20 @@ def test_products_of_three() -> None:
     for share, wanted in zip(found, integrated(pair, grads), strict=True):
         assert torch.allclose(share, wanted, atol=1e-5)
     assert_all_arrives(pair, grads, found)
+
+
+def test_what_is_linear_in_one_value_is_evaluated_once() -> None:
+    torch.manual_seed(0)
+    bias, x, start, weight = draw(5), draw(3, 4), draw(3, 4), draw(4, 5)
+    calls = []
+
+    def addmm(*args: torch.Tensor) -> torch.Tensor:
+        calls.append(args)
+        return torch.addmm(*args)
+
+    pair = pair_of("addmm", addmm, [bias, x, weight], [bias, start, weight], live=[1])
+    calls.clear()
+    grads = random_grads(pair)
+    (found,) = secant_of("addmm")(pair, grads)
+    assert len(calls) == 1
+    assert torch.allclose(found, grads[0] @ weight.T)

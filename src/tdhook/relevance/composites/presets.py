@@ -21,6 +21,7 @@ from tdhook.relevance.rules.signed import AlphaBetaRule, GammaRule, ZBoxRule, ZP
 from tdhook.relevance.rules.simple import IgnoreRule, PassRule
 from tdhook.relevance.rules.squares import FlatRule
 from tdhook.selectors import First, Last, Op, SelectorLike, Type
+from tdhook.selectors.kinds import MATRIX_PRODUCTS
 
 __all__ = [
     "attn_lrp",
@@ -90,7 +91,7 @@ def deeplift_shapley() -> Composite:
 
 
 def _revealing(rule: Rule) -> Composite:
-    return Composite([(Type(Linear) | Op("linear", "conv*"), rule), *_base(0.0)])
+    return Composite([(Type(Linear) | Op("linear", "conv*", *MATRIX_PRODUCTS), rule), *_base(0.0)])
 
 
 def epsilon_plus(

@@ -21,7 +21,7 @@ from tdhook.relevance.propagation.binding import Bindable, Bound
 from tdhook.relevance.propagation.call import Call, Setting
 from tdhook.relevance.propagation.constants import with_constants
 from tdhook.relevance.propagation.operation import Operation
-from tdhook.relevance.propagation.reference import Place
+from tdhook.relevance.propagation.places import Place
 from tdhook.relevance.propagation.reporting import Report
 from tdhook.tape.functions import Context, Identity, alias, live, parts, unwrapped
 from tdhook.tape.internals import storage_of

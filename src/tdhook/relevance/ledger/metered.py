@@ -11,7 +11,7 @@ from torch import Tensor
 from tdhook.conventions import Convention, relevance_of
 from tdhook.relevance.propagation.beside import OfDifference, is_place, numbered
 from tdhook.relevance.propagation.call import Call
-from tdhook.relevance.propagation.reference import Place
+from tdhook.relevance.propagation.places import Place
 from tdhook.relevance.secants.pair import difference
 from tdhook.selectors.kinds import INDEXED
 from tdhook.tape.functions import Identity, alias, on_tape, parts

@@ -17,7 +17,8 @@ from tdhook.relevance.propagation.call import ALONE, Call, Run, Setting
 from tdhook.relevance.propagation.conversions import finite_product, stabilizer_at
 from tdhook.relevance.propagation.merges import Place as Merging
 from tdhook.relevance.propagation.operation import Operation
-from tdhook.relevance.propagation.reference import Place, Reference
+from tdhook.relevance.propagation.places import Place
+from tdhook.relevance.propagation.reference import Reference
 from tdhook.relevance.propagation.stabilisers import Stabilizer, left_of, quotient, rounding, stabilize
 from tdhook.relevance.propagation.unfollowed import require_followed
 from tdhook.relevance.secants.pair import difference

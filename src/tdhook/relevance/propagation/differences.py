@@ -23,7 +23,7 @@ from tdhook.relevance.propagation.forms import ClosedForm, closed_form
 from tdhook.relevance.propagation.functional import AsLayer, as_layer, by_place
 from tdhook.relevance.propagation.lent import Lent
 from tdhook.relevance.propagation.operation import Operation, known_as
-from tdhook.relevance.propagation.reference import Place
+from tdhook.relevance.propagation.places import Place
 from tdhook.relevance.propagation.steps import Grads, Modify, ModuleStep, Step
 from tdhook.relevance.propagation.unfollowed import missed, require_followed
 from tdhook.relevance.secants.pair import Pair, Pull, difference

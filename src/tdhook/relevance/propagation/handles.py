@@ -14,7 +14,9 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from tdhook.relevance.propagation.places import Place
 from tdhook.tape.functions import Identity, turn_of, unwrapped
+from tdhook.tape.origins import written_over
 
 __all__ = ["Behind", "Elementwise", "Handle", "Handles"]
 
@@ -45,7 +47,9 @@ class Handles:
         if not self._by_node:
             return None
         found = self._by_node.get(_made(x))
-        return None if found is None or found.behind.name is not None else found
+        if found is None or found.behind.name is not None:
+            return None
+        return found if (found.at.dtype, found.at.shape) == (x.dtype, x.shape) else None
 
     def beside(self, z: Tensor) -> tuple[tuple[Tensor, ...], int]:
         """Where the function behind a value hands over, and sends back; nowhere if none was told to its layer.
@@ -61,7 +65,10 @@ class Handles:
 
 
 def _made(x: Tensor) -> object:
-    return Identity.before(unwrapped(x).grad_fn)[0]
+    node = Identity.before(unwrapped(x).grad_fn)[0]
+    while (written := written_over(node)) is not None:
+        node = Identity.before(written)[0]
+    return node
 
 
 @dataclass
@@ -73,12 +80,19 @@ class Behind:
         function: what becomes of the output of the layer.
         scale: by what the output is multiplied before that, if it is.
         uniform: whether it is the same function at every place.
+        added: the calls by which constants are added to the output before that.
     """
 
     name: str | None = None
     function: Elementwise = Tensor.detach
     scale: Tensor | None = None
     uniform: bool = True
+    added: tuple[Place, ...] = ()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is a function behind the layer, and the same one on the reference."""
+        return self.name is not None and not any(place.differs for place in self.added)
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,7 @@ class Handle:
         behind: what the layer is told.
         through: what became of the output of the layer until there, if anything, and ``scale``: by what it was
             multiplied.
+        added: the calls by which constants were added to it.
     """
 
     at: Tensor
@@ -99,6 +114,7 @@ class Handle:
     behind: Behind
     through: Elementwise | None = None
     scale: Tensor | None = None
+    added: tuple[Place, ...] = ()
 
     def tell(self, name: str, function: Elementwise) -> tuple[Tensor, Tensor]:
         """Tell the layer what is behind it; returns where that hands over what arrives, and what it sends back."""
@@ -107,15 +123,23 @@ class Handle:
         behind.uniform = name not in _BY_CHANNEL
         if through is not None:
             behind.name, behind.scale, behind.uniform = "", self.scale, False
+            behind.added = self.added
             behind.function = lambda z: function(through(z))
         return self.at, self.by
 
-    def behind_of(self, through: Elementwise, scale: Tensor) -> Handle:
+    def behind_of(
+        self, through: Elementwise, scale: Tensor | None = None, added: Place | None = None
+    ) -> Handle:
         """The handle of what is multiplied by ``scale``, and moved by something."""
         before, known = self.through, self.scale
-        if before is not None and known is not None:
-            return replace(self, through=lambda z: through(before(z)), scale=scale * known)
-        return replace(self, through=through, scale=scale)
+        if known is not None:
+            scale = known if scale is None else scale * known
+        return replace(
+            self,
+            through=through if before is None else lambda z: through(before(z)),
+            scale=scale,
+            added=self.added if added is None else (*self.added, added),
+        )
 
 
 _BY_CHANNEL = frozenset(("PReLU", "prelu"))

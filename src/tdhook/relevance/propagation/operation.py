@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tdhook.models.parallel import is_of_torch
+from tdhook.selectors.kinds import MATRIX_PRODUCTS
 from tdhook.tape.functions import on_tape
 
 __all__ = ["Operation", "known_as", "maker_in"]
 
 
 _BIAS_FIRST = frozenset(("addmm", "addmv", "addbmm", "baddbmm"))
-_PRODUCTS = frozenset(("bmm", "einsum", "inner", "matmul", "mm", "mv", "tensordot"))
-_LINEAR = frozenset(("linear",)) | _BIAS_FIRST | _PRODUCTS
+_PRODUCTS = MATRIX_PRODUCTS - _BIAS_FIRST
 
 
 class Operation(nn.Module):
@@ -56,7 +56,7 @@ class Operation(nn.Module):
     @property
     def weighted(self) -> bool:
         """Whether it is linear in one argument where the others are weights."""
-        return self.name in _LINEAR or self.name.startswith("conv")
+        return self.name == "linear" or self.name in MATRIX_PRODUCTS or self.name.startswith("conv")
 
     def forward(self, /, *args: Any, **kwargs: Any) -> object:
         """Call the function."""

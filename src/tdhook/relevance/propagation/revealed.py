@@ -17,7 +17,7 @@ from tdhook.relevance.propagation.executed_layers import RuledLayer
 from tdhook.relevance.propagation.forms import closed_form
 from tdhook.relevance.propagation.handles import Behind, Handle
 from tdhook.relevance.propagation.operation import Operation, known_as
-from tdhook.relevance.propagation.reference import Place
+from tdhook.relevance.propagation.places import Place
 from tdhook.relevance.propagation.sharing import secant
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.secants.table import secant_of
@@ -68,7 +68,7 @@ class _Together:
         # What the step computes in is more exact than half precision.
         grad, handed, by = (value.to(rise.dtype) for value in relevance)
         behind = self.behind
-        if behind.name is None:
+        if not behind.is_known:
             return self.rule.propagate(step, (grad,))
         rest = grad - (by if behind.scale is None else by * behind.scale.to(rise.dtype))
         return (self.rule.reveal(step, rest, handed, self.place.before[0].to(rise.dtype), behind),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,14 +17,14 @@ from tdhook.relevance.propagation.differences import DifferencedModule
 from tdhook.relevance.propagation.executed import Formula
 from tdhook.relevance.propagation.forms import closed_form
 from tdhook.relevance.propagation.operation import Operation, known_as
-from tdhook.relevance.propagation.reference import Place
+from tdhook.relevance.propagation.places import Place
 from tdhook.relevance.propagation.steps import Grads, Step
 from tdhook.relevance.propagation.unfollowed import require_followed
 from tdhook.relevance.secants.pair import Pull, difference
 from tdhook.relevance.secants.slopes import slope, slopes
 from tdhook.relevance.secants.table import LINEAR, secant_of
 from tdhook.tape.functions import TapeFunction, alias, on_tape, parts
-from tdhook.tape.internals import is_view
+from tdhook.tape.internals import is_view, transformed
 from tdhook.tape.trees import tree_leaves
 
 __all__ = ["SECANT", "handing", "secant"]
@@ -85,7 +85,10 @@ def secant(module: nn.Module, flow: Convention, pull: Pull | None = None, *, kee
         return sloped if flow == "gradient" else _passing(sloped)
 
     def first(call: Call, place: Place) -> Any:
-        return DifferencedModule(rule, chosen, call, place).run()
+        z = DifferencedModule(rule, chosen, call, place).run()
+        if name in _SHIFTS:
+            _hand_on(call, z, place)
+        return z
 
     run = noted(first)
     return between(_natively_or(run) if linear else run, "gradient", flow)
@@ -256,9 +259,39 @@ def _natively_or(otherwise: Run) -> Run:
             return otherwise(call)
         sums = type(call.module).__name__ in _SUMS
         plain = float not in map(type, leaves) if sums else sum(map(on_tape, tensors)) == 1
-        return call.natively() if plain else otherwise(call)
+        if not plain:
+            return otherwise(call)
+        z = call.natively()
+        if sums:
+            _hand_on(call, z)
+        return z
 
     return run
 
 
 _SUMS = frozenset(("add", "sub", "rsub"))
+
+
+def _hand_on(call: Call, z: object, place: Place | None = None) -> None:
+    """Let the layer before the addition of a constant know of the function behind that: the constant is a bias."""
+    reference, shift = call.setting.reference, _SHIFTS.get(known_as(call.module))
+    if reference is None or reference.running or not reference.handles.used or len(call.args) != 2:
+        return
+    (x, constant), kwargs = call.args, call.kwargs
+    if shift is torch.add and not kwargs and not (isinstance(x, Tensor) and on_tape(x)):
+        x, constant = constant, x
+    if shift is None or not (isinstance(x, Tensor) and isinstance(z, Tensor) and x.shape == z.shape):
+        return
+    if (
+        transformed()
+        or not kwargs.keys() <= {"alpha"}
+        or (isinstance(constant, Tensor) and on_tape(constant))
+    ):
+        return
+    handle = reference.handles.of(x)
+    if handle is not None:
+        fixed = constant.detach().clone() if isinstance(constant, Tensor) else constant
+        reference.handles.put(z, handle.behind_of(lambda v: shift(v, fixed, **kwargs), added=place))
+
+
+_SHIFTS: dict[str, Callable[..., Tensor]] = {"add": torch.add, "sub": torch.sub}

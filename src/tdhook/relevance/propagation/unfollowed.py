@@ -12,7 +12,8 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from tdhook.relevance.propagation.reference import Place, Reference
+from tdhook.relevance.propagation.places import Place
+from tdhook.relevance.propagation.reference import Reference
 from tdhook.relevance.secants.pair import Grads, Pair, inner
 from tdhook.tape.functions import may_look_at, parts, unwrapped
 from tdhook.tape.internals import is_plain, is_wrapped

@@ -13,7 +13,7 @@ from tdhook.relevance.propagation.call import Call, Run
 from tdhook.relevance.propagation.executed_layers import ExecutedLayer
 from tdhook.relevance.propagation.lent import are_lent
 from tdhook.relevance.propagation.merges import Merges
-from tdhook.relevance.propagation.reference import Place as Beside
+from tdhook.relevance.propagation.places import Place as Beside
 from tdhook.relevance.propagation.sharing import secant
 from tdhook.relevance.propagation.stabilisers import Stabilizer, rounding
 from tdhook.relevance.propagation.steps import Affine
