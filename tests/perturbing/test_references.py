@@ -89,7 +89,9 @@ def test_what_does_not_fit_is_named(baseline: Baseline, error: type[Exception], 
 
 
 def test_data_without_the_key() -> None:
-    with pytest.raises(KeyError, match="have no 'x'"):
+    with pytest.raises(
+        KeyError, match="have no 'x', but y; for a value inside the model they hold what it is"
+    ):
         drawn("mean", torch.randn(3, 4), data=TensorDict({"y": torch.ones(2)}, [2]))
 
 

@@ -318,7 +318,11 @@ class References:
     def _rows(self, key: NestedKey, rows: Tensor) -> Tensor:
         assert self.data is not None
         if key not in self.data.keys(True):
-            raise KeyError(f"the data that baselines are taken of have no {key!r}")
+            known = ", ".join(sorted(map(str, self.data.keys(True, True)))) or "nothing"
+            raise KeyError(
+                f"the data that baselines are taken of have no {key!r}, but {known}; for a value inside the model they "
+                "hold what it is on other inputs, under this name, or are left out, and the batch is drawn from"
+            )
         found: Tensor = self.data.get(key)
         return found.reshape(-1, *rows.shape[1:])
 
