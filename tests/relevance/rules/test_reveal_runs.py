@@ -121,19 +121,33 @@ def test_products_and_constants_are_as_layers(name: str, flow: str, preset_: str
     assert not torch.allclose(found, relevance(layers, x, start, "deeplift"))
 
 
+class Shifted(nn.Module):
+    """A layer, and what is added to it: another amount for each input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.out = nn.Linear(5, 6, bias=False), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.relu(self.layer(x) + x.detach().sum(-1, keepdim=True)))
+
+
 @each_preset
 def test_a_constant_that_is_another_on_the_reference_is_no_bias(preset_: str) -> None:
-    class Shifted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer, self.out = nn.Linear(5, 6, bias=False), nn.Linear(6, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.out(F.relu(self.layer(x) + x.detach().sum(-1, keepdim=True)))
-
     model, x, start = Shifted(), torch.randn(4, 5), torch.randn(4, 5)
     found = relevance(model, x, start, preset_)
     torch.testing.assert_close(found, relevance(model, x, start, "deeplift"), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["made anew", "another one"])
+def test_whether_a_constant_is_the_same_is_found_out_in_a_graph(name: str) -> None:
+    layers = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3, bias=False))
+    model = Shifted() if name == "another one" else InProducts(layers, WRITTEN[name])
+    x, start = torch.randn(4, 5), torch.randn(4, 5)
+    eager = relevance(model, x, start, "deeplift_shapley")
+    graph = torch.compile(LRP("deeplift_shapley", target=Target("output", 0), baseline=start).wrap(model))
+    found = graph(TensorDict({"input": x}, [4]))["attr", "input"]
+    torch.testing.assert_close(found, eager, rtol=1e-9, atol=1e-9)
 
 
 @each_preset

@@ -89,10 +89,18 @@ class Behind:
     uniform: bool = True
     added: tuple[Place, ...] = ()
 
-    @property
-    def is_known(self) -> bool:
-        """Whether there is a function behind the layer, and the same one on the reference."""
-        return self.name is not None and not any(place.differs for place in self.added)
+    def is_known(self) -> Tensor | bool:
+        """Whether there is a function behind the layer, and the same one on the reference.
+
+        A tensor where a graph is traced that cannot branch on it.
+        """
+        known: Tensor | bool = self.name is not None
+        for place in self.added:
+            same = place.is_same_beside()
+            if known is False or same is False:
+                return False
+            known = same if known is True else known & same
+        return known
 
 
 @dataclass(frozen=True)

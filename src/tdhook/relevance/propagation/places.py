@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tdhook.relevance.propagation.alike import SMALL, fits, is_alike
+from tdhook.tape.conditions import is_traced
 from tdhook.tape.functions import may_look_at
 from tdhook.tape.masks import masking, masks_in
 from tdhook.tape.sparse import equal
@@ -54,14 +55,16 @@ class Place:
     made_anew: list[bool] = field(default_factory=list)
     infinite: bool = False
 
-    @property
-    def differs(self) -> bool:
-        """Whether anything that is not attributed was another one in the second run, or may have been."""
+    def is_same_beside(self) -> Tensor | bool:
+        """Whether what is not attributed was the same in both runs; a tensor where a graph is traced."""
         each = zip(self.given, self.live, self.starts, strict=True)
         beside = [(x, start) for x, live, start in each if not live and start is not None]
-        return self.other or any(
-            x.shape != start.shape or not may_look_at(x) or not equal(x, start) for x, start in beside
-        )
+        if self.other or any(x.shape != start.shape for x, start in beside):
+            return False
+        if not beside:
+            return True
+        same = torch.stack([(x == start).all() for x, start in beside]).all()
+        return same if is_traced() else bool(same)
 
     @property
     def constants(self) -> list[Tensor]:

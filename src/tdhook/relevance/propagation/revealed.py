@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from tdhook.conventions import Convention
@@ -68,10 +69,15 @@ class _Together:
         # What the step computes in is more exact than half precision.
         grad, handed, by = (value.to(rise.dtype) for value in relevance)
         behind = self.behind
-        if not behind.is_known:
+        known = behind.is_known()
+        if known is False:
             return self.rule.propagate(step, (grad,))
         rest = grad - (by if behind.scale is None else by * behind.scale.to(rise.dtype))
-        return (self.rule.reveal(step, rest, handed, self.place.before[0].to(rise.dtype), behind),)
+        found = self.rule.reveal(step, rest, handed, self.place.before[0].to(rise.dtype), behind)
+        if isinstance(known, Tensor):
+            (plain,) = self.rule.propagate(step, (grad,))
+            found = found if plain is None else torch.where(known, found, plain)
+        return (found,)
 
 
 def _beside(z: Tensor) -> tuple[Tensor, Tensor]:
