@@ -66,11 +66,10 @@ def _means(pair: Pair) -> tuple[Tensor, Tensor]:
     (x,), (start,), axis = pair.ends, pair.starts, _axis(pair)
     now, before = x.log_softmax(axis), start.log_softmax(axis)
     more, less = torch.maximum(now, before), torch.minimum(now, before)
-    gap = (more - less).nan_to_num(0.0, torch.inf)  # nothing where both are masked
-    near = gap < 1e-3 if x.dtype == torch.float32 else gap < 1e-5
-    # (1 - exp(-d)) / d, by its series where d is small.
-    part = torch.where(near, 1 - gap / 2 + gap.square() / 6, -torch.expm1(-gap) / gap)
-    means = (more.exp() * part).nan_to_num(0.0)
+    # Nothing where both are masked; the smallest number is as good as zero, and can be divided by.
+    gap = (more - less).nan_to_num_(0.0, torch.inf).clamp_min_(torch.finfo(x.dtype).tiny)
+    part = torch.expm1(-gap).div_(gap).neg_()  # (1 - exp(-d)) / d
+    means = more.exp_().mul_(part).nan_to_num_(0.0)
     total = means.sum(axis, keepdim=True)
     return means, torch.where(total == 0, 1.0, total)
 
