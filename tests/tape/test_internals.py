@@ -283,6 +283,13 @@ def test_modes_that_are_on_see_unless_nobody_does():
 def test_operators():
     assert internals.schema_of(torch.ops.aten.add.Tensor).name == "aten::add"
     assert internals.schema_of(torch.add) is None
+    add = torch.ops.aten.add
+    for operator in (add, add.Tensor):
+        assert internals.operator_name(operator) == ("aten", "add")
+    assert internals.operator_name(torch.add) is None
+    assert internals.is_overloaded(add) and not internals.is_overloaded(add.Tensor)
+    assert internals.overload_called(add, (torch.ones(2), torch.ones(2)), {"alpha": 2}) is add.Tensor
+    assert internals.overload_called(add, (object(),), {}) is add
     dense = internals.dense_of(torch.ops.higher_order.cond)
     assert dense(True, lambda x: x + 1, lambda x: x, (torch.ones(1),)).item() == 2
     assert internals.dense_of(torch.add) is None

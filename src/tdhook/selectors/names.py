@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from tdhook.tape.as_one import is_one
+from tdhook.tape.internals import operator_name
 
 __all__ = [
+    "TORCH",
     "hooks",
     "initialises",
     "name_of",
@@ -18,8 +25,12 @@ __all__ = [
     "raw_name",
     "reads",
     "relabels",
+    "told_apart",
     "writes_in_place",
 ]
+
+TORCH = frozenset(("aten", "prim", "prims"))
+"""Where operators of torch itself are."""
 
 _SYNONYMS = {
     "absolute": "abs",
@@ -123,15 +134,39 @@ def name_of(function: Callable[..., object] | str) -> str:
     """The name of the operation that a torch function, method, operator or property getter performs.
 
     ``torch.add``, ``torch.Tensor.add_``, ``operator.iadd``, ``torch.ops.aten.add.Tensor`` and ``"add"`` are all
-    ``"add"``; ``torch.mm``, ``torch.bmm`` and ``@`` are ``"matmul"``.
+    ``"add"``; ``torch.mm``, ``torch.bmm`` and ``@`` are ``"matmul"``. An operator of another library, an autograd
+    function and what :func:`~tdhook.targets.as_one` decorates have names of their own, ``"library::add"`` where torch
+    has one of that name.
     """
     if isinstance(function, str):
-        name = function.rpartition(".")[2]
-    else:
-        name = raw_name(function) or type(function).__name__
-        owner = getattr(function, "__self__", None)
-        if name in ("__get__", "__set__", "__delete__"):  # a property of torch.Tensor
-            name = getattr(owner, "__name__", name)
+        return _plain(function.rpartition(".")[2])
+    operator, owner = operator_name(function), getattr(function, "__self__", None)
+    if operator is not None:
+        library, name = operator
+        return _plain(name) if library in TORCH else told_apart(library, name)
+    name = raw_name(function) or type(function).__name__
+    if is_one(function):
+        return told_apart(function.__module__, name)
+    if name == "apply" and isinstance(owner, type) and issubclass(owner, Function):
+        return told_apart(owner.__module__, owner.__name__)
+    if name in ("__get__", "__set__", "__delete__"):  # a property of torch.Tensor
+        name = getattr(owner, "__name__", name)
+    return _plain(name)
+
+
+def told_apart(owner: str, name: str) -> str:
+    """The name of what is none of torch's: where torch has one of that name, with the module or library it is of."""
+    name = _plain(name)
+    return f"{owner.rpartition('.')[2]}::{name}" if name in _of_torch() else name
+
+
+@cache
+def _of_torch() -> frozenset[str]:
+    return frozenset(map(_plain, {*dir(torch), *dir(F), *dir(Tensor)}))
+
+
+def _plain(name: str) -> str:
+    """The name of what is written in several ways."""
     name = name.strip("_") if name.startswith("__") else name.rstrip("_").lstrip("_")
     if name[:1] == "i" and name[1:] in _IN_PLACE_OPERATORS:
         name = name[1:]

@@ -22,7 +22,8 @@ from torch import _C, Tensor, nn
 from torch._C import _autograd, _functorch
 from torch._functorch import autograd_function, pyfunctorch
 from torch._higher_order_ops import utils as higher_order
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._library.custom_ops import CustomOpDef
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "input_kept_by",
     "inside",
     "is_batched",
+    "is_overloaded",
     "is_plain",
     "is_view",
     "is_without_derivative",
@@ -61,6 +63,8 @@ __all__ = [
     "nonstrict",
     "noted_by",
     "number_of",
+    "operator_name",
+    "overload_called",
     "parameters_of",
     "pop_mode",
     "pulled_back",
@@ -407,6 +411,31 @@ def set_control_flow(
 def schema_of(function: object) -> Any:
     """The signature of one overload of an operator, as torch's dispatcher knows it; ``None`` for other functions."""
     return function._schema if isinstance(function, OpOverload) else None
+
+
+def is_overloaded(function: object) -> bool:
+    """Whether a function is an operator that is called without saying which of its overloads is meant."""
+    return isinstance(function, OpOverloadPacket)
+
+
+def overload_called(function: Any, args: Any, kwargs: Any) -> Any:
+    """The overload of an operator that a call means; the operator itself where these are no arguments of any."""
+    try:
+        name = _C._jit_resolve_packet(function._qualified_op_name, *args, **kwargs)
+    except RuntimeError:
+        return function
+    return getattr(function, name, function)
+
+
+def operator_name(function: object) -> tuple[str, str] | None:
+    """Of which library an operator is, and its name there; ``None`` for other functions."""
+    if isinstance(function, CustomOpDef):
+        return function._namespace, function._name
+    if isinstance(function, OpOverload | OpOverloadPacket):
+        packet: Any = function.overloadpacket if isinstance(function, OpOverload) else function
+        library, _, name = packet._qualified_op_name.partition("::")
+        return library, name
+    return None
 
 
 script_method_call: Any = _C.ScriptMethod.__dict__["__call__"]

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from tdhook.relevance.propagation.rule import Rule
+from tdhook.selectors.names import TORCH, told_apart
 from tdhook.tape.functions import TapeFunction
-from tdhook.tape.internals import function_inside, schema_of
+from tdhook.tape.internals import function_inside, operator_name, schema_of
 from tdhook.tape.trees import tree_leaves, tree_map_tensors
 
 __all__ = ["Applied", "is_foreign", "is_ours", "overwrites_arguments"]
-
-_TORCH = ("aten::", "prims::", "prim::")
 
 
 class Applied:
@@ -24,7 +23,7 @@ class Applied:
 
     def __init__(self, function: type, apply: Callable[..., Any]) -> None:
         self.function, self._apply = function_inside(function), apply
-        self.__name__ = self.function.__name__
+        self.__name__ = told_apart(self.function.__module__, self.function.__name__)
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """Apply it."""
@@ -66,5 +65,5 @@ def is_ours(function: object) -> bool:
 
 def is_foreign(function: object) -> bool:
     """Whether a function is an operator that ``torch.library`` was told of, and none of torch's own."""
-    schema = schema_of(function)
-    return schema is not None and not schema.name.startswith(_TORCH)
+    operator = operator_name(function)
+    return operator is not None and operator[0] not in TORCH

@@ -45,6 +45,7 @@ from tdhook.tape.internals import (
     APPLIED_IN_TRANSFORMS,
     autocasting,
     is_without_derivative,
+    overload_called,
     sees,
     through_transforms,
     transformed,
@@ -147,6 +148,8 @@ class Interception(Units):
         rules = self.rules
         known = rules.known.get(func) or rules.learn(func)
         kwargs = kwargs or {}
+        if known.overloaded and (called := overload_called(func, args, kwargs)) is not func:
+            return self.__torch_function__(called, types, args, kwargs)
         if known.exposes:
             self._overwriters.expose()
         if known.aside:

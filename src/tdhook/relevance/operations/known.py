@@ -34,7 +34,7 @@ from tdhook.selectors.names import (
 )
 from tdhook.tape.as_one import is_one, kept_by
 from tdhook.tape.functions import copy_of
-from tdhook.tape.internals import schema_of
+from tdhook.tape.internals import is_overloaded, schema_of
 
 __all__ = ["Known", "learned", "on_a_copy"]
 
@@ -59,6 +59,7 @@ class Known:
         schema: its signature, of an overload of an operator.
         names: those of its operands, among the first two parameters, as far as torch tells; of others some are by name
             alone, as ``out`` is.
+        overloaded: whether it is several operators, of which the arguments tell one.
         refused: whether it overwrites an argument and has a derivative of its own.
         begins_tape: whether it puts a tensor on the tape, and ``differentiates``: whether it runs a backward pass.
         hooks: whether it has a tensor call a hook with its gradient.
@@ -81,6 +82,7 @@ class Known:
     parts: Callable[..., Any] | None = None
     schema: Any = None
     names: tuple[str, ...] = ()
+    overloaded: bool = False
     refused: bool = False
     begins_tape: bool = False
     differentiates: bool = False
@@ -122,6 +124,7 @@ def learned(func: Any) -> Known:
     known.names = tuple(name for name in parameters_of(func)[:2] if name != "out")
     known.begins_tape, known.differentiates = begins_tape(func), func in _DERIVATIVES
     known.refused = own is not None and overwrites_arguments(func)
+    known.overloaded = is_overloaded(func)
     known.hooks, known.normalises = hooks(func), func is torch.batch_norm
     known.renames = isinstance(func, _BUILT_IN) and name not in _HAVE_AXES
     known.assigns = name == "data" and raw_name(func) == "__set__"

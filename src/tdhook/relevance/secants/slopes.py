@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -124,7 +124,7 @@ def slope(
         near = torch.maximum(x, start).div_(step.abs_()).clamp_min_(0.0).clamp_max_(1.0)
     else:
         ratio = (z - before).div_(step)
-        middle = _derivative(function, x / 2 + start / 2)
+        middle = _derivative(name, function, x / 2 + start / 2)
         far = torch.maximum(x.abs(), start.abs())
         # What functions compute on their way is of the size of their argument, up to one.
         size = torch.maximum(z.abs(), before.abs()).add_(middle.abs().mul_(far)).add_(far.clamp(max=1.0))
@@ -137,7 +137,17 @@ def slope(
 _RELU = frozenset(("relu", "ReLU"))
 
 
-def _derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+_BY_VALUE: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": lambda z: (1 - z) * z,
+    "tanh": lambda z: 1 - z * z,
+}
+"""Derivatives that the value of the function tells."""
+
+
+def _derivative(name: str, function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    by_value = None if at.is_complex() else _BY_VALUE.get(name.lower())
+    if by_value is not None:
+        return by_value(function(at))
     found = pull_back(lambda x: (function(x),), [at], [torch.ones_like(at)])[0]
     return torch.zeros_like(at) if found is None else found
 
