@@ -9,10 +9,25 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from tdhook.tape.internals import is_without_derivative
 from tdhook.tape.layouts import lay_out
 from tdhook.tape.undoing import set_to
 
-__all__ = ["OwnTape", "derives"]
+__all__ = ["NoDerivative", "OwnTape", "derives"]
+
+
+class NoDerivative(NotImplementedError):
+    """Torch only pretends to differentiate an operation.
+
+    Args:
+        what: the operation, in words.
+    """
+
+    def __init__(self, what: str = "an operation") -> None:
+        super().__init__(
+            f"{what} has no derivative, so that no relevance comes through it; explain the model as it was before it "
+            "was quantised, or register a derivative (torch.library.register_autograd)"
+        )
 
 
 derives: ContextVar[bool] = ContextVar("derives", default=False)
@@ -32,9 +47,14 @@ class OwnTape:
     Attributes:
         inputs: likewise; their values may be others by now.
         ends: the places of the outputs.
+
+    Raises:
+        NoDerivative: an output has none.
     """
 
     def __init__(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        if any(map(is_without_derivative, outputs)):
+            raise NoDerivative
         self.inputs = inputs
         self._begins = [_place(x) for x in inputs]
         self.ends = [_place(z) for z in outputs]

@@ -226,17 +226,16 @@ def test_a_model_may_hold_a_tensor_of_any_kind(held: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_quantised_layer_is_refused() -> None:
+@pytest.mark.parametrize("preset, baseline", [("epsilon", None), ("attn_lrp", None), ("deeplift", 0.0)])
+def test_a_quantised_layer_is_refused(preset: str, baseline: float | None) -> None:
     layer = nn.Linear(4, 3, dtype=torch.float32)
     layer.qconfig = torch.ao.quantization.default_dynamic_qconfig
     net = nn.Sequential(
         nn.Linear(4, 4, dtype=torch.float32), torch.ao.nn.quantized.dynamic.Linear.from_float(layer)
     )
     td = TensorDict(input=torch.randn(2, 4, dtype=torch.float32), batch_size=[2])
-    with pytest.raises(
-        NotImplementedError, match=r"`linear_dynamic` in module `1` has no derivative.*quantised"
-    ):
-        LRP("epsilon", target=Target("output", 0)).wrap(net)(td)
+    with pytest.raises(NotImplementedError, match=r"`linear_dynamic`.* has no derivative.*quantised"):
+        LRP(preset, target=Target("output", 0), baseline=baseline).wrap(net)(td)
 
 
 def test_other_errors_of_torch_are_its_own() -> None:

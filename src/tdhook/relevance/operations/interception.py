@@ -23,7 +23,6 @@ from tdhook.relevance.operations.parties import (
     COMPILED,
     DIFFERENTIATES,
     HIDDEN,
-    NO_DERIVATIVE,
     OVERWRITES,
     TRANSFORMS,
     Unmatched,
@@ -51,6 +50,7 @@ from tdhook.tape.internals import (
     transformed,
 )
 from tdhook.tape.modes import ONLY_TENSORS, answered, beneath
+from tdhook.tape.own import NoDerivative
 from tdhook.tape.sharded import moves_between_processes
 from tdhook.tape.sparse import Live, at_fault
 from tdhook.tape.trees import tree_leaves
@@ -333,9 +333,7 @@ class Interception(Units):
                 reference = self.setting.reference
                 return result if reference is None else reference.decision(result)
             if is_without_derivative(result):
-                raise NotImplementedError(
-                    NO_DERIVATIVE.format(operation.name, self.paths.current or "(model)")
-                )
+                raise NoDerivative(self._in_words(known))
             self._unmatched(operation.name, self.paths.current)
             selector = Unmatched()
             rule = ARITHMETIC
@@ -352,11 +350,16 @@ class Interception(Units):
             if self.observer is not None:
                 run = partial(self.observer.call, self.paths.current, selector, bound)
             return self._applied(func, call, run) if isinstance(func, Applied) else run(call)
+        except NoDerivative:
+            raise NoDerivative(self._in_words(known)) from None
         except RuntimeError as error:
             odd = at_fault(error, (args, kwargs))
             if odd is None:
                 raise
             raise Live(odd, operation.name, self.paths.current) from error
+
+    def _in_words(self, known: Known) -> str:
+        return f"`{known.operation.name}` in module `{self.paths.current or '(model)'}`"
 
     def _at_once(self, rule: Rule, call: Call) -> Run | None:
         """How a call is made without writing it out, if nobody asks for what is inside."""

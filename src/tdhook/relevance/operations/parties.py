@@ -22,7 +22,6 @@ __all__ = [
     "DIFFERENTIATES",
     "GIVES_OUT_LATER",
     "HIDDEN",
-    "NO_DERIVATIVE",
     "OVERWRITES",
     "TRANSFORMS",
     "Entered",
@@ -52,10 +51,6 @@ DIFFERENTIATES = (
 GIVES_OUT_LATER = (
     "module `{}`, a {}, has a rule, and returns a {}, which gives out tensors that no rule sees; return them in "
     "a tuple, a list, a dictionary or a dataclass, or give the modules inside it rules instead"
-)
-NO_DERIVATIVE = (
-    "`{}` in module `{}` has no derivative, so that no relevance comes through it; explain the model as it was before "
-    "it was quantised, or register a derivative (torch.library.register_autograd)"
 )
 TRANSFORMS = (
     "the model differentiates in its forward pass by torch.func, around module `{}`, where rules stand in for "

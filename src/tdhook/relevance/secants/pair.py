@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tdhook.tape.dependence import leaf
 from tdhook.tape.functions import parts, seen_finite
 from tdhook.tape.internals import transformed
-from tdhook.tape.own import OwnTape
+from tdhook.tape.own import NoDerivative, OwnTape
 from tdhook.tape.trees import Shape, tree_leaves, tree_unflatten
 
 __all__ = ["Grads", "Pair", "Pull", "difference", "inner", "pull_back", "wide"]
@@ -116,6 +116,8 @@ class Pair:
 
         try:
             found = pull_back(run, [*inputs, *others.values()], grads)
+        except NoDerivative:
+            raise NoDerivative(f"`{self.name}`") from None
         except RuntimeError as error:
             if not others or "not differentiable with respect to" not in str(error):
                 raise
