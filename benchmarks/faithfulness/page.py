@@ -84,7 +84,7 @@ What follows from the tables:
   on `dqn` and 62 % on `distributional`.
 - **Where a vector has few features, `KernelShap(coalitions=4 * features, baseline="mean")` is the surest:** 97 % and
   more of what Shapley values are worth on each of the eight agents, for five to eight gradients. That grows with the
-  number of features (17 for the 42 of `multiagent`): for pixels it is no choice.
+  number of features (23 for the 42 of `multiagent`): for pixels it is no choice.
 - **RevealCancel is less even.** It has two groups of contributions, and against zero it is sometimes worth less than
   `deeplift` (`dqn`, `td3`).
 - **For pictures, `LRP("deeplift_shapley", baseline=blurred(width))`.** For agents a blur is a better reference than
