@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import LazyStackedTensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -56,11 +56,17 @@ def slots_of(modules: Iterable[nn.Module]) -> tuple[Slot, ...]:
     found: list[Slot] = []
     for module in modules:
         if isinstance(module, TensorDictParams):
-            inside: list[Any] = [module._param_td]
+            inside: list[Any] = [module]
             while inside:
-                entries = inside.pop()._tensordict
-                inside += [value for value in entries.values() if isinstance(value, TensorDictBase)]
-                found += [(entries, name) for name, value in entries.items() if isinstance(value, Tensor)]
+                held = inside.pop()
+                if isinstance(held, TensorDictParams):  # which may lie in another
+                    inside.append(held._param_td)
+                elif isinstance(held, LazyStackedTensorDict):
+                    inside += held.tensordicts
+                else:
+                    entries = held._tensordict
+                    inside += [value for value in entries.values() if isinstance(value, TensorDictBase)]
+                    found += [(entries, name) for name, value in entries.items() if isinstance(value, Tensor)]
         else:
             for registry in (parameters_of(module), buffers_of(module)):
                 found += [(registry, name) for name, value in registry.items() if value is not None]
