@@ -202,7 +202,8 @@ class Interception(Units):
         if known.detaches and live and (known.uncounted or self._is_followed(args[0])):
             self.detached.add(args[0])
         given, given_by_name = args, kwargs
-        if foreign:
+        ours = func is APPLIED_IN_TRANSFORMS and is_ours(args[0])
+        if foreign and not ours:  # what a rule takes down for the run on the reference stays that object
             args, kwargs = dependence.constants_off((args, kwargs), own=live and not self._paused)
             if live and isinstance(func, Applied):
                 func = func.with_constants((given, given_by_name), (args, kwargs))
@@ -220,10 +221,10 @@ class Interception(Units):
             raise NotImplementedError(
                 OVERWRITES.format(known.operation.name, self.paths.current or "(model)")
             )
+        if ours:
+            return func(*args, **kwargs)
         if func is APPLIED_IN_TRANSFORMS:
             # What it comes to outside of the transform is seen.
-            if is_ours(args[0]):
-                return func(*args, **kwargs)
             with self:
                 return through_transforms(func, args, kwargs)
         if known.differentiates:
