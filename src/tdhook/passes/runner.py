@@ -40,6 +40,9 @@ __all__ = ["Runner"]
 
 T = TypeVar("T")
 
+_AGAIN = (Learnt, Misread, Mutated, NotBehind, NowKnown)
+"""What says that the model is to be run again."""
+
 
 class Runner:
     """Runs one model for one call.
@@ -266,9 +269,18 @@ class Runner:
                     return attempt()
                 with setup.memory.kept(always=False) as self._before:
                     return attempt()
-            except (Learnt, Misread, Mutated, NotBehind, NowKnown):
+            except _AGAIN:
                 continue
-            except RuntimeError as error:
-                if setup.of_inference or "nference tensor" not in str(error):
+            except Exception as error:
+                if _covers_up(error):
+                    continue
+                of_inference = isinstance(error, RuntimeError) and "nference tensor" in str(error)
+                if setup.of_inference or not of_inference:
                     raise
                 setup.of_inference = True
+
+
+def _covers_up(error: BaseException) -> bool:
+    """Whether an error was raised by what the model does when it is left, such as tensordict's ``to_module``."""
+    before = error.__context__
+    return before is not None and (isinstance(before, _AGAIN) or _covers_up(before))
