@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import imul
+
 import pytest
 import torch
 from operations.checks import (
@@ -222,3 +224,43 @@ def test_weights_that_are_overwritten_after_they_were_used(ledger: bool) -> None
         explained(Fast(keeps=keeps), x, "relevance", composite, ledger=ledger)[0] for keeps in (False, True)
     ]
     assert_same(found[0]["attr", "input"], found[1]["attr", "input"], 1e-9)
+
+
+ANEW = {
+    "in place": lambda x: x.data.mul_(2),
+    "by an operator": lambda x: setattr(x, "data", imul(x.data, 2)),
+    "copied": lambda x: x.data.copy_(2 * x.detach()),
+    "another": lambda x: setattr(x, "data", 2 * x.detach()),
+    "without gradients": torch.no_grad()(lambda x: x.data.mul_(2)),
+    "not at all": lambda x: None,
+}
+"""How a model updates what it holds so that torch counts nothing."""
+
+
+class Updated(nn.Module):
+    """A coefficient and weights that are others in the next call, as those of torchrl's KLPENPPOLoss are."""
+
+    def __init__(self, update) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 2)
+        self.register_buffer("scale", torch.tensor(2.0))
+        self.double()
+        self.update = update
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.last(self.first(x).tanh() * self.scale)
+        self.update(self.scale)
+        self.update(self.last.weight)
+        return y
+
+
+@every_flow
+@either_ledger
+@pytest.mark.parametrize("how", ANEW)
+def test_what_a_model_updates_uncounted_is_explained_as_it_was(how: str, flow: str, ledger: bool) -> None:
+    model, x = Updated(ANEW[how]), torch.randn(3, 4, dtype=torch.float64)
+    expected = explained(Updated(ANEW["not at all"]), x, flow, ledger=ledger)[0]
+    td, _ = explained(model, x, flow, ledger=ledger)
+    assert_same(td["attr", "input"], expected["attr", "input"], 1e-9)
+    assert model.scale == (2 if how == "not at all" else 4)

@@ -153,6 +153,8 @@ class Interception(Units):
         if known.exposes:
             self._overwriters.expose()
         if known.aside:
+            if known.assigns:
+                self.guard.before(args[0])
             if known.begins_tape:
                 self.dependence.look_closely(args[0])
             if known.assigns and self.dependence.has(args[0]) and self._is_followed(args[0]):
@@ -177,7 +179,9 @@ class Interception(Units):
         if self.outdated.any:
             self.outdated.check((*args, *kwargs.values()) if kwargs else args)
         in_place = known.in_place or (bool(kwargs) and writes_in_place(func, kwargs))
-        if in_place and self.guard.active:
+        if known.uncounted and not torch.compiler.is_compiling():
+            self.uncounted.add(args[0])
+        if in_place and (self.guard.active or self.uncounted.holds(overwritten(args, kwargs))):
             self.guard.before(overwritten(args, kwargs))
         dependence = self.dependence
         if not torch.is_grad_enabled():  # as it is in heads, which have no part in what is explained

@@ -46,8 +46,8 @@ class Units(Watching):
 
     Attributes:
         dependence: what depends on the inputs.
-        guard: keeps what is overwritten, ``outdated`` tells of what should have been, and ``detached`` of what was
-            handed out off the tape.
+        guard: keeps what is overwritten, ``outdated`` tells of what should have been, ``detached`` of what was handed
+            out off the tape, and ``uncounted`` of what may be overwritten without torch's noticing.
         observer: makes the calls itself, while there is one.
     """
 
@@ -59,7 +59,7 @@ class Units(Watching):
         self.dependence = Dependence()
         self.guard = Guard()
         self.outdated = Outdated(self.guard)
-        self.detached = Memory()
+        self.detached, self.uncounted = Memory(), Memory()
         self.observer: Observer | None = None
         self._overwriters = Overwriters(self.guard, self.outdated)
         self._entered: Entered | None = None

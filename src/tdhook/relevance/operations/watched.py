@@ -16,6 +16,7 @@ class Watcher(Watch, Protocol):
 
     outdated: Outdated
     detached: Memory
+    uncounted: Memory
 
     def __enter__(self) -> object:
         """Begin to see torch functions."""
@@ -42,8 +43,9 @@ class Pass(AbstractContextManager[None]):
     def __enter__(self) -> None:
         if self._watcher.outdated.any:
             self._watcher.outdated.clear()
-        if self._watcher.detached:
-            self._watcher.detached.clear()
+        for memory in (self._watcher.detached, self._watcher.uncounted):
+            if memory:
+                memory.clear()
         self._standing_in.__enter__()
         self._watcher.__enter__()
 
