@@ -208,3 +208,45 @@ def test_a_kept_reference_reads_what_the_input_does(baseline: float) -> None:
         x = QUIET + 0.2 * torch.eye(6)[place]
         found, alone = explain(explained, x), explain(lrp.wrap(model), x)
         torch.testing.assert_close(found["attr", "input"], alone["attr", "input"])
+
+
+class Experts(nn.Module):
+    """Rows go to the experts that score highest, whose values are weighed by the scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.scores, self.last = nn.Linear(4, 3), nn.Linear(5, 2)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 5), nn.GELU()) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, chosen = self.scores(x).topk(2, -1)
+        found = x.new_zeros(len(x), 5)
+        for number, expert in enumerate(self.experts):
+            rows, which = torch.where(chosen == number)
+            found = found.index_add(0, rows, expert(x[rows]) * scores[rows, which, None])
+        return self.last(found)
+
+    def as_chosen(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """What comes out of ``x`` with the experts that others chose."""
+        each = torch.stack([expert(x) for expert in self.experts], 1)
+        scores = self.scores(x).gather(1, chosen)
+        return self.last((each.gather(1, chosen[..., None].expand(-1, -1, 5)) * scores[..., None]).sum(1))
+
+
+@pytest.mark.parametrize("ledger", [False, True], ids=["bare", "ledger"])
+@pytest.mark.parametrize("flow", ["relevance", "gradient"])
+def test_what_is_picked_stays_decided_where_one_row_is_tried(flow: str, ledger: bool) -> None:
+    model, lrp = (
+        Experts(),
+        LRP("deeplift", target=Target("output", 1), baseline=0.3, flow=flow, ledger=ledger),
+    )
+    explained = lrp.wrap(model)
+    for seed in (1, 2):  # the second batch decides otherwise
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        chosen = model.scores(x).topk(2, -1).indices
+        rise = model(x) - model.as_chosen(torch.full_like(x, 0.3), chosen)
+        found = explain(explained, x)["attr", "input"]
+        torch.testing.assert_close(found.sum(-1), rise[:, 1].detach(), rtol=1e-9, atol=1e-9)
+        alone = torch.cat([explain(lrp.wrap(model), row)["attr", "input"] for row in x.split(1)])
+        torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -243,18 +244,20 @@ class _Runs:
 
     def _is_alike(self, one: Drawn) -> bool:
         """Whether a run on one row does to it what one on all of the batch did to each."""
-        places = [(place.starts, place.before) for place in self.reference.places]
+        reference = self.reference
+        met, decided = list(map(copy, reference.places)), reference.decided
         try:
             self._forward(one, alone=True)
         except Exception:  # the model's own, which one row need not suit
             alike = False
         else:
             alike = all(
-                _are_close([*starts, *before], [*place.starts, *place.before])
-                for (starts, before), place in zip(places, self.reference.places, strict=True)
+                _are_close([*whole.starts, *whole.before], [*place.starts, *place.before])
+                for whole, place in zip(met, reference.places, strict=True)
             )
-        for place, (starts, before) in zip(self.reference.places, places, strict=True):
-            place.starts, place.before = starts, before
+        for place, whole in zip(reference.places, met, strict=True):
+            place.fill_as(whole)
+        reference.decided = decided
         return alike
 
     def _forward(self, one: Drawn, *, alone: bool = False) -> Run:
