@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from differences import FLOWS, explained
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -143,3 +144,31 @@ def test_what_is_moved_beside_the_tape_is_absorbed(way: str, flow: str) -> None:
     torch.testing.assert_close(td["ledger", "absorbed"], rest)
     torch.testing.assert_close(td["ledger", "inputs"], rise - rest)
     assert td["ledger", "gap"].abs().max() < 1e-12
+
+
+class Centred(nn.Module):
+    """Takes a mean off its input that it keeps up to date: in its own memory, or in another."""
+
+    def __init__(self, *, in_place: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.last, self.in_place = nn.Linear(4, 2), in_place
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            mean = 0.5 * self.mean + 0.5 * x.mean(0)
+            self.mean = self.mean.copy_(mean) if self.in_place else mean
+        return self.last((x - self.mean) * (1 + self.mean.square()))
+
+
+@pytest.mark.parametrize("ledger", [False, True], ids=["bare", "ledger"])
+@pytest.mark.parametrize("flow", FLOWS)
+def test_what_a_model_keeps_up_to_date_is_another_on_the_reference(flow: str, ledger: bool) -> None:
+    x = torch.randn(5, 4)
+    found, expected = (
+        explained(Centred(in_place=in_place), x, 0.3, flow=flow, ledger=ledger) for in_place in (True, False)
+    )
+    torch.testing.assert_close(found["attr", "input"], expected["attr", "input"])
+    rise = found["output"] - Centred(in_place=True)(torch.full_like(x, 0.3))
+    torch.testing.assert_close(found["attr", "input"].sum(-1), rise[:, 0].detach())

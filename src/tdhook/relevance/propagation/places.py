@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tdhook.relevance.propagation.alike import SMALL, fits, is_alike
 from tdhook.tape.conditions import is_traced
-from tdhook.tape.functions import may_look_at
+from tdhook.tape.functions import may_look_at, unwrapped
 from tdhook.tape.masks import masking, masks_in
+from tdhook.tape.overwriting import version_in
 from tdhook.tape.sparse import equal
 
 __all__ = ["Place", "masks_others"]
@@ -36,6 +37,7 @@ class Place:
         picked: what comes out for other inputs where the first run decides what is picked, if it picks, and
             ``chosen``: whether it did.
         infinite: whether it met values in the second run that are not finite.
+        versions: how often the constants among ``given`` had been overwritten, and zero for what is attributed.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Place:
     within: list[Tensor] = field(default_factory=list)
     made_anew: list[bool] = field(default_factory=list)
     infinite: bool = False
+    versions: list[int] = field(default_factory=list)
 
     def is_same_beside(self) -> Tensor | bool:
         """Whether what is not attributed was the same in both runs; a tensor where a graph is traced."""
@@ -71,6 +74,15 @@ class Place:
         """The large ones among the constants that went in, or were met within."""
         fixed = (x for x, live in zip(self.given, self.live, strict=True) if not live)
         return [x for x in (*fixed, *self.within) if x.numel() > SMALL]
+
+    def require_unchanged(self) -> None:
+        """Raise, as torch does, where a constant was overwritten since; then the model is run again, with copies."""
+        for x, live, version in zip(self.given, self.live, self.versions, strict=True):
+            if not live and version_in(unwrapped(x)) != version:
+                raise RuntimeError(
+                    f"a constant that {self} computed with has been modified by an inplace operation before it was "
+                    "compared with that on the reference: give it a copy"
+                )
 
     def met_within(self, values: Sequence[object]) -> None:
         """Take down what the call met besides its arguments, as what a module reads that is nowhere in it."""

@@ -20,8 +20,9 @@ from tdhook.relevance.propagation.alike import fits, is_same
 from tdhook.relevance.propagation.handles import Handles
 from tdhook.relevance.propagation.places import Place, masks_others
 from tdhook.tape.conditions import holds
-from tdhook.tape.functions import unwrapped
+from tdhook.tape.functions import apart, unwrapped
 from tdhook.tape.internals import is_plain, version_of
+from tdhook.tape.overwriting import version_in
 from tdhook.tape.trees import tree_leaves
 
 __all__ = ["Parted", "Reference"]
@@ -114,8 +115,14 @@ class Reference:
         """Take down a call of the first run: what is called, maybe a module, with which leaves of arguments."""
         given, numbers = _parted(leaves)
         live = [x.requires_grad for x in given]
-        place = Place(name, self.path(), [x.detach() for x in given], live, numbers)
+        values = [
+            x.detach() if is_live else apart(x.detach()) for x, is_live in zip(given, live, strict=True)
+        ]
+        place = Place(name, self.path(), values, live, numbers)
         place.module, place.others = module, [x for x in leaves if type(x) in _PLAIN]
+        place.versions = [
+            0 if is_live else version_in(unwrapped(x)) for x, is_live in zip(values, live, strict=True)
+        ]
         if not self._aside:
             self.places.append(place)
         return place
@@ -125,6 +132,7 @@ class Reference:
     ) -> Any:
         """Make a call of the second run, and fill in what it met."""
         place = self._next(name, module)
+        place.require_unchanged()
         given, numbers = _parted(leaves)
         place.chosen = False
         place.other = numbers != place.numbers
