@@ -91,7 +91,7 @@ What follows from the tables:
   zero or the mean, by the mean over what features are replaced by, and this is worth what Shapley values are. On the
   pretrained network it is worth nearly twice the best preset without a reference; against zero, more than twice.
 - **For sentences, the mask token** is one (`minilm`): `deeplift` has what sampled Shapley values have.
-- **Recurrent networks cost more**: their steps are explained one by one, and several gradients cost less.
+- **Recurrent networks cost more**: their steps are explained one by one.
 - **Embeddings are not compared with zero.** A normalisation divides by nothing there, and what is found is worse than
   chance (`language`); real words, drawn from other inputs, are the best reference.
 - Several drawn references cost as many explanations, and are seldom worth it elsewhere.
